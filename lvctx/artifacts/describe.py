@@ -1,0 +1,72 @@
+"""What an artifact or model directory holds, read from headers and manifests alone: no tensor is loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lvctx.artifacts.manifest import MANIFEST, read_manifest, read_provenance
+from lvctx.artifacts.store import read_safetensors_header
+from lvctx.errors import InputError
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Facts about an artifact: its provenance, and the shapes, counts or configuration that its kind has.
+
+    Raises InputError for a path that is neither an artifact of ours nor a model directory.
+    """
+    if path.is_file():
+        return _describe_file(path)
+    if not path.is_dir():
+        raise InputError("no such file or directory", where=path)
+    facts: dict[str, Any] = {"path": str(path)}
+    if (path / MANIFEST).is_file():
+        facts |= read_manifest(path)
+    if (path / "config.json").is_file():
+        facts["model"] = _describe_model(path)
+    if len(facts) == 1:
+        raise InputError("neither an artifact of ours nor a model directory", where=path)
+    return facts
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    header = read_safetensors_header(path)
+    tensors = {k: f"{v['dtype']} {v['shape']}" for k, v in sorted(header.items()) if k != "__metadata__"}
+    return {
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        **(read_provenance(path) or {}),
+        "tensors": tensors,
+    }
+
+
+def _describe_model(path: Path) -> dict[str, Any]:
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    text = config.get("text_config", config)
+    parameters = size = 0
+    for shard in sorted(path.glob("*.safetensors")):
+        for name, entry in read_safetensors_header(shard).items():
+            if name != "__metadata__":
+                count = 1
+                for n in entry["shape"]:
+                    count *= n
+                parameters += count
+        size += shard.stat().st_size
+    facts = {
+        "architecture": (config.get("architectures") or [config.get("model_type")])[0],
+        "parameters": parameters,
+        "bytes": size,
+        "context": text.get("max_position_embeddings"),
+        "rope": text.get("rope_parameters") or {"rope_theta": text.get("rope_theta")},
+        "layers": text.get("num_hidden_layers"),
+        "hidden_size": text.get("hidden_size"),
+        "vocabulary": text.get("vocab_size"),
+    }
+    vision = config.get("vision_config")
+    if vision:
+        side = vision["image_size"] // vision["patch_size"]
+        facts["tower"] = {
+            "architecture": vision.get("model_type"),
+            "image_size": vision["image_size"],
+            "tokens_per_frame": ((side + 1) // 2) ** 2,
+        }
+    return facts

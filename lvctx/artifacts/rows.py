@@ -1,0 +1,70 @@
+"""Append-only JSONL with a key per row: what stands is skipped, a torn last line is dropped and redone."""
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from lvctx.artifacts.store import disk_error, is_disk_error
+from lvctx.errors import InputError
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file; a last line without its newline is a torn write and is left out.
+
+    Raises InputError naming the line that is not a JSON object.
+    """
+    rows = []
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise InputError("not a JSON object", where=f"{path}:{number}", fix="remove or mend the line")
+            rows.append(row)
+    return rows
+
+
+class RowLog:
+    """A results file open for appending: one writer, every row durable when `append` returns."""
+
+    def __init__(self, path: Path, *, fresh: bool = False) -> None:
+        """Open `path`, drop a torn last line, and learn the keys that stand; `fresh` starts from nothing."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.rows: dict[str, dict[str, Any]] = {}
+        if path.exists() and not fresh:
+            self.rows = {row["key"]: row for row in read_rows(path)}
+            raw = path.read_bytes()
+            whole = raw.rfind(b"\n") + 1
+            if whole < len(raw):
+                os.truncate(path, whole)
+        self._file = open(path, "ab" if self.rows else "wb")  # noqa: SIM115 (closed in __exit__)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.rows
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row; it must carry a `key` that does not stand yet."""
+        assert row["key"] not in self.rows, row["key"]
+        line = json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
+        try:
+            self._file.write(line.encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as e:
+            if is_disk_error(e):
+                raise disk_error(e, self.path) from e
+            raise
+        self.rows[row["key"]] = row
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self._file.close()

@@ -1,0 +1,131 @@
+"""The atomic store: a file is either absent, or whole. Nothing here leaves a half-written artifact under its name.
+
+Writers get a temporary name beside the target (same file system, so the rename is atomic); the file is fsynced, renamed
+and its directory fsynced. A killed writer leaves `.NAME.partial`, which the next run overwrites.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lvctx.errors import InputError
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yield a path to write to; on a clean exit it becomes `target`, on any exception it is removed.
+
+    Raises InputError when the disk is full or the directory cannot be written.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with open(partial, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(partial, target)
+        fsync_directory(target.parent)
+    except BaseException as e:
+        partial.unlink(missing_ok=True)
+        if is_disk_error(e):
+            raise disk_error(e, target) from e
+        raise
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make a rename inside `directory` durable."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def is_disk_error(e: BaseException) -> bool:
+    """Whether `e` is the file system refusing a write (full, quota, read-only, no permission).
+
+    safetensors reports such an error as its own exception with the errno only in the text.
+    """
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+    if isinstance(e, OSError):
+        return e.errno in codes
+    return type(e).__name__ == "SafetensorError" and any(f"os error {c}" in str(e) for c in codes)
+
+
+def disk_error(e: BaseException, target: Path) -> InputError:
+    """The one line a user sees when `target` could not be written."""
+    reason = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e)
+    return InputError(
+        f"cannot write ({reason})", where=target, fix="free some space or choose another -o, then run again"
+    )
+
+
+def write_json(target: Path, value: Any) -> None:
+    """Write `value` as indented JSON with a final newline, keys in the given order."""
+    with atomic_file(target) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_tensors(target: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Write torch tensors or numpy arrays (all of one kind) as one safetensors file with `metadata`.
+
+    Byte-identical for identical input as long as `metadata` has one key: safetensors keeps it in a hash map.
+    """
+    with atomic_file(target) as partial:
+        if all(hasattr(t, "__array_interface__") for t in tensors.values()):
+            from safetensors.numpy import save_file
+        else:
+            from safetensors.torch import save_file
+        save_file(dict(tensors), str(partial), metadata=dict(metadata))
+
+
+def read_safetensors_header(path: Path) -> dict[str, Any]:
+    """The JSON header of a safetensors file: name -> {dtype, shape, data_offsets}, plus `__metadata__`. No torch.
+
+    Raises InputError if the file is not a whole safetensors file.
+    """
+    broken = InputError("not a whole safetensors file", where=path, fix="write it again")
+    try:
+        with open(path, "rb") as f:
+            raw = f.read(8)
+            if len(raw) < 8:
+                raise broken
+            (length,) = struct.unpack("<Q", raw)
+            if length > 100_000_000:
+                raise broken
+            header = json.loads(f.read(length))
+    except FileNotFoundError:
+        raise InputError("no such file", where=path) from None
+    except (OSError, ValueError) as e:
+        raise broken from e
+    ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+    if path.stat().st_size != 8 + length + max(ends, default=0):
+        raise broken
+    return header
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """Hex SHA-256 that identifies an input: a file's bytes, a finished artifact's manifest, or a directory's files."""
+    if path.is_file():
+        return sha256_file(path)
+    if not path.is_dir():
+        raise InputError("no such file or directory", where=path)
+    manifest = path / "MANIFEST.json"
+    if manifest.is_file():
+        return sha256_file(manifest)
+    whole = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        whole.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
+    return whole.hexdigest()

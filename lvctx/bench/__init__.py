@@ -1,0 +1,1 @@
+"""Benchmarks: samples, prompts, scores and reports, one file each."""

@@ -1,0 +1,43 @@
+"""The program: its commands in the order the pipeline runs."""
+
+from typing import Annotated
+
+import typer
+
+from lvctx import __version__
+from lvctx.cli.common import Commands
+
+app = typer.Typer(
+    name="lvctx",
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"auto_envvar_prefix": "LVCTX", "help_option_names": ["-h", "--help"]},
+    help="Long-context video understanding as unix steps. Text teaches a language model to read far; images teach "
+    "it to see; then it can watch an hour of video.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lvctx {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+def _register() -> None:
+    from lvctx.cli import info
+
+    for module in (info,):
+        module.register(app)
+
+
+_register()

@@ -1,0 +1,1 @@
+"""Language and vision-language models: loading, visual embedding, loss, saving."""

@@ -1,0 +1,1 @@
+"""Position schemes: one file each, with `inv_freq(spec)` and `to_hf(spec)`."""

@@ -1,0 +1,1 @@
+"""Pixels: decoding, grids, towers and drawn pictures."""
