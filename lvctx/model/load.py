@@ -1,0 +1,90 @@
+"""Find and load models and tokenizers: a local Hugging Face directory or a hub id, language model or VLM alike."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lvctx.errors import InputError
+
+VLM_TYPE = "llava_onevision"
+
+
+def resolve_model(name: str | Path) -> Path:
+    """The local directory of a model: `name` itself, or the downloaded snapshot of a hub id such as `org/model`.
+
+    Raises InputError when there is no such directory or repository, no config.json, or a shard is missing.
+    """
+    path = Path(name)
+    if not path.is_dir():
+        path = _download(str(name))
+    if not (path / "config.json").is_file():
+        raise InputError("no config.json: not a model directory", where=path)
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        shards = ["model.safetensors"]
+    missing = [shard for shard in shards if not (path / shard).is_file()]
+    if missing:
+        raise InputError(f"missing {', '.join(missing)}", where=path, fix="download or save the model again")
+    return path
+
+
+def _download(name: str) -> Path:
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError("no such model directory", where=name, fix="give a directory or a hub id like org/model")
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Weights in safetensors only: a pickle is never fetched, let alone loaded.
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as e:
+        reason = str(e).splitlines()[0]
+        raise InputError(
+            f"neither a directory nor a model the hub would give ({reason})", where=name, fix="check name and network"
+        ) from e
+
+
+def load_config(path: Path) -> Any:
+    """The transformers configuration of a resolved model directory."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as e:
+        raise InputError(f"unreadable config.json ({str(e).splitlines()[0]})", where=path) from e
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a model directory or hub id. Raises InputError where there is none."""
+    from transformers import AutoTokenizer
+
+    path = resolve_model(name) if not (Path(name) / "tokenizer.json").is_file() else Path(name)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as e:
+        raise InputError(f"no usable tokenizer ({str(e).splitlines()[0]})", where=name) from e
+
+
+def load_model(path: Path, *, config: Any = None, dtype: Any = "auto", device: str = "cpu") -> Any:
+    """A language model, or a LlavaOnevision VLM, in eval mode with SDPA attention.
+
+    `dtype` is a torch dtype, or `auto` for the checkpoint's own. Raises InputError for weights that do not fit the
+    configuration or cannot be read.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, LlavaOnevisionForConditionalGeneration
+
+    config = config or load_config(path)
+    kind = LlavaOnevisionForConditionalGeneration if config.model_type == VLM_TYPE else AutoModelForCausalLM
+    try:
+        model = kind.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        raise InputError(f"cannot load the weights ({str(e).splitlines()[0]})", where=path) from e
+    return model.to(device).eval()
+
+
+def context_length(config: Any) -> int:
+    """Positions a language model or VLM says it can read."""
+    return int(config.get_text_config().max_position_embeddings)

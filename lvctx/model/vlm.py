@@ -1,0 +1,177 @@
+"""The VLM: a CLIP or SigLIP tower, a two-layer GELU projector and a language model, as stock LlavaOnevision.
+
+A frame's P tower features go through the projector and a 2x2 average pool; frames follow each other without delimiter
+and one embedding of "\\n" closes the block, so the sequence is LongVA's `<image>\\n{question}` (LongVA section 3.2,
+UniRes). LlavaOnevision pools bilinearly to half the side, which for an even side is exactly the 2x2 average.
+
+Shapes: F frames, P features a frame, T = (sqrt(P)/2)^2 tokens a frame, D tower width, E language-model width.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lvctx.errors import InputError
+
+IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
+
+FLATTEN_CONTENT = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for m in messages -%}
+{%- set turn = namespace(text='') -%}
+{%- if m['content'] is string -%}{%- set turn.text = m['content'] -%}
+{%- else -%}{%- for part in m['content'] -%}
+{%- set turn.text = turn.text + ('<video>' if part['type'] in ('image', 'video') else part['text']) -%}
+{%- endfor -%}{%- endif -%}
+{%- set flat.messages = flat.messages + [{'role': m['role'], 'content': turn.text}] -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+"""Put before a language model's own chat template: lists of parts become strings, and an image is a video of its grids."""
+
+
+def tokens_per_frame(config: Any) -> int:
+    """Language-model tokens of one frame or grid, from a LlavaOnevision configuration: 144 for CLIP ViT-L/14-336."""
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    return math.ceil(side / 2) ** 2
+
+
+def assemble(lm: Any, tower: nn.Module, tokenizer: Any, *, where: Path, seed: int) -> Any:
+    """Build a LlavaOnevision model from a language model and a tower, with a fresh projector drawn from `seed`.
+
+    Adds the tokens `<image>` and `<video>` to `tokenizer` and, where the embedding has no rows for them, grows it;
+    `image_newline` becomes the embedding of "\\n". `where` names the language model in errors.
+    """
+    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+    if tokenizer.chat_template is None:
+        raise InputError("no chat template", where=where, fix="use an instruct model")
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, VIDEO_TOKEN]})
+    grow_embedding(lm, len(tokenizer))
+    clip = tower.config.model_type.startswith("clip")
+    side = tower.config.image_size
+    config = LlavaOnevisionConfig(
+        vision_config=tower.config,
+        text_config=lm.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        video_token_index=tokenizer.convert_tokens_to_ids(VIDEO_TOKEN),
+        # CLIP: second-last layer without CLS, as LLaVA and LongVA. SigLIP: last layer, no CLS to drop.
+        vision_feature_layer=-2 if clip else -1,
+        vision_feature_select_strategy="default" if clip else "full",
+        tie_word_embeddings=lm.config.tie_word_embeddings,
+        image_grid_pinpoints=[[side * h, side * w] for h in range(1, 7) for w in range(1, 7)],
+    )
+    with torch.device("meta"):
+        vlm = LlavaOnevisionForConditionalGeneration(config)
+    vlm.model.language_model = lm.model
+    vlm.lm_head = lm.lm_head
+    vlm.model.vision_tower = tower
+    projector = vlm.model.multi_modal_projector.to_empty(device="cpu").float()
+    generator = torch.Generator().manual_seed(seed)
+    for linear in (projector.linear_1, projector.linear_2):
+        bound = 1 / math.sqrt(linear.in_features)  # torch.nn.Linear's own initialisation, drawn from our generator
+        for parameter in (linear.weight, linear.bias):
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+    projector.to(lm.dtype)
+    vlm.model.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size, dtype=lm.dtype))
+    vlm.generation_config = lm.generation_config
+    set_newline(vlm, tokenizer)
+    return vlm.eval()
+
+
+def grow_embedding(lm: Any, tokens: int) -> None:
+    """Give the embedding (and the head) rows up to `tokens`, padded to a multiple of 64, if it has fewer.
+
+    New rows are the mean of the old ones: as logits they are average, so greedy decoding never picks a placeholder.
+    """
+    old = lm.get_input_embeddings().weight.shape[0]
+    if tokens <= old:
+        return
+    lm.resize_token_embeddings(tokens, pad_to_multiple_of=64, mean_resizing=False)
+    with torch.no_grad():
+        for weight in {id(m.weight): m.weight for m in (lm.get_input_embeddings(), lm.lm_head)}.values():
+            weight[old:] = weight[:old].float().mean(0)
+
+
+def newline_id(tokenizer: Any) -> int:
+    """The token of "\\n". Raises InputError if this tokenizer has no single token for it."""
+    ids = tokenizer.encode("\n", add_special_tokens=False)
+    if len(ids) != 1:
+        raise InputError('"\\n" is not one token of this tokenizer', where=tokenizer.name_or_path)
+    return int(ids[0])
+
+
+def set_newline(vlm: Any, tokenizer: Any) -> None:
+    """Make `image_newline` the language model's embedding of "\\n": in LongVA it is that very token."""
+    with torch.no_grad():
+        vlm.model.image_newline.copy_(vlm.get_input_embeddings().weight[newline_id(tokenizer)])
+
+
+def frame_features(vlm: Any, pixels_F3SS: Tensor) -> Tensor:
+    """Tower features (F, P, D) of preprocessed frames, from the layer that the configuration selects."""
+    states = vlm.model.vision_tower(pixels_F3SS, output_hidden_states=True).hidden_states
+    features = states[vlm.config.vision_feature_layer]
+    return features[:, 1:] if vlm.config.vision_feature_select_strategy == "default" else features
+
+
+def embed_frames(vlm: Any, features_FPD: Tensor) -> Tensor:
+    """Language-model embeddings (F*T, E) of tower features: projector, then 2x2 pool, raster order, frame by frame."""
+    side = math.isqrt(features_FPD.shape[1])
+    parameter = vlm.model.multi_modal_projector.linear_1.weight
+    if features_FPD.shape[1:] != (side * side, parameter.shape[1]):
+        raise InputError(
+            f"features of shape {tuple(features_FPD.shape[1:])} a frame do not fit a projector that reads "
+            f"{parameter.shape[1]} channels",
+            fix="encode the video with this model's own tower",
+        )
+    projected = vlm.model.multi_modal_projector(features_FPD.to(parameter.device, parameter.dtype))
+    return vlm.model.apply_pooling(projected).flatten(0, 1)
+
+
+def newline_embedding(vlm: Any) -> Tensor:
+    """The embedding (1, E) that closes a block of frames."""
+    return vlm.model.image_newline[None]
+
+
+def chat_ids(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
+    """Token ids before and after the visual block of a one-turn chat that ends where the answer begins."""
+    messages = [{"role": "user", "content": VIDEO_TOKEN + question}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    at = ids.index(tokenizer.convert_tokens_to_ids(VIDEO_TOKEN))
+    return ids[:at], ids[at + 1 :]
+
+
+def save_vlm(vlm: Any, tokenizer: Any, tower_dir: Path, out: Path) -> None:
+    """Write what stock transformers needs: weights, tokenizer, image preprocessing and a chat template with parts."""
+    import json
+
+    set_newline(vlm, tokenizer)
+    vlm.save_pretrained(out)
+    if not tokenizer.chat_template.startswith(FLATTEN_CONTENT):
+        tokenizer.chat_template = FLATTEN_CONTENT + tokenizer.chat_template
+    tokenizer.save_pretrained(out)
+    pixels = json.loads((tower_dir / "preprocessor_config.json").read_text(encoding="utf-8"))
+    side = vlm.config.vision_config.image_size
+    pixels |= {"size": {"height": side, "width": side}, "do_center_crop": False}
+    pixels |= {"image_grid_pinpoints": vlm.config.image_grid_pinpoints}
+    for name, kind, drop in (
+        ("preprocessor_config.json", "LlavaOnevisionImageProcessor", ()),
+        ("video_preprocessor_config.json", "LlavaOnevisionVideoProcessor", ("image_grid_pinpoints",)),
+    ):
+        written = {k: v for k, v in pixels.items() if k not in (*drop, "image_processor_type", "feature_extractor_type")}
+        key = "video_processor_type" if drop else "image_processor_type"
+        (out / name).write_text(json.dumps({key: kind, **written}, indent=2) + "\n", encoding="utf-8")
+    clip = vlm.config.vision_feature_select_strategy == "default"
+    patches = (side // vlm.config.vision_config.patch_size) ** 2
+    processor = {
+        "processor_class": "LlavaOnevisionProcessor",
+        "num_image_tokens": patches + (1 if clip else 0),
+        "vision_feature_select_strategy": vlm.config.vision_feature_select_strategy,
+        "image_token": IMAGE_TOKEN,
+        "video_token": VIDEO_TOKEN,
+    }
+    (out / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
