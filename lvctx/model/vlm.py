@@ -7,6 +7,7 @@ UniRes). LlavaOnevision pools bilinearly to half the side, which for an even sid
 Shapes: F frames, P features a frame, T = (sqrt(P)/2)^2 tokens a frame, D tower width, E language-model width.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lvctx.artifacts.store import write_json
 from lvctx.errors import InputError
+from lvctx.model.export import save_model
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 
@@ -30,7 +33,7 @@ FLATTEN_CONTENT = """\
 {%- endfor -%}
 {%- set messages = flat.messages -%}
 """
-"""Put before a language model's own chat template: lists of parts become strings, and an image is a video of its grids."""
+"""Goes before a language model's own chat template: parts become one string, and an image is a video of its grids."""
 
 
 def tokens_per_frame(config: Any) -> int:
@@ -39,7 +42,7 @@ def tokens_per_frame(config: Any) -> int:
     return math.ceil(side / 2) ** 2
 
 
-def assemble(lm: Any, tower: nn.Module, tokenizer: Any, *, where: Path, seed: int) -> Any:
+def assemble(lm: Any, tower: Any, tokenizer: Any, *, where: Path, seed: int) -> Any:
     """Build a LlavaOnevision model from a language model and a tower, with a fresh projector drawn from `seed`.
 
     Adds the tokens `<image>` and `<video>` to `tokenizer` and, where the embedding has no rows for them, grows it;
@@ -146,32 +149,34 @@ def chat_ids(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
 
 
 def save_vlm(vlm: Any, tokenizer: Any, tower_dir: Path, out: Path) -> None:
-    """Write what stock transformers needs: weights, tokenizer, image preprocessing and a chat template with parts."""
-    import json
+    """Write what stock transformers needs: weights, tokenizer, chat template with parts, and the processors' files.
 
+    `tower_dir` is where the tower's preprocessor_config.json is.
+    """
     set_newline(vlm, tokenizer)
-    vlm.save_pretrained(out)
     if not tokenizer.chat_template.startswith(FLATTEN_CONTENT):
         tokenizer.chat_template = FLATTEN_CONTENT + tokenizer.chat_template
-    tokenizer.save_pretrained(out)
+    save_model(vlm, tokenizer, out)
+    vision = vlm.config.vision_config
     pixels = json.loads((tower_dir / "preprocessor_config.json").read_text(encoding="utf-8"))
-    side = vlm.config.vision_config.image_size
-    pixels |= {"size": {"height": side, "width": side}, "do_center_crop": False}
-    pixels |= {"image_grid_pinpoints": vlm.config.image_grid_pinpoints}
-    for name, kind, drop in (
-        ("preprocessor_config.json", "LlavaOnevisionImageProcessor", ()),
-        ("video_preprocessor_config.json", "LlavaOnevisionVideoProcessor", ("image_grid_pinpoints",)),
-    ):
-        written = {k: v for k, v in pixels.items() if k not in (*drop, "image_processor_type", "feature_extractor_type")}
-        key = "video_processor_type" if drop else "image_processor_type"
-        (out / name).write_text(json.dumps({key: kind, **written}, indent=2) + "\n", encoding="utf-8")
-    clip = vlm.config.vision_feature_select_strategy == "default"
-    patches = (side // vlm.config.vision_config.patch_size) ** 2
-    processor = {
-        "processor_class": "LlavaOnevisionProcessor",
-        "num_image_tokens": patches + (1 if clip else 0),
-        "vision_feature_select_strategy": vlm.config.vision_feature_select_strategy,
-        "image_token": IMAGE_TOKEN,
-        "video_token": VIDEO_TOKEN,
+    kept = ("do_normalize", "do_rescale", "rescale_factor", "image_mean", "image_std", "resample")
+    size = {"height": vision.image_size, "width": vision.image_size}
+    pixels = {key: pixels[key] for key in kept if key in pixels} | {"do_resize": True, "size": size}
+    drop_cls = vlm.config.vision_feature_select_strategy == "default"
+    files = {
+        "preprocessor_config.json": {
+            "image_processor_type": "LlavaOnevisionImageProcessor",
+            "image_grid_pinpoints": vlm.config.image_grid_pinpoints,
+            **pixels,
+        },
+        "video_preprocessor_config.json": {"video_processor_type": "LlavaOnevisionVideoProcessor", **pixels},
+        "processor_config.json": {
+            "processor_class": "LlavaOnevisionProcessor",
+            "num_image_tokens": (vision.image_size // vision.patch_size) ** 2 + drop_cls,
+            "vision_feature_select_strategy": vlm.config.vision_feature_select_strategy,
+            "image_token": IMAGE_TOKEN,
+            "video_token": VIDEO_TOKEN,
+        },
     }
-    (out / "processor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
+    for name, content in files.items():
+        write_json(out / name, content)

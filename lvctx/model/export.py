@@ -1,0 +1,29 @@
+"""Write a model as a plain Hugging Face directory that stock transformers and vLLM load."""
+
+from pathlib import Path
+from typing import Any
+
+from lvctx.artifacts.store import disk_error, is_disk_error
+
+
+def save_model(model: Any, tokenizer: Any, out: Path) -> None:
+    """Save weights (safetensors), configuration, generation defaults and tokenizer into `out`.
+
+    The tokenizer's maximal length becomes the model's context. Raises InputError when the disk refuses.
+    """
+    tokenizer.model_max_length = model.config.get_text_config().max_position_embeddings
+    # Where a model was loaded from is not part of it: the same weights must give the same bytes.
+    model.config._name_or_path = ""
+    try:
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+    except Exception as e:
+        if is_disk_error(e):
+            raise disk_error(e, out) from e
+        raise
+
+
+def model_files(out: Path) -> list[str]:
+    """Names of the files of a saved model directory: everything but our own log and manifest."""
+    ours = {"MANIFEST.json", "metrics.jsonl"}
+    return sorted(p.name for p in out.iterdir() if p.is_file() and p.name not in ours and not p.name.startswith("."))

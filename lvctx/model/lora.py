@@ -1,0 +1,34 @@
+"""LoRA on the language model through peft: few trained parameters, merged into the weights before saving."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""Projections of an attention block, as Llama, Qwen2, Qwen3 and Mistral name them."""
+
+
+def add_lora(model: Any, *, rank: int, targets: Sequence[str], seed: int) -> Any:
+    """Wrap `model` in LoRA of `rank` on the linear layers named `targets` (alpha = 2 rank); only LoRA can train.
+
+    The weights of LoRA are float32 and drawn from `seed`.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets)))
+    for parameter in lora_parameters(wrapped):
+        parameter.data = parameter.data.float()
+    return wrapped
+
+
+def lora_parameters(wrapped: Any) -> list[nn.Parameter]:
+    """The trained parameters of a wrapped model."""
+    return [p for p in wrapped.parameters() if p.requires_grad]
+
+
+def merge_lora(wrapped: Any) -> Any:
+    """The plain model with LoRA's products added to its weights."""
+    return wrapped.merge_and_unload()

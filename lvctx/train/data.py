@@ -1,0 +1,16 @@
+"""Which samples a global step reads: a function of seed and step alone, so a resumed run sees the same ones."""
+
+from functools import lru_cache
+
+import numpy as np
+
+
+def indices(step: int, *, batch: int, samples: int, seed: int) -> list[int]:
+    """Sample numbers of a global step: a fresh permutation each epoch, epochs joined without a gap."""
+    places = (divmod(position, samples) for position in range(step * batch, (step + 1) * batch))
+    return [int(_permutation(seed, epoch, samples)[place]) for epoch, place in places]
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, samples: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(samples)
