@@ -1,0 +1,109 @@
+"""`lvctx align`: a language model and a tower in, a vision-language model out."""
+
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lvctx.cli.common import (
+    PIPELINE,
+    DryRunOption,
+    ForceOption,
+    QuietOption,
+    RecipeOption,
+    Resume,
+    ResumeOption,
+    SeedOption,
+    VerboseOption,
+    emit,
+    examples,
+    progress,
+)
+
+
+class Stage(StrEnum):
+    """What is trained."""
+
+    projector = "projector"
+    full = "full"
+
+
+class Rule(StrEnum):
+    """Which UniRes: the released code's or the paper's."""
+
+    code = "code"
+    paper = "paper"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command(
+        "align",
+        rich_help_panel=PIPELINE,
+        epilog=examples(
+            "lvctx align --lm lm-32k --tower tower --data shapes/projector.json --images shapes --steps 2 -o vlm-0",
+            "lvctx align --stage full --init vlm --data shapes/full.json --images shapes --lora 16 --dry-run -o vlm-1",
+        ),
+    )(align)
+
+
+def align(
+    data: Annotated[Path, typer.Option(help="Conversations: LLaVA JSON or JSONL.")],
+    images: Annotated[Path, typer.Option(help="Folder that the image paths are relative to.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the aligned model.")],
+    stage: Annotated[Stage, typer.Option(help="projector: the MLP alone. full: the whole model.")] = Stage.projector,
+    lm: Annotated[str | None, typer.Option(help="Language model: directory or hub id.")] = None,
+    tower: Annotated[str | None, typer.Option(help="CLIP or SigLIP tower: directory or hub id.")] = None,
+    init: Annotated[str | None, typer.Option(help="VLM to go on from, instead of --lm and --tower.")] = None,
+    grid_rule: Annotated[Rule, typer.Option(help="UniRes as the released code or as the paper.")] = Rule.code,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", min=1)] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data. Default: 1.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples a step. Default: 128 projector, 32 full.", min=1)] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak rate. Default: 1e-3 projector, 1e-5 full.")] = None,
+    tower_lr: Annotated[float, typer.Option(help="Tower's peak rate in stage full; 0 freezes it.")] = 2e-6,
+    warmup: Annotated[float, typer.Option(help="Fraction of the steps before the cosine.", min=0, max=1)] = 0.03,
+    lora: Annotated[int, typer.Option(help="Rank of LoRA on the LM in stage full; 0 trains all.", min=0)] = 0,
+    max_length: Annotated[int, typer.Option(help="Tokens after which a sample is cut.", min=2)] = 32_768,
+    micro_tokens: Annotated[int, typer.Option(help="Padded tokens of one forward (speed, memory).", min=1)] = 4096,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
+    recipe: RecipeOption = None,
+    seed: SeedOption = 0,
+    resume: ResumeOption = Resume.auto,
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Teach a language model to see with single images: the projector first, then the whole model or LoRA."""
+    from lvctx.artifacts import schemas
+    from lvctx.artifacts.manifest import MANIFEST
+    from lvctx.artifacts.store import sha256_file
+    from lvctx.stages.align import plan_align, run_align
+
+    plan = plan_align(
+        stage=stage.value,
+        lm=lm,
+        tower=tower,
+        init=init,
+        data=data,
+        images=images,
+        grid_rule=grid_rule.value,
+        steps=steps,
+        epochs=epochs,
+        batch=batch,
+        lr=lr,
+        tower_lr=tower_lr,
+        warmup=warmup,
+        lora=lora,
+        max_length=max_length,
+        seed=seed,
+    )
+    facts = {"samples": len(plan.conversations), **asdict(plan.config)}
+    if dry_run:
+        emit({"dry_run": True, "path": str(out), **facts})
+        return
+    with progress(f"align {stage.value}", quiet=quiet) as report:
+        run_align(plan, out, resume=resume, force=force, micro_tokens=micro_tokens, device=device, report=report)
+    emit({"schema": schemas.MODEL, "path": str(out), "sha256": sha256_file(out / MANIFEST), **facts})

@@ -1,0 +1,334 @@
+"""Teach a language model to see, with single images only: first the projector, then the whole model (or LoRA).
+
+LongVA section 3.2 and LLaVA-1.6: stage `projector` trains the MLP alone on caption pairs; stage `full` trains projector,
+language model and tower on instructions. Images go through UniRes: their grids look to the model like a video's frames.
+
+Shapes: B samples, L tokens of the longest, E language-model width, N visual tokens.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lvctx.artifacts import schemas
+from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
+from lvctx.artifacts.store import fingerprint
+from lvctx.dist import checkpoint
+from lvctx.errors import UsageError
+from lvctx.model.export import model_files
+from lvctx.model.load import VLM_TYPE, context_length, load_config, load_model, load_tokenizer, resolve_model
+from lvctx.model.lora import ATTENTION, add_lora, lora_parameters, merge_lora
+from lvctx.model.loss import IGNORED, token_loss
+from lvctx.model.vlm import assemble, embed_frames, frame_features, newline_id, save_vlm, tokens_per_frame
+from lvctx.train.chat import Conversation, encode_conversation, read_conversations
+from lvctx.train.chat import Sequence as TokenSequence
+from lvctx.train.data import indices
+from lvctx.train.loop import Group, TrainConfig, train
+from lvctx.vision.grids import GridRule, unires_grid, unires_tiles
+from lvctx.vision.images import Preprocess, image_size, open_image
+from lvctx.vision.tower import load_vision_model
+
+log = logging.getLogger(__name__)
+Stage = Literal["projector", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig:
+    """What decides an aligned model, besides models and data."""
+
+    stage: Stage
+    """`projector`: tower and language model frozen. `full`: all trained."""
+    grid_rule: GridRule
+    """UniRes as the released code (`code`) or as the paper's text (`paper`)."""
+    steps: int
+    """Optimizer steps."""
+    batch: int
+    """Samples a step; LongVA 128 (projector), 32 (full)."""
+    lr: float
+    """Peak rate of projector and language model; LongVA 1e-3 (projector), 1e-5 (full)."""
+    tower_lr: float
+    """Peak rate of the tower in stage `full`; LLaVA 2e-6; 0 freezes it."""
+    warmup: float
+    """Fraction of the steps; LLaVA 0.03. The schedule is cosine."""
+    lora: int
+    """Rank of LoRA on the language model's attention in stage `full`; 0 trains all its weights, as LongVA."""
+    max_length: int
+    """Tokens after which a sample is cut; LongVA 32,768."""
+    seed: int
+    """Order of the samples, projector's and LoRA's initialisation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A checked run."""
+
+    config: AlignConfig
+    """With every default resolved."""
+    lm: Path | None
+    """Language model to start from, with `tower`."""
+    tower: Path | None
+    """Tower to start from."""
+    init: Path | None
+    """VLM to go on from, instead of the two."""
+    conversations: list[Conversation]
+    """Training samples."""
+    provenance: Provenance
+    """What identifies the run."""
+
+
+DEFAULTS: dict[Stage, dict[str, float]] = {
+    "projector": {"lr": 1e-3, "batch": 128},
+    "full": {"lr": 1e-5, "batch": 32},
+}
+"""LongVA's learning rates and batch sizes."""
+
+
+def plan_align(
+    *,
+    stage: Stage,
+    lm: str | None,
+    tower: str | None,
+    init: str | None,
+    data: Path,
+    images: Path,
+    grid_rule: GridRule,
+    steps: int | None,
+    epochs: float | None,
+    batch: int | None,
+    lr: float | None,
+    tower_lr: float,
+    warmup: float,
+    lora: int,
+    max_length: int,
+    seed: int,
+) -> Plan:
+    """Check the inputs and resolve the defaults. Raises UsageError and InputError; loads no weights."""
+    if (init is None) == (lm is None and tower is None):
+        raise UsageError("give either --init, or --lm and --tower")
+    if init is None and (lm is None or tower is None):
+        raise UsageError("--lm and --tower go together")
+    if stage == "projector" and lora:
+        raise UsageError("--lora trains the language model: it goes with --stage full")
+    if steps is not None and epochs is not None:
+        raise UsageError("give --steps or --epochs, not both")
+    paths = {k: resolve_model(v) for k, v in {"lm": lm, "tower": tower, "init": init}.items() if v}
+    conversations = read_conversations(data, images)
+    size = batch or int(DEFAULTS[stage]["batch"])
+    config = AlignConfig(
+        stage=stage,
+        grid_rule=grid_rule,
+        steps=steps or max(1, round((epochs or 1) * len(conversations) / size)),
+        batch=size,
+        lr=DEFAULTS[stage]["lr"] if lr is None else lr,
+        tower_lr=tower_lr if stage == "full" else 0.0,
+        warmup=warmup,
+        lora=lora,
+        max_length=max_length,
+        seed=seed,
+    )
+    pictures = hashlib.sha256()
+    for image in sorted({i for c in conversations for i in c.images}):
+        pictures.update(f"{image.relative_to(images)}\0{image.stat().st_size}\n".encode())
+    inputs = {k: fingerprint(p) for k, p in paths.items()}
+    inputs |= {"data": fingerprint(data), "images": pictures.hexdigest()}
+    return Plan(
+        config=config,
+        lm=paths.get("lm"),
+        tower=paths.get("tower"),
+        init=paths.get("init"),
+        conversations=conversations,
+        provenance=Provenance(schema=schemas.MODEL, command="align", config=asdict(config), inputs=inputs, seed=seed),
+    )
+
+
+def run_align(
+    plan: Plan,
+    out: Path,
+    *,
+    resume: str,
+    force: bool,
+    micro_tokens: int,
+    device: str,
+    report: Callable[[int, int, str], None],
+) -> None:
+    """Train (or resume) and write the aligned VLM to `out`; nothing to do if it stands finished.
+
+    `micro_tokens` bounds the padded tokens of one forward; it changes speed and memory, not the result's definition.
+    """
+    if is_finished(out, plan.provenance, resume=resume, force=force):
+        return
+    if force or resume == "never":
+        checkpoint.remove(out)
+    vlm, tokenizer, pixels_from = _load(plan, device)
+    preprocess = Preprocess.from_directory(pixels_from)
+    longest = _train(vlm, tokenizer, plan, preprocess, out, micro_tokens=micro_tokens, device=device, report=report)
+    vlm.to(vlm.config.dtype)
+    out.mkdir(parents=True, exist_ok=True)
+    save_vlm(vlm, tokenizer, pixels_from, out)
+    facts = {
+        "original_context": _original_context(plan),
+        "context": context_length(vlm.config),
+        "longest_sample": longest,
+    }
+    write_manifest(out, plan.provenance, model_files(out), **facts)
+    checkpoint.remove(out)
+
+
+def _load(plan: Plan, device: str) -> tuple[Any, Any, Path]:
+    """The VLM to train, its tokenizer, and the directory that says how pixels are prepared."""
+    if plan.init is not None:
+        if load_config(plan.init).model_type != VLM_TYPE:
+            raise UsageError(f"--init {plan.init} is no VLM", fix="start with --lm and --tower")
+        return load_model(plan.init, device=device), load_tokenizer(plan.init), plan.init
+    assert plan.lm and plan.tower
+    lm = load_model(plan.lm)
+    tokenizer = load_tokenizer(plan.lm)
+    tower = load_vision_model(plan.tower, dtype=lm.dtype)
+    vlm = assemble(lm, tower, tokenizer, where=plan.lm, seed=plan.config.seed)
+    return vlm.to(device), tokenizer, plan.tower
+
+
+def _original_context(plan: Plan) -> int:
+    """Context of the language model before it was extended, as far as its manifest tells."""
+    source = plan.init or plan.lm
+    assert source
+    manifest = read_manifest(source) if (source / MANIFEST).is_file() else {}
+    return int(manifest.get("original_context") or context_length(load_config(source)))
+
+
+def _train(
+    vlm: Any,
+    tokenizer: Any,
+    plan: Plan,
+    preprocess: Preprocess,
+    out: Path,
+    *,
+    micro_tokens: int,
+    device: str,
+    report: Callable[[int, int, str], None],
+) -> int:
+    """Train in place; the tokens of the longest sample seen."""
+    config = plan.config
+    tile = vlm.config.vision_config.image_size
+    per_frame = tokens_per_frame(vlm.config)
+    groups, wrapped = _groups(vlm, config)
+    line_end = newline_id(tokenizer)
+    video = vlm.config.video_token_id
+    longest = 0
+
+    def block_length(image: Path) -> int:
+        columns, rows = unires_grid(*image_size(image), tile=tile, rule=config.grid_rule)
+        return columns * rows * per_frame + 1
+
+    def batch(step: int) -> list[list[tuple[Conversation, TokenSequence]]]:
+        chosen = indices(step, batch=config.batch, samples=len(plan.conversations), seed=config.seed)
+        samples = []
+        for i in chosen:
+            sequence = encode_conversation(plan.conversations[i], tokenizer, block_length)
+            if len(sequence.ids) > config.max_length:
+                log.warning(
+                    "%s: %d tokens, cut at %d", plan.conversations[i].where, len(sequence.ids), config.max_length
+                )
+                sequence = TokenSequence(
+                    ids=sequence.ids[: config.max_length],
+                    labels=[*sequence.labels[: config.max_length - 1], IGNORED],
+                )
+            samples.append((plan.conversations[i], sequence))
+        nonlocal longest
+        longest = max(longest, *(len(s.ids) for _, s in samples))
+        return group_by_length(samples, micro_tokens)
+
+    def loss(micro: list[tuple[Conversation, TokenSequence]]) -> tuple[Tensor, int]:
+        ids_BL, labels_BL, mask_BL = pad([s for _, s in micro], tokenizer.pad_token_id or 0, device)
+        is_visual_BL = (ids_BL == video) & mask_BL
+        embeddings = vlm.get_input_embeddings()
+        embeds_BLE = embeddings(ids_BL.masked_fill(is_visual_BL, 0))
+        visual = []
+        for (conversation, _), row in zip(micro, is_visual_BL, strict=True):
+            blocks = [
+                torch.cat([_embed_image(vlm, image, preprocess, tile, config), embeddings.weight[line_end][None]])
+                for image in conversation.images
+            ]
+            visual += [torch.cat(blocks)[: int(row.sum())]] if blocks else []
+        if visual:
+            visual_NE = torch.cat(visual).to(embeds_BLE.dtype)
+            embeds_BLE = embeds_BLE.masked_scatter(is_visual_BL[..., None], visual_NE)
+        hidden = vlm.model.language_model(inputs_embeds=embeds_BLE, attention_mask=mask_BL, use_cache=False)
+        return token_loss(hidden.last_hidden_state.flatten(0, 1), vlm.lm_head.weight, labels_BL.flatten())
+
+    train(
+        groups=groups,
+        batch=batch,
+        loss=loss,
+        config=TrainConfig(
+            steps=config.steps, schedule="cosine", warmup=config.warmup, weight_decay=0.0, betas=(0.9, 0.999)
+        ),
+        out=out,
+        run=plan.provenance.config_hash,
+        report=report,
+        device=device,
+    )
+    if wrapped is not None:
+        vlm.model.language_model = merge_lora(wrapped)
+    return longest
+
+
+def _groups(vlm: Any, config: AlignConfig) -> tuple[list[Group], Any]:
+    """Freeze what the stage freezes; the groups to train, and the LoRA wrapper of the language model if there is one."""
+    vlm.requires_grad_(False)
+    projector = vlm.model.multi_modal_projector.float().requires_grad_(True)
+    groups = [Group(name="projector", parameters=list(projector.parameters()), lr=config.lr)]
+    if config.stage == "projector":
+        return groups, None
+    wrapped = None
+    if config.lora:
+        wrapped = add_lora(vlm.model.language_model, rank=config.lora, targets=ATTENTION, seed=config.seed)
+        groups.append(Group(name="lm", parameters=lora_parameters(wrapped), lr=config.lr))
+    else:
+        # The head may share its weight with the embedding: each parameter once.
+        lm = [vlm.model.language_model.float(), vlm.lm_head.float()]
+        parameters = list({id(p): p.requires_grad_(True) for part in lm for p in part.parameters()}.values())
+        groups.append(Group(name="lm", parameters=parameters, lr=config.lr))
+    if config.tower_lr:
+        tower = vlm.model.vision_tower.float().requires_grad_(True)
+        groups.append(Group(name="tower", parameters=list(tower.parameters()), lr=config.tower_lr))
+    return groups, wrapped
+
+
+def _embed_image(vlm: Any, path: Path, preprocess: Preprocess, tile: int, config: AlignConfig) -> Tensor:
+    """Visual tokens (N, E) of an image: its UniRes grids, row by row, each like a frame of a video."""
+    tiles = unires_tiles(open_image(path), tile=tile, rule=config.grid_rule)
+    tower = vlm.model.vision_tower
+    pixels = preprocess(tiles).to(vlm.device, tower.dtype)
+    with torch.set_grad_enabled(config.tower_lr > 0):
+        features = frame_features(vlm, pixels)
+    return embed_frames(vlm, features)
+
+
+def group_by_length(
+    samples: Sequence[tuple[Conversation, TokenSequence]], micro_tokens: int
+) -> list[list[tuple[Conversation, TokenSequence]]]:
+    """Micro-batches of samples of like length, each at most `micro_tokens` after padding (or one sample alone)."""
+    groups: list[list[tuple[Conversation, TokenSequence]]] = []
+    for sample in sorted(samples, key=lambda s: len(s[1].ids), reverse=True):
+        widest = len(groups[-1][0][1].ids) if groups else 0
+        if groups and widest * (len(groups[-1]) + 1) <= micro_tokens:
+            groups[-1].append(sample)
+        else:
+            groups.append([sample])
+    return groups
+
+
+def pad(sequences: Sequence[TokenSequence], pad_id: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, labels and mask (B, L), padded on the right; padding is never counted."""
+    width = max(len(s.ids) for s in sequences)
+    ids = torch.tensor([s.ids + [pad_id] * (width - len(s.ids)) for s in sequences])
+    labels = torch.tensor([s.labels + [IGNORED] * (width - len(s.labels)) for s in sequences])
+    mask = torch.tensor([[True] * len(s.ids) + [False] * (width - len(s.ids)) for s in sequences])
+    return ids.to(device), labels.to(device), mask.to(device)

@@ -1,0 +1,128 @@
+"""LLaVA's conversations as training sequences: the model's own chat template, loss on the assistant's turns only.
+
+A row is `{"id", "image": PATH or [PATHS], "conversations": [{"from": "human"|"gpt"|"system", "value": TEXT}, ...]}`, in a
+JSON list or one object a line; `<image>` in a human turn stands for the next image. In the sequence an image is the
+block of its grids' tokens closed by one "\\n", and the "\\n" that LLaVA writes after `<image>` is that one.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lvctx.errors import InputError
+from lvctx.model.loss import IGNORED
+from lvctx.model.vlm import IMAGE_TOKEN, VIDEO_TOKEN
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """One checked row."""
+
+    where: str
+    """File and row, for errors."""
+    images: tuple[Path, ...]
+    """In the order of their `<image>` marks."""
+    messages: tuple[dict[str, str], ...]
+    """`{"role", "content"}` as chat templates take them; each image is one `<video>` token in a content."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence:
+    """Token ids of a conversation, with its visual blocks unfolded."""
+
+    ids: list[int]
+    """`video` ids stand for visual tokens."""
+    labels: list[int]
+    """Target under each position's hidden state (already shifted): -100 where it is not the assistant's word."""
+
+
+def read_conversations(path: Path, images: Path) -> list[Conversation]:
+    """Every row of a LLaVA JSON or JSONL file; image paths are relative to `images`.
+
+    Raises InputError naming file and row (or line) for malformed JSON, a missing image file, a number of `<image>` marks
+    other than the number of images, an unknown role, or a conversation without an assistant's answer.
+    """
+    conversations = [_check(row, where, images) for where, row in _read(path)]
+    if not conversations:
+        raise InputError("no conversation", where=path)
+    return conversations
+
+
+def _read(path: Path) -> list[tuple[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError("no such file", where=path) from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"cannot read ({e})", where=path) from e
+    if text.lstrip().startswith("["):
+        try:
+            return [(f"{path}[{i}]", row) for i, row in enumerate(json.loads(text))]
+        except ValueError as e:
+            raise InputError(f"malformed JSON ({e})", where=path, fix="mend the file") from e
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            rows.append((f"{path}:{number}", json.loads(line)))
+        except ValueError as e:
+            raise InputError(f"malformed JSON ({e})", where=f"{path}:{number}", fix="mend or remove the line") from e
+    return rows
+
+
+def _check(row: Any, where: str, folder: Path) -> Conversation:
+    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
+        raise InputError("no list of `conversations`", where=where)
+    named = row.get("image", [])
+    images = tuple(folder / name for name in ([named] if isinstance(named, str) else named))
+    messages, marks = [], 0
+    for turn in row["conversations"]:
+        role = ROLES.get(turn.get("from", ""))
+        if role is None or not isinstance(turn.get("value"), str):
+            raise InputError(f"a turn from {turn.get('from')!r}", where=where, fix="use human, gpt or system")
+        # The visual block closes with its own "\n", so the newline around a mark would be a second one.
+        content, count = re.subn(rf"\n?{IMAGE_TOKEN}\n?", VIDEO_TOKEN, turn["value"])
+        marks += count
+        messages.append({"role": role, "content": content})
+    if marks != len(images):
+        raise InputError(f"{marks} {IMAGE_TOKEN} marks for {len(images)} images", where=where)
+    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+        raise InputError("no answer to learn from", where=where)
+    for image in images:
+        if not image.is_file():
+            raise InputError(f"no such image {image}", where=where, fix="check --images")
+    return Conversation(where=where, images=images, messages=tuple(messages))
+
+
+def encode_conversation(conversation: Conversation, tokenizer: Any, visual_tokens: Callable[[Path], int]) -> Sequence:
+    """Ids and shifted labels of a conversation in the tokenizer's chat template.
+
+    `visual_tokens` gives the tokens of an image's block, its closing "\\n" included. Counted are the assistant's words and
+    the end-of-turn token after them (LLaVA; facts hold for any template that only appends turns).
+    """
+    messages = [dict(m) for m in conversation.messages]
+    spans, text = [], ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        if not text.startswith(before):
+            raise InputError("the chat template rewrites earlier turns", where=conversation.where)
+        end = len(text.rstrip("\n"))  # the template's line break after the end-of-turn token is not the model's to say
+        spans.append((len(before), end))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    video = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+    blocks = iter(conversation.images)
+    ids: list[int] = []
+    spoken: list[bool] = []
+    for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        count = visual_tokens(next(blocks)) if token == video else 1
+        ids += [token] * count
+        spoken += [any(a <= start and stop <= b for a, b in spans)] * count
+    labels = [i if s else IGNORED for i, s in zip(ids[1:], spoken[1:], strict=True)]
+    return Sequence(ids=ids, labels=[*labels, IGNORED])
