@@ -1,7 +1,8 @@
 """Teach a language model to see, with single images only: first the projector, then the whole model (or LoRA).
 
-LongVA section 3.2 and LLaVA-1.6: stage `projector` trains the MLP alone on caption pairs; stage `full` trains projector,
-language model and tower on instructions. Images go through UniRes: their grids look to the model like a video's frames.
+LongVA section 3.2 and LLaVA-1.6: stage `projector` trains the MLP alone on caption pairs; stage `full` trains
+projector, language model and tower on instructions. Images go through UniRes: their grids look to the model like a
+video's frames.
 
 Shapes: B samples, L tokens of the longest, E language-model width, N visual tokens.
 """
@@ -165,6 +166,7 @@ def run_align(
         return
     if force or resume == "never":
         checkpoint.remove(out)
+        (out / MANIFEST).unlink(missing_ok=True)
     vlm, tokenizer, pixels_from = _load(plan, device)
     preprocess = Preprocess.from_directory(pixels_from)
     longest = _train(vlm, tokenizer, plan, preprocess, out, micro_tokens=micro_tokens, device=device, report=report)
@@ -186,7 +188,8 @@ def _load(plan: Plan, device: str) -> tuple[Any, Any, Path]:
         if load_config(plan.init).model_type != VLM_TYPE:
             raise UsageError(f"--init {plan.init} is no VLM", fix="start with --lm and --tower")
         return load_model(plan.init, device=device), load_tokenizer(plan.init), plan.init
-    assert plan.lm and plan.tower
+    assert plan.lm is not None
+    assert plan.tower is not None
     lm = load_model(plan.lm)
     tokenizer = load_tokenizer(plan.lm)
     tower = load_vision_model(plan.tower, dtype=lm.dtype)
@@ -280,7 +283,7 @@ def _train(
 
 
 def _groups(vlm: Any, config: AlignConfig) -> tuple[list[Group], Any]:
-    """Freeze what the stage freezes; the groups to train, and the LoRA wrapper of the language model if there is one."""
+    """Freeze what the stage freezes; the groups to train, and the language model's LoRA wrapper if there is one."""
     vlm.requires_grad_(False)
     projector = vlm.model.multi_modal_projector.float().requires_grad_(True)
     groups = [Group(name="projector", parameters=list(projector.parameters()), lr=config.lr)]

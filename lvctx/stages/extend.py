@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.manifest import Provenance, is_finished, write_manifest
+from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, write_manifest
 from lvctx.artifacts.packed import PackedRows
 from lvctx.artifacts.store import fingerprint
 from lvctx.dist import checkpoint
@@ -125,6 +125,7 @@ def run_extend(
         return
     if force or resume == "never":
         checkpoint.remove(out)
+        (out / MANIFEST).unlink(missing_ok=True)
     config = plan.config
     hf = load_config(plan.model)
     dtype = hf.dtype or torch.bfloat16

@@ -1,8 +1,8 @@
 """LLaVA's conversations as training sequences: the model's own chat template, loss on the assistant's turns only.
 
-A row is `{"id", "image": PATH or [PATHS], "conversations": [{"from": "human"|"gpt"|"system", "value": TEXT}, ...]}`, in a
-JSON list or one object a line; `<image>` in a human turn stands for the next image. In the sequence an image is the
-block of its grids' tokens closed by one "\\n", and the "\\n" that LLaVA writes after `<image>` is that one.
+A row is `{"id", "image": PATH or [PATHS], "conversations": [{"from": "human"|"gpt"|"system", "value": TEXT}, ...]}`,
+in a JSON list or one object a line; `<image>` in a human turn stands for the next image. In the sequence an image is
+the block of its grids' tokens closed by one "\\n", and the "\\n" that LLaVA writes after `<image>` is that one.
 """
 
 import json
@@ -44,8 +44,8 @@ class Sequence:
 def read_conversations(path: Path, images: Path) -> list[Conversation]:
     """Every row of a LLaVA JSON or JSONL file; image paths are relative to `images`.
 
-    Raises InputError naming file and row (or line) for malformed JSON, a missing image file, a number of `<image>` marks
-    other than the number of images, an unknown role, or a conversation without an assistant's answer.
+    Raises InputError naming file and row (or line) for malformed JSON, a missing image file, a number of `<image>`
+    marks other than the number of images, an unknown role, or a conversation without an assistant's answer.
     """
     conversations = [_check(row, where, images) for where, row in _read(path)]
     if not conversations:
@@ -101,8 +101,8 @@ def _check(row: Any, where: str, folder: Path) -> Conversation:
 def encode_conversation(conversation: Conversation, tokenizer: Any, visual_tokens: Callable[[Path], int]) -> Sequence:
     """Ids and shifted labels of a conversation in the tokenizer's chat template.
 
-    `visual_tokens` gives the tokens of an image's block, its closing "\\n" included. Counted are the assistant's words and
-    the end-of-turn token after them (LLaVA; facts hold for any template that only appends turns).
+    `visual_tokens` gives the tokens of an image's block, its closing "\\n" included. Counted are the assistant's words
+    and the end-of-turn token after them, as in LLaVA. Any template works that only appends turns.
     """
     messages = [dict(m) for m in conversation.messages]
     spans, text = [], ""
