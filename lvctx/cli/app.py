@@ -34,9 +34,9 @@ def root(
 
 
 def _register() -> None:
-    from lvctx.cli import info
+    from lvctx.cli import info, pack_text
 
-    for module in (info,):
+    for module in (pack_text, info):
         module.register(app)
 
 

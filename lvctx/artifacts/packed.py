@@ -1,0 +1,111 @@
+"""The packed artifact: rows of token ids of one length in safetensors shards, with where documents begin.
+
+Shapes: R rows in a shard, S = seq_len. Each shard holds `input_ids` int32 (R, S); `doc_offsets` int64 (R + 1,) and
+`doc_starts` int32, ragged: row i's documents begin at `doc_starts[doc_offsets[i]:doc_offsets[i + 1]]`, each at its
+separator. A row whose first value is not 0 begins inside a document that the row before it began.
+Read without torch: rows are views of a memory map.
+"""
+
+import itertools
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lvctx.artifacts import schemas
+from lvctx.artifacts.manifest import read_manifest
+from lvctx.artifacts.store import read_safetensors_header, save_tensors
+from lvctx.errors import InputError
+
+
+def shard_name(number: int) -> str:
+    """File name of the shard with this 0-based number."""
+    return f"shard-{number:05d}.safetensors"
+
+
+def write_shard(
+    path: Path, rows: np.ndarray, offsets: np.ndarray, starts: np.ndarray, metadata: Mapping[str, str]
+) -> None:
+    """Write one shard atomically: rows int32 (R, S), offsets int64 (R + 1,), starts int32."""
+    save_tensors(path, {"input_ids": rows, "doc_offsets": offsets, "doc_starts": starts}, metadata)
+
+
+def map_tensors(path: Path) -> dict[str, np.ndarray]:
+    """A safetensors file's integer tensors as read-only memory maps. Raises InputError if it is not whole."""
+    header = read_safetensors_header(path)
+    with open(path, "rb") as f:
+        base = 8 + struct.unpack("<Q", f.read(8))[0]
+    dtypes = {"I16": np.int16, "I32": np.int32, "I64": np.int64}
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            dtype, shape = dtypes[entry["dtype"]], tuple(entry["shape"])
+            empty = 0 in shape  # a map of nothing is refused
+            offset = base + entry["data_offsets"][0]
+            tensors[name] = np.zeros(shape, dtype) if empty else np.memmap(path, dtype, "r", offset, shape)
+    return tensors
+
+
+class PackedRows:
+    """Rows of a finished packed directory, memory-mapped. `len()` is the number of rows."""
+
+    def __init__(self, directory: Path) -> None:
+        """Check manifest and shard sizes; maps nothing yet. Raises InputError for what is missing or changed."""
+        self.directory = Path(directory)
+        self.manifest: dict[str, Any] = read_manifest(self.directory)
+        if self.manifest.get("schema") != schemas.PACKED:
+            raise InputError(f"not packed rows ({self.manifest.get('schema')})", where=directory, fix="run pack-text")
+        for name, stored in self.manifest["files"].items():
+            path = self.directory / name
+            if not path.is_file() or path.stat().st_size != stored["bytes"]:
+                raise InputError("shard missing or of another size", where=path, fix="run pack-text again with --force")
+        self.seq_len: int = self.manifest["seq_len"]
+        self._ends = list(itertools.accumulate(self.manifest["shard_rows"]))
+        self._shards: dict[int, dict[str, np.ndarray]] = {}
+
+    def __len__(self) -> int:
+        return int(self.manifest["rows"])
+
+    def _find(self, row: int) -> tuple[dict[str, np.ndarray], int]:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        if number not in self._shards:
+            self._shards[number] = map_tensors(self.directory / shard_name(number))
+        return self._shards[number], row - (self._ends[number - 1] if number else 0)
+
+    def row(self, row: int) -> np.ndarray:
+        """Token ids, int32 (S,), a read-only view."""
+        shard, i = self._find(row)
+        return shard["input_ids"][i]
+
+    def doc_starts(self, row: int) -> np.ndarray:
+        """Places in the row where a document begins (at its separator), ascending, int32."""
+        shard, i = self._find(row)
+        return shard["doc_starts"][shard["doc_offsets"][i] : shard["doc_offsets"][i + 1]]
+
+    def documents(self, row: int) -> np.ndarray:
+        """Number of the document each token belongs to, counted in the row from 0, int32 (S,): equal numbers attend."""
+        marks = np.zeros(self.seq_len, np.int32)
+        marks[self.doc_starts(row)] = 1
+        marks[0] = 0
+        return np.cumsum(marks, dtype=np.int32)
+
+    def positions(self, row: int) -> np.ndarray:
+        """Position of each token in its document, int32 (S,); a document continued from the row before counts anew."""
+        places = np.arange(self.seq_len, dtype=np.int32)
+        begins = np.zeros(self.seq_len, np.int32)
+        begins[self.doc_starts(row)] = self.doc_starts(row)
+        return places - np.maximum.accumulate(begins)
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """The `lvctx` metadata of a whole shard, or None where there is no whole file."""
+    try:
+        raw = read_safetensors_header(path).get("__metadata__", {}).get("lvctx")
+    except InputError:
+        return None
+    return json.loads(raw) if raw else None

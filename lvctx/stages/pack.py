@@ -1,0 +1,412 @@
+"""Documents in, rows of token ids of one length out: the paper's length-upsampled corpus (LongVA section 3.1).
+
+One process reads, others tokenize, this one decides and packs. Where budgets are known from the start (`--tokens`,
+or no mix) rows are written at once; where they follow from what the input holds (the input's own shares, or as much as
+the scarcest source allows) the documents that the length rule keeps first go to spool parts beside the shards.
+
+Every shard and part carries the place it ends at and the accounts up to there. A killed run begins again after the last
+whole one; since every decision is a function of seed and place, its bytes are those of a run that was never killed.
+"""
+
+import itertools
+import json
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lvctx.artifacts import schemas
+from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
+from lvctx.artifacts.packed import map_tensors, read_state, shard_name, write_shard
+from lvctx.artifacts.store import save_tensors
+from lvctx.errors import InputError, UsageError
+from lvctx.text import mix as mixes
+from lvctx.text.documents import Chunk, Corpus, Fields, Place
+from lvctx.text.pack import Ledger, LengthRule, ShardBuffer, take_all, take_budgets
+from lvctx.text.tokenize import UNNAMED, Policy, TokenizerFile, Tokens, find_tokenizer, tokenize
+
+log = logging.getLogger(__name__)
+Report = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """What decides the rows, besides tokenizer and documents."""
+
+    seq_len: int
+    """Tokens of a row; LongVA 224,000."""
+    tokens: int | None = None
+    """Tokens to pack, separators counted; None packs as many as the mix allows."""
+    min_long: int = 4096
+    """Documents with more tokens are all kept."""
+    keep_short: float = 0.1
+    """Probability to keep a shorter one."""
+    mix: dict[str, float] | str = mixes.AUTO
+    """Shares of sources summing to 1, or the name of a rule; see `text.mix`."""
+    separator: int
+    """Token id before each document."""
+    keep_tail: bool = False
+    """Keep the last, partial row, filled up with separators."""
+    shard_tokens: int = 1 << 24
+    """Tokens of a shard, rounded down to whole rows; 2^24 is 64 MiB, and what a killed run redoes at most."""
+    text_field: str = "text"
+    """Field of a record that holds the document."""
+    source_field: str | None = None
+    """Field that names its source; None looks at the usual places."""
+    split: str = "train"
+    """Split of a dataset."""
+    invalid: str = "replace"
+    """Invalid UTF-8: `replace`, `skip` the document, or `error`."""
+    skip_malformed: bool = False
+    """Leave malformed records out instead of stopping."""
+    seed: int = 0
+    """Which short documents are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A checked run."""
+
+    config: PackConfig
+    """With every default resolved."""
+    corpus: Corpus
+    """The input."""
+    tokenizer: TokenizerFile
+    """Loaded and with its separator."""
+    provenance: Provenance
+    """What identifies the run."""
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of a full shard."""
+        return max(1, self.config.shard_tokens // self.config.seq_len)
+
+
+def plan_pack(inputs: Sequence[str], *, tokenizer: str, separator: str, mix: str, **options: Any) -> Plan:
+    """Check inputs and resolve defaults; `options` are PackConfig's. Raises UsageError and InputError."""
+    shares = mixes.load_mix(mix)
+    if options["seq_len"] < 2:
+        raise UsageError(f"--seq-len {options['seq_len']} is less than 2", fix="a row needs two tokens to learn from")
+    if options.get("tokens") is not None and options["tokens"] < options["seq_len"]:
+        raise UsageError(f"--tokens {options['tokens']} is less than one row of {options['seq_len']}", fix="raise it")
+    found = find_tokenizer(tokenizer, separator)
+    config = PackConfig(mix=shares, separator=found.separator, **options)
+    fields = Fields(text=config.text_field, source=config.source_field)
+    corpus = Corpus(inputs, fields=fields, split=config.split)
+    provenance = Provenance(
+        schema=schemas.PACKED,
+        command="pack-text",
+        config=asdict(config),
+        inputs={"tokenizer": found.sha256, "documents": corpus.fingerprint()},
+        seed=config.seed,
+    )
+    return Plan(config=config, corpus=corpus, tokenizer=found, provenance=provenance)
+
+
+def run_pack(
+    plan: Plan, out: Path, *, workers: int, resume: str = "auto", force: bool = False, report: Report
+) -> dict[str, Any]:
+    """Write (or finish) the packed directory and return its manifest; nothing to do if it stands finished."""
+    if not is_finished(out, plan.provenance, resume=resume, force=force):
+        _Packer(plan, out, workers=workers, report=report).run(resume=resume, force=force)
+    return read_manifest(out)
+
+
+class _Packer:
+    """One run: the state that moves on, and the two ways through it."""
+
+    def __init__(self, plan: Plan, out: Path, *, workers: int, report: Report) -> None:
+        self.plan, self.config, self.out, self.workers, self.report = plan, plan.config, out, workers, report
+        self.rule = LengthRule(min_long=plan.config.min_long, keep_short=plan.config.keep_short, seed=plan.config.seed)
+        self.ledger = Ledger()
+        self.mix: dict[str, float] | str = plan.config.mix
+        self.budgets: dict[str, int] = {}
+        self.shards = 0
+        self.buffer = ShardBuffer(rows=plan.shard_rows, seq_len=plan.config.seq_len)
+
+    def run(self, *, resume: str, force: bool) -> None:
+        """Pack from where an unfinished run stood, or from the beginning."""
+        if force:
+            (self.out / MANIFEST).unlink(missing_ok=True)
+        fresh = force or resume == "never"
+        shards = [] if fresh else self._standing(shard_name, rows=self.plan.shard_rows)
+        parts = [] if fresh else self._standing(_part_name, rows=None)
+        if resume == "must" and not shards and not parts:
+            raise InputError("nothing to resume", where=self.out, fix="drop --resume must")
+        self._remove_all_but([shard_name(i) for i in range(len(shards))] + [_part_name(i) for i in range(len(parts))])
+        self.shards = len(shards)
+        if shards or parts:
+            self.ledger = Ledger((shards or parts)[-1]["ledger"])
+        if parts and not parts[-1]["complete"]:
+            self._write_parts(self._tokens(parts[-1]["end"]), parts)
+        if parts:
+            self._resolve_mix(self.ledger.accounts)
+            self._set_budgets()
+            self._write_rows(self._spooled(len(parts), shards), shards, spooled=True)
+        elif shards:
+            self._resolve_mix(self.ledger.accounts)
+            self._write_rows(self._tokens(shards[-1]["place"]), shards, spooled=False)
+        else:
+            self._begin()
+        self._finish()
+
+    def _begin(self) -> None:
+        stream = self._tokens(Place(0, 0, 0))
+        with closing(stream):
+            first = next((t for t in stream if len(t.names)), None)
+            if first is None:
+                raise InputError("no documents in the input", where=", ".join(p.name for p in self.plan.corpus.parts))
+            self._resolve_mix(first.names)
+            tokens = itertools.chain([first], stream)
+            if self.mix == mixes.KEEP or (isinstance(self.mix, dict) and self.config.tokens is None):
+                parts: list[dict[str, Any]] = []
+                self._write_parts(tokens, parts)
+                self._set_budgets()
+                self._write_rows(self._spooled(len(parts), []), [], spooled=True)
+            else:
+                self._write_rows(tokens, [], spooled=False)
+
+    # Reading
+
+    def _tokens(self, start: Sequence[int]) -> Generator[Tokens, None, None]:
+        """Tokenized chunks from a place on."""
+        corpus, config = self.plan.corpus, self.config
+        policy = Policy(invalid=config.invalid, skip_malformed=config.skip_malformed)
+        stream = tokenize(
+            corpus.chunks(Place(*start)),
+            self.plan.tokenizer,
+            fields=corpus.fields,
+            policy=policy,
+            workers=self.workers,
+        )
+        with closing(stream):
+            for tokens in stream:
+                yield tokens
+                done = corpus.bytes_before(tokens.chunk.end)
+                self.report(done, corpus.size, f"{self.ledger.documents:,} documents, {self.shards} shards")
+
+    def _spooled(self, parts: int, shards: list[dict[str, Any]]) -> Iterator[Tokens]:
+        """The documents in the spool parts, from the one on that the last shard ended in."""
+        for number in range(shards[-1]["place"][0] if shards else 0, parts):
+            path = self.out / _part_name(number)
+            stored, state = map_tensors(path), read_state(path)
+            assert state is not None
+            place = Place(number, 0, 0)
+            yield Tokens(
+                chunk=Chunk(start=place, end=place, where=(str(path),)),
+                ids=stored["ids"],
+                starts=stored["starts"],
+                status=np.zeros(len(stored["codes"]), np.uint8),
+                names=tuple(state["names"]),
+                codes=stored["codes"],
+            )
+            self.report(number + 1, parts, f"{self.shards} shards")
+
+    # Deciding
+
+    def _resolve_mix(self, names: Iterable[str]) -> None:
+        if self.mix == mixes.AUTO:
+            self.mix = mixes.NONE if UNNAMED in names else dict(mixes.SLIMPAJAMA)
+        if isinstance(self.mix, dict) and self.config.tokens is not None:
+            self.budgets = mixes.apportion(self.config.tokens, self.mix)
+
+    def _check_sources(self, tokens: Tokens) -> None:
+        where = tokens.chunk.where[0]
+        for name in tokens.names:
+            if isinstance(self.mix, dict) and name not in self.mix:
+                what = f"source {name!r} is not" if name != UNNAMED else "documents that name no source are not"
+                fix = "--mix none, --mix keep or a --mix file that has it"
+                raise InputError(f"{what} in the mix (which has {', '.join(self.mix)})", where=where, fix=fix)
+            if self.config.mix == mixes.AUTO and self.mix == mixes.NONE and name != UNNAMED:
+                what = f"source {name!r} after documents that name none"
+                raise InputError(what, where=where, fix="say --mix none, --mix keep or a --mix file")
+
+    def _set_budgets(self) -> None:
+        """Budgets from what the whole input holds: its own shares (before the length rule) or the mix's."""
+        accounts = self.ledger.accounts
+        if self.mix == mixes.KEEP:
+            total = sum(a.tokens for a in accounts.values())
+            self.mix = {s: a.tokens / total for s, a in sorted(accounts.items()) if a.tokens}
+        assert isinstance(self.mix, dict)
+        available = {s: a.eligible for s, a in accounts.items()}
+        total, scarce = mixes.largest_total(available, self.mix)
+        if not total:
+            have = accounts.get(scarce)
+            found = f"{have.documents} documents, none kept by the length rule" if have else "no documents"
+            raise InputError(
+                f"source {scarce!r} cannot meet its share of {self.mix[scarce]:.5f}: it has {found}",
+                fix="change --mix, or raise --keep-short",
+            )
+        self.budgets = mixes.apportion(self.config.tokens or total, self.mix)
+        mixes.check_budgets(self.budgets, available, self.mix)
+
+    def _take(self, tokens: Tokens, keep: np.ndarray, low: int) -> np.ndarray:
+        if self.budgets:
+            return take_budgets(tokens, keep, low, self.budgets, self.ledger)
+        room = None if self.config.tokens is None else self.config.tokens - self.ledger.packed()
+        return take_all(tokens, keep, low, room)
+
+    def _enough(self) -> bool:
+        return self.config.tokens is not None and self.ledger.packed() >= self.config.tokens
+
+    # Writing
+
+    def _write_parts(self, stream: Iterator[Tokens], parts: list[dict[str, Any]]) -> None:
+        """Spool the documents that the length rule keeps; `parts` are the states of those that stand."""
+        names = {name: i for i, name in enumerate(parts[-1]["names"] if parts else [])}
+        ids: list[np.ndarray] = []
+        lengths: list[np.ndarray] = []
+        codes: list[np.ndarray] = []
+        held, end = 0, Place(0, 0, 0)
+
+        def flush(*, complete: bool) -> None:
+            nonlocal held
+            whole = np.concatenate([np.zeros(1, np.int64), *lengths])
+            tensors = {
+                "ids": np.concatenate([np.empty(0, np.int32), *ids]),
+                "starts": np.cumsum(whole),
+                "codes": np.concatenate([np.empty(0, np.int32), *codes]),
+            }
+            state = {"end": end, "complete": complete, "names": list(names), "ledger": self.ledger.to_dict()}
+            save_tensors(self.out / _part_name(len(parts)), tensors, self._metadata(state))
+            parts.append(state)
+            held = 0
+            for group in (ids, lengths, codes):
+                group.clear()
+
+        for tokens in stream:
+            self._check_sources(tokens)
+            keep = self.rule.keep(tokens.lengths(), self.ledger.documents)
+            self.ledger.read(tokens, keep, 0, len(keep))
+            local = np.array([names.setdefault(n, len(names)) for n in tokens.names], np.int32)
+            ids.append(tokens.ids[np.repeat(keep, tokens.lengths() + 1)])
+            lengths.append(tokens.lengths()[keep] + 1)
+            codes.append(local[tokens.codes[keep]])
+            held, end = held + len(ids[-1]), tokens.chunk.end
+            if held >= self.config.shard_tokens:
+                flush(complete=False)
+        flush(complete=True)
+
+    def _write_rows(self, stream: Iterator[Tokens], shards: list[dict[str, Any]], *, spooled: bool) -> None:
+        """Fill rows and write every shard that fills up; `shards` are the states of those that stand."""
+        low, offset = (shards[-1]["document"], shards[-1]["offset"]) if shards else (0, 0)
+        for tokens in () if self._enough() else stream:
+            count = len(tokens.status)
+            if spooled:
+                keep = np.ones(count, bool)
+            else:
+                self._check_sources(tokens)
+                keep = self.rule.keep(tokens.lengths(), self.ledger.documents - low)
+            take = self._take(tokens, keep, low)
+            for k in np.flatnonzero(take).tolist():
+                document = tokens.ids[tokens.starts[k] : tokens.starts[k] + take[k]]
+                while True:
+                    offset += self.buffer.put(document[offset:], begins=offset == 0)
+                    if self.buffer.full:
+                        self._enter(tokens, keep, take, low, k, spooled)
+                        low = k
+                        self._write_shard({"place": tokens.chunk.start, "document": k, "offset": offset})
+                    if offset == len(document):
+                        break
+                offset = 0
+            self._enter(tokens, keep, take, low, count, spooled)
+            low = 0
+            if self._enough():
+                break
+
+    def _enter(self, tokens: Tokens, keep: np.ndarray, take: np.ndarray, low: int, high: int, spooled: bool) -> None:
+        if not spooled:
+            self.ledger.read(tokens, keep, low, high)
+        self.ledger.pack(tokens, keep, take, low, high)
+
+    def _write_shard(self, state: dict[str, Any]) -> None:
+        rows, offsets, starts = self.buffer.arrays()
+        state = {**state, "rows": len(rows), "ledger": self.ledger.to_dict()}
+        write_shard(self.out / shard_name(self.shards), rows, offsets, starts, self._metadata(state))
+        self.shards += 1
+        self.buffer.clear()
+
+    def _metadata(self, state: dict[str, Any]) -> dict[str, str]:
+        whole = {**self.plan.provenance.to_dict(), "state": state}
+        return {"lvctx": json.dumps(whole, sort_keys=True, separators=(",", ":"))}
+
+    # Beginning and ending
+
+    def _standing(self, name: Callable[[int], str], *, rows: int | None) -> list[dict[str, Any]]:
+        """States of the whole shards or parts that this very run left, up to the first gap or partial one."""
+        states: list[dict[str, Any]] = []
+        for number in itertools.count():
+            stored = read_state(self.out / name(number))
+            if stored is None or (rows is not None and stored["state"]["rows"] < rows):
+                return states
+            if stored["config_hash"] != self.plan.provenance.config_hash:
+                log.warning("%s: starting over: the unfinished output there is of another run", self.out)
+                return []
+            states.append(stored["state"])
+        raise AssertionError
+
+    def _remove_all_but(self, keep: Sequence[str]) -> None:
+        for pattern in ("shard-*.safetensors", ".part-*.safetensors", ".*.partial"):
+            for path in self.out.glob(pattern):
+                if path.name not in keep:
+                    path.unlink()
+
+    def _finish(self) -> None:
+        config, ledger = self.config, self.ledger
+        if self.budgets and isinstance(self.mix, dict):
+            mixes.check_budgets(self.budgets, {s: a.packed for s, a in ledger.accounts.items()}, self.mix)
+        elif config.tokens is not None and not self._enough():
+            fix = f"--tokens {ledger.packed()} is the most there is; or raise --keep-short, or add input"
+            raise InputError(
+                f"the token budget cannot be met ({config.tokens - ledger.packed()} tokens short)", fix=fix
+            )
+        tail = self.buffer.used % config.seq_len
+        if tail and config.keep_tail:
+            filler = np.full(config.seq_len - tail, config.separator, np.int32)
+            self.buffer.put(filler, begins=True)
+        full, rest = self.plan.shard_rows, self.buffer.used // config.seq_len
+        shard_rows = [full] * self.shards + ([rest] if rest else [])
+        if not shard_rows:
+            raise InputError(
+                f"{ledger.packed()} tokens of {ledger.documents} documents passed the length rule: not one row of "
+                f"{config.seq_len}",
+                fix="add input, raise --keep-short, lower --min-long or --seq-len, or --keep-tail",
+            )
+        if rest:
+            self._write_shard({"place": None, "document": 0, "offset": 0})
+        facts = {
+            "seq_len": config.seq_len,
+            "rows": sum(shard_rows),
+            "shard_rows": shard_rows,
+            "tokens": ledger.packed() - (0 if config.keep_tail else tail),
+            "tail": {"tokens": tail, "kept": bool(tail and config.keep_tail)},
+            "tokenizer": {"sha256": self.plan.tokenizer.sha256, "vocabulary": self.plan.tokenizer.vocabulary},
+            "separator": {"id": config.separator, "token": self.plan.tokenizer.separator_token},
+            "sources": self._report_sources(),
+        }
+        write_manifest(self.out, self.plan.provenance, [shard_name(i) for i in range(len(shard_rows))], **facts)
+        for path in self.out.glob(".part-*.safetensors"):
+            path.unlink()
+
+    def _report_sources(self) -> dict[str, Any]:
+        read = sum(a.tokens for a in self.ledger.accounts.values())
+        packed = self.ledger.packed()
+        shares = self.mix if isinstance(self.mix, dict) else {}
+        return {
+            source: {
+                "share_of_input": account["tokens"] / read if read else 0.0,
+                "share_requested": shares.get(source),
+                "share_achieved": account["packed"] / packed,
+                "budget": self.budgets.get(source),
+                **account,
+            }
+            for source, account in self.ledger.to_dict().items()
+        }
+
+
+def _part_name(number: int) -> str:
+    return f".part-{number:05d}.safetensors"
