@@ -1,5 +1,6 @@
 """Fixtures: the nano assets (a real small language model, essays, clips) and tiny random models for unit tests."""
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -25,3 +26,59 @@ def nano() -> Nano:
     base = ROOT / ".cache" / "nano"
     subprocess.run([sys.executable, ROOT / "recipes" / "nano" / "fetch.py", "-o", base], check=True)
     return Nano(lm=base / "lm", essays=base / "essays", clips=base / "clips")
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(nano: Nano, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer Llama with grouped-query attention and SmolLM2's tokenizer: for unit tests only."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    out = tmp_path_factory.mktemp("tiny_lm")
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(nano.lm)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer CLIP tower of 48 px and patch 12: 16 features, 4 tokens a frame."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    out = tmp_path_factory.mktemp("tiny_tower")
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=48, patch_size=12
+    )
+    CLIPVisionModel(config).save_pretrained(out)
+    preprocessor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 48},
+        "crop_size": {"height": 48, "width": 48},
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+    }
+    (out / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return out

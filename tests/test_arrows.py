@@ -1,0 +1,91 @@
+"""The house's arrows: imports go down only, one room speaks to torch.distributed, the library stays silent."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "lvctx"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+MAY_IMPORT = {
+    "cli": {"cli", "stages", "bench", "artifacts"},
+    "stages": {"stages", "bench", "train", "text", "vision", "model", "positions", "dist", "artifacts"},
+    "bench": {"bench", "text", "vision", "model", "positions", "dist", "artifacts"},
+    "train": {"train", "text", "vision", "model", "positions", "dist", "artifacts"},
+    "text": {"text", "artifacts"},
+    "vision": {"vision", "artifacts"},
+    "model": {"model", "positions", "artifacts"},
+    "positions": {"positions", "artifacts"},
+    "dist": {"dist", "artifacts"},
+    "artifacts": {"artifacts"},
+}
+"""Room -> rooms it may import from. `errors` and the package itself are open to all."""
+
+
+def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down_only(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0]
+    if room not in MAY_IMPORT:
+        return
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "lvctx" and parts[1] in MAY_IMPORT:
+            assert parts[1] in MAY_IMPORT[room], f"{room} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_dist_speaks_to_torch_distributed(path: Path) -> None:
+    if "dist" not in path.relative_to(PACKAGE).parts:
+        assert not any(name.startswith("torch.distributed") for name in imports(path))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_library_never_prints_exits_or_reads_the_environment(path: Path) -> None:
+    if path.relative_to(PACKAGE).parts[0] in ("cli", "__main__.py"):
+        return
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    # A worker process may set a variable for a library it loads; what the user set is for cli/ to read.
+    set_here = {n.value for n in ast.walk(tree) if isinstance(n, ast.Subscript) and isinstance(n.ctx, ast.Store)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in {"print", "sys.exit", "exit", "os.getenv", "os.environ.get"}, f"{path}:{node.lineno}"
+        if isinstance(node, ast.Attribute) and node not in set_here:
+            assert ast.unparse(node) != "os.environ", f"{path}:{node.lineno}"
+
+
+def test_no_pickle() -> None:
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert "pickle" not in imports(path), path
+        assert "torch.load(" not in text, path
+
+
+def test_help_answers_at_once_without_torch() -> None:
+    """The contract says 0.3 s; the best of five keeps a busy machine from failing what it did not break."""
+    code = "import sys; sys.argv = ['lvctx', '--help']\nfrom lvctx.__main__ import main\n"
+    code += "try: main()\nfinally: print('TORCH' if 'torch' in sys.modules else 'LIGHT')"
+    times = []
+    for _ in range(5):
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        times.append(time.monotonic() - began)
+        assert "LIGHT" in done.stdout
+    assert min(times) < 0.3

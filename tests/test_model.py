@@ -1,0 +1,181 @@
+"""The VLM is stock LlavaOnevision: same tokens, same logits, on the saved directory."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, LlavaOnevisionForConditionalGeneration
+
+from lvctx.errors import InputError
+from lvctx.model.load import load_model, load_tokenizer, resolve_model
+from lvctx.model.loss import IGNORED, shift_labels, token_loss
+from lvctx.model.vlm import (
+    assemble,
+    chat_ids,
+    embed_frames,
+    frame_features,
+    newline_embedding,
+    newline_id,
+    save_vlm,
+    tokens_per_frame,
+)
+from lvctx.positions import rope
+
+
+@pytest.fixture(scope="module")
+def vlm_dir(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("vlm")
+    tokenizer = load_tokenizer(tiny_lm)
+    tower = CLIPVisionModel.from_pretrained(tiny_tower).eval()
+    vlm = assemble(load_model(tiny_lm), tower, tokenizer, where=tiny_lm, seed=0)
+    save_vlm(vlm, tokenizer, tiny_tower, out)
+    return out
+
+
+def test_visual_path_equals_the_stock_video_path(vlm_dir: Path) -> None:
+    """Tower -> projector -> 2x2 pool -> "\\n" on the saved directory: token for token and logit for logit."""
+    vlm, tokenizer = load_model(vlm_dir), load_tokenizer(vlm_dir)
+    stock = LlavaOnevisionForConditionalGeneration.from_pretrained(vlm_dir).eval()
+    torch.manual_seed(0)
+    pixels = torch.randn(5, 3, 48, 48)
+    before, after = chat_ids(tokenizer, "What color is the star?")
+    visual = 5 * tokens_per_frame(vlm.config) + 1
+    ids = torch.tensor([before + [stock.config.video_token_id] * visual + after])
+    embed = vlm.get_input_embeddings()
+    with torch.no_grad():
+        expected = stock(input_ids=ids, pixel_values_videos=pixels[None]).logits
+        block = torch.cat([embed_frames(vlm, frame_features(vlm, pixels)), newline_embedding(vlm)])
+        assert len(block) == visual
+        embeds = torch.cat([embed(torch.tensor(before)), block, embed(torch.tensor(after))])[None]
+        ours = vlm.lm_head(vlm.model.language_model(inputs_embeds=embeds).last_hidden_state)
+    assert torch.equal(ours, expected)
+
+
+def test_pool_is_the_mean_of_two_by_two(vlm_dir: Path) -> None:
+    vlm = load_model(vlm_dir)
+    torch.manual_seed(1)
+    features = torch.randn(2, 16, 32)
+    projected = vlm.model.multi_modal_projector(features).view(2, 2, 2, 2, 2, -1)  # F, rows, 2, columns, 2, E
+    torch.testing.assert_close(embed_frames(vlm, features), projected.mean((2, 4)).flatten(0, 2), atol=1e-6, rtol=1e-5)
+
+
+def test_newline_is_the_language_models_own(vlm_dir: Path) -> None:
+    vlm, tokenizer = load_model(vlm_dir), load_tokenizer(vlm_dir)
+    assert torch.equal(newline_embedding(vlm)[0], vlm.get_input_embeddings().weight[newline_id(tokenizer)])
+
+
+def test_chat_is_longvas_prompt_with_the_newline_inside_the_visual_block(vlm_dir: Path) -> None:
+    tokenizer = load_tokenizer(vlm_dir)
+    before, after = chat_ids(tokenizer, "Why?")
+    assert tokenizer.decode(before).endswith("<|im_start|>user\n")
+    assert tokenizer.decode(after) == "Why?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_template_takes_parts_as_processors_send_them(vlm_dir: Path) -> None:
+    tokenizer = load_tokenizer(vlm_dir)
+    parts = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Why?"}]}]
+    plain = [{"role": "user", "content": "<video>Why?"}]
+    assert tokenizer.apply_chat_template(parts, tokenize=False) == tokenizer.apply_chat_template(plain, tokenize=False)
+
+
+def test_grown_rows_are_the_mean_and_the_rest_is_untouched(tiny_lm: Path, vlm_dir: Path) -> None:
+    old = load_model(tiny_lm).get_input_embeddings().weight
+    new = load_model(vlm_dir).get_input_embeddings().weight
+    assert torch.equal(new[: len(old)], old)
+    torch.testing.assert_close(new[len(old)], old.mean(0))
+
+
+def test_a_frame_of_another_tower_is_refused(vlm_dir: Path) -> None:
+    with pytest.raises(InputError, match="own tower"):
+        embed_frames(load_model(vlm_dir), torch.zeros(1, 16, 31))
+
+
+def test_saved_twice_same_bytes(tiny_lm: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        tokenizer = load_tokenizer(tiny_lm)
+        tower = CLIPVisionModel.from_pretrained(tiny_tower).eval()
+        vlm = assemble(load_model(tiny_lm), tower, tokenizer, where=tiny_lm, seed=3)
+        save_vlm(vlm, tokenizer, tiny_tower, tmp_path / name)
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "b").iterdir())
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_missing_shard_is_named(tiny_lm: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((tiny_lm / "config.json").read_text())
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(InputError, match=r"missing model-00002-of-00002\.safetensors"):
+        resolve_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/nowhere/at/all"])
+def test_unknown_model_is_one_line(name: str) -> None:
+    with pytest.raises(InputError, match="no such model directory"):
+        resolve_model(name)
+
+
+def test_broken_weights_are_one_line(tiny_lm: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((tiny_lm / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not json at all")
+    with pytest.raises(InputError, match="cannot load the weights"):
+        load_model(tmp_path)
+
+
+def test_loss_is_the_float32_sum_of_cross_entropies_and_its_gradient() -> None:
+    """Against torch's own cross-entropy on full logits in float64, with ignored labels and an uneven last chunk."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(37, 8), torch.randn(50, 8)
+    labels = torch.randint(0, 50, (37,))
+    labels[::5] = IGNORED
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    full = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    total, count = token_loss(ours[0], ours[1], labels, chunk=7)
+    expected = F.cross_entropy(full[0] @ full[1].T, labels, ignore_index=IGNORED, reduction="sum")
+    total.backward()
+    expected.backward()
+    assert total.dtype == torch.float32
+    assert count == int((labels != IGNORED).sum())
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0)
+    for a, b in zip(ours, full, strict=True):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_labels_are_the_next_tokens() -> None:
+    assert shift_labels(torch.tensor([[5, 6, 7]])).tolist() == [[6, 7, IGNORED]]
+
+
+@given(theta=st.floats(1e4, 1e10), half=st.integers(1, 64))
+def test_rope_frequencies_are_the_formula(theta: float, half: int) -> None:
+    frequencies = rope.inv_freq(rope.RopeSpec(head_dim=2 * half, theta=theta))
+    for i, value in enumerate(frequencies.tolist()):
+        assert math.isclose(value, theta ** (-2 * i / (2 * half)), rel_tol=1e-12)
+
+
+def test_config_alone_makes_stock_transformers_compute_our_frequencies(tiny_lm: Path, tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    spec = rope.RopeSpec(head_dim=16, theta=2.5e5)
+    model.config.rope_parameters = rope.to_hf(spec)
+    model.save_pretrained(tmp_path)
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again.model.rotary_emb.inv_freq.double(), rope.inv_freq(spec), rtol=1e-6, atol=0)
+
+
+def test_siglip_tower_is_read_at_its_last_layer_with_every_patch(tiny_lm: Path) -> None:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    config = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=48, patch_size=12
+    )
+    tokenizer = load_tokenizer(tiny_lm)
+    vlm = assemble(load_model(tiny_lm), SiglipVisionModel(config).eval(), tokenizer, where=tiny_lm, seed=0)
+    assert frame_features(vlm, torch.zeros(1, 3, 48, 48)).shape == (1, 16, 32)
+    assert CLIPVisionConfig.model_type.startswith("clip")
