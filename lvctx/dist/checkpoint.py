@@ -5,6 +5,9 @@
 
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,21 @@ from lvctx.artifacts.store import disk_error, fsync_directory, is_disk_error
 CHECKPOINT = "checkpoint"
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """DCP warns that a single process is a single process; that is what we asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
 def save(state: dict[str, Any], directory: Path) -> None:
     """Replace `directory/checkpoint` by `state` (tensors and nested dicts of them)."""
     target, partial, old = (directory / name for name in (CHECKPOINT, ".checkpoint.partial", ".checkpoint.old"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        dcp.save(state, checkpoint_id=partial, no_dist=True)
+        with _alone():
+            dcp.save(state, checkpoint_id=partial, no_dist=True)
     except Exception as e:
         shutil.rmtree(partial, ignore_errors=True)
         cause = e.__cause__ or e
@@ -43,7 +55,8 @@ def find(directory: Path) -> Path | None:
 
 def load(state: dict[str, Any], found: Path) -> None:
     """Fill `state` in place from a checkpoint that `find` gave."""
-    dcp.load(state, checkpoint_id=found, no_dist=True)
+    with _alone():
+        dcp.load(state, checkpoint_id=found, no_dist=True)
 
 
 def remove(directory: Path) -> None:

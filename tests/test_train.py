@@ -1,0 +1,326 @@
+"""The training engine: schedules, data order, conversations, and runs that a signal can stop at any step."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor, nn
+
+from lvctx.errors import InputError, Stopped, UsageError
+from lvctx.model.load import load_tokenizer
+from lvctx.model.loss import IGNORED
+from lvctx.model.vlm import VIDEO_TOKEN
+from lvctx.train.chat import encode_conversation, read_conversations
+from lvctx.train.data import indices
+from lvctx.train.loop import Group, TrainConfig, train, uninterrupted
+from lvctx.train.schedule import rate
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+
+
+def test_schedules_are_their_formulas() -> None:
+    cosine = [rate(s, steps=100, schedule="cosine", warmup=0.03) for s in range(100)]
+    assert cosine[:3] == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0]
+    assert cosine[51] == pytest.approx(0.5 * (1 + math.cos(math.pi * 48 / 97)))
+    assert [rate(s, steps=4, schedule="constant", warmup=0.0) for s in range(4)] == [1.0] * 4
+    assert [rate(s, steps=4, schedule="linear", warmup=0.0) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]
+
+
+@given(st.integers(1, 7), st.integers(1, 20), st.integers(0, 5), st.integers(0, 3))
+def test_every_epoch_reads_every_sample_once(batch: int, samples: int, seed: int, epochs: int) -> None:
+    steps = math.ceil((epochs + 1) * samples / batch)
+    order = [i for step in range(steps) for i in indices(step, batch=batch, samples=samples, seed=seed)]
+    for epoch in range(epochs + 1):
+        assert sorted(order[epoch * samples : (epoch + 1) * samples]) == list(range(samples))
+
+
+class Toy:
+    """A regression whose every step can be watched, or interrupted."""
+
+    def __init__(self, out: Path, steps: int = 6, stop_at: int | None = None, *, lr: float = 0.1) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Linear(3, 1)
+        self.out, self.steps, self.stop_at, self.lr = out, steps, stop_at, lr
+        self.calls = 0
+
+    def loss(self, sample: int) -> tuple[Tensor, int]:
+        self.calls += 1
+        if self.stop_at is not None and self.calls == self.stop_at:
+            raise Stopped
+        x = torch.from_numpy(np.random.default_rng(sample).normal(size=(sample + 1, 3)).astype("float32"))
+        return ((self.model(x) - x.sum(1, keepdim=True)) ** 2).sum(), len(x)
+
+    def run(self, run: str = "ab" * 32) -> list[Tensor]:
+        train(
+            groups=[Group(name="all", parameters=list(self.model.parameters()), lr=self.lr)],
+            batch=lambda step: indices(step, batch=2, samples=5, seed=0),
+            loss=self.loss,
+            config=TrainConfig(steps=self.steps, schedule="cosine", warmup=0.3, weight_decay=0.1, save_every=2),
+            out=self.out,
+            run=run,
+            report=lambda done, total, note: None,
+        )
+        return [p.detach().clone() for p in self.model.parameters()]
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("stop_at", range(1, 13))
+def test_resumed_is_bitwise_the_uninterrupted_run_wherever_it_stopped(tmp_path: Path, stop_at: int) -> None:
+    expected = Toy(tmp_path / "whole").run()
+    with pytest.raises(Stopped):
+        Toy(tmp_path / "parts", stop_at=stop_at).run()
+    resumed = Toy(tmp_path / "parts").run()
+    assert all(torch.equal(a, b) for a, b in zip(expected, resumed, strict=True))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+
+
+def test_loss_is_a_mean_over_all_counted_tokens_of_the_step(tmp_path: Path) -> None:
+    """Two micro-batches of different sizes weigh by their tokens: the row equals one batch of both."""
+    toy = Toy(tmp_path, steps=1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        parts = [toy.loss(i) for i in indices(0, batch=2, samples=5, seed=0)]
+    toy.run()
+    row = metrics(tmp_path)[0]
+    assert row["tokens"] == sum(count for _, count in parts)
+    assert row["loss"] == pytest.approx(sum(total.item() for total, _ in parts) / row["tokens"], rel=1e-6)
+
+
+def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        Toy(tmp_path, stop_at=6).run()
+    with pytest.raises(InputError, match="other settings"):
+        Toy(tmp_path).run(run="cd" * 32)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
+    toy = Toy(tmp_path)
+    with torch.no_grad():
+        toy.model.bias.fill_(math.inf)
+    weight = toy.model.weight.clone()
+    with pytest.raises(InputError, match="step 0: loss inf"):
+        toy.run()
+    assert torch.equal(toy.model.weight, weight)
+
+
+def test_a_signal_waits_for_the_end_of_the_step() -> None:
+    order = []
+
+    def stop(number: int, frame: object) -> None:
+        order.append("signal")
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGTERM)
+            order.append("step")
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert order == ["step", "signal"]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]], *, lines: bool = False) -> Path:
+    text = "\n".join(json.dumps(r) for r in rows) + "\n" if lines else json.dumps(rows)
+    path.write_text(text)
+    return path
+
+
+def talk(*turns: str, **extra: Any) -> dict[str, Any]:
+    roles = ("human", "gpt")
+    return {"conversations": [{"from": roles[i % 2], "value": t} for i, t in enumerate(turns)], **extra}
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    return tmp_path
+
+
+def test_only_the_assistants_words_and_their_end_are_counted(pictures: Path, tiny_lm: Path) -> None:
+    """Golden: written down by hand for ChatML, two turns, one picture of three tokens."""
+    tokenizer = load_tokenizer(tiny_lm)
+    tokenizer.chat_template = CHATML.replace(
+        "{% endfor %}", "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": [VIDEO_TOKEN]})
+    data = write_rows(pictures / "d.json", [talk("<image>\nWhat?", "red", "And?", "dark blue", image="a.png")])
+    (conversation,) = read_conversations(data, pictures)
+    sequence = encode_conversation(conversation, tokenizer, lambda image: 3)
+    text = "".join(tokenizer.convert_ids_to_tokens(sequence.ids)).replace("Ġ", " ").replace("Ċ", "\n")
+    assert text.startswith(
+        "<|im_start|>user\n" + VIDEO_TOKEN * 3 + "What?<|im_end|>\n<|im_start|>assistant\nred<|im_end|>"
+    )
+    counted = tokenizer.decode([i for i in sequence.labels if i != IGNORED])
+    assert counted == "red<|im_end|>dark blue<|im_end|>"
+    for label, following in zip(sequence.labels, sequence.ids[1:], strict=False):
+        assert label in (IGNORED, following)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (talk("<image>\nWhat?", "red", image="none.png"), "no such image"),
+        (talk("<image><image>What?", "red", image="a.png"), "2 <image> marks for 1 images"),
+        (talk("What?", "red", image="a.png"), "0 <image> marks for 1 images"),
+        (talk("<image>\nWhat?", "", image="a.png"), "no answer"),
+        ({"conversations": [{"from": "cat", "value": "miau"}]}, "a turn from 'cat'"),
+        ({"image": "a.png"}, "no list of `conversations`"),
+    ],
+)
+@pytest.mark.parametrize("lines", [True, False])
+def test_a_bad_row_is_named(pictures: Path, row: dict[str, Any], message: str, lines: bool) -> None:
+    data = write_rows(pictures / "d.json", [talk("Hi", "Ho"), row], lines=lines)
+    with pytest.raises(InputError, match=message) as caught:
+        read_conversations(data, pictures)
+    assert str(caught.value).startswith(f"{data}:2" if lines else f"{data}[1]")
+
+
+def test_a_malformed_line_is_named_by_its_number(pictures: Path) -> None:
+    data = pictures / "d.jsonl"
+    data.write_text(json.dumps(talk("Hi", "Ho")) + '\n{"conversations": [\n')
+    with pytest.raises(InputError, match=r"d\.jsonl:2: malformed JSON"):
+        read_conversations(data, pictures)
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> Path:
+    """Four pictures of 1x2 to 2x2 grids for the tiny tower, with questions."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(4):
+        size = (96, 48) if i % 2 else (96, 96)
+        Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        rows.append(talk("<image>\nWhat color?", ["red", "blue"][i % 2], image=f"{i}.png"))
+    rows.append(talk("Say hi.", "hi"))
+    write_rows(tmp_path / "data.json", rows)
+    return tmp_path
+
+
+def align(drawn: Path, out: Path, tiny_lm: Path, tiny_tower: Path, **changed: Any) -> None:
+    from lvctx.stages.align import plan_align, run_align
+
+    options: dict[str, Any] = {
+        "stage": "projector",
+        "lm": str(tiny_lm),
+        "tower": str(tiny_tower),
+        "init": None,
+        "data": drawn / "data.json",
+        "images": drawn,
+        "grid_rule": "code",
+        "steps": 3,
+        "epochs": None,
+        "batch": 3,
+        "lr": 1e-2,
+        "tower_lr": 0.0,
+        "warmup": 0.0,
+        "lora": 0,
+        "max_length": 4096,
+        "seed": 0,
+    } | changed
+    plan = plan_align(**options)
+    quiet = {"micro_tokens": 256, "device": "cpu", "report": lambda done, total, note: None}
+    run_align(plan, out, resume="auto", force=False, **quiet)
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path / "model.safetensors")
+
+
+def changed(a: Path, b: Path) -> set[str]:
+    old, new = weights(a), weights(b)
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+def test_stages_train_what_they_say_and_freeze_the_rest(
+    drawn: Path, tmp_path: Path, tiny_lm: Path, tiny_tower: Path
+) -> None:
+    first, second = tmp_path / "p1", tmp_path / "p3"
+    align(drawn, first, tiny_lm, tiny_tower, steps=1)
+    align(drawn, second, tiny_lm, tiny_tower, steps=3)
+    assert all("multi_modal_projector" in name for name in changed(first, second))
+    assert len(changed(first, second)) == 4
+    full = {"stage": "full", "init": str(first), "lm": None, "tower": None, "steps": 1, "lr": 1e-3}
+    align(drawn, tmp_path / "lora", tiny_lm, tiny_tower, **full, lora=4)
+    trained = changed(first, tmp_path / "lora")
+    assert any("q_proj" in name for name in trained)
+    assert not any("mlp" in name or "vision_tower" in name or "embed_tokens" in name for name in trained)
+    align(drawn, tmp_path / "full", tiny_lm, tiny_tower, **full, tower_lr=1e-3)
+    trained = changed(first, tmp_path / "full")
+    assert any("vision_tower" in name for name in trained)
+    assert any("mlp" in name for name in trained)
+    assert "image_newline" in trained, "the newline follows its token"
+
+
+def test_align_learns_what_it_is_shown(drawn: Path, tmp_path: Path, tiny_lm: Path, tiny_tower: Path) -> None:
+    align(drawn, tmp_path / "vlm", tiny_lm, tiny_tower, steps=40, batch=5, stage="full", lr=5e-3)
+    losses = [row["loss"] for row in metrics(tmp_path / "vlm")]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_aligned_twice_same_bytes_and_micro_batches_do_not_matter_to_the_definition(
+    drawn: Path, tmp_path: Path, tiny_lm: Path, tiny_tower: Path
+) -> None:
+    for name in ("a", "b"):
+        align(drawn, tmp_path / name, tiny_lm, tiny_tower)
+    assert (tmp_path / "a" / "MANIFEST.json").read_bytes() == (tmp_path / "b" / "MANIFEST.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init": "x"}, "either --init, or"),
+        ({"lm": None}, "go together"),
+        ({"lora": 4}, "goes with --stage full"),
+        ({"epochs": 1.0}, "not both"),
+    ],
+)
+def test_contradicting_flags(
+    drawn: Path, tmp_path: Path, tiny_lm: Path, tiny_tower: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        align(drawn, tmp_path / "x", tiny_lm, tiny_tower, **options)
+
+
+def test_sigterm_saves_and_the_same_command_ends_with_the_same_model(
+    drawn: Path, tmp_path: Path, tiny_lm: Path, tiny_tower: Path
+) -> None:
+    """The real program: killed by SIGTERM in mid-training it exits 75; run again it goes on to the same bytes."""
+
+    def command(out: Path) -> list[str]:
+        flags = {"--lm": tiny_lm, "--tower": tiny_tower, "--data": drawn / "data.json", "--images": drawn, "-o": out}
+        pairs = [str(x) for pair in flags.items() for x in pair]
+        return [sys.executable, "-m", "lvctx", "align", *pairs, "--steps", "60", "--batch", "4"]
+
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    child = subprocess.Popen(command(tmp_path / "parts"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "parts" / "metrics.jsonl"
+    while not log.exists() or log.read_text().count("\n") < 5:
+        assert child.poll() is None, "ended before it could be stopped"
+        time.sleep(0.01)
+    child.terminate()
+    _, said = child.communicate()
+    assert child.returncode == 75, said
+    assert "run the same command again" in said
+    assert not (tmp_path / "parts" / "MANIFEST.json").exists()
+    subprocess.run(command(tmp_path / "parts"), check=True, capture_output=True)
+    assert changed(tmp_path / "whole", tmp_path / "parts") == set()
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
