@@ -14,7 +14,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"auto_envvar_prefix": "LVCTX", "help_option_names": ["-h", "--help"]},
     help="Long-context video understanding as unix steps. Text teaches a language model to read far; images teach "
-    "it to see; then it can watch an hour of video.",
+    "it to see; then it can watch an hour of video. "
+    "A flag's value is looked for on the command line, then in LVCTX_COMMAND_FLAG, then in --recipe, then its default.",
 )
 
 
@@ -34,9 +35,9 @@ def root(
 
 
 def _register() -> None:
-    from lvctx.cli import info, pack_text
+    from lvctx.cli import align, extend_lm, info, pack_text
 
-    for module in (pack_text, info):
+    for module in (pack_text, extend_lm, align, info):
         module.register(app)
 
 

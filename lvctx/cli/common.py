@@ -59,6 +59,13 @@ class Commands(TyperGroup):
         """Commands in the order they were added: the order of the pipeline."""
         return list(self.commands)
 
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A command whose help does not repeat LVCTX_COMMAND_FLAG under every flag; the program's own help says it."""
+        command = super().get_command(ctx, cmd_name)
+        for parameter in command.params if command else ():
+            parameter.show_envvar = False
+        return command
+
     def invoke(self, ctx: Any) -> Any:
         """Run a command; see `errors.py` for the exit codes."""
         previous = signal.signal(signal.SIGTERM, _on_sigterm)
