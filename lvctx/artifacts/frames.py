@@ -1,0 +1,121 @@
+"""The frames artifact: what a vision tower made of a video's sampled frames, written while the video is still read.
+
+A safetensors file in which `features` comes first, so that batches are appended as they arrive and memory does not
+grow with the length of the video. The header is written last, into room kept for it (the format allows spaces there).
+
+Suffixes: F frames, P features a frame, D tower width.
+"""
+
+import json
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvctx.artifacts import schemas
+from lvctx.artifacts.manifest import Provenance, read_provenance
+from lvctx.artifacts.store import atomic_file, read_safetensors_header
+from lvctx.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIX = ".frames.safetensors"
+"""How the name of a frames artifact ends."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frames:
+    """A video as its tower saw it."""
+
+    features: "Tensor"
+    """bf16 (F, P, D): the tower's selected layer, before any projector. Paged in from the file as it is used."""
+    pts: "Tensor"
+    """f64 (F,): when each frame is shown, in seconds."""
+    index: "Tensor"
+    """i64 (F,): each frame's number in the source, in the order of presentation, from 0."""
+    provenance: dict[str, Any]
+    """What made it; `provenance["inputs"]["tower"]` is the fingerprint of the tower."""
+
+
+class FramesWriter:
+    """An artifact being written: append batches in order."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self._file, self._room = file, room
+        self._pts: list[float] = []
+        self._index: list[int] = []
+        self._shape: tuple[int, ...] = ()
+
+    def append(self, features_BPD: "Tensor", pts: list[float], index: list[int]) -> None:
+        """Add a batch: features (B, P, D) of any float type, stored as bf16, and each frame's time and number."""
+        import torch
+
+        raw = features_BPD.detach().to("cpu", torch.bfloat16).contiguous()
+        assert len(raw) == len(pts) == len(index)
+        assert self._shape in ((), tuple(raw.shape[1:]))
+        self._shape = tuple(raw.shape[1:])
+        self._file.write(raw.view(torch.uint8).numpy().data)
+        self._pts += pts
+        self._index += index
+
+    def _finish(self, metadata: dict[str, str]) -> None:
+        count = len(self._pts)
+        self._file.write(struct.pack(f"<{count}d", *self._pts) + struct.pack(f"<{count}q", *self._index))
+        header: dict[str, Any] = {"__metadata__": metadata}
+        end = 0
+        for name, dtype, shape, size in (
+            ("features", "BF16", [count, *self._shape], 2),
+            ("pts", "F64", [count], 8),
+            ("index", "I64", [count], 8),
+        ):
+            start = end
+            for n in shape:
+                size *= n
+            end += size
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        assert len(raw) <= self._room, (len(raw), self._room)
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", self._room) + raw.ljust(self._room))
+
+
+@contextmanager
+def open_frames(target: Path, provenance: Provenance, facts: dict[str, Any]) -> Iterator[FramesWriter]:
+    """Write a frames artifact: append to what this yields; on a clean exit it stands whole under `target`.
+
+    `facts` (what was found out on the way, JSON values) may be filled until then; it is stored beside the provenance.
+    """
+    base = json.dumps(provenance.to_dict(), sort_keys=True)
+    # Quotes in the metadata are escaped once more in the header; facts and the three tensors' entries take the rest.
+    room = -(-(2 * len(base.encode()) + 4096) // 8) * 8
+    with atomic_file(target) as partial, open(partial, "wb") as file:
+        file.seek(8 + room)
+        writer = FramesWriter(file, room)
+        yield writer
+        value = {**provenance.to_dict(), "facts": facts}
+        writer._finish({"lvctx": json.dumps(value, sort_keys=True, separators=(",", ":"))})
+
+
+def write_frames(target: Path, features_FPD: "Tensor", pts: list[float], index: list[int], made: Provenance) -> None:
+    """Write a whole frames artifact at once; see `FramesWriter.append`."""
+    with open_frames(target, made, {}) as writer:
+        writer.append(features_FPD, pts, index)
+
+
+def read_frames(path: Path) -> Frames:
+    """Open a frames artifact. Raises InputError for a file that is not a whole one."""
+    from safetensors import safe_open
+
+    header = read_safetensors_header(path)
+    provenance = read_provenance(path)
+    if provenance is None or provenance.get("schema") != schemas.FRAMES:
+        raise InputError("not a frames artifact", where=path, fix="write one with lvctx encode-video")
+    missing = {"features", "pts", "index"} - header.keys()
+    if missing:
+        raise InputError(f"frames artifact without {', '.join(sorted(missing))}", where=path, fix="encode it again")
+    with safe_open(path, "pt") as f:
+        tensors = {name: f.get_tensor(name) for name in ("features", "pts", "index")}
+    return Frames(**tensors, provenance=provenance)

@@ -1,0 +1,83 @@
+"""UniRes: an image as a grid of square tiles, which a model reads like the frames of a video (LongVA section 3.2).
+
+Two rules, because the paper's text and the released code differ:
+
+- `paper`: (width // tile) x (height // tile) tiles, at most `max_grids`; larger images are resized down first.
+- `code`: of all w x h with w * h <= `max_grids`, except 1 x 1, the one that keeps most of the image's resolution, then
+  the one that wastes least, then the first in the order of w, then h. The image keeps its aspect, centred on black.
+
+Both give tiles row by row, without base image and without newline tokens.
+"""
+
+import math
+from functools import cache
+from typing import Literal, get_args
+
+from PIL import Image
+
+GridRule = Literal["code", "paper"]
+MAX_GRIDS = 49
+"""LongVA section 3.2."""
+
+
+def unires_grid(
+    width: int, height: int, *, tile: int, rule: GridRule = "code", max_grids: int = MAX_GRIDS
+) -> tuple[int, int]:
+    """Columns and rows of tiles for an image of `width` x `height` pixels: 640 x 480 at tile 336 gives (2, 2)."""
+    assert rule in get_args(GridRule)
+    assert min(width, height, tile) > 0
+    find = _grid_of_code if rule == "code" else _grid_of_paper
+    return find(width, height, tile, max_grids)
+
+
+@cache
+def _candidates(max_grids: int) -> list[tuple[int, int]]:
+    return [(w, h) for w in range(1, max_grids + 1) for h in range(1, max_grids // w + 1) if w * h > 1]
+
+
+def _grid_of_code(width: int, height: int, tile: int, max_grids: int) -> tuple[int, int]:
+    def kept_and_wasted(grid: tuple[int, int]) -> tuple[int, int]:
+        # Floating point and truncation as in the released code: a tie there must be a tie here.
+        across, down = grid[0] * tile, grid[1] * tile
+        scale = min(across / width, down / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return -kept, across * down - kept
+
+    return min(_candidates(max_grids), key=kept_and_wasted)
+
+
+def _grid_of_paper(width: int, height: int, tile: int, max_grids: int) -> tuple[int, int]:
+    grid = max(1, width // tile), max(1, height // tile)
+    if grid[0] * grid[1] <= max_grids:
+        return grid
+    # Shrinking loses a column or a row each time a side falls below a multiple of the tile: of these grids the largest.
+    by_columns = [(w, max(1, w * height // width)) for w in range(1, min(grid[0], max_grids) + 1)]
+    by_rows = [(max(1, h * width // height), h) for h in range(1, min(grid[1], max_grids) + 1)]
+    return max((g for g in by_columns + by_rows if g[0] * g[1] <= max_grids), key=math.prod)
+
+
+def unires_tiles(
+    image: Image.Image, tile: int, rule: GridRule = "code", *, max_grids: int = MAX_GRIDS
+) -> list[Image.Image]:
+    """The image's tiles of `tile` x `tile` pixels (RGB), row by row; their number is the product of `unires_grid`.
+
+    Resampling is bicubic. `code` keeps the aspect and fills with black; `paper` fits both sides to the tiles, because
+    it leaves no remainder to lose at the edges.
+    """
+    columns, rows = unires_grid(*image.size, tile=tile, rule=rule, max_grids=max_grids)
+    across, down = columns * tile, rows * tile
+    if rule == "paper":
+        canvas = image.resize((across, down), Image.Resampling.BICUBIC)
+    else:
+        canvas = Image.new("RGB", (across, down))
+        fitted = image.resize(_fit(*image.size, across, down), Image.Resampling.BICUBIC)
+        canvas.paste(fitted, ((across - fitted.width) // 2, (down - fitted.height) // 2))
+    return [canvas.crop((x, y, x + tile, y + tile)) for y in range(0, down, tile) for x in range(0, across, tile)]
+
+
+def _fit(width: int, height: int, across: int, down: int) -> tuple[int, int]:
+    """The largest size of this aspect inside `across` x `down`; the free side is rounded up."""
+    scale_x, scale_y = across / width, down / height
+    if scale_x < scale_y:
+        return across, min(math.ceil(height * scale_x), down)
+    return min(math.ceil(width * scale_y), across), down

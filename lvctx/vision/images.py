@@ -1,0 +1,167 @@
+"""Pixels on their way to a tower: opening images safely, making them square, normalising.
+
+Suffixes: N images; H, W pixels down and across; 3 the RGB channels; S the side that the tower reads.
+"""
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from lvctx.errors import InputError
+
+FrameMode = Literal["crop", "pad", "squash"]
+"""How a frame becomes a square. `crop`: short side resized, centre cut out (LongVA on VQA and Video-MME). `pad`:
+centred on a square of the mean colour (LongVA on V-NIAH). `squash`: both sides resized, aspect lost."""
+
+MAX_PIXELS = 178_956_970
+"""Largest image that is opened: where Pillow itself calls it a decompression bomb (half a gigabyte as RGB)."""
+
+STRIP = 64
+"""Aspect beyond which an image is a strip."""
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image file as RGB, upright: EXIF rotation applied, palette, CMYK, grey and 16 bit converted; first frame.
+
+    Raises InputError for a file that is missing, unreadable, cut short or larger than `MAX_PIXELS`.
+    """
+    with _opened(path) as image:
+        try:
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+        except Exception as e:
+            # Pillow's decoders let errors of many kinds escape on a broken file.
+            raise _unreadable(path, e) from e
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image file once upright, from its header. Raises InputError like `open_image`."""
+    with _opened(path) as image:
+        try:
+            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations that swap the sides
+        except Exception as e:
+            raise _unreadable(path, e) from e
+        return (image.height, image.width) if turned else image.size
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+    except FileNotFoundError:
+        raise InputError("no such image", where=path) from None
+    except Image.DecompressionBombError as e:
+        raise InputError(f"more than {MAX_PIXELS:,} pixels", where=path, fix="scale the image down") from e
+    except Exception as e:
+        raise _unreadable(path, e) from e
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise InputError(f"more than {MAX_PIXELS:,} pixels", where=path, fix="scale the image down")
+    return image
+
+
+def _unreadable(path: Path, e: Exception) -> InputError:
+    reason = "not an image in a format that Pillow reads" if isinstance(e, Image.UnidentifiedImageError) else str(e)
+    return InputError(f"unreadable image ({reason or type(e).__name__})", where=path, fix="replace or remove it")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # Pillow's own conversion clips 16-bit values at 255 instead of scaling them.
+        values = np.asarray(image).astype(np.float64) * (255 / 65535)
+        return Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def square(image: Image.Image, side: int, mode: FrameMode, background: tuple[int, int, int]) -> Image.Image:
+    """An RGB image as a square of `side` pixels, bicubic; `background` fills where `pad` adds (see `Preprocess`)."""
+    width, height = image.size
+    shortest, longest = min(width, height), max(width, height)
+    if mode == "pad" and longest * longest > MAX_PIXELS:
+        # The canvas would be larger than any image we open: fit first, which differs by less than a level.
+        image = ImageOps.contain(image, (side, side), Image.Resampling.BICUBIC)
+        (width, height), longest = image.size, side
+    if mode == "crop" and longest > STRIP * shortest:
+        # Of a strip only the middle is kept anyway: cut it before resizing would make it enormous.
+        left, top = max(0, width - STRIP * shortest) // 2, max(0, height - STRIP * shortest) // 2
+        image = image.crop((left, top, width - left, height - top))
+        width, height = image.size
+    if mode == "pad" and width != height:
+        canvas = Image.new("RGB", (longest, longest), background)
+        canvas.paste(image, ((longest - width) // 2, (longest - height) // 2))
+        image = canvas
+    if mode != "crop":
+        return image.resize((side, side), Image.Resampling.BICUBIC)
+    resized = int(side * width / shortest), int(side * height / shortest)
+    left, top = (resized[0] - side) // 2, (resized[1] - side) // 2
+    return image.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How a tower wants its pixels: squares of one side, scaled to 0..1, normalised by channel."""
+
+    size: int
+    """Side S in pixels: `image_size` of the tower's configuration."""
+    mean: tuple[float, float, float]
+    """Subtracted from each channel; `image_mean` of preprocessor_config.json."""
+    std: tuple[float, float, float]
+    """Each channel is divided by it; `image_std` of preprocessor_config.json."""
+
+    @classmethod
+    def from_directory(cls, path: Path) -> Self:
+        """Read it from a tower's, CLIP's, SigLIP's or VLM's directory. Raises InputError where it is not told."""
+        pixels = _read_json(path / "preprocessor_config.json")
+        if not pixels:
+            pixels = _read_json(path / "processor_config.json").get("image_processor", {})
+        if "image_mean" not in pixels or "image_std" not in pixels:
+            raise InputError(
+                "no preprocessor_config.json with image_mean and image_std",
+                where=path,
+                fix="copy it from where the tower came from",
+            )
+        config = _read_json(path / "config.json")
+        size = config.get("vision_config", config).get("image_size", 224)  # 224: what both families default to
+        red, green, blue = (float(m) for m in pixels["image_mean"])
+        r, g, b = (float(s) for s in pixels["image_std"])
+        return cls(size=int(size), mean=(red, green, blue), std=(r, g, b))
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """The mean colour as a pixel, truncated as LLaVA does: what `pad` fills with, near zero once normalised."""
+        red, green, blue = (int(m * 255) for m in self.mean)
+        return red, green, blue
+
+    def square(self, image: Image.Image, mode: FrameMode) -> Image.Image:
+        """An RGB image as a square of this side."""
+        return square(image, self.size, mode, self.background)
+
+    def __call__(self, images: Sequence[Image.Image] | np.ndarray) -> Tensor:
+        """Float32 (N, 3, S, S) of square RGB images or of uint8 (N, S, S, 3); the values of CLIPImageProcessor."""
+        if not isinstance(images, np.ndarray):
+            images = np.stack([np.asarray(image) for image in images])
+        assert images.dtype == np.uint8
+        assert images.shape[1:] == (self.size, self.size, 3), images.shape
+        pixels_N3SS = torch.tensor(images).permute(0, 3, 1, 2).float() * (1 / 255)
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return ((pixels_N3SS - mean) / std).contiguous()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as e:
+        raise InputError(f"unreadable ({e})", where=path) from e
