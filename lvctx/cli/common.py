@@ -61,7 +61,7 @@ class Commands(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """A command whose help does not repeat LVCTX_COMMAND_FLAG under every flag; the program's own help says it."""
-        command = super().get_command(ctx, cmd_name)
+        command: Any = super().get_command(ctx, cmd_name)
         for parameter in command.params if command else ():
             parameter.show_envvar = False
         return command

@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
         rich_help_panel=VIDEO,
         epilog=examples(
             'lvctx vqa frames/bikes.frames.safetensors --model vlm --ask "What is on the road?"',
-            'lvctx encode-video clips/bikes.mp4 --frames 8 --model vlm -o f8 | lvctx vqa --model vlm --ask "What is it?"',
+            'lvctx encode-video clips/bikes.mp4 --frames 8 --model vlm | lvctx vqa --model vlm --ask "What is it?"',
         ),
     )(vqa)
 
