@@ -35,9 +35,9 @@ def root(
 
 
 def _register() -> None:
-    from lvctx.cli import align, extend_lm, info, pack_text
+    from lvctx.cli import align, extend_lm, info, pack_text, vqa
 
-    for module in (pack_text, extend_lm, align, info):
+    for module in (pack_text, extend_lm, align, vqa, info):
         module.register(app)
 
 

@@ -1,0 +1,104 @@
+"""What the help and the README say is true: examples run, recipes name real flags."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from lvctx.cli.app import app
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+EXAMPLES = {name: re.findall(r"^lvctx .*|^.*\| lvctx .*", c.epilog or "", re.M) for name, c in COMMANDS.items()}
+
+
+def run(command: str, workshop: Path) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=workshop, env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+def check(command: str, workshop: Path) -> str:
+    done = run(command, workshop)
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def workshop(nano: Any, tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything the examples name, made by the commands themselves out of tiny models."""
+    here = tmp_path_factory.mktemp("workshop")
+    shutil.copytree(tiny_lm, here / "lm")
+    shutil.copytree(tiny_tower, here / "tower")
+    (here / "essays").mkdir()
+    for name in ("love.txt", "avg.txt", "gba.txt"):
+        shutil.copy(nano.essays / name, here / "essays")
+    (here / "clips").mkdir()
+    shutil.copy(nano.clips / "bikes.mp4", here / "clips")
+    draw = f"{sys.executable} {ROOT / 'recipes/nano/draw_data.py'} shapes --projector 6 --full 6 --size 48 --workers 1"
+    for command in (
+        f"{draw} && mv shapes/images/* shapes/",
+        "lvctx pack-text essays --tokenizer lm --seq-len 1024 --keep-short 1 --separator '<|endoftext|>' -o packed",
+        "lvctx extend-lm --model lm --rope-theta 250000 --context 32768 --steps 0 -o lm-32k",
+        "lvctx align --lm lm-32k --tower tower --data shapes/projector.json --images shapes --steps 1 --batch 2 -o vlm",
+        "lvctx encode-video clips/bikes.mp4 --model vlm --frames 8 -o frames",
+        "lvctx niah --model lm --modality text --haystack essays --lengths 256 --depths 0,1 --trials 1 -o niah",
+    ):
+        check(command, here)
+    return here
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_ends_with_two_examples(name: str) -> None:
+    assert len(EXAMPLES[name]) == 2
+
+
+@pytest.mark.nano
+@pytest.mark.parametrize("command", [e for examples in EXAMPLES.values() for e in examples])
+def test_the_helps_examples_run(command: str, workshop: Path) -> None:
+    check(command, workshop)
+
+
+@pytest.mark.nano
+def test_the_readmes_commands_run(workshop: Path) -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    commands = [line for block in blocks for line in block.splitlines()]
+    assert len(commands) >= 8
+    for command in commands:
+        check(command, workshop)
+
+
+@pytest.mark.nano
+def test_the_examples_run(workshop: Path) -> None:
+    answers = check(f"{ROOT / 'examples/watch.sh'} vlm clips 'What is on the road?'", workshop)
+    assert answers.count('"answer"') == 1
+    cells = check(f"{ROOT / 'examples/extend.sh'} lm essays 250000 128,256", workshop)
+    assert cells.count('"correct"') == 2 * 2 * 3
+    assert (workshop / "heatmap.png").is_file()
+
+
+def test_readme_names_every_folder_of_the_tree() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    folders = [p.name for p in (ROOT / "lvctx").iterdir() if p.is_dir() and p.name != "__pycache__"]
+    for name in [*folders, "recipes", "examples", "benchmarks", "tests"]:
+        assert re.search(rf"^ *{name}/ ", readme, re.M), name
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.name)
+def test_recipes_name_real_flags(recipe: Path) -> None:
+    for section, values in tomllib.loads(recipe.read_text(encoding="utf-8")).items():
+        command = next((c for name, c in COMMANDS.items() if section == name or section.startswith(f"{name}-")), None)
+        if command is None:
+            assert recipe.name == "giraffe-7b.toml", f"[{section}] belongs to no command"
+            continue
+        known = {p.name for p in command.params}
+        assert {key.replace("-", "_") for key in values} <= known, section
