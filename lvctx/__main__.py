@@ -1,8 +1,13 @@
 """`python -m lvctx` and the `lvctx` script: the same program, also what torchrun launches."""
 
+import os
+
 
 def main() -> None:
     """Run the command line."""
+    # Libraries draw bars and print advice of their own on stderr; ours is for the user's progress and errors.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from lvctx.cli.app import app
 
     app()

@@ -39,12 +39,13 @@ class RowLog:
         self.path = path
         self.rows: dict[str, dict[str, Any]] = {}
         if path.exists() and not fresh:
-            self.rows = {row["key"]: row for row in read_rows(path)}
+            # An error is no result: it stays in the file, and its key may be written again.
+            self.rows = {row["key"]: row for row in read_rows(path) if "error" not in row}
             raw = path.read_bytes()
             whole = raw.rfind(b"\n") + 1
             if whole < len(raw):
                 os.truncate(path, whole)
-        self._file = open(path, "ab" if self.rows else "wb")  # noqa: SIM115 (closed in __exit__)
+        self._file = open(path, "wb" if fresh else "ab")  # noqa: SIM115 (closed in __exit__)
 
     def __contains__(self, key: str) -> bool:
         return key in self.rows

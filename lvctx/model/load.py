@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lvctx.artifacts.manifest import MANIFEST, read_manifest
 from lvctx.errors import InputError
 
 VLM_TYPE = "llava_onevision"
@@ -83,6 +84,15 @@ def load_model(path: Path, *, config: Any = None, dtype: Any = "auto", device: s
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise InputError(f"cannot load the weights ({str(e).splitlines()[0]})", where=path) from e
     return model.to(device).eval()
+
+
+def trained_length(path: Path) -> int:
+    """Tokens of the longest sequence a language model was trained on: its manifest's word, else the context it claims.
+
+    Extending the positions without training raises the context, not this.
+    """
+    manifest = read_manifest(path) if (path / MANIFEST).is_file() else {}
+    return int(manifest.get("trained_length") or context_length(load_config(path)))
 
 
 def context_length(config: Any) -> int:

@@ -18,12 +18,20 @@ import torch
 from torch import Tensor
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
+from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, write_manifest
 from lvctx.artifacts.store import fingerprint
 from lvctx.dist import checkpoint
 from lvctx.errors import UsageError
 from lvctx.model.export import model_files
-from lvctx.model.load import VLM_TYPE, context_length, load_config, load_model, load_tokenizer, resolve_model
+from lvctx.model.load import (
+    VLM_TYPE,
+    context_length,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    trained_length,
+)
 from lvctx.model.lora import ATTENTION, add_lora, lora_parameters, merge_lora
 from lvctx.model.loss import IGNORED, token_loss
 from lvctx.model.vlm import assemble, embed_frames, frame_features, newline_id, save_vlm, tokens_per_frame
@@ -173,9 +181,11 @@ def run_align(
     vlm.to(vlm.config.dtype)
     out.mkdir(parents=True, exist_ok=True)
     save_vlm(vlm, tokenizer, pixels_from, out)
+    source = plan.init or plan.lm
+    assert source is not None
     facts = {
-        "original_context": _original_context(plan),
         "context": context_length(vlm.config),
+        "trained_length": trained_length(source),
         "longest_sample": longest,
     }
     write_manifest(out, plan.provenance, model_files(out), **facts)
@@ -195,14 +205,6 @@ def _load(plan: Plan, device: str) -> tuple[Any, Any, Path]:
     tower = load_vision_model(plan.tower, dtype=lm.dtype)
     vlm = assemble(lm, tower, tokenizer, where=plan.lm, seed=plan.config.seed)
     return vlm.to(device), tokenizer, plan.tower
-
-
-def _original_context(plan: Plan) -> int:
-    """Context of the language model before it was extended, as far as its manifest tells."""
-    source = plan.init or plan.lm
-    assert source
-    manifest = read_manifest(source) if (source / MANIFEST).is_file() else {}
-    return int(manifest.get("original_context") or context_length(load_config(source)))
 
 
 def _train(

@@ -19,7 +19,14 @@ from lvctx.artifacts.store import fingerprint
 from lvctx.dist import checkpoint
 from lvctx.errors import InputError, UsageError
 from lvctx.model.export import model_files, save_model
-from lvctx.model.load import context_length, load_config, load_model, load_tokenizer, resolve_model
+from lvctx.model.load import (
+    context_length,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    trained_length,
+)
 from lvctx.model.lora import ATTENTION, add_lora, lora_parameters, merge_lora
 from lvctx.model.loss import shift_labels, token_loss
 from lvctx.positions import rope
@@ -139,7 +146,8 @@ def run_extend(
         model = _train(model, plan, plan.data, out, device=device, report=report)
     out.mkdir(parents=True, exist_ok=True)
     save_model(model.to(dtype), tokenizer, out)
-    facts = {"original_context": plan.original_context, "context": config.context}
+    longest = max(trained_length(plan.model), config.seq_len)
+    facts = {"original_context": plan.original_context, "context": config.context, "trained_length": longest}
     write_manifest(out, plan.provenance, model_files(out), **facts)
     checkpoint.remove(out)
 

@@ -1,0 +1,131 @@
+"""Score many sequences that begin alike, computing what they share once: a walk over the tree of their prefixes.
+
+One KV cache holds the path from the root to where the walk stands. The next sequence keeps the longest common prefix,
+crops the rest and runs only what is new; visited in depth-first order, every edge of the tree is computed exactly once.
+That covers a haystack before a needle that all needles share, and a haystack after it that longer cells share.
+
+A sequence is one int array over an extended vocabulary: below V a text token, from V on a row of a table of visual
+embeddings. Shapes: L tokens, A answer tokens, E width, V text vocabulary, R rows of visual embeddings.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a model makes of an answer."""
+
+    forced: bool
+    """Teacher forcing: at every answer token the answer is the model's first choice (V-NIAH's verdict)."""
+    log_prob: float
+    """Summed log-probability of the answer, in nats."""
+    rank: int
+    """Worst rank of an answer token among the vocabulary; 0 is the first choice."""
+    written: list[int] | None
+    """Greedy continuation of the prompt, as many tokens as asked for; None if not asked for."""
+
+
+class PrefixScorer:
+    """A model, a KV cache, and the sequence the cache holds."""
+
+    def __init__(self, model: Any, visual_RE: Tensor | None = None, *, chunk: int = 2048, reuse: bool = True) -> None:
+        """Score with a language model or VLM; `visual_RE` are the embeddings that ids from V on stand for.
+
+        `chunk` bounds the tokens of one forward, and so the memory of its activations; `reuse=False` empties the
+        cache before every sequence.
+        """
+        self.lm = model.model.language_model if hasattr(model.model, "language_model") else model.model
+        self.head, self.embedding = model.lm_head, model.get_input_embeddings()
+        self.visual_RE, self.chunk, self.reuse = visual_RE, chunk, reuse
+        self.device = self.embedding.weight.device
+        self.tokens_run = 0
+        """Tokens that went through the model so far."""
+        self._empty()
+
+    def _empty(self) -> None:
+        from transformers import DynamicCache
+
+        self._cache = DynamicCache()
+        self._held = np.empty(0, dtype=np.int64)
+
+    @property
+    def vocabulary(self) -> int:
+        """V: the first id that is a row of the visual table."""
+        return int(self.embedding.weight.shape[0])
+
+    @torch.inference_mode()
+    def score(self, ids_L: np.ndarray, answer: int, *, write: int = 0) -> Score:
+        """Score the last `answer` ids given all before; with `write`, also continue the prompt greedily that far."""
+        prompt = len(ids_L) - answer
+        if not self.reuse:
+            self._empty()
+        # The hidden state of the last prompt token is needed, so at least that token is run.
+        self._crop(min(common_prefix(self._held, ids_L), prompt - 1))
+        try:
+            hidden_AE = self._run(ids_L[len(self._held) : -1], keep=answer)
+            logits_AV = self.head(hidden_AE).float()
+            wanted_A = torch.from_numpy(ids_L[prompt:].astype(np.int64)).to(self.device)
+            picked_A = logits_AV.gather(1, wanted_A[:, None])[:, 0]
+            written = self._write(prompt, logits_AV[0], write) if write else None
+        except RuntimeError:
+            self._empty()  # what an interrupted forward left in the cache belongs to no sequence
+            raise
+        return Score(
+            forced=bool((logits_AV.argmax(1) == wanted_A).all()),
+            log_prob=float((picked_A - logits_AV.logsumexp(1)).sum()),
+            rank=int((logits_AV > picked_A[:, None]).sum(1).max()),
+            written=written,
+        )
+
+    def _write(self, prompt: int, logits_V: Tensor, count: int) -> list[int]:
+        self._crop(prompt)
+        written = [int(logits_V.argmax())]
+        while len(written) < count:
+            hidden_1E = self._run(np.array(written[-1:], dtype=np.int64), keep=1)
+            written.append(int(self.head(hidden_1E).float().argmax()))
+        return written
+
+    def _run(self, ids_L: np.ndarray, *, keep: int) -> Tensor:
+        """Append ids to the cache; the final hidden states (keep, E) of the last ones."""
+        kept: list[Tensor] = []
+        for start in range(0, len(ids_L), self.chunk):
+            part = ids_L[start : start + self.chunk]
+            first = len(self._held)
+            states = self.lm(
+                inputs_embeds=self._embed(part)[None],
+                position_ids=torch.arange(first, first + len(part), device=self.device)[None],
+                past_key_values=self._cache,
+                use_cache=True,
+            ).last_hidden_state[0]
+            self._held = np.concatenate([self._held, part])
+            self.tokens_run += len(part)
+            kept = [torch.cat([*kept, states])[-keep:]]
+        return kept[0]
+
+    def _embed(self, ids_L: np.ndarray) -> Tensor:
+        ids = torch.from_numpy(ids_L.astype(np.int64)).to(self.device)
+        if self.visual_RE is None:
+            return self.embedding(ids)
+        is_visual = ids >= self.vocabulary
+        embeds_LE = self.embedding(ids.masked_fill(is_visual, 0))
+        rows = self.visual_RE[(ids[is_visual] - self.vocabulary).to(self.visual_RE.device)]
+        embeds_LE[is_visual] = rows.to(embeds_LE.device, embeds_LE.dtype)
+        return embeds_LE
+
+    def _crop(self, length: int) -> None:
+        surplus = len(self._held) - length
+        if surplus > 0:
+            self._cache.crop(-surplus)
+            self._held = self._held[:length]
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the longest common prefix of two id arrays."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if len(differs) else n
