@@ -21,13 +21,14 @@ import numpy as np
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
-from lvctx.artifacts.packed import map_tensors, read_state, shard_name, write_shard
-from lvctx.artifacts.store import save_tensors
+from lvctx.artifacts.packed import read_state, shard_name, write_shard
 from lvctx.errors import InputError, UsageError
+from lvctx.stages.spool import Spool, part_name
 from lvctx.text import mix as mixes
-from lvctx.text.documents import Chunk, Corpus, Fields, Place
-from lvctx.text.pack import Ledger, LengthRule, ShardBuffer, take_all, take_budgets
-from lvctx.text.tokenize import UNNAMED, Policy, TokenizerFile, Tokens, find_tokenizer, tokenize
+from lvctx.text.documents import UNNAMED, Corpus, Fields, Place
+from lvctx.text.pack import Ledger, LengthRule, ShardBuffer, bin_names, take_all, take_budgets
+from lvctx.text.tokenize import UNREADABLE, Policy, Tokens, tokenize
+from lvctx.text.tokenizer import TokenizerFile, find_tokenizer
 
 log = logging.getLogger(__name__)
 Report = Callable[[int, int, str], None]
@@ -133,54 +134,54 @@ class _Packer:
         if force:
             (self.out / MANIFEST).unlink(missing_ok=True)
         fresh = force or resume == "never"
+        parts = [] if fresh else self._standing(part_name, rows=None)
         shards = [] if fresh else self._standing(shard_name, rows=self.plan.shard_rows)
-        parts = [] if fresh else self._standing(_part_name, rows=None)
+        spool = Spool(self.out, parts, part_tokens=self.config.shard_tokens, metadata=self._metadata)
+        if shards and shards[-1]["spooled"] and not spool.complete:
+            shards = []  # somebody removed the parts they came from
         if resume == "must" and not shards and not parts:
             raise InputError("nothing to resume", where=self.out, fix="drop --resume must")
-        self._remove_all_but([shard_name(i) for i in range(len(shards))] + [_part_name(i) for i in range(len(parts))])
+        self._remove_all_but({shard_name(i) for i in range(len(shards))} | {part_name(i) for i in range(len(parts))})
         self.shards = len(shards)
-        if shards or parts:
-            self.ledger = Ledger((shards or parts)[-1]["ledger"])
-        if parts and not parts[-1]["complete"]:
-            self._write_parts(self._tokens(parts[-1]["end"]), parts)
-        if parts:
+        last = shards[-1] if shards else None
+        if last or parts:
+            self.ledger = Ledger((last or parts[-1])["ledger"])
             self._resolve_mix(self.ledger.accounts)
+        if not spool.complete:
+            place = last["place"] if last else parts[-1]["end"] if parts else Place(0, 0, 0)
+            with closing(self._tokens(place)) as stream:
+                tokens = stream if last or parts else self._begin(stream)
+                if parts or (not last and self._needs_spool()):
+                    self._fill_spool(tokens, spool)
+                else:
+                    self._write_rows(tokens, last)
+        if spool.complete:
             self._set_budgets()
-            self._write_rows(self._spooled(len(parts), shards), shards, spooled=True)
-        elif shards:
-            self._resolve_mix(self.ledger.accounts)
-            self._write_rows(self._tokens(shards[-1]["place"]), shards, spooled=False)
-        else:
-            self._begin()
+            self._write_rows(spool.read(last["place"][0] if last else 0), last, spooled=True)
         self._finish()
 
-    def _begin(self) -> None:
-        stream = self._tokens(Place(0, 0, 0))
-        with closing(stream):
-            first = next((t for t in stream if len(t.names)), None)
-            if first is None:
-                raise InputError("no documents in the input", where=", ".join(p.name for p in self.plan.corpus.parts))
-            self._resolve_mix(first.names)
-            tokens = itertools.chain([first], stream)
-            if self.mix == mixes.KEEP or (isinstance(self.mix, dict) and self.config.tokens is None):
-                parts: list[dict[str, Any]] = []
-                self._write_parts(tokens, parts)
-                self._set_budgets()
-                self._write_rows(self._spooled(len(parts), []), [], spooled=True)
-            else:
-                self._write_rows(tokens, [], spooled=False)
+    def _begin(self, stream: Iterator[Tokens]) -> Iterator[Tokens]:
+        """The same stream, after a look at what its first readable documents are."""
+        first: list[Tokens] = []
+        for tokens in stream:
+            first.append(tokens)
+            names = set(tokens.names) - {UNREADABLE}
+            if names:
+                self._resolve_mix(names)
+                return itertools.chain(first, stream)
+        raise InputError("no documents in the input", where=", ".join(p.name for p in self.plan.corpus.parts[:3]))
 
-    # Reading
+    def _needs_spool(self) -> bool:
+        return self.mix == mixes.KEEP or (isinstance(self.mix, dict) and self.config.tokens is None)
 
     def _tokens(self, start: Sequence[int]) -> Generator[Tokens, None, None]:
         """Tokenized chunks from a place on."""
         corpus, config = self.plan.corpus, self.config
-        policy = Policy(invalid=config.invalid, skip_malformed=config.skip_malformed)
         stream = tokenize(
             corpus.chunks(Place(*start)),
             self.plan.tokenizer,
             fields=corpus.fields,
-            policy=policy,
+            policy=Policy(invalid=config.invalid, skip_malformed=config.skip_malformed),
             workers=self.workers,
         )
         with closing(stream):
@@ -188,23 +189,6 @@ class _Packer:
                 yield tokens
                 done = corpus.bytes_before(tokens.chunk.end)
                 self.report(done, corpus.size, f"{self.ledger.documents:,} documents, {self.shards} shards")
-
-    def _spooled(self, parts: int, shards: list[dict[str, Any]]) -> Iterator[Tokens]:
-        """The documents in the spool parts, from the one on that the last shard ended in."""
-        for number in range(shards[-1]["place"][0] if shards else 0, parts):
-            path = self.out / _part_name(number)
-            stored, state = map_tensors(path), read_state(path)
-            assert state is not None
-            place = Place(number, 0, 0)
-            yield Tokens(
-                chunk=Chunk(start=place, end=place, where=(str(path),)),
-                ids=stored["ids"],
-                starts=stored["starts"],
-                status=np.zeros(len(stored["codes"]), np.uint8),
-                names=tuple(state["names"]),
-                codes=stored["codes"],
-            )
-            self.report(number + 1, parts, f"{self.shards} shards")
 
     # Deciding
 
@@ -215,13 +199,13 @@ class _Packer:
             self.budgets = mixes.apportion(self.config.tokens, self.mix)
 
     def _check_sources(self, tokens: Tokens) -> None:
-        where = tokens.chunk.where[0]
+        where = tokens.chunk.where
         for name in tokens.names:
-            if isinstance(self.mix, dict) and name not in self.mix:
+            if isinstance(self.mix, dict) and name not in (*self.mix, UNREADABLE):
                 what = f"source {name!r} is not" if name != UNNAMED else "documents that name no source are not"
                 fix = "--mix none, --mix keep or a --mix file that has it"
                 raise InputError(f"{what} in the mix (which has {', '.join(self.mix)})", where=where, fix=fix)
-            if self.config.mix == mixes.AUTO and self.mix == mixes.NONE and name != UNNAMED:
+            if self.config.mix == mixes.AUTO and self.mix == mixes.NONE and name not in (UNNAMED, UNREADABLE):
                 what = f"source {name!r} after documents that name none"
                 raise InputError(what, where=where, fix="say --mix none, --mix keep or a --mix file")
 
@@ -255,45 +239,17 @@ class _Packer:
 
     # Writing
 
-    def _write_parts(self, stream: Iterator[Tokens], parts: list[dict[str, Any]]) -> None:
-        """Spool the documents that the length rule keeps; `parts` are the states of those that stand."""
-        names = {name: i for i, name in enumerate(parts[-1]["names"] if parts else [])}
-        ids: list[np.ndarray] = []
-        lengths: list[np.ndarray] = []
-        codes: list[np.ndarray] = []
-        held, end = 0, Place(0, 0, 0)
-
-        def flush(*, complete: bool) -> None:
-            nonlocal held
-            whole = np.concatenate([np.zeros(1, np.int64), *lengths])
-            tensors = {
-                "ids": np.concatenate([np.empty(0, np.int32), *ids]),
-                "starts": np.cumsum(whole),
-                "codes": np.concatenate([np.empty(0, np.int32), *codes]),
-            }
-            state = {"end": end, "complete": complete, "names": list(names), "ledger": self.ledger.to_dict()}
-            save_tensors(self.out / _part_name(len(parts)), tensors, self._metadata(state))
-            parts.append(state)
-            held = 0
-            for group in (ids, lengths, codes):
-                group.clear()
-
+    def _fill_spool(self, stream: Iterator[Tokens], spool: Spool) -> None:
         for tokens in stream:
             self._check_sources(tokens)
             keep = self.rule.keep(tokens.lengths(), self.ledger.documents)
             self.ledger.read(tokens, keep, 0, len(keep))
-            local = np.array([names.setdefault(n, len(names)) for n in tokens.names], np.int32)
-            ids.append(tokens.ids[np.repeat(keep, tokens.lengths() + 1)])
-            lengths.append(tokens.lengths()[keep] + 1)
-            codes.append(local[tokens.codes[keep]])
-            held, end = held + len(ids[-1]), tokens.chunk.end
-            if held >= self.config.shard_tokens:
-                flush(complete=False)
-        flush(complete=True)
+            spool.add(tokens, keep)
+        spool.flush(complete=True)
 
-    def _write_rows(self, stream: Iterator[Tokens], shards: list[dict[str, Any]], *, spooled: bool) -> None:
-        """Fill rows and write every shard that fills up; `shards` are the states of those that stand."""
-        low, offset = (shards[-1]["document"], shards[-1]["offset"]) if shards else (0, 0)
+    def _write_rows(self, stream: Iterator[Tokens], last: dict[str, Any] | None, *, spooled: bool = False) -> None:
+        """Fill rows and write every shard that fills up; `last` is the state of the last one that stands."""
+        low, offset = (last["document"], last["offset"]) if last else (0, 0)
         for tokens in () if self._enough() else stream:
             count = len(tokens.status)
             if spooled:
@@ -307,31 +263,32 @@ class _Packer:
                 while True:
                     offset += self.buffer.put(document[offset:], begins=offset == 0)
                     if self.buffer.full:
-                        self._enter(tokens, keep, take, low, k, spooled)
+                        self._enter(tokens, keep, take, slice(low, k), spooled)
                         low = k
-                        self._write_shard({"place": tokens.chunk.start, "document": k, "offset": offset})
+                        state = {"place": tokens.chunk.start, "document": k, "offset": offset, "spooled": spooled}
+                        self._write_shard(state)
                     if offset == len(document):
                         break
                 offset = 0
-            self._enter(tokens, keep, take, low, count, spooled)
+            self._enter(tokens, keep, take, slice(low, count), spooled)
             low = 0
             if self._enough():
                 break
 
-    def _enter(self, tokens: Tokens, keep: np.ndarray, take: np.ndarray, low: int, high: int, spooled: bool) -> None:
+    def _enter(self, tokens: Tokens, keep: np.ndarray, take: np.ndarray, part: slice, spooled: bool) -> None:
         if not spooled:
-            self.ledger.read(tokens, keep, low, high)
-        self.ledger.pack(tokens, keep, take, low, high)
+            self.ledger.read(tokens, keep, part.start, part.stop)
+        self.ledger.pack(tokens, keep, take, part.start, part.stop)
 
     def _write_shard(self, state: dict[str, Any]) -> None:
         rows, offsets, starts = self.buffer.arrays()
-        state = {**state, "rows": len(rows), "ledger": self.ledger.to_dict()}
+        state = {**state, "rows": len(rows)}
         write_shard(self.out / shard_name(self.shards), rows, offsets, starts, self._metadata(state))
         self.shards += 1
         self.buffer.clear()
 
     def _metadata(self, state: dict[str, Any]) -> dict[str, str]:
-        whole = {**self.plan.provenance.to_dict(), "state": state}
+        whole = {**self.plan.provenance.to_dict(), "state": {**state, "ledger": self.ledger.to_dict()}}
         return {"lvctx": json.dumps(whole, sort_keys=True, separators=(",", ":"))}
 
     # Beginning and ending
@@ -349,8 +306,8 @@ class _Packer:
             states.append(stored["state"])
         raise AssertionError
 
-    def _remove_all_but(self, keep: Sequence[str]) -> None:
-        for pattern in ("shard-*.safetensors", ".part-*.safetensors", ".*.partial"):
+    def _remove_all_but(self, keep: set[str]) -> None:
+        for pattern in ("shard-*.safetensors", part_name(0).replace("00000", "*"), ".*.partial"):
             for path in self.out.glob(pattern):
                 if path.name not in keep:
                     path.unlink()
@@ -377,7 +334,7 @@ class _Packer:
                 fix="add input, raise --keep-short, lower --min-long or --seq-len, or --keep-tail",
             )
         if rest:
-            self._write_shard({"place": None, "document": 0, "offset": 0})
+            self._write_shard({"last": True})
         facts = {
             "seq_len": config.seq_len,
             "rows": sum(shard_rows),
@@ -386,27 +343,8 @@ class _Packer:
             "tail": {"tokens": tail, "kept": bool(tail and config.keep_tail)},
             "tokenizer": {"sha256": self.plan.tokenizer.sha256, "vocabulary": self.plan.tokenizer.vocabulary},
             "separator": {"id": config.separator, "token": self.plan.tokenizer.separator_token},
-            "sources": self._report_sources(),
+            "length_bins": bin_names(),
+            "sources": ledger.report(self.mix if isinstance(self.mix, dict) else {}, self.budgets),
         }
         write_manifest(self.out, self.plan.provenance, [shard_name(i) for i in range(len(shard_rows))], **facts)
-        for path in self.out.glob(".part-*.safetensors"):
-            path.unlink()
-
-    def _report_sources(self) -> dict[str, Any]:
-        read = sum(a.tokens for a in self.ledger.accounts.values())
-        packed = self.ledger.packed()
-        shares = self.mix if isinstance(self.mix, dict) else {}
-        return {
-            source: {
-                "share_of_input": account["tokens"] / read if read else 0.0,
-                "share_requested": shares.get(source),
-                "share_achieved": account["packed"] / packed,
-                "budget": self.budgets.get(source),
-                **account,
-            }
-            for source, account in self.ledger.to_dict().items()
-        }
-
-
-def _part_name(number: int) -> str:
-    return f".part-{number:05d}.safetensors"
+        self._remove_all_but({shard_name(i) for i in range(len(shard_rows))})

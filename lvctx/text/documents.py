@@ -8,23 +8,30 @@ Chunk borders depend on the input alone, and every chunk knows the place it begi
 starts reading at the chunk it was in. Nothing is held beyond one chunk (for Parquet: one row group's pages).
 """
 
-import gzip
 import hashlib
 import io
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from lvctx.errors import InputError
+from lvctx.text.hub import hub_commit, no_dataset, open_dataset
+from lvctx.text.streams import (
+    BROKEN,
+    MEBIBYTE,
+    Part,
+    decompress,
+    find_parts,
+    open_stream,
+    read_whole,
+    sample,
+    skip,
+)
 
-CHUNK_BYTES = 1 << 20
-_WHOLE = 4 << 20
-_LINES, _TEXTS = (".jsonl", ".ndjson", ".json"), (".txt", ".md", ".rst", ".text")
-_KNOWN = (*_LINES, *_TEXTS, ".parquet")
-_SQUEEZED = (".gz", ".zst")
+UNNAMED = "unnamed"
+"""The source of documents that name none."""
 
 
 class Place(NamedTuple):
@@ -46,18 +53,20 @@ class Chunk:
     """Place of the first document."""
     end: Place
     """Place after the last document."""
-    where: tuple[str, ...]
-    """Name of each document, or one name for all of them: then line `start.line + 1` and so on."""
+    where: str
+    """Name of the part; its lines or rows are numbered from `start.line + 1`."""
+    files: tuple[str, ...] = ()
+    """Name of each document where every one is a file of its own."""
     lines: bytes | None = None
     """Whole lines of JSON."""
     texts: tuple[bytes | str | None, ...] = ()
     """Documents, decoded or not; None where the record has no text."""
-    sources: tuple[str | None, ...] = ()
-    """Source each document names, if it does."""
+    sources: tuple[str, ...] = ()
+    """Source of each of them."""
 
     def name(self, number: int) -> str:
         """How to call the `number`-th line or document in a message."""
-        return self.where[number] if len(self.where) > 1 else f"{self.where[0]}:{self.start.line + 1 + number}"
+        return self.files[number] if self.files else f"{self.where}:{self.start.line + 1 + number}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +82,13 @@ class Fields:
         """Fields to look at for the source, first hit wins."""
         return (self.source,) if self.source else ("source", "meta.redpajama_set_name")
 
-    def source_of(self, record: dict[str, Any]) -> str | None:
-        """The source a record names, or None."""
+    def source_of(self, record: dict[str, Any]) -> str:
+        """The source a record names, or UNNAMED."""
         for path in self.source_paths():
             found = dig(record, path)
             if isinstance(found, str | int):
                 return str(found)
-        return None
+        return UNNAMED
 
 
 def dig(record: Any, path: str) -> Any:
@@ -89,64 +98,6 @@ def dig(record: Any, path: str) -> Any:
     for key in path.split("."):
         record = record.get(key) if isinstance(record, dict) else None
     return record
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """One file, stream or dataset that is read from its beginning to its end."""
-
-    kind: str
-    """`lines`, `text`, `parquet`, `stdin`, `saved` (by `datasets`) or `hub`."""
-    name: str
-    """Path, `-` or hub id."""
-    size: int
-    """Bytes on disk; 0 where unknown."""
-
-
-def find_parts(inputs: Sequence[str]) -> list[Part]:
-    """What the inputs consist of; folders are walked in sorted order.
-
-    Raises InputError for a missing, empty or unknown input.
-    """
-    if inputs.count("-") > 1:
-        raise InputError("stdin is named twice", where="-", fix="give - once")
-    parts: list[Part] = []
-    for name in inputs:
-        path = Path(name)
-        if name == "-":
-            parts.append(Part(kind="stdin", name=name, size=0))
-        elif path.is_dir():
-            parts += _folder(path)
-        elif path.exists():
-            parts.append(Part(kind=_kind(path), name=name, size=path.stat().st_size))
-        elif path.suffix.lower() in (*_KNOWN, *_SQUEEZED) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise InputError("no such file or folder", where=name)
-        else:
-            parts.append(Part(kind="hub", name=name, size=0))
-    return parts
-
-
-def _folder(path: Path) -> list[Part]:
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        size = sum(p.stat().st_size for p in path.rglob("*.arrow"))
-        return [Part(kind="saved", name=str(path), size=size)]
-    files = (p for p in path.rglob("*") if not any(q.startswith(".") for q in p.relative_to(path).parts))
-    known = sorted(p for p in files if _extension(p) in _KNOWN and p.is_file())
-    if not known:
-        raise InputError(
-            "no documents in the folder", where=path, fix=f"it reads {' '.join(_KNOWN)}, also .gz and .zst"
-        )
-    return [Part(kind=_kind(p), name=str(p), size=p.stat().st_size) for p in known]
-
-
-def _extension(path: Path) -> str:
-    stem = Path(path.stem) if path.suffix.lower() in _SQUEEZED else path
-    return stem.suffix.lower()
-
-
-def _kind(path: Path) -> str:
-    extension = _extension(path)
-    return "lines" if extension in _LINES else "parquet" if extension == ".parquet" else "text"
 
 
 class Corpus:
@@ -185,18 +136,21 @@ class Corpus:
             elif part.kind == "hub":
                 content = hub_commit(part.name).encode()
             else:
-                content = _sample(Path(part.name))
+                content = sample(Path(part.name))
             name, digest = Path(part.name).name, hashlib.sha256(content).hexdigest()
             whole.update(f"{part.kind}\0{name}\0{part.size}\0{digest}\n".encode())
         return whole.hexdigest()
 
     def _head(self) -> bytes:
         """The first mebibyte of stdin, unconsumed: `peek` waits for it because the buffer lies over another one."""
-        return bytes(self._open_stdin().peek(CHUNK_BYTES))
+        try:
+            return bytes(self._open_stdin().peek(MEBIBYTE))
+        except BROKEN as e:
+            raise InputError(f"cannot read ({e})", where="stdin") from e
 
     def _open_stdin(self) -> Any:
         if self._stdin is None:
-            self._stdin = io.BufferedReader(_unsqueeze(sys.stdin.buffer, "stdin"), CHUNK_BYTES)
+            self._stdin = io.BufferedReader(decompress(sys.stdin.buffer), MEBIBYTE)
         return self._stdin
 
     def chunks(self, start: Place) -> Iterator[Chunk]:
@@ -206,8 +160,8 @@ class Corpus:
             part = self.parts[number]
             begin = start if number == start.part else Place(number, 0, 0)
             if part.kind == "text":
-                texts.append((number, _read(part.name)))
-                if sum(len(t) for _, t in texts) >= CHUNK_BYTES:
+                texts.append((number, read_whole(part.name)))
+                if sum(len(t) for _, t in texts) >= MEBIBYTE:
                     yield self._together(texts)
                     texts = []
                 continue
@@ -215,7 +169,7 @@ class Corpus:
                 yield self._together(texts)
                 texts = []
             if part.kind == "lines":
-                with _open(part.name) as f:
+                with open_stream(part.name) as f:
                     yield from self._lines(f, begin, part.name)
             elif part.kind == "stdin":
                 yield from self._read_stdin(begin)
@@ -232,9 +186,10 @@ class Corpus:
         return Chunk(
             start=Place(first, 0, 0),
             end=Place(last + 1, 0, 0),
-            where=names if len(names) > 1 else (names[0], names[0]),
+            where=names[0],
+            files=names,
             texts=tuple(text for _, text in texts),
-            sources=(None,) * len(texts),
+            sources=(UNNAMED,) * len(texts),
         )
 
     def _read_stdin(self, begin: Place) -> Iterator[Chunk]:
@@ -243,20 +198,20 @@ class Corpus:
             text = stream.read()
             if text:
                 end = Place(begin.part + 1, 0, 0)
-                yield Chunk(start=begin, end=end, where=("stdin", "stdin"), texts=(text,), sources=(None,))
+                yield Chunk(start=begin, end=end, where="stdin", files=("stdin",), texts=(text,), sources=(UNNAMED,))
             return
         yield from self._lines(stream, begin, "stdin")
 
     def _lines(self, f: Any, begin: Place, name: str) -> Iterator[Chunk]:
         at, line = begin.at, begin.line
         try:
-            _skip(f, at, seek=name != "stdin")
-            while blob := f.read(CHUNK_BYTES):
+            skip(f, at, seek=name != "stdin")
+            while blob := f.read(MEBIBYTE):
                 blob += f.readline()
                 count = blob.count(b"\n")
                 start, at, line = Place(begin.part, at, line), at + len(blob), line + count
-                yield Chunk(start=start, end=Place(begin.part, at, line), where=(name,), lines=blob)
-        except (OSError, EOFError, zlib.error) as e:
+                yield Chunk(start=start, end=Place(begin.part, at, line), where=name, lines=blob)
+        except BROKEN as e:
             raise InputError(f"cannot read past line {line} ({e})", where=name, fix="is the file whole?") from e
 
     def _parquet(self, begin: Place, name: str) -> Iterator[Chunk]:
@@ -292,19 +247,29 @@ class Corpus:
                             value = value if plain else dig({text: value}, self.fields.text)
                             yield from gather.add(value, self.fields.source_of(other))
                 yield from gather.rest()
-        except (OSError, pa.ArrowInvalid) as e:
+        except (OSError, pa.ArrowException) as e:
             raise InputError(f"not readable as Parquet ({e})", where=name) from e
 
     def _dataset(self, begin: Place, part: Part) -> Iterator[Chunk]:
-        rows = open_dataset(part, self.split)
+        rows = open_dataset(part.name, self.split, saved=part.kind == "saved")
         gather = _Gather(begin, part.name)
-        for record in rows.skip(begin.at) if begin.at else rows:
-            if dig(record, self.fields.text) is None and self.fields.text.split(".")[0] not in record:
-                raise InputError(
-                    f"no field {self.fields.text!r}", where=part.name, fix=f"--text-field: it has {', '.join(record)}"
-                )
+        records = iter(rows.skip(begin.at) if begin.at else rows)
+        while (record := _next(records, part.name)) is not None:
+            self._check_columns(list(record), part.name)
             yield from gather.add(dig(record, self.fields.text), self.fields.source_of(record))
         yield from gather.rest()
+
+    def _check_columns(self, columns: Sequence[str], name: str) -> None:
+        for flag, field in (("--text-field", self.fields.text), ("--source-field", self.fields.source)):
+            if field and field not in columns and field.split(".")[0] not in columns:
+                raise InputError(f"no field {field!r}", where=name, fix=f"{flag}: it has {', '.join(columns)}")
+
+
+def _next(records: Iterator[dict[str, Any]], name: str) -> dict[str, Any] | None:
+    try:
+        return next(records, None)
+    except Exception as e:  # whatever the hub client and the dataset's own reader raise
+        raise no_dataset(name, e) from e
 
 
 class _Gather:
@@ -313,148 +278,22 @@ class _Gather:
     def __init__(self, begin: Place, name: str) -> None:
         self.begin, self.name = begin, name
         self.texts: list[Any] = []
-        self.sources: list[str | None] = []
+        self.sources: list[str] = []
         self.size = 0
 
-    def add(self, text: Any, source: str | None) -> Iterator[Chunk]:
+    def add(self, text: Any, source: str) -> Iterator[Chunk]:
         if text is not None and not isinstance(text, str | bytes):
             row = self.begin.line + len(self.texts) + 1
             raise InputError(f"the text is {type(text).__name__}, not a string", where=f"{self.name}:{row}")
         self.texts.append(text)
         self.sources.append(source)
         self.size += len(text or "")
-        if self.size >= CHUNK_BYTES or len(self.texts) == 4096:
+        if self.size >= MEBIBYTE or len(self.texts) == 4096:
             yield from self.rest()
 
     def rest(self) -> Iterator[Chunk]:
         if not self.texts:
             return
         end = Place(self.begin.part, self.begin.at + len(self.texts), self.begin.line + len(self.texts))
-        yield Chunk(start=self.begin, end=end, where=(self.name,), texts=tuple(self.texts), sources=tuple(self.sources))
+        yield Chunk(start=self.begin, end=end, where=self.name, texts=tuple(self.texts), sources=tuple(self.sources))
         self.begin, self.texts, self.sources, self.size = end, [], [], 0
-
-
-def open_dataset(part: Part, split: str) -> Any:
-    """A saved dataset (memory-mapped) or one on the hub (streamed). Raises InputError where there is none."""
-    import datasets
-
-    try:
-        if part.kind == "saved":
-            stored = datasets.load_from_disk(part.name)
-            if not isinstance(stored, datasets.DatasetDict):
-                return stored
-            if split not in stored:
-                raise InputError(f"no split {split!r}", where=part.name, fix=f"--split: it has {', '.join(stored)}")
-            return stored[split]
-        name, _, revision = part.name.partition("@")
-        return datasets.load_dataset(name, split=split, streaming=True, revision=revision or None)
-    except InputError:
-        raise
-    except Exception as e:  # whatever the hub client and the dataset's own reader raise
-        raise _no_dataset(part.name, e) from e
-
-
-def hub_commit(name: str) -> str:
-    """The commit that a hub dataset stands at. Raises InputError when the hub does not know it or does not answer."""
-    from huggingface_hub import HfApi
-
-    repository, _, revision = name.partition("@")
-    try:
-        return str(HfApi().dataset_info(repository, revision=revision or None).sha)
-    except Exception as e:
-        raise _no_dataset(name, e) from e
-
-
-def _no_dataset(name: str, e: Exception) -> InputError:
-    reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
-    return InputError(f"neither a file or folder here nor a dataset the hub gives ({reason})", where=name)
-
-
-def _sample(path: Path) -> bytes:
-    if path.is_dir():
-        return b"".join(_sample_file(p) for p in sorted(path.rglob("*")) if p.is_file())
-    return _sample_file(path)
-
-
-def _sample_file(path: Path) -> bytes:
-    try:
-        with open(path, "rb") as f:
-            size = path.stat().st_size
-            if size <= _WHOLE:
-                return hashlib.sha256(f.read()).digest()
-            digest = hashlib.sha256()
-            for at in (0, size // 2, size - CHUNK_BYTES):
-                f.seek(at)
-                digest.update(f.read(CHUNK_BYTES))
-            return digest.digest()
-    except OSError as e:
-        raise InputError(f"cannot read ({e.strerror})", where=path) from e
-
-
-def _read(name: str) -> bytes:
-    try:
-        with _open(name) as f:
-            return f.read().removeprefix(b"\xef\xbb\xbf")
-    except (OSError, EOFError, zlib.error) as e:
-        raise InputError(f"cannot read ({e})", where=name, fix="is the file whole?") from e
-
-
-def _open(name: str) -> Any:
-    try:
-        raw = open(name, "rb")  # noqa: SIM115 (closed with what wraps it)
-    except OSError as e:
-        raise InputError(f"cannot read ({e.strerror})", where=name) from e
-    return _unsqueeze(raw, name)
-
-
-def _unsqueeze(raw: Any, name: str) -> Any:
-    """Decompress by the content's first bytes, whatever the name says."""
-    head = raw.peek(4)[:4]
-    if head[:2] == b"\x1f\x8b":
-        return gzip.GzipFile(fileobj=raw)
-    if head == b"\x28\xb5\x2f\xfd":
-        return io.BufferedReader(_Zstandard(raw), CHUNK_BYTES)
-    return raw
-
-
-class _Zstandard(io.RawIOBase):
-    """Zstandard frames, one after another. The package's own reader takes a cut file for a whole one."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
-
-        self._raw, self._new = raw, zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
-        self._frame, self._ready = self._new(), memoryview(b"")
-        self._error: type[Exception] = zstandard.ZstdError
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            rest = self._frame.unused_data if self._frame.eof else b""
-            data = rest or self._raw.read(1 << 17)
-            if not data:
-                if not self._frame.eof:
-                    raise EOFError("compressed data ends in the middle")
-                return 0
-            if self._frame.eof:
-                self._frame = self._new()
-            try:
-                self._ready = memoryview(self._frame.decompress(data))
-            except self._error as e:
-                raise OSError(str(e)) from e
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-
-def _skip(f: Any, count: int, *, seek: bool) -> None:
-    if seek and f.seekable():
-        f.seek(count)
-        return
-    while count > 0:
-        passed = len(f.read(min(count, CHUNK_BYTES)))
-        if not passed:
-            raise EOFError("it is shorter than when this run began")
-        count -= passed

@@ -15,7 +15,7 @@ import numpy as np
 
 from lvctx.text.tokenize import MALFORMED, REPAIRED, SKIPPED, Tokens
 
-BINS = 40
+BINS = 32
 """Bin b of a length histogram counts documents of 2^(b-1) to 2^b - 1 tokens; bin 0 the empty ones."""
 
 
@@ -144,10 +144,29 @@ class Ledger:
             account.cut += int(np.count_nonzero(packed & (took < whole[of])))
             _tally(account.after_documents, account.after_tokens, took[packed] - 1)
 
+    def report(self, shares: Mapping[str, float], budgets: Mapping[str, int]) -> dict[str, Any]:
+        """Accounts with the share of tokens each source had in the input, was to have, and has."""
+        read, packed = sum(a.tokens for a in self.accounts.values()), self.packed()
+        return {
+            source: {
+                "share_of_input": account["tokens"] / read,
+                "share_requested": shares.get(source),
+                "share_achieved": account["packed"] / packed,
+                "budget": budgets.get(source),
+                **account,
+            }
+            for source, account in self.to_dict().items()
+        }
+
     def _by_source(self, tokens: Tokens, part: slice) -> Iterator[tuple[Account, np.ndarray]]:
         codes = tokens.codes[part]
         for code in np.unique(codes).tolist():
             yield self.account(tokens.names[code]), codes == code
+
+
+def bin_names() -> list[str]:
+    """What each bin of the histograms holds, as text."""
+    return ["0", "1", *(f"{2 ** (b - 1)}-{2**b - 1}" for b in range(2, BINS))]
 
 
 def _tally(documents: list[int], tokens: list[int], lengths: np.ndarray) -> None:
@@ -170,7 +189,7 @@ def take_budgets(tokens: Tokens, keep: np.ndarray, low: int, budgets: Mapping[st
     take = take_all(tokens, keep, low, None)
     for code, name in enumerate(tokens.names):
         of = tokens.codes == code
-        take[of] = _clip(take[of], budgets[name] - ledger.account(name).packed)
+        take[of] = _clip(take[of], budgets.get(name, 0) - ledger.account(name).packed)
     return take
 
 

@@ -1,11 +1,9 @@
 """Tokenizing chunks in other processes, in order: the tokenizers library's batch call and little else.
 
 A worker gets raw chunks, parses and decodes them, and sends back one int32 array of all their tokens, the separator
-already before each document, so that the process that packs only copies. Torch and transformers are not imported,
-unless a tokenizer exists in no `tokenizer.json` and has to be converted.
+already before each document, so that the process that packs only copies.
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -15,36 +13,20 @@ from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from lvctx.errors import InputError
-from lvctx.text.documents import Chunk, Fields, dig
+from lvctx.text.documents import UNNAMED, Chunk, Fields, dig
+from lvctx.text.tokenizer import TokenizerFile
 
 OK, REPAIRED, SKIPPED, MALFORMED = 0, 1, 2, 3
 """What became of a document: read, read with invalid UTF-8 replaced, left out for it, or not a record at all."""
 
-UNNAMED = "unnamed"
-"""The source of documents that name none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerFile:
-    """A tokenizer that any process can load."""
-
-    content: str
-    """The JSON of `tokenizers`."""
-    sha256: str
-    """Hex SHA-256 of tokenizer.json."""
-    separator: int
-    """Token id put before each document."""
-    separator_token: str
-    """The same as text."""
-    vocabulary: int
-    """Number of ids."""
+UNREADABLE = "unreadable"
+"""The source of what was left out before anybody could see one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,91 +61,6 @@ class Policy:
     """Leave malformed records out and count them, instead of stopping at the first."""
 
 
-def find_tokenizer(name: str, separator: str) -> TokenizerFile:
-    """Load a tokenizer from a model directory, a tokenizer.json or the hub, and resolve its separator.
-
-    `separator` is `auto` (bos, else <|endoftext|>, else eos), a token or an id. Raises InputError for what is unknown.
-    """
-    from tokenizers import Tokenizer
-
-    content, special = _read_tokenizer(name)
-    try:
-        tokenizer = Tokenizer.from_str(content)
-    except Exception as e:  # the library raises bare Exception
-        raise InputError(f"not a tokenizer ({e})", where=name) from e
-    vocabulary = tokenizer.get_vocab_size()
-    if separator.isdigit():
-        number = int(separator)
-        if tokenizer.id_to_token(number) is None:
-            raise InputError(f"no token {number} (it has {vocabulary})", where=name, fix="choose another --separator")
-    else:
-        candidates = (special.get("bos_token"), "<|endoftext|>", special.get("eos_token"))
-        wanted = [c for c in candidates if c] if separator == "auto" else [separator]
-        found = [i for i in map(tokenizer.token_to_id, wanted) if i is not None]
-        if not found:
-            what = "no bos, <|endoftext|> or eos token" if separator == "auto" else f"no token {separator!r}"
-            raise InputError(what, where=name, fix="give --separator a token or id that it has")
-        number = found[0]
-    return TokenizerFile(
-        content=content,
-        sha256=hashlib.sha256(content.encode()).hexdigest(),
-        separator=number,
-        separator_token=str(tokenizer.id_to_token(number)),
-        vocabulary=vocabulary,
-    )
-
-
-def _read_tokenizer(name: str) -> tuple[str, dict[str, str]]:
-    path = Path(name)
-    if path.is_file():
-        path = path.parent
-    if (path / "tokenizer.json").is_file():
-        return (path / "tokenizer.json").read_bytes().decode(), _special_tokens(path)
-    if not path.is_dir() and not (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        from huggingface_hub import snapshot_download
-
-        files = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
-        try:
-            path = Path(snapshot_download(name, allow_patterns=files))
-        except Exception as e:  # whatever the hub client raises
-            reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
-            raise InputError(f"neither a directory here nor a model the hub gives ({reason})", where=name) from e
-        if (path / "tokenizer.json").is_file():
-            return (path / "tokenizer.json").read_bytes().decode(), _special_tokens(path)
-    elif not path.is_dir():
-        raise InputError("no such tokenizer", where=name, fix="--tokenizer takes a model directory or a hub id")
-    return _convert(name)
-
-
-def _special_tokens(path: Path) -> dict[str, str]:
-    special: dict[str, str] = {}
-    for file in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (path / file).is_file():
-            try:
-                stored = json.loads((path / file).read_text(encoding="utf-8"))
-            except ValueError as e:
-                raise InputError(f"not JSON ({e})", where=path / file) from e
-            for key in ("bos_token", "eos_token"):
-                token = stored.get(key)
-                if token:
-                    special[key] = token["content"] if isinstance(token, dict) else token
-    return special
-
-
-def _convert(name: str) -> tuple[str, dict[str, str]]:
-    """A tokenizer without tokenizer.json (SentencePiece, vocab and merges), converted by transformers."""
-    from transformers import AutoTokenizer
-
-    try:
-        stock = AutoTokenizer.from_pretrained(name)
-    except Exception as e:  # whatever it raises: there is no list
-        raise InputError("no tokenizer.json, and transformers reads no tokenizer there either", where=name) from e
-    if not stock.is_fast:
-        raise InputError("its tokenizer has no fast form", where=name, fix="convert it to tokenizer.json")
-    special = {k: str(v) for k, v in stock.special_tokens_map.items() if k in ("bos_token", "eos_token")}
-    return stock.backend_tokenizer.to_str(), special
-
-
 class Encoder:
     """A loaded tokenizer that turns chunks into tokens."""
 
@@ -179,6 +76,7 @@ class Encoder:
     def encode(self, chunk: Chunk) -> Tokens:
         """Tokenize a chunk. Raises InputError naming the line or file that is not right."""
         texts, sources, status = self._parse(chunk) if chunk.lines is not None else self._decode(chunk)
+        sources = [UNREADABLE if bad in (SKIPPED, MALFORMED) else s for s, bad in zip(sources, status, strict=True)]
         names: dict[str, int] = {}
         codes = np.fromiter((names.setdefault(s, len(names)) for s in sources), np.int32, len(sources))
         starts = np.zeros(len(texts) + 1, np.int64)
@@ -192,7 +90,7 @@ class Encoder:
         for start, encoding in zip(starts.tolist(), encodings, strict=False):
             ids[start] = self.separator
             ids[start + 1 : start + 1 + len(encoding)] = np.fromiter(encoding.ids, np.int32, len(encoding))
-        bare = Chunk(start=chunk.start, end=chunk.end, where=chunk.where)
+        bare = replace(chunk, lines=None, texts=(), sources=())
         state = np.array(status, np.uint8)
         return Tokens(chunk=bare, ids=ids, starts=starts, status=state, names=tuple(names), codes=codes)
 
@@ -206,7 +104,7 @@ class Encoder:
                 text, state = self._malformed("the text is null", chunk, number)
             texts.append(text)
             status.append(state)
-        return texts, [s or UNNAMED for s in chunk.sources], status
+        return texts, list(chunk.sources), status
 
     def _parse(self, chunk: Chunk) -> tuple[list[str], list[str], list[int]]:
         blob = chunk.lines or b""
@@ -226,7 +124,7 @@ class Encoder:
                 line, state = self._to_text(line, chunk, number)
                 if state == SKIPPED:
                     line = "{}"
-            text, source, wrong = "", None, ""
+            text, source, wrong = "", UNNAMED, ""
             try:
                 record = json.loads(line)
             except ValueError as e:
@@ -237,14 +135,14 @@ class Encoder:
                     found = dig(record, self.fields.text)
                 if isinstance(found, str):
                     text, source = found, self.fields.source_of(record)
-                    if source is None and self.fields.source:
-                        wrong = f"no field {self.fields.source!r}"
+                    if source == UNNAMED and self.fields.source:
+                        wrong = f"no field {self.fields.source!r} (it has {', '.join(record)})"
                 elif state != SKIPPED:
                     wrong = self._no_text(record)
             if wrong:
                 text, state = self._malformed(wrong, chunk, number)
             texts.append(text)
-            sources.append(source or UNNAMED)
+            sources.append(source)
             status.append(state)
         return texts, sources, status
 

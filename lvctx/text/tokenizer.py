@@ -1,0 +1,113 @@
+"""A tokenizer as one JSON text that any process can load, and the token that separates documents.
+
+Read with the `tokenizers` library alone where there is a `tokenizer.json`; transformers (and torch with it) comes in
+only to convert one that has none.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from lvctx.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerFile:
+    """A tokenizer that any process can load."""
+
+    content: str
+    """The JSON of `tokenizers`."""
+    sha256: str
+    """Hex SHA-256 of tokenizer.json."""
+    separator: int
+    """Token id put before each document."""
+    separator_token: str
+    """The same as text."""
+    vocabulary: int
+    """Number of ids."""
+
+
+def find_tokenizer(name: str, separator: str) -> TokenizerFile:
+    """Load a tokenizer from a model directory, a tokenizer.json or the hub, and resolve its separator.
+
+    `separator` is `auto` (bos, else <|endoftext|>, else eos), a token or an id. Raises InputError for what is unknown.
+    """
+    from tokenizers import Tokenizer
+
+    content, special = _read_tokenizer(name)
+    try:
+        tokenizer = Tokenizer.from_str(content)
+    except Exception as e:  # the library raises bare Exception
+        raise InputError(f"not a tokenizer ({e})", where=name) from e
+    vocabulary = tokenizer.get_vocab_size()
+    if separator.isdigit():
+        number = int(separator)
+        if tokenizer.id_to_token(number) is None:
+            raise InputError(f"no token {number} (it has {vocabulary})", where=name, fix="choose another --separator")
+    else:
+        candidates = (special.get("bos_token"), "<|endoftext|>", special.get("eos_token"))
+        wanted = [c for c in candidates if c] if separator == "auto" else [separator]
+        found = [i for i in map(tokenizer.token_to_id, wanted) if i is not None]
+        if not found:
+            what = "no bos, <|endoftext|> or eos token" if separator == "auto" else f"no token {separator!r}"
+            raise InputError(what, where=name, fix="give --separator a token or id that it has")
+        number = found[0]
+    return TokenizerFile(
+        content=content,
+        sha256=hashlib.sha256(content.encode()).hexdigest(),
+        separator=number,
+        separator_token=str(tokenizer.id_to_token(number)),
+        vocabulary=vocabulary,
+    )
+
+
+def _read_tokenizer(name: str) -> tuple[str, dict[str, str]]:
+    path = Path(name)
+    if path.is_file():
+        path = path.parent
+    if (path / "tokenizer.json").is_file():
+        return (path / "tokenizer.json").read_bytes().decode(), _special_tokens(path)
+    if not path.is_dir() and not (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        from huggingface_hub import snapshot_download
+
+        files = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+        try:
+            path = Path(snapshot_download(name, allow_patterns=files))
+        except Exception as e:  # whatever the hub client raises
+            reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+            raise InputError(f"neither a directory here nor a model the hub gives ({reason})", where=name) from e
+        if (path / "tokenizer.json").is_file():
+            return (path / "tokenizer.json").read_bytes().decode(), _special_tokens(path)
+    elif not path.is_dir():
+        raise InputError("no such tokenizer", where=name, fix="--tokenizer takes a model directory or a hub id")
+    return _convert(name)
+
+
+def _special_tokens(path: Path) -> dict[str, str]:
+    special: dict[str, str] = {}
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (path / file).is_file():
+            try:
+                stored = json.loads((path / file).read_text(encoding="utf-8"))
+            except ValueError as e:
+                raise InputError(f"not JSON ({e})", where=path / file) from e
+            for key in ("bos_token", "eos_token"):
+                token = stored.get(key)
+                if token:
+                    special[key] = token["content"] if isinstance(token, dict) else token
+    return special
+
+
+def _convert(name: str) -> tuple[str, dict[str, str]]:
+    """A tokenizer without tokenizer.json (SentencePiece, vocab and merges), converted by transformers."""
+    from transformers import AutoTokenizer
+
+    try:
+        stock = AutoTokenizer.from_pretrained(name)
+    except Exception as e:  # whatever it raises: there is no list
+        raise InputError("no tokenizer.json, and transformers reads no tokenizer there either", where=name) from e
+    if not stock.is_fast:
+        raise InputError("its tokenizer has no fast form", where=name, fix="convert it to tokenizer.json")
+    special = {k: str(v) for k, v in stock.special_tokens_map.items() if k in ("bos_token", "eos_token")}
+    return stock.backend_tokenizer.to_str(), special
