@@ -1,0 +1,155 @@
+"""`lvctx encode-video`: videos in, what a vision tower sees in their frames out."""
+
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from lvctx.cli.common import (
+    VIDEO,
+    DryRunOption,
+    ForceOption,
+    QuietOption,
+    RecipeOption,
+    Resume,
+    ResumeOption,
+    VerboseOption,
+    emit,
+    examples,
+    progress,
+    say,
+)
+from lvctx.errors import EXIT_SAMPLES_FAILED, LvctxError, UsageError
+
+
+class FrameModeChoice(StrEnum):
+    """How a frame becomes a square."""
+
+    crop = "crop"
+    pad = "pad"
+    squash = "squash"
+
+
+class DecoderChoice(StrEnum):
+    """What reads the video."""
+
+    auto = "auto"
+    pyav = "pyav"
+    decord = "decord"
+
+
+class DtypeChoice(StrEnum):
+    """What the tower computes in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command(
+        "encode-video",
+        rich_help_panel=VIDEO,
+        epilog=examples(
+            "lvctx encode-video clips/bikes.mp4 --model vlm --fps 2 -o frames-2fps",
+            "ls clips/*.mp4 | lvctx encode-video - --model vlm --frames 4 -o frames-4",
+        ),
+    )(encode_video)
+
+
+def encode_video(
+    videos: Annotated[list[str], typer.Argument(metavar="VIDEO...", help="Video files; - reads them from stdin.")],
+    model: Annotated[str | None, typer.Option(help="VLM whose tower looks: directory or hub id.")] = None,
+    tower: Annotated[str | None, typer.Option(help="Or a CLIP or SigLIP tower alone: directory or hub id.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the frames artifacts.")] = Path("frames"),
+    fps: Annotated[
+        str | None,
+        typer.Option(metavar="RATE|native", help="Frames a second by timestamp, or every frame. [default: 1]"),
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Or this many frames, evenly spread.", min=1)] = None,
+    frame_mode: Annotated[
+        FrameModeChoice, typer.Option(help="Square by crop of the centre, pad with the mean colour, or squash.")
+    ] = FrameModeChoice.crop,
+    decoder: Annotated[
+        DecoderChoice, typer.Option(help="auto is pyav. decord is wrong on variable rates and damaged frames.")
+    ] = DecoderChoice.auto,
+    batch: Annotated[int, typer.Option(help="Frames through the tower at once.", min=1)] = 64,
+    dtype: Annotated[
+        DtypeChoice, typer.Option(help="Of the computation; auto: bfloat16 where the machine is fast with it.")
+    ] = DtypeChoice.auto,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    recipe: RecipeOption = None,
+    resume: ResumeOption = Resume.auto,
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Sample a video's frames and store what a vision tower sees in them, one artifact a video.
+
+    Writes DIR/NAME.frames.safetensors. A video that cannot be read is an error row; the others go on.
+    """
+    if (model is None) == (tower is None):
+        raise UsageError("give either --model or --tower")
+    rate = parse_rate(fps)
+    from lvctx.artifacts import schemas
+    from lvctx.stages.encode import Encoder
+
+    encoder = Encoder.plan(
+        str(model or tower),
+        fps=rate,
+        frames=frames,
+        frame_mode=frame_mode.value,
+        decoder=decoder.value,
+        batch=batch,
+        dtype=dtype.value,
+        device=device,
+    )
+    done = 0
+    failures: list[LvctxError] = []
+    for video, row in references(videos):
+        try:
+            if dry_run:
+                result = {"dry_run": True, **encoder.describe(video, out)}
+            else:
+                with progress("encode-video", quiet=quiet) as report:
+                    result = encoder.encode(video, out, resume=resume, force=force, report=report)
+        except LvctxError as e:
+            say(f"lvctx: {e}")
+            emit({**row, "schema": schemas.FRAMES, "video": str(video), "error": str(e)})
+            failures.append(e)
+        else:
+            emit({**row, **result})
+            done += 1
+    if failures:
+        raise typer.Exit(EXIT_SAMPLES_FAILED if done else failures[0].exit_code)
+
+
+def parse_rate(text: str | None) -> float | Literal["native"] | None:
+    """`native`, a number such as 0.5, or a fraction such as 30000/1001. Raises UsageError for anything else."""
+    if text is None or text == "native":
+        return "native" if text else None
+    try:
+        rate = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        rate = 0.0
+    if not 1e-5 <= rate <= 1e5:
+        raise UsageError(f"no frame rate: {text}", where="--fps", fix="give a number such as 1, or native")
+    return rate
+
+
+def references(videos: list[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The videos with the rows they came in, if any: arguments, and lines of stdin where an argument is `-`."""
+    from lvctx.artifacts.stream import read_references
+
+    for video in videos:
+        if video == "-":
+            for path, row in read_references(sys.stdin):
+                yield path, {key: value for key, value in row.items() if key not in ("path", "sha256")}
+        else:
+            yield Path(video), {}
