@@ -221,11 +221,8 @@ class Corpus:
         try:
             with pq.ParquetFile(name) as file:
                 columns = file.schema_arrow.names
+                self._check_columns(columns, name)
                 text = self.fields.text if self.fields.text in columns else self.fields.text.split(".")[0]
-                if text not in columns:
-                    raise InputError(
-                        f"no column {text!r}", where=name, fix=f"--text-field: it has {', '.join(columns)}"
-                    )
                 heads = {path if path in columns else path.split(".")[0] for path in self.fields.source_paths()}
                 wanted = [c for c in columns if c == text or c in heads]
                 counts = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]

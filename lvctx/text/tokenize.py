@@ -76,9 +76,6 @@ class Encoder:
     def encode(self, chunk: Chunk) -> Tokens:
         """Tokenize a chunk. Raises InputError naming the line or file that is not right."""
         texts, sources, status = self._parse(chunk) if chunk.lines is not None else self._decode(chunk)
-        sources = [UNREADABLE if bad in (SKIPPED, MALFORMED) else s for s, bad in zip(sources, status, strict=True)]
-        names: dict[str, int] = {}
-        codes = np.fromiter((names.setdefault(s, len(names)) for s in sources), np.int32, len(sources))
         starts = np.zeros(len(texts) + 1, np.int64)
         try:
             encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -90,6 +87,9 @@ class Encoder:
         for start, encoding in zip(starts.tolist(), encodings, strict=False):
             ids[start] = self.separator
             ids[start + 1 : start + 1 + len(encoding)] = np.fromiter(encoding.ids, np.int32, len(encoding))
+        sources = [UNREADABLE if bad in (SKIPPED, MALFORMED) else s for s, bad in zip(sources, status, strict=True)]
+        names: dict[str, int] = {}
+        codes = np.fromiter((names.setdefault(s, len(names)) for s in sources), np.int32, len(sources))
         bare = replace(chunk, lines=None, texts=(), sources=())
         state = np.array(status, np.uint8)
         return Tokens(chunk=bare, ids=ids, starts=starts, status=state, names=tuple(names), codes=codes)
