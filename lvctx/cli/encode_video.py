@@ -121,7 +121,7 @@ def encode_video(
                     result = encoder.encode(video, out, resume=resume, force=force, report=report)
         except LvctxError as e:
             say(f"lvctx: {e}")
-            emit({**row, "schema": schemas.FRAMES, "video": str(video), "error": str(e)})
+            emit({**row, "schema": schemas.FRAMES, "path": str(video), "error": str(e)})
             failures.append(e)
         else:
             emit({**row, **result})
