@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import av
 import numpy as np
@@ -125,9 +125,9 @@ def spread(count: int, frames: int) -> list[int]:
 
 
 def check_whole(path: Path) -> None:
-    """Raise InputError for a file that is missing or empty, or an MP4 that ends inside one of its boxes.
+    """Raise InputError for a file that is missing or empty, or an MP4 or Matroska file shorter than it says it is.
 
-    A decoder plays what is left of a cut MP4 without a word.
+    A decoder plays what is left of a cut file without a word.
     """
     if not path.exists():
         raise InputError("no such video", where=path)
@@ -137,21 +137,48 @@ def check_whole(path: Path) -> None:
     if size == 0:
         raise InputError("the file is empty", where=path, fix="download or copy it again")
     with open(path, "rb") as f:
-        head = f.read(12)
-        if head[4:8] != b"ftyp":
+        head = f.read(256)
+        if head[4:8] == b"ftyp":
+            end = _end_of_mp4(f, size)
+        elif head.startswith(b"\x1aE\xdf\xa3"):
+            end = _end_of_matroska(head)
+        else:
             return
-        at = 0
-        while at < size:
-            f.seek(at)
-            head = f.read(16)
-            length = int.from_bytes(head[:4], "big")
-            if length == 1:  # a 64-bit length follows the box's name
-                length = int.from_bytes(head[8:16], "big")
-            elif length == 0:  # the last box, up to the end of the file
-                return
-            if len(head) < 8 or length < 8 or at + length > size:
-                raise InputError(f"the video is cut short at {size:,} bytes", where=path, fix="download it again")
-            at += length
+    if end > size:
+        raise InputError(f"the video is cut short at {size:,} bytes", where=path, fix="download it again")
+
+
+def _end_of_mp4(f: BinaryIO, size: int) -> int:
+    """Where the first box ends that ends beyond `size`, or else `size`."""
+    at = 0
+    while at < size:
+        f.seek(at)
+        head = f.read(16)
+        length = int.from_bytes(head[:4], "big")
+        if length == 1:  # a 64-bit length follows the box's name
+            length = int.from_bytes(head[8:16], "big")
+        elif length == 0 and len(head) >= 8:  # the last box, up to the end of the file
+            return size
+        at += max(length, 8)
+    return at
+
+
+def _end_of_matroska(head: bytes) -> int:
+    """Where the segment ends that follows the header; 0 where it does not say, as in a recorded live stream."""
+
+    def number(at: int) -> tuple[int, int]:
+        width = 9 - head[at].bit_length()  # as many bytes as the first has leading zeros, and one
+        value = int.from_bytes(head[at : at + width], "big") & ((1 << 7 * width) - 1)
+        return (0 if value == (1 << 7 * width) - 1 else value), at + width
+
+    try:
+        length, at = number(4)
+        if head[at + length : at + length + 4] != b"\x18S\x80g":
+            return 0
+        length, at = number(at + length + 4)
+    except IndexError:
+        return 0
+    return at + length if length else 0
 
 
 def open_video(path: Path) -> tuple[Any, Any]:
