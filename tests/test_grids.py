@@ -36,6 +36,7 @@ def test_known_grids(size: tuple[int, int], code: tuple[int, int], paper: tuple[
 
 
 @given(SIDES, SIDES, st.sampled_from([96, 224, 336]), st.integers(2, 60))
+@settings(max_examples=50, deadline=None)
 def test_code_keeps_most_then_wastes_least(width: int, height: int, tile: int, most: int) -> None:
     columns, rows = unires_grid(width, height, tile=tile, max_grids=most)
     assert 1 < columns * rows <= most
@@ -53,6 +54,7 @@ def test_code_keeps_most_then_wastes_least(width: int, height: int, tile: int, m
 
 
 @given(SIDES, SIDES, st.integers(1, 60))
+@settings(deadline=None)
 def test_paper_divides_and_shrinks_only_what_is_too_large(width: int, height: int, most: int) -> None:
     columns, rows = unires_grid(width, height, tile=336, rule="paper", max_grids=most)
     plain = max(1, width // 336), max(1, height // 336)

@@ -1,0 +1,226 @@
+"""From a video to its artifact: right features, one row each, the same bytes again, and nothing half-written."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from lvctx.artifacts import schemas
+from lvctx.artifacts.frames import open_frames, read_frames, write_frames
+from lvctx.artifacts.manifest import Provenance
+from lvctx.artifacts.store import sha256_file
+from lvctx.cli.app import app
+from lvctx.cli.encode_video import parse_rate
+from lvctx.errors import InputError, UsageError
+from lvctx.vision import decode
+from lvctx.vision.tower import TowerFiles, load_tower
+
+FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
+Row = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`a.mp4` and `b.mp4` (two seconds, 25 fps, B-frames), another `other/a.mp4`, and broken files."""
+    folder = tmp_path_factory.mktemp("clips")
+    (folder / "other").mkdir()
+    for name, picture in (("a.mp4", "testsrc2"), ("b.mp4", "rgbtestsrc"), ("other/a.mp4", "smptebars")):
+        source = ["-f", "lavfi", "-i", f"{picture}=s=90x50:r=25:d=2", "-c:v", "libx264", "-pix_fmt", "yuv420p"]
+        subprocess.run([FFMPEG, "-v", "error", *source, folder / name], check=True)
+    (folder / "text.mp4").write_text("I am text")
+    (folder / "empty.mp4").touch()
+    return folder
+
+
+def run(*args: object, stdin: str | None = None) -> tuple[int, list[Row], list[str]]:
+    """Exit code, rows on stdout, and our lines on stderr."""
+    done = CliRunner().invoke(app, ["encode-video", *map(str, args)], input=stdin)
+    said = [line for line in done.stderr.splitlines() if line.startswith("lvctx: ")]
+    assert "Traceback" not in done.stderr
+    return done.exit_code, [json.loads(line) for line in done.stdout.splitlines()], said
+
+
+def test_features_are_the_towers(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    code, rows, _ = run(
+        clips / "a.mp4", "--tower", tiny_tower, "--fps", 5, "--batch", 3, "--dtype", "float32", "-o", tmp_path
+    )
+    assert (code, len(rows)) == (0, 1)
+    row, target = rows[0], tmp_path / "a.frames.safetensors"
+    assert row["schema"] == schemas.FRAMES
+    assert row["path"] == str(target)
+    assert row["sha256"] == sha256_file(target)
+    assert (row["frames"], row["tokens_per_frame"], row["duration"]) == (10, 4, 2.0)
+    assert load_file(target).keys() == {"features", "pts", "index"}, "a stock reader reads it"
+    frames = read_frames(target)
+    assert frames.features.shape == (10, 16, 32)
+    assert frames.features.dtype == torch.bfloat16
+    assert frames.index.tolist() == list(range(0, 50, 5))
+    assert frames.pts.tolist() == [i * 0.2 for i in range(10)] or np.allclose(frames.pts, np.arange(10) * 0.2)
+    assert frames.provenance["inputs"] == {
+        "tower": TowerFiles.find(tiny_tower).fingerprint,
+        "video": sha256_file(clips / "a.mp4"),
+    }
+    assert frames.provenance["config"]["frame_mode"] == "crop"
+    assert "libavcodec" in frames.provenance["facts"]["decoder"]
+    tower = load_tower(tiny_tower, dtype=torch.float32)
+    images = [Image.fromarray(f.image) for f in decode.read_frames(clips / "a.mp4", fps=5.0)]
+    expected = tower.see([tower.preprocess.square(image, "crop") for image in images])
+    torch.testing.assert_close(frames.features, expected.bfloat16(), rtol=1e-2, atol=1e-3)
+
+
+def test_the_same_bytes_twice_and_nothing_to_do_the_third_time(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    options = ("--tower", tiny_tower, "--fps", "native", "--frame-mode", "pad", "--batch", 16)
+    _, first, _ = run(clips / "a.mp4", *options, "-o", tmp_path / "1")
+    _, second, _ = run(clips / "a.mp4", *options, "-o", tmp_path / "2")
+    assert first[0]["sha256"] == second[0]["sha256"]
+    assert first[0]["frames"] == 50
+    target = tmp_path / "1" / "a.frames.safetensors"
+    before = target.stat().st_mtime_ns
+    code, again, _ = run(clips / "a.mp4", *options, "-o", tmp_path / "1")
+    assert (code, again) == (0, first)
+    assert target.stat().st_mtime_ns == before
+    code, rows, said = run(clips / "a.mp4", "--tower", tiny_tower, "--frames", 3, "-o", tmp_path / "1")
+    assert code == 3
+    assert "fps: native -> None" in said[0]
+    assert "error" in rows[0]
+    code, rows, _ = run(clips / "a.mp4", "--tower", tiny_tower, "--frames", 3, "-o", tmp_path / "1", "--force")
+    assert (code, rows[0]["frames"]) == (0, 3)
+
+
+def test_one_broken_video_costs_itself(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    broken = [clips / "text.mp4", clips / "missing.mp4", clips / "empty.mp4"]
+    videos: Sequence[Path] = [broken[0], clips / "a.mp4", *broken[1:], clips / "b.mp4"]
+    code, rows, said = run(*videos, "--tower", tiny_tower, "--frames", 2, "-o", tmp_path)
+    assert code == 4
+    assert [r["path"] for r in rows if "error" in r] == [str(p) for p in broken]
+    assert [Path(r["path"]).name for r in rows if "error" not in r] == ["a.frames.safetensors", "b.frames.safetensors"]
+    assert len(said) == 3
+    assert all(str(p) in line for p, line in zip(broken, said, strict=True))
+    assert sorted(os.listdir(tmp_path)) == ["a.frames.safetensors", "b.frames.safetensors"]
+    for only in broken:
+        code, rows, said = run(only, "--tower", tiny_tower, "-o", tmp_path)
+        assert (code, len(rows), len(said)) == (3, 1, 1)
+    code, _, said = run(*broken, "--tower", tiny_tower, "-o", tmp_path)
+    assert (code, len(said)) == (3, 3)
+
+
+def test_namesakes_do_not_collide(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    videos = (clips / "a.mp4", clips / "other" / "a.mp4", clips / "a.mp4")
+    code, rows, _ = run(*videos, "--tower", tiny_tower, "--frames", 2, "-o", tmp_path)
+    assert code == 0
+    own = sha256_file(clips / "other" / "a.mp4")[:8]
+    names = ["a.frames.safetensors", f"a-{own}.frames.safetensors"]
+    assert [Path(r["path"]).name for r in rows] == [*names, names[0]]
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
+
+
+def test_paths_and_rows_on_stdin(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    lines = f"{clips / 'a.mp4'}\n\n{json.dumps({'path': str(clips / 'b.mp4'), 'question': 'Why?'})}\n"
+    code, rows, _ = run("-", "--tower", tiny_tower, "--frames", 2, "-o", tmp_path, stdin=lines)
+    assert (code, len(rows)) == (0, 2)
+    assert rows[1]["question"] == "Why?"
+    assert rows[1]["path"].endswith("b.frames.safetensors")
+    code, rows, said = run("-", "--tower", tiny_tower, "--frames", 2, "-o", tmp_path, stdin=f"{lines}{{oops\n")
+    assert (code, len(rows), len(said)) == (3, 2, 1)
+    assert "stdin:4" in said[0]
+
+
+def test_dry_run_predicts_and_writes_nothing(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    out = tmp_path / "frames"
+    code, rows, _ = run(clips / "a.mp4", "--tower", tiny_tower, "--fps", 4, "-o", out, "--dry-run")
+    assert code == 0
+    assert not out.exists()
+    assert (rows[0]["expected_frames"], rows[0]["expected_bytes"]) == (8, 8 * 16 * 32 * 2)
+    assert rows[0]["decoder"] == "pyav"
+    assert run(clips / "text.mp4", "--tower", tiny_tower, "--dry-run")[0] == 3
+
+
+def test_options_that_contradict(clips: Path, tiny_tower: Path) -> None:
+    video = clips / "a.mp4"
+    assert run(video)[0] == 2
+    assert run(video, "--tower", tiny_tower, "--model", tiny_tower)[0] == 2
+    assert run(video, "--tower", tiny_tower, "--fps", 1, "--frames", 2)[0] == 2
+    assert run(video, "--tower", tiny_tower, "--fps", "fast")[0] == 2
+    assert run(video, "--tower", "/nowhere")[0] == 3
+
+
+def test_rates() -> None:
+    assert parse_rate(None) is None
+    assert parse_rate("native") == "native"
+    assert parse_rate("30000/1001") == 30000 / 1001
+    for bad in ("0", "-1", "1/0", "nan", "inf", "fast", ""):
+        with pytest.raises(UsageError):
+            parse_rate(bad)
+
+
+def test_decord_is_recorded(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    pytest.importorskip("decord")
+    code, rows, _ = run(clips / "a.mp4", "--tower", tiny_tower, "--frames", 3, "--decoder", "decord", "-o", tmp_path)
+    assert code == 0
+    made = read_frames(Path(rows[0]["path"])).provenance
+    assert made["config"]["decoder"] == "decord"
+    assert made["facts"]["decoder"].startswith("decord ")
+
+
+MADE = Provenance(schema=schemas.FRAMES, command="encode-video", config={"fps": 1.0}, inputs={})
+
+
+def test_a_failed_writer_leaves_nothing(tmp_path: Path) -> None:
+    target = tmp_path / "x.frames.safetensors"
+    with pytest.raises(RuntimeError), open_frames(target, MADE, {}) as writer:  # noqa: PT012 (the writer must be open)
+        writer.append(torch.zeros(2, 4, 8), [0.0, 1.0], [0, 1])
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+
+
+def test_artifacts_read_back(tmp_path: Path) -> None:
+    target = tmp_path / "x.frames.safetensors"
+    features = torch.randn(3, 4, 8).bfloat16()
+    write_frames(target, features, [0.1, 0.2, 3600.0], [0, 5, 2**40], MADE)
+    frames = read_frames(target)
+    assert torch.equal(frames.features, features)
+    assert frames.pts.tolist() == [0.1, 0.2, 3600.0]
+    assert frames.index.tolist() == [0, 5, 2**40]
+    raw = target.read_bytes()
+    write_frames(target, features, [0.1, 0.2, 3600.0], [0, 5, 2**40], MADE)
+    assert target.read_bytes() == raw
+    target.write_bytes(raw[:-1])
+    with pytest.raises(InputError, match="not a whole"):
+        read_frames(target)
+
+
+def test_a_killed_run_is_redone_to_the_same_bytes(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    longer = tmp_path / "long.mp4"
+    source = ["-f", "lavfi", "-i", "testsrc2=s=90x50:r=25:d=120", "-c:v", "libx264", "-preset", "ultrafast"]
+    subprocess.run([FFMPEG, "-v", "error", *source, longer], check=True)
+    command = [sys.executable, "-m", "lvctx", "encode-video", longer, "--tower", tiny_tower, "--fps", "native"]
+    out, partial = tmp_path / "out", tmp_path / "out" / ".long.frames.safetensors.partial"
+    for kill, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75), (signal.SIGINT, 130)):
+        running = subprocess.Popen([*command, "-o", out], stderr=subprocess.PIPE, text=True)
+        while not (partial.exists() and partial.stat().st_size > 200_000) and running.poll() is None:
+            time.sleep(0.005)
+        running.send_signal(kill)
+        _, said = running.communicate(timeout=60)
+        assert running.returncode == code, said
+        assert "Traceback" not in said
+        assert not (out / "long.frames.safetensors").exists()
+        assert partial.exists() == (kill == signal.SIGKILL)
+    code, rows, _ = run(*command[4:], "-o", out)
+    assert code == 0
+    assert os.listdir(out) == ["long.frames.safetensors"]
+    shutil.rmtree(out)
+    assert run(*command[4:], "-o", out)[1] == rows
