@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import MANIFEST, read_manifest, read_provenance
 from lvctx.artifacts.store import read_safetensors_header
 from lvctx.errors import InputError
@@ -20,11 +21,30 @@ def describe(path: Path) -> dict[str, Any]:
         raise InputError("no such file or directory", where=path)
     facts: dict[str, Any] = {"path": str(path)}
     if (path / MANIFEST).is_file():
-        facts |= read_manifest(path)
+        manifest = read_manifest(path)
+        facts |= _describe_packed(manifest) if manifest.get("schema") == schemas.PACKED else manifest
     if (path / "config.json").is_file():
         facts["model"] = _describe_model(path)
     if len(facts) == 1:
         raise InputError("neither an artifact of ours nor a model directory", where=path)
+    return facts
+
+
+def _describe_packed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with its files counted, and one length histogram over all sources: bin -> documents and tokens."""
+    facts = {k: v for k, v in manifest.items() if k not in ("files", "shard_rows", "length_bins", "sources")}
+    facts["shards"] = len(manifest["files"])
+    facts["bytes"] = sum(file["bytes"] for file in manifest["files"].values())
+    counts = ("before_documents", "before_tokens", "after_documents", "after_tokens")
+    sources = manifest["sources"]
+    facts["lengths"] = {
+        name: {count: sum(account[count][b] for account in sources.values()) for count in counts}
+        for b, name in enumerate(manifest["length_bins"])
+        if any(account["before_documents"][b] for account in sources.values())
+    }
+    facts["sources"] = {
+        source: {k: v for k, v in account.items() if k not in counts} for source, account in sources.items()
+    }
     return facts
 
 

@@ -14,28 +14,65 @@ def register(app: typer.Typer) -> None:
     app.command(
         "info",
         rich_help_panel=TOOLS,
-        epilog=examples("lvctx info packed", "lvctx info frames/bikes.frames.safetensors --json"),
+        epilog=examples("lvctx info packed --plot", "lvctx info frames/bikes.frames.safetensors --json"),
     )(info)
 
 
 def info(
     artifact: Annotated[Path, typer.Argument(help="A packed directory, frames file, niah directory or model.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line instead of a table.")] = False,
+    plot: Annotated[bool, typer.Option("--plot", help="Draw a packed directory's lengths before and after.")] = False,
 ) -> None:
     """Say what an artifact or model directory is, what made it and what is in it."""
     from lvctx.artifacts.describe import describe
+    from lvctx.errors import UsageError
 
     facts = describe(artifact)
+    if plot and "lengths" not in facts:
+        raise UsageError("--plot draws packed directories, not this", where=artifact)
     if as_json:
         emit(facts)
         return
     from rich.console import Console
     from rich.table import Table
 
+    lengths, sources = facts.pop("lengths", {}), facts.pop("sources", {})
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in _flatten(facts):
         table.add_row(key, value)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if sources:
+        console.print(_source_table(sources))
+    if plot:
+        _plot(lengths, console)
+
+
+def _source_table(sources: dict[str, Any]) -> Any:
+    """What packing did with each source: one row each; columns that are 0 everywhere are left out."""
+    from rich.table import Table
+
+    columns = [k for k in next(iter(sources.values())) if any(account[k] for account in sources.values())]
+    table = Table("source", box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right")
+    for source, account in sources.items():
+        values = (account[k] for k in columns)
+        table.add_row(source, *(f"{v:.4f}" if isinstance(v, float) else f"{v or 0:,}" for v in values))
+    return table
+
+
+def _plot(lengths: dict[str, Any], console: Any) -> None:
+    """Share of all tokens that lie in documents of each length, before (light) and after (full) packing."""
+    totals = {when: sum(counts[f"{when}_tokens"] for counts in lengths.values()) for when in ("before", "after")}
+    width = max(20, min(60, console.width - 40))
+    console.print("\nshare of tokens by document length (tokens):  ░ before  █ after", highlight=False)
+    for name, counts in lengths.items():
+        for when, ink in (("before", "░"), ("after", "█")):
+            share = counts[f"{when}_tokens"] / max(totals[when], 1)
+            label = name if when == "before" else ""
+            bar, documents = ink * round(share * width), counts[f"{when}_documents"]
+            console.print(f"{label:>17} {share:6.1%} {bar} {documents:,} documents", highlight=False)
 
 
 def _flatten(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
