@@ -29,8 +29,8 @@ class Grid:
     """Cells that ran, depths x lengths."""
     errors: int
     """Cells that failed to run; they are in neither count."""
-    chance: float
-    """Accuracy of guessing."""
+    chance: float | None
+    """Accuracy of guessing; None where it is not known."""
     trained_length: int
     """Tokens of the longest sequence the language model was trained on."""
     longest_sample: int
@@ -50,6 +50,11 @@ class Grid:
         """Over all depths of one length, by index."""
         n = sum(row[length] for row in self.trials)
         return sum(row[length] for row in self.correct) / n if n else None
+
+    @property
+    def guessing(self) -> str:
+        """The chance level for a title; empty where it is not known."""
+        return "" if self.chance is None else f"chance {self.chance:.2f}"
 
     @property
     def mean(self) -> float | None:

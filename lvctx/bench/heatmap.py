@@ -9,6 +9,9 @@ import numpy as np
 from lvctx.artifacts.store import atomic_file, write_json
 from lvctx.bench.grid import Grid
 
+NOTHING = "#d9d9d9"
+"""Colour of a cell in which nothing ran."""
+
 
 def write_report(out: Path, grid: Grid) -> None:
     """summary.json, heatmap.json and heatmap.png of a run, all derived from its rows; summary.json last."""
@@ -20,57 +23,82 @@ def write_report(out: Path, grid: Grid) -> None:
 
 def draw_heatmaps(grids: Sequence[Grid], target: Path) -> None:
     """Draw runs side by side, one line of panels for each modality, to a .png or .svg."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = [[g for g in grids if g.modality == m] for m in ("text", "video")]
     lines = [line for line in lines if line]
     columns = max(map(len, lines))
-    widest = max(len(g.lengths) for g in grids)
-    figure = Figure(figsize=(columns * (1.9 + 0.62 * widest), 0.6 + 2.9 * len(lines)), layout="constrained", dpi=150)
+    # Cells large enough for their number, panels wide enough for their title.
+    width = max(4.0, 1.1 + 0.62 * max(len(g.lengths) for g in grids))
+    heights = [1.75 + 0.42 * max(len(g.depths) for g in line) for line in lines]
+    figure = Figure(figsize=(columns * width + 1.0, sum(heights) + 0.35), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(lines), columns, squeeze=False)
+    axes = figure.subplots(len(lines), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     shades: Any = None
     for row, line in zip(axes, lines, strict=True):
         for ax in row[len(line) :]:
             ax.set_visible(False)
         for ax, grid in zip(row, line, strict=False):
             shades = _panel(ax, grid)
-    bar = figure.colorbar(shades, ax=axes, shrink=0.8, pad=0.02)
-    bar.set_label("accuracy")
-    figure.suptitle("Needle in a haystack: share of needles found", fontsize=11, x=0.02, ha="left", weight="bold")
-    with atomic_file(target) as partial:
-        # No date and no version in the file: the same results give the same bytes.
+    bar = figure.colorbar(shades, ax=axes, shrink=0.85, pad=0.02, aspect=24)
+    bar.set_label("accuracy", fontsize=8)
+    bar.ax.tick_params(labelsize=7, length=2)
+    bar.outline.set_visible(False)
+    figure.suptitle("Needle in a haystack", fontsize=11, x=0.012, ha="left", weight="bold")
+    with atomic_file(target) as partial, rc_context({"svg.hashsalt": "lvctx"}):
+        # No date, no version and no random names in the file: the same results give the same bytes.
         metadata = {"Date": None} if target.suffix == ".svg" else {"Software": None}
-        figure.savefig(partial, format=target.suffix[1:] or "png", metadata=metadata)
+        figure.savefig(partial, format=target.suffix[1:], metadata=metadata)
 
 
 def _panel(ax: Any, grid: Grid) -> Any:
-    shape = range(len(grid.depths)), range(len(grid.lengths))
-    values = [[grid.accuracy(d, n) for n in shape[1]] for d in shape[0]]
-    image = np.array([[np.nan if v is None else v for v in row] for row in values])
-    shades = ax.imshow(image, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    for d in shape[0]:
-        for n in shape[1]:
-            value = values[d][n]
-            said = "–" if value is None else f"{value:.1f}".rstrip("0").rstrip(".")
-            ax.text(n, d, said, ha="center", va="center", fontsize=8, color="black" if (value or 0) > 0.6 else "white")
-    ax.set_xticks(shape[1], [_ticks(grid, n) for n in shape[1]], fontsize=7)
-    ax.set_yticks(shape[0], [f"{100 * d:g}%" for d in grid.depths], fontsize=7)
-    ax.set_xlabel("tokens" if grid.modality == "text" else "haystack frames (tokens)", fontsize=8)
-    ax.set_ylabel("depth of the needle", fontsize=8)
+    depths, lengths = range(len(grid.depths)), range(len(grid.lengths))
+    values = np.array([[np.nan if (v := grid.accuracy(d, n)) is None else v for n in lengths] for d in depths])
+    ax.set_facecolor(NOTHING)
+    edges = np.arange(len(lengths) + 1) - 0.5, np.arange(len(depths) + 1) - 0.5
+    shades = ax.pcolormesh(*edges, values, cmap="viridis", vmin=0, vmax=1, edgecolors="white", linewidth=0.6)
+    ax.set_ylim(len(depths) - 0.5, -0.5)
+    for d in depths:
+        for n in lengths:
+            value = values[d, n]
+            dark = value > 0.6 or np.isnan(value)
+            ax.text(n, d, _number(value), ha="center", va="center", fontsize=8, color="black" if dark else "white")
+    ax.set_xticks(lengths, [_ticks(grid, n) for n in lengths], fontsize=7)
+    ax.set_yticks(depths, [f"{100 * d:g}%" for d in grid.depths], fontsize=7)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_xlabel("tokens" if grid.modality == "text" else "frames (tokens)", fontsize=8)
+    ax.set_ylabel("depth", fontsize=8)
+    ax.set_title(_title(grid), fontsize=8, loc="left", linespacing=1.4)
     at = trained_at(grid)
     if at is not None:
-        ax.axvline(at, color="red", linestyle="--", linewidth=1.4)
-    chance = f", chance {grid.chance:.2f}" if grid.chance > 0.001 else ""
-    trials = max(map(max, grid.trials))
-    mean = "nothing ran" if grid.mean is None else f"mean {grid.mean:.2f}{chance}"
-    ax.set_title(
-        f"{grid.name}\n{mean}; {trials} a cell; dashed: language model trained to {grid.trained_length:,} tokens",
-        fontsize=7.5,
-        loc="left",
-    )
+        ax.axvline(at, color="white", linewidth=4)
+        ax.axvline(at, color="red", linestyle=(0, (3, 1.5)), linewidth=1.8)
     return shades
+
+
+def _title(grid: Grid) -> str:
+    """Three lines: which run, what came out, and against which training it is to be read."""
+    mean = "nothing ran" if grid.mean is None else f"mean {grid.mean:.2f}"
+    guessing = f", {grid.guessing}" if grid.guessing else ""
+    errors = f", {grid.errors} failed" if grid.errors else ""
+    most = max(map(max, grid.trials))
+    if trained_at(grid) is not None:
+        where = "red line"
+    else:
+        where = "all within" if grid.trained_length >= grid.tokens[-1] else "all beyond"
+    trained = f"language model trained to {grid.trained_length:,} tokens ({where})"
+    samples = f"\naligned on samples of up to {grid.longest_sample:,} tokens" if grid.longest_sample else ""
+    return f"{grid.name}: {mean}{guessing}; {most} needles a cell{errors}\n{trained}{samples}"
+
+
+def _number(value: float) -> str:
+    """Two decimals at most, one at least: 1.0, 0.5, 0.67."""
+    if np.isnan(value):
+        return "–"
+    return f"{value:.1f}" if abs(value * 10 - round(value * 10)) < 1e-9 else f"{value:.2f}"
 
 
 def _ticks(grid: Grid, n: int) -> str:
@@ -78,7 +106,8 @@ def _ticks(grid: Grid, n: int) -> str:
 
 
 def trained_at(grid: Grid) -> float | None:
-    """Where between the columns (0 is the first column's centre) the trained length falls; None outside the axis."""
-    if not grid.tokens[0] <= grid.trained_length <= grid.tokens[-1]:
-        return None
-    return float(np.interp(grid.trained_length, grid.tokens, range(len(grid.tokens))))
+    """Between which columns the trained length falls (0 is the first column's centre): right of it the model reads
+    further than it was trained to. None where all columns lie on one side.
+    """
+    within = sum(tokens <= grid.trained_length for tokens in grid.tokens)
+    return within - 0.5 if 0 < within < len(grid.tokens) else None

@@ -5,6 +5,8 @@ int(depth * haystack), then the question, then the answer; right if the model's 
 answer token. Cells are listed so that those that begin alike follow each other (see `prefix`).
 """
 
+import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +20,15 @@ from torch import Tensor
 
 from lvctx.errors import InputError, UsageError
 from lvctx.model.vlm import chat_ids
-from lvctx.text.needle import NEEDLE, PREFIX, draw_needle, question_and_answer, sentence_ends
+from lvctx.text.needle import (
+    NEEDLE,
+    PREFIX,
+    QUESTION,
+    draw_distractors,
+    draw_needle,
+    question_and_answer,
+    sentence_ends,
+)
 from lvctx.vision.draw import COLORS, SHAPES, draw_picture
 from lvctx.vision.images import open_image
 
@@ -38,16 +48,20 @@ class Cell:
     """Which needle."""
     position: int
     """Where it is inserted: haystack tokens (text) or frames (video) before it."""
+    needle: str
+    """What is inserted: the sentence (text), or the hash of the picture's pixels (video)."""
+    question: str
+    """What the model is asked."""
     answer: str
-    """What the model should say."""
+    """What it should say."""
 
 
 class Niah(Protocol):
     """A modality: its cells and their sequences."""
 
     modality: str
-    chance: float
-    """Accuracy of guessing."""
+    chance: float | None
+    """Accuracy of guessing; None where it is not known."""
 
     def cells(self, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
         """Every cell of a grid, in an order that keeps shared prefixes together."""
@@ -56,80 +70,82 @@ class Niah(Protocol):
         """Ids over the extended vocabulary, and how many of the last are the answer."""
 
     def prompt(self) -> dict[str, Any]:
-        """What of the prompt decides the result, for the row's key."""
+        """What of the prompt all cells share, for the rows' keys."""
 
 
 class TextNiah:
     """Magic numbers of cities in a book."""
 
     modality = "text"
-    chance = 1e-7
+    chance: float | None = 1 / 9_000_000
 
     def __init__(self, tokenizer: Any, haystack: str, *, distractors: int, seed: int) -> None:
+        """Tokenize the haystack; `distractors` look-alikes go into it, `seed` draws cities, numbers and places."""
         self.tokenizer, self.distractors, self.seed = tokenizer, distractors, seed
         self._prefix = tokenizer(PREFIX).input_ids  # with the bos of tokenizers that add one
-        self._hay = np.array(tokenizer(haystack, add_special_tokens=False).input_ids)
+        self._hay = np.array(tokenizer(haystack, add_special_tokens=False).input_ids, dtype=np.int64)
         self._ends = sentence_ends(tokenizer, self._hay)
+        self._others = [(self._needle(c, n), place) for c, n, place in draw_distractors(seed, distractors)]
+        self._parts = functools.cache(self._draw)
 
     def cells(self, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
         """See `Niah.cells`. Raises InputError for a length too short for a needle or too long for the haystack."""
         cells = []
         for length in lengths:
             for trial in range(trials):
-                _, number, _ = draw_needle(self.seed, trial, self.distractors)
+                city, number = draw_needle(self.seed, trial, self.distractors)
+                asked = {"needle": NEEDLE.format(city=city, number=number).strip(), "answer": number}
+                asked["question"] = f"What is the special magic {city} number?"
                 room = self._room(length, trial)
                 for depth in depths:
                     target = int(depth * room)
                     # The very end stays the end; elsewhere back to the last sentence's end, as the original does.
-                    at = target if target == room else int(self._ends[self._ends <= target].max())
-                    cells.append(Cell(length=length, depth=depth, trial=trial, position=at, answer=number))
-        # With distractors the haystack itself depends on length and trial.
+                    at = target if target == room else self._sentence_end(target)
+                    cells.append(Cell(length=length, depth=depth, trial=trial, position=at, **asked))
+        # Look-alikes sit at other places in a haystack of another length, so only cells of one length share it.
         varies = bool(self.distractors)
-        return sorted(cells, key=lambda c: ((c.length, c.trial) * varies, c.position, c.trial, c.length))
+        return sorted(cells, key=lambda c: (c.length * varies, c.position, self._parts(c.trial)[0], c.length))
 
-    def _parts(self, trial: int) -> tuple[list[int], list[list[int]], list[int], list[int]]:
-        city, number, others = draw_needle(self.seed, trial, self.distractors)
+    def _needle(self, city: str, number: str) -> list[int]:
+        return list(self.tokenizer(NEEDLE.format(city=city, number=number), add_special_tokens=False).input_ids)
 
-        def encode(city: str, number: str) -> list[int]:
-            return self.tokenizer(NEEDLE.format(city=city, number=number), add_special_tokens=False).input_ids
+    def _draw(self, trial: int) -> tuple[list[int], list[int], list[int]]:
+        """Ids of a trial's needle, question and answer."""
+        city, number = draw_needle(self.seed, trial, self.distractors)
+        return self._needle(city, number), *question_and_answer(self.tokenizer, city, number)
 
-        question, answer = question_and_answer(self.tokenizer, city, number)
-        return encode(city, number), [encode(*other) for other in others], question, answer
+    def _sentence_end(self, target: int) -> int:
+        return int(self._ends[np.searchsorted(self._ends, target, side="right") - 1])
 
     def _room(self, length: int, trial: int) -> int:
-        needle, others, question, answer = self._parts(trial)
-        fixed = [*self._prefix, *needle, *(i for other in others for i in other), *question, *answer]
-        room = length - len(fixed)
+        """Haystack tokens in a sequence of `length`."""
+        fixed = len(self._prefix) + sum(map(len, self._parts(trial))) + sum(len(ids) for ids, _ in self._others)
+        room = length - fixed
         if room < 0:
-            raise InputError(
-                f"a length of {length} tokens cannot hold needle and question ({len(fixed)})", fix="raise --lengths"
-            )
+            raise InputError(f"{length} tokens cannot hold needle and question ({fixed} tokens)", fix="raise --lengths")
         if room > len(self._hay):
             raise InputError(
-                f"a length of {length} tokens is beyond the haystack ({len(self._hay)})", fix="give more --haystack"
+                f"{length} tokens are beyond the haystack (it has {len(self._hay)})", fix="give more --haystack"
             )
         return room
 
     def sequence(self, cell: Cell) -> tuple[np.ndarray, int]:
         """See `Niah.sequence`; exactly `cell.length` ids."""
-        needle, others, question, answer = self._parts(cell.trial)
-        hay = self._hay[: self._room(cell.length, cell.trial)]
-        pieces = [(cell.position, needle)]
-        rng = np.random.default_rng([self.seed, cell.length, cell.trial, 1])
-        for other in others:
-            pieces.append((int(rng.choice(self._ends[self._ends <= len(hay)])), other))
+        needle, question, answer = self._parts(cell.trial)
+        room = self._room(cell.length, cell.trial)
+        pieces = [(self._sentence_end(min(int(place * cell.length), room)), ids) for ids, place in self._others]
         parts: list[Any] = [self._prefix]
         last = 0
-        for at, piece in sorted(pieces, key=lambda p: p[0]):
-            parts += [hay[last:at], piece]
+        for at, piece in sorted([*pieces, (cell.position, needle)], key=lambda p: p[0]):
+            parts += [self._hay[last:at], piece]
             last = at
-        ids = np.concatenate([*parts, hay[last:], question, answer]).astype(np.int64)
+        ids = np.concatenate([*parts, self._hay[last:room], question, answer]).astype(np.int64)
         assert len(ids) == cell.length
         return ids, len(answer)
 
     def prompt(self) -> dict[str, Any]:
         """See `Niah.prompt`."""
-        return {"prefix": PREFIX, "needle": NEEDLE, "distractors": self.distractors, "seed": self.seed}
+        return {"text": [PREFIX, NEEDLE, QUESTION], "distractors": self.distractors}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +155,11 @@ class Needle:
     image: Image.Image
     question: str
     answer: str
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits of its pixels."""
+        return hashlib.sha256(f"{self.image.size}".encode() + self.image.tobytes()).hexdigest()[:16]
 
 
 def drawn_needles(count: int, *, size: int, seed: int) -> list[Needle]:
@@ -154,18 +175,26 @@ def drawn_needles(count: int, *, size: int, seed: int) -> list[Needle]:
 
 
 def read_needles(folder: Path) -> list[Needle]:
-    """Needles of a folder: one .jsonl file of `{"image", "question", "answer"}`, images beside it."""
+    """Needles of a folder: one .jsonl file of `{"image", "question", "answer"}`, images beside it.
+
+    Raises InputError naming the line for malformed JSON, a missing key, an unreadable image or an empty answer.
+    """
     lists = sorted(folder.glob("*.jsonl"))
     if len(lists) != 1:
         raise InputError(f"{len(lists)} .jsonl files", where=folder, fix="a needle folder has one, and its images")
     needles = []
     for number, line in enumerate(lists[0].read_text(encoding="utf-8").splitlines(), start=1):
+        where = f"{lists[0]}:{number}"
         try:
             row = json.loads(line)
             image, question, answer = folder / row["image"], str(row["question"]), str(row["answer"])
-        except (ValueError, KeyError, TypeError) as e:
-            raise InputError(f"no needle ({e!r})", where=f"{lists[0]}:{number}") from None
-        needles.append(Needle(image=open_image(image), question=question, answer=answer))
+        except (ValueError, KeyError, TypeError):
+            raise InputError(
+                "not an object with image, question and answer", where=where, fix="mend the line"
+            ) from None
+        if not answer.strip():
+            raise InputError("an empty answer", where=where, fix="mend the line")
+        needles.append(Needle(image=open_image(image), question=question, answer=answer.strip()))
     return needles
 
 
@@ -175,25 +204,41 @@ class VideoNiah:
     modality = "video"
 
     def __init__(
-        self, tokenizer: Any, vocabulary: int, frames: int, per_frame: int, needles: Sequence[Needle], chance: float
+        self,
+        tokenizer: Any,
+        needles: Sequence[Needle],
+        *,
+        vocabulary: int,
+        frames: int,
+        per_frame: int,
+        chance: float | None,
     ) -> None:
-        """`frames` haystack frames of `per_frame` tokens each; see `visual_table` for what the ids mean."""
+        """`frames` haystack frames of `per_frame` tokens each; ids from `vocabulary` on are rows of `visual_table`.
+
+        Raises InputError for an answer that is no token.
+        """
         self.tokenizer, self.needles, self.chance = tokenizer, needles, chance
         self._frames, self._per_frame = frames, per_frame
         rows = vocabulary + np.arange((frames + len(needles)) * per_frame + 1).astype(np.int64)
         self._hay, self._newline = rows[: frames * per_frame], rows[-1:]
         self._needle_rows = rows[frames * per_frame : -1].reshape(len(needles), per_frame)
+        self._asks = [chat_ids(tokenizer, needle.question) for needle in needles]
+        self._answers = [tokenizer(needle.answer, add_special_tokens=False).input_ids for needle in needles]
+        for needle, ids in zip(needles, self._answers, strict=True):
+            if not ids:
+                raise InputError(f"the answer {needle.answer!r} is no token of this model", fix="change the needle")
 
     def cells(self, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
         """See `Niah.cells`. Raises InputError for more frames than the haystack has, UsageError for too few needles."""
         if max(lengths) > self._frames:
             raise InputError(
-                f"{max(lengths)} frames are beyond the haystack ({self._frames})", fix="give more --frames, or fewer"
+                f"{max(lengths)} frames are beyond the haystack (it has {self._frames})", fix="give more --frames"
             )
         if trials > len(self.needles):
             raise UsageError(f"--trials {trials} with {len(self.needles)} needles")
+        asked = [{"needle": n.digest, "question": n.question, "answer": n.answer} for n in self.needles[:trials]]
         cells = [
-            Cell(length=n, depth=d, trial=k, position=int(d * n), answer=self.needles[k].answer)
+            Cell(length=n, depth=d, trial=k, position=int(d * n), **asked[k])
             for n in lengths
             for d in depths
             for k in range(trials)
@@ -202,11 +247,7 @@ class VideoNiah:
 
     def sequence(self, cell: Cell) -> tuple[np.ndarray, int]:
         """See `Niah.sequence`."""
-        needle = self.needles[cell.trial]
-        before, after = chat_ids(self.tokenizer, needle.question)
-        answer = self.tokenizer(needle.answer, add_special_tokens=False).input_ids
-        if not answer:
-            raise InputError("an answer without a token", where=f"needle {cell.trial}")
+        (before, after), answer = self._asks[cell.trial], self._answers[cell.trial]
         at = cell.position * self._per_frame
         hay = self._hay[: cell.length * self._per_frame]
         shown = [before, hay[:at], self._needle_rows[cell.trial], hay[at:], self._newline]
@@ -214,7 +255,8 @@ class VideoNiah:
 
     def prompt(self) -> dict[str, Any]:
         """See `Niah.prompt`."""
-        return {"questions": [n.question for n in self.needles], "answers": [n.answer for n in self.needles]}
+        before, after = chat_ids(self.tokenizer, FIND)
+        return {"chat": [*before, *after], "tokens_per_frame": self._per_frame}
 
 
 def visual_table(hay_NE: Tensor, needles_NE: Tensor, newline_1E: Tensor) -> Tensor:

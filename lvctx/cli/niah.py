@@ -1,14 +1,30 @@
 """`lvctx niah`: needles in a haystack of text or video, and `lvctx niah report`: their heatmaps and tables."""
 
 from enum import StrEnum
+from math import isfinite
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lvctx.cli.common import VIDEO, ForceOption, QuietOption, RecipeOption, SeedOption, VerboseOption, emit, examples
-from lvctx.cli.common import progress as progress_bar
+from lvctx.cli.common import (
+    VIDEO,
+    DryRunOption,
+    ForceOption,
+    QuietOption,
+    RecipeOption,
+    Resume,
+    ResumeOption,
+    SeedOption,
+    VerboseOption,
+    emit,
+    examples,
+    progress,
+)
 from lvctx.errors import EXIT_SAMPLES_FAILED, UsageError
+
+if TYPE_CHECKING:
+    from lvctx.bench.grid import Grid
 
 
 class Modality(StrEnum):
@@ -60,13 +76,18 @@ def niah(
     distractors: Annotated[int, typer.Option(help="Text: look-alike needles in the haystack.", min=0, max=20)] = 0,
     needles: Annotated[str, typer.Option(help="Video: drawn, or a folder with images and one .jsonl.")] = "drawn",
     score: Annotated[Scoring, typer.Option(help="Teacher forcing, greedy generation, or both.")] = Scoring.forced,
+    training_length: Annotated[
+        int | None, typer.Option(help="Tokens the LM was trained on (the heatmap's line). Default: as it says.", min=1)
+    ] = None,
     chunk: Annotated[int, typer.Option(help="Tokens of one forward (memory).", min=1)] = 2048,
     reuse: Annotated[bool, typer.Option(help="Compute what cells share once.")] = True,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Results directory.")] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda.")] = "cpu",
     recipe: RecipeOption = None,
     seed: SeedOption = 0,
+    resume: ResumeOption = Resume.auto,
     force: ForceOption = False,
+    dry_run: DryRunOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -80,36 +101,52 @@ def niah(
         raise UsageError(
             "--haystack is needed for text" if modality is Modality.text else "--frames is needed for video"
         )
+    depths_wanted, lengths_wanted = _numbers("--depths", depths), _numbers("--lengths", lengths)
+    if any(n != int(n) for n in lengths_wanted):
+        raise UsageError(f"--lengths {lengths!r}: whole numbers are wanted")
 
-    from lvctx.stages.niah import NiahConfig, run_niah
+    from lvctx.bench.grid import read_grid
+    from lvctx.stages.niah import NiahConfig, plan_niah, run_niah
 
-    config = NiahConfig(
-        model=model,
-        haystack=tuple(hay),
-        lengths=tuple(int(x) for x in _numbers("--lengths", lengths)),
-        depths=tuple(_numbers("--depths", depths)),
-        trials=trials,
-        distractors=distractors,
-        needles=needles,
-        scoring=score.value,
-        chunk=chunk,
-        reuse=reuse,
-        seed=seed,
+    plan = plan_niah(
+        NiahConfig(
+            model=model,
+            modality=modality.value,
+            haystack=tuple(hay),
+            lengths=tuple(int(n) for n in lengths_wanted),
+            depths=tuple(depths_wanted),
+            trials=trials,
+            distractors=distractors,
+            needles=needles,
+            scoring=score.value,
+            training_length=training_length,
+            seed=seed,
+        )
     )
+    if dry_run:
+        emit({"dry_run": True, "path": str(out), **plan.shown, **plan.facts()})
+        return
     failed = 0
-    with progress_bar(f"niah {modality.value}", quiet=quiet) as tell:
-        for row in run_niah(config, modality.value, out, device=device, force=force, report=tell):
+    with progress(f"niah {modality.value}", quiet=quiet) as tell:
+        for row in run_niah(
+            plan, out, device=device, chunk=chunk, reuse=reuse, resume=resume.value, force=force, report=tell
+        ):
             failed += "error" in row
             emit(row)
+    if not quiet:
+        _print_tables([read_grid(out)], stderr=True)
     if failed:
         raise typer.Exit(EXIT_SAMPLES_FAILED)
 
 
 def _numbers(flag: str, text: str) -> list[float]:
     try:
-        return sorted({float(part) for part in text.split(",")})
+        numbers = sorted({float(part) for part in text.split(",")})
     except ValueError:
-        raise UsageError(f"{flag} {text!r}: comma-separated numbers are wanted") from None
+        numbers = []
+    if not numbers or not all(isfinite(n) for n in numbers):
+        raise UsageError(f"{flag} {text!r}: comma-separated numbers are wanted")
+    return numbers
 
 
 def report(
@@ -117,19 +154,30 @@ def report(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Heatmaps side by side: .png or .svg.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line a run instead of a table.")] = False,
 ) -> None:
-    """Draw runs side by side on one scale and tabulate accuracy by length. Needs no model."""
-    from lvctx.bench.grid import read_grid
-    from lvctx.bench.heatmap import draw_heatmaps
+    """Tabulate accuracy by length and draw runs side by side on one scale; without -o, rebuild each run's own files.
 
+    Needs the results only, no model.
+    """
+    from lvctx.bench.grid import read_grid
+    from lvctx.bench.heatmap import draw_heatmaps, write_report
+
+    if out is not None and out.suffix not in (".png", ".svg"):
+        raise UsageError(f"-o {out}: .png or .svg is wanted")
     grids = [read_grid(run) for run in runs]
     if out is not None:
-        if out.suffix not in (".png", ".svg"):
-            raise UsageError(f"{out}: .png or .svg is wanted")
         draw_heatmaps(grids, out)
+    else:
+        for run, grid in zip(runs, grids, strict=True):
+            write_report(run, grid)
     if as_json:
         for grid in grids:
             emit(grid.to_dict())
-        return
+    else:
+        _print_tables(grids, stderr=False)
+
+
+def _print_tables(grids: "list[Grid]", *, stderr: bool) -> None:
+    """A table for text and one for video: a row a run, a column a length."""
     from rich.console import Console
     from rich.table import Table
 
@@ -138,8 +186,8 @@ def report(
         if not chosen:
             continue
         tokens = {n: t for grid in chosen for n, t in zip(grid.lengths, grid.tokens, strict=True)}
-        chance = f", chance {chosen[0].chance:.2f}" if chosen[0].chance > 0.001 else ""
-        table = Table(title=f"{modality}: share of needles found by {chosen[0].unit}{chance}", title_justify="left")
+        guessing = f", {chosen[0].guessing}" if chosen[0].guessing else ""
+        table = Table(title=f"{modality}: share of needles found by {chosen[0].unit}{guessing}", title_justify="left")
         table.add_column("run")
         for n in sorted(tokens):
             table.add_column(f"{n:,}" if modality == "text" else f"{n:,}\n({tokens[n]:,} tokens)", justify="right")
@@ -147,7 +195,7 @@ def report(
         for grid in chosen:
             by = {n: grid.by_length(i) for i, n in enumerate(grid.lengths)}
             table.add_row(grid.name, *(_share(by.get(n)) for n in sorted(tokens)), _share(grid.mean))
-        Console().print(table)
+        Console(stderr=stderr).print(table)
 
 
 def _share(value: float | None) -> str:

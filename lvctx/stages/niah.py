@@ -11,31 +11,34 @@ from typing import Any, Literal
 import torch
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.frames import read_frames
+from lvctx.artifacts.frames import Frames, read_frames
 from lvctx.artifacts.manifest import MANIFEST, read_manifest
 from lvctx.artifacts.rows import RowLog
 from lvctx.artifacts.store import fingerprint
-from lvctx.bench.grid import build_grid
+from lvctx.bench.grid import read_grid
 from lvctx.bench.heatmap import write_report
-from lvctx.bench.niah import (
-    Cell,
-    Niah,
-    TextNiah,
-    VideoNiah,
-    drawn_needles,
-    read_needles,
-    visual_table,
-)
+from lvctx.bench.niah import Cell, Niah, TextNiah, VideoNiah, drawn_needles, read_needles, visual_table
 from lvctx.bench.prefix import PrefixScorer, Score
 from lvctx.errors import InputError, UsageError
-from lvctx.model.load import VLM_TYPE, load_config, load_model, load_tokenizer, resolve_model, trained_length
+from lvctx.model.load import (
+    VLM_TYPE,
+    context_length,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    trained_length,
+)
 from lvctx.model.vlm import embed_frames, newline_embedding, tokens_per_frame
 from lvctx.text.needle import read_haystack
 from lvctx.vision.draw import COLORS
-from lvctx.vision.tower import load_tower
+from lvctx.vision.tower import TowerFiles, load_tower
 
 log = logging.getLogger(__name__)
 Scoring = Literal["forced", "generate", "both"]
+
+BATCH = 64
+"""Frames that go through the projector at once: before its pooling a frame is four times its tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,8 @@ class NiahConfig:
 
     model: str
     """Directory or hub id."""
+    modality: Literal["text", "video"]
+    """What the haystack is made of."""
     haystack: tuple[Path, ...]
     """Text files and folders (text), or frames artifacts that follow each other (video)."""
     lengths: tuple[int, ...]
@@ -58,124 +63,213 @@ class NiahConfig:
     """`drawn`, or a folder of images with a .jsonl (video)."""
     scoring: Scoring
     """`forced`: first choice at every answer token. `generate`: greedy. `both`."""
-    chunk: int
-    """Tokens of one forward."""
-    reuse: bool
-    """Compute shared prefixes once."""
+    training_length: int | None
+    """Tokens of the longest sequence the language model was trained on, where its directory does not know."""
     seed: int
     """Of numbers, cities and pictures."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A checked grid: everything but the model's weights."""
+
+    config: NiahConfig
+    """As asked for."""
+    path: Path
+    """Resolved model directory."""
+    tokenizer: Any
+    """The model's."""
+    test: Niah
+    """Cells and their sequences."""
+    cells: list[Cell]
+    """In the order they are walked."""
+    frames: tuple[Frames, ...]
+    """The haystack's artifacts (video)."""
+    shown: dict[str, Any]
+    """What every row says of the run; `run` in it identifies model, haystack, prompt, scoring and seed."""
+
+    def key(self, cell: Cell) -> str:
+        """Sixteen hex digits of the run and the cell: what a result is found by."""
+        return _hash({"run": self.shown["run"], "cell": asdict(cell)})
+
+    def facts(self) -> dict[str, Any]:
+        """What a dry run shows: the cells, their tokens, and the bytes of weights and cache on the device."""
+        config = load_config(self.path)
+        text = config.get_text_config()
+        longest = max(len(self.test.sequence(cell)[0]) for cell in self.cells)
+        heads = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        width = torch.finfo(config.dtype or torch.float32).bits // 8
+        cached = 2 * text.num_hidden_layers * text.num_key_value_heads * heads * width
+        return {
+            "cells": len(self.cells),
+            "longest_tokens": longest,
+            "context": context_length(config),
+            "weight_bytes": sum(file.stat().st_size for file in self.path.glob("*.safetensors")),
+            "cache_bytes": cached * longest,
+        }
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def plan_niah(config: NiahConfig) -> Plan:
+    """Check everything that can be checked without loading the model's weights.
+
+    Raises UsageError for values out of their range, InputError for inputs that do not exist or do not fit.
+    """
+    if any(not 0 <= d <= 1 for d in config.depths):
+        raise UsageError("--depths are between 0 and 1")
+    if any(n < 1 for n in config.lengths):
+        raise UsageError("--lengths are at least 1")
+    path = resolve_model(config.model)
+    tokenizer = load_tokenizer(path)
+    test: Niah
+    frames: tuple[Frames, ...] = ()
+    if config.modality == "text":
+        test = TextNiah(tokenizer, read_haystack(config.haystack), distractors=config.distractors, seed=config.seed)
+    else:
+        frames = _open_frames(config, path)
+        test = _video_test(config, path, tokenizer, sum(len(f.pts) for f in frames))
+    cells = test.cells(config.lengths, config.depths, config.trials)
+    manifest = read_manifest(path) if (path / MANIFEST).is_file() else {}
+    trained = config.training_length or trained_length(path)
+    made_of = {
+        "model": fingerprint(path)[:16],
+        "haystack": _hash([fingerprint(p) for p in config.haystack]),
+        "prompt": _hash(test.prompt()),
+        "scoring": config.scoring,
+        "seed": config.seed,
+    }
+    shown = {
+        "schema": schemas.NIAH,
+        "run": _hash(made_of),
+        "model": config.model,
+        "modality": config.modality,
+        "made_of": made_of,
+        "chance": test.chance,
+        "trained_length": trained,
+        "longest_sample": int(manifest.get("longest_sample", 0)),
+    }
+    return Plan(config=config, path=path, tokenizer=tokenizer, test=test, cells=cells, frames=frames, shown=shown)
+
+
+def _open_frames(config: NiahConfig, path: Path) -> tuple[Frames, ...]:
+    hf = load_config(path)
+    if hf.model_type != VLM_TYPE:
+        raise UsageError(f"{config.model} is a language model and cannot see", fix="give a model that align wrote")
+    tower = TowerFiles.find(path).fingerprint
+    frames = []
+    for file in config.haystack:
+        one = read_frames(file)
+        if one.provenance["inputs"].get("tower") != tower:
+            raise InputError(
+                "frames of another tower", where=file, fix=f"lvctx encode-video VIDEO --model {config.model}"
+            )
+        frames.append(one)
+    return tuple(frames)
+
+
+def _video_test(config: NiahConfig, path: Path, tokenizer: Any, frames: int) -> VideoNiah:
+    hf = load_config(path)
+    if config.needles == "drawn":
+        needles = drawn_needles(config.trials, size=hf.vision_config.image_size, seed=config.seed)
+        chance = 1 / len(COLORS)
+    else:
+        needles, chance = read_needles(Path(config.needles)), None
+    return VideoNiah(
+        tokenizer,
+        needles,
+        vocabulary=hf.get_text_config().vocab_size,
+        frames=min(frames, max(config.lengths)),  # the others are not projected
+        per_frame=tokens_per_frame(hf),
+        chance=chance,
+    )
+
+
 def run_niah(
-    config: NiahConfig,
-    modality: Literal["text", "video"],
+    plan: Plan,
     out: Path,
     *,
     device: str,
+    chunk: int,
+    reuse: bool,
+    resume: str,
     force: bool,
     report: Callable[[int, int, str], None],
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for every cell of the grid as it is done; rows that stand in `out/results.jsonl` are not run again.
 
-    When all have run, summary.json, heatmap.json and heatmap.png are written. Raises InputError for inputs that do not
-    fit, before anything runs; a cell that fails on the way is an error row.
+    When all have run, summary.json, heatmap.json and heatmap.png are written from all rows of the file. A cell that
+    fails on the way is an error row; it is run again next time. Raises InputError when `out` holds another run.
     """
-    if any(not 0 <= d <= 1 for d in config.depths):
-        raise UsageError("--depths are between 0 and 1")
-    path = resolve_model(config.model)
-    sees = load_config(path).model_type == VLM_TYPE
-    if modality == "video" and not sees:
-        raise UsageError(f"{config.model} is a language model and cannot see", fix="give a model that align wrote")
-    tokenizer = load_tokenizer(path)
-    model, visual = None, None
-    test: Niah
-    if modality == "text":
-        test = TextNiah(tokenizer, read_haystack(config.haystack), distractors=config.distractors, seed=config.seed)
-    else:
-        model = load_model(path, device=device)
-        test, visual = _video(config, path, model, tokenizer)
-    cells = test.cells(config.lengths, config.depths, config.trials)
-    base = _base_row(config, path, test)
-    keyed = [(row_key(base, config, cell), cell) for cell in cells]
-    with RowLog(out / "results.jsonl", fresh=force) as rows:
+    results = out / "results.jsonl"
+    if resume == "must" and not results.is_file():
+        raise InputError("nothing to resume", where=out, fix="drop --resume must")
+    if resume == "never" and results.is_file() and not force:
+        raise InputError("holds results already", where=out, fix="drop --resume never, or --force to start anew")
+    with RowLog(results, fresh=force) as rows:
+        for row in rows.rows.values():
+            if row.get("run") != plan.shown["run"]:
+                old, new = row.get("made_of", {}), plan.shown["made_of"]
+                differs = ", ".join(sorted(key for key in new if old.get(key) != new[key]))
+                raise InputError(
+                    f"holds results of another run (other {differs})",
+                    where=out,
+                    fix="choose another -o, or --force to start anew",
+                )
+        keyed = [(plan.key(cell), cell) for cell in plan.cells]
         waiting = [(key, cell) for key, cell in keyed if key not in rows]
         if waiting:
-            model = model or load_model(path, device=device)
-            scorer = PrefixScorer(model, visual, chunk=config.chunk, reuse=config.reuse)
-            for done, (key, cell) in enumerate(waiting, start=1):
-                row = {"key": key, **base["shown"], **_run_cell(scorer, test, tokenizer, cell, config.scoring)}
-                rows.append(row)
-                report(len(cells) - len(waiting) + done, len(cells), f"{cell.length} at {100 * cell.depth:g}%")
-                yield row
+            scorer = load_scorer(plan, device=device, chunk=chunk, reuse=reuse)
+        for done, (key, cell) in enumerate(waiting, start=1):
+            row = {"key": key, **plan.shown, **_run_cell(scorer, plan, cell)}
+            rows.append(row)
+            report(len(keyed) - len(waiting) + done, len(keyed), f"{cell.length} at {100 * cell.depth:g}%")
+            yield row
+        if waiting:
             log.info("%d cells, %d tokens through the model", len(waiting), scorer.tokens_run)
-        found = [rows.rows[key] for key, _ in keyed]
-    write_report(out, build_grid(found, out.name))
+    if waiting or not (out / "summary.json").is_file():
+        write_report(out, read_grid(out))
 
 
-def _video(config: NiahConfig, path: Path, model: Any, tokenizer: Any) -> tuple[VideoNiah, torch.Tensor]:
-    """The video test and the visual embeddings its ids point into."""
-    hay, mode = [], None
-    for file in config.haystack:
-        frames = read_frames(file)
-        mode = mode or frames.provenance["config"].get("frame_mode")
-        with torch.inference_mode():
-            try:
-                hay.append(embed_frames(model, frames.features))
-            except InputError as e:
-                raise InputError(e.what, where=file, fix=e.fix) from None
-    size = model.config.vision_config.image_size
-    if config.needles == "drawn":
-        needles, chance = drawn_needles(config.trials, size=size, seed=config.seed), 1 / len(COLORS)
-    else:
-        needles = read_needles(Path(config.needles))
-        chance = 0.0  # an open question has no chance level that we know
-    tower = load_tower(path, dtype=model.dtype, device=str(model.device))
-    squares = [tower.preprocess.square(n.image, mode or "pad") for n in needles]
-    with torch.inference_mode():
-        seen = embed_frames(model, tower.see(squares))
-        table = visual_table(torch.cat(hay), seen, newline_embedding(model))
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    per_frame = tokens_per_frame(model.config)
-    frames_in_all = (len(table) - 1) // per_frame - len(needles)
-    return VideoNiah(tokenizer, vocabulary, frames_in_all, per_frame, needles, chance), table
+def load_scorer(plan: Plan, *, device: str, chunk: int, reuse: bool) -> PrefixScorer:
+    """The model, ready to score the plan's sequences."""
+    longest, context = max(len(plan.test.sequence(c)[0]) for c in plan.cells), context_length(load_config(plan.path))
+    if longest > context:
+        log.warning("up to %d tokens are read by a model that promises %d", longest, context)
+    model = load_model(plan.path, device=device)
+    table = _see(plan, model) if isinstance(plan.test, VideoNiah) else None
+    return PrefixScorer(model, table, chunk=chunk, reuse=reuse)
 
 
-def _base_row(config: NiahConfig, path: Path, test: Niah) -> dict[str, Any]:
-    """What all rows share: `shown` in them, `hashed` into their keys."""
-    manifest = read_manifest(path) if (path / MANIFEST).is_file() else {}
-    shown = {
-        "schema": schemas.NIAH,
-        "model": config.model,
-        "modality": test.modality,
-        "chance": test.chance,
-        "trained_length": trained_length(path),
-        "longest_sample": int(manifest.get("longest_sample", 0)),
-        "seed": config.seed,
-    }
-    hashed = {
-        "model": fingerprint(path),
-        "haystack": [fingerprint(p) for p in config.haystack],
-        "needles": config.needles if config.needles == "drawn" else fingerprint(Path(config.needles)),
-        "prompt": test.prompt(),
-    }
-    return {"shown": shown, "hashed": hashed}
+@torch.inference_mode()
+def _see(plan: Plan, model: Any) -> torch.Tensor:
+    """The visual embeddings that the ids of a video's cells point into."""
+    assert isinstance(plan.test, VideoNiah)
+    wanted = max(plan.config.lengths)
+    hay = []
+    for frames in plan.frames:
+        features = frames.features[:wanted]
+        wanted -= len(features)
+        hay += [embed_frames(model, batch) for batch in features.split(BATCH)]
+    # Needles become squares the way the haystack's frames did.
+    mode = plan.frames[0].provenance["config"].get("frame_mode", "pad")
+    tower = load_tower(plan.path, dtype=model.dtype, device=str(model.device))
+    squares = [tower.preprocess.square(needle.image, mode) for needle in plan.test.needles]
+    needles = embed_frames(model, tower.see(squares))
+    return visual_table(torch.cat(hay), needles, newline_embedding(model))
 
 
-def row_key(base: dict[str, Any], config: NiahConfig, cell: Cell) -> str:
-    """Sixteen hex digits that change with model, haystack, needles, prompt, scoring or cell."""
-    decided = {**base["hashed"], "scoring": config.scoring, "seed": config.seed, "cell": asdict(cell)}
-    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _run_cell(scorer: PrefixScorer, test: Niah, tokenizer: Any, cell: Cell, scoring: Scoring) -> dict[str, Any]:
+def _run_cell(scorer: PrefixScorer, plan: Plan, cell: Cell) -> dict[str, Any]:
     """The cell's own part of a row: verdict, answer's log-probability and rank; or what went wrong."""
-    ids, answer = test.sequence(cell)
+    ids, answer = plan.test.sequence(cell)
     row = {**asdict(cell), "tokens": len(ids)}
     try:
-        score = scorer.score(ids, answer, write=answer + 2 if scoring != "forced" else 0)
+        score = scorer.score(ids, answer, write=answer + 2 if plan.config.scoring != "forced" else 0)
     except RuntimeError as e:  # out of memory, above all: this cell is lost, the others need not be
         return {**row, "error": " ".join(str(e).split())[:300]}
-    return {**row, **_verdicts(score, tokenizer, cell.answer, scoring)}
+    return {**row, **_verdicts(score, plan.tokenizer, cell.answer, plan.config.scoring)}
 
 
 def _verdicts(score: Score, tokenizer: Any, answer: str, scoring: Scoring) -> dict[str, Any]:

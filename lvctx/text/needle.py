@@ -78,13 +78,25 @@ def read_haystack(paths: Sequence[Path]) -> str:
     return "\n\n".join(texts)
 
 
-def draw_needle(seed: int, trial: int, others: int) -> tuple[str, str, list[tuple[str, str]]]:
-    """City and seven-digit number of a trial, and those of `others` distractors, all cities different."""
-    rng = np.random.default_rng([seed, trial])
-    cities = [CITIES[i] for i in rng.permutation(len(CITIES))[: others + 1]]
-    numbers = [str(n) for n in rng.integers(1_000_000, 10_000_000, size=others + 1)]
-    (city, number), *distractors = zip(cities, numbers, strict=True)
-    return city, number, distractors
+def draw_distractors(seed: int, count: int) -> list[tuple[str, str, float]]:
+    """City, seven-digit number and place (0 to 1) of `count` look-alikes: the same for every cell of a grid.
+
+    So cells share the haystack that holds them. Their cities are never a needle's.
+    """
+    rng = np.random.default_rng([seed, 0])
+    numbers = rng.integers(1_000_000, 10_000_000, size=count)
+    return [(c, str(n), float(f)) for c, n, f in zip(_cities(seed), numbers, rng.random(count), strict=False)]
+
+
+def draw_needle(seed: int, trial: int, distractors: int) -> tuple[str, str]:
+    """City and seven-digit number of a trial, beside so many `distractors`."""
+    free = _cities(seed)[distractors:]
+    number = np.random.default_rng([seed, 1, trial]).integers(1_000_000, 10_000_000)
+    return free[trial % len(free)], str(number)
+
+
+def _cities(seed: int) -> list[str]:
+    return [CITIES[i] for i in np.random.default_rng([seed, 2]).permutation(len(CITIES))]
 
 
 def question_and_answer(tokenizer: Any, city: str, number: str) -> tuple[list[int], list[int]]:
@@ -100,5 +112,5 @@ def sentence_ends(tokenizer: Any, ids_L: np.ndarray) -> np.ndarray:
     """Positions of a haystack where a sentence has just ended, and 0; decided by what the tokens say, not their ids."""
     unique, inverse = np.unique(ids_L, return_inverse=True)
     said = [text.rstrip(" \n\t\"')]") for text in tokenizer.batch_decode([[int(i)] for i in unique])]
-    ends = np.array([text.endswith((".", "!", "?")) for text in said])
+    ends = np.array([text.endswith((".", "!", "?", "。", "！", "？")) for text in said])
     return np.concatenate([[0], np.flatnonzero(ends[inverse]) + 1])
