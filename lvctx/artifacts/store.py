@@ -83,6 +83,8 @@ def save_tensors(target: Path, tensors: Mapping[str, Any], metadata: Mapping[str
         else:
             from safetensors.torch import save_file
         save_file(dict(tensors), str(partial), metadata=dict(metadata))
+        # safetensors writes for its owner alone; who may read the directory may read what is in it.
+        partial.chmod(target.parent.stat().st_mode & 0o666)
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:
