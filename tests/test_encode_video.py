@@ -209,12 +209,12 @@ def test_a_killed_run_is_redone_to_the_same_bytes(clips: Path, tiny_tower: Path,
     subprocess.run([FFMPEG, "-v", "error", *source, longer], check=True)
     command = [sys.executable, "-m", "lvctx", "encode-video", longer, "--tower", tiny_tower, "--fps", "native"]
     out, partial = tmp_path / "out", tmp_path / "out" / ".long.frames.safetensors.partial"
-    for kill, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75), (signal.SIGINT, 130)):
+    for kill, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)):
         running = subprocess.Popen([*command, "-o", out], stderr=subprocess.PIPE, text=True)
         while not (partial.exists() and partial.stat().st_size > 200_000) and running.poll() is None:
             time.sleep(0.005)
         running.send_signal(kill)
-        _, said = running.communicate(timeout=60)
+        _, said = running.communicate(timeout=120)
         assert running.returncode == code, said
         assert "Traceback" not in said
         assert not (out / "long.frames.safetensors").exists()
