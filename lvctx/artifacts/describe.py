@@ -6,6 +6,7 @@ from typing import Any
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import MANIFEST, read_manifest, read_provenance
+from lvctx.artifacts.rows import read_rows
 from lvctx.artifacts.store import read_safetensors_header
 from lvctx.errors import InputError
 
@@ -25,6 +26,8 @@ def describe(path: Path) -> dict[str, Any]:
         facts |= _describe_packed(manifest) if manifest.get("schema") == schemas.PACKED else manifest
     if (path / "config.json").is_file():
         facts["model"] = _describe_model(path)
+    if (path / "results.jsonl").is_file():
+        facts |= _describe_results(path)
     if len(facts) == 1:
         raise InputError("neither an artifact of ours nor a model directory", where=path)
     return facts
@@ -48,6 +51,17 @@ def _describe_packed(manifest: dict[str, Any]) -> dict[str, Any]:
     return facts
 
 
+def _describe_results(path: Path) -> dict[str, Any]:
+    """What all rows of a results directory share, how many there are, and the summary once it is finished."""
+    rows = list({row["key"]: row for row in read_rows(path / "results.jsonl")}.values())
+    shared = {k: v for k, v in rows[0].items() if k != "key" and all(r.get(k) == v for r in rows)} if rows else {}
+    facts = {**shared, "cells": len(rows), "errors": sum("error" in row for row in rows)}
+    summary = path / "summary.json"
+    if summary.is_file():
+        facts["summary"] = json.loads(summary.read_text(encoding="utf-8"))
+    return facts
+
+
 def _describe_file(path: Path) -> dict[str, Any]:
     header = read_safetensors_header(path)
     tensors = {k: f"{v['dtype']} {v['shape']}" for k, v in sorted(header.items()) if k != "__metadata__"}
@@ -63,7 +77,7 @@ def _describe_model(path: Path) -> dict[str, Any]:
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     text = config.get("text_config", config)
     parameters = size = 0
-    for shard in sorted(path.glob("*.safetensors")):
+    for shard in sorted(path.glob("model*.safetensors")):
         for name, entry in read_safetensors_header(shard).items():
             if name != "__metadata__":
                 count = 1

@@ -2,7 +2,7 @@
 
 A cell is a haystack length, a depth and a trial. Its sequence is the haystack with the needle inserted at
 int(depth * haystack), then the question, then the answer; right if the model's first choice is the answer at every
-answer token. Cells are listed so that those that begin alike follow each other (see `prefix`).
+answer token.
 """
 
 import functools
@@ -64,7 +64,7 @@ class Niah(Protocol):
     """Accuracy of guessing; None where it is not known."""
 
     def cells(self, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
-        """Every cell of a grid, in an order that keeps shared prefixes together."""
+        """Every cell of a grid."""
 
     def sequence(self, cell: Cell) -> tuple[np.ndarray, int]:
         """Ids over the extended vocabulary, and how many of the last are the answer."""
@@ -102,9 +102,7 @@ class TextNiah:
                     # The very end stays the end; elsewhere back to the last sentence's end, as the original does.
                     at = target if target == room else self._sentence_end(target)
                     cells.append(Cell(length=length, depth=depth, trial=trial, position=at, **asked))
-        # Look-alikes sit at other places in a haystack of another length, so only cells of one length share it.
-        varies = bool(self.distractors)
-        return sorted(cells, key=lambda c: (c.length * varies, c.position, self._parts(c.trial)[0], c.length))
+        return cells
 
     def _needle(self, city: str, number: str) -> list[int]:
         return list(self.tokenizer(NEEDLE.format(city=city, number=number), add_special_tokens=False).input_ids)
@@ -237,13 +235,12 @@ class VideoNiah:
         if trials > len(self.needles):
             raise UsageError(f"--trials {trials} with {len(self.needles)} needles")
         asked = [{"needle": n.digest, "question": n.question, "answer": n.answer} for n in self.needles[:trials]]
-        cells = [
+        return [
             Cell(length=n, depth=d, trial=k, position=int(d * n), **asked[k])
             for n in lengths
             for d in depths
             for k in range(trials)
         ]
-        return sorted(cells, key=lambda c: (c.position, c.trial, c.length))
 
     def sequence(self, cell: Cell) -> tuple[np.ndarray, int]:
         """See `Niah.sequence`."""

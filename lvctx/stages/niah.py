@@ -1,6 +1,7 @@
 """Run a needle test: plan the grid, walk it with shared prefixes computed once, keep every cell as its own row."""
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from lvctx.artifacts.store import fingerprint
 from lvctx.bench.grid import read_grid
 from lvctx.bench.heatmap import write_report
 from lvctx.bench.niah import Cell, Niah, TextNiah, VideoNiah, drawn_needles, read_needles, visual_table
-from lvctx.bench.prefix import PrefixScorer, Score
+from lvctx.bench.prefix import PrefixScorer, Score, common_prefix, walk_order
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import (
     VLM_TYPE,
@@ -93,15 +94,20 @@ class Plan:
         return _hash({"run": self.shown["run"], "cell": asdict(cell)})
 
     def facts(self) -> dict[str, Any]:
-        """What a dry run shows: the cells, their tokens, and the bytes of weights and cache on the device."""
+        """What a dry run shows: the cells, the tokens to read, and the bytes of weights and cache on the device."""
         config = load_config(self.path)
         text = config.get_text_config()
-        longest = max(len(self.test.sequence(cell)[0]) for cell in self.cells)
+        sequences = [self.test.sequence(cell)[0] for cell in self.cells]
+        tokens = sum(map(len, sequences))
+        shared = sum(common_prefix(a, b) for a, b in itertools.pairwise(sequences))
+        longest = max(map(len, sequences))
         heads = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         width = torch.finfo(config.dtype or torch.float32).bits // 8
         cached = 2 * text.num_hidden_layers * text.num_key_value_heads * heads * width
         return {
             "cells": len(self.cells),
+            "tokens": tokens,
+            "tokens_once": tokens - shared,
             "longest_tokens": longest,
             "context": context_length(config),
             "weight_bytes": sum(file.stat().st_size for file in self.path.glob("*.safetensors")),
@@ -132,6 +138,7 @@ def plan_niah(config: NiahConfig) -> Plan:
         frames = _open_frames(config, path)
         test = _video_test(config, path, tokenizer, sum(len(f.pts) for f in frames))
     cells = test.cells(config.lengths, config.depths, config.trials)
+    cells = [cells[i] for i in walk_order([test.sequence(cell)[0] for cell in cells])]
     manifest = read_manifest(path) if (path / MANIFEST).is_file() else {}
     trained = config.training_length or trained_length(path)
     made_of = {

@@ -1,0 +1,396 @@
+"""Needles: exact sequences, results that survive anything, reports that need no model, one line for bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from lvctx.artifacts.frames import write_frames
+from lvctx.artifacts.manifest import Provenance
+from lvctx.bench.grid import build_grid, read_grid
+from lvctx.bench.heatmap import draw_heatmaps, trained_at
+from lvctx.bench.niah import TextNiah
+from lvctx.bench.prefix import PrefixScorer
+from lvctx.cli.app import app
+from lvctx.errors import InputError
+from lvctx.text.needle import NEEDLE, PREFIX, QUESTION, question_and_answer, read_haystack, sentence_ends
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def essays(nano: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("essays")
+    for name in ("love.txt", "gba.txt"):
+        (out / name).write_text((nano.essays / name).read_text(encoding="utf-8"), encoding="utf-8")
+    return out
+
+
+@pytest.fixture(scope="module")
+def vlm_dir(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import CLIPVisionModel
+
+    from lvctx.model.load import load_model, load_tokenizer
+    from lvctx.model.vlm import assemble, save_vlm
+
+    out = tmp_path_factory.mktemp("vlm")
+    tokenizer = load_tokenizer(tiny_lm)
+    tower = CLIPVisionModel.from_pretrained(tiny_tower).eval()
+    save_vlm(assemble(load_model(tiny_lm), tower, tokenizer, where=tiny_lm, seed=0), tokenizer, tiny_tower, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def frames(vlm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from lvctx.vision.tower import load_tower
+
+    return encode(load_tower(vlm_dir, dtype=None), tmp_path_factory.mktemp("frames") / "a.frames.safetensors")
+
+
+def encode(tower: Any, target: Path) -> Path:
+    rng = np.random.default_rng(0)
+    squares = rng.integers(0, 256, (10, 48, 48, 3), dtype=np.uint8)
+    inputs = {"tower": tower.fingerprint, "video": "none"}
+    made = Provenance(schema="lvctx.frames/1", command="encode-video", config={"frame_mode": "pad"}, inputs=inputs)
+    write_frames(target, tower.see(squares), [float(i) for i in range(10)], list(range(10)), made)
+    return target
+
+
+# --- sequences
+
+
+def test_a_sequence_says_what_it_should_in_exactly_as_many_tokens(tiny_lm: Path, essays: Path) -> None:
+    from lvctx.model.load import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_lm)
+    hay = read_haystack([essays])
+    test = TextNiah(tokenizer, hay, distractors=3, seed=5)
+    for cell in test.cells([300, 777], [0, 0.25, 0.5, 1], 3):
+        ids, answer = test.sequence(cell)
+        assert len(ids) == cell.length
+        text = tokenizer.decode(ids)
+        assert text.startswith(PREFIX)
+        assert text.endswith(f": {cell.answer}")
+        assert tokenizer.decode(ids[-answer:]).strip() == cell.answer
+        assert 1_000_000 <= int(cell.answer) <= 9_999_999
+        assert text.count(f"{cell.needle}\n") == 1
+        before, _, after = text.partition(f"\n{cell.needle}\n")
+        assert text.count("The special magic") == 1 + 3 + 1  # the needle, look-alikes, the question
+        city = cell.needle.split()[3]
+        assert text.count(f"special magic {city} number is: ") == 2
+        assert city in cell.question
+        story = before.removeprefix(PREFIX).rstrip(" \n\"')")
+        assert cell.depth in (0, 1) or story.endswith((".", "!", "?"))
+        if cell.depth == 1:
+            assert after.startswith("</book>")
+
+
+def test_true_depth_is_at_most_a_sentence_before_the_asked_one(tiny_lm: Path, essays: Path) -> None:
+    from lvctx.model.load import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_lm)
+    hay = read_haystack([essays])
+    ends = sentence_ends(tokenizer, np.array(tokenizer(hay).input_ids))
+    longest_sentence = int(np.diff(ends).max())
+    test = TextNiah(tokenizer, hay, distractors=0, seed=0)
+    for cell in test.cells([900], [0, 0.25, 0.4, 0.75, 1], 1):
+        target = int(cell.depth * (900 - (900 - test._room(900, 0))))
+        assert 0 <= target - cell.position <= longest_sentence
+
+
+def tokenizer_where(split_digits: bool) -> Any:
+    """A byte-level BPE whose space before a number is a token of its own, or is not."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    words = [QUESTION.format(city="Oslo"), NEEDLE.format(city="Oslo", number="7654321")] * 5
+    tokenizer.train_from_iterator(
+        words, trainers.BpeTrainer(vocab_size=600, initial_alphabet=byte_level.alphabet(), show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("split_digits", [True, False])
+def test_the_tokenizer_decides_whose_the_space_is(split_digits: bool) -> None:
+    tokenizer = tokenizer_where(split_digits)
+    question, answer = question_and_answer(tokenizer, "Oslo", "7654321")
+    assert tokenizer.decode(question + answer) == QUESTION.format(city="Oslo") + " 7654321"
+    assert tokenizer.decode(answer) == ("7654321" if split_digits else " 7654321")
+    # The needle says it in the same tokens, else the answer could not be copied.
+    said = tokenizer(NEEDLE.format(city="Oslo", number="7654321")).input_ids
+    assert any(said[i : i + len(answer)] == answer for i in range(len(said)))
+
+
+# --- runs
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def text_arguments(model: Path, essays: Path, out: Path) -> list[object]:
+    grid = ["--lengths", "130,200", "--depths", "0,0.5,1", "--trials", 2, "--score", "both"]
+    return ["niah", "--model", model, "--modality", "text", "--haystack", essays, *grid, "-o", out]
+
+
+def test_a_run_and_its_files(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
+    done = run(*text_arguments(tiny_lm, essays, tmp_path / "a"))
+    assert done.exit_code == 0
+    rows = results(tmp_path / "a")
+    assert [json.loads(line) for line in done.stdout.splitlines()] == rows
+    assert len(rows) == len({r["key"] for r in rows}) == 12
+    assert all(r["forced"] == r["generated"] == r["correct"] and r["trained_length"] == 512 for r in rows)
+    assert "chance 0.00" in done.stderr
+    summary = json.loads((tmp_path / "a/summary.json").read_text())
+    assert summary["lengths"] == [130, 200]
+    assert summary["trials"] == [[2, 2]] * 3
+    assert (tmp_path / "a/heatmap.png").read_bytes()[:4] == b"\x89PNG"
+
+    again = run(*text_arguments(tiny_lm, essays, tmp_path / "a"))
+    assert (again.exit_code, again.stdout) == (0, "")
+    other = run(*text_arguments(tiny_lm, essays, tmp_path / "b"), "-q", "--chunk", 64)
+    assert other.exit_code == 0
+    assert "share of needles" not in other.stderr
+    for name in ("results.jsonl", "summary.json", "heatmap.json"):
+        same = (tmp_path / "a" / name).read_text().replace('"name": "a"', '"name": "b"')
+        assert same == (tmp_path / "b" / name).read_text(), name
+
+
+def test_a_torn_line_is_redone_and_a_grid_grows(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
+    arguments = text_arguments(tiny_lm, essays, tmp_path / "a")
+    run(*arguments)
+    whole = results(tmp_path / "a")
+    log = tmp_path / "a/results.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:4]) + lines[4][:40])
+    assert run(*arguments, "--resume", "must").exit_code == 0
+    assert [r["key"] for r in results(tmp_path / "a")] == [r["key"] for r in whole]
+    assert [r["correct"] for r in results(tmp_path / "a")] == [r["correct"] for r in whole]
+    arguments[arguments.index("130,200")] = "200,260"
+    grown = run(*arguments)
+    assert len(grown.stdout.splitlines()) == 6
+    assert {json.loads(x)["length"] for x in grown.stdout.splitlines()} == {260}
+    assert read_grid(tmp_path / "a").lengths == [130, 200, 260]
+    assert run(*arguments, "--resume", "never").exit_code == 3
+    assert run(*text_arguments(tiny_lm, essays, tmp_path / "new"), "--resume", "must").exit_code == 3
+    refused = run(*arguments, "--seed", 9)
+    assert refused.exit_code == 3
+    assert "another run (other seed)" in refused.stderr
+    assert len(run(*arguments, "--seed", 9, "--force").stdout.splitlines()) == 12
+
+
+def test_kill_9_loses_no_finished_cell(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
+    arguments = [str(a) for a in text_arguments(tiny_lm, essays, tmp_path / "a")]
+    command = [sys.executable, "-m", "lvctx", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout
+        seen = [json.loads(running.stdout.readline())["key"] for _ in range(3)]
+        os.kill(running.pid, signal.SIGKILL)
+    assert not (tmp_path / "a/summary.json").exists()
+    assert run("niah", "report", tmp_path / "a", "-o", tmp_path / "partial.png").exit_code == 0
+    assert run(*arguments).exit_code == 0
+    keys = [r["key"] for r in results(tmp_path / "a")]
+    assert keys[:3] == seen
+    assert len(set(keys)) == len(keys) == 12
+
+
+def test_a_failing_cell_is_a_row_and_is_run_again(
+    tiny_lm: Path, essays: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = PrefixScorer.score
+
+    def fails(self: PrefixScorer, ids: np.ndarray, answer: int, *, write: int = 0) -> Any:
+        if len(ids) == 200:
+            raise RuntimeError("CUDA out of memory.\nTried to allocate")
+        return score(self, ids, answer, write=write)
+
+    arguments = text_arguments(tiny_lm, essays, tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(PrefixScorer, "score", fails)
+        done = run(*arguments)
+    assert done.exit_code == 4
+    assert [r["error"] for r in results(tmp_path / "a") if "error" in r] == [
+        "CUDA out of memory. Tried to allocate"
+    ] * 6
+    assert json.loads((tmp_path / "a/summary.json").read_text())["errors"] == 6
+    assert run(*arguments).exit_code == 0
+    grid = read_grid(tmp_path / "a")
+    assert (grid.errors, grid.trials) == (0, [[2, 2]] * 3)
+
+
+def test_video(vlm_dir: Path, frames: Path, tmp_path: Path) -> None:
+    hay = ["--frames", frames, "--frames", frames]
+    arguments = ["niah", "--model", vlm_dir, *hay, "--lengths", "4,15", "--depths", "0,0.5,1"]
+    done = run(*arguments, "--trials", 2, "-o", tmp_path / "a")
+    assert done.exit_code == 0
+    rows = results(tmp_path / "a")
+    assert len(rows) == 12
+    assert {r["chance"] for r in rows} == {0.1}
+    assert "chance 0.10" in done.stderr
+    assert {(r["length"], r["depth"], r["position"]) for r in rows} >= {(15, 0.5, 7), (15, 1.0, 15), (4, 0.0, 0)}
+    lengths = {r["length"]: r["tokens"] for r in rows if r["trial"] == 0}
+    assert lengths[15] - lengths[4] == 11 * 4  # a frame of the tiny tower is four tokens
+    plan = json.loads(run(*arguments, "--dry-run", "-o", tmp_path / "a").stdout)
+    assert plan["tokens_once"] < plan["tokens"]
+    assert plan["cells"] == 30
+    assert plan["cache_bytes"] > 0
+
+
+def test_needles_of_a_folder(vlm_dir: Path, frames: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "needles"
+    folder.mkdir()
+    Image.new("RGB", (60, 40), (255, 0, 0)).save(folder / "red.png")
+    row = {"image": "red.png", "question": "What color is the flag?", "answer": "Red"}
+    arguments = ["niah", "--model", vlm_dir, "--frames", frames, "--lengths", 4, "--depths", 0, "--needles", folder]
+
+    def asked(lines: str, trials: int = 1) -> Any:
+        (folder / "needles.jsonl").write_text(lines)
+        return run(*arguments, "--trials", trials, "-o", tmp_path / "out")
+
+    done = asked(json.dumps(row))
+    assert done.exit_code == 0
+    assert (json.loads(done.stdout)["question"], json.loads(done.stdout)["chance"]) == (row["question"], None)
+    for lines, said in (
+        (json.dumps(row) + "\n{oops", "needles.jsonl:2: not an object"),
+        (json.dumps(row | {"answer": " "}), "needles.jsonl:1: an empty answer"),
+        (json.dumps(row | {"image": "none.png"}), "none.png: no such image"),
+    ):
+        done = asked(lines)
+        assert done.exit_code == 3
+        assert said in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert asked(json.dumps(row), trials=2).exit_code == 2
+
+
+def test_bad_input_is_one_line(
+    tiny_lm: Path, tiny_tower: Path, vlm_dir: Path, frames: Path, essays: Path, tmp_path: Path
+) -> None:
+    from lvctx.vision.tower import load_tower
+
+    def refused(code: int, said: str, *changes: object, video: bool = False) -> None:
+        arguments = text_arguments(tiny_lm, essays, tmp_path / "out")
+        if video:
+            arguments = ["niah", "--model", vlm_dir, "--frames", frames, "--lengths", 4, "-o", tmp_path / "out"]
+        done = run(*arguments, *changes)
+        assert (done.exit_code, done.stderr.count("\n")) == (code, 1), done.stderr
+        assert said in done.stderr
+        assert not (tmp_path / "out").exists()
+
+    refused(3, "cannot hold needle and question", "--lengths", "40,200")
+    refused(3, "beyond the haystack", "--lengths", 1_000_000)
+    refused(2, "--depths are between 0 and 1", "--depths", "0,1.5")
+    refused(2, "--lengths are at least 1", "--lengths", "0,200")
+    refused(2, "whole numbers", "--lengths", "200.5")
+    refused(2, "comma-separated numbers", "--depths", "a")
+    refused(2, "comma-separated numbers", "--depths", "nan")
+    refused(3, "no such file or folder", "--haystack", tmp_path / "none")
+    refused(3, "no such model directory", "--model", "./none")
+    refused(3, "beyond the haystack (it has 10)", "--lengths", 11, video=True)
+    refused(2, "cannot see", "--model", tiny_lm, video=True)
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    refused(3, "not UTF-8", "--haystack", tmp_path / "binary.txt")
+    (tmp_path / "torn.frames.safetensors").write_bytes(frames.read_bytes()[:-9])
+    refused(3, "not a whole safetensors file", "--frames", tmp_path / "torn.frames.safetensors", video=True)
+    from transformers import CLIPVisionModel
+
+    trained = CLIPVisionModel.from_pretrained(tiny_tower)
+    next(trained.parameters()).data.add_(1)
+    trained.save_pretrained(tmp_path / "tower")
+    (tmp_path / "tower/preprocessor_config.json").write_text((tiny_tower / "preprocessor_config.json").read_text())
+    foreign = encode(load_tower(tmp_path / "tower", dtype=None), tmp_path / "foreign.frames.safetensors")
+    refused(3, "frames of another tower", "--frames", foreign, video=True)
+
+
+@pytest.mark.nano
+def test_forced_scoring_is_greedy_generation_on_a_real_model(nano: Any, tmp_path: Path) -> None:
+    grid = ["--lengths", "150,400", "--depths", "0,0.6,1", "--trials", 2, "--distractors", 3, "--score", "both"]
+    done = run("niah", "--model", nano.lm, "--modality", "text", "--haystack", nano.essays, *grid, "-o", tmp_path / "a")
+    assert done.exit_code == 0
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 12
+    assert all(r["forced"] == r["generated"] for r in rows)
+    assert sum(r["correct"] for r in rows) >= 8
+
+
+# --- reports
+
+
+def cells(modality: str, lengths: dict[int, float], **shared: Any) -> list[dict[str, Any]]:
+    base = {"modality": modality, "chance": 0.1, "trained_length": 224_000, "longest_sample": 0, **shared}
+    return [
+        {**base, "length": n, "depth": d / 5, "tokens": 144 * n, "correct": 30 * i < 30 * 30 * share - 1e-6}
+        for n, share in lengths.items()
+        for i, d in enumerate([0, 1, 2, 3, 4, 5] * 5)
+    ]
+
+
+PUBLISHED = {
+    **dict.fromkeys((200, 400, 600, 800, 1000, 1200), 1.0),
+    **{1400: 0.933, 1600: 0.967, 1800: 0.933, 2000: 0.9, 2200: 0.933, 2400: 0.667, 2600: 0.8, 2800: 0.733, 3000: 0.767},
+}
+"""LongVA-7B's V-NIAH, mean over six depths and five needles, by frames (LongVA's repository, figure 4)."""
+
+
+def test_published_averages_come_out_of_the_grid() -> None:
+    grid = build_grid(cells("video", {n: round(30 * share) / 30 for n, share in PUBLISHED.items()}), "longva-7b")
+    assert [round(grid.by_length(i) or 0, 3) for i in range(15)] == list(PUBLISHED.values())
+    assert round(grid.mean or 0, 3) == 0.909
+    # 224,000 tokens are 1,555 frames: the line goes between 1,400 and 1,600.
+    assert trained_at(grid) == grid.lengths.index(1400) + 0.5
+
+
+def test_labels_are_true_and_bytes_repeat(tmp_path: Path) -> None:
+    rows = [r | {"depth": d} for d in (0.25, 0.333, 1) for r in cells("video", {10: 1.0, 20: 0.5}, trained_length=2000)]
+    grids = [build_grid(rows, "one"), build_grid(cells("text", {100: 0.2}), "two")]
+    for name in ("a.svg", "b.svg", "a.png", "b.png"):
+        draw_heatmaps(grids, tmp_path / name)
+    drawn = (tmp_path / "a.svg").read_text()
+    for label in ("25%", "33.3%", "100%", "(1,440)", "chance 0.10", "2,000 tokens (red line)", "all within"):
+        assert label in drawn, label
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_report_needs_no_torch_and_rebuilds(tmp_path: Path) -> None:
+    for name, share in (("before", 0.2), ("after", 0.8)):
+        (tmp_path / name).mkdir()
+        rows = [r | {"key": str(i)} for i, r in enumerate(cells("video", {100: share, 200: share}))]
+        (tmp_path / name / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    code = "import sys\nfrom lvctx.__main__ import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    both = [str(tmp_path / "before"), str(tmp_path / "after")]
+    for more in ([], ["-o", str(tmp_path / "both.svg")], ["--json"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "niah", "report", *both, *more], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["accuracy"] for line in done.stdout.splitlines()] == [0.2, 0.8]
+    assert (tmp_path / "both.svg").is_file()
+    assert (tmp_path / "after/summary.json").is_file()
+    assert run("niah", "report", tmp_path).exit_code == 3
+    assert run("niah", "report", tmp_path / "after", "-o", tmp_path / "x.gif").exit_code == 2
+
+
+def test_a_report_of_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="no result"):
+        build_grid([], "empty")
+
+
+def test_info_knows_a_results_directory(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
+    run(*text_arguments(tiny_lm, essays, tmp_path / "a"))
+    facts = json.loads(run("info", tmp_path / "a", "--json").stdout)
+    assert (facts["schema"], facts["cells"], facts["errors"]) == ("lvctx.niah/1", 12, 0)
