@@ -220,6 +220,7 @@ def align(drawn: Path, out: Path, tiny_lm: Path, tiny_tower: Path, **changed: An
         "lm": str(tiny_lm),
         "tower": str(tiny_tower),
         "init": None,
+        "adapter": None,
         "data": drawn / "data.json",
         "images": drawn,
         "grid_rule": "code",

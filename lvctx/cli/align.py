@@ -57,6 +57,9 @@ def align(
     lm: Annotated[str | None, typer.Option(help="Language model: directory or hub id.")] = None,
     tower: Annotated[str | None, typer.Option(help="CLIP or SigLIP tower: directory or hub id.")] = None,
     init: Annotated[str | None, typer.Option(help="VLM to go on from, instead of --lm and --tower.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="adapter.safetensors of an earlier run with --lora, to start from.")
+    ] = None,
     grid_rule: Annotated[Rule, typer.Option(help="UniRes as the released code or as the paper.")] = Rule.code,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", min=1)] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data. Default: 1.")] = None,
@@ -87,6 +90,7 @@ def align(
         lm=lm,
         tower=tower,
         init=init,
+        adapter=adapter,
         data=data,
         images=images,
         grid_rule=grid_rule.value,

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from lvctx.errors import InputError
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Projections of an attention block, as Llama, Qwen2, Qwen3 and Mistral name them."""
@@ -27,6 +29,23 @@ def add_lora(model: Any, *, rank: int, targets: Sequence[str], seed: int) -> Any
 def lora_parameters(wrapped: Any) -> list[nn.Parameter]:
     """The trained parameters of a wrapped model."""
     return [p for p in wrapped.parameters() if p.requires_grad]
+
+
+def lora_state(wrapped: Any) -> dict[str, Tensor]:
+    """The trained tensors by name, to be saved and given to `load_lora_state` of another wrapped model."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+
+
+def load_lora_state(wrapped: Any, state: dict[str, Tensor]) -> None:
+    """Start from saved tensors. Raises InputError when they are of another rank, other layers or another model."""
+    from peft import set_peft_model_state_dict
+
+    wanted = {name: tensor.shape for name, tensor in lora_state(wrapped).items()}
+    if wanted != {name: tensor.shape for name, tensor in state.items()}:
+        raise InputError("the adapter is of another rank or another model", fix="give the --lora it was trained with")
+    set_peft_model_state_dict(wrapped, {name: tensor.float() for name, tensor in state.items()})
 
 
 def merge_lora(wrapped: Any) -> Any:

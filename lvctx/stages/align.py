@@ -19,9 +19,9 @@ from torch import Tensor
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, write_manifest
-from lvctx.artifacts.store import fingerprint
+from lvctx.artifacts.store import fingerprint, read_safetensors_header, save_tensors
 from lvctx.dist import checkpoint
-from lvctx.errors import UsageError
+from lvctx.errors import InputError, UsageError
 from lvctx.model.export import model_files
 from lvctx.model.load import (
     VLM_TYPE,
@@ -32,7 +32,7 @@ from lvctx.model.load import (
     resolve_model,
     trained_length,
 )
-from lvctx.model.lora import ATTENTION, add_lora, lora_parameters, merge_lora
+from lvctx.model.lora import ATTENTION, add_lora, load_lora_state, lora_parameters, lora_state, merge_lora
 from lvctx.model.loss import IGNORED, token_loss
 from lvctx.model.vlm import assemble, embed_frames, frame_features, newline_id, save_vlm, tokens_per_frame
 from lvctx.train.chat import Conversation, encode_conversation, read_conversations
@@ -85,11 +85,16 @@ class Plan:
     """Tower to start from."""
     init: Path | None
     """VLM to go on from, instead of the two."""
+    adapter: Path | None
+    """What an earlier alignment trained (`ADAPTER`), to start from."""
     conversations: list[Conversation]
     """Training samples."""
     provenance: Provenance
     """What identifies the run."""
 
+
+ADAPTER = "adapter.safetensors"
+"""In the output of a run with LoRA: projector and LoRA alone, a few MB from which another run can start."""
 
 DEFAULTS: dict[Stage, dict[str, float]] = {
     "projector": {"lr": 1e-3, "batch": 128},
@@ -104,6 +109,7 @@ def plan_align(
     lm: str | None,
     tower: str | None,
     init: str | None,
+    adapter: Path | None,
     data: Path,
     images: Path,
     grid_rule: GridRule,
@@ -126,6 +132,8 @@ def plan_align(
         raise UsageError("--lora trains the language model: it goes with --stage full")
     if steps is not None and epochs is not None:
         raise UsageError("give --steps or --epochs, not both")
+    if adapter is not None and not lora:
+        raise UsageError("--adapter holds a LoRA: it goes with --lora")
     paths = {k: resolve_model(v) for k, v in {"lm": lm, "tower": tower, "init": init}.items() if v}
     conversations = read_conversations(data, images)
     size = batch or int(DEFAULTS[stage]["batch"])
@@ -146,11 +154,13 @@ def plan_align(
         pictures.update(f"{image.relative_to(images)}\0{image.stat().st_size}\n".encode())
     inputs = {k: fingerprint(p) for k, p in paths.items()}
     inputs |= {"data": fingerprint(data), "images": pictures.hexdigest()}
+    inputs |= {"adapter": fingerprint(adapter)} if adapter else {}
     return Plan(
         config=config,
         lm=paths.get("lm"),
         tower=paths.get("tower"),
         init=paths.get("init"),
+        adapter=adapter,
         conversations=conversations,
         provenance=Provenance(schema=schemas.MODEL, command="align", config=asdict(config), inputs=inputs, seed=seed),
     )
@@ -223,6 +233,8 @@ def _train(
     tile = vlm.config.vision_config.image_size
     per_frame = tokens_per_frame(vlm.config)
     groups, wrapped = _groups(vlm, config)
+    if plan.adapter is not None:
+        load_adapter(plan.adapter, vlm, wrapped)
     line_end = newline_id(tokenizer)
     video = vlm.config.video_token_id
     longest = 0
@@ -280,8 +292,34 @@ def _train(
         device=device,
     )
     if wrapped is not None:
+        save_adapter(out / ADAPTER, vlm, wrapped, plan.provenance)
         vlm.model.language_model = merge_lora(wrapped)
     return longest
+
+
+def save_adapter(target: Path, vlm: Any, wrapped: Any, provenance: Provenance) -> None:
+    """Write projector and LoRA, in bfloat16."""
+    parts = {"projector": vlm.model.multi_modal_projector.state_dict(), "lora": lora_state(wrapped)}
+    tensors = {f"{part}.{name}": t.bfloat16() for part, state in parts.items() for name, t in state.items()}
+    save_tensors(target, tensors, provenance.to_metadata())
+
+
+def load_adapter(path: Path, vlm: Any, wrapped: Any) -> None:
+    """Start from what `save_adapter` wrote. Raises InputError when it is not whole or fits another model."""
+    from safetensors.torch import load_file
+
+    read_safetensors_header(path)
+    parts: dict[str, dict[str, Tensor]] = {"projector": {}, "lora": {}}
+    for key, tensor in load_file(path).items():
+        part, _, name = key.partition(".")
+        parts.setdefault(part, {})[name] = tensor
+    try:
+        vlm.model.multi_modal_projector.load_state_dict(parts["projector"])
+        load_lora_state(wrapped, parts["lora"])
+    except InputError as e:
+        raise InputError(e.what, where=path, fix=e.fix) from None
+    except RuntimeError:
+        raise InputError("the projector is of another tower or language model", where=path) from None
 
 
 def _groups(vlm: Any, config: AlignConfig) -> tuple[list[Group], Any]:

@@ -1,0 +1,299 @@
+"""Seeded drawings of one coloured shape on a cluttered background, and of many side by side.
+
+They stand in for photographs where none may be shipped: as training pictures of the nano recipe, as
+pictures in the tests, and as needles of V-NIAH (a picture that no film contains, with a question that only
+it answers). One state of a `numpy.random.Generator` gives one drawing. Every name in `SHAPES` and `COLORS`
+is a single token after a space in SmolLM2's tokenizer; with ten colours, chance is one in ten.
+
+Suffixes: H, W pixels down and across; 3 the RGB channels; N vertices of a polygon. Pictures are uint8 RGB.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import cos, pi, sin
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 25, 30),
+    "green": (25, 155, 50),
+    "blue": (30, 70, 225),
+    "yellow": (245, 225, 25),
+    "orange": (250, 130, 10),
+    "purple": (125, 35, 170),
+    "pink": (250, 130, 190),
+    "brown": (120, 65, 25),
+    "white": (248, 248, 248),
+    "black": (12, 12, 12),
+}
+"""Name -> RGB. Far enough apart that the lighting of `paint` never turns one into another."""
+
+SUPERSAMPLE = 2
+"""Masks are drawn this many times too large and averaged down: PIL's polygons have hard edges."""
+
+Ring = Sequence[tuple[float, float]]
+
+
+def _arc(radius: float, n: int = 40, x: float = 0.0, y: float = 0.0) -> Ring:
+    return [(x + radius * cos(2 * pi * i / n), y + radius * sin(2 * pi * i / n)) for i in range(n)]
+
+
+def _star(points: int, inner: float) -> Ring:
+    radius = [1.0, inner] * points
+    return [(r * sin(pi * i / points), -r * cos(pi * i / points)) for i, r in enumerate(radius)]
+
+
+def _heart(n: int = 48) -> Ring:
+    turns = [2 * pi * i / n for i in range(n)]
+    return [(sin(t) ** 3, -(13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t)) / 16 - 0.1) for t in turns]
+
+
+def _moon(n: int = 32) -> Ring:
+    # The outer arc runs from horn to horn on the left, the inner one returns on a circle pushed to the right.
+    outer = [(cos(a), sin(a)) for a in np.linspace(0.28 * pi, 1.72 * pi, n)]
+    horn_x, horn_y = outer[0]
+    centre = 0.72
+    radius = ((horn_x - centre) ** 2 + horn_y**2) ** 0.5
+    start = float(np.arctan2(horn_y, horn_x - centre))
+    inner = [(centre + radius * cos(a), radius * sin(a)) for a in np.linspace(2 * pi - start, start, n)]
+    return [(x + 0.3, y) for x, y in [*outer, *inner]]
+
+
+# Each shape is one or two polygons in [-1, 1]², y down; the second is a hole.
+_OUTLINES: dict[str, list[Ring]] = {
+    "circle": [_arc(0.9)],
+    "square": [[(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]],
+    "triangle": [[(0.0, -0.95), (0.98, 0.75), (-0.98, 0.75)]],
+    "star": [_star(5, 0.42)],
+    "heart": [_heart()],
+    "cross": [
+        [
+            (-0.3, -0.95),
+            (0.3, -0.95),
+            (0.3, -0.3),
+            (0.95, -0.3),
+            (0.95, 0.3),
+            (0.3, 0.3),
+            (0.3, 0.95),
+            (-0.3, 0.95),
+            (-0.3, 0.3),
+            (-0.95, 0.3),
+            (-0.95, -0.3),
+            (-0.3, -0.3),
+        ],
+    ],
+    "moon": [_moon()],
+    "arrow": [
+        [(-1.0, -0.26), (0.1, -0.26), (0.1, -0.8), (1.0, 0.0), (0.1, 0.8), (0.1, 0.26), (-1.0, 0.26)],
+    ],
+    "diamond": [[(0.0, -1.0), (0.68, 0.0), (0.0, 1.0), (-0.68, 0.0)]],
+    "ring": [_arc(0.95), _arc(0.52)],
+    "house": [
+        [(0.0, -1.0), (1.0, -0.1), (0.75, -0.1), (0.75, 0.9), (-0.75, 0.9), (-0.75, -0.1), (-1.0, -0.1)],
+        [(-0.22, 0.9), (-0.22, 0.25), (0.22, 0.25), (0.22, 0.9)],
+    ],
+    "tree": [
+        [
+            (0.0, -1.0),
+            (0.5, -0.35),
+            (0.3, -0.35),
+            (0.85, 0.45),
+            (0.17, 0.45),
+            (0.17, 1.0),
+            (-0.17, 1.0),
+            (-0.17, 0.45),
+            (-0.85, 0.45),
+            (-0.3, -0.35),
+            (-0.5, -0.35),
+        ],
+    ],
+}
+
+SHAPES: tuple[str, ...] = tuple(_OUTLINES)
+"""Names of the shapes that can be drawn."""
+
+
+def _clouds(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """Noise with the falling spectrum of photographs: octaves of coarse grids, each enlarged smoothly."""
+    total_HW3 = np.zeros((height, width, 3), np.float32)
+    decay = rng.uniform(0.4, 0.75)
+    tint = rng.uniform(0.0, 1.0)  # 0: the octaves differ in brightness only
+    side = max(width, height)
+    cells, weight = 2, 1.0
+    while cells <= side // 2:
+        shape = (max(2, cells * height // side), max(2, cells * width // side))
+        grey = rng.integers(0, 256, (*shape, 1))
+        own = rng.integers(0, 256, (*shape, 3))
+        coarse = Image.fromarray((grey * (1 - tint) + own * tint).astype(np.uint8))
+        total_HW3 += weight * (np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float32) - 127)
+        cells, weight = cells * 2, weight * decay
+    return total_HW3 * rng.uniform(0.3, 1.0)
+
+
+def _gradient(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    corners = rng.integers(0, 256, (2, 2, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(corners).resize((width, height), Image.Resampling.BILINEAR), np.float32) - 127
+
+
+def _stripes(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """Stripes at any angle, or with a second wave across them a soft checkerboard."""
+    angle, period = rng.uniform(0, pi), rng.uniform(6, 60)
+    y_H1, x_1W = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)[None]
+    wave_HW = np.sin((x_1W * cos(angle) + y_H1 * sin(angle)) * (2 * pi / period))
+    if rng.random() < 0.4:
+        wave_HW = wave_HW * np.sin((y_H1 * cos(angle) - x_1W * sin(angle)) * (2 * pi / period))
+    wave_HW = np.clip(wave_HW * rng.uniform(1, 6), -1, 1)
+    return wave_HW[..., None] * rng.uniform(-90, 90, 3).astype(np.float32)
+
+
+def _clutter(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """Dead leaves: overlapping irregular patches of many sizes, occlusions without objects."""
+    image = Image.new("RGB", (width, height), tuple(rng.integers(0, 256, 3).tolist()))
+    pen = ImageDraw.Draw(image)
+    palette = rng.integers(0, 256, (6, 3))
+    side = max(width, height)
+    for _ in range(int(rng.integers(6, 40))):
+        n = int(rng.integers(3, 9))
+        radius = side * rng.uniform(0.04, 0.5) ** 1.6
+        turn_N = np.sort(rng.uniform(0, 2 * pi, n))
+        reach_N = radius * rng.uniform(0.5, 1.4, n)
+        centre = rng.uniform(0, 1, 2) * (width, height)
+        points_N2 = centre + np.stack([np.cos(turn_N), np.sin(turn_N)], 1) * reach_N[:, None]
+        color = np.clip(palette[rng.integers(6)] + rng.integers(-30, 31, 3), 0, 255)
+        pen.polygon([(float(x), float(y)) for x, y in points_N2], fill=tuple(color.tolist()))
+    blur = rng.uniform(0, 4)
+    if blur > 0.7:
+        image = image.filter(ImageFilter.BoxBlur(blur))
+    return np.asarray(image, np.float32) - 127
+
+
+def background(rng: np.random.Generator, *, width: int, height: int) -> np.ndarray:
+    """A picture in which nothing can be named: uint8 (height, width, 3), sizes in pixels."""
+    layers = (_clouds, _gradient, _stripes, _clutter)
+    picture_HW3 = np.zeros((height, width, 3), np.float32)
+    for index in rng.choice(4, size=int(rng.integers(1, 4)), replace=False, p=[0.36, 0.2, 0.12, 0.32]):
+        picture_HW3 += layers[index](rng, width, height) * rng.uniform(0.4, 1.0)
+    # Films are rarely as gaudy as independent channels: pull towards grey, then choose contrast and exposure.
+    grey_HW1 = picture_HW3.mean(axis=2, keepdims=True)
+    picture_HW3 = grey_HW1 + (picture_HW3 - grey_HW1) * rng.uniform(0.1, 1.0)
+    picture_HW3 = picture_HW3 * rng.uniform(0.3, 1.1) + rng.uniform(40, 215) + rng.uniform(-25, 25, 3)
+    return np.clip(picture_HW3, 0, 255).astype(np.uint8)
+
+
+def _bars(rng: np.random.Generator, picture_HW3: np.ndarray) -> np.ndarray:
+    """Letterbox the background with bars of its mean colour, as a wide frame padded to a square has them."""
+    height, width = picture_HW3.shape[:2]
+    bar = int(rng.uniform(0.1, 0.3) * height)
+    barred_HW3 = np.empty_like(picture_HW3)
+    barred_HW3[:] = picture_HW3.reshape(-1, 3).mean(0).astype(np.uint8)
+    squeezed = Image.fromarray(picture_HW3).resize((width, height - 2 * bar), Image.Resampling.BILINEAR)
+    barred_HW3[bar : height - bar] = np.asarray(squeezed)
+    return barred_HW3
+
+
+def paint(rng: np.random.Generator, picture_HW3: np.ndarray, *, shape: str, color: str) -> np.ndarray:
+    """Paint a shape into the uint8 picture in place; return the coverage per pixel, float32 (H, W) in 0..1.
+
+    Place, size (36-90 % of the shorter side), turn (±20°), stretch, shade and lighting are drawn from `rng`.
+    """
+    height, width = picture_HW3.shape[:2]
+    side = min(height, width)
+    half = side * rng.uniform(0.18, 0.45)
+    reach = half * 1.05
+    x = rng.uniform(reach, width - reach) if width > 2 * reach else width / 2
+    y = rng.uniform(reach, height - reach) if height > 2 * reach else height / 2
+    angle = rng.uniform(-pi / 9, pi / 9)
+    stretch = half * rng.uniform(0.88, 1.0, 2)
+    turn = np.array([[cos(angle), -sin(angle)], [sin(angle), cos(angle)]])
+    mask = Image.new("L", (width * SUPERSAMPLE, height * SUPERSAMPLE), 0)
+    pen = ImageDraw.Draw(mask)
+    for hole, ring in enumerate(_OUTLINES[shape]):
+        points_N2 = ((np.asarray(ring) * stretch) @ turn.T + (x, y)) * SUPERSAMPLE
+        pen.polygon([(float(px), float(py)) for px, py in points_N2], fill=0 if hole else 255)
+    cover_HW = np.asarray(mask.reduce(SUPERSAMPLE), np.float32) / 255
+    color_3 = np.asarray(COLORS[color], np.float32) + rng.uniform(-14, 14, 3).astype(np.float32)
+    # A shape that its surroundings swallow cannot be asked about; their negative cannot swallow it as well.
+    top, left = max(0, int(y - half)), max(0, int(x - half))
+    around_3 = picture_HW3[top : int(y + half) + 1, left : int(x + half) + 1].reshape(-1, 3).mean(0)
+    if np.abs(around_3 - color_3).sum() < 150:
+        np.subtract(255, picture_HW3, out=picture_HW3)
+    # Light falls from one side and fades by at most a sixth, so brown and orange stay apart.
+    ramp_H1 = np.linspace(-1, 1, height, dtype=np.float32)[:, None] * float(rng.uniform(-0.08, 0.08))
+    ramp_1W = np.linspace(-1, 1, width, dtype=np.float32)[None] * float(rng.uniform(-0.08, 0.08))
+    inside_HW3 = np.clip(color_3 * (1 + ramp_H1 + ramp_1W)[..., None], 0, 255)
+    picture_HW3[:] = picture_HW3 + (inside_HW3 - picture_HW3) * cover_HW[..., None]
+    return cover_HW
+
+
+def _canvas(rng: np.random.Generator, size: int) -> np.ndarray:
+    picture_HW3 = background(rng, width=size, height=size)
+    return _bars(rng, picture_HW3) if rng.random() < 0.2 else picture_HW3
+
+
+def draw_picture_with_mask(
+    rng: np.random.Generator, *, size: int, shape: str, color: str
+) -> tuple[Image.Image, np.ndarray]:
+    """`draw_picture`, and the coverage of each pixel by the shape, float32 (size, size) in 0..1."""
+    picture_HW3 = _canvas(rng, size)
+    mask_HW = paint(rng, picture_HW3, shape=shape, color=color)
+    return Image.fromarray(picture_HW3), mask_HW
+
+
+def draw_picture(rng: np.random.Generator, *, size: int, shape: str, color: str) -> Image.Image:
+    """A square picture, `size` pixels a side, of one `color` `shape` on a background of its own."""
+    return draw_picture_with_mask(rng, size=size, shape=shape, color=color)[0]
+
+
+def draw_blank(rng: np.random.Generator, *, size: int) -> Image.Image:
+    """A square picture, `size` pixels a side, in which nothing can be named."""
+    return Image.fromarray(_canvas(rng, size))
+
+
+def draw_grids(
+    rng: np.random.Generator,
+    *,
+    size: int,
+    cols: int,
+    rows: int,
+    cells: Mapping[int, tuple[str, str]],
+    photos: Sequence[np.ndarray] = (),
+) -> Image.Image:
+    """One large picture of cols x rows square cells; `cells` maps a cell (row-major) to its (shape, color).
+
+    Cut into tiles of `size` pixels it looks like as many frames of a film. Given `photos` (uint8 (H, W, 3), any size),
+    two pictures in three are made of crops of them. Of the rest some share one scene (a background over all cells, or one
+    cell repeated with small shifts of brightness), and in some every cell is a scene of its own.
+    """
+    kind = 1.0 if photos and rng.random() < 2 / 3 else rng.random()
+    one_photo = rng.random() < 0.5
+    whole_HW3 = np.empty((rows * size, cols * size, 3), np.uint8)
+    if kind < 0.4:
+        whole_HW3[:] = background(rng, width=cols * size, height=rows * size)
+    scene_HW3 = _canvas(rng, size)
+    near = int(rng.integers(len(photos))) if photos else 0
+    for cell in range(cols * rows):
+        top, left = divmod(cell, cols)
+        part_HW3 = whole_HW3[top * size : (top + 1) * size, left * size : (left + 1) * size]
+        if kind == 1.0:
+            chosen = (near + int(rng.integers(-8, 9))) % len(photos) if one_photo else int(rng.integers(len(photos)))
+            part_HW3[:] = crop_photo(rng, photos[chosen], size=size)
+        elif kind >= 0.75:
+            part_HW3[:] = _canvas(rng, size)
+        elif kind >= 0.4:
+            part_HW3[:] = np.clip(scene_HW3 + rng.uniform(-12, 12), 0, 255)
+        if cell in cells:
+            shape, color = cells[cell]
+            if rng.random() < 0.5:  # a needle does not resemble its haystack
+                part_HW3[:] = _canvas(rng, size)
+            paint(rng, part_HW3, shape=shape, color=color)
+    return Image.fromarray(whole_HW3)
+
+
+def crop_photo(rng: np.random.Generator, photo_HW3: np.ndarray, *, size: int) -> np.ndarray:
+    """A random square of a photo (60-100 % of its short side), mirrored half the time: uint8 (size, size, 3)."""
+    height, width = photo_HW3.shape[:2]
+    side = int(min(height, width) * rng.uniform(0.6, 1.0))
+    top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+    square = Image.fromarray(photo_HW3[top : top + side, left : left + side])
+    square_HW3 = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
+    return square_HW3[:, ::-1] if rng.random() < 0.5 else square_HW3
