@@ -8,7 +8,7 @@ A sequence is one int array over an extended vocabulary: below V a text token, f
 embeddings. Shapes: L tokens, A answer tokens, E width, V text vocabulary, R rows of visual embeddings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,7 +125,7 @@ class PrefixScorer:
             self._held = self._held[:length]
 
 
-def walk_order(sequences: Sequence[np.ndarray]) -> list[int]:
+def walk_order(sequences: Iterable[np.ndarray]) -> list[int]:
     """Indices of the sequences depth-first (lexicographically): in this order every edge of their tree is run once."""
     # Big-endian bytes compare as the ids do, and as fast as memory is read.
     keys = [ids.astype(">i4").tobytes() for ids in sequences]

@@ -97,10 +97,11 @@ class Plan:
         """What a dry run shows: the cells, the tokens to read, and the bytes of weights and cache on the device."""
         config = load_config(self.path)
         text = config.get_text_config()
-        sequences = [self.test.sequence(cell)[0] for cell in self.cells]
-        tokens = sum(map(len, sequences))
-        shared = sum(common_prefix(a, b) for a, b in itertools.pairwise(sequences))
-        longest = max(map(len, sequences))
+        # One sequence at a time: all of a large grid's together are gigabytes.
+        lengths = [len(self.test.sequence(cell)[0]) for cell in self.cells]
+        pairs = itertools.pairwise(self.test.sequence(cell)[0] for cell in self.cells)
+        shared = sum(common_prefix(a, b) for a, b in pairs)
+        tokens, longest = sum(lengths), max(lengths)
         heads = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         width = torch.finfo(config.dtype or torch.float32).bits // 8
         cached = 2 * text.num_hidden_layers * text.num_key_value_heads * heads * width
@@ -138,7 +139,7 @@ def plan_niah(config: NiahConfig) -> Plan:
         frames = _open_frames(config, path)
         test = _video_test(config, path, tokenizer, sum(len(f.pts) for f in frames))
     cells = test.cells(config.lengths, config.depths, config.trials)
-    cells = [cells[i] for i in walk_order([test.sequence(cell)[0] for cell in cells])]
+    cells = [cells[i] for i in walk_order(test.sequence(cell)[0] for cell in cells)]
     manifest = read_manifest(path) if (path / MANIFEST).is_file() else {}
     trained = config.training_length or trained_length(path)
     made_of = {
