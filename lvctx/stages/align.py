@@ -305,7 +305,7 @@ def save_adapter(target: Path, vlm: Any, wrapped: Any, provenance: Provenance) -
 
 
 def load_adapter(path: Path, vlm: Any, wrapped: Any) -> None:
-    """Start from what `save_adapter` wrote. Raises InputError when it is not whole or fits another model."""
+    """Start from what `save_adapter` wrote, or from a projector alone. Raises InputError when it does not fit."""
     from safetensors.torch import load_file
 
     read_safetensors_header(path)
@@ -315,7 +315,8 @@ def load_adapter(path: Path, vlm: Any, wrapped: Any) -> None:
         parts.setdefault(part, {})[name] = tensor
     try:
         vlm.model.multi_modal_projector.load_state_dict(parts["projector"])
-        load_lora_state(wrapped, parts["lora"])
+        if parts["lora"]:
+            load_lora_state(wrapped, parts["lora"])
     except InputError as e:
         raise InputError(e.what, where=path, fix=e.fix) from None
     except RuntimeError:

@@ -11,6 +11,7 @@ from lvctx.artifacts.frames import Frames, read_frames
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import VLM_TYPE, context_length, load_config, load_model, load_tokenizer, resolve_model
 from lvctx.model.vlm import chat_ids, embed_frames, newline_embedding
+from lvctx.vision.tower import TowerFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class Watcher:
         path = resolve_model(model)
         if load_config(path).model_type != VLM_TYPE:
             raise UsageError(f"{model} is a language model and cannot see", fix="give a model that align wrote")
+        self.tower = TowerFiles.find(path).fingerprint
         self.vlm = load_model(path, device=device)
         self.tokenizer = load_tokenizer(path)
 
@@ -43,6 +45,8 @@ class Watcher:
         model's context.
         """
         frames = read_frames(path)
+        if frames.provenance["inputs"].get("tower") != self.tower:
+            raise InputError("encoded by another tower", where=path, fix="encode the video with --model of this VLM")
         with torch.inference_mode():
             visual = torch.cat([self._embed(frames, path), newline_embedding(self.vlm)])
         for question in questions:

@@ -261,8 +261,8 @@ def draw_grids(
     """One large picture of cols x rows square cells; `cells` maps a cell (row-major) to its (shape, color).
 
     Cut into tiles of `size` pixels it looks like as many frames of a film. Given `photos` (uint8 (H, W, 3), any size),
-    two pictures in three are made of crops of them. Of the rest some share one scene (a background over all cells, or one
-    cell repeated with small shifts of brightness), and in some every cell is a scene of its own.
+    two pictures in three are made of crops of them. Of the rest some share one scene (a background over all cells, or
+    one cell repeated with small shifts of brightness), and in some every cell is a scene of its own.
     """
     kind = 1.0 if photos and rng.random() < 2 / 3 else rng.random()
     one_photo = rng.random() < 0.5

@@ -1,0 +1,93 @@
+"""Warm up the nano projector before a language model is in the loop: pictures to the words that name them.
+
+Each visual token of a drawn picture is pulled towards the sum of the language model's own input embeddings of the
+picture's colour and shape (towards "nothing" where nothing is drawn). It takes a minute, and spares the alignment the
+long plateau in which the language model cannot yet tell one visual token from another.
+
+    python recipes/nano/warm_projector.py --lm LM --tower recipes/nano/tower --photos CLIP... -o start.safetensors
+
+Suffixes: N pictures, P patches, D tower width, E language-model width.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from draw_data import COLOR_NAMES, load_photos
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lvctx.model.load import load_model, load_tokenizer, resolve_model
+from lvctx.vision.draw import SHAPES, crop_photo, draw_blank, draw_picture, paint
+from lvctx.vision.tower import load_tower
+
+PICTURES, HELD_OUT, STEPS, BATCH, LR = 3000, 200, 400, 64, 2e-3
+
+
+def draw(index: int, photos: list[np.ndarray], size: int) -> tuple[Image.Image, list[str]]:
+    """A picture and the words that name it: a photo or clutter (`nothing`), or a shape on either."""
+    rng = np.random.default_rng([7, index])
+    shape, color = SHAPES[rng.integers(len(SHAPES))], COLOR_NAMES[rng.integers(len(COLOR_NAMES))]
+    kind = rng.random()
+    if kind < 0.2:
+        photo = crop_photo(rng, photos[rng.integers(len(photos))], size=size)
+        return Image.fromarray(np.ascontiguousarray(photo)), ["nothing"]
+    if kind < 0.3:
+        return draw_blank(rng, size=size), ["nothing"]
+    if rng.random() < 0.4:
+        picture = np.ascontiguousarray(crop_photo(rng, photos[rng.integers(len(photos))], size=size)).copy()
+        paint(rng, picture, shape=shape, color=color)
+        return Image.fromarray(picture), [color, shape]
+    return draw_picture(rng, size=size, shape=shape, color=color), [color, shape]
+
+
+def main() -> None:
+    """Draw, encode, regress, save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lm", required=True, help="language model: its input embeddings are the targets")
+    parser.add_argument("--tower", required=True)
+    parser.add_argument("--photos", type=Path, nargs="+", required=True, help="clips whose frames show nothing drawn")
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(args.lm)
+    table = load_model(resolve_model(args.lm), dtype=torch.float32).get_input_embeddings().weight.detach()
+
+    def embed(word: str) -> Tensor:
+        return table[tokenizer.encode(" " + word, add_special_tokens=False)].mean(0)
+
+    tower = load_tower(args.tower, dtype=torch.bfloat16)
+    photos = load_photos(tuple(args.photos))
+    drawn = [draw(i, photos, tower.image_size) for i in range(PICTURES)]
+    features_NPD = tower.see([image for image, _ in drawn]).float()
+    targets_NE = torch.stack([torch.stack([embed(w) for w in words]).sum(0) for _, words in drawn])
+    first, second = nn.Linear(tower.width, table.shape[1]), nn.Linear(table.shape[1], table.shape[1])
+    optimizer = torch.optim.AdamW([*first.parameters(), *second.parameters()])
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = LR * (1 - step / STEPS)
+        chosen = torch.randint(0, PICTURES - HELD_OUT, (BATCH,))
+        out_NPE = second(F.gelu(first(features_NPD[chosen])))
+        loss = F.mse_loss(out_NPE, targets_NE[chosen][:, None].expand_as(out_NPE)) / targets_NE.var()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        seen_NE = second(F.gelu(first(features_NPD[-HELD_OUT:]))).mean(1)
+    for name, names, place in (("colour", COLOR_NAMES, 0), ("shape", list(SHAPES), 1)):
+        words_NE = F.normalize(torch.stack([embed(word) for word in names]), dim=-1)
+        nearest = (F.normalize(seen_NE, dim=-1) @ words_NE.T).argmax(1).tolist()
+        pairs = zip(nearest, (words for _, words in drawn[-HELD_OUT:]), strict=True)
+        right = [names[n] == words[place] for n, words in pairs if len(words) > 1]
+        print(f"held out, nearest {name} word: {sum(right) / len(right):.3f} of {len(right)}")
+    parts = {"linear_1": first, "linear_2": second}
+    tensors = {f"projector.{n}.{k}": v for n, part in parts.items() for k, v in part.state_dict().items()}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, str(args.out))
+
+
+if __name__ == "__main__":
+    main()
