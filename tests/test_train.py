@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lvctx.errors import InputError, Stopped, UsageError
@@ -240,8 +241,6 @@ def align(drawn: Path, out: Path, tiny_lm: Path, tiny_tower: Path, **changed: An
 
 
 def weights(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
     return load_file(path / "model.safetensors")
 
 
@@ -325,3 +324,20 @@ def test_sigterm_saves_and_the_same_command_ends_with_the_same_model(
     subprocess.run(command(tmp_path / "parts"), check=True, capture_output=True)
     assert changed(tmp_path / "whole", tmp_path / "parts") == set()
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+
+
+def test_an_adapter_is_small_and_another_run_starts_from_it(
+    drawn: Path, tmp_path: Path, tiny_lm: Path, tiny_tower: Path
+) -> None:
+    """At rate 0 the second run changes nothing, so what it started from is what it writes."""
+    full = {"stage": "full", "lora": 4, "lr": 1e-2}
+    align(drawn, tmp_path / "a", tiny_lm, tiny_tower, **full)
+    first = tmp_path / "a" / "adapter.safetensors"
+    align(drawn, tmp_path / "b", tiny_lm, tiny_tower, **full | {"lr": 0.0, "steps": 1}, adapter=first)
+    old, new = load_file(first), load_file(tmp_path / "b" / "adapter.safetensors")
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    assert any(t.abs().sum() > 0 for name, t in old.items() if "lora_B" in name), "it had learned something"
+    assert first.stat().st_size < 0.1 * (tmp_path / "a" / "model.safetensors").stat().st_size
+    with pytest.raises(InputError, match="another rank"):
+        align(drawn, tmp_path / "c", tiny_lm, tiny_tower, **full | {"lora": 8}, adapter=first)
