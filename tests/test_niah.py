@@ -173,7 +173,7 @@ def test_a_run_and_its_files(tiny_lm: Path, essays: Path, tmp_path: Path) -> Non
 
 def test_a_torn_line_is_redone_and_a_grid_grows(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
     arguments = text_arguments(tiny_lm, essays, tmp_path / "a")
-    run(*arguments)
+    assert run(*arguments).exit_code == 0
     whole = results(tmp_path / "a")
     log = tmp_path / "a/results.jsonl"
     lines = log.read_text().splitlines(keepends=True)
