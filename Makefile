@@ -35,7 +35,7 @@ lint: setup
 tower: setup          # train the nano tower again from nothing (about 15 minutes)
 	.venv/bin/python recipes/nano/train_tower.py
 
-nano-start: setup     # train again from nothing what the demo's alignment starts from (about 40 minutes)
+nano-start: setup     # train again from nothing what the demo's alignment starts from (about 15 minutes)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile nano-start
 
 clean:
