@@ -1,6 +1,7 @@
 """`python -m lvctx` and the `lvctx` script: the same program, also what torchrun launches."""
 
 import os
+import warnings
 
 
 def main() -> None:
@@ -8,6 +9,7 @@ def main() -> None:
     # Libraries draw bars and print advice of their own on stderr; ours is for the user's progress and errors.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
     from lvctx.cli.app import app
 
     app()
