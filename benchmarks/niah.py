@@ -7,6 +7,8 @@ The grid is the paper's in proportion (LongVA figure 4): 15 lengths up to the lo
 reuse every cell is a forward of its own; in both only the answer's logits are made. The two walks take turns, a
 thirtieth of the cells each, so that a busy machine hits both alike. Work is counted in floating-point operations of
 the language model: two a weight and token, four a head's dimension and pair of tokens of which one attends the other.
+`cpu` is the same in processor seconds. On a busy machine set OMP_NUM_THREADS=1: threads that wait for each other at
+every operation make short forwards cost as much as long ones.
 `--flops-of-the-paper` counts it for Qwen2-7B on the paper's own grid, without running anything.
 """
 
@@ -88,14 +90,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     once, alone = PrefixScorer(model), PrefixScorer(model, reuse=False)
     sequences = [plan.test.sequence(cell) for cell in plan.cells]
     PrefixScorer(model).score(*sequences[-1])  # the first forward pays for more than itself
-    seconds = {"once": 0.0, "alone": 0.0}
+    seconds, cpu = {"once": 0.0, "alone": 0.0}, {"once": 0.0, "alone": 0.0}
     turn = max(1, len(sequences) // 30)
     found: dict[str, list[Any]] = {"once": [], "alone": []}
     for start in range(0, len(sequences), turn):
         for name, scorer in (("once", once), ("alone", alone)):
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             found[name] += [scorer.score(*pair) for pair in sequences[start : start + turn]]
             seconds[name] += time.perf_counter() - began
+            cpu[name] += time.process_time() - worked
     agree = [a.forced == b.forced for a, b in zip(found["once"], found["alone"], strict=True)]
     return {
         "grid": f"{len(plan.config.lengths)} lengths to {max(plan.config.lengths)} tokens",
@@ -105,6 +108,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "seconds_once": round(seconds["once"], 1),
         "seconds_alone": round(seconds["alone"], 1),
         "seconds_ratio": round(seconds["once"] / seconds["alone"], 4),
+        "cpu_once": round(cpu["once"], 1),
+        "cpu_alone": round(cpu["alone"], 1),
+        "cpu_ratio": round(cpu["once"] / cpu["alone"], 4),
         **count(model.config, [ids for ids, _ in sequences]),
         "verdicts_agree": sum(agree) / len(agree),
         "right": sum(score.forced for score in found["once"]) / len(agree),
