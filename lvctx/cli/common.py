@@ -33,6 +33,9 @@ from lvctx.errors import (
 PIPELINE, VIDEO, TOOLS = "Teach (text, then images)", "Watch (video, then questions)", "Look"
 """Help panels, in the order the pipeline runs."""
 
+ORDER = ("pack-text", "extend-lm", "align", "encode-video", "niah", "vqa", "info")
+"""Commands as the pipeline runs."""
+
 
 def is_rank_zero() -> bool:
     """Whether this process is the one that speaks: alone, or rank 0 under torchrun."""
@@ -56,8 +59,8 @@ class Commands(TyperGroup):
     """The command group that turns every way a command can end into one line and the contract's exit code."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Commands in the order they were added: the order of the pipeline."""
-        return list(self.commands)
+        """Commands in the order of the pipeline; Typer would put those with commands of their own last."""
+        return sorted(self.commands, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """A command whose help does not repeat LVCTX_COMMAND_FLAG under every flag; the program's own help says it."""
