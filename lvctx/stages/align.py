@@ -19,9 +19,10 @@ from torch import Tensor
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, write_manifest
-from lvctx.artifacts.store import fingerprint, read_safetensors_header, save_tensors
+from lvctx.artifacts.store import fingerprint
 from lvctx.dist import checkpoint
-from lvctx.errors import InputError, UsageError
+from lvctx.errors import UsageError
+from lvctx.model.adapter import ADAPTER, load_adapter, save_adapter
 from lvctx.model.export import model_files
 from lvctx.model.load import (
     VLM_TYPE,
@@ -32,7 +33,7 @@ from lvctx.model.load import (
     resolve_model,
     trained_length,
 )
-from lvctx.model.lora import ATTENTION, add_lora, load_lora_state, lora_parameters, lora_state, merge_lora
+from lvctx.model.lora import ATTENTION, add_lora, lora_parameters, merge_lora
 from lvctx.model.loss import IGNORED, token_loss
 from lvctx.model.vlm import assemble, embed_frames, frame_features, newline_id, save_vlm, tokens_per_frame
 from lvctx.train.chat import Conversation, encode_conversation, read_conversations
@@ -92,9 +93,6 @@ class Plan:
     provenance: Provenance
     """What identifies the run."""
 
-
-ADAPTER = "adapter.safetensors"
-"""In the output of a run with LoRA: projector and LoRA alone, a few MB from which another run can start."""
 
 DEFAULTS: dict[Stage, dict[str, float]] = {
     "projector": {"lr": 1e-3, "batch": 128},
@@ -295,32 +293,6 @@ def _train(
         save_adapter(out / ADAPTER, vlm, wrapped, plan.provenance)
         vlm.model.language_model = merge_lora(wrapped)
     return longest
-
-
-def save_adapter(target: Path, vlm: Any, wrapped: Any, provenance: Provenance) -> None:
-    """Write projector and LoRA, in bfloat16."""
-    parts = {"projector": vlm.model.multi_modal_projector.state_dict(), "lora": lora_state(wrapped)}
-    tensors = {f"{part}.{name}": t.bfloat16() for part, state in parts.items() for name, t in state.items()}
-    save_tensors(target, tensors, provenance.to_metadata())
-
-
-def load_adapter(path: Path, vlm: Any, wrapped: Any) -> None:
-    """Start from what `save_adapter` wrote, or from a projector alone. Raises InputError when it does not fit."""
-    from safetensors.torch import load_file
-
-    read_safetensors_header(path)
-    parts: dict[str, dict[str, Tensor]] = {"projector": {}, "lora": {}}
-    for key, tensor in load_file(path).items():
-        part, _, name = key.partition(".")
-        parts.setdefault(part, {})[name] = tensor
-    try:
-        vlm.model.multi_modal_projector.load_state_dict(parts["projector"])
-        if parts["lora"]:
-            load_lora_state(wrapped, parts["lora"])
-    except InputError as e:
-        raise InputError(e.what, where=path, fix=e.fix) from None
-    except RuntimeError:
-        raise InputError("the projector is of another tower or language model", where=path) from None
 
 
 def _groups(vlm: Any, config: AlignConfig) -> tuple[list[Group], Any]:
