@@ -221,7 +221,7 @@ def align(drawn: Path, out: Path, tiny_lm: Path, tiny_tower: Path, **changed: An
         "lm": str(tiny_lm),
         "tower": str(tiny_tower),
         "init": None,
-        "adapter": None,
+        "adapters": [],
         "data": drawn / "data.json",
         "images": drawn,
         "grid_rule": "code",
@@ -229,6 +229,7 @@ def align(drawn: Path, out: Path, tiny_lm: Path, tiny_tower: Path, **changed: An
         "epochs": None,
         "batch": 3,
         "lr": 1e-2,
+        "projector_lr": None,
         "tower_lr": 0.0,
         "warmup": 0.0,
         "lora": 0,
@@ -333,11 +334,31 @@ def test_an_adapter_is_small_and_another_run_starts_from_it(
     full = {"stage": "full", "lora": 4, "lr": 1e-2}
     align(drawn, tmp_path / "a", tiny_lm, tiny_tower, **full)
     first = tmp_path / "a" / "adapter.safetensors"
-    align(drawn, tmp_path / "b", tiny_lm, tiny_tower, **full | {"lr": 0.0, "steps": 1}, adapter=first)
+    still = {"lr": 0.0, "projector_lr": 1e-30, "steps": 1}
+    align(drawn, tmp_path / "b", tiny_lm, tiny_tower, **full | still, adapters=[first])
     old, new = load_file(first), load_file(tmp_path / "b" / "adapter.safetensors")
     assert old.keys() == new.keys()
     assert all(torch.equal(old[name], new[name]) for name in old)
     assert any(t.abs().sum() > 0 for name, t in old.items() if "lora_B" in name), "it had learned something"
     assert first.stat().st_size < 0.1 * (tmp_path / "a" / "model.safetensors").stat().st_size
     with pytest.raises(InputError, match="another rank"):
-        align(drawn, tmp_path / "c", tiny_lm, tiny_tower, **full | {"lora": 8}, adapter=first)
+        align(drawn, tmp_path / "c", tiny_lm, tiny_tower, **full | {"lora": 8}, adapters=[first])
+
+
+def test_a_frozen_projector_stays_out_of_the_adapter_and_the_later_adapter_wins(
+    drawn: Path, tmp_path: Path, tiny_lm: Path, tiny_tower: Path
+) -> None:
+    """A LoRA trained under one projector, then run under another: each part comes from its own file."""
+    full = {"stage": "full", "lora": 4}
+    align(drawn, tmp_path / "both", tiny_lm, tiny_tower, **full)
+    both = tmp_path / "both" / "adapter.safetensors"
+    align(drawn, tmp_path / "lora", tiny_lm, tiny_tower, **full, projector_lr=0.0, adapters=[both])
+    lora = tmp_path / "lora" / "adapter.safetensors"
+    assert {name.split(".")[0] for name in load_file(lora)} == {"lora"}
+    given = load_file(both)["projector.linear_1.weight"].float()
+    assert torch.equal(weights(tmp_path / "lora")["multi_modal_projector.linear_1.weight"], given)
+    still = {"lr": 0.0, "projector_lr": 1e-30, "steps": 1}
+    align(drawn, tmp_path / "end", tiny_lm, tiny_tower, **full | still, adapters=[both, lora])
+    end, want = load_file(tmp_path / "end" / "adapter.safetensors"), load_file(both) | load_file(lora)
+    assert end.keys() == want.keys()
+    assert all(torch.equal(end[name], want[name]) for name in want)

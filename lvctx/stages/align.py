@@ -61,7 +61,9 @@ class AlignConfig:
     batch: int
     """Samples a step; LongVA 128 (projector), 32 (full)."""
     lr: float
-    """Peak rate of projector and language model; LongVA 1e-3 (projector), 1e-5 (full)."""
+    """Peak rate; LongVA 1e-3 (projector), 1e-5 (full)."""
+    projector_lr: float
+    """Peak rate of the projector: `lr` unless it has its own; 0 freezes it in stage `full`."""
     tower_lr: float
     """Peak rate of the tower in stage `full`; LLaVA 2e-6; 0 freezes it."""
     warmup: float
@@ -86,8 +88,8 @@ class Plan:
     """Tower to start from."""
     init: Path | None
     """VLM to go on from, instead of the two."""
-    adapter: Path | None
-    """What an earlier alignment trained (`ADAPTER`), to start from."""
+    adapters: tuple[Path, ...]
+    """What earlier alignments trained (`ADAPTER`), to start from; the later wins."""
     conversations: list[Conversation]
     """Training samples."""
     provenance: Provenance
@@ -107,7 +109,7 @@ def plan_align(
     lm: str | None,
     tower: str | None,
     init: str | None,
-    adapter: Path | None,
+    adapters: Sequence[Path],
     data: Path,
     images: Path,
     grid_rule: GridRule,
@@ -115,6 +117,7 @@ def plan_align(
     epochs: float | None,
     batch: int | None,
     lr: float | None,
+    projector_lr: float | None,
     tower_lr: float,
     warmup: float,
     lora: int,
@@ -130,17 +133,21 @@ def plan_align(
         raise UsageError("--lora trains the language model: it goes with --stage full")
     if steps is not None and epochs is not None:
         raise UsageError("give --steps or --epochs, not both")
-    if adapter is not None and not lora:
+    if adapters and not lora:
         raise UsageError("--adapter holds a LoRA: it goes with --lora")
+    if stage == "projector" and projector_lr is not None:
+        raise UsageError("--projector-lr goes with --stage full", fix="--lr is the projector's rate here")
     paths = {k: resolve_model(v) for k, v in {"lm": lm, "tower": tower, "init": init}.items() if v}
     conversations = read_conversations(data, images)
     size = batch or int(DEFAULTS[stage]["batch"])
+    rate = DEFAULTS[stage]["lr"] if lr is None else lr
     config = AlignConfig(
         stage=stage,
         grid_rule=grid_rule,
         steps=steps or max(1, round((epochs or 1) * len(conversations) / size)),
         batch=size,
-        lr=DEFAULTS[stage]["lr"] if lr is None else lr,
+        lr=rate,
+        projector_lr=rate if projector_lr is None else projector_lr,
         tower_lr=tower_lr if stage == "full" else 0.0,
         warmup=warmup,
         lora=lora,
@@ -152,13 +159,13 @@ def plan_align(
         pictures.update(f"{image.relative_to(images)}\0{image.stat().st_size}\n".encode())
     inputs = {k: fingerprint(p) for k, p in paths.items()}
     inputs |= {"data": fingerprint(data), "images": pictures.hexdigest()}
-    inputs |= {"adapter": fingerprint(adapter)} if adapter else {}
+    inputs |= {f"adapter-{i}": fingerprint(adapter) for i, adapter in enumerate(adapters)}
     return Plan(
         config=config,
         lm=paths.get("lm"),
         tower=paths.get("tower"),
         init=paths.get("init"),
-        adapter=adapter,
+        adapters=tuple(adapters),
         conversations=conversations,
         provenance=Provenance(schema=schemas.MODEL, command="align", config=asdict(config), inputs=inputs, seed=seed),
     )
@@ -231,8 +238,8 @@ def _train(
     tile = vlm.config.vision_config.image_size
     per_frame = tokens_per_frame(vlm.config)
     groups, wrapped = _groups(vlm, config)
-    if plan.adapter is not None:
-        load_adapter(plan.adapter, vlm, wrapped)
+    for adapter in plan.adapters:
+        load_adapter(adapter, vlm, wrapped)
     line_end = newline_id(tokenizer)
     video = vlm.config.video_token_id
     longest = 0
@@ -298,8 +305,11 @@ def _train(
 def _groups(vlm: Any, config: AlignConfig) -> tuple[list[Group], Any]:
     """Freeze what the stage freezes; the groups to train, and the language model's LoRA wrapper if there is one."""
     vlm.requires_grad_(False)
-    projector = vlm.model.multi_modal_projector.float().requires_grad_(True)
-    groups = [Group(name="projector", parameters=list(projector.parameters()), lr=config.lr)]
+    groups = []
+    projector = vlm.model.multi_modal_projector.float()
+    if config.projector_lr:
+        projector.requires_grad_(True)
+        groups.append(Group(name="projector", parameters=list(projector.parameters()), lr=config.projector_lr))
     if config.stage == "projector":
         return groups, None
     wrapped = None

@@ -225,28 +225,34 @@ def paint(rng: np.random.Generator, picture_HW3: np.ndarray, *, shape: str, colo
     return cover_HW
 
 
-def _canvas(rng: np.random.Generator, size: int) -> np.ndarray:
+Photos = Sequence[np.ndarray]
+"""Pictures in which no shape is to be named, uint8 (H, W, 3) of any size; empty where there are none."""
+
+
+def _canvas(rng: np.random.Generator, size: int, photos: Photos = ()) -> np.ndarray:
+    if photos and rng.random() < 0.6:
+        return crop_photo(rng, photos[int(rng.integers(len(photos)))], size=size)
     picture_HW3 = background(rng, width=size, height=size)
     return _bars(rng, picture_HW3) if rng.random() < 0.2 else picture_HW3
 
 
 def draw_picture_with_mask(
-    rng: np.random.Generator, *, size: int, shape: str, color: str
+    rng: np.random.Generator, *, size: int, shape: str, color: str, photos: Photos = ()
 ) -> tuple[Image.Image, np.ndarray]:
     """`draw_picture`, and the coverage of each pixel by the shape, float32 (size, size) in 0..1."""
-    picture_HW3 = _canvas(rng, size)
+    picture_HW3 = _canvas(rng, size, photos)
     mask_HW = paint(rng, picture_HW3, shape=shape, color=color)
     return Image.fromarray(picture_HW3), mask_HW
 
 
-def draw_picture(rng: np.random.Generator, *, size: int, shape: str, color: str) -> Image.Image:
-    """A square picture, `size` pixels a side, of one `color` `shape` on a background of its own."""
-    return draw_picture_with_mask(rng, size=size, shape=shape, color=color)[0]
+def draw_picture(rng: np.random.Generator, *, size: int, shape: str, color: str, photos: Photos = ()) -> Image.Image:
+    """A square picture, `size` pixels a side, of one `color` `shape` on a background of its own (or a photo's)."""
+    return draw_picture_with_mask(rng, size=size, shape=shape, color=color, photos=photos)[0]
 
 
-def draw_blank(rng: np.random.Generator, *, size: int) -> Image.Image:
+def draw_blank(rng: np.random.Generator, *, size: int, photos: Photos = ()) -> Image.Image:
     """A square picture, `size` pixels a side, in which nothing can be named."""
-    return Image.fromarray(_canvas(rng, size))
+    return Image.fromarray(_canvas(rng, size, photos))
 
 
 def draw_grids(
@@ -256,11 +262,11 @@ def draw_grids(
     cols: int,
     rows: int,
     cells: Mapping[int, tuple[str, str]],
-    photos: Sequence[np.ndarray] = (),
+    photos: Photos = (),
 ) -> Image.Image:
     """One large picture of cols x rows square cells; `cells` maps a cell (row-major) to its (shape, color).
 
-    Cut into tiles of `size` pixels it looks like as many frames of a film. Given `photos` (uint8 (H, W, 3), any size),
+    Cut into tiles of `size` pixels it looks like as many frames of a film. Given `photos`,
     two pictures in three are made of crops of them. Of the rest some share one scene (a background over all cells, or
     one cell repeated with small shifts of brightness), and in some every cell is a scene of its own.
     """
@@ -290,10 +296,13 @@ def draw_grids(
 
 
 def crop_photo(rng: np.random.Generator, photo_HW3: np.ndarray, *, size: int) -> np.ndarray:
-    """A random square of a photo (60-100 % of its short side), mirrored half the time: uint8 (size, size, 3)."""
+    """A random square of a photo (30-100 % of its short side), relit, mirrored half the time: uint8 (size, size, 3)."""
     height, width = photo_HW3.shape[:2]
-    side = int(min(height, width) * rng.uniform(0.6, 1.0))
+    side = int(min(height, width) * rng.uniform(0.3, 1.0))
     top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
     square = Image.fromarray(photo_HW3[top : top + side, left : left + side])
-    square_HW3 = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
-    return square_HW3[:, ::-1] if rng.random() < 0.5 else square_HW3
+    square_HW3 = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC), np.float32)
+    if rng.random() < 0.5:
+        square_HW3 = square_HW3[:, ::-1]
+    gain_3 = rng.uniform(0.6, 1.3) * rng.uniform(0.9, 1.1, 3)
+    return np.clip(square_HW3 * gain_3, 0, 255).astype(np.uint8)
