@@ -229,11 +229,52 @@ Photos = Sequence[np.ndarray]
 """Pictures in which no shape is to be named, uint8 (H, W, 3) of any size; empty where there are none."""
 
 
+def _decoy(rng: np.random.Generator) -> Ring:
+    """The outline of something that has no name here: a bar, a wavy blob, or an irregular polygon."""
+    kind = rng.integers(3)
+    if kind == 0:
+        thin = rng.uniform(0.08, 0.35)
+        return [(-1.0, -thin), (1.0, -thin), (1.0, thin), (-1.0, thin)]
+    turn_N = np.linspace(0, 2 * pi, 48, endpoint=False) if kind == 1 else np.sort(rng.uniform(0, 2 * pi, 7))
+    reach_N = np.ones(len(turn_N)) if kind == 1 else rng.uniform(0.3, 1.0, len(turn_N))
+    for waves in (2, 3, 5) if kind == 1 else ():
+        reach_N = reach_N + rng.uniform(0.15, 0.4) / (waves - 1) * np.cos(waves * turn_N + rng.uniform(0, 2 * pi))
+    return [(float(r * cos(t)), float(r * sin(t))) for r, t in zip(reach_N / reach_N.max(), turn_N, strict=True)]
+
+
+def _scatter(rng: np.random.Generator, picture_HW3: np.ndarray) -> None:
+    """Lay one to four decoys of gaudy colours on the picture, in place: colour alone must not look like a shape."""
+    height, width = picture_HW3.shape[:2]
+    image = Image.fromarray(picture_HW3)
+    for _ in range(int(rng.integers(1, 5))):
+        color_3 = np.array(list(COLORS.values())[int(rng.integers(len(COLORS)))]) + rng.integers(-30, 31, 3)
+        angle, radius = rng.uniform(0, 2 * pi), min(height, width) * rng.uniform(0.08, 0.45)
+        x, y = rng.uniform(0, width), rng.uniform(0, height)
+        turn = np.array([[cos(angle), -sin(angle)], [sin(angle), cos(angle)]]) * radius
+        mask = Image.new("L", (width * SUPERSAMPLE, height * SUPERSAMPLE), 0)
+        points_N2 = (np.asarray(_decoy(rng)) @ turn.T + (x, y)) * SUPERSAMPLE
+        ImageDraw.Draw(mask).polygon([(float(px), float(py)) for px, py in points_N2], fill=255)
+        cover = mask.reduce(SUPERSAMPLE)
+        if rng.random() < 0.3:
+            cover = cover.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 3)))
+        image.paste(tuple(np.clip(color_3, 0, 255).tolist()), (0, 0, width, height), cover)
+    picture_HW3[:] = np.asarray(image)
+
+
+Photos = Sequence[np.ndarray]
+"""Pictures in which no shape is to be named, uint8 (H, W, 3) of any size; empty where there are none."""
+
+
 def _canvas(rng: np.random.Generator, size: int, photos: Photos = ()) -> np.ndarray:
+    """A background, or half the time a photo's crop if there are `photos`: with these, decoys lie on a third."""
     if photos and rng.random() < 0.6:
-        return crop_photo(rng, photos[int(rng.integers(len(photos)))], size=size)
-    picture_HW3 = background(rng, width=size, height=size)
-    return _bars(rng, picture_HW3) if rng.random() < 0.2 else picture_HW3
+        picture_HW3 = crop_photo(rng, photos[int(rng.integers(len(photos)))], size=size)
+    else:
+        picture_HW3 = background(rng, width=size, height=size)
+        picture_HW3 = _bars(rng, picture_HW3) if rng.random() < 0.2 else picture_HW3
+    if photos and rng.random() < 1 / 3:
+        _scatter(rng, picture_HW3)
+    return picture_HW3
 
 
 def draw_picture_with_mask(
@@ -296,7 +337,10 @@ def draw_grids(
 
 
 def crop_photo(rng: np.random.Generator, photo_HW3: np.ndarray, *, size: int) -> np.ndarray:
-    """A random square of a photo (30-100 % of its short side), relit, mirrored half the time: uint8 (size, size, 3)."""
+    """A random square of a photo (30-100 % of its short side) in another light: uint8 (size, size, 3).
+
+    Mirrored half the time, darker or brighter, greyer or gaudier, and one time in three with its channels swapped.
+    """
     height, width = photo_HW3.shape[:2]
     side = int(min(height, width) * rng.uniform(0.3, 1.0))
     top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
@@ -304,5 +348,9 @@ def crop_photo(rng: np.random.Generator, photo_HW3: np.ndarray, *, size: int) ->
     square_HW3 = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC), np.float32)
     if rng.random() < 0.5:
         square_HW3 = square_HW3[:, ::-1]
+    if rng.random() < 1 / 3:
+        square_HW3 = square_HW3[..., rng.permutation(3)]
+    grey_HW1 = square_HW3.mean(-1, keepdims=True)
+    square_HW3 = grey_HW1 + (square_HW3 - grey_HW1) * rng.uniform(0.3, 2.0)
     gain_3 = rng.uniform(0.6, 1.3) * rng.uniform(0.9, 1.1, 3)
     return np.clip(square_HW3 * gain_3, 0, 255).astype(np.uint8)
