@@ -10,7 +10,7 @@ Shapes: B samples, H query heads, K key heads, L local tokens, D channels.
 import importlib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
@@ -38,6 +38,11 @@ class Shard:
     starts: tuple[int, ...] | None = None
     """Where documents begin in the whole sequence, ascending from 0: tokens attend in their document only. None: to all
     before them."""
+
+
+def document_starts(begins: Sequence[int]) -> tuple[int, ...]:
+    """`Shard.starts` of a row whose documents begin at these places; what stands before the first is one too."""
+    return tuple(sorted({0, *map(int, begins)}))
 
 
 def register() -> None:
