@@ -10,10 +10,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lvctx.dist.ring import Ring
@@ -76,6 +78,11 @@ class World:
         dist.all_gather_object(found, value, group=self.control)
         return found
 
+    def add_up(self, tensor: Tensor) -> None:
+        """Make `tensor` the sum of every rank's, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.sum([0.0])
@@ -109,7 +116,7 @@ def open_world(*, device: str, cp: int = 1, sharded: bool = False) -> Iterator[W
     `sharded` makes a process group, and so a mesh, for one process too. An error on one rank ends the others with that
     error: they see it in place of a lost connection.
     """
-    if not dist.is_torchelastic_launched() and not sharded:
+    if not under_torchrun() and not sharded:
         yield make_world(device=device, cp=cp)
         return
     backend = "gloo"
@@ -117,7 +124,7 @@ def open_world(*, device: str, cp: int = 1, sharded: bool = False) -> Iterator[W
         device = f"cuda:{dist.get_node_local_rank(0)}"
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    if dist.is_torchelastic_launched():
+    if under_torchrun():
         dist.init_process_group(backend, timeout=PATIENCE)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -128,6 +135,21 @@ def open_world(*, device: str, cp: int = 1, sharded: bool = False) -> Iterator[W
         # Closing talks to ranks that may be gone; what ended this run matters more than how its connections end.
         with suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_torchelastic_launched()
+
+
+@contextmanager
+def joined(store: Path, *, rank: int, size: int) -> Iterator[None]:
+    """A process group on CPU among processes of this machine that share a file."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 @contextmanager

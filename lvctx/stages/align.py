@@ -190,13 +190,13 @@ def run_align(
             if force or resume == "never":
                 checkpoint.remove(out)
                 (out / MANIFEST).unlink(missing_ok=True)
-        vlm, wrapped, longest = _train(plan, out, micro_tokens=micro_tokens, world=world, report=report)
+        trained = _train(plan, out, micro_tokens=micro_tokens, world=world, report=report)
         if world.rank == 0:
-            _save(plan, out, vlm, wrapped, longest)
+            _save(plan, out, *trained)
         world.barrier()
 
 
-def _save(plan: Plan, out: Path, vlm: Any, wrapped: Any, longest: int) -> None:
+def _save(plan: Plan, out: Path, vlm: Any, tokenizer: Any, wrapped: Any, longest: int) -> None:
     """Write the trained VLM, and where there is LoRA the adapter."""
     if wrapped is not None:
         save_adapter(out / ADAPTER, vlm, wrapped, plan.provenance)
@@ -205,7 +205,7 @@ def _save(plan: Plan, out: Path, vlm: Any, wrapped: Any, longest: int) -> None:
     pixels_from, source = plan.init or plan.tower, plan.init or plan.lm
     assert pixels_from is not None
     assert source is not None
-    save_vlm(vlm, load_tokenizer(source), pixels_from, out)
+    save_vlm(vlm, tokenizer, pixels_from, out)
     facts = {
         "context": context_length(vlm.config),
         "trained_length": trained_length(source),
@@ -232,8 +232,8 @@ def _load(plan: Plan, device: str) -> tuple[Any, Any, Path]:
 
 def _train(
     plan: Plan, out: Path, *, micro_tokens: int, world: World, report: Callable[[int, int, str], None]
-) -> tuple[Any, Any, int]:
-    """The trained VLM (on rank 0, where there are several), its LoRA wrapper, and the longest sample's tokens."""
+) -> tuple[Any, Any, Any, int]:
+    """The trained VLM (on rank 0 if there are several), its tokenizer, its LoRA wrapper, and the longest sample."""
     config = plan.config
     device = world.device
     vlm, tokenizer, pixels_from = _load(plan, "cpu" if world.mesh else device)
@@ -284,6 +284,10 @@ def _train(
         if visual:
             visual_NE = torch.cat(visual).to(embeds_BLE.dtype)
             embeds_BLE = embeds_BLE.masked_scatter(is_visual_BL[..., None], visual_NE)
+        else:
+            # What trains must take part in every backward: ranks add their gradients up in step.
+            blank = torch.zeros(1, 3, tile, tile, device=device, dtype=vlm.model.vision_tower.dtype)
+            embeds_BLE = embeds_BLE + 0 * embed_frames(vlm, frame_features(vlm, blank)).sum().to(embeds_BLE.dtype)
         hidden = vlm.model.language_model(inputs_embeds=embeds_BLE, attention_mask=mask_BL, use_cache=False)
         return token_loss(hidden.last_hidden_state.flatten(0, 1), vlm.lm_head.weight, labels_BL.flatten())
 
@@ -307,7 +311,7 @@ def _train(
         wrapped = _trained(twin, config)[1] if twin is not None else None
         gather_into(twin, vlm)
         vlm = twin
-    return vlm, wrapped, longest
+    return vlm, tokenizer, wrapped, longest
 
 
 class _Entered(nn.Module):

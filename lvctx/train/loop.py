@@ -184,8 +184,8 @@ def _refuse(step: int, total: float, norm: float, samples: list[str], out: Path,
 def _stop(world: World) -> Iterator[Callable[[], None]]:
     """A function that raises on every rank once a signal has come to any of them.
 
-    Alone, a signal raises by itself, wherever it finds the process. Among others that would leave them waiting, so there
-    it is only noted, and told to all where the function is called.
+    Alone, a signal raises by itself, wherever it finds the process. Among others that would leave them waiting, so
+    there it is only noted, and told to all where the function is called.
     """
     if world.size == 1:
         yield lambda: None
