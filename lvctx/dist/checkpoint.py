@@ -23,6 +23,8 @@ from lvctx.dist.mesh import World
 from lvctx.errors import InputError
 
 FOLDER, RUN = "checkpoint", "run.json"
+# DCP warns that a single process is one, also from its writing thread; it is what we ask for.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 KEEP = 2
 """Complete checkpoints that stay: the newest, and one in case that the disk spoils it."""
 
@@ -68,7 +70,7 @@ class Checkpoints:
             return
         partial = self._partial(step)
         partial.mkdir(parents=True, exist_ok=True)
-        with self._quiet():
+        with self._disk_errors():
             if wait:
                 done: Future[Any] = Future()
                 done.set_result(dcp.save(state, checkpoint_id=partial, **self._group))
@@ -88,7 +90,7 @@ class Checkpoints:
         if self._pending is None:
             return
         (step, done), self._pending = self._pending, None
-        with self._quiet():
+        with self._disk_errors():
             done.result()
         if self.world.rank == 0:
             (self._partial(step) / RUN).write_text(json.dumps(self.run.to_dict()), encoding="utf-8")
@@ -102,7 +104,7 @@ class Checkpoints:
     def load(self, state: dict[str, Any]) -> None:
         """Fill `state` in place from the newest checkpoint."""
         assert self.saved is not None
-        with self._quiet():
+        with self._disk_errors():
             dcp.load(state, checkpoint_id=self._path(self.saved), **self._group)
 
     def _partial(self, step: int) -> Path:
@@ -114,18 +116,16 @@ class Checkpoints:
         return {"no_dist": alone, "process_group": self.world.control}
 
     @contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """Disk errors as ours; no word from DCP that a single process is one, which is what we asked for."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            try:
-                yield
-            except Exception as e:
-                causes = [e, e.__cause__, *getattr(e, "failures", {}).values()]
-                refused = next((x for c in causes if (x := _exception(c)) and is_disk_error(x)), None)
-                if refused is not None:
-                    raise disk_error(refused, self.folder) from e
-                raise
+    def _disk_errors(self) -> Iterator[None]:
+        """Disk errors as ours."""
+        try:
+            yield
+        except Exception as e:
+            causes = [e, e.__cause__, *getattr(e, "failures", {}).values()]
+            refused = next((x for c in causes if (x := _exception(c)) and is_disk_error(x)), None)
+            if refused is not None:
+                raise disk_error(refused, self.folder) from e
+            raise
 
 
 def _exception(cause: Any) -> BaseException | None:
