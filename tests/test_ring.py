@@ -175,7 +175,7 @@ def check_kernels_in_half_precision(world: World) -> None:
         assert (got.double() - part).norm() / part.norm() < 6e-3
 
 
-def stand_in_flash_attn() -> None:
+def flash_attn_modules() -> dict[str, ModuleType]:
     """flash-attn's four kernel functions over torch's CPU kernels, with its layouts (B, L, H, D) and its signatures."""
     kernel = FlashCPU()
 
@@ -225,12 +225,15 @@ def stand_in_flash_attn() -> None:
     kernels |= {"_flash_attn_varlen_forward": forward, "_flash_attn_varlen_backward": backward}
     for name, function in kernels.items():
         setattr(interface, name, function)
-    sys.modules |= {"flash_attn": package, "flash_attn.flash_attn_interface": interface}
+    return {"flash_attn": package, "flash_attn.flash_attn_interface": interface}
 
 
 def check_package(world: World) -> None:
     """The real ring-flash-attn gives what our ring gives, through the same integration."""
-    package = attention.load_package()
+    with pytest.MonkeyPatch.context() as patch:  # for the package alone: transformers would take it for flash-attn
+        for name, module in flash_attn_modules().items():
+            patch.setitem(sys.modules, name, module)
+        package = attention.load_package()
     assert package is not None
     torch.manual_seed(3)
     whole = [torch.randn(1, h, 8 * world.cp, 8) for h in (4, 2, 2)]
@@ -256,7 +259,6 @@ def check_refusals() -> None:
 
 def all_checks(rank: int, store: Path) -> None:
     torch.set_num_threads(1)
-    stand_in_flash_attn()
     with joined(store, rank=rank, size=4):
         check_refusals()
         for cp in (1, 2, 4):
