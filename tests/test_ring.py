@@ -229,14 +229,17 @@ def flash_attn_modules() -> dict[str, ModuleType]:
 
 
 def check_package(world: World) -> None:
-    """The real ring-flash-attn gives what our ring gives, through the same integration."""
+    """The real ring-flash-attn gives what our ring gives, through the same integration.
+
+    In bfloat16, as it is used: in float32 its gradient buffers alias what they add to (0.1.8).
+    """
     with pytest.MonkeyPatch.context() as patch:  # for the package alone: transformers would take it for flash-attn
         for name, module in flash_attn_modules().items():
             patch.setitem(sys.modules, name, module)
         package = attention.load_package()
     assert package is not None
     torch.manual_seed(3)
-    whole = [torch.randn(1, h, 8 * world.cp, 8) for h in (4, 2, 2)]
+    whole = [torch.randn(1, h, 8 * world.cp, 8).bfloat16() for h in (4, 2, 2)]
     results = []
     for ours in (True, False):
         q, k, v = (
@@ -249,7 +252,7 @@ def check_package(world: World) -> None:
         (out * torch.arange(out.numel()).view_as(out)).sum().backward()
         results.append([out, q.grad, k.grad, v.grad])
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+        assert (a.float() - b.float()).norm() / b.float().norm() < 1e-2
 
 
 def check_refusals() -> None:
