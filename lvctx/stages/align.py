@@ -190,6 +190,7 @@ def run_align(
             if force or resume == "never":
                 checkpoint.remove(out)
                 (out / MANIFEST).unlink(missing_ok=True)
+        world.barrier()
         trained = _train(plan, out, micro_tokens=micro_tokens, world=world, report=report)
         if world.rank == 0:
             _save(plan, out, *trained)
@@ -236,7 +237,7 @@ def _train(
     """The trained VLM (on rank 0 if there are several), its tokenizer, its LoRA wrapper, and the longest sample."""
     config = plan.config
     device = world.device
-    vlm, tokenizer, pixels_from = _load(plan, "cpu" if world.mesh else device)
+    vlm, tokenizer, pixels_from = _load(plan, "cpu" if world.mesh is not None else device)
     preprocess = Preprocess.from_directory(pixels_from)
     tile = vlm.config.vision_config.image_size
     per_frame = tokens_per_frame(vlm.config)

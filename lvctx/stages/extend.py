@@ -164,6 +164,7 @@ def run_extend(
             if force or resume == "never":
                 checkpoint.remove(out)
                 (out / MANIFEST).unlink(missing_ok=True)
+        world.barrier()
         model = _train(plan, plan.data, out, machine, world, report) if plan.data else _load(plan, world.device)
         if world.rank == 0:
             save_model(model.to(_dtype(plan)), load_tokenizer(plan.model), out)
@@ -202,7 +203,7 @@ def _train(
     config = plan.config
     # Sharding makes float32 of what it keeps; before it, each rank holds the model in its own dtype.
     dtype = torch.float32 if world.mesh is None and not config.lora else None
-    model = _adapted(_load(plan, "cpu" if world.mesh else world.device, dtype), config)
+    model = _adapted(_load(plan, "cpu" if world.mesh is not None else world.device, dtype), config)
     lm = model.get_base_model() if config.lora else model
     if world.cp > 1 or config.doc_mask:
         attention.check_config(lm.config, where=plan.model)
