@@ -112,8 +112,7 @@ class Checkpoints:
 
     @property
     def _group(self) -> dict[str, Any]:
-        alone = self.world.control is None
-        return {"no_dist": alone, "process_group": self.world.control}
+        return {"no_dist": self.world.saving is None, "process_group": self.world.saving}
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:

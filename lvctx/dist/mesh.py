@@ -43,7 +43,9 @@ class World:
     mesh: Any = None
     """DeviceMesh over all ranks (one dimension), over which parameters are sharded; None for one process alone."""
     control: Any = None
-    """Process group on CPU for flags and checkpoints, apart from the gradients' traffic."""
+    """Process group on CPU for flags, apart from the gradients' traffic."""
+    saving: Any = None
+    """Process group on CPU for checkpoints: they are written by another thread, beside everything else."""
 
     @property
     def dp(self) -> int:
@@ -105,8 +107,10 @@ def make_world(*, device: str, cp: int) -> World:
     groups = init_device_mesh(kind, (size // cp, cp), mesh_dim_names=("dp", "cp"))
     ring = Ring(rank=groups.get_local_rank("cp"), world=cp, group=groups["cp"].get_group())
     mesh: DeviceMesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
-    control = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return World(device=device, rank=dist.get_rank(), size=size, cp=cp, ring=ring, mesh=mesh, control=control)
+    control, saving = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
+    return World(
+        device=device, rank=dist.get_rank(), size=size, cp=cp, ring=ring, mesh=mesh, control=control, saving=saving
+    )
 
 
 @contextmanager
