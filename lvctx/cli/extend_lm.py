@@ -49,6 +49,10 @@ def extend_lm(
     checkpoint_activations: Annotated[
         bool, typer.Option(help="Recompute layers in the backward pass to save memory.")
     ] = True,
+    doc_mask: Annotated[bool, typer.Option(help="Tokens attend in their own document only.")] = False,
+    cp: Annotated[int, typer.Option(help="Processes that share a row (context parallelism; torchrun).", min=1)] = 1,
+    offload: Annotated[bool, typer.Option(help="Keep parameters and optimizer state in host memory.")] = False,
+    offload_activations: Annotated[bool, typer.Option(help="Keep the layers' inputs in host memory.")] = False,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
     recipe: RecipeOption = None,
     seed: SeedOption = 0,
@@ -62,7 +66,7 @@ def extend_lm(
     from lvctx.artifacts import schemas
     from lvctx.artifacts.manifest import MANIFEST
     from lvctx.artifacts.store import sha256_file
-    from lvctx.stages.extend import plan_extend, run_extend
+    from lvctx.stages.extend import Machine, plan_extend, run_extend
 
     plan = plan_extend(
         model=model,
@@ -74,12 +78,14 @@ def extend_lm(
         lr=lr,
         lora=lora,
         checkpoint_activations=checkpoint_activations,
+        doc_mask=doc_mask,
         seed=seed,
     )
     facts = {"original_context": plan.original_context, **asdict(plan.config)}
     if dry_run:
         emit({"dry_run": True, "path": str(out), **facts, "rows": len(plan.data) if plan.data else 0})
         return
+    machine = Machine(device=device, cp=cp, offload=offload, offload_activations=offload_activations)
     with progress("extend-lm", quiet=quiet) as report:
-        run_extend(plan, out, resume=resume, force=force, device=device, report=report)
+        run_extend(plan, out, resume=resume, force=force, machine=machine, report=report)
     emit({"schema": schemas.MODEL, "path": str(out), "sha256": sha256_file(out / MANIFEST), **facts})
