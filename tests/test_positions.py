@@ -158,6 +158,7 @@ def test_extend_lm_writes_what_was_asked(tiny_lm: Path, tmp_path: Path) -> None:
         rope_theta=None,
         factor=4.0,
         context=None,
+        seq_len=None,
         steps=0,
         batch_tokens=1,
         lr=0.0,

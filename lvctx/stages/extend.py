@@ -4,8 +4,9 @@ LongVA section 3.1 (Qwen2-7B-Instruct: base 1e9, 224K tokens, 1000 steps of abou
 The result is a plain Hugging Face directory whose config.json says the new base and the new length.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from lvctx.positions.choose import Scheme, choose
 from lvctx.train.data import indices
 from lvctx.train.loop import Group, TrainConfig, train
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExtendConfig:
@@ -47,7 +50,7 @@ class ExtendConfig:
     context: int
     """Positions the new config.json promises, in tokens."""
     seq_len: int
-    """Tokens of a training row: the packed rows' own length."""
+    """Tokens of a training row: the packed rows' own length, or that of the pieces they are cut into."""
     steps: int
     """Optimizer steps; 0 changes the positions only."""
     batch_tokens: int
@@ -78,6 +81,18 @@ class Plan:
     """Positions the model says it can read before."""
     provenance: Provenance
     """What identifies the run."""
+    found: Mapping[str, Any] = field(default_factory=dict)
+    """What else the manifest says: how a search found the base."""
+
+    @property
+    def rows_a_step(self) -> int:
+        """Whole rows of `batch_tokens`."""
+        return self.config.batch_tokens // self.config.seq_len if self.data else 0
+
+    @property
+    def epochs(self) -> float:
+        """Times that training reads the rows."""
+        return self.config.steps * self.rows_a_step / len(self.data) if self.data else 0.0
 
 
 def plan_extend(
@@ -88,6 +103,7 @@ def plan_extend(
     rope_theta: float | None,
     factor: float | None,
     context: int | None,
+    seq_len: int | None,
     steps: int,
     batch_tokens: int,
     lr: float,
@@ -102,20 +118,20 @@ def plan_extend(
     if steps > 0:
         if data is None:
             raise UsageError("--data is needed to train", fix="give packed rows, or --steps 0 to change the base only")
-        rows = PackedRows(data)
+        rows = PackedRows(data, seq_len=seq_len)
         _check_rows(rows, path, data)
-    seq_len = rows.seq_len if rows else 0
-    positions = choose(hf, scheme=rope, theta=rope_theta, factor=factor, context=context, seq_len=seq_len)
-    if positions.context < seq_len:
+    length = rows.seq_len if rows else 0
+    positions = choose(hf, scheme=rope, theta=rope_theta, factor=factor, context=context, seq_len=length)
+    if positions.context < length:
         raise UsageError(
-            f"rows of {seq_len} are longer than the {positions.context} positions", fix="raise --context or --factor"
+            f"rows of {length} are longer than the {positions.context} positions", fix="raise --context or --factor"
         )
     config = ExtendConfig(
         rope=rope,
         rope_theta=positions.rope_parameters["rope_theta"],
         rope_factor=positions.factor,
         context=positions.context,
-        seq_len=seq_len,
+        seq_len=length,
         steps=steps,
         batch_tokens=batch_tokens,
         lr=lr,
@@ -123,8 +139,14 @@ def plan_extend(
         checkpoint_activations=checkpoint_activations,
         seed=seed,
     )
-    if rows and batch_tokens < seq_len:
-        raise UsageError(f"--batch-tokens {batch_tokens} is less than one row of {seq_len}", fix="raise it")
+    if rows and batch_tokens < length:
+        raise UsageError(f"--batch-tokens {batch_tokens} is less than one row of {length}", fix="raise it")
+    if rows and len(rows) < batch_tokens // length:
+        raise InputError(
+            f"{len(rows)} rows of {length} tokens do not make a step of {batch_tokens}",
+            where=data,
+            fix="pack more text, or lower --batch-tokens",
+        )
     inputs = {"model": fingerprint(path)} | ({"data": fingerprint(data)} if data and rows else {})
     provenance = Provenance(schema=schemas.MODEL, command="extend-lm", config=asdict(config), inputs=inputs, seed=seed)
     return Plan(
@@ -169,7 +191,7 @@ def run_extend(
     save_model(model.to(dtype), tokenizer, out)
     longest = max(trained_length(plan.model), config.seq_len)
     facts = {"original_context": plan.original_context, "context": config.context, "trained_length": longest}
-    write_manifest(out, plan.provenance, model_files(out), **facts)
+    write_manifest(out, plan.provenance, model_files(out), **facts, **plan.found)
     checkpoint.remove(out)
 
 
@@ -186,10 +208,11 @@ def _train(
         enable({"use_reentrant": False})
         lm.train()
     parameters = lora_parameters(model)
-    rows_a_step = config.batch_tokens // config.seq_len
+    if plan.epochs > 1:
+        log.warning("%d rows are few for %d steps: each is read %.1f times", len(rows), config.steps, plan.epochs)
 
     def batch(step: int) -> Sequence[int]:
-        return indices(step, batch=rows_a_step, samples=len(rows), seed=config.seed)
+        return indices(step, batch=plan.rows_a_step, samples=len(rows), seed=config.seed)
 
     def loss(row: int) -> tuple[Tensor, int]:
         ids = torch.from_numpy(rows.row(row).astype("int64"))[None].to(device)
