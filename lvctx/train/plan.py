@@ -6,8 +6,8 @@ W devices, C devices that share a row, S tokens of a row, s = S / C tokens of a 
 Held all the time, spread over W devices (Rajbhandari et al. 2020, ZeRO 3), or on the host with offload:
     parameters 4P/W (float32), gradients 4P/W, optimizer 8P/W (AdamW's two moments)
     LoRA: 2P/W frozen in bfloat16, and the above for its own parameters only
-Bfloat16 copies the step computes with: alone, autocast's of every weight, 2P; spread, embedding and head (never let go
-between forward and backward), and two layers, the one at work and the one being fetched. Their gradients before they are
+Bfloat16 copies the step computes with: alone, autocast's of every weight, 2P; spread, embedding and head (held from$
+forward to backward), and two layers, the one at work and the one being fetched. Their gradients before they are
 spread: bfloat16 of embedding and head, bfloat16 and float32 of a layer.
 Activations of a token: w = 2 bytes a value of the hidden state (4 alone, where float32 weights make it float32).
     a layer's input, all that checkpointing keeps: w E
