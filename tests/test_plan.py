@@ -86,7 +86,7 @@ def test_longvas_training_takes_its_two_days() -> None:
 
 
 def test_what_eight_gpus_can_do_with_qwen2_and_why() -> None:
-    """The paper stops at 224K for the logits of 152,064 entries; without them the same memory reads 3.5 times as far."""
+    """The paper stops at 224K for the logits of 152,064 entries; without them it reads 3.5 times as far."""
     ours, plain = (longest(qwen2(), replace(EIGHT, full_logits=full), A100) for full in (False, True))
     assert plain == pytest.approx(224_000, rel=0.15)
     assert ours > 3.5 * 224_000
