@@ -45,7 +45,7 @@ def register(app: typer.Typer) -> None:
         rich_help_panel=PIPELINE,
         epilog=examples(
             "lvctx extend-lm --model lm --rope-theta 250000 --context 32768 --steps 0 -o lm-rope",
-            "lvctx extend-lm --model lm --data packed --rope yarn --factor 4 --steps 1 --batch-tokens 2048 --dry-run -o lm-long",
+            "lvctx extend-lm --model lm --data packed --rope yarn --steps 1 --batch-tokens 2048 --dry-run -o lm-long",
         ),
     )(extend_lm)
 
