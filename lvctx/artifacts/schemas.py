@@ -6,6 +6,9 @@ PACKED = "lvctx.packed/1"
 MODEL = "lvctx.model/1"
 """Directory: a Hugging Face model with MANIFEST.json and, after training, metrics.jsonl."""
 
+BASE = "lvctx.base/1"
+"""Row: how far a RoPE base finds needles, of `extend-lm --search-base`."""
+
 FRAMES = "lvctx.frames/1"
 """Safetensors: features bf16 (F, P, D) before the projector, pts f64 (F,) seconds, index i64 (F,) source frames."""
 

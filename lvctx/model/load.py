@@ -31,20 +31,39 @@ def resolve_model(name: str | Path) -> Path:
     return path
 
 
-def _download(name: str) -> Path:
+# Weights in safetensors only: a pickle is never fetched, let alone loaded.
+PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+
+
+def _download(name: str, patterns: list[str] = PATTERNS) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError("no such model directory", where=name, fix="give a directory or a hub id like org/model")
     from huggingface_hub import snapshot_download
 
     try:
-        # Weights in safetensors only: a pickle is never fetched, let alone loaded.
-        patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as e:
         reason = str(e).splitlines()[0]
         raise InputError(
             f"neither a directory nor a model the hub would give ({reason})", where=name, fix="check name and network"
         ) from e
+
+
+def read_config(name: str | Path) -> dict[str, Any]:
+    """The raw config.json of a directory, of that file itself, or of a hub id; weights are not asked for.
+
+    A VLM's language model is what counts. Raises InputError.
+    """
+    path = Path(name)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        path = _download(str(name), ["config.json"]) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return config.get("text_config", config)
+    except (OSError, ValueError, AttributeError) as e:
+        raise InputError(f"unreadable config.json ({e})", where=path) from e
 
 
 def load_config(path: Path) -> Any:

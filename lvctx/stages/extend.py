@@ -4,9 +4,10 @@ LongVA section 3.1 (Qwen2-7B-Instruct: base 1e9, 224K tokens, 1000 steps of abou
 The result is a plain Hugging Face directory whose config.json says the new base and the new length.
 """
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,22 +36,28 @@ from lvctx.model.load import (
 )
 from lvctx.model.lora import ATTENTION, add_lora, lora_parameters, merge_lora
 from lvctx.model.loss import IGNORED, shift_labels, token_loss
-from lvctx.positions import rope
+from lvctx.positions.choose import Scheme, choose
 from lvctx.train.activations import checkpoint_layers
 from lvctx.train.data import indices
 from lvctx.train.loop import Group, TrainConfig, train
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtendConfig:
     """What decides an extended model, besides model and data."""
 
+    rope: Scheme
+    """Position scheme: `theta` a new base, `pi`, `ntk` and `yarn` stretch, `none` keeps the model's."""
     rope_theta: float
-    """New RoPE base; LongVA 1e9."""
+    """RoPE base; LongVA 1e9. With `ntk` the one that `rope_factor` stretches became."""
+    rope_factor: float
+    """Times the pretrained length; 1 for `theta` and `none`."""
     context: int
     """Positions the new config.json promises, in tokens."""
     seq_len: int
-    """Tokens of a training row: the packed rows' own length."""
+    """Tokens of a training row: the packed rows' own length, or that of the pieces they are cut into."""
     steps: int
     """Optimizer steps; 0 changes the positions only."""
     batch_tokens: int
@@ -77,18 +84,35 @@ class Plan:
     """With every default resolved."""
     data: PackedRows | None
     """Packed rows; None when there is nothing to train."""
+    rope_parameters: dict[str, Any]
+    """Of the new config.json."""
     original_context: int
     """Positions the model says it can read before."""
     provenance: Provenance
     """What identifies the run."""
+    found: Mapping[str, Any] = field(default_factory=dict)
+    """What else the manifest says: how a search found the base."""
+
+    @property
+    def rows_a_step(self) -> int:
+        """Whole rows of `batch_tokens`."""
+        return self.config.batch_tokens // self.config.seq_len if self.data else 0
+
+    @property
+    def epochs(self) -> float:
+        """Times that training reads the rows."""
+        return self.config.steps * self.rows_a_step / len(self.data) if self.data else 0.0
 
 
 def plan_extend(
     *,
     model: str,
     data: Path | None,
-    rope_theta: float,
+    rope: Scheme,
+    rope_theta: float | None,
+    factor: float | None,
     context: int | None,
+    seq_len: int | None,
     steps: int,
     batch_tokens: int,
     lr: float,
@@ -99,18 +123,25 @@ def plan_extend(
 ) -> Plan:
     """Check the inputs and resolve the defaults. Raises UsageError and InputError; loads no weights."""
     path = resolve_model(model)
-    original = context_length(load_config(path))
+    hf = load_config(path)
     rows = None
     if steps > 0:
         if data is None:
             raise UsageError("--data is needed to train", fix="give packed rows, or --steps 0 to change the base only")
-        rows = PackedRows(data)
+        rows = PackedRows(data, seq_len=seq_len)
         _check_rows(rows, path, data)
-    seq_len = rows.seq_len if rows else 0
+    length = rows.seq_len if rows else 0
+    positions = choose(hf, scheme=rope, theta=rope_theta, factor=factor, context=context, seq_len=length)
+    if positions.context < length:
+        raise UsageError(
+            f"rows of {length} are longer than the {positions.context} positions", fix="raise --context or --factor"
+        )
     config = ExtendConfig(
-        rope_theta=rope_theta,
-        context=context or max(original, seq_len),
-        seq_len=seq_len,
+        rope=rope,
+        rope_theta=positions.rope_parameters["rope_theta"],
+        rope_factor=positions.factor,
+        context=positions.context,
+        seq_len=length,
         steps=steps,
         batch_tokens=batch_tokens,
         lr=lr,
@@ -119,11 +150,24 @@ def plan_extend(
         doc_mask=doc_mask,
         seed=seed,
     )
-    if rows and batch_tokens < seq_len:
-        raise UsageError(f"--batch-tokens {batch_tokens} is less than one row of {seq_len}", fix="raise it")
+    if rows and batch_tokens < length:
+        raise UsageError(f"--batch-tokens {batch_tokens} is less than one row of {length}", fix="raise it")
+    if rows and len(rows) < batch_tokens // length:
+        raise InputError(
+            f"{len(rows)} rows of {length} tokens do not make a step of {batch_tokens}",
+            where=data,
+            fix="pack more text, or lower --batch-tokens",
+        )
     inputs = {"model": fingerprint(path)} | ({"data": fingerprint(data)} if data and rows else {})
     provenance = Provenance(schema=schemas.MODEL, command="extend-lm", config=asdict(config), inputs=inputs, seed=seed)
-    return Plan(model=path, config=config, data=rows, original_context=original, provenance=provenance)
+    return Plan(
+        model=path,
+        config=config,
+        data=rows,
+        rope_parameters=positions.rope_parameters,
+        original_context=context_length(hf),
+        provenance=provenance,
+    )
 
 
 def _check_rows(rows: PackedRows, model: Path, data: Path) -> None:
@@ -174,7 +218,7 @@ def run_extend(
                 "context": plan.config.context,
                 "trained_length": longest,
             }
-            write_manifest(out, plan.provenance, model_files(out), **facts)
+            write_manifest(out, plan.provenance, model_files(out), **facts, **plan.found)
             checkpoint.remove(out)
         world.barrier()
 
@@ -186,8 +230,7 @@ def _dtype(plan: Plan) -> torch.dtype:
 def _load(plan: Plan, device: str, dtype: torch.dtype | None = None) -> Any:
     """The model with its new positions, in its own dtype or another."""
     hf = load_config(plan.model)
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    hf.rope_parameters = rope.to_hf(rope.RopeSpec(head_dim=head_dim, theta=plan.config.rope_theta))
+    hf.rope_parameters = plan.rope_parameters
     hf.max_position_embeddings = plan.config.context
     return load_model(plan.model, config=hf, dtype=dtype or _dtype(plan), device=device)
 
@@ -213,19 +256,20 @@ def _train(
         checkpoint_layers(lm, offload=machine.offload_activations)
     row_loss = RowLoss(lm)
     shard_model(row_loss, lm.model.layers, world, offload=machine.offload)
-    rows_a_step = config.batch_tokens // config.seq_len
-    if rows_a_step < world.dp:
+    if plan.rows_a_step < world.dp:
         raise UsageError(
-            f"--batch-tokens {config.batch_tokens} is {rows_a_step} rows for {world.dp} data-parallel groups",
+            f"--batch-tokens {config.batch_tokens} is {plan.rows_a_step} rows for {world.dp} data-parallel groups",
             fix="raise it or --cp",
         )
+    if plan.epochs > 1:
+        log.warning("%d rows are few for %d steps: each is read %.1f times", len(rows), config.steps, plan.epochs)
 
     def batch(step: int) -> Sequence[int]:
-        return indices(step, batch=rows_a_step, samples=len(rows), seed=config.seed)
+        return indices(step, batch=plan.rows_a_step, samples=len(rows), seed=config.seed)
 
     def loss(row: int) -> tuple[Tensor, int]:
         ids = torch.from_numpy(rows.row(row).astype("int64"))[None]
-        starts = attention.document_starts(rows.doc_starts(row)) if config.doc_mask else None
+        starts = attention.document_starts(rows.doc_starts(row).tolist()) if config.doc_mask else None
         return row_loss(**shard_row(ids, world, starts))
 
     train(

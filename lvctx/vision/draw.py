@@ -225,10 +225,6 @@ def paint(rng: np.random.Generator, picture_HW3: np.ndarray, *, shape: str, colo
     return cover_HW
 
 
-Photos = Sequence[np.ndarray]
-"""Pictures in which no shape is to be named, uint8 (H, W, 3) of any size; empty where there are none."""
-
-
 def _decoy(rng: np.random.Generator) -> Ring:
     """The outline of something that has no name here: a bar, a wavy blob, or an irregular polygon."""
     kind = rng.integers(3)
