@@ -262,7 +262,7 @@ Photos = Sequence[np.ndarray]
 
 
 def _canvas(rng: np.random.Generator, size: int, photos: Photos = ()) -> np.ndarray:
-    """A background, or half the time a photo's crop if there are `photos`: with these, decoys lie on a third."""
+    """A background, or more often a photo's crop if there are `photos`; with these, decoys lie on one in three."""
     if photos and rng.random() < 0.6:
         picture_HW3 = crop_photo(rng, photos[int(rng.integers(len(photos)))], size=size)
     else:
@@ -320,6 +320,8 @@ def draw_grids(
         if kind == 1.0:
             chosen = (near + int(rng.integers(-8, 9))) % len(photos) if one_photo else int(rng.integers(len(photos)))
             part_HW3[:] = crop_photo(rng, photos[chosen], size=size)
+            if rng.random() < 0.15:
+                _scatter(rng, part_HW3)
         elif kind >= 0.75:
             part_HW3[:] = _canvas(rng, size)
         elif kind >= 0.4:
