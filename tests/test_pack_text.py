@@ -166,7 +166,7 @@ def test_workers_change_no_byte(bpe: Path, tmp_path: Path, mix: str, monkeypatch
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
     other = pack(tmp_path / "seed", source, tokenizer=bpe, workers=3, mix=mix, shard_tokens=20000, seed=1)
     assert len(other) > 0
-    assert not same_files(tmp_path / "one", tmp_path / "seed")
+    assert contents(tmp_path / "one") != contents(tmp_path / "seed")
 
 
 @pytest.mark.parametrize("mix", ["none", "keep"])
