@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
         rich_help_panel=TOOLS,
         epilog=examples(
             "lvctx doctor --model lm --cp 2 --length 101",
-            "lvctx doctor --model lm --cp 1 --length 64 | jq .gradient",
+            "lvctx doctor --model lm --cp 1 --length 64",
         ),
     )(doctor)
 
