@@ -1,5 +1,6 @@
 """`lvctx extend-lm`: a language model in, the same model with a longer context out."""
 
+import os
 from dataclasses import asdict, replace
 from enum import StrEnum
 from functools import partial
@@ -23,6 +24,7 @@ from lvctx.cli.common import (
     numbers,
     progress,
 )
+from lvctx.cli.tracking import Tracker, tracked
 from lvctx.errors import UsageError
 
 SEARCH = "Search for the base"
@@ -103,6 +105,7 @@ def extend_lm(
     haystack: Annotated[
         list[Path] | None, typer.Option(help="Text to hide needles in: files or folders.", rich_help_panel=SEARCH)
     ] = None,
+    log: Annotated[Tracker | None, typer.Option(help="Send curves there too; metrics.jsonl has them always.")] = None,
     recipe: RecipeOption = None,
     seed: SeedOption = 0,
     resume: ResumeOption = Resume.auto,
@@ -116,6 +119,7 @@ def extend_lm(
     from lvctx.artifacts.manifest import MANIFEST
     from lvctx.artifacts.store import sha256_file
     from lvctx.stages.extend import plan_extend, run_extend
+    from lvctx.stages.plan import predict_extend, refuse
     from lvctx.stages.progressive import parse_stage, plan_stages, run_stages
 
     make_plan = partial(
@@ -166,10 +170,15 @@ def extend_lm(
         facts["stages"] = [asdict(plan.config) for plan in plans]
     if dry_run:
         rows = {"rows": [len(p.data) if p.data else 0 for p in plans], "epochs": [round(p.epochs, 3) for p in plans]}
-        emit({"dry_run": True, "path": str(out), **facts, **(rows if stages else {k: v[0] for k, v in rows.items()})})
+        facts |= rows if stages else {k: v[0] for k, v in rows.items()}
+        longest = max(plans, key=lambda p: p.config.seq_len)
+        predicted = predict_extend(longest, device=device, world=int(os.environ.get("WORLD_SIZE", 1)))
+        emit({"dry_run": True, "path": str(out), **facts, "predicted": predicted})
+        if predicted:
+            refuse(predicted)
         return
     how: dict[str, Any] = {"resume": resume, "force": force, "device": device}
-    with progress("extend-lm", quiet=quiet) as report:
+    with progress("extend-lm", quiet=quiet) as shown_there, tracked(shown_there, log, out) as report:
         if stages:
             run_stages(make_plan, flags, out, seed=seed, report=report, **how)
         else:
