@@ -41,7 +41,7 @@ def test_version_and_help() -> None:
     assert lvctx("--version").stdout == f"lvctx {__version__}\n"
     text = lvctx("--help").stdout
     listed = re.findall(r"^│ ([a-z][a-z-]*)  ", text, re.M)
-    assert listed == ["pack-text", "extend-lm", "align", "encode-video", "niah", "vqa", "plan", "info"], (
+    assert listed == ["pack-text", "extend-lm", "align", "encode-video", "niah", "vqa", "plan", "doctor", "info"], (
         "as the pipeline runs"
     )
     assert "mrope-extend" not in text

@@ -19,6 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lvctx.artifacts.manifest import Provenance
+from lvctx.dist.mesh import World
 from lvctx.errors import InputError, Stopped, UsageError
 from lvctx.model.load import load_tokenizer
 from lvctx.model.loss import IGNORED
@@ -63,15 +65,16 @@ class Toy:
         x = torch.from_numpy(np.random.default_rng(sample).normal(size=(sample + 1, 3)).astype("float32"))
         return ((self.model(x) - x.sum(1, keepdim=True)) ** 2).sum(), len(x)
 
-    def run(self, run: str = "ab" * 32) -> list[Tensor]:
+    def run(self, seed: int = 0) -> list[Tensor]:
         train(
             groups=[Group(name="all", parameters=list(self.model.parameters()), lr=self.lr)],
             batch=lambda step: indices(step, batch=2, samples=5, seed=0),
             loss=self.loss,
             config=TrainConfig(steps=self.steps, schedule="cosine", warmup=0.3, weight_decay=0.1, save_every=2),
             out=self.out,
-            run=run,
+            run=Provenance(schema="toy/1", command="toy", config={}, inputs={}, seed=seed),
             report=lambda done, total, note: None,
+            world=World(device="cpu"),
         )
         return [p.detach().clone() for p in self.model.parameters()]
 
@@ -105,8 +108,8 @@ def test_loss_is_a_mean_over_all_counted_tokens_of_the_step(tmp_path: Path) -> N
 def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         Toy(tmp_path, stop_at=6).run()
-    with pytest.raises(InputError, match="other settings"):
-        Toy(tmp_path).run(run="cd" * 32)
+    with pytest.raises(InputError, match=r"other settings \(seed: 0 -> 1\)"):
+        Toy(tmp_path).run(seed=1)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
@@ -114,7 +117,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None
     with torch.no_grad():
         toy.model.bias.fill_(math.inf)
     weight = toy.model.weight.clone()
-    with pytest.raises(InputError, match="step 0: loss inf"):
+    with pytest.raises(InputError, match=r"step 0: rank 0: loss inf on \d, \d"):
         toy.run()
     assert torch.equal(toy.model.weight, weight)
 
@@ -221,7 +224,7 @@ def align(drawn: Path, out: Path, tiny_lm: Path, tiny_tower: Path, **changed: An
         "lm": str(tiny_lm),
         "tower": str(tiny_tower),
         "init": None,
-        "adapter": None,
+        "adapters": [],
         "data": drawn / "data.json",
         "images": drawn,
         "grid_rule": "code",
@@ -229,6 +232,7 @@ def align(drawn: Path, out: Path, tiny_lm: Path, tiny_tower: Path, **changed: An
         "epochs": None,
         "batch": 3,
         "lr": 1e-2,
+        "projector_lr": None,
         "tower_lr": 0.0,
         "warmup": 0.0,
         "lora": 0,
@@ -333,11 +337,31 @@ def test_an_adapter_is_small_and_another_run_starts_from_it(
     full = {"stage": "full", "lora": 4, "lr": 1e-2}
     align(drawn, tmp_path / "a", tiny_lm, tiny_tower, **full)
     first = tmp_path / "a" / "adapter.safetensors"
-    align(drawn, tmp_path / "b", tiny_lm, tiny_tower, **full | {"lr": 0.0, "steps": 1}, adapter=first)
+    still = {"lr": 0.0, "projector_lr": 1e-30, "steps": 1}
+    align(drawn, tmp_path / "b", tiny_lm, tiny_tower, **full | still, adapters=[first])
     old, new = load_file(first), load_file(tmp_path / "b" / "adapter.safetensors")
     assert old.keys() == new.keys()
     assert all(torch.equal(old[name], new[name]) for name in old)
     assert any(t.abs().sum() > 0 for name, t in old.items() if "lora_B" in name), "it had learned something"
     assert first.stat().st_size < 0.1 * (tmp_path / "a" / "model.safetensors").stat().st_size
     with pytest.raises(InputError, match="another rank"):
-        align(drawn, tmp_path / "c", tiny_lm, tiny_tower, **full | {"lora": 8}, adapter=first)
+        align(drawn, tmp_path / "c", tiny_lm, tiny_tower, **full | {"lora": 8}, adapters=[first])
+
+
+def test_a_frozen_projector_stays_out_of_the_adapter_and_the_later_adapter_wins(
+    drawn: Path, tmp_path: Path, tiny_lm: Path, tiny_tower: Path
+) -> None:
+    """A LoRA trained under one projector, then run under another: each part comes from its own file."""
+    full = {"stage": "full", "lora": 4}
+    align(drawn, tmp_path / "both", tiny_lm, tiny_tower, **full)
+    both = tmp_path / "both" / "adapter.safetensors"
+    align(drawn, tmp_path / "lora", tiny_lm, tiny_tower, **full, projector_lr=0.0, adapters=[both])
+    lora = tmp_path / "lora" / "adapter.safetensors"
+    assert {name.split(".")[0] for name in load_file(lora)} == {"lora"}
+    given = load_file(both)["projector.linear_1.weight"].float()
+    assert torch.equal(weights(tmp_path / "lora")["multi_modal_projector.linear_1.weight"], given)
+    still = {"lr": 0.0, "projector_lr": 1e-30, "steps": 1}
+    align(drawn, tmp_path / "end", tiny_lm, tiny_tower, **full | still, adapters=[both, lora])
+    end, want = load_file(tmp_path / "end" / "adapter.safetensors"), load_file(both) | load_file(lora)
+    assert end.keys() == want.keys()
+    assert all(torch.equal(end[name], want[name]) for name in want)

@@ -58,13 +58,17 @@ def align(
     tower: Annotated[str | None, typer.Option(help="CLIP or SigLIP tower: directory or hub id.")] = None,
     init: Annotated[str | None, typer.Option(help="VLM to go on from, instead of --lm and --tower.")] = None,
     adapter: Annotated[
-        Path | None, typer.Option(help="adapter.safetensors of an earlier run with --lora, to start from.")
+        list[Path] | None,
+        typer.Option(help="adapter.safetensors of an earlier run with --lora, to start from; the later wins."),
     ] = None,
     grid_rule: Annotated[Rule, typer.Option(help="UniRes as the released code or as the paper.")] = Rule.code,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", min=1)] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data. Default: 1.")] = None,
     batch: Annotated[int | None, typer.Option(help="Samples a step. Default: 128 projector, 32 full.", min=1)] = None,
     lr: Annotated[float | None, typer.Option(help="Peak rate. Default: 1e-3 projector, 1e-5 full.")] = None,
+    projector_lr: Annotated[
+        float | None, typer.Option(help="Projector's peak rate in stage full; 0 freezes it. Default: --lr.", min=0)
+    ] = None,
     tower_lr: Annotated[float, typer.Option(help="Tower's peak rate in stage full; 0 freezes it.")] = 2e-6,
     warmup: Annotated[float, typer.Option(help="Fraction of the steps before the cosine.", min=0, max=1)] = 0.03,
     lora: Annotated[int, typer.Option(help="Rank of LoRA on the LM in stage full; 0 trains all.", min=0)] = 0,
@@ -90,7 +94,7 @@ def align(
         lm=lm,
         tower=tower,
         init=init,
-        adapter=adapter,
+        adapters=adapter or (),
         data=data,
         images=images,
         grid_rule=grid_rule.value,
@@ -98,6 +102,7 @@ def align(
         epochs=epochs,
         batch=batch,
         lr=lr,
+        projector_lr=projector_lr,
         tower_lr=tower_lr,
         warmup=warmup,
         lora=lora,

@@ -80,6 +80,10 @@ def extend_lm(
     checkpoint_activations: Annotated[
         bool, typer.Option(help="Recompute layers in the backward pass to save memory.")
     ] = True,
+    doc_mask: Annotated[bool, typer.Option(help="Tokens attend in their own document only.")] = False,
+    cp: Annotated[int, typer.Option(help="Processes that share a row (context parallelism; torchrun).", min=1)] = 1,
+    offload: Annotated[bool, typer.Option(help="Keep parameters and optimizer state in host memory.")] = False,
+    offload_activations: Annotated[bool, typer.Option(help="Keep the layers' inputs in host memory.")] = False,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
     stages: Annotated[
         list[str] | None,
@@ -118,7 +122,7 @@ def extend_lm(
     from lvctx.artifacts import schemas
     from lvctx.artifacts.manifest import MANIFEST
     from lvctx.artifacts.store import sha256_file
-    from lvctx.stages.extend import plan_extend, run_extend
+    from lvctx.stages.extend import Machine, plan_extend, run_extend
     from lvctx.stages.plan import predict_extend, refuse
     from lvctx.stages.progressive import parse_stage, plan_stages, run_stages
 
@@ -136,10 +140,15 @@ def extend_lm(
         lr=lr,
         lora=lora,
         checkpoint_activations=checkpoint_activations,
+        doc_mask=doc_mask,
         seed=seed,
     )
+    machine = Machine(device=device, cp=cp, offload=offload, offload_activations=offload_activations)
+    world = int(os.environ.get("WORLD_SIZE", 1))
     found: dict[str, Any] = {}
     if search_base:
+        if world > 1:
+            raise UsageError("--search-base runs in one process", fix="search first, then give torchrun --rope-theta")
         if rope != Rope.theta or rope_theta or stages:
             raise UsageError("--search-base is for --rope theta alone", fix="drop --rope, --rope-theta and --stage")
         from lvctx.stages.search import best, plan_search, run_search
@@ -169,15 +178,18 @@ def extend_lm(
     if stages:
         facts["stages"] = [asdict(plan.config) for plan in plans]
     if dry_run:
-        rows = {"rows": [len(p.data) if p.data else 0 for p in plans], "epochs": [round(p.epochs, 3) for p in plans]}
-        facts |= rows if stages else {k: v[0] for k, v in rows.items()}
-        longest = max(plans, key=lambda p: p.config.seq_len)
-        predicted = predict_extend(longest, device=device, world=int(os.environ.get("WORLD_SIZE", 1)))
+        rows: dict[str, list[Any]] = {
+            "rows": [len(p.data) if p.data else 0 for p in plans],
+            "epochs": [round(p.epochs, 3) for p in plans],
+        }
+        facts |= rows if stages else {key: value[0] for key, value in rows.items()}
+        farthest = max(plans, key=lambda p: p.config.seq_len)
+        predicted = predict_extend(farthest, machine, world=max(world, cp))
         emit({"dry_run": True, "path": str(out), **facts, "predicted": predicted})
         if predicted:
             refuse(predicted)
         return
-    how: dict[str, Any] = {"resume": resume, "force": force, "device": device}
+    how: dict[str, Any] = {"resume": resume, "force": force, "machine": machine}
     with progress("extend-lm", quiet=quiet) as shown_there, tracked(shown_there, log, out) as report:
         if stages:
             run_stages(make_plan, flags, out, seed=seed, report=report, **how)

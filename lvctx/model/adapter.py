@@ -1,4 +1,7 @@
-"""Adapters: what an alignment with LoRA trained, a few MB from which another alignment can start."""
+"""Adapters: what an alignment with LoRA trained, a few MB from which another alignment can start.
+
+A file holds a projector, a LoRA, or both: `projector.*` and `lora.*`.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,15 @@ from lvctx.errors import InputError
 from lvctx.model.lora import load_lora_state, lora_state
 
 ADAPTER = "adapter.safetensors"
-"""In the output of a run with LoRA: projector and LoRA alone, a few MB from which another run can start."""
+"""In the output of a run with LoRA: what it trained."""
 
 
 def save_adapter(target: Path, vlm: Any, wrapped: Any, provenance: Provenance) -> None:
-    """Write projector and LoRA, in bfloat16."""
-    parts = {"projector": vlm.model.multi_modal_projector.state_dict(), "lora": lora_state(wrapped)}
+    """Write the LoRA, and the projector where it was trained, in bfloat16."""
+    parts = {"lora": lora_state(wrapped)}
+    projector = vlm.model.multi_modal_projector
+    if any(p.requires_grad for p in projector.parameters()):
+        parts["projector"] = projector.state_dict()
     tensors = {f"{part}.{name}": t.bfloat16() for part, state in parts.items() for name, t in state.items()}
     save_tensors(target, tensors, provenance.to_metadata())
 
@@ -26,13 +32,16 @@ def load_adapter(path: Path, vlm: Any, wrapped: Any) -> None:
     from safetensors.torch import load_file
 
     read_safetensors_header(path)
-    parts: dict[str, dict[str, Tensor]] = {"projector": {}, "lora": {}}
+    parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in load_file(path).items():
         part, _, name = key.partition(".")
         parts.setdefault(part, {})[name] = tensor
+    if not parts or not parts.keys() <= {"projector", "lora"}:
+        raise InputError("holds neither a projector nor a LoRA", where=path, fix=f"give an {ADAPTER} of align")
     try:
-        vlm.model.multi_modal_projector.load_state_dict(parts["projector"])
-        if parts["lora"]:
+        if "projector" in parts:
+            vlm.model.multi_modal_projector.load_state_dict(parts["projector"])
+        if "lora" in parts:
             load_lora_state(wrapped, parts["lora"])
     except InputError as e:
         raise InputError(e.what, where=path, fix=e.fix) from None

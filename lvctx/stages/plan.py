@@ -9,7 +9,7 @@ from lvctx.model.load import read_config
 from lvctx.train.plan import DEVICES, GIB, KINDS, Device, Spread, flops, longest, memory, read_shape, remedies
 
 if TYPE_CHECKING:
-    from lvctx.stages.extend import Plan
+    from lvctx.stages.extend import Machine, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def predict(config: PlanConfig) -> dict[str, Any]:
     }
 
 
-def predict_extend(plan: "Plan", *, device: str, world: int) -> dict[str, Any] | None:
+def predict_extend(plan: "Plan", machine: "Machine", *, world: int) -> dict[str, Any] | None:
     """`predict` for a checked run on this machine's devices; None where nothing is trained or the model is not known.
 
     A stage's bytes are those of its own rows.
@@ -90,9 +90,16 @@ def predict_extend(plan: "Plan", *, device: str, world: int) -> dict[str, Any] |
             seq_len=config.seq_len,
             batch_tokens=config.batch_tokens,
             steps=config.steps,
-            spread=Spread(world=world, checkpointing=config.checkpoint_activations, lora=config.lora),
-            device="cpu" if device == "cpu" else "a100",
-            device_memory=_memory_of(device),
+            spread=Spread(
+                world=world,
+                cp=machine.cp,
+                checkpointing=config.checkpoint_activations,
+                offload=machine.offload,
+                offload_activations=machine.offload_activations,
+                lora=config.lora,
+            ),
+            device="cpu" if machine.device == "cpu" else "a100",
+            device_memory=_memory_of(machine.device),
             mfu=0.35,
         )
     )

@@ -225,28 +225,71 @@ def paint(rng: np.random.Generator, picture_HW3: np.ndarray, *, shape: str, colo
     return cover_HW
 
 
-def _canvas(rng: np.random.Generator, size: int) -> np.ndarray:
-    picture_HW3 = background(rng, width=size, height=size)
-    return _bars(rng, picture_HW3) if rng.random() < 0.2 else picture_HW3
+def _decoy(rng: np.random.Generator) -> Ring:
+    """The outline of something that has no name here: a bar, a wavy blob, or an irregular polygon."""
+    kind = rng.integers(3)
+    if kind == 0:
+        thin = rng.uniform(0.08, 0.35)
+        return [(-1.0, -thin), (1.0, -thin), (1.0, thin), (-1.0, thin)]
+    turn_N = np.linspace(0, 2 * pi, 48, endpoint=False) if kind == 1 else np.sort(rng.uniform(0, 2 * pi, 7))
+    reach_N = np.ones(len(turn_N)) if kind == 1 else rng.uniform(0.3, 1.0, len(turn_N))
+    for waves in (2, 3, 5) if kind == 1 else ():
+        reach_N = reach_N + rng.uniform(0.15, 0.4) / (waves - 1) * np.cos(waves * turn_N + rng.uniform(0, 2 * pi))
+    return [(float(r * cos(t)), float(r * sin(t))) for r, t in zip(reach_N / reach_N.max(), turn_N, strict=True)]
+
+
+def _scatter(rng: np.random.Generator, picture_HW3: np.ndarray) -> None:
+    """Lay one to four decoys of gaudy colours on the picture, in place: colour alone must not look like a shape."""
+    height, width = picture_HW3.shape[:2]
+    image = Image.fromarray(picture_HW3)
+    for _ in range(int(rng.integers(1, 5))):
+        color_3 = np.array(list(COLORS.values())[int(rng.integers(len(COLORS)))]) + rng.integers(-30, 31, 3)
+        angle, radius = rng.uniform(0, 2 * pi), min(height, width) * rng.uniform(0.08, 0.45)
+        x, y = rng.uniform(0, width), rng.uniform(0, height)
+        turn = np.array([[cos(angle), -sin(angle)], [sin(angle), cos(angle)]]) * radius
+        mask = Image.new("L", (width * SUPERSAMPLE, height * SUPERSAMPLE), 0)
+        points_N2 = (np.asarray(_decoy(rng)) @ turn.T + (x, y)) * SUPERSAMPLE
+        ImageDraw.Draw(mask).polygon([(float(px), float(py)) for px, py in points_N2], fill=255)
+        cover = mask.reduce(SUPERSAMPLE)
+        if rng.random() < 0.3:
+            cover = cover.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 3)))
+        image.paste(tuple(np.clip(color_3, 0, 255).tolist()), (0, 0, width, height), cover)
+    picture_HW3[:] = np.asarray(image)
+
+
+Photos = Sequence[np.ndarray]
+"""Pictures in which no shape is to be named, uint8 (H, W, 3) of any size; empty where there are none."""
+
+
+def _canvas(rng: np.random.Generator, size: int, photos: Photos = ()) -> np.ndarray:
+    """A background, or more often a photo's crop if there are `photos`; with these, decoys lie on one in three."""
+    if photos and rng.random() < 0.6:
+        picture_HW3 = crop_photo(rng, photos[int(rng.integers(len(photos)))], size=size)
+    else:
+        picture_HW3 = background(rng, width=size, height=size)
+        picture_HW3 = _bars(rng, picture_HW3) if rng.random() < 0.2 else picture_HW3
+    if photos and rng.random() < 1 / 3:
+        _scatter(rng, picture_HW3)
+    return picture_HW3
 
 
 def draw_picture_with_mask(
-    rng: np.random.Generator, *, size: int, shape: str, color: str
+    rng: np.random.Generator, *, size: int, shape: str, color: str, photos: Photos = ()
 ) -> tuple[Image.Image, np.ndarray]:
     """`draw_picture`, and the coverage of each pixel by the shape, float32 (size, size) in 0..1."""
-    picture_HW3 = _canvas(rng, size)
+    picture_HW3 = _canvas(rng, size, photos)
     mask_HW = paint(rng, picture_HW3, shape=shape, color=color)
     return Image.fromarray(picture_HW3), mask_HW
 
 
-def draw_picture(rng: np.random.Generator, *, size: int, shape: str, color: str) -> Image.Image:
-    """A square picture, `size` pixels a side, of one `color` `shape` on a background of its own."""
-    return draw_picture_with_mask(rng, size=size, shape=shape, color=color)[0]
+def draw_picture(rng: np.random.Generator, *, size: int, shape: str, color: str, photos: Photos = ()) -> Image.Image:
+    """A square picture, `size` pixels a side, of one `color` `shape` on a background of its own (or a photo's)."""
+    return draw_picture_with_mask(rng, size=size, shape=shape, color=color, photos=photos)[0]
 
 
-def draw_blank(rng: np.random.Generator, *, size: int) -> Image.Image:
+def draw_blank(rng: np.random.Generator, *, size: int, photos: Photos = ()) -> Image.Image:
     """A square picture, `size` pixels a side, in which nothing can be named."""
-    return Image.fromarray(_canvas(rng, size))
+    return Image.fromarray(_canvas(rng, size, photos))
 
 
 def draw_grids(
@@ -256,11 +299,11 @@ def draw_grids(
     cols: int,
     rows: int,
     cells: Mapping[int, tuple[str, str]],
-    photos: Sequence[np.ndarray] = (),
+    photos: Photos = (),
 ) -> Image.Image:
     """One large picture of cols x rows square cells; `cells` maps a cell (row-major) to its (shape, color).
 
-    Cut into tiles of `size` pixels it looks like as many frames of a film. Given `photos` (uint8 (H, W, 3), any size),
+    Cut into tiles of `size` pixels it looks like as many frames of a film. Given `photos`,
     two pictures in three are made of crops of them. Of the rest some share one scene (a background over all cells, or
     one cell repeated with small shifts of brightness), and in some every cell is a scene of its own.
     """
@@ -277,6 +320,8 @@ def draw_grids(
         if kind == 1.0:
             chosen = (near + int(rng.integers(-8, 9))) % len(photos) if one_photo else int(rng.integers(len(photos)))
             part_HW3[:] = crop_photo(rng, photos[chosen], size=size)
+            if rng.random() < 0.15:
+                _scatter(rng, part_HW3)
         elif kind >= 0.75:
             part_HW3[:] = _canvas(rng, size)
         elif kind >= 0.4:
@@ -290,10 +335,20 @@ def draw_grids(
 
 
 def crop_photo(rng: np.random.Generator, photo_HW3: np.ndarray, *, size: int) -> np.ndarray:
-    """A random square of a photo (60-100 % of its short side), mirrored half the time: uint8 (size, size, 3)."""
+    """A random square of a photo (30-100 % of its short side) in another light: uint8 (size, size, 3).
+
+    Mirrored half the time, darker or brighter, greyer or gaudier, and one time in three with its channels swapped.
+    """
     height, width = photo_HW3.shape[:2]
-    side = int(min(height, width) * rng.uniform(0.6, 1.0))
+    side = int(min(height, width) * rng.uniform(0.3, 1.0))
     top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
     square = Image.fromarray(photo_HW3[top : top + side, left : left + side])
-    square_HW3 = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))
-    return square_HW3[:, ::-1] if rng.random() < 0.5 else square_HW3
+    square_HW3 = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC), np.float32)
+    if rng.random() < 0.5:
+        square_HW3 = square_HW3[:, ::-1]
+    if rng.random() < 1 / 3:
+        square_HW3 = square_HW3[..., rng.permutation(3)]
+    grey_HW1 = square_HW3.mean(-1, keepdims=True)
+    square_HW3 = grey_HW1 + (square_HW3 - grey_HW1) * rng.uniform(0.3, 2.0)
+    gain_3 = rng.uniform(0.6, 1.3) * rng.uniform(0.9, 1.1, 3)
+    return np.clip(square_HW3 * gain_3, 0, 255).astype(np.uint8)

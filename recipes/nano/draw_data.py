@@ -5,45 +5,28 @@
     OUT/full.json         2 to 49 cells, log-uniform, most of them without a shape
 
 Questions are about a shape's colour; where a picture holds several shapes, some are asked about and the others only
-distract. Cells without a shape are drawn clutter, or crops of photos: single frames, in no order, of the clips given
-with --photos. The clip that a needle test uses as its haystack must not be among them.
+distract. Cells without a shape are drawn clutter, or crops of photos (images, and single frames of clips, in no
+order). The clip that a needle test uses as its haystack must not be among them.
 
-    python recipes/nano/draw_data.py runs/nano/shapes --photos .cache/nano/clips/bigbuckbunny.mp4
+    python recipes/nano/draw_data.py runs/nano/shapes --photos .cache/nano/photos .cache/nano/clips/bigbuckbunny.mp4
 """
 
 import argparse
 import json
 import math
 import time
-from functools import cache
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from photos import load_photos
 
-from lvctx.vision.decode import read_frames
 from lvctx.vision.draw import COLORS, SHAPES, draw_grids
 
 COLOR_NAMES = list(COLORS)
 QUESTION = "Find the image with the {shape}. What color is the {shape}?"
 MAX_GRIDS = 49
-PHOTO_SIDE = 240
-
-
-@cache
-def load_photos(clips: tuple[Path, ...]) -> list[np.ndarray]:
-    """Every fourth frame of each clip, its short side reduced to 240 pixels: uint8 (H, W, 3)."""
-    photos = []
-    for clip in clips:
-        for frame in read_frames(clip, fps="native", frames=None):
-            if frame.index % 4 == 0:
-                image = Image.fromarray(frame.image)
-                scale = PHOTO_SIDE / min(image.size)
-                small = image.resize((round(image.width * scale), round(image.height * scale)))
-                photos.append(np.asarray(small))
-    return photos
 
 
 def choose_grid(rng: np.random.Generator, low: int, high: int) -> tuple[int, int]:
@@ -98,7 +81,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--projector", type=int, default=1000, help="pictures of the projector stage")
     parser.add_argument("--full", type=int, default=400, help="pictures of the full stage")
-    parser.add_argument("--photos", type=Path, nargs="*", default=[], help="clips whose frames are cut into cells")
+    parser.add_argument("--photos", type=Path, nargs="*", default=[], help="images, folders, clips to cut cells from")
     parser.add_argument("--size", type=int, default=120, help="a cell's side: the tower's picture size, pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)

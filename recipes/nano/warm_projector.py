@@ -15,33 +15,26 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from draw_data import COLOR_NAMES, load_photos
+from draw_data import COLOR_NAMES
+from photos import load_photos
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lvctx.model.load import load_model, load_tokenizer, resolve_model
-from lvctx.vision.draw import SHAPES, crop_photo, draw_blank, draw_picture, paint
+from lvctx.vision.draw import SHAPES, draw_blank, draw_picture
 from lvctx.vision.tower import load_tower
 
-PICTURES, HELD_OUT, STEPS, BATCH, LR = 3000, 200, 400, 64, 2e-3
+PICTURES, HELD_OUT, STEPS, BATCH, LR, BLANK = 3000, 200, 400, 64, 2e-3, 0.3
 
 
 def draw(index: int, photos: list[np.ndarray], size: int) -> tuple[Image.Image, list[str]]:
-    """A picture and the words that name it: a photo or clutter (`nothing`), or a shape on either."""
+    """A picture and the words that name it."""
     rng = np.random.default_rng([7, index])
+    if rng.random() < BLANK:
+        return draw_blank(rng, size=size, photos=photos), ["nothing"]
     shape, color = SHAPES[rng.integers(len(SHAPES))], COLOR_NAMES[rng.integers(len(COLOR_NAMES))]
-    kind = rng.random()
-    if kind < 0.2:
-        photo = crop_photo(rng, photos[rng.integers(len(photos))], size=size)
-        return Image.fromarray(np.ascontiguousarray(photo)), ["nothing"]
-    if kind < 0.3:
-        return draw_blank(rng, size=size), ["nothing"]
-    if rng.random() < 0.4:
-        picture = np.ascontiguousarray(crop_photo(rng, photos[rng.integers(len(photos))], size=size)).copy()
-        paint(rng, picture, shape=shape, color=color)
-        return Image.fromarray(picture), [color, shape]
-    return draw_picture(rng, size=size, shape=shape, color=color), [color, shape]
+    return draw_picture(rng, size=size, shape=shape, color=color, photos=photos), [color, shape]
 
 
 def main() -> None:
@@ -49,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lm", required=True, help="language model: its input embeddings are the targets")
     parser.add_argument("--tower", required=True)
-    parser.add_argument("--photos", type=Path, nargs="+", required=True, help="clips whose frames show nothing drawn")
+    parser.add_argument("--photos", type=Path, nargs="+", required=True, help="images, folders, clips to draw on")
     parser.add_argument("-o", "--out", type=Path, required=True)
     args = parser.parse_args()
     torch.manual_seed(0)
