@@ -231,3 +231,19 @@ def test_recipes_tables_are_flags() -> None:
         lengths = [stage["seq_len"] for stage in parsed]
         assert lengths == sorted(lengths)
         assert all(stage["batch_tokens"] % stage["seq_len"] == 0 for stage in parsed)
+
+
+def test_curves_go_where_they_are_asked_to(recipe: Path, tmp_path: Path) -> None:
+    """What TensorBoard reads back is what metrics.jsonl says; without the extra it is one line and exit 5."""
+    flags = ("--recipe", recipe, "--stage", "seq-len=50,steps=2,batch-tokens=50", "--log", "tensorboard")
+    done = extend(*flags, "-o", tmp_path / "out")
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError:
+        assert done.returncode == 5, done.stderr
+        assert "pip install 'lvctx[tensorboard]'" in done.stderr
+        return
+    assert done.returncode == 0, done.stderr
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss")] == [(r["step"], r["loss"]) for r in rows]

@@ -1,5 +1,6 @@
 """`lvctx extend-lm`: a language model in, the same model with a longer context out."""
 
+import os
 from dataclasses import asdict, replace
 from enum import StrEnum
 from functools import partial
@@ -23,6 +24,7 @@ from lvctx.cli.common import (
     numbers,
     progress,
 )
+from lvctx.cli.tracking import Tracker, tracked
 from lvctx.errors import UsageError
 
 SEARCH = "Search for the base"
@@ -107,6 +109,7 @@ def extend_lm(
     haystack: Annotated[
         list[Path] | None, typer.Option(help="Text to hide needles in: files or folders.", rich_help_panel=SEARCH)
     ] = None,
+    log: Annotated[Tracker | None, typer.Option(help="Send curves there too; metrics.jsonl has them always.")] = None,
     recipe: RecipeOption = None,
     seed: SeedOption = 0,
     resume: ResumeOption = Resume.auto,
@@ -120,6 +123,7 @@ def extend_lm(
     from lvctx.artifacts.manifest import MANIFEST
     from lvctx.artifacts.store import sha256_file
     from lvctx.stages.extend import Machine, plan_extend, run_extend
+    from lvctx.stages.plan import predict_extend, refuse
     from lvctx.stages.progressive import parse_stage, plan_stages, run_stages
 
     make_plan = partial(
@@ -139,8 +143,12 @@ def extend_lm(
         doc_mask=doc_mask,
         seed=seed,
     )
+    machine = Machine(device=device, cp=cp, offload=offload, offload_activations=offload_activations)
+    world = int(os.environ.get("WORLD_SIZE", 1))
     found: dict[str, Any] = {}
     if search_base:
+        if world > 1:
+            raise UsageError("--search-base runs in one process", fix="search first, then give torchrun --rope-theta")
         if rope != Rope.theta or rope_theta or stages:
             raise UsageError("--search-base is for --rope theta alone", fix="drop --rope, --rope-theta and --stage")
         from lvctx.stages.search import best, plan_search, run_search
@@ -174,11 +182,15 @@ def extend_lm(
             "rows": [len(p.data) if p.data else 0 for p in plans],
             "epochs": [round(p.epochs, 3) for p in plans],
         }
-        emit({"dry_run": True, "path": str(out), **facts, **(rows if stages else {k: v[0] for k, v in rows.items()})})
+        facts |= rows if stages else {key: value[0] for key, value in rows.items()}
+        farthest = max(plans, key=lambda p: p.config.seq_len)
+        predicted = predict_extend(farthest, machine, world=max(world, cp))
+        emit({"dry_run": True, "path": str(out), **facts, "predicted": predicted})
+        if predicted:
+            refuse(predicted)
         return
-    machine = Machine(device=device, cp=cp, offload=offload, offload_activations=offload_activations)
     how: dict[str, Any] = {"resume": resume, "force": force, "machine": machine}
-    with progress("extend-lm", quiet=quiet) as report:
+    with progress("extend-lm", quiet=quiet) as shown_there, tracked(shown_there, log, out) as report:
         if stages:
             run_stages(make_plan, flags, out, seed=seed, report=report, **how)
         else:

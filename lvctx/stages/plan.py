@@ -1,11 +1,15 @@
 """What a training run will need on each device, how long it will take, and what would help if it does not fit."""
 
+import os
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import read_config
-from lvctx.train.plan import DEVICES, GIB, Device, Spread, flops, longest, memory, read_shape, remedies
+from lvctx.train.plan import DEVICES, GIB, KINDS, Device, Spread, flops, longest, memory, read_shape, remedies
+
+if TYPE_CHECKING:
+    from lvctx.stages.extend import Machine, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,44 @@ def predict(config: PlanConfig) -> dict[str, Any]:
         "hours": round(config.steps * work / speed / 3600, 2) if speed else None,
         "helps": _helps(shape, spread, config.seq_len, device) if peak > device.memory else [],
     }
+
+
+def predict_extend(plan: "Plan", machine: "Machine", *, world: int) -> dict[str, Any] | None:
+    """`predict` for a checked run on this machine's devices; None where nothing is trained or the model is not known.
+
+    A stage's bytes are those of its own rows.
+    """
+    config = plan.config
+    raw = read_config(plan.model)
+    if plan.data is None or raw.get("model_type") not in KINDS:
+        return None
+    return predict(
+        PlanConfig(
+            model=str(plan.model),
+            seq_len=config.seq_len,
+            batch_tokens=config.batch_tokens,
+            steps=config.steps,
+            spread=Spread(
+                world=world,
+                cp=machine.cp,
+                checkpointing=config.checkpoint_activations,
+                offload=machine.offload,
+                offload_activations=machine.offload_activations,
+                lora=config.lora,
+            ),
+            device="cpu" if machine.device == "cpu" else "a100",
+            device_memory=_memory_of(machine.device),
+            mfu=0.35,
+        )
+    )
+
+
+def _memory_of(device: str) -> int:
+    if device == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    import torch
+
+    return int(torch.cuda.get_device_properties(torch.device(device)).total_memory)
 
 
 def _helps(shape: Any, spread: Spread, seq_len: int, device: Device) -> list[dict[str, Any]]:

@@ -32,6 +32,8 @@ CHUNK = 1024
 """Tokens whose logits exist at a time."""
 
 GIB = 1 << 30
+KINDS = ("llama", "mistral", "qwen2", "qwen3")
+"""Models whose layers are as above."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +104,8 @@ class Shape:
 def read_shape(config: Mapping[str, Any], *, where: object) -> Shape:
     """The shape that a config.json describes. Raises InputError for a model of another kind, or a missing number."""
     kind = config.get("model_type")
-    if kind not in ("llama", "mistral", "qwen2", "qwen3"):
-        raise InputError(f"no plan for a model of type {kind}", where=where, fix="llama, mistral, qwen2 or qwen3")
+    if kind not in KINDS:
+        raise InputError(f"no plan for a model of type {kind}", where=where, fix=f"it knows {', '.join(KINDS)}")
     try:
         hidden, inner, heads = (int(config[k]) for k in ("hidden_size", "intermediate_size", "num_attention_heads"))
         layers, vocab = int(config["num_hidden_layers"]), int(config["vocab_size"])
