@@ -230,7 +230,11 @@ class _ChatPacker:
             for part in parts:
                 if isinstance(part, Media):
                     assert rule is not None
-                    facts, blocks = self._facts(part)
+                    try:
+                        facts, blocks = self._facts(part)
+                    except InputError as e:
+                        fix = "mend it or --media, or --skip-malformed"
+                        raise InputError(f"{e.where}: {e.what}", where=sample.where, fix=fix) from e
                     media.append((facts, blocks, rule.layout(blocks)))
                     content += rule.mark(part.kind)
                 else:
