@@ -68,6 +68,7 @@ def media(nano: Nano, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, size in enumerate([(640, 480), (200, 300), (56, 56)]):
         Image.new("RGB", size, (number, 0, 0)).save(folder / f"{number}.png")
     shutil.copy(nano.clips / "bikes.mp4", folder)
+    (folder / "junk.mp4").write_bytes(b"junk" * 100)
     return folder
 
 
@@ -76,7 +77,7 @@ def say(length: int, number: int) -> list[dict[str, str]]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": f"It is {number}."}]
 
 
-def sources(folder: Path, *, videos: int = 6) -> dict[str, list[Path]]:
+def sources(folder: Path) -> dict[str, list[Path]]:
     """Samples of all four kinds, short ones and some of more than 1,500 tokens."""
     rows: dict[str, list[dict[str, Any]]] = {
         "text": [{"conversations": say(8 + 23 * i, i)} for i in range(20)],
@@ -98,7 +99,7 @@ def sources(folder: Path, *, videos: int = 6) -> dict[str, list[Path]]:
             }
             for i in range(30)
         ],
-        "video": [{"video": "bikes.mp4", "conversations": say(4, i)} for i in range(videos)],
+        "video": [{"video": "bikes.mp4", "conversations": say(4, i)} for i in range(60)],
     }
     for kind in ("image", "video"):
         for row in rows[kind]:
@@ -380,7 +381,7 @@ def test_nothing_is_lost_or_cut_and_the_shares_are_told(qwen: Path, media: Path,
         total += len(ids)
     left = [json.loads(line) for line in (tmp_path / "out" / "left-out.jsonl").read_text().splitlines()]
     everything = [
-        f"{tmp_path}/{k}.jsonl:{i + 1}" for k, n in zip(SHARES, (20, 30, 30, 6), strict=True) for i in range(n)
+        f"{tmp_path}/{k}.jsonl:{i + 1}" for k, n in zip(SHARES, (20, 30, 30, 60), strict=True) for i in range(n)
     ]
     assert sorted(seen + [row["source"] for row in left]) == sorted(everything)
     assert total == manifest["tokens"]
@@ -521,7 +522,7 @@ TURN = '{"from": "human", "value": "<image>\\nHm?"}, {"from": "gpt", "value": "Y
         ("[1]", r"a.jsonl:2: no list of `conversations`"),
         ('{"image": "none.png", "conversations": [TURN]}', r"a.jsonl:2: .*none.png: no such image"),
         ('{"video": "none.mp4", "conversations": [TURN]}', r"a.jsonl:2: .*none.mp4: no such video"),
-        ('{"video": "0.png", "conversations": [TURN]}', r"a.jsonl:2: .*0.png"),
+        ('{"video": "junk.mp4", "conversations": [TURN]}', r"a.jsonl:2: .*junk.mp4"),
         ('{"image": ["0.png", "1.png"], "conversations": [TURN]}', r"a.jsonl:2: 1 marks for 2 images"),
         ('{"conversations": [TURN]}', r"a.jsonl:2: 1 marks for 0 images"),
         ('{"image": 7, "conversations": [TURN]}', r"a.jsonl:2: `image` is neither"),
@@ -529,7 +530,11 @@ TURN = '{"from": "human", "value": "<image>\\nHm?"}, {"from": "gpt", "value": "Y
         ('{"conversations": ["Hm"]}', r"a.jsonl:2: a turn from 'Hm'"),
         ('{"conversations": [{"from": "human", "value": 3}]}', r"a.jsonl:2: a turn's content is 3"),
         ('{"conversations": [{"from": "human", "value": "Hm"}]}', r"a.jsonl:2: no answer"),
-        ('{"conversations": [{"from": "gpt", "value": "<|video_pad|>"}]}', r"a.jsonl:2: 1 of .*video_pad.* for 0"),
+        ('{"conversations": [{"from": "gpt", "value": "Hm"}]}', r"a.jsonl:2: the first turn is the assistant's"),
+        (
+            '{"conversations": [{"from": "human", "value": "<|video_pad|>"}, {"from": "gpt", "value": "Hm"}]}',
+            r"a.jsonl:2: 1 of .*video_pad.* for 0",
+        ),
     ],
 )
 def test_bad_rows_stop_or_are_left_out_and_named(line: str, what: str, qwen: Path, media: Path, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def register(app: typer.Typer) -> None:
         epilog=examples(
             "lvctx pack-chat --model vlm --image shapes/full.json --media shapes --long-share 0 --target-length 2048 "
             "-o chat",
-            "lvctx pack-chat --model vlm --image shapes/full.json --media shapes --target-length 4096 --dry-run -o chat-4k",
+            "lvctx pack-chat --model vlm --image shapes/full.json --media shapes --target-length 4096 -o x --dry-run",
         ),
     )(pack_chat)
 

@@ -291,7 +291,9 @@ class _ChatPacker:
         taken = choose(of, config.mix, tokens=tokens, seed=config.seed, **rule)  # type: ignore[arg-type]
         chosen = np.sort(np.concatenate([numbers[kind][taken[kind]] for kind in config.mix]))
         if not len(chosen):
-            raise InputError(f"no sample fits into {tokens:,} tokens at this mix", fix="add samples, or change --mix")
+            raise InputError(
+                f"no long sample fits into its share of {tokens:,} tokens", fix="add samples, or lower --long-share"
+            )
         self.tokens = tokens
         return chosen
 

@@ -136,6 +136,8 @@ def encode_messages(
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        if i == 0:
+            raise InputError("the first turn is the assistant's", where=where)
         before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
         text = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
         if not text.startswith(before):
