@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.errors import InputError, UsageError
+from lvctx.model.load import VLM_TYPE, load_config
 from lvctx.vision.hybrid import Hybrid
 from lvctx.vision.tokens import LlavaRule, QwenRule, VisualRule, pooling
 
@@ -18,14 +19,14 @@ def find_rule(path: Path, tokenizer: Any, *, hybrid: Mapping[str, Any] | None, g
     `hybrid` are `Hybrid`'s values; None is uniform resolution: 240 tokens a grid for Qwen2-VL, the tower's own for
     LlavaOnevision. Raises InputError for a vision-language model of another family.
     """
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    family, vision = config.get("model_type"), config.get("vision_config")
+    config = load_config(path)  # what config.json leaves out has its family's default
+    family, vision = config.model_type, getattr(config, "vision_config", None)
     if vision is None:
         return None
     if family in QWEN:
         return _qwen(path, tokenizer, vision, Hybrid(**(hybrid or {})))
-    if family == "llava_onevision":
-        side = vision["image_size"] // vision["patch_size"]
+    if family == VLM_TYPE:
+        side = vision.image_size // vision.patch_size
         usual = ((side + 1) // 2) ** 2
         resolution = Hybrid(**(hybrid or {"tokens": usual}))
         if resolution.tokens != usual:
@@ -33,13 +34,12 @@ def find_rule(path: Path, tokenizer: Any, *, hybrid: Mapping[str, Any] | None, g
         pooling(side, resolution.ratio)
         placeholder = _id(tokenizer, "<video>", path)
         return LlavaRule(
-            placeholder=placeholder, tile=vision["image_size"], side=side, grid_rule=grid_rule, hybrid=resolution
+            placeholder=placeholder, tile=vision.image_size, side=side, grid_rule=grid_rule, hybrid=resolution
         )
     raise InputError(f"no rule for {family}", where=path, fix="--model takes Qwen2-VL, Qwen2.5-VL or LlavaOnevision")
 
 
-def _qwen(path: Path, tokenizer: Any, vision: Mapping[str, Any], hybrid: Hybrid) -> QwenRule:
-    patch = vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2)
+def _qwen(path: Path, tokenizer: Any, vision: Any, hybrid: Hybrid) -> QwenRule:
     file = path / "preprocessor_config.json"
     pixels = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     size = pixels.get("size", {})
@@ -50,8 +50,8 @@ def _qwen(path: Path, tokenizer: Any, vision: Mapping[str, Any], hybrid: Hybrid)
         hybrid=hybrid,
         min_pixels=pixels.get("min_pixels") or size.get("shortest_edge", QwenRule.min_pixels),
         max_pixels=pixels.get("max_pixels") or size.get("longest_edge", QwenRule.max_pixels),
-        factor=patch,
-        merge=vision.get("temporal_patch_size", 2),
+        factor=vision.patch_size * vision.spatial_merge_size,
+        merge=vision.temporal_patch_size,
     )
 
 
