@@ -35,9 +35,9 @@ def root(
 
 
 def _register() -> None:
-    from lvctx.cli import align, doctor, encode_video, extend_lm, info, niah, pack_text, plan, vqa
+    from lvctx.cli import align, doctor, encode_video, extend_lm, info, niah, pack_chat, pack_text, plan, vqa
 
-    for module in (pack_text, extend_lm, align, encode_video, niah, vqa, plan, doctor, info):
+    for module in (pack_text, pack_chat, extend_lm, align, encode_video, niah, vqa, plan, doctor, info):
         module.register(app)
 
 

@@ -35,7 +35,10 @@ from lvctx.errors import (
 PIPELINE, VIDEO, TOOLS = "Teach (text, then images)", "Watch (video, then questions)", "Look"
 """Help panels, in the order the pipeline runs."""
 
-ORDER = ("pack-text", "extend-lm", "align", "encode-video", "niah", "vqa", "plan", "doctor", "info")
+ORDER = (
+    *("pack-text", "pack-chat", "extend-lm", "align", "encode-video"),
+    *("niah", "vqa", "plan", "doctor", "info"),
+)
 """Commands as the pipeline runs."""
 
 
@@ -55,6 +58,15 @@ def say(line: str) -> None:
     """Write one line for a human to stderr."""
     if is_rank_zero():
         print(line, file=sys.stderr, flush=True)
+
+
+def count_tokens(text: str) -> int:
+    """`2B`, `1.5M`, `300K` or a plain number."""
+    scale = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(text[-1:].upper())
+    try:
+        return round(float(text[:-1]) * scale) if scale else int(text)
+    except ValueError:
+        raise UsageError(f"--tokens {text!r} is no number", fix="write 500000, 300K, 2B") from None
 
 
 class Commands(TyperGroup):
