@@ -300,14 +300,12 @@ def draw_grids(
     rows: int,
     cells: Mapping[int, tuple[str, str]],
     photos: Photos = (),
-    decoys: float = 0.15,
 ) -> Image.Image:
     """One large picture of cols x rows square cells; `cells` maps a cell (row-major) to its (shape, color).
 
-    Cut into tiles of `size` pixels it looks like as many frames of a film. Given `photos`, two pictures in three are
-    made of crops of them, `decoys` of which (a share) have things of gaudy colours on them. Of the rest some share one
-    scene (a background over all cells, or one cell repeated with small shifts of brightness), and in some every cell is
-    a scene of its own.
+    Cut into tiles of `size` pixels it looks like as many frames of a film. Given `photos`,
+    two pictures in three are made of crops of them. Of the rest some share one scene (a background over all cells, or
+    one cell repeated with small shifts of brightness), and in some every cell is a scene of its own.
     """
     kind = 1.0 if photos and rng.random() < 2 / 3 else rng.random()
     one_photo = rng.random() < 0.5
@@ -322,7 +320,7 @@ def draw_grids(
         if kind == 1.0:
             chosen = (near + int(rng.integers(-8, 9))) % len(photos) if one_photo else int(rng.integers(len(photos)))
             part_HW3[:] = crop_photo(rng, photos[chosen], size=size)
-            if rng.random() < decoys:
+            if rng.random() < 0.15:
                 _scatter(rng, part_HW3)
         elif kind >= 0.75:
             part_HW3[:] = _canvas(rng, size)

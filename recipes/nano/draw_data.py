@@ -3,7 +3,6 @@
     OUT/images/*.png      every picture is (cols*S) x (rows*S) pixels, so UniRes cuts it into exactly cols*rows grids
     OUT/projector.json    few cells, most with a shape
     OUT/full.json         2 to 49 cells, log-uniform, most of them without a shape
-    OUT/hard.json         12 to 49 cells, three to six shapes, decoys in half of the others
 
 Questions are about a shape's colour; where a picture holds several shapes, some are asked about and the others only
 distract. Cells without a shape are drawn clutter, or crops of photos (images, and single frames of clips, in no
@@ -28,7 +27,6 @@ from lvctx.vision.draw import COLORS, SHAPES, draw_grids
 COLOR_NAMES = list(COLORS)
 QUESTION = "Find the image with the {shape}. What color is the {shape}?"
 MAX_GRIDS = 49
-STAGES = ("projector", "full", "hard")
 
 
 def choose_grid(rng: np.random.Generator, low: int, high: int) -> tuple[int, int]:
@@ -57,10 +55,10 @@ def turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
 def draw_sample(job: tuple[str, int, int, int, Path, tuple[Path, ...]]) -> dict[str, Any]:
     """Draw one picture, write it, and return its LLaVA record."""
     stage, index, seed, size, out, clips = job
-    rng = np.random.default_rng([seed, STAGES.index(stage), index])
-    cols, rows = choose_grid(rng, 12 if stage == "hard" else 2, 4 if stage == "projector" else MAX_GRIDS)
+    rng = np.random.default_rng([seed, stage == "full", index])
+    cols, rows = choose_grid(rng, 2, 4 if stage == "projector" else MAX_GRIDS)
     n = cols * rows
-    filled = int(rng.integers(3, 7)) if stage == "hard" else int(rng.integers(1, min(n, 4) + 1))
+    filled = int(rng.integers(1, min(n, 4) + 1))
     places = rng.choice(n, filled, replace=False).tolist()
     shapes = rng.permutation(len(SHAPES))[:filled]
     cells = {
@@ -68,23 +66,21 @@ def draw_sample(job: tuple[str, int, int, int, Path, tuple[Path, ...]]) -> dict[
         for place, shape in zip(places, shapes, strict=True)
     }
     asked = [cells[place] for place in places]
-    if stage == "hard" or (stage == "full" and rng.random() < 0.5):
+    if stage == "full" and rng.random() < 0.5:
         asked = asked[: max(1, filled // 2)]
     pairs = [(QUESTION.format(shape=shape), color) for shape, color in asked]
     name = f"{stage}-{index:05d}.png"
-    more = {"decoys": 0.5} if stage == "hard" else {}
-    picture = draw_grids(rng, size=size, cols=cols, rows=rows, cells=cells, photos=load_photos(clips), **more)
+    picture = draw_grids(rng, size=size, cols=cols, rows=rows, cells=cells, photos=load_photos(clips))
     picture.save(out / "images" / name, compress_level=1)
     return {"id": name[:-4], "image": name, "conversations": turns(pairs)}
 
 
 def main() -> None:
-    """Draw the stages' data."""
+    """Draw both stages' data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--projector", type=int, default=1000, help="pictures of the projector stage")
     parser.add_argument("--full", type=int, default=400, help="pictures of the full stage")
-    parser.add_argument("--hard", type=int, default=0, help="pictures of the last stage")
     parser.add_argument("--photos", type=Path, nargs="*", default=[], help="images, folders, clips to cut cells from")
     parser.add_argument("--size", type=int, default=120, help="a cell's side: the tower's picture size, pixels")
     parser.add_argument("--seed", type=int, default=0)
@@ -93,7 +89,7 @@ def main() -> None:
     (args.output / "images").mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with Pool(args.workers) as pool:
-        for stage, count in zip(STAGES, (args.projector, args.full, args.hard), strict=True):
+        for stage, count in (("projector", args.projector), ("full", args.full)):
             jobs = [(stage, i, args.seed, args.size, args.output, tuple(args.photos)) for i in range(count)]
             records = pool.map(draw_sample, jobs, chunksize=16)
             (args.output / f"{stage}.json").write_text(json.dumps(records, indent=1) + "\n")
