@@ -36,7 +36,7 @@ class Checkpoints:
         """Clear away what a killed writer left. Raises InputError where another run's checkpoint stands."""
         self.folder, self.run, self.world = out / FOLDER, run, world
         self._pending: tuple[int, Future[Any]] | None = None
-        self.saved = self.newest()
+        self.saved = world.gather(self.newest())[0]  # a network file system may show it to others later
         """Step of the newest complete checkpoint, or None."""
         if self.saved is not None:
             stands = json.loads((self._path(self.saved) / RUN).read_text(encoding="utf-8"))
@@ -46,7 +46,6 @@ class Checkpoints:
                     where=out,
                     fix="choose another -o, or --force to start over",
                 )
-        world.barrier()
         if world.rank == 0:
             for torn in self.folder.glob(".step-*"):
                 shutil.rmtree(torn, ignore_errors=True)
@@ -79,6 +78,7 @@ class Checkpoints:
         self._pending = step, done
         if wait:
             self.finish()
+            self.world.barrier()
 
     def poll(self) -> None:
         """Let a checkpoint that has meanwhile been written count."""
