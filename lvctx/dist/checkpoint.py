@@ -65,17 +65,16 @@ class Checkpoints:
         `wait` returns only when it stands. Raises InputError when the disk refuses this or the one before.
         """
         self.finish()
-        if self.saved == step:
-            return
-        partial = self._partial(step)
-        partial.mkdir(parents=True, exist_ok=True)
-        with self._disk_errors():
-            if wait:
-                done: Future[Any] = Future()
-                done.set_result(dcp.save(state, checkpoint_id=partial, **self._group))
-            else:
-                done = dcp.async_save(state, checkpoint_id=partial, **self._group)  # type: ignore[assignment]
-        self._pending = step, done
+        if self.saved != step:
+            partial = self._partial(step)
+            partial.mkdir(parents=True, exist_ok=True)
+            with self._disk_errors():
+                if wait:
+                    done: Future[Any] = Future()
+                    done.set_result(dcp.save(state, checkpoint_id=partial, **self._group))
+                else:
+                    done = dcp.async_save(state, checkpoint_id=partial, **self._group)  # type: ignore[assignment]
+            self._pending = step, done
         if wait:
             self.finish()
             self.world.barrier()
