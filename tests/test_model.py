@@ -1,16 +1,12 @@
 """The VLM is stock LlavaOnevision: same tokens, same logits, on the saved directory."""
 
 import json
-import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, LlavaOnevisionForConditionalGeneration
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaOnevisionForConditionalGeneration
 
 from lvctx.errors import InputError
 from lvctx.model.load import load_model, load_tokenizer, resolve_model
@@ -25,7 +21,6 @@ from lvctx.model.vlm import (
     save_vlm,
     tokens_per_frame,
 )
-from lvctx.positions import rope
 
 
 @pytest.fixture(scope="module")
@@ -151,22 +146,6 @@ def test_loss_is_the_float32_sum_of_cross_entropies_and_its_gradient() -> None:
 
 def test_labels_are_the_next_tokens() -> None:
     assert shift_labels(torch.tensor([[5, 6, 7]])).tolist() == [[6, 7, IGNORED]]
-
-
-@given(theta=st.floats(1e4, 1e10), half=st.integers(1, 64))
-def test_rope_frequencies_are_the_formula(theta: float, half: int) -> None:
-    frequencies = rope.inv_freq(rope.RopeSpec(head_dim=2 * half, theta=theta))
-    for i, value in enumerate(frequencies.tolist()):
-        assert math.isclose(value, theta ** (-2 * i / (2 * half)), rel_tol=1e-12)
-
-
-def test_config_alone_makes_stock_transformers_compute_our_frequencies(tiny_lm: Path, tmp_path: Path) -> None:
-    model: Any = AutoModelForCausalLM.from_pretrained(tiny_lm)
-    spec = rope.RopeSpec(head_dim=16, theta=2.5e5)
-    model.config.rope_parameters = rope.to_hf(spec)
-    model.save_pretrained(tmp_path)
-    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(again.model.rotary_emb.inv_freq.double(), rope.inv_freq(spec), rtol=1e-6, atol=0)
 
 
 def test_siglip_tower_is_read_at_its_last_layer_with_every_patch(tiny_lm: Path) -> None:

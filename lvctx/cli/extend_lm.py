@@ -1,6 +1,7 @@
 """`lvctx extend-lm`: a language model in, the same model with a longer context out."""
 
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,16 @@ from lvctx.cli.common import (
 )
 
 
+class Rope(StrEnum):
+    """How positions change."""
+
+    theta = "theta"
+    pi = "pi"
+    ntk = "ntk"
+    yarn = "yarn"
+    none = "none"
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to the program."""
     app.command(
@@ -38,7 +49,17 @@ def extend_lm(
     model: Annotated[str, typer.Option(help="Language model: directory or hub id.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the extended model.")],
     data: Annotated[Path | None, typer.Option(help="Packed rows to train on (pack-text).")] = None,
-    rope_theta: Annotated[float, typer.Option(help="New RoPE base.", min=1.0)] = 1e9,
+    rope: Annotated[
+        Rope,
+        typer.Option(help="Positions: a new base (theta), stretched (pi, ntk, yarn), or as they are (none)."),
+    ] = Rope.theta,
+    rope_theta: Annotated[
+        float | None, typer.Option(help="RoPE base. Default: 1e9 with --rope theta, else the model's.", min=1.0)
+    ] = None,
+    factor: Annotated[
+        float | None,
+        typer.Option(help="Times the pretrained length (pi, ntk, yarn). Default: up to --context.", min=1.0),
+    ] = None,
     context: Annotated[
         int | None, typer.Option(help="Positions config.json promises. Default: the longer of model and rows.", min=2)
     ] = None,
@@ -67,7 +88,9 @@ def extend_lm(
     plan = plan_extend(
         model=model,
         data=data,
+        rope=rope.value,
         rope_theta=rope_theta,
+        factor=factor,
         context=context,
         steps=steps,
         batch_tokens=batch_tokens,

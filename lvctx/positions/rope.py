@@ -3,21 +3,12 @@
 LongVA raises Qwen2's base from 1e6 to 1e9 and trains at the new length (TMLR 2025, section 3.1).
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, kw_only=True)
-class RopeSpec:
-    """Plain rotary frequencies."""
-
-    head_dim: int
-    """Channels of one attention head that rotate; even."""
-    theta: float
-    """The base, e.g. 1e9 for LongVA."""
+from lvctx.positions.spec import RopeSpec
 
 
 def inv_freq(spec: RopeSpec) -> Tensor:

@@ -29,7 +29,7 @@ from lvctx.model.load import (
 )
 from lvctx.model.lora import ATTENTION, add_lora, lora_parameters, merge_lora
 from lvctx.model.loss import shift_labels, token_loss
-from lvctx.positions import rope
+from lvctx.positions.choose import Scheme, choose
 from lvctx.train.data import indices
 from lvctx.train.loop import Group, TrainConfig, train
 
@@ -38,8 +38,12 @@ from lvctx.train.loop import Group, TrainConfig, train
 class ExtendConfig:
     """What decides an extended model, besides model and data."""
 
+    rope: Scheme
+    """Position scheme: `theta` a new base, `pi`, `ntk` and `yarn` stretch, `none` keeps the model's."""
     rope_theta: float
-    """New RoPE base; LongVA 1e9."""
+    """RoPE base; LongVA 1e9. With `ntk` the one that `rope_factor` stretches became."""
+    rope_factor: float
+    """Times the pretrained length; 1 for `theta` and `none`."""
     context: int
     """Positions the new config.json promises, in tokens."""
     seq_len: int
@@ -68,6 +72,8 @@ class Plan:
     """With every default resolved."""
     data: PackedRows | None
     """Packed rows; None when there is nothing to train."""
+    rope_parameters: dict[str, Any]
+    """Of the new config.json."""
     original_context: int
     """Positions the model says it can read before."""
     provenance: Provenance
@@ -78,7 +84,9 @@ def plan_extend(
     *,
     model: str,
     data: Path | None,
-    rope_theta: float,
+    rope: Scheme,
+    rope_theta: float | None,
+    factor: float | None,
     context: int | None,
     steps: int,
     batch_tokens: int,
@@ -89,7 +97,7 @@ def plan_extend(
 ) -> Plan:
     """Check the inputs and resolve the defaults. Raises UsageError and InputError; loads no weights."""
     path = resolve_model(model)
-    original = context_length(load_config(path))
+    hf = load_config(path)
     rows = None
     if steps > 0:
         if data is None:
@@ -97,9 +105,16 @@ def plan_extend(
         rows = PackedRows(data)
         _check_rows(rows, path, data)
     seq_len = rows.seq_len if rows else 0
+    positions = choose(hf, scheme=rope, theta=rope_theta, factor=factor, context=context, seq_len=seq_len)
+    if positions.context < seq_len:
+        raise UsageError(
+            f"rows of {seq_len} are longer than the {positions.context} positions", fix="raise --context or --factor"
+        )
     config = ExtendConfig(
-        rope_theta=rope_theta,
-        context=context or max(original, seq_len),
+        rope=rope,
+        rope_theta=positions.rope_parameters["rope_theta"],
+        rope_factor=positions.factor,
+        context=positions.context,
         seq_len=seq_len,
         steps=steps,
         batch_tokens=batch_tokens,
@@ -112,7 +127,14 @@ def plan_extend(
         raise UsageError(f"--batch-tokens {batch_tokens} is less than one row of {seq_len}", fix="raise it")
     inputs = {"model": fingerprint(path)} | ({"data": fingerprint(data)} if data and rows else {})
     provenance = Provenance(schema=schemas.MODEL, command="extend-lm", config=asdict(config), inputs=inputs, seed=seed)
-    return Plan(model=path, config=config, data=rows, original_context=original, provenance=provenance)
+    return Plan(
+        model=path,
+        config=config,
+        data=rows,
+        rope_parameters=positions.rope_parameters,
+        original_context=context_length(hf),
+        provenance=provenance,
+    )
 
 
 def _check_rows(rows: PackedRows, model: Path, data: Path) -> None:
@@ -136,8 +158,7 @@ def run_extend(
     config = plan.config
     hf = load_config(plan.model)
     dtype = hf.dtype or torch.bfloat16
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    hf.rope_parameters = rope.to_hf(rope.RopeSpec(head_dim=head_dim, theta=config.rope_theta))
+    hf.rope_parameters = plan.rope_parameters
     hf.max_position_embeddings = config.context
     full = config.steps > 0 and config.lora == 0
     model = load_model(plan.model, config=hf, dtype=torch.float32 if full else dtype, device=device)

@@ -1,0 +1,17 @@
+"""What decides rotary frequencies, whatever the scheme."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeSpec:
+    """Rotary position embedding, plain or stretched."""
+
+    head_dim: int
+    """Channels of one attention head that rotate; even."""
+    theta: float
+    """The base: of the model as pretrained, or the one that replaces it (LongVA: 1e9)."""
+    factor: float = 1.0
+    """Times the pretrained length that pi, ntk and yarn stretch to; rope has no use for it."""
+    original: int = 0
+    """Pretrained length in tokens; yarn alone needs it."""
