@@ -8,9 +8,9 @@ pretrained length L (the paper's piecewise function, whose ramp can be read in t
 - height  theta_j (1/s + (1 - 1/s) gamma_j), gamma 1 at the last channel of time and 0 at the last of height
 - width   theta_j / s
 
-`index`: gamma linear in j, the form that YaRN has and, it turns out, stock YaRN itself with its betas at the ends of the
-height section. `wavelength`: gamma linear in r_j, the paper's letter; stock `llama3`. `ntk`: the authors' released code,
-which gives height and width the frequencies of a larger base; stock `longrope`.
+`index`: gamma linear in j, the form that YaRN has: it is stock YaRN with its betas at the ends of the height section.
+`wavelength`: gamma linear in r_j, the paper's letter; it is stock `llama3`. `ntk`: the authors' released code, which
+gives height and width the frequencies of a larger base; stock `longrope` can say it.
 """
 
 import math

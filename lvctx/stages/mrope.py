@@ -167,15 +167,11 @@ def plan_mrope(
             where=checkpoint.path,
             fix=f"give --original-length; the released Qwen2.5-VL: {RELEASED}",
         )
-    stretch = Stretch(
-        method=method or ("yarn" if note else "mrope++"), ramp=ramp, factor=float(scale), original=length
-    )
+    stretch = Stretch(method=method or ("yarn" if note else "mrope++"), ramp=ramp, factor=float(scale), original=length)
     config = {**asdict(stretch), "theta": checkpoint.mrope.theta}
     inputs = {"model": fingerprint(checkpoint.path)}
     provenance = Provenance(schema=schemas.MODEL, command=COMMAND, config=config, inputs=inputs)
-    return Plan(
-        checkpoint=checkpoint, stretch=stretch, context=round(scale * length), provenance=provenance, note=note
-    )
+    return Plan(checkpoint=checkpoint, stretch=stretch, context=round(scale * length), provenance=provenance, note=note)
 
 
 def run_mrope(plan: Plan, out: Path, *, resume: str, force: bool) -> None:
@@ -250,6 +246,7 @@ def with_rope(raw: dict[str, Any], rope: dict[str, Any], context: int) -> dict[s
     return new
 
 
+HEADING = "## Positions\n"
 SIDE_FILES = ("vllm.json", "llama.cpp.txt")
 """Beside them the folder sglang/: SGLang's overrides on the command line do not reach the language model's part."""
 
@@ -260,7 +257,12 @@ def _write_side_files(plan: Plan, raw: dict[str, Any], out: Path, linked: list[s
     names = []
     cannot = "cannot compute these positions: it drops the sections of this rope_type"
     enough = "reads config.json as it is"
-    lines = {"transformers": enough, "vLLM": enough, "SGLang": enough, "llama.cpp": f"cannot: no flag for {rope['rope_type']}"}
+    lines = {
+        "transformers": enough,
+        "vLLM": enough,
+        "SGLang": enough,
+        "llama.cpp": f"cannot: no flag for {rope['rope_type']}",
+    }
     overrides = vllm(rope, context=context)
     if overrides:
         write_json(out / "vllm.json", overrides)
@@ -283,12 +285,15 @@ def _write_side_files(plan: Plan, raw: dict[str, Any], out: Path, linked: list[s
         with atomic_file(out / "llama.cpp.txt") as partial:
             partial.write_text(shlex.join(flags) + "\n", encoding="utf-8")
         names.append("llama.cpp.txt")
-        lines["llama.cpp"] = f"`llama-server -m THE_UNSTRETCHED_MODEL.gguf -c {context} $(cat {out.name}/llama.cpp.txt)`"
+        lines["llama.cpp"] = (
+            f"`llama-server -m THE_UNSTRETCHED_MODEL.gguf -c {context} $(cat {out.name}/llama.cpp.txt)`"
+        )
     readme = plan.checkpoint.path / "README.md"
-    card = readme.read_text(encoding="utf-8").rstrip() + "\n\n" if readme.is_file() else ""
+    card = readme.read_text(encoding="utf-8").split(HEADING)[0].rstrip() if readme.is_file() else ""
+    card += "\n\n" if card else ""
     stretch = plan.stretch
     what = f"{stretch.method} ({stretch.ramp})" if stretch.method == "mrope++" else stretch.method
-    card += f"## Positions\n\n{what}, {stretch.factor:g} x {stretch.original:,} = {context:,} tokens; weights unchanged.\n\n"
+    card += f"{HEADING}\n{what}, {stretch.factor:g} x {stretch.original:,} = {context:,} tokens; weights unchanged.\n\n"
     with atomic_file(out / "README.md") as partial:
         partial.write_text(card + "".join(f"- {name}: {line}\n" for name, line in lines.items()), encoding="utf-8")
     return names

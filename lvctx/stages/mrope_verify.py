@@ -111,7 +111,9 @@ def draw_curves(mrope: Mrope, stretch: Stretch, target: Path) -> None:
             one = Stretch(method=method, ramp=ramp, factor=stretch.factor, original=stretch.original)
             label = f"{method} {ramp}" if method == "mrope++" else method
             ours = method == "mrope++"
-            ax.plot((inv_freq(mrope, one) / plain).tolist(), label=label, lw=1.8 if ours else 1.1, ls="-" if ours else "--")
+            ax.plot(
+                (inv_freq(mrope, one) / plain).tolist(), label=label, lw=1.8 if ours else 1.1, ls="-" if ours else "--"
+            )
     if not mrope.interleaved:
         time, height, width = mrope.sections
         for name, start, size in (("time", 0, time), ("height", time, height), ("width", time + height, width)):
