@@ -168,7 +168,7 @@ def test_a_flat_checkpoint_loads_alike(qwen2: Path, tmp_path: Path) -> None:
 
 
 def yarn_elsewhere(rope: dict[str, Any], *, length: int) -> tuple[list[float], float]:
-    """YaRN as vLLM, SGLang and llama.cpp write it: ramp ends rounded outwards, their own attention times attn_factor."""
+    """YaRN as vLLM, SGLang and llama.cpp have it: ramp ends rounded outwards, own attention times attn_factor."""
     base, s = rope["rope_theta"], rope["factor"]
     at = [
         128 * math.log(length / (beta * 2 * math.pi)) / (2 * math.log(base))

@@ -88,14 +88,12 @@ def test_placeholders_and_grids_that_do_not_fit() -> None:
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_like_stock_on_text_and_images_and_short_videos(kind: str) -> None:
     """Where a video has no more grids than rows or columns, stock has the next text right in every version."""
-    import mrope_models
-
     model = mrope_models.skeleton(kind)
     config = model.config
     rules = Rules.of(config)
     images, videos = [(1, 4, 6), (1, 8, 4)], [(2, 8, 8)]
     grid = [config.vision_start_token_id, *[config.video_token_id] * 16, config.vision_end_token_id]
-    video = (grid + [7, 7]) * 2 if rules.split else [grid[0], *grid[1:-1] * 2, grid[-1]]
+    video = [*grid, 7, 7] * 2 if rules.split else [grid[0], *grid[1:-1] * 2, grid[-1]]
     ids = [5, 6, *[rules.image] * 6, 7, *[rules.image] * 8, 8, *video, 9, 9]
     types = torch.tensor([[1 if i == rules.image else 2 if i == rules.video else 0 for i in ids]])
     seconds = {"second_per_grid_ts": torch.tensor([1.0])} if kind == "qwen2_5_vl" else {}

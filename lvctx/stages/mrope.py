@@ -1,4 +1,4 @@
-"""Stretch a Qwen-VL checkpoint: weights linked, never rewritten; config.json alone says the new positions (GIRAFFE 3.2).
+"""Stretch a Qwen-VL checkpoint: weights linked, never rewritten; config.json alone says the positions (GIRAFFE 3.2).
 
 The authors' released code replaces a class that Qwen2-VL does not use. Here M-RoPE++ is written in terms that stock
 transformers has, so that any program that loads the checkpoint computes it; for programs that read those terms
@@ -29,7 +29,7 @@ ARCHITECTURES = {"qwen2_vl": "qwen2vl", "qwen2_5_vl": "qwen2vl", "qwen3_vl": "qw
 """M-RoPE model types, and llama.cpp's names for them."""
 
 RELEASED = 32_768
-"""Pretrained length of the released Qwen2-VL and Qwen2.5-VL; the latter's config.json promises 128,000 without saying so."""
+"""Pretrained length of the released Qwen2-VL and Qwen2.5-VL; the latter's config.json promises 128,000."""
 
 INTERLEAVED = (
     "time, height and width alternate over all frequencies, so there is no section to interpolate and none to keep"
@@ -257,12 +257,8 @@ def _write_side_files(plan: Plan, raw: dict[str, Any], out: Path, linked: list[s
     names = []
     cannot = "cannot compute these positions: it drops the sections of this rope_type"
     enough = "reads config.json as it is"
-    lines = {
-        "transformers": enough,
-        "vLLM": enough,
-        "SGLang": enough,
-        "llama.cpp": f"cannot: no flag for {rope['rope_type']}",
-    }
+    lines = dict.fromkeys(("transformers", "vLLM", "SGLang"), enough)
+    lines["llama.cpp"] = f"cannot compute these positions: it has no flag for {rope['rope_type']}"
     overrides = vllm(rope, context=context)
     if overrides:
         write_json(out / "vllm.json", overrides)
@@ -285,9 +281,7 @@ def _write_side_files(plan: Plan, raw: dict[str, Any], out: Path, linked: list[s
         with atomic_file(out / "llama.cpp.txt") as partial:
             partial.write_text(shlex.join(flags) + "\n", encoding="utf-8")
         names.append("llama.cpp.txt")
-        lines["llama.cpp"] = (
-            f"`llama-server -m THE_UNSTRETCHED_MODEL.gguf -c {context} $(cat {out.name}/llama.cpp.txt)`"
-        )
+        lines["llama.cpp"] = f"`llama-server -m THE_UNSTRETCHED.gguf -c {context} $(cat {out.name}/llama.cpp.txt)`"
     readme = plan.checkpoint.path / "README.md"
     card = readme.read_text(encoding="utf-8").split(HEADING)[0].rstrip() if readme.is_file() else ""
     card += "\n\n" if card else ""

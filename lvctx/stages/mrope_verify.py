@@ -1,16 +1,17 @@
-"""Hold a Qwen-VL checkpoint's positions to their formula: channel by channel, what stock transformers really computes."""
+"""Hold a Qwen-VL checkpoint's positions to their formula: what stock transformers really computes, by channel."""
 
 import importlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
 from lvctx.artifacts.store import atomic_file
 from lvctx.model.load import load_config, resolve_model
 from lvctx.positions.mrope import METHODS, Mrope, Stretch, attention_factor, inv_freq
+from lvctx.positions.mrope_pp import Ramp
 from lvctx.stages.mrope import Checkpoint, read_checkpoint
 
 CLASSES = {
@@ -106,14 +107,11 @@ def draw_curves(mrope: Mrope, stretch: Stretch, target: Path) -> None:
     for method in METHODS:
         if method == "mrope++" and mrope.interleaved:
             continue
-        ramps = ("index", "wavelength", "ntk") if method == "mrope++" else ("index",)
-        for ramp in ramps:
+        ours = method == "mrope++"
+        for ramp in get_args(Ramp) if ours else ("index",):
             one = Stretch(method=method, ramp=ramp, factor=stretch.factor, original=stretch.original)
-            label = f"{method} {ramp}" if method == "mrope++" else method
-            ours = method == "mrope++"
-            ax.plot(
-                (inv_freq(mrope, one) / plain).tolist(), label=label, lw=1.8 if ours else 1.1, ls="-" if ours else "--"
-            )
+            label, style = (f"{method} {ramp}", "-") if ours else (method, "--")
+            ax.plot((inv_freq(mrope, one) / plain).tolist(), style, label=label, lw=1.8 if ours else 1.1)
     if not mrope.interleaved:
         time, height, width = mrope.sections
         for name, start, size in (("time", 0, time), ("height", time, height), ("width", time + height, width)):
