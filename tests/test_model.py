@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,6 +143,38 @@ def test_loss_is_the_float32_sum_of_cross_entropies_and_its_gradient() -> None:
     torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0)
     for a, b in zip(ours, full, strict=True):
         torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_exist_for_a_chunk_at_a_time_forward_and_backward() -> None:
+    """Every tensor that any operation makes is looked at; hidden states' gradients are made once, not once a chunk."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes: list[int] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            for tensor in made if isinstance(made, tuple | list) else (made,):
+                if isinstance(tensor, torch.Tensor):
+                    sizes.append(tensor.numel())
+            return made
+
+    hidden = torch.randn(4096, 4, requires_grad=True)
+    weight = torch.randn(1000, 4, requires_grad=True)
+    with Watch():
+        total, _ = token_loss(hidden, weight, torch.randint(0, 1000, (4096,)), chunk=64)
+        total.backward()
+    assert max(sizes) == 64 * 1000
+    assert sum(size == 4096 * 4 for size in sizes) < 20
+
+
+def test_a_rank_without_counted_tokens_has_a_loss_of_nothing() -> None:
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    total, count = token_loss(hidden, weight, torch.full((5,), IGNORED))
+    total.backward()
+    assert (total.item(), count) == (0.0, 0)
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
 
 
 def test_labels_are_the_next_tokens() -> None:

@@ -149,7 +149,7 @@ def test_a_partial_rotary_factor_survives() -> None:
 
 def test_extend_lm_writes_what_was_asked(tiny_lm: Path, tmp_path: Path) -> None:
     from lvctx.model.load import load_model
-    from lvctx.stages.extend import plan_extend, run_extend
+    from lvctx.stages.extend import Machine, plan_extend, run_extend
 
     plan = plan_extend(
         model=str(tiny_lm),
@@ -158,14 +158,16 @@ def test_extend_lm_writes_what_was_asked(tiny_lm: Path, tmp_path: Path) -> None:
         rope_theta=None,
         factor=4.0,
         context=None,
+        seq_len=None,
         steps=0,
         batch_tokens=1,
         lr=0.0,
         lora=0,
         checkpoint_activations=False,
+        doc_mask=False,
         seed=0,
     )
-    run_extend(plan, tmp_path, resume="auto", force=False, device="cpu", report=lambda done, total, note: None)
+    run_extend(plan, tmp_path, resume="auto", force=False, machine=Machine(device="cpu"), report=lambda *_: None)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["max_position_embeddings"] == 2048
     spec = RopeSpec(head_dim=16, theta=1e4, factor=4.0, original=512)

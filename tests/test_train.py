@@ -19,6 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lvctx.artifacts.manifest import Provenance
+from lvctx.dist.mesh import World
 from lvctx.errors import InputError, Stopped, UsageError
 from lvctx.model.load import load_tokenizer
 from lvctx.model.loss import IGNORED
@@ -63,15 +65,16 @@ class Toy:
         x = torch.from_numpy(np.random.default_rng(sample).normal(size=(sample + 1, 3)).astype("float32"))
         return ((self.model(x) - x.sum(1, keepdim=True)) ** 2).sum(), len(x)
 
-    def run(self, run: str = "ab" * 32) -> list[Tensor]:
+    def run(self, seed: int = 0) -> list[Tensor]:
         train(
             groups=[Group(name="all", parameters=list(self.model.parameters()), lr=self.lr)],
             batch=lambda step: indices(step, batch=2, samples=5, seed=0),
             loss=self.loss,
             config=TrainConfig(steps=self.steps, schedule="cosine", warmup=0.3, weight_decay=0.1, save_every=2),
             out=self.out,
-            run=run,
+            run=Provenance(schema="toy/1", command="toy", config={}, inputs={}, seed=seed),
             report=lambda done, total, note: None,
+            world=World(device="cpu"),
         )
         return [p.detach().clone() for p in self.model.parameters()]
 
@@ -105,8 +108,8 @@ def test_loss_is_a_mean_over_all_counted_tokens_of_the_step(tmp_path: Path) -> N
 def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         Toy(tmp_path, stop_at=6).run()
-    with pytest.raises(InputError, match="other settings"):
-        Toy(tmp_path).run(run="cd" * 32)
+    with pytest.raises(InputError, match=r"other settings \(seed: 0 -> 1\)"):
+        Toy(tmp_path).run(seed=1)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
@@ -114,7 +117,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None
     with torch.no_grad():
         toy.model.bias.fill_(math.inf)
     weight = toy.model.weight.clone()
-    with pytest.raises(InputError, match="step 0: loss inf"):
+    with pytest.raises(InputError, match=r"step 0: rank 0: loss inf on \d, \d"):
         toy.run()
     assert torch.equal(toy.model.weight, weight)
 

@@ -23,7 +23,8 @@ def describe(path: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {"path": str(path)}
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
-        facts |= _describe_packed(manifest) if manifest.get("schema") == schemas.PACKED else manifest
+        unit = {schemas.PACKED: "documents", schemas.CHAT: "samples"}.get(manifest.get("schema", ""))
+        facts |= _describe_packed(manifest, unit) if unit else manifest
     if (path / "config.json").is_file():
         facts["model"] = _describe_model(path)
     if (path / "results.jsonl").is_file():
@@ -33,17 +34,17 @@ def describe(path: Path) -> dict[str, Any]:
     return facts
 
 
-def _describe_packed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest with its files counted, and one length histogram over all sources: bin -> documents and tokens."""
+def _describe_packed(manifest: dict[str, Any], unit: str) -> dict[str, Any]:
+    """The manifest with its files counted, and one length histogram over all sources: bin -> `unit` and tokens."""
     facts = {k: v for k, v in manifest.items() if k not in ("files", "shard_rows", "length_bins", "sources")}
-    facts["shards"] = len(manifest["files"])
+    facts["shards"] = len(manifest["shard_rows"])
     facts["bytes"] = sum(file["bytes"] for file in manifest["files"].values())
-    counts = ("before_documents", "before_tokens", "after_documents", "after_tokens")
+    counts = (f"before_{unit}", "before_tokens", f"after_{unit}", "after_tokens")
     sources = manifest["sources"]
     facts["lengths"] = {
         name: {count: sum(account[count][b] for account in sources.values()) for count in counts}
         for b, name in enumerate(manifest["length_bins"])
-        if any(account["before_documents"][b] for account in sources.values())
+        if any(account[f"before_{unit}"][b] for account in sources.values())
     }
     facts["sources"] = {
         source: {k: v for k, v in account.items() if k not in counts} for source, account in sources.items()

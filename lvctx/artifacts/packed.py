@@ -52,8 +52,12 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
 class PackedRows:
     """Rows of a finished packed directory, memory-mapped. `len()` is the number of rows."""
 
-    def __init__(self, directory: Path) -> None:
-        """Check manifest and shard sizes; maps nothing yet. Raises InputError for what is missing or changed."""
+    def __init__(self, directory: Path, *, seq_len: int | None = None) -> None:
+        """Check manifest and shard sizes; maps nothing yet. Raises InputError for what is missing or changed.
+
+        A smaller `seq_len` than the rows' own cuts each into pieces of that length, which are the rows from then on;
+        what is left at a row's end is not read. A larger one is refused: rows are not joined.
+        """
         self.directory = Path(directory)
         self.manifest: dict[str, Any] = read_manifest(self.directory)
         if self.manifest.get("schema") != schemas.PACKED:
@@ -62,30 +66,40 @@ class PackedRows:
             path = self.directory / name
             if not path.is_file() or path.stat().st_size != stored["bytes"]:
                 raise InputError("shard missing or of another size", where=path, fix="run pack-text again with --force")
-        self.seq_len: int = self.manifest["seq_len"]
+        packed: int = self.manifest["seq_len"]
+        self.seq_len = seq_len or packed
+        if self.seq_len > packed:
+            raise InputError(
+                f"rows of {packed} tokens, {seq_len} are wanted", where=directory, fix=f"pack-text --seq-len {seq_len}"
+            )
+        self._pieces = packed // self.seq_len
         self._ends = list(itertools.accumulate(self.manifest["shard_rows"]))
         self._shards: dict[int, dict[str, np.ndarray]] = {}
 
     def __len__(self) -> int:
-        return int(self.manifest["rows"])
+        return int(self.manifest["rows"]) * self._pieces
 
-    def _find(self, row: int) -> tuple[dict[str, np.ndarray], int]:
+    def _find(self, row: int) -> tuple[dict[str, np.ndarray], int, int]:
+        """Shard, row in the shard, and where in that row it begins."""
         if not 0 <= row < len(self):
             raise IndexError(row)
-        number = int(np.searchsorted(self._ends, row, side="right"))
+        whole, piece = divmod(row, self._pieces)
+        number = int(np.searchsorted(self._ends, whole, side="right"))
         if number not in self._shards:
             self._shards[number] = map_tensors(self.directory / shard_name(number))
-        return self._shards[number], row - (self._ends[number - 1] if number else 0)
+        return self._shards[number], whole - (self._ends[number - 1] if number else 0), piece * self.seq_len
 
     def row(self, row: int) -> np.ndarray:
         """Token ids, int32 (S,), a read-only view."""
-        shard, i = self._find(row)
-        return shard["input_ids"][i]
+        shard, i, begin = self._find(row)
+        return shard["input_ids"][i, begin : begin + self.seq_len]
 
     def doc_starts(self, row: int) -> np.ndarray:
         """Places in the row where a document begins (at its separator), ascending, int32."""
-        shard, i = self._find(row)
-        return shard["doc_starts"][shard["doc_offsets"][i] : shard["doc_offsets"][i + 1]]
+        shard, i, begin = self._find(row)
+        starts = shard["doc_starts"][shard["doc_offsets"][i] : shard["doc_offsets"][i + 1]]
+        first, last = np.searchsorted(starts, [begin, begin + self.seq_len])
+        return starts[first:last] - begin
 
     def documents(self, row: int) -> np.ndarray:
         """Number of the document each token belongs to, counted in the row from 0, int32 (S,): equal numbers attend."""

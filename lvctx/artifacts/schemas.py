@@ -3,8 +3,15 @@
 PACKED = "lvctx.packed/1"
 """Directory: `shard-*.safetensors` with input_ids int32 (rows, seq_len), doc_starts ragged; MANIFEST.json."""
 
+CHAT = "lvctx.chat/1"
+"""Directory: `shard-*.safetensors` with ids and labels of whole chat samples, `shard-*.jsonl` with what each sample and
+its images and videos are, `left-out.jsonl`; MANIFEST.json."""
+
 MODEL = "lvctx.model/1"
 """Directory: a Hugging Face model with MANIFEST.json and, after training, metrics.jsonl."""
+
+BASE = "lvctx.base/1"
+"""Row: how far a RoPE base finds needles, of `extend-lm --search-base`."""
 
 FRAMES = "lvctx.frames/1"
 """Safetensors: features bf16 (F, P, D) before the projector, pts f64 (F,) seconds, index i64 (F,) source frames."""

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from math import isfinite
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -28,12 +29,16 @@ from lvctx.errors import (
     InputError,
     LvctxError,
     Stopped,
+    UsageError,
 )
 
 PIPELINE, VIDEO, TOOLS = "Teach (text, then images)", "Watch (video, then questions)", "Look"
 """Help panels, in the order the pipeline runs."""
 
-ORDER = ("pack-text", "extend-lm", "align", "encode-video", "mrope-extend", "niah", "vqa", "info")
+ORDER = (
+    *("pack-text", "pack-chat", "extend-lm", "align", "encode-video"),
+    *("mrope-extend", "niah", "vqa", "plan", "doctor", "info"),
+)
 """Commands as the pipeline runs."""
 
 
@@ -53,6 +58,15 @@ def say(line: str) -> None:
     """Write one line for a human to stderr."""
     if is_rank_zero():
         print(line, file=sys.stderr, flush=True)
+
+
+def count_tokens(text: str) -> int:
+    """`2B`, `1.5M`, `300K` or a plain number."""
+    scale = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(text[-1:].upper())
+    try:
+        return round(float(text[:-1]) * scale) if scale else int(text)
+    except ValueError:
+        raise UsageError(f"--tokens {text!r} is no number", fix="write 500000, 300K, 2B") from None
 
 
 class Commands(TyperGroup):
@@ -103,10 +117,22 @@ def examples(*lines: str) -> str:
     return "Examples:\n\n" + "\n\n".join(lines)
 
 
+def numbers(flag: str, text: str) -> list[float]:
+    """Comma-separated numbers of a flag, each once, ascending. Raises UsageError."""
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or not all(isfinite(n) for n in found):
+        raise UsageError(f"{flag} {text!r}: comma-separated numbers are wanted")
+    return found
+
+
 def load_recipe(ctx: typer.Context, recipe: str | None) -> str | None:
     """Take defaults from `FILE.toml[#section]`; the section defaults to the command's name.
 
-    Flags and LVCTX_* variables win over it. Raises InputError for a missing file, section or an unknown key.
+    An array of tables stands for a flag that is repeated, each table for `key=value,key=value`. Flags and LVCTX_*
+    variables win over a recipe. Raises InputError for a missing file, section or an unknown key.
     """
     if recipe is None:
         return None
@@ -120,13 +146,19 @@ def load_recipe(ctx: typer.Context, recipe: str | None) -> str | None:
         raise InputError(f"not valid TOML ({e})", where=name) from e
     if section not in table:
         raise InputError(f"no section [{section}]", where=name, fix=f"it has {', '.join(table)}")
-    values = {key.replace("-", "_"): value for key, value in table[section].items()}
+    values = {key.replace("-", "_"): _as_flag(value) for key, value in table[section].items()}
     known = {p.name for p in ctx.command.params}
     for key in values:
         if key not in known:
             raise InputError(f"unknown key {key!r} in [{section}]", where=name, fix=f"lvctx {ctx.info_name} --help")
     ctx.default_map = {**(ctx.default_map or {}), **values}
     return recipe
+
+
+def _as_flag(value: Any) -> Any:
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        return [",".join(f"{key}={one}" for key, one in entry.items()) for entry in value]
+    return value
 
 
 def set_verbosity(ctx: typer.Context, verbose: bool) -> bool:

@@ -19,9 +19,11 @@ def register(app: typer.Typer) -> None:
 
 
 def info(
-    artifact: Annotated[Path, typer.Argument(help="A packed directory, frames file, niah directory or model.")],
+    artifact: Annotated[Path, typer.Argument(help="A packed or chat directory, frames file, niah directory or model.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line instead of a table.")] = False,
-    plot: Annotated[bool, typer.Option("--plot", help="Draw a packed directory's lengths before and after.")] = False,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Draw a packed or chat directory's lengths before and after.")
+    ] = False,
 ) -> None:
     """Say what an artifact or model directory is, what made it and what is in it."""
     from lvctx.artifacts.describe import describe
@@ -66,13 +68,14 @@ def _plot(lengths: dict[str, Any], console: Any) -> None:
     """Share of all tokens that lie in documents of each length, before (light) and after (full) packing."""
     totals = {when: sum(counts[f"{when}_tokens"] for counts in lengths.values()) for when in ("before", "after")}
     width = max(20, min(60, console.width - 40))
-    console.print("\nshare of tokens by document length (tokens):  ░ before  █ after", highlight=False)
+    console.print("\nshare of tokens by length (tokens):  ░ before  █ after", highlight=False)
     for name, counts in lengths.items():
         for when, ink in (("before", "░"), ("after", "█")):
             share = counts[f"{when}_tokens"] / max(totals[when], 1)
             label = name if when == "before" else ""
-            bar, documents = ink * round(share * width), counts[f"{when}_documents"]
-            console.print(f"{label:>17} {share:6.1%} {bar} {documents:,} documents", highlight=False)
+            unit = next(name for name in counts if name != "before_tokens").removeprefix("before_")
+            bar = f"{ink * round(share * width)} {counts[f'{when}_{unit}']:,} {unit}"
+            console.print(f"{label:>17} {share:6.1%} {bar}", highlight=False)
 
 
 def _flatten(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

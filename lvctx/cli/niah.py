@@ -1,7 +1,6 @@
 """`lvctx niah`: needles in a haystack of text or video, and `lvctx niah report`: their heatmaps and tables."""
 
 from enum import StrEnum
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +18,7 @@ from lvctx.cli.common import (
     VerboseOption,
     emit,
     examples,
+    numbers,
     progress,
 )
 from lvctx.errors import EXIT_SAMPLES_FAILED, UsageError
@@ -101,7 +101,7 @@ def niah(
         raise UsageError(
             "--haystack is needed for text" if modality is Modality.text else "--frames is needed for video"
         )
-    depths_wanted, lengths_wanted = _numbers("--depths", depths), _numbers("--lengths", lengths)
+    depths_wanted, lengths_wanted = numbers("--depths", depths), numbers("--lengths", lengths)
     if any(n != int(n) for n in lengths_wanted):
         raise UsageError(f"--lengths {lengths!r}: whole numbers are wanted")
 
@@ -137,16 +137,6 @@ def niah(
         _print_tables([read_grid(out)], stderr=True)
     if failed:
         raise typer.Exit(EXIT_SAMPLES_FAILED)
-
-
-def _numbers(flag: str, text: str) -> list[float]:
-    try:
-        numbers = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        numbers = []
-    if not numbers or not all(isfinite(n) for n in numbers):
-        raise UsageError(f"{flag} {text!r}: comma-separated numbers are wanted")
-    return numbers
 
 
 def report(

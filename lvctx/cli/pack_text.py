@@ -16,6 +16,7 @@ from lvctx.cli.common import (
     ResumeOption,
     SeedOption,
     VerboseOption,
+    count_tokens,
     emit,
     examples,
     progress,
@@ -130,7 +131,7 @@ def pack_text(
         separator=separator,
         mix=mix,
         seq_len=seq_len,
-        tokens=None if tokens is None else _count(tokens),
+        tokens=None if tokens is None else count_tokens(tokens),
         min_long=min_long,
         keep_short=keep_short,
         keep_tail=keep_tail,
@@ -162,14 +163,3 @@ def pack_text(
         manifest = run_pack(plan, out, workers=cores, resume=resume.value, force=force, report=report)
     facts = {key: manifest[key] for key in ("rows", "tokens", "seq_len")}
     emit({"schema": schemas.PACKED, "path": str(out), "sha256": sha256_file(out / MANIFEST), **facts})
-
-
-def _count(text: str) -> int:
-    """`2B`, `1.5M`, `300K` or a plain number."""
-    from lvctx.errors import UsageError
-
-    scale = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}.get(text[-1:].upper())
-    try:
-        return round(float(text[:-1]) * scale) if scale else int(text)
-    except ValueError:
-        raise UsageError(f"--tokens {text!r} is no number", fix="write 500000, 300K, 2B") from None

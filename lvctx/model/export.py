@@ -25,5 +25,5 @@ def save_model(model: Any, tokenizer: Any, out: Path) -> None:
 
 def model_files(out: Path) -> list[str]:
     """Names of the files of a saved model directory: everything but our own log and manifest."""
-    ours = {"MANIFEST.json", "metrics.jsonl"}
+    ours = {"MANIFEST.json", "metrics.jsonl", "search.jsonl"}
     return sorted(p.name for p in out.iterdir() if p.is_file() and p.name not in ours and not p.name.startswith("."))

@@ -10,16 +10,19 @@ from lvctx.errors import InputError
 VLM_TYPE = "llava_onevision"
 
 
-def resolve_model(name: str | Path) -> Path:
+def resolve_model(name: str | Path, *, weights: bool = True) -> Path:
     """The local directory of a model: `name` itself, or the downloaded snapshot of a hub id such as `org/model`.
 
-    Raises InputError when there is no such directory or repository, no config.json, or a shard is missing.
+    Without `weights` only the small files are asked for. Raises InputError when there is no such directory or
+    repository, no config.json, or a shard is missing.
     """
     path = Path(name)
     if not path.is_dir():
-        path = _download(str(name))
+        path = _download(str(name), weights=weights)
     if not (path / "config.json").is_file():
         raise InputError("no config.json: not a model directory", where=path)
+    if not weights:
+        return path
     index = path / "model.safetensors.index.json"
     if index.is_file():
         shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -31,20 +34,37 @@ def resolve_model(name: str | Path) -> Path:
     return path
 
 
-def _download(name: str) -> Path:
+def _download(name: str, *, weights: bool) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise InputError("no such model directory", where=name, fix="give a directory or a hub id like org/model")
     from huggingface_hub import snapshot_download
 
     try:
         # Weights in safetensors only: a pickle is never fetched, let alone loaded.
-        patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+        patterns = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as e:
         reason = str(e).splitlines()[0]
         raise InputError(
             f"neither a directory nor a model the hub would give ({reason})", where=name, fix="check name and network"
         ) from e
+
+
+def read_config(name: str | Path) -> dict[str, Any]:
+    """The raw config.json of a directory, of that file itself, or of a hub id; weights are not asked for.
+
+    A VLM's language model is what counts. Raises InputError.
+    """
+    path = Path(name)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        path = _download(str(name), weights=False) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return config.get("text_config", config)
+    except (OSError, ValueError, AttributeError) as e:
+        raise InputError(f"unreadable config.json ({e})", where=path) from e
 
 
 def load_config(path: Path) -> Any:

@@ -23,9 +23,9 @@ def token_loss(hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, *, chunk:
     counted = labels_N != IGNORED
     hidden, labels = hidden_NE[counted], labels_N[counted]
     total = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(labels), chunk):
-        part = slice(start, start + chunk)
-        total = total + checkpoint(_chunk_loss, hidden[part], weight_VE, labels[part], use_reentrant=False)
+    # Split, not sliced: the gradient of each slice would be as large as all hidden states.
+    for hidden_CE, labels_C in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+        total = total + checkpoint(_chunk_loss, hidden_CE, weight_VE, labels_C, use_reentrant=False)
     return total, len(labels)
 
 

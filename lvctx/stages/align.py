@@ -10,17 +10,21 @@ Shapes: B samples, L tokens of the longest, E language-model width, N visual tok
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lvctx.artifacts import schemas
+from lvctx.artifacts.lock import only_writer
 from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, write_manifest
 from lvctx.artifacts.store import fingerprint
 from lvctx.dist import checkpoint
+from lvctx.dist.mesh import World, open_world
+from lvctx.dist.shard import gather_into, shard_model
 from lvctx.errors import UsageError
 from lvctx.model.adapter import ADAPTER, load_adapter, save_adapter
 from lvctx.model.export import model_files
@@ -33,7 +37,7 @@ from lvctx.model.load import (
     resolve_model,
     trained_length,
 )
-from lvctx.model.lora import ATTENTION, add_lora, lora_parameters, merge_lora
+from lvctx.model.lora import ATTENTION, add_lora, merge_lora
 from lvctx.model.loss import IGNORED, token_loss
 from lvctx.model.vlm import assemble, embed_frames, frame_features, newline_id, save_vlm, tokens_per_frame
 from lvctx.train.chat import Conversation, encode_conversation, read_conversations
@@ -187,17 +191,29 @@ def run_align(
     """
     if is_finished(out, plan.provenance, resume=resume, force=force):
         return
-    if force or resume == "never":
-        checkpoint.remove(out)
-        (out / MANIFEST).unlink(missing_ok=True)
-    vlm, tokenizer, pixels_from = _load(plan, device)
-    preprocess = Preprocess.from_directory(pixels_from)
-    longest = _train(vlm, tokenizer, plan, preprocess, out, micro_tokens=micro_tokens, device=device, report=report)
+    with open_world(device=device) as world, ExitStack() as held:
+        if world.rank == 0:
+            held.enter_context(only_writer(out))
+            if force or resume == "never":
+                checkpoint.remove(out)
+                (out / MANIFEST).unlink(missing_ok=True)
+        world.barrier()
+        trained = _train(plan, out, micro_tokens=micro_tokens, world=world, report=report)
+        if world.rank == 0:
+            _save(plan, out, *trained)
+        world.barrier()
+
+
+def _save(plan: Plan, out: Path, vlm: Any, tokenizer: Any, wrapped: Any, longest: int) -> None:
+    """Write the trained VLM, and where there is LoRA the adapter."""
+    if wrapped is not None:
+        save_adapter(out / ADAPTER, vlm, wrapped, plan.provenance)
+        vlm.model.language_model = merge_lora(wrapped)
     vlm.to(vlm.config.dtype)
-    out.mkdir(parents=True, exist_ok=True)
-    save_vlm(vlm, tokenizer, pixels_from, out)
-    source = plan.init or plan.lm
+    pixels_from, source = plan.init or plan.tower, plan.init or plan.lm
+    assert pixels_from is not None
     assert source is not None
+    save_vlm(vlm, tokenizer, pixels_from, out)
     facts = {
         "context": context_length(vlm.config),
         "trained_length": trained_length(source),
@@ -223,21 +239,16 @@ def _load(plan: Plan, device: str) -> tuple[Any, Any, Path]:
 
 
 def _train(
-    vlm: Any,
-    tokenizer: Any,
-    plan: Plan,
-    preprocess: Preprocess,
-    out: Path,
-    *,
-    micro_tokens: int,
-    device: str,
-    report: Callable[[int, int, str], None],
-) -> int:
-    """Train in place; the tokens of the longest sample seen."""
+    plan: Plan, out: Path, *, micro_tokens: int, world: World, report: Callable[[int, int, str], None]
+) -> tuple[Any, Any, Any, int]:
+    """The trained VLM (on rank 0 if there are several), its tokenizer, its LoRA wrapper, and the longest sample."""
     config = plan.config
+    device = world.device
+    vlm, tokenizer, pixels_from = _load(plan, "cpu" if world.mesh is not None else device)
+    preprocess = Preprocess.from_directory(pixels_from)
     tile = vlm.config.vision_config.image_size
     per_frame = tokens_per_frame(vlm.config)
-    groups, wrapped = _groups(vlm, config)
+    trained, wrapped = _trained(vlm, config)
     for adapter in plan.adapters:
         load_adapter(adapter, vlm, wrapped)
     line_end = newline_id(tokenizer)
@@ -281,50 +292,71 @@ def _train(
         if visual:
             visual_NE = torch.cat(visual).to(embeds_BLE.dtype)
             embeds_BLE = embeds_BLE.masked_scatter(is_visual_BL[..., None], visual_NE)
+        else:
+            # What trains must take part in every backward: ranks add their gradients up in step.
+            blank = torch.zeros(1, 3, tile, tile, device=device, dtype=vlm.model.vision_tower.dtype)
+            embeds_BLE = embeds_BLE + 0 * embed_frames(vlm, frame_features(vlm, blank)).sum().to(embeds_BLE.dtype)
         hidden = vlm.model.language_model(inputs_embeds=embeds_BLE, attention_mask=mask_BL, use_cache=False)
         return token_loss(hidden.last_hidden_state.flatten(0, 1), vlm.lm_head.weight, labels_BL.flatten())
 
+    entered = _Entered(vlm, loss)
+    shard_model(entered, vlm.model.language_model.get_submodule("layers"), world)
     train(
-        groups=groups,
+        groups=[Group(name=name, parameters=_parameters(parts), lr=lr) for name, parts, lr in trained],
         batch=batch,
-        loss=loss,
+        loss=entered,
         config=TrainConfig(
             steps=config.steps, schedule="cosine", warmup=config.warmup, weight_decay=0.0, betas=(0.9, 0.999)
         ),
         out=out,
-        run=plan.provenance.config_hash,
+        run=plan.provenance,
         report=report,
-        device=device,
+        world=world,
+        name=lambda micro: ", ".join(conversation.where for conversation, _ in micro),
     )
-    if wrapped is not None:
-        save_adapter(out / ADAPTER, vlm, wrapped, plan.provenance)
-        vlm.model.language_model = merge_lora(wrapped)
-    return longest
+    if world.mesh is not None:
+        twin = _load(plan, "cpu")[0] if world.rank == 0 else None
+        wrapped = _trained(twin, config)[1] if twin is not None else None
+        gather_into(twin, vlm)
+        vlm = twin
+    return vlm, tokenizer, wrapped, longest
 
 
-def _groups(vlm: Any, config: AlignConfig) -> tuple[list[Group], Any]:
-    """Freeze what the stage freezes; the groups to train, and the language model's LoRA wrapper if there is one."""
+class _Entered(nn.Module):
+    """The VLM and a loss on it as one module: where parameters are sharded, they are gathered in it."""
+
+    def __init__(self, vlm: Any, loss: Callable[[Any], tuple[Tensor, int]]) -> None:
+        super().__init__()
+        self.vlm, self.loss = vlm, loss
+
+    def forward(self, micro: Any) -> tuple[Tensor, int]:
+        return self.loss(micro)
+
+
+def _trained(vlm: Any, config: AlignConfig) -> tuple[list[tuple[str, list[nn.Module], float]], Any]:
+    """Freeze what the stage freezes; what trains at which peak rate, and the language model's LoRA wrapper if any."""
     vlm.requires_grad_(False)
-    groups = []
+    trained: list[tuple[str, list[nn.Module], float]] = []
     projector = vlm.model.multi_modal_projector.float()
     if config.projector_lr:
-        projector.requires_grad_(True)
-        groups.append(Group(name="projector", parameters=list(projector.parameters()), lr=config.projector_lr))
+        trained.append(("projector", [projector.requires_grad_(True)], config.projector_lr))
     if config.stage == "projector":
-        return groups, None
+        return trained, None
     wrapped = None
     if config.lora:
         wrapped = add_lora(vlm.model.language_model, rank=config.lora, targets=ATTENTION, seed=config.seed)
-        groups.append(Group(name="lm", parameters=lora_parameters(wrapped), lr=config.lr))
+        trained.append(("lm", [wrapped], config.lr))
     else:
-        # The head may share its weight with the embedding: each parameter once.
-        lm = [vlm.model.language_model.float(), vlm.lm_head.float()]
-        parameters = list({id(p): p.requires_grad_(True) for part in lm for p in part.parameters()}.values())
-        groups.append(Group(name="lm", parameters=parameters, lr=config.lr))
+        lm = [part.float().requires_grad_(True) for part in (vlm.model.language_model, vlm.lm_head)]
+        trained.append(("lm", lm, config.lr))
     if config.tower_lr:
-        tower = vlm.model.vision_tower.float().requires_grad_(True)
-        groups.append(Group(name="tower", parameters=list(tower.parameters()), lr=config.tower_lr))
-    return groups, wrapped
+        trained.append(("tower", [vlm.model.vision_tower.float().requires_grad_(True)], config.tower_lr))
+    return trained, wrapped
+
+
+def _parameters(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The trained parameters, each once: the head may share its weight with the embedding."""
+    return list({id(p): p for part in parts for p in part.parameters() if p.requires_grad}.values())
 
 
 def _embed_image(vlm: Any, path: Path, preprocess: Preprocess, tile: int, config: AlignConfig) -> Tensor:

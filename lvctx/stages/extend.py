@@ -4,19 +4,26 @@ LongVA section 3.1 (Qwen2-7B-Instruct: base 1e9, 224K tokens, 1000 steps of abou
 The result is a plain Hugging Face directory whose config.json says the new base and the new length.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lvctx.artifacts import schemas
+from lvctx.artifacts.lock import only_writer
 from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, write_manifest
 from lvctx.artifacts.packed import PackedRows
 from lvctx.artifacts.store import fingerprint
-from lvctx.dist import checkpoint
+from lvctx.dist import attention, checkpoint
+from lvctx.dist.attention import Shard
+from lvctx.dist.mesh import World, open_world
+from lvctx.dist.shard import gather_into, shard_model
+from lvctx.dist.zigzag import shard
 from lvctx.errors import InputError, UsageError
 from lvctx.model.export import model_files, save_model
 from lvctx.model.load import (
@@ -28,10 +35,13 @@ from lvctx.model.load import (
     trained_length,
 )
 from lvctx.model.lora import ATTENTION, add_lora, lora_parameters, merge_lora
-from lvctx.model.loss import shift_labels, token_loss
+from lvctx.model.loss import IGNORED, shift_labels, token_loss
 from lvctx.positions.choose import Scheme, choose
+from lvctx.train.activations import checkpoint_layers
 from lvctx.train.data import indices
 from lvctx.train.loop import Group, TrainConfig, train
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +57,7 @@ class ExtendConfig:
     context: int
     """Positions the new config.json promises, in tokens."""
     seq_len: int
-    """Tokens of a training row: the packed rows' own length."""
+    """Tokens of a training row: the packed rows' own length, or that of the pieces they are cut into."""
     steps: int
     """Optimizer steps; 0 changes the positions only."""
     batch_tokens: int
@@ -58,6 +68,8 @@ class ExtendConfig:
     """Rank of LoRA on the attention projections; 0 trains all parameters, as LongVA."""
     checkpoint_activations: bool
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    doc_mask: bool
+    """Tokens attend in their own document only; LongVA lets them see the whole row."""
     seed: int
     """Order of the rows and LoRA's initialisation."""
 
@@ -78,6 +90,18 @@ class Plan:
     """Positions the model says it can read before."""
     provenance: Provenance
     """What identifies the run."""
+    found: Mapping[str, Any] = field(default_factory=dict)
+    """What else the manifest says: how a search found the base."""
+
+    @property
+    def rows_a_step(self) -> int:
+        """Whole rows of `batch_tokens`."""
+        return self.config.batch_tokens // self.config.seq_len if self.data else 0
+
+    @property
+    def epochs(self) -> float:
+        """Times that training reads the rows."""
+        return self.config.steps * self.rows_a_step / len(self.data) if self.data else 0.0
 
 
 def plan_extend(
@@ -88,11 +112,13 @@ def plan_extend(
     rope_theta: float | None,
     factor: float | None,
     context: int | None,
+    seq_len: int | None,
     steps: int,
     batch_tokens: int,
     lr: float,
     lora: int,
     checkpoint_activations: bool,
+    doc_mask: bool,
     seed: int,
 ) -> Plan:
     """Check the inputs and resolve the defaults. Raises UsageError and InputError; loads no weights."""
@@ -102,29 +128,36 @@ def plan_extend(
     if steps > 0:
         if data is None:
             raise UsageError("--data is needed to train", fix="give packed rows, or --steps 0 to change the base only")
-        rows = PackedRows(data)
+        rows = PackedRows(data, seq_len=seq_len)
         _check_rows(rows, path, data)
-    seq_len = rows.seq_len if rows else 0
-    positions = choose(hf, scheme=rope, theta=rope_theta, factor=factor, context=context, seq_len=seq_len)
-    if positions.context < seq_len:
+    length = rows.seq_len if rows else 0
+    positions = choose(hf, scheme=rope, theta=rope_theta, factor=factor, context=context, seq_len=length)
+    if positions.context < length:
         raise UsageError(
-            f"rows of {seq_len} are longer than the {positions.context} positions", fix="raise --context or --factor"
+            f"rows of {length} are longer than the {positions.context} positions", fix="raise --context or --factor"
         )
     config = ExtendConfig(
         rope=rope,
         rope_theta=positions.rope_parameters["rope_theta"],
         rope_factor=positions.factor,
         context=positions.context,
-        seq_len=seq_len,
+        seq_len=length,
         steps=steps,
         batch_tokens=batch_tokens,
         lr=lr,
         lora=lora,
         checkpoint_activations=checkpoint_activations,
+        doc_mask=doc_mask,
         seed=seed,
     )
-    if rows and batch_tokens < seq_len:
-        raise UsageError(f"--batch-tokens {batch_tokens} is less than one row of {seq_len}", fix="raise it")
+    if rows and batch_tokens < length:
+        raise UsageError(f"--batch-tokens {batch_tokens} is less than one row of {length}", fix="raise it")
+    if rows and len(rows) < batch_tokens // length:
+        raise InputError(
+            f"{len(rows)} rows of {length} tokens do not make a step of {batch_tokens}",
+            where=data,
+            fix="pack more text, or lower --batch-tokens",
+        )
     inputs = {"model": fingerprint(path)} | ({"data": fingerprint(data)} if data and rows else {})
     provenance = Provenance(schema=schemas.MODEL, command="extend-lm", config=asdict(config), inputs=inputs, seed=seed)
     return Plan(
@@ -146,64 +179,140 @@ def _check_rows(rows: PackedRows, model: Path, data: Path) -> None:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """How a run is spread and where it keeps things: no part of what it makes."""
+
+    device: str
+    """Where to train: cpu, cuda."""
+    cp: int = 1
+    """Ranks that share a row."""
+    offload: bool = False
+    """Keep parameters and optimizer state in host memory."""
+    offload_activations: bool = False
+    """Keep the layers' inputs in host memory between forward and backward."""
+
+
 def run_extend(
-    plan: Plan, out: Path, *, resume: str, force: bool, device: str, report: Callable[[int, int, str], None]
+    plan: Plan, out: Path, *, resume: str, force: bool, machine: Machine, report: Callable[[int, int, str], None]
 ) -> None:
-    """Train (or resume) and write the extended model to `out`; nothing to do if it stands finished."""
+    """Train (or resume) and write the extended model to `out`; nothing to do if it stands finished.
+
+    Under torchrun every rank calls it, and rank 0 writes.
+    """
     if is_finished(out, plan.provenance, resume=resume, force=force):
         return
-    if force or resume == "never":
-        checkpoint.remove(out)
-        (out / MANIFEST).unlink(missing_ok=True)
-    config = plan.config
+    with open_world(device=machine.device, cp=machine.cp, sharded=machine.offload) as world, ExitStack() as held:
+        if world.rank == 0:
+            held.enter_context(only_writer(out))
+            if force or resume == "never":
+                checkpoint.remove(out)
+                (out / MANIFEST).unlink(missing_ok=True)
+        world.barrier()
+        model = _train(plan, plan.data, out, machine, world, report) if plan.data else _load(plan, world.device)
+        if world.rank == 0:
+            save_model(model.to(_dtype(plan)), load_tokenizer(plan.model), out)
+            longest = max(trained_length(plan.model), plan.config.seq_len)
+            facts = {
+                "original_context": plan.original_context,
+                "context": plan.config.context,
+                "trained_length": longest,
+            }
+            write_manifest(out, plan.provenance, model_files(out), **facts, **plan.found)
+            checkpoint.remove(out)
+        world.barrier()
+
+
+def _dtype(plan: Plan) -> torch.dtype:
+    return load_config(plan.model).dtype or torch.bfloat16
+
+
+def _load(plan: Plan, device: str, dtype: torch.dtype | None = None) -> Any:
+    """The model with its new positions, in its own dtype or another."""
     hf = load_config(plan.model)
-    dtype = hf.dtype or torch.bfloat16
     hf.rope_parameters = plan.rope_parameters
-    hf.max_position_embeddings = config.context
-    full = config.steps > 0 and config.lora == 0
-    model = load_model(plan.model, config=hf, dtype=torch.float32 if full else dtype, device=device)
-    tokenizer = load_tokenizer(plan.model)
-    if plan.data is not None:
-        model = _train(model, plan, plan.data, out, device=device, report=report)
-    out.mkdir(parents=True, exist_ok=True)
-    save_model(model.to(dtype), tokenizer, out)
-    longest = max(trained_length(plan.model), config.seq_len)
-    facts = {"original_context": plan.original_context, "context": config.context, "trained_length": longest}
-    write_manifest(out, plan.provenance, model_files(out), **facts)
-    checkpoint.remove(out)
+    hf.max_position_embeddings = plan.config.context
+    return load_model(plan.model, config=hf, dtype=dtype or _dtype(plan), device=device)
+
+
+def _adapted(model: Any, config: ExtendConfig) -> Any:
+    return add_lora(model, rank=config.lora, targets=ATTENTION, seed=config.seed) if config.lora else model
 
 
 def _train(
-    model: Any, plan: Plan, rows: PackedRows, out: Path, *, device: str, report: Callable[[int, int, str], None]
+    plan: Plan, rows: PackedRows, out: Path, machine: Machine, world: World, report: Callable[[int, int, str], None]
 ) -> Any:
+    """The trained model; on ranks other than 0, None."""
     config = plan.config
-    if config.lora:
-        model = add_lora(model, rank=config.lora, targets=ATTENTION, seed=config.seed)
+    # Sharding makes float32 of what it keeps; before it, each rank holds the model in its own dtype.
+    dtype = torch.float32 if world.mesh is None and not config.lora else None
+    model = _adapted(_load(plan, "cpu" if world.mesh is not None else world.device, dtype), config)
     lm = model.get_base_model() if config.lora else model
+    if world.cp > 1 or config.doc_mask:
+        attention.check_config(lm.config, where=plan.model)
+        attention.register()
+        lm.set_attn_implementation(attention.NAME)
     if config.checkpoint_activations:
-        # Renamed in transformers 5.2x; both recompute layer by layer without reentrance.
-        enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-        lm.train()
-    parameters = lora_parameters(model)
-    rows_a_step = config.batch_tokens // config.seq_len
+        checkpoint_layers(lm, offload=machine.offload_activations)
+    row_loss = RowLoss(lm)
+    shard_model(row_loss, lm.model.layers, world, offload=machine.offload)
+    if plan.rows_a_step < world.dp:
+        raise UsageError(
+            f"--batch-tokens {config.batch_tokens} is {plan.rows_a_step} rows for {world.dp} data-parallel groups",
+            fix="raise it or --cp",
+        )
+    if plan.epochs > 1:
+        log.warning("%d rows are few for %d steps: each is read %.1f times", len(rows), config.steps, plan.epochs)
 
     def batch(step: int) -> Sequence[int]:
-        return indices(step, batch=rows_a_step, samples=len(rows), seed=config.seed)
+        return indices(step, batch=plan.rows_a_step, samples=len(rows), seed=config.seed)
 
     def loss(row: int) -> tuple[Tensor, int]:
-        ids = torch.from_numpy(rows.row(row).astype("int64"))[None].to(device)
-        hidden = lm.model(input_ids=ids, use_cache=False).last_hidden_state
-        return token_loss(hidden[0], lm.lm_head.weight, shift_labels(ids)[0])
+        ids = torch.from_numpy(rows.row(row).astype("int64"))[None]
+        starts = attention.document_starts(rows.doc_starts(row).tolist()) if config.doc_mask else None
+        return row_loss(**shard_row(ids, world, starts))
 
     train(
-        groups=[Group(name="lm", parameters=parameters, lr=config.lr)],
+        groups=[Group(name="lm", parameters=lora_parameters(model), lr=config.lr)],
         batch=batch,
         loss=loss,
         config=TrainConfig(steps=config.steps, schedule="constant", warmup=0.0, weight_decay=0.1),
         out=out,
-        run=plan.provenance.config_hash,
+        run=plan.provenance,
         report=report,
-        device=device,
+        world=world,
+        name=lambda row: f"row {row}",
     )
-    return merge_lora(model).eval() if config.lora else model.eval()
+    if world.mesh is not None:
+        twin = _adapted(_load(plan, "cpu"), config) if world.rank == 0 else None
+        gather_into(twin, model)
+        model = twin
+    return merge_lora(model).eval() if config.lora and model is not None else model
+
+
+class RowLoss(nn.Module):
+    """A causal language model and its loss as one module: where parameters are sharded, they are gathered in it."""
+
+    def __init__(self, lm: Any) -> None:
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, ids: Tensor, labels: Tensor, positions: Tensor, **attention: Any) -> tuple[Tensor, int]:
+        """Summed loss and number of counted tokens of ids (B, L), with labels already shifted."""
+        hidden = self.lm.model(input_ids=ids, position_ids=positions, use_cache=False, **attention).last_hidden_state
+        return token_loss(hidden.flatten(0, 1), self.lm.lm_head.weight, labels.flatten())
+
+
+def shard_row(ids_BL: Tensor, world: World, starts: tuple[int, ...] | None) -> dict[str, Any]:
+    """This rank's part of rows, on its device, as `RowLoss` takes it. Labels are shifted before the row is cut."""
+    whole = {
+        "ids": (ids_BL, 0),
+        "labels": (shift_labels(ids_BL), IGNORED),
+        "positions": (torch.arange(ids_BL.shape[1])[None], 0),
+    }
+    ring = world.ring
+    parts = {
+        name: shard(tensor, rank=ring.rank, world=ring.world, fill=fill).to(world.device)
+        for name, (tensor, fill) in whole.items()
+    }
+    return parts if ring.world == 1 and starts is None else parts | {"shard": Shard(ring=ring, starts=starts)}

@@ -7,14 +7,21 @@ the block of its grids' tokens closed by one "\\n", and the "\\n" that LLaVA wri
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lvctx.errors import InputError
 from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import IMAGE_TOKEN, VIDEO_TOKEN
+
+CHATML = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The template of Qwen's chat models, with their default system turn."""
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -39,6 +46,8 @@ class Sequence:
     """`video` ids stand for visual tokens."""
     labels: list[int]
     """Target under each position's hidden state (already shifted): -100 where it is not the assistant's word."""
+    places: list[int] = field(default_factory=list)
+    """Where each visual block begins."""
 
 
 def read_conversations(path: Path, images: Path) -> list[Conversation]:
@@ -101,28 +110,54 @@ def _check(row: Any, where: str, folder: Path) -> Conversation:
 def encode_conversation(conversation: Conversation, tokenizer: Any, visual_tokens: Callable[[Path], int]) -> Sequence:
     """Ids and shifted labels of a conversation in the tokenizer's chat template.
 
-    `visual_tokens` gives the tokens of an image's block, its closing "\\n" included. Counted are the assistant's words
-    and the end-of-turn token after them, as in LLaVA. Any template works that only appends turns.
+    `visual_tokens` gives the tokens of an image's block, its closing "\\n" included.
     """
-    messages = [dict(m) for m in conversation.messages]
+    video = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+    blocks = [[video] * visual_tokens(image) for image in conversation.images]
+    return encode_messages(conversation.messages, tokenizer, blocks, marks={VIDEO_TOKEN}, where=conversation.where)
+
+
+def encode_messages(
+    messages: Iterable[Mapping[str, str]],
+    tokenizer: Any,
+    blocks: list[list[int]],
+    *,
+    marks: Set[str],
+    where: str,
+) -> Sequence:
+    """Ids and shifted labels of turns in the tokenizer's chat template, each mark replaced by its block of ids.
+
+    `marks` are the special tokens that stand for an image or a video in a turn's content, in the order of `blocks`.
+    Counted are the assistant's words and the end-of-turn token after them, as in LLaVA. Any template works that only
+    appends turns. Raises InputError for another one, and where marks and blocks are not of one number.
+    """
+    messages = [dict(m) for m in messages]
     spans, text = [], ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        if i == 0:
+            raise InputError("the first turn is the assistant's", where=where)
         before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
         text = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
         if not text.startswith(before):
-            raise InputError("the chat template rewrites earlier turns", where=conversation.where)
+            raise InputError("the chat template rewrites earlier turns", where=where)
         end = len(text.rstrip("\n"))  # the template's line break after the end-of-turn token is not the model's to say
         spans.append((len(before), end))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    video = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-    blocks = iter(conversation.images)
+    marked = {tokenizer.convert_tokens_to_ids(mark) for mark in marks}
+    found = sum(token in marked for token in encoded["input_ids"])
+    if found != len(blocks):
+        raise InputError(f"{found} of {', '.join(sorted(marks))} in the text for {len(blocks)} images", where=where)
     ids: list[int] = []
     spoken: list[bool] = []
+    places: list[int] = []
     for token, (start, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        count = visual_tokens(next(blocks)) if token == video else 1
-        ids += [token] * count
-        spoken += [any(a <= start and stop <= b for a, b in spans)] * count
+        if token in marked:
+            places.append(len(ids))
+            ids += blocks[len(places) - 1]
+        else:
+            ids.append(token)
+        spoken += [any(a <= start and stop <= b for a, b in spans)] * (len(ids) - len(spoken))
     labels = [i if s else IGNORED for i, s in zip(ids[1:], spoken[1:], strict=True)]
-    return Sequence(ids=ids, labels=[*labels, IGNORED])
+    return Sequence(ids=ids, labels=[*labels, IGNORED], places=places)

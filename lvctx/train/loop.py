@@ -1,6 +1,7 @@
 """The training loop: batches by global step, one loss over all counted tokens, resumable at every step.
 
 Trained parameters are kept in float32 and computed with in bfloat16 (autocast); frozen ones stay as they were loaded.
+One process and many run the same lines: see `dist.mesh`.
 """
 
 import json
@@ -12,13 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from lvctx.artifacts.manifest import Provenance
 from lvctx.artifacts.store import disk_error, is_disk_error
-from lvctx.dist import checkpoint
+from lvctx.dist.checkpoint import Checkpoints
+from lvctx.dist.mesh import World
+from lvctx.dist.shard import whole
 from lvctx.errors import InputError, Stopped
 from lvctx.train.schedule import Schedule, rate
 
@@ -62,16 +66,18 @@ def train(
     loss: Callable[[Any], tuple[Tensor, int]],
     config: TrainConfig,
     out: Path,
-    run: str,
+    run: Provenance,
     report: Callable[[int, int, str], None],
-    device: str = "cpu",
+    world: World,
+    name: Callable[[Any], str] = str,
 ) -> None:
-    """Take `config.steps` optimizer steps and leave `out/metrics.jsonl`.
+    """Take `config.steps` optimizer steps and leave `out/metrics.jsonl` and the checkpoint of the last step.
 
-    `batch(step)` gives the micro-batches of a global step, and must depend on the step alone; `loss(micro_batch)` gives
-    the summed loss and the number of counted tokens. `run` identifies the run: a checkpoint of another is refused.
-    On SIGTERM or Ctrl-C the last finished step is saved before the exception goes on. Raises InputError when the loss
-    or the gradient is not finite, before the step is taken.
+    `batch(step)` gives the micro-batches of a global step, of which each data-parallel group takes its share; it must
+    depend on the step alone. `loss(micro_batch)` gives the summed loss and the number of counted tokens, of this rank's
+    part where ranks share a sample; `name(micro_batch)` says which samples it holds. `run` identifies the run: a
+    checkpoint of another is refused. On SIGTERM or Ctrl-C the last finished step is saved before the exception goes on,
+    on every rank. Raises InputError on every rank when a loss or the gradient is not finite, before the step is taken.
     """
     parameters = [p for g in groups for p in g.parameters]
     optimizer = torch.optim.AdamW(
@@ -80,26 +86,30 @@ def train(
         weight_decay=config.weight_decay,
         fused=True,
     )
-    first = _restore(out, run, parameters, optimizer)
-    done = first
+    checkpoints = Checkpoints(out, run, world)
+    done = first = _restore(checkpoints, parameters, optimizer)
+
+    def save(*, wait: bool) -> None:
+        checkpoints.save(done, _state(parameters, optimizer, done), wait=wait)
+
     out.mkdir(parents=True, exist_ok=True)
-    with _open_metrics(out / "metrics.jsonl", keep=first) as write:
+    with _open_metrics(out / "metrics.jsonl", keep=first, speak=world.rank == 0) as write, _stop(world) as stopped:
         try:
             for step in range(first, config.steps):
                 began = time.monotonic()
                 factor = rate(step, steps=config.steps, schedule=config.schedule, warmup=config.warmup)
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * factor
-                total, tokens = _accumulate(batch(step), loss, device)
+                mine = _share(batch(step), world)
+                total, tokens = _accumulate(mine, loss, world, stopped)
                 for p in parameters:
                     if p.grad is not None:
-                        p.grad /= tokens
-                norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip).item()
-                mean = total / tokens
+                        p.grad /= tokens / world.size  # sharded gradients are means over the ranks
+                norm = whole(torch.nn.utils.clip_grad_norm_(parameters, config.clip)).item()
+                sums = world.sum([total])
+                mean = sums[0] / tokens
                 if not (math.isfinite(mean) and math.isfinite(norm)):
-                    raise InputError(
-                        f"step {step}: loss {mean}, gradient norm {norm}", where=out, fix="lower --lr and --resume"
-                    )
+                    _refuse(step, total, norm, [name(micro) for micro, counts in mine if counts], out, world)
                 with uninterrupted():
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
@@ -108,42 +118,103 @@ def train(
                 seconds = round(time.monotonic() - began, 3)
                 write({"step": done, "loss": mean, "tokens": tokens, "lr": lr, "norm": norm, "seconds": seconds})
                 report(done, config.steps, f"loss {mean:.3f}")
-                if done % config.save_every == 0 and done < config.steps:
-                    _save(out, run, done, parameters, optimizer)
+                with uninterrupted():
+                    checkpoints.poll()
+                    if done % config.save_every == 0 and done < config.steps:
+                        save(wait=False)
+            with uninterrupted():
+                save(wait=True)
         except (Stopped, KeyboardInterrupt):
-            if done > first:
-                _save(out, run, done, parameters, optimizer)
+            with uninterrupted():
+                if done:
+                    save(wait=True)
             raise
 
 
+def _share(micro_batches: Sequence[Any], world: World) -> list[tuple[Any, bool]]:
+    """This rank's micro-batches, and whether each counts.
+
+    Ranks compute in step, so where the number does not divide, some compute one more that does not count.
+    """
+    rounds = -(-len(micro_batches) // world.dp)
+    places = [i * world.dp + world.dp_rank for i in range(rounds)]
+    return [(micro_batches[i], True) if i < len(micro_batches) else (micro_batches[0], False) for i in places]
+
+
 def _accumulate(
-    micro_batches: Sequence[Any], loss: Callable[[Any], tuple[Tensor, int]], device: str
+    micro_batches: Sequence[tuple[Any, bool]],
+    loss: Callable[[Any], tuple[Tensor, int]],
+    world: World,
+    stopped: Callable[[], None],
 ) -> tuple[float, int]:
-    """Backward through each micro-batch's summed loss; the caller divides the gradients by the tokens returned."""
+    """Backward through each micro-batch's summed loss: this rank's sum of losses and all ranks' counted tokens.
+
+    The caller divides the gradients by the tokens.
+    """
     total, tokens = 0.0, 0
-    for micro in micro_batches:
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
+    for micro, counts in micro_batches:
+        stopped()
+        with torch.autocast(torch.device(world.device).type, torch.bfloat16):
             value, count = loss(micro)
-        value.backward()
-        total += value.item()
-        tokens += count
+        (value if counts else value * 0).backward()
+        if counts:
+            total += value.item()
+            tokens += count
+    stopped()
+    tokens = round(world.sum([tokens])[0])
     assert tokens > 0, "a step without a counted token"
     return total, tokens
 
 
+def _refuse(step: int, total: float, norm: float, samples: list[str], out: Path, world: World) -> NoReturn:
+    """Raise what every rank knows of a step whose loss or gradient is not finite."""
+    found = world.gather((total, samples))
+    bad = [(r, t, s) for r, (t, s) in enumerate(found) if not math.isfinite(t)]
+    # A gradient is summed over ranks as it comes: where the losses are finite, any sample of the step may be the one.
+    ranks = [f"rank {r}: loss {t} on {', '.join(s)}" for r, t, s in bad]
+    ranks = ranks or [f"loss {sum(t for t, _ in found)} on {', '.join(s for _, s in found for s in s)}"]
+    raise InputError(
+        f"step {step}: {'; '.join(ranks)}; gradient norm {norm}",
+        where=out,
+        fix="lower --lr, or leave these samples out",
+    )
+
+
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold SIGTERM and Ctrl-C back while parameters, moments and step count are being changed together.
+def _stop(world: World) -> Iterator[Callable[[], None]]:
+    """A function that raises on every rank once a signal has come to any of them.
+
+    Alone, a signal raises by itself, wherever it finds the process. Among others that would leave them waiting, so
+    there it is only noted, and told to all where the function is called.
+    """
+    if world.size == 1:
+        yield lambda: None
+        return
+    with _held() as held:
+
+        def stopped() -> None:
+            number = int(world.max(max(held, default=0)))
+            if number:
+                held.clear()
+                raise Stopped if number == signal.SIGTERM else KeyboardInterrupt
+
+        yield stopped
+        stopped()
+
+
+@contextmanager
+def _held() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C are put in a list instead of raised; those left in it at the end are raised then.
 
     Blocking them in this thread would not do: another thread takes the signal and Python still runs the handler here.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # handlers only ever run in the main thread
-        return
     held: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield held  # handlers only ever run in the main thread
+        return
     previous = {s: signal.signal(s, lambda number, frame: held.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield
+        yield held
     finally:
         for which, handler in previous.items():
             signal.signal(which, handler)
@@ -152,8 +223,21 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextmanager
-def _open_metrics(path: Path, *, keep: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Append rows to metrics.jsonl, dropping those past step `keep` that an interrupted run left."""
+def uninterrupted() -> Iterator[None]:
+    """Hold SIGTERM and Ctrl-C back while parameters, moments and step count are being changed together."""
+    with _held():
+        yield
+
+
+@contextmanager
+def _open_metrics(path: Path, *, keep: int, speak: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Append rows to metrics.jsonl, dropping those past step `keep` that an interrupted run left.
+
+    One rank speaks; the others' rows go nowhere.
+    """
+    if not speak:
+        yield lambda row: None
+        return
     kept = []
     if path.exists() and keep:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -174,39 +258,26 @@ def _open_metrics(path: Path, *, keep: int) -> Iterator[Callable[[dict[str, Any]
         raise
 
 
-def _state(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, run: str, step: int) -> dict[str, Any]:
+def _state(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
     moments = {
         str(i): {k: optimizer.state[p].get(k, torch.zeros_like(p)) for k in ("exp_avg", "exp_avg_sq")}
         for i, p in enumerate(parameters)
     }
     return {
         "step": torch.tensor(step),
-        "run": torch.tensor(list(bytes.fromhex(run)), dtype=torch.uint8),
         "parameters": {str(i): p.detach() for i, p in enumerate(parameters)},
         "moments": moments,
     }
 
 
-def _save(out: Path, run: str, step: int, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    with uninterrupted():
-        checkpoint.save(_state(parameters, optimizer, run, step), out)
-
-
-def _restore(out: Path, run: str, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Load the checkpoint in `out` into parameters and optimizer; the number of steps it has done, 0 without one."""
-    found = checkpoint.find(out)
-    if found is None:
+def _restore(checkpoints: Checkpoints, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Load the newest checkpoint into parameters and optimizer; the number of steps it has done, 0 without one."""
+    if checkpoints.saved is None:
         return 0
-    header = {"run": torch.zeros(32, dtype=torch.uint8)}
-    checkpoint.load(header, found)
-    if bytes(header["run"].tolist()).hex() != run:
-        raise InputError(
-            "holds the checkpoint of a run with other settings", where=out, fix="choose another -o, or --force"
-        )
-    state = _state(parameters, optimizer, run, 0)
-    checkpoint.load(state, found)
+    state = _state(parameters, optimizer, 0)
+    checkpoints.load(state)
     step = int(state["step"])
     for i, p in enumerate(parameters):
         # `parameters` were filled in place; the optimizer starts empty and takes the moments as they are.
-        optimizer.state[p] = {**state["moments"][str(i)], "step": torch.tensor(float(step))}
+        optimizer.state[p] = {**state["moments"][str(i)], "step": torch.tensor(float(step), device=p.device)}
     return step

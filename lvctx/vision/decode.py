@@ -8,6 +8,7 @@ PyAV (FFmpeg's own libraries) is the default. The video is read once, front to b
 through the filters that the ffmpeg program itself would insert, so a rotated or 10-bit video looks as it does there.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -208,6 +209,23 @@ def probe(path: Path) -> dict[str, Any]:
             duration = (container.duration or 0) / av.time_base
         rate = float(stream.average_rate or 0)
         return {"width": stream.width, "height": stream.height, "duration": duration, "source_fps": rate}
+
+
+def count_at_rate(path: Path, fps: float) -> tuple[int, int, float, int]:
+    """Width and height once upright, duration in seconds, and how many frames `read_frames` gives at a rate `fps`.
+
+    Only the first frame is decoded where the container says its duration; else all are. Raises as `read_frames`.
+    """
+    reader = read_frames(path, fps=fps, decoder="pyav")
+    first = next(reader, None)
+    if first is None:
+        raise InputError("not one frame could be decoded", where=path)
+    height, width = first.image.shape[:2]
+    duration = float(probe(path)["duration"])
+    if duration <= 0:
+        frames = 1 + sum(1 for _ in reader)
+        return width, height, float(reader.facts["duration"]), frames
+    return width, height, duration, max(1, math.ceil(round(duration * fps, 4)))
 
 
 def _read_with_pyav(path: Path, fps: Rate | None, frames: int | None, facts: dict[str, Any]) -> Iterator[Frame]:

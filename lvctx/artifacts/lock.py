@@ -1,0 +1,42 @@
+"""One writer on an output at a time: a lock that dies with its owner, however that ends."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lvctx.artifacts.store import disk_error, is_disk_error
+from lvctx.errors import InputError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def only_writer(directory: Path) -> Iterator[None]:
+    """Hold the lock of an output directory, made if need be. Raises InputError where another process holds it."""
+    path = directory / LOCK
+    while True:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as e:
+            if is_disk_error(e):
+                raise disk_error(e, directory) from e
+            raise
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its last owner removes the file: between opening and locking, this one may have been it.
+            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+                break
+        except BlockingIOError:
+            os.close(fd)
+            raise InputError(
+                "another process is writing here", where=directory, fix="wait for it, or choose another -o"
+            ) from None
+        os.close(fd)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(fd)

@@ -1,0 +1,139 @@
+"""What a training run will need on each device, how long it will take, and what would help if it does not fit."""
+
+import os
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from lvctx.errors import InputError, UsageError
+from lvctx.model.load import read_config
+from lvctx.train.plan import DEVICES, GIB, KINDS, Device, Spread, flops, longest, memory, read_shape, remedies
+
+if TYPE_CHECKING:
+    from lvctx.stages.extend import Machine, Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What is asked."""
+
+    model: str
+    """Directory, config.json or hub id; weights are not read."""
+    seq_len: int
+    """Tokens of a row."""
+    batch_tokens: int
+    """Tokens of a step, over all devices."""
+    steps: int
+    """Optimizer steps."""
+    spread: Spread
+    """Devices and what is kept where; its `rows` follows from the batch."""
+    device: str
+    """Key of `train.plan.DEVICES`."""
+    device_memory: int | None
+    """Bytes of one device, where it is not the device's own."""
+    mfu: float
+    """Share of the device's peak that the model's own operations reach; LongVA's predecessor reports 0.28 to 0.38."""
+
+
+def predict(config: PlanConfig) -> dict[str, Any]:
+    """Bytes per device and part, host bytes, operations, hours, longest row. Raises UsageError and InputError.
+
+    `fits` says whether it does; see `refuse`.
+    """
+    spread = config.spread
+    if spread.world % spread.cp:
+        raise UsageError(f"--cp {spread.cp} does not divide --world {spread.world}")
+    rows = config.batch_tokens // config.seq_len
+    if rows < 1:
+        raise UsageError(f"--batch-tokens {config.batch_tokens} is less than one row of {config.seq_len}")
+    spread = replace(spread, rows=-(-rows * spread.cp // spread.world))
+    shape = read_shape(read_config(config.model), where=config.model)
+    known = DEVICES[config.device]
+    device = replace(known, memory=config.device_memory or known.memory)
+    parts, peak, host = memory(shape, spread, config.seq_len, runtime=device.runtime)
+    tokens = rows * config.seq_len
+    work = flops(shape, config.seq_len, tokens, lora=bool(spread.lora))
+    speed = spread.world * device.flops * config.mfu
+    return {
+        "parameters": shape.parameters,
+        "trained": shape.lora(spread.lora) if spread.lora else shape.parameters,
+        "seq_len": config.seq_len,
+        "tokens_a_step": tokens,
+        **asdict(spread),
+        "device": config.device,
+        "device_memory": device.memory,
+        "bytes": parts,
+        "peak_bytes": peak,
+        "host_bytes": host * spread.world,
+        "fits": peak <= device.memory,
+        "longest": longest(shape, spread, device),
+        "longest_with_full_logits": longest(shape, replace(spread, full_logits=True), device),
+        "flops_a_step": work,
+        "mfu": config.mfu,
+        "seconds_a_step": round(work / speed, 2) if speed else None,
+        "hours": round(config.steps * work / speed / 3600, 2) if speed else None,
+        "helps": _helps(shape, spread, config.seq_len, device) if peak > device.memory else [],
+    }
+
+
+def predict_extend(plan: "Plan", machine: "Machine", *, world: int) -> dict[str, Any] | None:
+    """`predict` for a checked run on this machine's devices; None where nothing is trained or the model is not known.
+
+    A stage's bytes are those of its own rows.
+    """
+    config = plan.config
+    raw = read_config(plan.model)
+    if plan.data is None or raw.get("model_type") not in KINDS:
+        return None
+    return predict(
+        PlanConfig(
+            model=str(plan.model),
+            seq_len=config.seq_len,
+            batch_tokens=config.batch_tokens,
+            steps=config.steps,
+            spread=Spread(
+                world=world,
+                cp=machine.cp,
+                checkpointing=config.checkpoint_activations,
+                offload=machine.offload,
+                offload_activations=machine.offload_activations,
+                lora=config.lora,
+            ),
+            device="cpu" if machine.device == "cpu" else "a100",
+            device_memory=_memory_of(machine.device),
+            mfu=0.35,
+        )
+    )
+
+
+def _memory_of(device: str) -> int:
+    if device == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    import torch
+
+    return int(torch.cuda.get_device_properties(torch.device(device)).total_memory)
+
+
+def _helps(shape: Any, spread: Spread, seq_len: int, device: Device) -> list[dict[str, Any]]:
+    found = remedies(shape, spread, seq_len, device)
+    return [{"flag": flag, "peak_bytes": peak, "fits": peak <= device.memory} for flag, peak in found]
+
+
+def refuse(prediction: dict[str, Any]) -> None:
+    """Raise InputError for a run that does not fit, naming the flags that would help."""
+    if prediction["fits"]:
+        return
+    needed, there = prediction["peak_bytes"] / GIB, prediction["device_memory"] / GIB
+    helps = prediction["helps"]
+    enough = [one for one in helps if one["fits"]]
+    shown = [f"{one['flag']} ({one['peak_bytes'] / GIB:.1f} GiB)" for one in enough or helps]
+    if enough:
+        fix = f"it fits with {' or '.join(shown)}"
+    elif shown:
+        fix = (
+            f"no flag alone is enough: {', '.join(shown)}; the longest row that fits has {prediction['longest']} tokens"
+        )
+    else:
+        fix = f"the longest row that fits has {prediction['longest']} tokens"
+    raise InputError(
+        f"{prediction['seq_len']} tokens a row need {needed:.1f} GiB a device, which has {there:.1f}", fix=fix
+    )

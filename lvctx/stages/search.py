@@ -1,0 +1,120 @@
+"""Find the RoPE base that reads farthest without training: text needles at a given length, for each of a grid of bases.
+
+LongVA's untrained baseline is searched so over 3M to 1B (section 4). Every base is a row of `search.jsonl`; a search
+that was stopped goes on with the bases that are missing.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lvctx.artifacts import schemas
+from lvctx.artifacts.rows import RowLog
+from lvctx.bench.prefix import PrefixScorer
+from lvctx.errors import UsageError
+from lvctx.model.load import load_config, load_model
+from lvctx.positions.choose import choose
+from lvctx.stages.niah import NiahConfig, plan_niah
+from lvctx.stages.niah import Plan as NiahPlan
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """A checked search."""
+
+    bases: tuple[float, ...]
+    """Candidates, ascending."""
+    niah: NiahPlan
+    """Model, needles and cells that each base is tried on."""
+
+    def key(self, base: float) -> str:
+        """Sixteen hex digits of model, haystack, grid and base: what a row is found by."""
+        asked = {"run": self.niah.shown["run"], "cells": [self.niah.key(c) for c in self.niah.cells], "base": base}
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
+def bases(span: str, points: int) -> tuple[float, ...]:
+    """`points` bases from LOW to HIGH (`LOW:HIGH`), evenly spaced by factor, to three digits. Raises UsageError."""
+    try:
+        low, high = (float(end) for end in span.split(":"))
+    except ValueError:
+        raise UsageError(f"--search-base {span!r} is not LOW:HIGH", fix="for example --search-base 3e6:1e9") from None
+    if not 1 < low < high < float("inf"):
+        raise UsageError(f"--search-base {span}: not 1 < LOW < HIGH")
+    return tuple(float(f"{low * (high / low) ** (i / (points - 1)):.3g}") for i in range(points))
+
+
+def plan_search(
+    *,
+    model: str,
+    span: str,
+    points: int,
+    haystack: Sequence[Path],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    trials: int,
+    seed: int,
+) -> Search:
+    """Check everything but the weights. Raises UsageError and InputError."""
+    if not haystack:
+        raise UsageError("--search-base needs text to hide needles in", fix="give --haystack FOLDER")
+    config = NiahConfig(
+        model=model,
+        modality="text",
+        haystack=tuple(haystack),
+        lengths=tuple(lengths),
+        depths=tuple(depths),
+        trials=trials,
+        distractors=0,
+        needles="drawn",
+        scoring="forced",
+        training_length=None,
+        seed=seed,
+    )
+    return Search(bases=bases(span, points), niah=plan_niah(config))
+
+
+def run_search(
+    search: Search, out: Path, *, device: str, force: bool, report: Callable[[int, int, str], None]
+) -> list[dict[str, Any]]:
+    """A row for every base, ascending; those that stand in `out/search.jsonl` are not tried again."""
+    with RowLog(out / "search.jsonl", fresh=force) as rows:
+        waiting = [base for base in search.bases if search.key(base) not in rows]
+        model = load_model(search.niah.path, device=device) if waiting else None
+        for done, base in enumerate(waiting, start=len(search.bases) - len(waiting) + 1):
+            row = {"schema": schemas.BASE, "key": search.key(base), "base": base, **_try_base(search, model, base)}
+            rows.append(row)
+            log.info("base %g: %.3f of %d needles found", base, row["accuracy"], len(row["cells"]))
+            report(done, len(search.bases), f"base {base:g}: {row['accuracy']:.2f}")
+        return [rows.rows[search.key(base)] for base in search.bases]
+
+
+def _try_base(search: Search, model: Any, base: float) -> dict[str, Any]:
+    """Share of needles found, mean log-probability of their answers, and every cell."""
+    hf = load_config(search.niah.path)
+    hf.rope_parameters = choose(hf, scheme="theta", theta=base, factor=None, context=None, seq_len=0).rope_parameters
+    # Frequencies are all that a base decides: the model's own class computes them anew, the weights stay loaded.
+    decoder = model.model
+    decoder.rotary_emb = type(decoder.rotary_emb)(hf).to(model.device)
+    scorer = PrefixScorer(model)
+    cells = []
+    for cell in search.niah.cells:
+        score = scorer.score(*search.niah.test.sequence(cell))
+        verdict = {"correct": score.forced, "log_prob": round(score.log_prob, 4)}
+        cells.append({"length": cell.length, "depth": cell.depth, "trial": cell.trial, **verdict})
+    return {
+        "accuracy": sum(c["correct"] for c in cells) / len(cells),
+        "log_prob": round(sum(c["log_prob"] for c in cells) / len(cells), 4),
+        "cells": cells,
+    }
+
+
+def best(rows: Sequence[dict[str, Any]]) -> float:
+    """The base that finds most; of equals the one whose answers are likelier, then the smaller, which changes less."""
+    return float(max(rows, key=lambda row: (row["accuracy"], row["log_prob"], -row["base"]))["base"])

@@ -1,0 +1,254 @@
+"""What a training step needs and costs, from config.json alone: arithmetic, no torch, no weights.
+
+Symbols: E hidden width, I inner width, H query heads, K key heads, D channels of a head, V vocabulary; P parameters,
+W devices, C devices that share a row, S tokens of a row, s = S / C tokens of a row on one device.
+
+Held all the time, spread over W devices (Rajbhandari et al. 2020, ZeRO 3), or on the host with offload:
+    parameters 4P/W (float32), gradients 4P/W, optimizer 8P/W (AdamW's two moments)
+    LoRA: 2P/W frozen in bfloat16, and the above for its own parameters only
+Bfloat16 copies the step computes with: alone, autocast's of every weight, 2P; spread, embedding and head (held from$
+forward to backward), and two layers, the one at work and the one being fetched. Their gradients before they are
+spread: bfloat16 of embedding and head, bfloat16 and float32 of a layer.
+Activations of a token: w = 2 bytes a value of the hidden state (4 alone, where float32 weights make it float32).
+    a layer's input, all that checkpointing keeps: w E
+    a layer's inside, what its backward reads: norms and residual 18 E (22 E for w = 4), q k v and attention's output
+    4 (H + K) D + 4 H, the gated MLP 8 I
+    on the way back through a layer: 6 I + 2 w E
+Loss: hidden states and their gradient, 2 w E a token; logits of one chunk of 1,024 tokens, V times 12 bytes (bfloat16,
+float32, and the gradients of both). In full, as a plain forward has them, that is 12 V a token of the row.
+Ring (C > 1): keys and values twice in bfloat16 and their gradients twice in float32, queries' gradient and output in
+float32: s (24 K D + 8 H D).
+Work: 2 operations a weight and token but for the embedding, 2 S H D a token and layer for causal attention, three times
+that with the backward pass; checkpointing does the forward again, which MFU does not count.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lvctx.errors import InputError
+
+CHUNK = 1024
+"""Tokens whose logits exist at a time."""
+
+GIB = 1 << 30
+KINDS = ("llama", "mistral", "qwen2", "qwen3")
+"""Models whose layers are as above."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One accelerator, or this machine."""
+
+    memory: int
+    """Bytes."""
+    flops: float
+    """Dense bfloat16 operations a second, the vendor's figure; 0 where there is none."""
+    runtime: int
+    """Bytes that the process holds before it holds anything of ours: context, libraries, collectives."""
+
+
+DEVICES = {
+    "a100": Device(memory=80 * GIB, flops=312e12, runtime=3 * GIB // 2),
+    "h100": Device(memory=80 * GIB, flops=989e12, runtime=3 * GIB // 2),
+    "h200": Device(memory=140 * GIB, flops=989e12, runtime=3 * GIB // 2),
+    "cpu": Device(memory=16 * GIB, flops=0.0, runtime=GIB // 2),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A decoder with RoPE, grouped-query attention and a gated MLP."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    """Whether embedding and head are one matrix."""
+    attention_extra: int
+    """Parameters of a layer's attention besides its four matrices: biases, norms of queries and keys."""
+    mlp_extra: int
+    """Biases of a layer's MLP."""
+
+    @property
+    def attention(self) -> int:
+        """Weights of a layer's four projections."""
+        return 2 * self.hidden * self.head_dim * (self.heads + self.key_heads)
+
+    @property
+    def layer(self) -> int:
+        """Parameters of a layer."""
+        mlp = 3 * self.hidden * self.inner
+        return self.attention + self.attention_extra + mlp + self.mlp_extra + 2 * self.hidden
+
+    @property
+    def root(self) -> int:
+        """Parameters outside the layers: embedding, head, last norm."""
+        return self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model."""
+        return self.layers * self.layer + self.root
+
+    def lora(self, rank: int) -> int:
+        """Parameters of LoRA on the attention's projections."""
+        sides = 4 * self.hidden + 2 * self.head_dim * (self.heads + self.key_heads)
+        return self.layers * rank * sides
+
+
+def read_shape(config: Mapping[str, Any], *, where: object) -> Shape:
+    """The shape that a config.json describes. Raises InputError for a model of another kind, or a missing number."""
+    kind = config.get("model_type")
+    if kind not in KINDS:
+        raise InputError(f"no plan for a model of type {kind}", where=where, fix=f"it knows {', '.join(KINDS)}")
+    try:
+        hidden, inner, heads = (int(config[k]) for k in ("hidden_size", "intermediate_size", "num_attention_heads"))
+        layers, vocab = int(config["num_hidden_layers"]), int(config["vocab_size"])
+    except KeyError as e:
+        raise InputError(f"config.json lacks {e}", where=where) from None
+    key_heads, dim = int(config.get("num_key_value_heads") or heads), int(config.get("head_dim") or hidden // heads)
+    biased = kind == "qwen2" or bool(config.get("attention_bias"))
+    extra = dim * (heads + 2 * key_heads) if biased else 0
+    extra += hidden if biased and kind != "qwen2" else 0  # the output projection's
+    extra += 2 * dim if kind == "qwen3" else 0
+    return Shape(
+        hidden=hidden,
+        inner=inner,
+        layers=layers,
+        heads=heads,
+        key_heads=key_heads,
+        head_dim=dim,
+        vocab=vocab,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        attention_extra=extra,
+        mlp_extra=2 * inner + hidden if config.get("mlp_bias") else 0,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """How a run is laid out."""
+
+    world: int = 1
+    """Devices."""
+    cp: int = 1
+    """Devices that share a row."""
+    rows: int = 1
+    """Rows that one device reads one after the other for a step."""
+    checkpointing: bool = True
+    """Layers are computed again in the backward pass."""
+    offload: bool = False
+    """Parameters, gradients and optimizer wait on the host."""
+    offload_activations: bool = False
+    """Layers' inputs wait on the host."""
+    lora: int = 0
+    """Rank of LoRA on attention; 0 trains everything."""
+    full_logits: bool = False
+    """As a plain forward has them; ours are made in chunks."""
+
+
+def memory(shape: Shape, spread: Spread, seq_len: int, *, runtime: int) -> tuple[dict[str, int], int, int]:
+    """Bytes of one device by part, of its peak, and those that one device's process keeps on the host.
+
+    Not all parts are there at once: the peak is the largest of three moments: loss, a layer's backward, the last
+    gradients' way out.
+    """
+    world, alone = spread.world, spread.world == 1 and not spread.offload
+    total = shape.parameters
+    trained = shape.lora(spread.lora) if spread.lora else total
+    kept = 4 * trained + (2 * total if spread.lora else 0)
+    held = {"parameters": kept // world, "gradients": 4 * trained // world, "optimizer": 8 * trained // world}
+    host = 0
+    if spread.offload:
+        host, held = sum(held.values()), dict.fromkeys(held, 0)
+    if alone:
+        copies, late, last = (0 if spread.lora else 2 * total), 0, 0
+    else:
+        copies = 2 * shape.root + 4 * shape.layer
+        late = 0 if spread.lora else 2 * shape.root + 6 * shape.layer
+        last = 0 if spread.lora else 2 * shape.root + 6 * shape.root
+    w = 4 if alone and not spread.lora else 2
+    tokens = -(-seq_len // spread.cp)
+    inputs = shape.layers * w * shape.hidden * tokens
+    heads = shape.heads + shape.key_heads
+    inside = (22 if w == 4 else 18) * shape.hidden + 4 * heads * shape.head_dim + 4 * shape.heads + 8 * shape.inner
+    back = (6 * shape.inner + 2 * w * shape.hidden) * tokens
+    inside *= tokens
+    if spread.checkpointing:
+        stored, layer = inputs, inside + back
+        if spread.offload_activations:
+            host, stored = host + inputs, 2 * w * shape.hidden * tokens
+    else:
+        stored, layer = shape.layers * inside, back
+    logits = 12 * shape.vocab * (tokens if spread.full_logits else min(tokens, CHUNK))
+    loss = logits + 2 * w * shape.hidden * tokens
+    ring = tokens * shape.head_dim * (24 * shape.key_heads + 8 * shape.heads) if spread.cp > 1 else 0
+    parts = {
+        **held,
+        "compute_copies": copies + late,
+        "activations": stored + layer,
+        "loss": loss,
+        "ring_buffers": ring,
+        "runtime": runtime,
+    }
+    waiting = held["gradients"] if spread.rows > 1 else 0
+    always = held["parameters"] + held["optimizer"] + runtime
+    copied = 0 if alone else copies  # autocast forgets its copies before the backward pass
+    peak = always + max(
+        waiting + copies + stored + loss,
+        held["gradients"] + copied + late + stored + layer + ring,
+        held["gradients"] + last + copied,
+    )
+    return parts, peak, host
+
+
+def flops(shape: Shape, seq_len: int, tokens: int, *, lora: bool = False) -> float:
+    """Operations of a step over `tokens` in rows of `seq_len`: forward and backward, nothing computed twice.
+
+    LoRA leaves out the frozen weights' gradients.
+    """
+    weights = shape.layers * (shape.attention + 3 * shape.hidden * shape.inner) + shape.vocab * shape.hidden
+    attention = 2 * shape.layers * shape.heads * shape.head_dim * seq_len
+    return float(tokens) * ((2 if lora else 3) * 2 * weights + 3 * attention)
+
+
+def longest(shape: Shape, spread: Spread, device: Device) -> int:
+    """Tokens of the longest row that fits, a multiple of 1,024 per device that shares it; 0 where none does."""
+    step = 1024 * spread.cp
+
+    def fits(steps: int) -> bool:
+        return memory(shape, spread, steps * step, runtime=device.runtime)[1] <= device.memory
+
+    low, high = 0, 1
+    while fits(high) and high < 1 << 30:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * step
+
+
+def remedies(shape: Shape, spread: Spread, seq_len: int, device: Device) -> list[tuple[str, int]]:
+    """Flags that bring the peak down, each by itself, and the peak with it; the smallest change first."""
+    tried = []
+    if not spread.checkpointing:
+        tried.append(("--checkpoint-activations", replace(spread, checkpointing=True)))
+    tried += [
+        (f"--cp {cp}", replace(spread, cp=cp))
+        for cp in range(spread.cp + 1, spread.world + 1)
+        if spread.world % cp == 0
+    ]
+    if not spread.offload:
+        tried.append(("--offload", replace(spread, offload=True)))
+    if spread.checkpointing and not spread.offload_activations:
+        tried.append(("--offload-activations", replace(spread, offload_activations=True)))
+    if not spread.lora:
+        tried.append(("--lora 16", replace(spread, lora=16)))
+    peaks = [(flag, memory(shape, other, seq_len, runtime=device.runtime)[1]) for flag, other in tried]
+    before = memory(shape, spread, seq_len, runtime=device.runtime)[1]
+    return [(flag, peak) for flag, peak in peaks if peak < before]

@@ -1,0 +1,84 @@
+"""Hybrid resolution: in every group of L frames the first has m visual tokens, the others m/s (GIRAFFE section 3.5).
+
+A group then takes m (1 + (L-1)/s) tokens: (4, 240, 3) is 120 a frame on average. L = 1 or s = 1 is uniform resolution.
+
+Qwen2-VL merges two frames into one grid, and both must be of one size, which the paper does not speak of. Three ways:
+
+- `pair`: a group is L grids, that is 2L frames: one grid of m tokens and L-1 of m/s.
+- `image`: every frame is an image of its own, so a grid holds one frame: the paper's arithmetic, twice the tokens.
+- `literal`: a group is L frames; a run of frames of one size is merged in pairs, an odd one with itself.
+
+Frames of one size that follow each other are a run, and a run is one item for the model. Where a grid holds one frame
+(towers of LLaVA models) the three are the same.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from lvctx.errors import UsageError
+
+Mode = Literal["pair", "image", "literal"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hybrid:
+    """The (L, m, s) of the paper and how frames are merged."""
+
+    group: int = 1
+    """L: frames a group (grids in mode `pair`). Paper: 4."""
+    tokens: int = 240
+    """m: tokens of a grid of high resolution. Paper: 240."""
+    ratio: int = 1
+    """s: how many times fewer the others have. Paper: 3."""
+    mode: Mode = "pair"
+    """See above."""
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for what is no resolution."""
+        if min(self.group, self.tokens, self.ratio) < 1:
+            raise UsageError("L, m and s are at least 1", where=f"{self.group},{self.tokens},{self.ratio}")
+        if self.ratio > self.tokens:
+            raise UsageError("s is larger than m: no token is left", where=f"{self.group},{self.tokens},{self.ratio}")
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all frames have one size."""
+        return self.group == 1 or self.ratio == 1
+
+    @property
+    def low_tokens(self) -> int:
+        """Tokens of a grid of low resolution: m/s, rounded down."""
+        return self.tokens // self.ratio
+
+
+class Run(NamedTuple):
+    """Frames of one size, one after another."""
+
+    frames: int
+    grids: int
+    high: bool
+
+
+def runs(frames: int, hybrid: Hybrid, *, merge: int) -> Iterator[Run]:
+    """The runs that `frames` frames make where a model merges `merge` of them into a grid: 2 for Qwen2-VL, else 1."""
+    assert frames > 0
+    if hybrid.mode == "image":
+        merge = 1
+    if hybrid.uniform:
+        yield Run(frames, math.ceil(frames / merge), True)
+        return
+    first = merge if hybrid.mode == "pair" else 1
+    high = True
+    while frames:
+        count = min(frames, first if high else first * (hybrid.group - 1))
+        yield Run(count, math.ceil(count / merge), high)
+        frames, high = frames - count, not high
+
+
+def hybrid_tokens(frames: int, hybrid: Hybrid, *, merge: int) -> int:
+    """Visual tokens of a video whose grids fill their budgets exactly."""
+    return sum(
+        run.grids * (hybrid.tokens if run.high else hybrid.low_tokens) for run in runs(frames, hybrid, merge=merge)
+    )

@@ -1,0 +1,62 @@
+"""Which rule counts a model's visual tokens: read from its configuration, its tokenizer and its preprocessor's file."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lvctx.errors import InputError, UsageError
+from lvctx.model.load import VLM_TYPE, load_config
+from lvctx.vision.hybrid import Hybrid
+from lvctx.vision.tokens import LlavaRule, QwenRule, VisualRule, pooling
+
+QWEN = ("qwen2_vl", "qwen2_5_vl")
+
+
+def find_rule(path: Path, tokenizer: Any, *, hybrid: Mapping[str, Any] | None, grid_rule: Any) -> VisualRule | None:
+    """The rule of a model directory (no weights needed), or None for a language model.
+
+    `hybrid` are `Hybrid`'s values; None is uniform resolution: 240 tokens a grid for Qwen2-VL, the tower's own for
+    LlavaOnevision. Raises InputError for a vision-language model of another family.
+    """
+    config = load_config(path)  # what config.json leaves out has its family's default
+    family, vision = config.model_type, getattr(config, "vision_config", None)
+    if vision is None:
+        return None
+    if family in QWEN:
+        return _qwen(path, tokenizer, vision, Hybrid(**(hybrid or {})))
+    if family == VLM_TYPE:
+        side = vision.image_size // vision.patch_size
+        usual = ((side + 1) // 2) ** 2
+        resolution = Hybrid(**(hybrid or {"tokens": usual}))
+        if resolution.tokens != usual:
+            raise UsageError(f"this model's frames have {usual} tokens, not {resolution.tokens}", fix="change m")
+        pooling(side, resolution.ratio)
+        placeholder = _id(tokenizer, "<video>", path)
+        return LlavaRule(
+            placeholder=placeholder, tile=vision.image_size, side=side, grid_rule=grid_rule, hybrid=resolution
+        )
+    raise InputError(f"no rule for {family}", where=path, fix="--model takes Qwen2-VL, Qwen2.5-VL or LlavaOnevision")
+
+
+def _qwen(path: Path, tokenizer: Any, vision: Any, hybrid: Hybrid) -> QwenRule:
+    file = path / "preprocessor_config.json"
+    pixels = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    size = pixels.get("size", {})
+    return QwenRule(
+        start=_id(tokenizer, "<|vision_start|>", path),
+        end=_id(tokenizer, "<|vision_end|>", path),
+        pads={"image": _id(tokenizer, "<|image_pad|>", path), "video": _id(tokenizer, "<|video_pad|>", path)},
+        hybrid=hybrid,
+        min_pixels=pixels.get("min_pixels") or size.get("shortest_edge", QwenRule.min_pixels),
+        max_pixels=pixels.get("max_pixels") or size.get("longest_edge", QwenRule.max_pixels),
+        factor=vision.patch_size * vision.spatial_merge_size,
+        merge=vision.temporal_patch_size,
+    )
+
+
+def _id(tokenizer: Any, token: str, path: Path) -> int:
+    found = tokenizer.get_vocab().get(token)
+    if found is None:
+        raise InputError(f"the tokenizer has no {token}", where=path)
+    return int(found)

@@ -1,0 +1,150 @@
+"""The plan against what others counted: stock models on the meta device, published speeds and limits."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lvctx.errors import InputError
+from lvctx.train.plan import DEVICES, Shape, Spread, flops, longest, memory, read_shape, remedies
+
+QWEN2_7B = Path(__file__).parent / "configs" / "qwen2-7b.json"
+LLAMA2_7B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+}
+A100 = DEVICES["a100"]
+EIGHT = Spread(world=8, cp=8, rows=4)  # the paper: 4 rows a step, each over all devices
+
+
+def qwen2() -> Shape:
+    return read_shape(json.loads(QWEN2_7B.read_text()), where=QWEN2_7B)
+
+
+def test_qwen2_and_llama2_have_their_published_parameters() -> None:
+    assert qwen2().parameters == 7_615_616_512
+    assert read_shape(LLAMA2_7B, where="").parameters == 6_738_415_616
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_parameters_are_those_of_the_stock_model(kind: str, tied: bool, bias: bool) -> None:
+    numbers: dict[str, Any] = {
+        "hidden_size": 96,
+        "intermediate_size": 200,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "vocab_size": 500,
+        "head_dim": 16,
+        "tie_word_embeddings": tied,
+    }
+    if kind in ("llama", "qwen3"):
+        numbers["attention_bias"] = bias
+    if kind == "llama":
+        numbers["mlp_bias"] = bias
+    config = AutoConfig.for_model(kind, **numbers)
+    with torch.device("meta"):
+        stock = AutoModelForCausalLM.from_config(config)
+    assert read_shape(config.to_dict(), where="").parameters == sum(p.numel() for p in stock.parameters())
+
+
+def test_lora_is_what_peft_adds(tiny_lm: Path) -> None:
+    from lvctx.model.load import load_model, read_config
+    from lvctx.model.lora import ATTENTION, add_lora, lora_parameters
+
+    wrapped = add_lora(load_model(tiny_lm), rank=4, targets=ATTENTION, seed=0)
+    shape = read_shape(read_config(tiny_lm), where=tiny_lm)
+    assert shape.lora(4) == sum(p.numel() for p in lora_parameters(wrapped))
+
+
+@pytest.mark.parametrize(("length", "speed", "mfu"), [(65536, 7816, 0.28), (512000, 2133, 0.38), (700000, 1603, 0.38)])
+def test_work_is_what_published_speed_and_utilisation_say(length: int, speed: float, mfu: float) -> None:
+    """EasyContext on 8 A100, Llama-2-7B: tokens a second and MFU as published."""
+    work = flops(read_shape(LLAMA2_7B, where=""), length, 1)
+    assert work * speed / (8 * A100.flops) == pytest.approx(mfu, abs=0.011)
+
+
+def test_longvas_training_takes_its_two_days() -> None:
+    """LongVA section 3.1: 1000 steps of 896,000 tokens in rows of 224,000 on 8 A100 are about two days."""
+    hours = 1000 * flops(qwen2(), 224_000, 896_000) / (8 * A100.flops * 0.35) / 3600
+    assert hours == pytest.approx(48, rel=0.1)
+
+
+def test_what_eight_gpus_can_do_with_qwen2_and_why() -> None:
+    """The paper stops at 224K for the logits of 152,064 entries; without them it reads 3.5 times as far."""
+    ours, plain = (longest(qwen2(), replace(EIGHT, full_logits=full), A100) for full in (False, True))
+    assert plain == pytest.approx(224_000, rel=0.15)
+    assert ours > 3.5 * 224_000
+    parts, peak, _ = memory(qwen2(), replace(EIGHT, full_logits=True), 224_000, runtime=A100.runtime)
+    assert parts["loss"] > 12 * 152_064 * 28_000
+    assert parts["loss"] > peak / 2, "the logits are most of it"
+
+
+@given(st.integers(1, 64), st.sampled_from([1, 2, 4, 8]), st.booleans(), st.booleans(), st.sampled_from([0, 16]))
+def test_longest_is_where_it_stops_to_fit(gib: int, cp: int, offload: bool, checkpointing: bool, lora: int) -> None:
+    device = replace(A100, memory=gib << 30)
+    spread = Spread(world=8, cp=cp, offload=offload, checkpointing=checkpointing, lora=lora)
+    found = longest(qwen2(), spread, device)
+    assert found % (1024 * cp) == 0
+    peaks = [memory(qwen2(), spread, n, runtime=device.runtime)[1] for n in (found or 1, found + 1024 * cp)]
+    assert peaks[1] > device.memory
+    assert not found or peaks[0] <= device.memory
+
+
+def test_what_is_said_to_help_helps() -> None:
+    spread = Spread(world=8, cp=1, checkpointing=False)
+    before = memory(qwen2(), spread, 224_000, runtime=A100.runtime)[1]
+    helps = remedies(qwen2(), spread, 224_000, A100)
+    assert {"--checkpoint-activations", "--cp 8", "--offload", "--lora 16"} <= {flag for flag, _ in helps}
+    assert all(peak < before for _, peak in helps)
+
+
+def test_every_part_of_the_shards_is_the_whole_over_the_devices() -> None:
+    """ZeRO 3 in mixed precision: sixteen bytes a parameter over all devices, or on the host."""
+    parts, _, host = memory(qwen2(), EIGHT, 8192, runtime=0)
+    assert 8 * (parts["parameters"] + parts["gradients"] + parts["optimizer"]) == 16 * qwen2().parameters
+    parts, _, moved = memory(qwen2(), replace(EIGHT, offload=True), 8192, runtime=0)
+    assert parts["parameters"] + parts["gradients"] + parts["optimizer"] + host == 0
+    assert moved == 2 * qwen2().parameters
+
+
+def test_a_model_of_another_kind_is_refused() -> None:
+    with pytest.raises(InputError, match="type mamba"):
+        read_shape({"model_type": "mamba"}, where="m")
+    with pytest.raises(InputError, match="lacks 'vocab_size'"):
+        read_shape({k: v for k, v in LLAMA2_7B.items() if k != "vocab_size"}, where="m")
+
+
+def plan(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "importtime", "-m", "lvctx", "plan", "extend-lm", "--model", QWEN2_7B, *args]
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_needs_no_torch_and_refuses_what_cannot_fit() -> None:
+    eight = ("--world", 8, "--seq-len", 224_000, "--device-memory", "80GiB")
+    fits = plan(*eight, "--cp", 8)
+    assert fits.returncode == 0, fits.stderr
+    assert "| torch\n" not in fits.stderr
+    found = json.loads(fits.stdout)
+    assert found["fits"]
+    assert found["peak_bytes"] <= sum(found["bytes"].values())
+    too_long = plan(*eight, "--cp", 1)
+    assert too_long.returncode == 3
+    assert "it fits with --cp 4" in too_long.stderr.splitlines()[-1]
+    assert plan(*eight, "--cp", 3).returncode == 2
+    assert plan("--seq-len", 1024, "--device-memory", "lots").returncode == 2
