@@ -19,9 +19,13 @@ from lvctx.cli.common import (
     examples,
     say,
 )
+from lvctx.cli.vqa import HybridMode
 
 if TYPE_CHECKING:
     from lvctx.stages.mrope_verify import Verified
+
+
+CountOptions = "Tokens and positions of a video"
 
 
 class RampChoice(StrEnum):
@@ -72,6 +76,15 @@ def mrope_extend(
         bool, typer.Option("--verify", help="Compare every channel in transformers with the formula.")
     ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw all methods' frequencies to a .png or .svg.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Count a video of this many frames.", min=1, rich_help_panel=CountOptions)
+    ] = None,
+    size: Annotated[str, typer.Option(metavar="WxH", help="Its size.", rich_help_panel=CountOptions)] = "1280x720",
+    fps: Annotated[float, typer.Option(help="Its frames a second.", min=0.001, rich_help_panel=CountOptions)] = 2.0,
+    hybrid: Annotated[str, typer.Option(metavar="L,M,S", help="As for vqa.", rich_help_panel=CountOptions)] = "1,240,1",
+    hybrid_mode: Annotated[
+        HybridMode, typer.Option(help="As for vqa.", rich_help_panel=CountOptions)
+    ] = HybridMode.pair,
     recipe: RecipeOption = None,
     resume: ResumeOption = Resume.auto,
     force: ForceOption = False,
@@ -86,6 +99,7 @@ def mrope_extend(
     from lvctx.stages.mrope import plan_mrope, run_mrope
     from lvctx.stages.mrope_verify import draw_curves
     from lvctx.stages.mrope_verify import verify as verify_model
+    from lvctx.stages.qwen_watch import cost, viewing
 
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise UsageError("--plot draws .png or .svg", where=plot)
@@ -100,6 +114,14 @@ def mrope_extend(
     if plan.note:
         say(f"lvctx: {plan.note}")
     facts: dict[str, Any] = {**asdict(plan.stretch), "context": plan.context}
+    if frames is not None:
+        seen = viewing(fps=fps, hybrid=hybrid, mode=hybrid_mode.value)
+        counted = cost(model, frames=frames, size=size, viewing=seen)
+        facts["video"] = {"frames": frames, "size": size, **counted._asdict()}
+        say(
+            f"lvctx: {frames} frames of {size}: {counted.actual} visual tokens (nominal {counted.nominal}) and "
+            f"{counted.delimiters} delimiters, but positions end at {counted.last_position}"
+        )
     if dry_run:
         emit({"dry_run": True, "path": str(out), **facts, "rope_parameters": plan.rope})
         return

@@ -56,10 +56,17 @@ class Verified:
         """Whether formula and transformers agree, as far as there is a formula."""
         return self.error is None or self.error <= TOLERANCE
 
-
-def is_mrope(config: dict[str, Any]) -> bool:
-    """Whether a config.json is one of a model that this page can look at."""
-    return config.get("model_type") in CLASSES
+    def summary(self) -> dict[str, Any]:
+        """Facts for a row: how it was stretched, channels of each axis, largest relative error."""
+        axes = "".join(channel.axis for channel in self.channels)
+        return {
+            "stretched": self.checkpoint.stretched or "no",
+            "pretrained_length": self.checkpoint.length,
+            "channels": {name: axes.count(name[0]) for name in ("time", "height", "width")},
+            "interleaved": self.checkpoint.mrope.interleaved,
+            "attention_factor": self.attention,
+            "largest_relative_error": self.error,
+        }
 
 
 def verify(model: str | Path) -> Verified:

@@ -12,7 +12,7 @@ from lvctx.model.qwen_vl import TYPES, Prompt, greedy, load_qwen_vl
 from lvctx.positions.mrope_ids import Rules, Text, positions
 from lvctx.stages.vqa import Answer, Watcher
 from lvctx.vision.decode import read_frames
-from lvctx.vision.film import Film, check_reachable, pixels, shoot
+from lvctx.vision.film import Count, Film, check_reachable, count, pixels, shoot
 from lvctx.vision.hybrid import Hybrid, Mode
 from lvctx.vision.rules import find_rule
 
@@ -42,6 +42,23 @@ def viewing(*, hybrid: str, mode: Mode, **options: Any) -> Viewing:
     resolution = Hybrid(group=group, tokens=tokens, ratio=ratio, mode=mode)
     check_reachable(resolution)
     return Viewing(hybrid=resolution, **options)
+
+
+def cost(model: str, *, frames: int, size: str, viewing: Viewing) -> Count:
+    """Tokens and positions of a video of `size` WxH pixels, from the model's configuration alone.
+
+    Raises UsageError for text that is no size, InputError for a model that is neither Qwen2-VL nor Qwen2.5-VL.
+    """
+    try:
+        width, height = map(int, size.lower().split("x"))
+    except ValueError:
+        raise UsageError(f"--size {size!r} is not WxH", fix="write 1280x720") from None
+    path = resolve_model(model)
+    if load_config(path).model_type not in TYPES:
+        raise InputError("only videos of Qwen2-VL and Qwen2.5-VL are counted", where=path, fix="drop --frames")
+    rule: Any = find_rule(path, load_tokenizer(path), hybrid=vars(viewing.hybrid), grid_rule="code")
+    seconds = Rules.of(load_config(path)).tokens_per_second
+    return count(frames, width, height, rule, fps=viewing.fps, tokens_per_second=seconds)
 
 
 def open_watcher(model: str, *, viewing: Viewing, device: str, tell: Callable[[str], None]) -> "Watcher | QwenWatcher":
