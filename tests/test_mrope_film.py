@@ -1,5 +1,6 @@
 """Videos for Qwen-VL: sizes, counts and pixels against stock, logits against stock, answers against full forwards."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_cli import fails, lvctx
 
 from lvctx.errors import UsageError
 from lvctx.model.qwen_vl import Prompt, forward, greedy
@@ -193,3 +195,28 @@ def test_answers_go_on_where_the_video_ends(kind: str, saved: dict[str, Path], p
         assert int(logits[0, -1].argmax()) == token
         ids.append(token)
     assert greedy(model, prompt, max_new_tokens=5, stop=(said[0],)) == []
+
+
+@pytest.mark.nano
+def test_the_command_watches_a_video_file(saved: dict[str, Path], nano: Any) -> None:
+    """A clip of 10 seconds at 1 a second, in groups of 2 pairs: what it costs is said first, and is what was read."""
+    clip, model = nano.clips / "bikes.mp4", saved["qwen2_vl"]
+    flags = ("--ask", "What?", "--fps", 1, "--hybrid", "2,24,4", "--max-new-tokens", 2)
+    done = lvctx("vqa", clip, "--model", model, *flags)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    cost = [int(word) for word in done.stderr.replace(")", "").split() if word.isdigit()]
+    frames, runs_, visual, _nominal, delimiters = cost
+    assert (row["frames"], delimiters) == (frames, 2 * runs_)
+    words = len(mrope_models.tokenizer().encode("<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"))
+    assert row["tokens"] == visual + delimiters + words
+    fails(2, lvctx("vqa", clip, "--model", model, "--ask", "?", "--hybrid", "4,240,7"), "nearest m is 238")
+
+
+def test_info_says_what_transformers_computes(saved: dict[str, Path]) -> None:
+    facts = json.loads(lvctx("info", saved["qwen2_5_vl"], "--json").stdout)["mrope"]
+    assert facts["channels"] == {"time": 16, "height": 24, "width": 24}
+    assert facts["largest_relative_error"] < 1e-6
+    assert facts["stretched"] == "no"
+    table = lvctx("info", saved["qwen2_5_vl"]).stdout
+    assert "largest relative error" in table

@@ -1,8 +1,9 @@
 """Ask Qwen2-VL or Qwen2.5-VL about a video file: sampled, resized, counted, then read in one forward."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lvctx.model.load import context_length, load_config, load_tokenizer, resolv
 from lvctx.model.qwen_vl import TYPES, Prompt, greedy, load_qwen_vl
 from lvctx.positions.mrope_ids import Rules, Text, positions
 from lvctx.stages.vqa import Answer, Watcher
-from lvctx.vision.decode import read_frames
+from lvctx.vision.decode import Frame, read_frames
 from lvctx.vision.film import Count, Film, check_reachable, count, pixels, shoot
 from lvctx.vision.hybrid import Hybrid, Mode
 from lvctx.vision.rules import find_rule
@@ -108,8 +109,7 @@ class QwenWatcher:
     def film(self, path: Path) -> Film:
         """Read and resize a video's frames, and say what they cost."""
         viewing = self.viewing
-        reader = read_frames(path, fps=viewing.fps)
-        film = self._shoot(reader)
+        film = self._shoot(islice(read_frames(path, fps=viewing.fps), viewing.max_frames + 1))
         if len(film.frames) > viewing.max_frames:
             film = self._shoot(read_frames(path, frames=viewing.max_frames))
         tokens = sum(block.tokens for block in film.blocks)
@@ -119,9 +119,9 @@ class QwenWatcher:
         )
         return film
 
-    def _shoot(self, reader: Any) -> Film:
-        frames = ((frame.pts, frame.image) for frame in reader)
-        return shoot(frames, self.rule, threshold=self.viewing.threshold, resample=self.processor.resample)
+    def _shoot(self, frames: Iterable[Frame]) -> Film:
+        shots = ((frame.pts, frame.image) for frame in frames)
+        return shoot(shots, self.rule, threshold=self.viewing.threshold, resample=self.processor.resample)
 
     def prompt(self, film: Film, seen: dict[str, Any], question: str) -> Prompt:
         """A one-turn chat about the film that ends where the answer begins."""
