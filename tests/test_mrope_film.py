@@ -205,7 +205,8 @@ def test_the_command_watches_a_video_file(saved: dict[str, Path], nano: Any) -> 
     done = lvctx("vqa", clip, "--model", model, *flags)
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout)
-    cost = [int(word) for word in done.stderr.replace(")", "").split() if word.isdigit()]
+    said = next(line for line in done.stderr.splitlines() if line.endswith("delimiters"))
+    cost = [int(word) for word in said.replace(")", "").split() if word.isdigit()]
     frames, runs_, visual, _nominal, delimiters = cost
     assert (row["frames"], delimiters) == (frames, 2 * runs_)
     words = len(mrope_models.tokenizer().encode("<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n"))
