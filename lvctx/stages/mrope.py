@@ -205,7 +205,7 @@ def _clear(out: Path) -> None:
         (out / MANIFEST).unlink()
         for name in names:
             (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "sglang", ignore_errors=True)
+        shutil.rmtree(out / "sglang", ignore_errors=True)
 
 
 def _kept(source: Path) -> list[str]:
@@ -271,6 +271,7 @@ def _write_side_files(plan: Plan, raw: dict[str, Any], out: Path, linked: list[s
         folder.mkdir(exist_ok=True)
         write_json(folder / "config.json", with_rope(raw, for_sglang, context))
         for name in linked:
+            (folder / name).unlink(missing_ok=True)
             (folder / name).symlink_to(Path("..") / name)
         names.append("sglang/config.json")
         lines["SGLang"] = f"`python -m sglang.launch_server --model-path {out.name}/sglang`"
