@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "bench": {"bench", "text", "vision", "model", "positions", "dist", "artifacts"},
     "train": {"train", "text", "vision", "model", "positions", "dist", "artifacts"},
     "text": {"text", "artifacts"},
-    "vision": {"vision", "model", "artifacts"},
+    "vision": {"vision", "model", "positions", "artifacts"},
     "model": {"model", "positions", "artifacts"},
     "positions": {"positions", "artifacts"},
     "dist": {"dist", "artifacts"},

@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import mrope_models
 import pytest
 import typer.main
 
@@ -44,6 +45,7 @@ def workshop(nano: Any, tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytes
         shutil.copy(nano.essays / name, here / "essays")
     (here / "clips").mkdir()
     shutil.copy(nano.clips / "bikes.mp4", here / "clips")
+    mrope_models.save("qwen2_vl", here / "qwen2-vl")
     draw = f"{sys.executable} {ROOT / 'recipes/nano/draw_data.py'} shapes --projector 6 --full 6 --size 48 --workers 1"
     for command in (
         f"{draw} && mv shapes/images/* shapes/",

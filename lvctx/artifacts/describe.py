@@ -91,13 +91,14 @@ def _describe_model(path: Path) -> dict[str, Any]:
         "parameters": parameters,
         "bytes": size,
         "context": text.get("max_position_embeddings"),
-        "rope": text.get("rope_parameters") or {"rope_theta": text.get("rope_theta")},
+        "rope": text.get("rope_parameters")
+        or {**(text.get("rope_scaling") or {}), "rope_theta": text.get("rope_theta")},
         "layers": text.get("num_hidden_layers"),
         "hidden_size": text.get("hidden_size"),
         "vocabulary": text.get("vocab_size"),
     }
     vision = config.get("vision_config")
-    if vision:
+    if vision and "image_size" in vision:
         side = vision["image_size"] // vision["patch_size"]
         facts["tower"] = {
             "architecture": vision.get("model_type"),

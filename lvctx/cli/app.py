@@ -35,9 +35,22 @@ def root(
 
 
 def _register() -> None:
-    from lvctx.cli import align, doctor, encode_video, extend_lm, info, niah, pack_chat, pack_text, plan, vqa
+    from lvctx.cli import (
+        align,
+        doctor,
+        encode_video,
+        extend_lm,
+        info,
+        mrope_extend,
+        niah,
+        pack_chat,
+        pack_text,
+        plan,
+        vqa,
+    )
 
-    for module in (pack_text, pack_chat, extend_lm, align, encode_video, niah, vqa, plan, doctor, info):
+    teach = (pack_text, pack_chat, extend_lm, align)
+    for module in (*teach, encode_video, mrope_extend, niah, vqa, plan, doctor, info):
         module.register(app)
 
 

@@ -37,7 +37,7 @@ PIPELINE, VIDEO, TOOLS = "Teach (text, then images)", "Watch (video, then questi
 
 ORDER = (
     *("pack-text", "pack-chat", "extend-lm", "align", "encode-video"),
-    *("niah", "vqa", "plan", "doctor", "info"),
+    *("mrope-extend", "niah", "vqa", "plan", "doctor", "info"),
 )
 """Commands as the pipeline runs."""
 

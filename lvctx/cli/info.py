@@ -1,4 +1,5 @@
-"""`lvctx info`: what an artifact or a model directory is, what made it, and what is in it. Never loads torch."""
+"""`lvctx info`: what an artifact or a model directory is, what made it, and what is in it. Loads torch
+for models with M-RoPE alone: there it says what transformers computes."""
 
 import json
 from pathlib import Path
@@ -7,6 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from lvctx.cli.common import TOOLS, emit, examples
+
+MROPE = (
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+)
+"""Architectures whose positions have three axes."""
 
 
 def register(app: typer.Typer) -> None:
@@ -32,6 +40,13 @@ def info(
     facts = describe(artifact)
     if plot and "lengths" not in facts:
         raise UsageError("--plot draws packed directories, not this", where=artifact)
+    positions = None
+    if facts.get("model", {}).get("architecture") in MROPE:
+        from lvctx.cli.mrope_extend import print_channels
+        from lvctx.stages.mrope_verify import verify
+
+        positions = verify(artifact)
+        facts["mrope"] = positions.summary()
     if as_json:
         emit(facts)
         return
@@ -46,6 +61,8 @@ def info(
     console.print(table)
     if sources:
         console.print(_source_table(sources))
+    if positions is not None:
+        print_channels(positions, stderr=False)
     if plot:
         _plot(lengths, console)
 

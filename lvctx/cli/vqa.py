@@ -1,6 +1,7 @@
 """`lvctx vqa`: encoded videos and questions in, answers out."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,23 @@ import typer
 
 from lvctx.cli.common import VIDEO, QuietOption, RecipeOption, VerboseOption, emit, examples, progress, say
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
+
+QwenOptions = "Video files with Qwen2-VL and Qwen2.5-VL"
+
+
+class HybridMode(StrEnum):
+    """How hybrid resolution meets models that merge two frames."""
+
+    pair = "pair"
+    image = "image"
+    literal = "literal"
+
+
+class Select(StrEnum):
+    """Which frames are of high resolution."""
+
+    group = "group"
+    adaptive = "adaptive"
 
 
 def register(app: typer.Typer) -> None:
@@ -26,9 +44,31 @@ def vqa(
     model: Annotated[str, typer.Option(help="VLM: directory or hub id.")],
     ask: Annotated[list[str], typer.Option(help="A question; repeat for more.")],
     frames: Annotated[
-        list[str] | None, typer.Argument(metavar="FRAMES...", help="Frames artifacts; - reads paths or JSON lines.")
+        list[str] | None,
+        typer.Argument(metavar="FRAMES...", help="Frames artifacts, or videos for a Qwen-VL model; - reads lines."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
+    fps: Annotated[
+        float, typer.Option(help="Frames a second of a video file.", min=0.001, rich_help_panel=QwenOptions)
+    ] = 2.0,
+    max_frames: Annotated[
+        int, typer.Option(help="This many evenly spread where --fps gives more.", min=1, rich_help_panel=QwenOptions)
+    ] = 768,
+    hybrid: Annotated[
+        str,
+        typer.Option(
+            metavar="L,M,S", help="Of every L frames one of M tokens, the others of M/S.", rich_help_panel=QwenOptions
+        ),
+    ] = "1,240,1",
+    hybrid_mode: Annotated[
+        HybridMode, typer.Option(help="Groups of merged pairs, of images, or of frames.", rich_help_panel=QwenOptions)
+    ] = HybridMode.pair,
+    select: Annotated[
+        Select, typer.Option(help="adaptive: M tokens where the picture has changed.", rich_help_panel=QwenOptions)
+    ] = Select.group,
+    change: Annotated[
+        float, typer.Option(help="adaptive: how much is a change, 0 to 1.", rich_help_panel=QwenOptions)
+    ] = 0.1,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda.")] = "cpu",
     recipe: RecipeOption = None,
     quiet: QuietOption = False,
@@ -37,14 +77,16 @@ def vqa(
     """Answer questions about encoded videos. One JSON line an answer; what came in on a line goes out with it."""
     from lvctx.artifacts import schemas
     from lvctx.artifacts.stream import read_references
-    from lvctx.stages.vqa import Watcher
+    from lvctx.stages.qwen_watch import open_watcher, viewing
 
     named = frames or ["-"]
     if "-" in named and len(named) > 1:
         raise UsageError("- stands alone", fix="give frames artifacts or -")
     if named == ["-"] and sys.stdin.isatty():
         raise UsageError("no frames artifact", fix="name one, or pipe from lvctx encode-video")
-    watcher = Watcher(model, device=device)
+    threshold = change if select == Select.adaptive else None
+    seen = viewing(fps=fps, max_frames=max_frames, hybrid=hybrid, mode=hybrid_mode.value, threshold=threshold)
+    watcher = open_watcher(model, viewing=seen, device=device, tell=lambda line: say(f"lvctx: {line}"))
     piped = named == ["-"]
     references = read_references(sys.stdin) if piped else ((Path(name), {}) for name in named)
     failed = 0

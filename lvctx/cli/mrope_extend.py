@@ -1,0 +1,159 @@
+"""`lvctx mrope-extend`: a Qwen-VL checkpoint in, the same weights with positions that reach further out."""
+
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lvctx.cli.common import (
+    VIDEO,
+    DryRunOption,
+    ForceOption,
+    RecipeOption,
+    Resume,
+    ResumeOption,
+    VerboseOption,
+    emit,
+    examples,
+    say,
+)
+from lvctx.cli.vqa import HybridMode
+
+if TYPE_CHECKING:
+    from lvctx.stages.mrope_verify import Verified
+
+
+CountOptions = "Tokens and positions of a video"
+
+
+class RampChoice(StrEnum):
+    """How height goes over from time to width."""
+
+    index = "index"
+    wavelength = "wavelength"
+    ntk = "ntk"
+
+
+class MethodChoice(StrEnum):
+    """Ways to stretch."""
+
+    mrope_pp = "mrope++"
+    pi = "pi"
+    ntk = "ntk"
+    yarn = "yarn"
+    none = "none"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    app.command(
+        "mrope-extend",
+        rich_help_panel=VIDEO,
+        epilog=examples(
+            "lvctx mrope-extend --model qwen2-vl --scale 4 --verify -o qwen2-vl-4x",
+            "lvctx mrope-extend --model qwen2-vl --scale 4 --method pi --plot curves.png -o qwen2-vl-pi",
+        ),
+    )(mrope_extend)
+
+
+def mrope_extend(
+    model: Annotated[str, typer.Option(help="Qwen2-VL, Qwen2.5-VL or Qwen3-VL: directory or hub id.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the stretched model.")],
+    scale: Annotated[float, typer.Option(help="New length over pretrained length; at least 1.")],
+    original_length: Annotated[
+        int | None, typer.Option(help="Pretrained length, in tokens. Default: what config.json says.", min=2)
+    ] = None,
+    method: Annotated[
+        MethodChoice | None,
+        typer.Option(help="none: direct extrapolation. Default: mrope++; yarn for Qwen3-VL."),
+    ] = None,
+    ramp: Annotated[
+        RampChoice, typer.Option(help="mrope++: linear in channel, in wavelength, or as the authors' code.")
+    ] = RampChoice.index,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every channel in transformers with the formula.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw all methods' frequencies to a .png or .svg.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Count a video of this many frames.", min=1, rich_help_panel=CountOptions)
+    ] = None,
+    size: Annotated[str, typer.Option(metavar="WxH", help="Its size.", rich_help_panel=CountOptions)] = "1280x720",
+    fps: Annotated[float, typer.Option(help="Its frames a second.", min=0.001, rich_help_panel=CountOptions)] = 2.0,
+    hybrid: Annotated[str, typer.Option(metavar="L,M,S", help="As for vqa.", rich_help_panel=CountOptions)] = "1,240,1",
+    hybrid_mode: Annotated[
+        HybridMode, typer.Option(help="As for vqa.", rich_help_panel=CountOptions)
+    ] = HybridMode.pair,
+    recipe: RecipeOption = None,
+    resume: ResumeOption = Resume.auto,
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Stretch the positions of a Qwen-VL model with M-RoPE++ (GIRAFFE). Weights are linked, config.json changes."""
+    from lvctx.artifacts import schemas
+    from lvctx.artifacts.manifest import MANIFEST
+    from lvctx.artifacts.store import sha256_file
+    from lvctx.errors import InputError, UsageError
+    from lvctx.stages.mrope import plan_mrope, run_mrope
+    from lvctx.stages.mrope_verify import draw_curves
+    from lvctx.stages.mrope_verify import verify as verify_model
+    from lvctx.stages.qwen_watch import cost, viewing
+
+    if plot is not None and plot.suffix not in (".png", ".svg"):
+        raise UsageError("--plot draws .png or .svg", where=plot)
+    plan = plan_mrope(
+        model=model,
+        scale=scale,
+        original_length=original_length,
+        method=method.value if method else None,  # type: ignore[arg-type]
+        ramp=ramp.value,
+        force=force,
+    )
+    if plan.note:
+        say(f"lvctx: {plan.note}")
+    facts: dict[str, Any] = {**asdict(plan.stretch), "context": plan.context}
+    if frames is not None:
+        seen = viewing(fps=fps, hybrid=hybrid, mode=hybrid_mode.value)
+        counted = cost(model, frames=frames, size=size, viewing=seen)
+        facts["video"] = {"frames": frames, "size": size, **counted._asdict()}
+        say(
+            f"lvctx: {frames} frames of {size}: {counted.actual} visual tokens (nominal {counted.nominal}) and "
+            f"{counted.delimiters} delimiters, but positions end at {counted.last_position}"
+        )
+    if dry_run:
+        emit({"dry_run": True, "path": str(out), **facts, "rope_parameters": plan.rope})
+        return
+    run_mrope(plan, out, resume=resume, force=force)
+    if plot is not None:
+        draw_curves(plan.checkpoint.mrope, plan.stretch, plot)
+    if verify:
+        verified = verify_model(out)
+        print_channels(verified)
+        facts["largest_relative_error"] = verified.error
+        if not verified.holds:
+            raise InputError(
+                f"this transformers computes other frequencies (relative error {verified.error:.1e})",
+                where=out,
+                fix="report it with the version of transformers",
+            )
+    emit({"schema": schemas.MODEL, "path": str(out), "sha256": sha256_file(out / MANIFEST), **facts})
+
+
+def print_channels(verified: "Verified", *, stderr: bool = True) -> None:
+    """A table of wavelengths, a line for each channel."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("channel", "axis", box=None, pad_edge=False)
+    for name in ("pretrained", "formula", "transformers"):
+        table.add_column(name, justify="right")
+    for j, channel in enumerate(verified.channels):
+        formula = "" if channel.formula is None else f"{channel.formula:,.1f}"
+        table.add_row(str(j), channel.axis, f"{channel.plain:,.1f}", formula, f"{channel.wavelength:,.1f}")
+    console = Console(stderr=stderr)
+    console.print("wavelengths, in positions", highlight=False)
+    console.print(table)
+    error = "formula not known" if verified.error is None else f"largest relative error {verified.error:.1e}"
+    console.print(f"{error}; attention factor {verified.attention:g}", highlight=False)

@@ -1,0 +1,178 @@
+"""Position ids of M-RoPE: one number a token and axis (time, height, width), for Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
+
+Text counts on all three axes at once. An image or a video begins at the next free position c on each axis: time c + the
+grid's time, height c + row, width c + column. What follows begins after the largest position on any axis (Qwen2-VL
+report, section 2.1). Grids of a video stand 1 apart in Qwen2-VL, and `tokens_per_second` x seconds, rounded down, in
+Qwen2.5-VL; Qwen3-VL writes times as text and makes every grid an image.
+
+transformers 5.3 and later let text after a Qwen2-VL or Qwen2.5-VL video begin after its height or width alone, inside
+the video's own time; therefore these are computed here and given to the model.
+
+Positions are (3, S): S tokens of one sequence.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lvctx.errors import InputError
+
+
+class Text(NamedTuple):
+    """Tokens that count on all axes."""
+
+    tokens: int
+
+
+class Grids(NamedTuple):
+    """Visual tokens of one size: an image (one grid) or a video."""
+
+    count: int
+    """Grids along time."""
+    height: int
+    """Rows of tokens, after merging."""
+    width: int
+    """Columns of tokens, after merging."""
+    step: float = 1.0
+    """Positions from one grid to the next, rounded down at each grid."""
+
+
+class Film(NamedTuple):
+    """One video in runs of different sizes, each between its own delimiters, whose time goes on from run to run.
+
+    All runs share the height and width positions of the first, as the frames of one video do. Delimiters between runs
+    stand at the time of the grid beside them; the first and the last belong to the text around the film.
+    """
+
+    runs: tuple[Grids, ...]
+    """In order of time; `step` is not used."""
+    times: tuple[int, ...]
+    """Position of every grid, counted from the film's first; ascending, from 0."""
+
+
+Part = Text | Grids | Film
+
+
+def positions(parts: Iterable[Part]) -> tuple[Tensor, int]:
+    """Position ids (3, S) int64 of a sequence, and the position of the token after it."""
+    found: list[Tensor] = []
+    free = 0
+    for part in parts:
+        if isinstance(part, Text):
+            ids = torch.arange(part.tokens).expand(3, -1) + free
+        elif isinstance(part, Grids):
+            # In float32, as the model's own code does: at steps like 4/3 it decides what is rounded down.
+            times = (torch.arange(part.count) * torch.tensor(part.step, dtype=torch.float32)).long()
+            ids = _grid(times, part.height, part.width) + free
+        else:
+            ids = _film(part) + free
+        found.append(ids)
+        free = max(free, int(ids.max()) + 1) if ids.numel() else free
+    return (torch.cat(found, dim=1) if found else torch.zeros(3, 0, dtype=torch.int64)), free
+
+
+def _grid(times: Tensor, height: int, width: int) -> Tensor:
+    axes = torch.meshgrid(times, torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack(axes).reshape(3, -1)
+
+
+def _film(film: Film) -> Tensor:
+    found = []
+    at = 0
+    for run in film.runs:
+        times = torch.tensor(film.times[at : at + run.count])
+        if at:
+            found += [torch.full((3, 1), film.times[at - 1]), torch.full((3, 1), film.times[at])]
+        found.append(_grid(times, run.height, run.width))
+        at += run.count
+    assert at == len(film.times)
+    return torch.cat(found, dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What a Qwen-VL configuration says about positions."""
+
+    image: int
+    """Id of the image placeholder."""
+    video: int
+    """Id of the video placeholder."""
+    merge: int
+    """Patches along a side that become one token: 2."""
+    tokens_per_second: float | None
+    """Qwen2.5-VL: positions a second of video. None: grids are 1 apart."""
+    split: bool
+    """Qwen3-VL: each grid of a video is an item of its own, after its time in text."""
+
+    @classmethod
+    def of(cls, config: Any) -> "Rules":
+        """The rules of a transformers configuration of Qwen2-VL, Qwen2.5-VL or Qwen3-VL."""
+        vision = config.vision_config
+        return cls(
+            image=config.image_token_id,
+            video=config.video_token_id,
+            merge=vision.spatial_merge_size,
+            tokens_per_second=getattr(vision, "tokens_per_second", None),
+            split=config.model_type.startswith("qwen3_vl"),
+        )
+
+
+def positions_of_ids(
+    ids: Sequence[int],
+    rules: Rules,
+    *,
+    images: Sequence[Sequence[int]] = (),
+    videos: Sequence[Sequence[int]] = (),
+    seconds_per_grid: Sequence[float] = (),
+) -> tuple[Tensor, int]:
+    """Position ids (3, S) of token ids with placeholders, and the position of the token after them.
+
+    `images` and `videos` are rows of `image_grid_thw` and `video_grid_thw`, that is (grids, patches down, patches
+    across); `seconds_per_grid` is one number a video (default 1), which Qwen2.5-VL alone looks at.
+    Raises InputError where placeholders and grids do not fit each other.
+    """
+    return positions(_parts(list(ids), rules, images, videos, seconds_per_grid))
+
+
+def _parts(
+    ids: list[int],
+    rules: Rules,
+    images: Sequence[Sequence[int]],
+    videos: Sequence[Sequence[int]],
+    seconds_per_grid: Sequence[float],
+) -> Iterator[Part]:
+    waiting = {rules.image: _image_grids(images, rules), rules.video: _video_grids(videos, rules, seconds_per_grid)}
+    at = text = 0
+    while at < len(ids):
+        if ids[at] not in waiting:
+            text, at = text + 1, at + 1
+            continue
+        kind = "image" if ids[at] == rules.image else "video"
+        grids = next(waiting[ids[at]], None)
+        size = grids.count * grids.height * grids.width if grids else 0
+        if grids is None or ids[at : at + size] != [ids[at]] * size:
+            raise InputError(f"{kind} placeholders at token {at} do not fit the {kind}s' grids")
+        yield Text(text)
+        yield grids
+        text, at = 0, at + size
+    yield Text(text)
+    if any(next(left, None) is not None for left in waiting.values()):
+        raise InputError("more images or videos than placeholders")
+
+
+def _image_grids(images: Sequence[Sequence[int]], rules: Rules) -> Iterator[Grids]:
+    for count, down, across in images:
+        yield Grids(int(count), int(down) // rules.merge, int(across) // rules.merge)
+
+
+def _video_grids(videos: Sequence[Sequence[int]], rules: Rules, seconds: Sequence[float]) -> Iterator[Grids]:
+    for i, (count, down, across) in enumerate(videos):
+        height, width = int(down) // rules.merge, int(across) // rules.merge
+        if rules.split:
+            yield from [Grids(1, height, width)] * int(count)
+        else:
+            step = rules.tokens_per_second * (seconds[i] if i < len(seconds) else 1.0) if rules.tokens_per_second else 1
+            yield Grids(int(count), height, width, step)

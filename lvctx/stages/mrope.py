@@ -1,0 +1,294 @@
+"""Stretch a Qwen-VL checkpoint: weights linked, never rewritten; config.json alone says the positions (GIRAFFE 3.2).
+
+The authors' released code replaces a class that Qwen2-VL does not use. Here M-RoPE++ is written in terms that stock
+transformers has, so that any program that loads the checkpoint computes it; for programs that read those terms
+differently there are side files (`positions/mrope_runtimes.py`).
+"""
+
+import copy
+import json
+import math
+import os
+import shlex
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lvctx.artifacts import schemas
+from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
+from lvctx.artifacts.store import atomic_file, disk_error, fingerprint, is_disk_error, write_json
+from lvctx.errors import InputError, UsageError
+from lvctx.model.load import load_config, resolve_model
+from lvctx.positions.mrope import Method, Mrope, Stretch, to_hf
+from lvctx.positions.mrope_pp import Ramp
+from lvctx.positions.mrope_runtimes import llama_cpp, sglang, vllm
+
+COMMAND = "mrope-extend"
+ARCHITECTURES = {"qwen2_vl": "qwen2vl", "qwen2_5_vl": "qwen2vl", "qwen3_vl": "qwen3vl"}
+"""M-RoPE model types, and llama.cpp's names for them."""
+
+RELEASED = 32_768
+"""Pretrained length of the released Qwen2-VL and Qwen2.5-VL; the latter's config.json promises 128,000."""
+
+INTERLEAVED = (
+    "time, height and width alternate over all frequencies, so there is no section to interpolate and none to keep"
+)
+"""Why M-RoPE++ has no meaning for Qwen3-VL."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a Qwen-VL directory says about its positions."""
+
+    path: Path
+    """Resolved directory."""
+    model_type: str
+    """One of `ARCHITECTURES`."""
+    mrope: Mrope
+    """As pretrained, also where the checkpoint is stretched already."""
+    stretch: Stretch | None
+    """What made the checkpoint, where that was ours; None otherwise."""
+    stretched: str
+    """What stretched it, in words; empty for a plain checkpoint."""
+    length: int | None
+    """Pretrained length in tokens, where the configuration leaves no doubt."""
+    promised: int
+    """`max_position_embeddings` as it stands."""
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a resolved directory. Raises InputError for a model without M-RoPE or with sections that do not fit."""
+    config = load_config(path)
+    if config.model_type not in ARCHITECTURES:
+        raise InputError(
+            f"{config.model_type} has no M-RoPE",
+            where=path,
+            fix="lvctx extend-lm --rope ntk stretches a language model with plain RoPE; align then gives it eyes",
+        )
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    rope = text.rope_parameters
+    interleaved = config.model_type == "qwen3_vl"
+    sections = tuple(rope.get("mrope_section") or ((24, 20, 20) if interleaved else (16, 24, 24)))
+    if len(sections) != 3 or sum(sections) != head_dim // 2:
+        raise InputError(
+            f"mrope_section {list(sections)} does not sum to {head_dim // 2}, half of the head's {head_dim} channels",
+            where=path / "config.json",
+            fix="correct it; Qwen2-VL has [16, 24, 24]",
+        )
+    ours = _made_by_us(path)
+    theta = ours["theta"] if ours else rope["rope_theta"]
+    mrope = Mrope(head_dim=head_dim, theta=theta, sections=sections, interleaved=interleaved)
+    kind, length, words = rope.get("rope_type", "default"), _stated_length(path, config.model_type), ""
+    if ours:
+        length = ours["original"]
+        words = f"by {ours['factor']:g} with {ours['method']}"
+    elif kind != "default":
+        length = rope.get("original_max_position_embeddings")
+        words = f"by {rope['factor']:g} with {kind}" if "factor" in rope else f"with {kind}"
+    stretch = Stretch(**{key: ours[key] for key in ("method", "ramp", "factor", "original")}) if ours else None
+    return Checkpoint(
+        path=path,
+        model_type=config.model_type,
+        mrope=mrope,
+        stretch=stretch,
+        stretched=words,
+        length=length,
+        promised=text.max_position_embeddings,
+    )
+
+
+def _made_by_us(path: Path) -> dict[str, Any] | None:
+    """The configuration of the run that wrote this checkpoint."""
+    manifest = read_manifest(path) if (path / MANIFEST).is_file() else {}
+    return manifest["config"] if manifest.get("command") == COMMAND else None
+
+
+def _stated_length(path: Path, model_type: str) -> int | None:
+    raw = read_raw(path)
+    length = raw.get("text_config", raw).get("max_position_embeddings", raw.get("max_position_embeddings"))
+    return None if model_type == "qwen2_5_vl" and length != RELEASED else length
+
+
+def read_raw(path: Path) -> dict[str, Any]:
+    """config.json as it stands."""
+    raw: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    return raw
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A checked run."""
+
+    checkpoint: Checkpoint
+    """What is stretched."""
+    stretch: Stretch
+    """With every default resolved."""
+    context: int
+    """Positions the new config.json promises."""
+    provenance: Provenance
+    """What identifies the run."""
+    note: str
+    """Why the method is not M-RoPE++, where nobody asked for another; empty otherwise."""
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """The new rope_parameters."""
+        return to_hf(self.checkpoint.mrope, self.stretch)
+
+
+def plan_mrope(
+    *, model: str, scale: float, original_length: int | None, method: Method | None, ramp: Ramp, force: bool
+) -> Plan:
+    """Check the checkpoint and resolve the defaults; loads no weights.
+
+    Raises UsageError for flags that make no sense for the model, InputError for a model that cannot be stretched, is
+    stretched already (unless `force`), or does not say how long it was pretrained.
+    """
+    if not (scale >= 1 and math.isfinite(scale)):
+        raise UsageError(f"--scale {scale:g} is less than 1", fix="give new length over pretrained length, e.g. 4")
+    checkpoint = read_checkpoint(resolve_model(model))
+    if checkpoint.stretched and not force:
+        raise InputError(
+            f"is stretched already, {checkpoint.stretched}",
+            where=checkpoint.path,
+            fix="start from the released checkpoint, or --force to put the new scale in place of the old one",
+        )
+    note = ""
+    if checkpoint.mrope.interleaved:
+        if method == "mrope++":
+            raise UsageError(f"no M-RoPE++ for {checkpoint.model_type}: {INTERLEAVED}", fix="--method yarn")
+        note = "" if method else f"yarn, because in {checkpoint.model_type} {INTERLEAVED}"
+    length = original_length or checkpoint.length
+    if length is None:
+        raise InputError(
+            f"does not say to which length it was pretrained (it promises {checkpoint.promised} positions)",
+            where=checkpoint.path,
+            fix=f"give --original-length; the released Qwen2.5-VL: {RELEASED}",
+        )
+    stretch = Stretch(method=method or ("yarn" if note else "mrope++"), ramp=ramp, factor=float(scale), original=length)
+    config = {**asdict(stretch), "theta": checkpoint.mrope.theta}
+    inputs = {"model": fingerprint(checkpoint.path)}
+    provenance = Provenance(schema=schemas.MODEL, command=COMMAND, config=config, inputs=inputs)
+    return Plan(checkpoint=checkpoint, stretch=stretch, context=round(scale * length), provenance=provenance, note=note)
+
+
+def run_mrope(plan: Plan, out: Path, *, resume: str, force: bool) -> None:
+    """Write the stretched checkpoint; nothing to do if it stands finished. Raises InputError if the disk refuses."""
+    source = plan.checkpoint.path
+    if out.resolve() == source.resolve():
+        raise UsageError("-o is the model itself", fix="choose another directory")
+    if is_finished(out, plan.provenance, resume=resume, force=force):
+        return
+    _clear(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        linked = [name for name in _kept(source) if name not in ("config.json", "README.md")]
+        for name in linked:
+            _link(source / name, out / name)
+    except OSError as e:
+        if is_disk_error(e):
+            raise disk_error(e, out) from e
+        raise
+    raw = read_raw(source)
+    write_json(out / "config.json", with_rope(raw, plan.rope, plan.context))
+    written = ["config.json", "README.md", *_write_side_files(plan, raw, out, linked)]
+    facts = {"context": plan.context, "original_length": plan.stretch.original, "trained_length": plan.stretch.original}
+    write_manifest(out, plan.provenance, [*linked, *written], **facts)
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier run wrote: its weights may be links to a model, which must not be written through."""
+    if (out / MANIFEST).is_file():
+        names = read_manifest(out).get("files", {})
+        (out / MANIFEST).unlink()
+        for name in names:
+            (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out / "sglang", ignore_errors=True)
+
+
+def _kept(source: Path) -> list[str]:
+    """Names of a model directory's files; manifest and log of its own making stay behind."""
+    names = (p.name for p in source.iterdir() if p.is_file() and not p.name.startswith("."))
+    return sorted(name for name in names if name not in (MANIFEST, "metrics.jsonl", *SIDE_FILES))
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file systems differ or one knows no links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        with atomic_file(target) as partial:
+            shutil.copyfile(source, partial)
+
+
+def with_rope(raw: dict[str, Any], rope: dict[str, Any], context: int) -> dict[str, Any]:
+    """config.json with other positions and nothing else changed, in the style that it has.
+
+    transformers 5 writes `text_config.rope_parameters`; released checkpoints are flat and say `rope_scaling`, with the
+    base beside it, which older programs look for there.
+    """
+    new = copy.deepcopy(raw)
+    text = new.get("text_config")
+    text = text if text is not None else new
+    for place in {id(p): p for p in (new, text)}.values():
+        for key in ("rope_scaling", "rope_parameters"):
+            if key in place:
+                place[key] = dict(rope)
+        if "rope_theta" in place:
+            place["rope_theta"] = rope["rope_theta"]
+        if "max_position_embeddings" in place:
+            place["max_position_embeddings"] = context
+    if "rope_scaling" not in text and "rope_parameters" not in text:
+        text["rope_parameters"] = dict(rope)
+    text["max_position_embeddings"] = context
+    return new
+
+
+HEADING = "## Positions\n"
+SIDE_FILES = ("vllm.json", "llama.cpp.txt")
+"""Beside them the folder sglang/: SGLang's overrides on the command line do not reach the language model's part."""
+
+
+def _write_side_files(plan: Plan, raw: dict[str, Any], out: Path, linked: list[str]) -> list[str]:
+    """Files for other runtimes, and README.md with a line on each. Returns the names of all but README.md."""
+    rope, context = plan.rope, plan.context
+    names = []
+    cannot = "cannot compute these positions: it drops the sections of this rope_type"
+    enough = "reads config.json as it is"
+    lines = dict.fromkeys(("transformers", "vLLM", "SGLang"), enough)
+    lines["llama.cpp"] = f"cannot compute these positions: it has no flag for {rope['rope_type']}"
+    overrides = vllm(rope, context=context)
+    if overrides:
+        write_json(out / "vllm.json", overrides)
+        names.append("vllm.json")
+        lines["vLLM"] = f'`vllm serve {out.name} --hf-overrides "$(cat {out.name}/vllm.json)"`'
+    for_sglang = sglang(rope)
+    if for_sglang not in (None, rope):
+        folder = out / "sglang"
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "config.json", with_rope(raw, for_sglang, context))
+        for name in linked:
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to(Path("..") / name)
+        names.append("sglang/config.json")
+        lines["SGLang"] = f"`python -m sglang.launch_server --model-path {out.name}/sglang`"
+    if overrides is None:
+        lines["vLLM"] = lines["SGLang"] = cannot
+    flags = llama_cpp(rope, architecture=ARCHITECTURES[plan.checkpoint.model_type])
+    if flags:
+        with atomic_file(out / "llama.cpp.txt") as partial:
+            partial.write_text(shlex.join(flags) + "\n", encoding="utf-8")
+        names.append("llama.cpp.txt")
+        lines["llama.cpp"] = f"`llama-server -m THE_UNSTRETCHED.gguf -c {context} $(cat {out.name}/llama.cpp.txt)`"
+    readme = plan.checkpoint.path / "README.md"
+    card = readme.read_text(encoding="utf-8").split(HEADING)[0].rstrip() if readme.is_file() else ""
+    card += "\n\n" if card else ""
+    stretch = plan.stretch
+    what = f"{stretch.method} ({stretch.ramp})" if stretch.method == "mrope++" else stretch.method
+    card += f"{HEADING}\n{what}, {stretch.factor:g} x {stretch.original:,} = {context:,} tokens; weights unchanged.\n\n"
+    with atomic_file(out / "README.md") as partial:
+        partial.write_text(card + "".join(f"- {name}: {line}\n" for name, line in lines.items()), encoding="utf-8")
+    return names
