@@ -41,7 +41,8 @@ def test_version_and_help() -> None:
     assert lvctx("--version").stdout == f"lvctx {__version__}\n"
     text = lvctx("--help").stdout
     listed = re.findall(r"^│ ([a-z][a-z-]*)  ", text, re.M)
-    assert listed == ["pack-text", "extend-lm", "align", "encode-video", "niah", "vqa", "info"], "as the pipeline runs"
+    order = ["pack-text", "extend-lm", "align", "encode-video", "niah", "vqa", "videomme", "bench", "info"]
+    assert listed == order, "as the pipeline runs"
     assert "mrope-extend" not in text
     assert "--install-completion" in text
 

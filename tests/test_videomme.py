@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from lvctx.bench.accuracy import accuracy, difference
 from lvctx.bench.choice import Reply, is_stuck, letter, signs_of_trouble, verdict
 from lvctx.bench.interval import clustered_mean
 from lvctx.bench.responses import read_responses
-from lvctx.bench.videomme import accuracy, difference
 from lvctx.cli.app import app
 
 

@@ -36,6 +36,8 @@ class Sample:
     """Letter of the right option; the released answer for a free one."""
     groups: Mapping[str, str] = field(default_factory=dict)
     """What accuracy is broken down by: duration, domain, task_type, ..."""
+    max_new_tokens: int | None = None
+    """Longest reply, where the task wants another than the run's."""
     released: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """The released row."""
 
@@ -88,9 +90,10 @@ OFFICIAL_PHRASES = (
 )
 
 
-def _official(text: str, letters: str) -> str:
+def first_letter(text: str, letters: str, phrases: Sequence[str] = OFFICIAL_PHRASES) -> str:
+    """The first of `letters` in a reply once `phrases` are cut out, one after the other; empty where there is none."""
     text = text.strip()
-    for phrase in OFFICIAL_PHRASES:
+    for phrase in phrases:
         text = text.replace(phrase, "")
     found = re.search(f"[{letters}]", text)
     return found[0] if found else ""
@@ -135,7 +138,7 @@ def _strict(text: str, letters: str) -> str:
     return found[1] if found else ""
 
 
-_READERS = {"official": _official, "lmms-eval": _lmms_eval, "strict": _strict}
+_READERS = {"official": first_letter, "lmms-eval": _lmms_eval, "strict": _strict}
 
 
 def signs_of_trouble(replies: Sequence[Reply]) -> list[str]:

@@ -9,7 +9,7 @@ from lvctx.bench.prefix import PrefixScorer, common_prefix
 
 
 class Reader(PrefixScorer):
-    """A model and a KV cache that writes; sequences are those of `prefix`: ids below V are text, from V on visual rows."""
+    """A model and a KV cache that writes. Sequences are those of `prefix`: ids below V are text, from V on visual."""
 
     @torch.inference_mode()
     def write(

@@ -20,7 +20,7 @@ class Subtitles:
     """Blocks without a readable time, that end before they begin, or with bytes that are not UTF-8."""
 
     def at(self, times: Iterable[float]) -> str:
-        """The lines on display at any of `times` (seconds), each once, in the order of the file: what Video-MME shows."""
+        """The lines on display at any of `times` (seconds), each once, in the order of the file, as Video-MME asks."""
         moments = list(times)
         return "\n".join(text for start, end, text in self.lines if any(start <= t < end for t in moments))
 

@@ -4,20 +4,21 @@ Three prompts are in use, and the same model scores differently under each: the 
 and VLMEvalKit's. Three scorers are in use too: see `choice`. No torch.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from lvctx.bench.choice import RULES, Reply, Sample, letter, signs_of_trouble, verdict
-from lvctx.bench.interval import Estimate, clustered_mean
-from lvctx.bench.responses import GROUPS, Responses
+from lvctx.artifacts.schemas import SCORE
+from lvctx.bench.accuracy import accuracy, breakdown, ordered
+from lvctx.bench.choice import RULES, Reply, Sample
+from lvctx.bench.responses import GROUPS, Responses, write_responses
 from lvctx.bench.tables import need, read_questions
 
+NAME = "videomme"
 HUB = ("lmms-lab/Video-MME", "videomme/test-00000-of-00001.parquet")
 """Dataset and file that `--questions hub` fetches."""
 STYLES = ("official", "lmms-eval", "vlmevalkit")
-DURATIONS = ("short", "medium", "long")
 ALL = "all"
 
 
@@ -64,55 +65,15 @@ def prompt(sample: Sample, style: str, subtitles: str | None) -> str:
     return f"This video's subtitles are listed below:\n{subtitles}\n{ASK.format(heard)}\n{asked}\nThe best answer is:"
 
 
-def accuracy(replies: Iterable[Reply], rule: str) -> Estimate:
-    """Share of right answers under a rule, with its interval clustered by video."""
-    counted = [(float(v), r.video) for r in replies if (v := verdict(r, rule)) is not None]
-    return clustered_mean([v for v, _ in counted], [video for _, video in counted])
-
-
-def difference(first: Sequence[Reply], second: Sequence[Reply], rule: str) -> Estimate:
-    """First minus second on the questions that both have and the rule counts in both; paired, clustered by video."""
-    others = {r.id: verdict(r, rule) for r in second}
-    pairs = [
-        (float(a) - float(b), r.video)
-        for r in first
-        if (a := verdict(r, rule)) is not None and (b := others.get(r.id)) is not None
-    ]
-    return clustered_mean([d for d, _ in pairs], [video for _, video in pairs], lowest=-1.0)
-
-
-def parsed(replies: Sequence[Reply], rule: str) -> float | None:
-    """Share of replies in which a rule finds a letter."""
-    return sum(bool(letter(r, rule)) for r in replies) / len(replies) if replies else None
-
-
-def ordered(replies: Iterable[Reply], group: str) -> list[str]:
-    """The values of a group that occur: durations by length, others by the alphabet."""
-    values = {r.groups[group] for r in replies}
-    rank = {name: i for i, name in enumerate(DURATIONS)}
-    return sorted(values, key=lambda v: (rank.get(v, len(rank)), v))
-
-
 def score(responses: Responses) -> dict[str, Any]:
     """Everything the report of one file says: warnings first, three rules, and breakdowns by every group."""
-    replies = responses.replies
-    return {
-        "schema": "lvctx.videomme/1",
-        "file": responses.name,
-        "warnings": signs_of_trouble(replies),
-        "overlooked": responses.leniencies,
-        "questions": len(replies),
-        "videos": len({r.video for r in replies}),
-        "rules": {rule: vars(accuracy(replies, rule)) | {"parsed": parsed(replies, rule)} for rule in RULES},
-        **{
-            f"by_{group}": {
-                value: {rule: vars(accuracy(part, rule)) for rule in RULES}
-                for value in ordered(replies, group)
-                if (part := [r for r in replies if r.groups[group] == value])
-            }
-            for group in GROUPS
-        },
-    }
+    found = breakdown(responses.replies, GROUPS)
+    return {"schema": SCORE, "file": responses.name, "overlooked": responses.leniencies, **found}
+
+
+def export(out: Path, answered: Sequence[tuple[Sample, str]]) -> None:
+    """responses.json in the official format; questions that failed are not in it."""
+    write_responses(out / "responses.json", answered)
 
 
 def cells(responses: Responses) -> list[dict[str, Any]]:

@@ -35,9 +35,9 @@ def root(
 
 
 def _register() -> None:
-    from lvctx.cli import align, encode_video, extend_lm, info, niah, pack_text, videomme, vqa
+    from lvctx.cli import align, bench, encode_video, extend_lm, info, niah, pack_text, videomme, vqa
 
-    for module in (pack_text, extend_lm, align, encode_video, niah, vqa, videomme, info):
+    for module in (pack_text, extend_lm, align, encode_video, niah, vqa, videomme, bench, info):
         module.register(app)
 
 

@@ -33,7 +33,7 @@ from lvctx.errors import (
 PIPELINE, VIDEO, TOOLS = "Teach (text, then images)", "Watch (video, then questions)", "Look"
 """Help panels, in the order the pipeline runs."""
 
-ORDER = ("pack-text", "extend-lm", "align", "encode-video", "niah", "vqa", "videomme", "info")
+ORDER = ("pack-text", "extend-lm", "align", "encode-video", "niah", "vqa", "videomme", "bench", "info")
 """Commands as the pipeline runs."""
 
 

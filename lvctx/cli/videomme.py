@@ -1,4 +1,4 @@
-"""`lvctx videomme score`: any responses file under the three scorers in use."""
+"""`lvctx videomme run` and `score`: a model on Video-MME, and any responses file under the three scorers in use."""
 
 import csv
 from enum import StrEnum
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lvctx.cli.bench import interval, percent, runner
 from lvctx.cli.common import VIDEO, emit, examples
 from lvctx.errors import InputError, UsageError
 
@@ -22,14 +23,19 @@ class Rule(StrEnum):
 def register(app: typer.Typer) -> None:
     """Add the command's group to the program."""
     group = typer.Typer(no_args_is_help=True, help="Video-MME: run a model on it, and score anyone's responses.")
-    group.command("score", epilog=examples(*SCORE))(score)
-    app.add_typer(group, name="videomme", rich_help_panel=VIDEO, epilog=examples(*SCORE))
-
-
-SCORE = (
-    "lvctx videomme score responses.json",
-    "lvctx videomme score responses.json responses.json --csv cells.csv --plot accuracy.png",
-)
+    group.command("run")(runner("videomme"))
+    group.command("score", epilog=examples("lvctx videomme score theirs.json ours --csv cells.csv --plot both.png"))(
+        score
+    )
+    app.add_typer(
+        group,
+        name="videomme",
+        rich_help_panel=VIDEO,
+        epilog=examples(
+            "lvctx videomme run --model vlm --videos clips --questions questions.json --frames 8 -o videomme",
+            "lvctx videomme score videomme --plot accuracy.png",
+        ),
+    )
 
 
 def score(
@@ -52,7 +58,10 @@ def score(
     official drops replies without a letter from the denominator, lmms-eval counts them wrong, strict wants the reply to
     begin with the letter. No model and no torch is needed.
     """
+    from lvctx.artifacts.schemas import SCORE
     from lvctx.bench import videomme
+    from lvctx.bench.accuracy import difference
+    from lvctx.bench.choice import RULES
     from lvctx.bench.responses import read_responses
 
     if plot is not None and plot.suffix not in (".png", ".svg"):
@@ -65,7 +74,7 @@ def score(
     versus: dict[str, Any] = {}
     if len(read) == 2:
         a, b = (one.replies for one in read)
-        versus = {name: vars(videomme.difference(a, b, name)) for name in videomme.RULES}
+        versus = {name: vars(difference(a, b, name)) for name in RULES}
     if table is not None:
         _write_csv(table, [row for one in read for row in videomme.cells(one)])
     if plot is not None:
@@ -78,7 +87,7 @@ def score(
         for row in scores:
             emit(row)
         if versus:
-            emit({"schema": "lvctx.videomme/1", "first": read[0].name, "second": read[1].name, "difference": versus})
+            emit({"schema": SCORE, "first": read[0].name, "second": read[1].name, "difference": versus})
         return
     for row, one in zip(scores, read, strict=True):
         _print(row, videomme.cells(one), rule.value)
@@ -119,7 +128,7 @@ def _print(row: dict[str, Any], cells: list[dict[str, Any]], rule: str) -> None:
     for name in ("accuracy", "95% interval", "counted", "letter found"):
         rules.add_column(name, justify="right")
     for name, e in row["rules"].items():
-        rules.add_row(name, _percent(e["mean"]), _interval(e), f"{e['counted']:,}", _percent(e["parsed"]))
+        rules.add_row(name, percent(e["mean"]), interval(e), f"{e['counted']:,}", percent(e["parsed"]))
     console.print(rules)
     durations = [*row["by_duration"], "all"]
     found = {(c["domain"], c["task_type"], c["duration"]): c for c in cells if c["rule"] == rule}
@@ -133,7 +142,7 @@ def _print(row: dict[str, Any], cells: list[dict[str, Any]], rule: str) -> None:
         tasks = dict.fromkeys(task for one, task, _ in found if one == domain)
         for task in sorted(tasks, key=lambda t: (t != "all", t)):
             values = (found.get((domain, task, duration)) for duration in durations)
-            shown = (f"{_percent(c['mean'])} ({c['counted']})" if c else "" for c in values)
+            shown = (f"{percent(c['mean'])} ({c['counted']})" if c else "" for c in values)
             kinds.add_row(domain if task == "all" else f"  {task}", *shown, style="bold" if task == "all" else "")
     console.print(kinds)
 
@@ -148,13 +157,5 @@ def _print_difference(first: str, second: str, versus: dict[str, Any]) -> None:
     for name in ("difference", "95% interval", "questions"):
         table.add_column(name, justify="right")
     for name, e in versus.items():
-        table.add_row(name, _percent(e["mean"]), _interval(e), f"{e['counted']:,}")
+        table.add_row(name, percent(e["mean"]), interval(e), f"{e['counted']:,}")
     Console().print(table)
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def _interval(e: dict[str, Any]) -> str:
-    return "–" if e["low"] is None else f"{100 * e['low']:.1f} to {100 * e['high']:.1f}"

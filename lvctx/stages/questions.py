@@ -4,6 +4,7 @@ Every question is a row of results.jsonl that carries all that decided it. A vid
 rows: a model is never asked about a video that it does not see.
 """
 
+import glob
 import hashlib
 import itertools
 import json
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from lvctx.artifacts import schemas
 from lvctx.artifacts.frames import read_frames
 from lvctx.artifacts.rows import RowLog
 from lvctx.artifacts.store import fingerprint
@@ -28,7 +30,6 @@ from lvctx.errors import InputError, LvctxError, UsageError
 from lvctx.model.load import VLM_TYPE, context_length, load_config, load_model, load_tokenizer, resolve_model
 from lvctx.model.vlm import chat_ids, embed_frames, newline_embedding
 from lvctx.stages.encode import Encoder
-from lvctx.vision.tower import load_tower
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +54,6 @@ class AskConfig:
     """Folder of .srt files named as the videos; None shows no subtitles."""
     max_new_tokens: int
     """Longest reply; lmms-eval 16."""
-    seed: int
-    """Of the order of images, where a benchmark shuffles them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,7 @@ def _hash(value: Any) -> str:
 def plan_questions(bench: ModuleType, config: AskConfig, encoder: Encoder) -> Plan:
     """Check everything that can be checked without weights or videos.
 
-    Raises UsageError for a model that cannot see, InputError for questions that cannot be read or are not the benchmark's.
+    Raises UsageError for a model that cannot see, InputError for questions that cannot be read or of another benchmark.
     """
     path = resolve_model(config.model)
     hf = load_config(path)
@@ -106,6 +105,7 @@ def plan_questions(bench: ModuleType, config: AskConfig, encoder: Encoder) -> Pl
     listing = None if config.subtitles is None else "{subtitles}"
     dtype = str(hf.dtype or torch.float32).removeprefix("torch.")
     made_of = {
+        "bench": bench.NAME,
         "model": fingerprint(path)[:16],
         "questions": fingerprint(config.questions)[:16],
         "prompt": _hash(bench.prompt(probe, config.style, listing)),
@@ -114,9 +114,14 @@ def plan_questions(bench: ModuleType, config: AskConfig, encoder: Encoder) -> Pl
         "sampler": asdict(encoder.config),
         "dtype": dtype,
         "max_new_tokens": config.max_new_tokens,
-        "seed": config.seed,
     }
-    shown = {"schema": f"lvctx.{bench.NAME}/1", "run": _hash(made_of), "model": config.model, "made_of": made_of}
+    shown = {
+        "schema": schemas.QUESTIONS,
+        "bench": bench.NAME,
+        "run": _hash(made_of),
+        "model": config.model,
+        "made_of": made_of,
+    }
     return Plan(config=config, bench=bench, path=path, samples=tuple(samples), encoder=encoder, shown=shown)
 
 
@@ -202,6 +207,9 @@ def run_questions(
                 done += 1
                 report(done, total, video)
                 yield row
+        if hasattr(plan.bench, "export"):
+            said = {row["id"]: row["response"] for row in rows.rows.values()}
+            plan.bench.export(out, [(s, said[s.id]) for s in plan.samples if s.id in said])
         if asker:
             log.info("%d questions, %d tokens through the model", len(waiting), asker.reader.tokens_run)
 
@@ -219,7 +227,7 @@ def _ask_about(plan: Plan, asker: Asker, samples: list[Sample], frames_dir: Path
         ids = asker.ids(text)
         row = {**base[sample.id], **seen.facts, "tokens": len(ids), "prompt_sha256": _hash(text)}
         try:
-            written = asker.reply(ids, plan.config.max_new_tokens)
+            written = asker.reply(ids, sample.max_new_tokens or plan.config.max_new_tokens)
         except (
             InputError,
             RuntimeError,
@@ -268,16 +276,15 @@ def _look(plan: Plan, asker: Asker, sample: Sample, frames_dir: Path) -> _Seen:
 
 
 def _look_at_images(plan: Plan, asker: Asker, sample: Sample) -> _Seen:
-    tower = load_tower(plan.path, dtype=asker.vlm.dtype, device=str(asker.vlm.device))
-    squares = []
+    mode, squares = plan.encoder.config.frame_mode, []
     for name in sample.images:
         file = plan.config.videos / name
         try:
             with Image.open(file) as image:
-                squares.append(tower.preprocess.square(image.convert("RGB"), plan.encoder.config.frame_mode))
+                squares.append(plan.encoder.files.preprocess.square(image.convert("RGB"), mode))
         except (OSError, UnidentifiedImageError) as e:
             raise InputError(f"no readable image ({type(e).__name__})", where=file) from e
-    asker.show(tower.see(np.stack([np.asarray(square) for square in squares])))
+    asker.show(plan.encoder.tower.see(squares, batch=plan.encoder.config.batch))
     return _Seen(subtitles=None, facts={"frames": len(squares)})
 
 
@@ -290,7 +297,7 @@ def find_video(folder: Path, name: str) -> Path:
     for one in wanted:
         if (folder / one).is_file():
             return folder / one
-    below = next((p for one in wanted for p in sorted(folder.rglob(Path(one).name))), None)
+    below = next((p for one in wanted for p in sorted(folder.rglob(glob.escape(Path(one).name)))), None)
     if below is None:
         raise InputError(f"no video {name}", where=folder, fix="put it there; its questions count as failed")
     return below
