@@ -69,6 +69,32 @@ def finished(vlm_dir: Path, clips: Path, tmp_path_factory: pytest.TempPathFactor
     return out, rows_of(done)
 
 
+class PlainModel:
+    """Stock transformers: one `generate` a question, nothing shared."""
+
+    def __init__(self, path: Path) -> None:
+        from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
+
+        self.vlm = LlavaOnevisionForConditionalGeneration.from_pretrained(path).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+
+    @torch.no_grad()
+    def answer(self, frames: Path, turns: list[str], count: int) -> tuple[str, int]:
+        from lvctx.artifacts.frames import read_frames
+        from lvctx.model.vlm import embed_frames, newline_embedding
+
+        messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        messages[0]["content"] = "<video>" + turns[0]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        before, after = (torch.tensor(self.tokenizer.encode(t), dtype=torch.long) for t in text.split("<video>"))
+        embed = self.vlm.get_input_embeddings()
+        seen = [embed_frames(self.vlm, read_frames(frames).features), newline_embedding(self.vlm)]
+        whole = torch.cat([embed(before), *seen, embed(after)])[None]
+        mask = torch.ones(whole.shape[:2], dtype=torch.long)
+        out = self.vlm.generate(inputs_embeds=whole, attention_mask=mask, do_sample=False, max_new_tokens=count)
+        return self.tokenizer.decode(out[0], skip_special_tokens=True).strip(), whole.shape[1]
+
+
 def asked(vlm_dir: Path, clips: Path, out: Path, questions: Path = DATA / "questions.json") -> list[object]:
     where = ["--model", vlm_dir, "--videos", clips, "--questions", questions, "-o", out]
     return ["videomme", "run", *where, "--frames", 6, "--max-new-tokens", 6]
@@ -78,19 +104,14 @@ def asked(vlm_dir: Path, clips: Path, out: Path, questions: Path = DATA / "quest
 def test_replies_are_those_of_plain_generation_and_say_all_that_decided_them(
     finished: tuple[Path, list[dict[str, Any]]], vlm_dir: Path
 ) -> None:
-    from lvctx.stages.vqa import Watcher
-
     out, rows = finished
     assert [row["id"] for row in rows] == ["001-1", "001-2", "001-3", "002-1", "002-2", "002-3"]
-    watcher = Watcher(str(vlm_dir), device="cpu")
+    plain = PlainModel(vlm_dir)
     samples = {s.id: s for s in videomme.samples(DATA / "questions.json")}
-    for video in ("bikes", "bigbuckbunny"):
-        mine = [row for row in rows if row["video"] == video]
-        prompts = [prompt(samples[row["id"]], "official", None) for row in mine]
-        frames = out / "frames" / f"{video}.frames.safetensors"
-        for row, answer in zip(mine, watcher.ask(frames, prompts, max_new_tokens=6), strict=True):
-            assert row["response"] == answer.text
-            assert (row["tokens"], row["frames"]) == (answer.tokens, 6)
+    for row in rows:
+        frames = out / "frames" / f"{row['video']}.frames.safetensors"
+        text, tokens = plain.answer(frames, [prompt(samples[row["id"]], "official", None)], 6)
+        assert (row["response"], row["tokens"], row["frames"]) == (text, tokens, 6)
     assert len({row["response"] for row in rows}) > 1, "a model whose replies tell runs apart"
     row = rows[0]
     assert row["made_of"]["sampler"]["frames"] == 6
@@ -117,7 +138,7 @@ def test_the_official_file_is_exact_and_scored_as_it_stands(finished: tuple[Path
 @pytest.mark.nano
 def test_frames_are_read_once_for_three_questions(vlm_dir: Path, finished: tuple[Path, list[dict[str, Any]]]) -> None:
     from lvctx.artifacts.frames import read_frames
-    from lvctx.stages.questions import Asker
+    from lvctx.stages.asker import Asker
 
     out, _ = finished
     samples = videomme.samples(DATA / "questions.json")[:3]
@@ -371,3 +392,34 @@ def test_nextqa_runs_and_scores_from_the_command_line(vlm_dir: Path, clips: Path
     assert run("bench", "nextqa", "run", *where, "--subtitles", tmp_path).exit_code == 2
     with open(DATA / "nextqa.csv", newline="") as f:
         assert len(list(csv.DictReader(f))) == 2
+
+
+@pytest.mark.nano
+def test_a_chat_keeps_what_it_has_read(finished: tuple[Path, list[dict[str, Any]]], vlm_dir: Path) -> None:
+    """Each turn is what stock generation says of the whole conversation, and the frames run once."""
+    from lvctx.stages.vqa import Watcher
+
+    frames = finished[0] / "frames" / "bikes.frames.safetensors"
+    questions = ["What is it?", "And where?", "Why do they ride?"]
+    done = CliRunner().invoke(
+        app,
+        ["vqa", str(frames), "--model", str(vlm_dir), "--chat", "--ask", questions[0], "--max-new-tokens", "5"],
+        input="\n".join(["", *questions[1:]]) + "\n",
+        catch_exceptions=False,
+    )
+    rows = rows_of(done)
+    assert [row["question"] for row in rows] == questions
+    plain, turns = PlainModel(vlm_dir), list[str]()
+    for row in rows:
+        turns.append(row["question"])
+        assert plain.answer(frames, turns, 5) == (row["answer"], row["tokens"])
+        turns.append(row["answer"])
+    assert rows[2]["tokens"] > rows[1]["tokens"] > rows[0]["tokens"]
+    watcher = Watcher(str(vlm_dir), device="cpu")
+    heard: list[str] = []
+    answers = list(watcher.chat(frames, questions, max_new_tokens=5, tell=heard.append))
+    assert [a.text for a in answers] == [row["answer"] for row in rows]
+    assert heard[-1] == answers[-1].text
+    assert watcher.asker.reader.tokens_run < rows[2]["tokens"] + 3 * (5 + 5 + 1)
+    assert run("vqa", frames, "--model", vlm_dir).exit_code == 2
+    assert run("vqa", frames, frames, "--chat", "--model", vlm_dir).exit_code == 2

@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
         name="videomme",
         rich_help_panel=VIDEO,
         epilog=examples(
-            "lvctx videomme run --model vlm --videos clips --questions questions.json --frames 8 -o videomme",
+            "lvctx videomme run --model vlm --videos films --questions questions.json --frames 8 -o videomme",
             "lvctx videomme score videomme --plot accuracy.png",
         ),
     )

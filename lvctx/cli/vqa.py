@@ -1,13 +1,17 @@
 """`lvctx vqa`: encoded videos and questions in, answers out."""
 
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lvctx.cli.common import VIDEO, QuietOption, RecipeOption, VerboseOption, emit, examples, progress, say
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
+
+if TYPE_CHECKING:
+    from lvctx.stages.vqa import Answer
 
 
 def register(app: typer.Typer) -> None:
@@ -24,10 +28,13 @@ def register(app: typer.Typer) -> None:
 
 def vqa(
     model: Annotated[str, typer.Option(help="VLM: directory or hub id.")],
-    ask: Annotated[list[str], typer.Option(help="A question; repeat for more.")],
     frames: Annotated[
         list[str] | None, typer.Argument(metavar="FRAMES...", help="Frames artifacts; - reads paths or JSON lines.")
     ] = None,
+    ask: Annotated[list[str] | None, typer.Option(help="A question; repeat for more.")] = None,
+    chat: Annotated[
+        bool, typer.Option(help="One conversation: questions of --ask, then lines of stdin, each seeing those before.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda.")] = "cpu",
     recipe: RecipeOption = None,
@@ -44,7 +51,17 @@ def vqa(
         raise UsageError("- stands alone", fix="give frames artifacts or -")
     if named == ["-"] and sys.stdin.isatty():
         raise UsageError("no frames artifact", fix="name one, or pipe from lvctx encode-video")
+    if not ask and not chat:
+        raise UsageError("no question", fix="give --ask or --chat")
+    if chat and (named == ["-"] or len(named) > 1):
+        raise UsageError("--chat is about one frames artifact", fix="name it; stdin is for questions")
     watcher = Watcher(model, device=device)
+    if chat:
+        for answer in watcher.chat(
+            Path(named[0]), _questions(ask or []), max_new_tokens=max_new_tokens, tell=_stream(quiet)
+        ):
+            emit({"schema": schemas.ANSWER, "path": named[0], **_row(answer)})
+        return
     piped = named == ["-"]
     references = read_references(sys.stdin) if piped else ((Path(name), {}) for name in named)
     failed = 0
@@ -54,9 +71,8 @@ def vqa(
             try:
                 if "error" in row:
                     raise InputError(str(row["error"]))
-                for question, answer in zip(ask, watcher.ask(path, ask, max_new_tokens=max_new_tokens), strict=True):
-                    said = {"question": question, "answer": answer.text, "tokens": answer.tokens}
-                    emit({"schema": schemas.ANSWER, **passed, "frames": answer.frames, **said})
+                for answer in watcher.ask(path, ask or [], max_new_tokens=max_new_tokens):
+                    emit({"schema": schemas.ANSWER, **passed, **_row(answer)})
             except InputError as e:
                 if len(named) == 1 and not piped:
                     raise
@@ -66,3 +82,38 @@ def vqa(
             report(done, done if piped else len(named), path.name)
     if failed:
         raise typer.Exit(EXIT_SAMPLES_FAILED)
+
+
+def _row(answer: "Answer") -> dict[str, Any]:
+    return {
+        "frames": answer.frames,
+        "seconds": answer.seconds,
+        "question": answer.question,
+        "answer": answer.text,
+        "tokens": answer.tokens,
+    }
+
+
+def _questions(first: list[str]) -> Iterator[str]:
+    """Those of --ask, then one a line of stdin, with a prompt where a human types them."""
+    yield from first
+    human = sys.stdin.isatty()
+    while True:
+        if human:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _stream(quiet: bool) -> Callable[[str], None]:
+    """Shows an answer on a terminal's stderr as it grows."""
+    if quiet or not sys.stderr.isatty():
+        return lambda text: None
+
+    def show(text: str) -> None:
+        print(f"\r\033[K{text.splitlines()[-1] if text else ''}", end="", file=sys.stderr, flush=True)
+
+    return show

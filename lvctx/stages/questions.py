@@ -9,13 +9,12 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
@@ -24,17 +23,14 @@ from lvctx.artifacts.frames import read_frames
 from lvctx.artifacts.rows import RowLog
 from lvctx.artifacts.store import fingerprint
 from lvctx.bench.choice import Sample
-from lvctx.bench.reader import Reader
 from lvctx.bench.subtitles import read_subtitles
 from lvctx.errors import InputError, LvctxError, UsageError
-from lvctx.model.load import VLM_TYPE, context_length, load_config, load_model, load_tokenizer, resolve_model
-from lvctx.model.vlm import chat_ids, embed_frames, newline_embedding
+from lvctx.model.load import VLM_TYPE, load_config, resolve_model
+from lvctx.stages.asker import Asker
 from lvctx.stages.encode import Encoder
 
 log = logging.getLogger(__name__)
 
-BATCH = 64
-"""Frames that go through the projector at once: before its pooling a frame is four times its tokens."""
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".MP4")
 
 
@@ -123,47 +119,6 @@ def plan_questions(bench: ModuleType, config: AskConfig, encoder: Encoder) -> Pl
         "made_of": made_of,
     }
     return Plan(config=config, bench=bench, path=path, samples=tuple(samples), encoder=encoder, shown=shown)
-
-
-class Asker:
-    """A loaded VLM that replies to prompts about what it was last shown."""
-
-    def __init__(self, path: Path, *, device: str, chunk: int, reuse: bool = True) -> None:
-        """Load the model and tokenizer of a resolved directory."""
-        self.vlm = load_model(path, device=device)
-        self.tokenizer = load_tokenizer(path)
-        self.context = context_length(self.vlm.config)
-        self.reader = Reader(self.vlm, None, chunk=chunk, reuse=reuse)
-        ends = self.vlm.generation_config.eos_token_id
-        self.stop = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-
-    @torch.inference_mode()
-    def show(self, features_FPD: torch.Tensor) -> None:
-        """Take these tower features as what is being talked about."""
-        embedded = [embed_frames(self.vlm, batch) for batch in features_FPD.split(BATCH)]
-        chunk, reuse, run = self.reader.chunk, self.reader.reuse, self.reader.tokens_run
-        self.reader = Reader(self.vlm, torch.cat([*embedded, newline_embedding(self.vlm)]), chunk=chunk, reuse=reuse)
-        self.reader.tokens_run = run
-
-    def ids(self, text: str) -> np.ndarray:
-        """The whole prompt of a first turn."""
-        before, after = chat_ids(self.tokenizer, text)
-        assert self.reader.visual_RE is not None
-        visual = self.reader.vocabulary + np.arange(len(self.reader.visual_RE))
-        return np.concatenate([np.array(before, dtype=np.int64), visual, np.array(after, dtype=np.int64)])
-
-    def reply(self, ids_L: np.ndarray, count: int, tell: Callable[[int], None] = lambda token: None) -> list[int]:
-        """The greedy reply's ids. Raises InputError where prompt and reply exceed the model's context."""
-        if len(ids_L) + count > self.context:
-            raise InputError(
-                f"{len(ids_L)} tokens and {count} to answer exceed the model's context of {self.context}",
-                fix="show fewer frames, or extend the language model further",
-            )
-        return self.reader.write(ids_L, count, self.stop, tell)
-
-    def text(self, ids: Sequence[int]) -> str:
-        """Decoded, without special tokens and outer white space."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def run_questions(
