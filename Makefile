@@ -1,7 +1,7 @@
-# make setup | demo | test | test-slow | test-gpu | lint | tower | nano-start
+# make setup | demo | test | test-slow | test-gpu | test-lmms | lint | tower | nano-start
 PYTHON ?= python3
 
-.PHONY: setup fetch demo test test-slow test-gpu lint tower nano-start clean
+.PHONY: setup fetch demo test test-slow test-gpu test-lmms lint tower nano-start clean
 
 setup: .venv/.ready
 
@@ -19,13 +19,18 @@ demo: setup           # the whole pipeline at nano scale
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile nano
 
 test: fetch           # everything but the slow proofs
-	.venv/bin/python -m pytest -m 'not slow and not gpu'
+	.venv/bin/python -m pytest -m 'not slow and not gpu and not lmms'
 
 test-slow: fetch      # proofs that take minutes each
 	.venv/bin/python -m pytest -m slow
 
 test-gpu: setup       # skipped, with the reason, where there is no GPU
 	.venv/bin/python -m pytest -m gpu -rs
+
+test-lmms: fetch      # the plug-in under the real lmms-eval, in an environment of its own (.venv-lmms)
+	$(PYTHON) -m venv .venv-lmms
+	.venv-lmms/bin/python -m pip install --disable-pip-version-check -q -e . pytest pytest-timeout lmms-eval==0.7.3
+	.venv-lmms/bin/python -m pytest -m lmms -rs
 
 lint: setup
 	.venv/bin/ruff check .

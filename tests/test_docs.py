@@ -46,6 +46,11 @@ def workshop(nano: Any, tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytes
     (here / "clips").mkdir()
     shutil.copy(nano.clips / "bikes.mp4", here / "clips")
     mrope_models.save("qwen2_vl", here / "qwen2-vl")
+    (here / "films").mkdir()
+    for name in ("bikes.mp4", "bigbuckbunny.mp4"):
+        shutil.copy(nano.clips / name, here / "films")
+    for name in ("questions.json", "nextqa.csv"):
+        shutil.copy(ROOT / "tests" / "data" / name, here)
     draw = f"{sys.executable} {ROOT / 'recipes/nano/draw_data.py'} shapes --projector 6 --full 6 --size 48 --workers 1"
     for command in (
         f"{draw} && mv shapes/images/* shapes/",
@@ -54,6 +59,8 @@ def workshop(nano: Any, tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytes
         "lvctx align --lm lm-32k --tower tower --data shapes/projector.json --images shapes --steps 1 --batch 2 -o vlm",
         "lvctx encode-video clips/bikes.mp4 --model vlm --frames 8 -o frames",
         "lvctx niah --model lm --modality text --haystack essays --lengths 256 --depths 0,1 --trials 1 -o niah",
+        "lvctx videomme run --model vlm --videos films --questions questions.json --frames 8 -o videomme",
+        "lvctx bench nextqa run --model vlm --videos clips --questions nextqa.csv --frames 4 -o nextqa",
     ):
         check(command, here)
     return here

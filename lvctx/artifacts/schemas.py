@@ -21,3 +21,9 @@ NIAH = "lvctx.niah/1"
 
 ANSWER = "lvctx.answer/1"
 """Row: one answer of `vqa`."""
+
+QUESTIONS = "lvctx.questions/1"
+"""Directory: results.jsonl (one row a question of a benchmark), and what the benchmark's own scorer reads."""
+
+SCORE = "lvctx.score/1"
+"""Row: the score of one run or responses file, or the difference of two."""

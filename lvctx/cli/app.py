@@ -37,6 +37,7 @@ def root(
 def _register() -> None:
     from lvctx.cli import (
         align,
+        bench,
         doctor,
         encode_video,
         extend_lm,
@@ -46,11 +47,12 @@ def _register() -> None:
         pack_chat,
         pack_text,
         plan,
+        videomme,
         vqa,
     )
 
-    teach = (pack_text, pack_chat, extend_lm, align)
-    for module in (*teach, encode_video, mrope_extend, niah, vqa, plan, doctor, info):
+    teach, watch = (pack_text, pack_chat, extend_lm, align), (encode_video, mrope_extend, niah, vqa, videomme, bench)
+    for module in (*teach, *watch, plan, doctor, info):
         module.register(app)
 
 

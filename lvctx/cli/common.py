@@ -36,8 +36,8 @@ PIPELINE, VIDEO, TOOLS = "Teach (text, then images)", "Watch (video, then questi
 """Help panels, in the order the pipeline runs."""
 
 ORDER = (
-    *("pack-text", "pack-chat", "extend-lm", "align", "encode-video"),
-    *("mrope-extend", "niah", "vqa", "plan", "doctor", "info"),
+    *("pack-text", "pack-chat", "extend-lm", "align", "encode-video", "mrope-extend"),
+    *("niah", "vqa", "videomme", "bench", "plan", "doctor", "info"),
 )
 """Commands as the pipeline runs."""
 

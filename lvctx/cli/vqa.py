@@ -1,14 +1,18 @@
 """`lvctx vqa`: encoded videos and questions in, answers out."""
 
 import sys
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lvctx.cli.common import VIDEO, QuietOption, RecipeOption, VerboseOption, emit, examples, progress, say
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
+
+if TYPE_CHECKING:
+    from lvctx.stages.vqa import Answer
 
 QwenOptions = "Video files with Qwen2-VL and Qwen2.5-VL"
 
@@ -42,11 +46,14 @@ def register(app: typer.Typer) -> None:
 
 def vqa(
     model: Annotated[str, typer.Option(help="VLM: directory or hub id.")],
-    ask: Annotated[list[str], typer.Option(help="A question; repeat for more.")],
     frames: Annotated[
         list[str] | None,
         typer.Argument(metavar="FRAMES...", help="Frames artifacts, or videos for a Qwen-VL model; - reads lines."),
     ] = None,
+    ask: Annotated[list[str] | None, typer.Option(help="A question; repeat for more.")] = None,
+    chat: Annotated[
+        bool, typer.Option(help="One conversation: questions of --ask, then lines of stdin, each seeing those before.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 64,
     fps: Annotated[
         float, typer.Option(help="Frames a second of a video file.", min=0.001, rich_help_panel=QwenOptions)
@@ -78,15 +85,28 @@ def vqa(
     from lvctx.artifacts import schemas
     from lvctx.artifacts.stream import read_references
     from lvctx.stages.qwen_watch import open_watcher, viewing
+    from lvctx.stages.vqa import Watcher
 
     named = frames or ["-"]
     if "-" in named and len(named) > 1:
         raise UsageError("- stands alone", fix="give frames artifacts or -")
     if named == ["-"] and sys.stdin.isatty():
         raise UsageError("no frames artifact", fix="name one, or pipe from lvctx encode-video")
+    if not ask and not chat:
+        raise UsageError("no question", fix="give --ask or --chat")
+    if chat and (named == ["-"] or len(named) > 1):
+        raise UsageError("--chat is about one frames artifact", fix="name it; stdin is for questions")
     threshold = change if select == Select.adaptive else None
     seen = viewing(fps=fps, max_frames=max_frames, hybrid=hybrid, mode=hybrid_mode.value, threshold=threshold)
     watcher = open_watcher(model, viewing=seen, device=device, tell=lambda line: say(f"lvctx: {line}"))
+    if chat:
+        if not isinstance(watcher, Watcher):
+            raise UsageError("--chat is for encoded frames", fix="ask a Qwen-VL model with --ask")
+        for answer in watcher.chat(
+            Path(named[0]), _questions(ask or []), max_new_tokens=max_new_tokens, tell=_stream(quiet)
+        ):
+            emit({"schema": schemas.ANSWER, "path": named[0], **_row(answer)})
+        return
     piped = named == ["-"]
     references = read_references(sys.stdin) if piped else ((Path(name), {}) for name in named)
     failed = 0
@@ -96,9 +116,8 @@ def vqa(
             try:
                 if "error" in row:
                     raise InputError(str(row["error"]))
-                for question, answer in zip(ask, watcher.ask(path, ask, max_new_tokens=max_new_tokens), strict=True):
-                    said = {"question": question, "answer": answer.text, "tokens": answer.tokens}
-                    emit({"schema": schemas.ANSWER, **passed, "frames": answer.frames, **said})
+                for answer in watcher.ask(path, ask or [], max_new_tokens=max_new_tokens):
+                    emit({"schema": schemas.ANSWER, **passed, **_row(answer)})
             except InputError as e:
                 if len(named) == 1 and not piped:
                     raise
@@ -108,3 +127,38 @@ def vqa(
             report(done, done if piped else len(named), path.name)
     if failed:
         raise typer.Exit(EXIT_SAMPLES_FAILED)
+
+
+def _row(answer: "Answer") -> dict[str, Any]:
+    return {
+        "frames": answer.frames,
+        "seconds": answer.seconds,
+        "question": answer.question,
+        "answer": answer.text,
+        "tokens": answer.tokens,
+    }
+
+
+def _questions(first: list[str]) -> Iterator[str]:
+    """Those of --ask, then one a line of stdin, with a prompt where a human types them."""
+    yield from first
+    human = sys.stdin.isatty()
+    while True:
+        if human:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def _stream(quiet: bool) -> Callable[[str], None]:
+    """Shows an answer on a terminal's stderr as it grows."""
+    if quiet or not sys.stderr.isatty():
+        return lambda text: None
+
+    def show(text: str) -> None:
+        print(f"\r\033[K{text.splitlines()[-1] if text else ''}", end="", file=sys.stderr, flush=True)
+
+    return show

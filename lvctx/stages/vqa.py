@@ -1,27 +1,31 @@
 """Ask a vision-language model about encoded videos: frames in, greedy answers out (LongVA's prompt, section 4.1)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from lvctx.artifacts.frames import Frames, read_frames
+from lvctx.artifacts.frames import read_frames
 from lvctx.errors import InputError, UsageError
-from lvctx.model.load import VLM_TYPE, context_length, load_config, load_model, load_tokenizer, resolve_model
-from lvctx.model.vlm import chat_ids, embed_frames, newline_embedding
+from lvctx.model.load import VLM_TYPE, load_config, resolve_model
+from lvctx.stages.asker import Asker
 from lvctx.vision.tower import TowerFiles
+
+CHUNK = 2048
+"""Tokens of one forward."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """What the model said, and how much it had read before it spoke."""
 
+    question: str
+    """What was asked."""
     text: str
     """Decoded answer without special tokens."""
     frames: int
     """Frames of the video it was shown."""
+    seconds: tuple[float, float]
+    """When the first and the last of them are on display."""
     tokens: int
     """Tokens of the whole prompt, visual ones included."""
 
@@ -35,44 +39,67 @@ class Watcher:
         if load_config(path).model_type != VLM_TYPE:
             raise UsageError(f"{model} is a language model and cannot see", fix="give a model that align wrote")
         self.tower = TowerFiles.find(path).fingerprint
-        self.vlm = load_model(path, device=device)
-        self.tokenizer = load_tokenizer(path)
+        self.asker = Asker(path, device=device, chunk=CHUNK)
 
     def ask(self, path: Path, questions: Sequence[str], *, max_new_tokens: int) -> Iterator[Answer]:
-        """Greedy answers to each question about one video, which is projected once.
+        """Greedy answers to each question about one video on its own; its frames are read once.
 
         Raises InputError for a file that is no frames artifact, features of another tower, or a prompt longer than the
         model's context.
         """
+        frames, seconds = self._watch(path)
+        for question in questions:
+            yield self._answer(path, [question], frames, seconds, max_new_tokens)
+
+    def chat(
+        self,
+        path: Path,
+        questions: Iterable[str],
+        *,
+        max_new_tokens: int,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> Iterator[Answer]:
+        """Greedy answers in one conversation: each turn sees those before it and runs only what is new.
+
+        `tell` gets an answer's text as it grows. Raises InputError as `ask` does.
+        """
+        frames, seconds = self._watch(path)
+        turns: list[str] = []
+        for question in questions:
+            answer = self._answer(path, [*turns, question], frames, seconds, max_new_tokens, tell)
+            turns += [question, answer.text]
+            yield answer
+
+    def _watch(self, path: Path) -> tuple[int, tuple[float, float]]:
         frames = read_frames(path)
         if frames.provenance["inputs"].get("tower") != self.tower:
             raise InputError("encoded by another tower", where=path, fix="encode the video with --model of this VLM")
-        with torch.inference_mode():
-            visual = torch.cat([self._embed(frames, path), newline_embedding(self.vlm)])
-        for question in questions:
-            yield self._answer(visual, question, frames, path, max_new_tokens)
-
-    def _embed(self, frames: Frames, path: Path) -> torch.Tensor:
         try:
-            return embed_frames(self.vlm, frames.features)
+            self.asker.show(frames.features)
         except InputError as e:
             raise InputError(e.what, where=path, fix=e.fix) from None
+        return len(frames.pts), (float(frames.pts[0]), float(frames.pts[-1]))
 
-    @torch.inference_mode()
-    def _answer(self, visual: torch.Tensor, question: str, frames: Frames, path: Path, max_new_tokens: int) -> Answer:
-        before, after = (torch.tensor(ids, device=self.vlm.device) for ids in chat_ids(self.tokenizer, question))
-        embed = self.vlm.get_input_embeddings()
-        prompt = torch.cat([embed(before), visual, embed(after)])[None]
-        longest = context_length(self.vlm.config)
-        if prompt.shape[1] + max_new_tokens > longest:
-            raise InputError(
-                f"{prompt.shape[1]} tokens and {max_new_tokens} to answer exceed the model's context of {longest}",
-                where=path,
-                fix="encode fewer frames, or extend the language model further",
-            )
-        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
-        ids = self.vlm.generate(
-            inputs_embeds=prompt, attention_mask=torch.ones(prompt.shape[:2], device=prompt.device), **options
+    def _answer(
+        self,
+        path: Path,
+        turns: list[str],
+        frames: int,
+        seconds: tuple[float, float],
+        max_new_tokens: int,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> Answer:
+        ids = self.asker.ids(*turns)
+        said: list[int] = []
+
+        def heard(token: int) -> None:
+            said.append(token)
+            tell(self.asker.text(said))
+
+        try:
+            written = self.asker.reply(ids, max_new_tokens, heard)
+        except InputError as e:
+            raise InputError(e.what, where=path, fix=e.fix) from None
+        return Answer(
+            question=turns[-1], text=self.asker.text(written), frames=frames, seconds=seconds, tokens=len(ids)
         )
-        text = self.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
-        return Answer(text=text, frames=len(frames.pts), tokens=prompt.shape[1])

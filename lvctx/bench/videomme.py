@@ -1,0 +1,102 @@
+"""Video-MME: 900 videos, 2,700 questions with four options (Fu et al. 2024, arXiv:2405.21075), and its report.
+
+Three prompts are in use, and the same model scores differently under each: the authors' (`official`), lmms-eval 0.7's
+and VLMEvalKit's. Three scorers are in use too: see `choice`. No torch.
+"""
+
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from lvctx.artifacts.schemas import SCORE
+from lvctx.bench.accuracy import accuracy, breakdown, ordered
+from lvctx.bench.choice import RULES, Reply, Sample
+from lvctx.bench.responses import GROUPS, Responses, write_responses
+from lvctx.bench.tables import need, read_questions
+
+NAME = "videomme"
+HUB = ("lmms-lab/Video-MME", "videomme/test-00000-of-00001.parquet")
+"""Dataset and file that `--questions hub` fetches."""
+STYLES = ("official", "lmms-eval", "vlmevalkit")
+ALL = "all"
+
+
+def samples(path: Path) -> list[Sample]:
+    """Questions as released. Raises InputError naming what a row lacks."""
+    found = []
+    for row in read_questions(path):
+        need(row, "video_id", "question_id", "question", "options", "answer", *GROUPS)
+        found.append(
+            Sample(
+                id=str(row["question_id"]),
+                video=str(row.get("videoID") or row["video_id"]),
+                question=str(row["question"]),
+                options=tuple(map(str, row["options"])),
+                answer=str(row["answer"]),
+                groups={g: str(row[g]) for g in GROUPS},
+                released=row,
+            )
+        )
+    return found
+
+
+ASK = "Select the best answer to the following multiple-choice question based on the video{}. "
+ASK += "Respond with only the letter (A, B, C, or D) of the correct option."
+
+
+def prompt(sample: Sample, style: str, subtitles: str | None) -> str:
+    """The user's turn after the frames; `subtitles` is None where the run has none, else the text (perhaps empty)."""
+    asked = f"{sample.question}\n" + "\n".join(sample.options)
+    if style == "vlmevalkit":
+        # The line break that this template begins with is the one that closes our visual block.
+        listed = f"This video's subtitles are listed below:\n{subtitles}\n" if subtitles is not None else ""
+        return f"These are the frames of a video. {listed}{ASK.format('')}\nQuestion: {asked}\nAnswer: "
+    heard = " and the subtitles"
+    if style == "lmms-eval":
+        if subtitles is None:
+            # It speaks of subtitles without showing any, and asks twice for the letter. That is what it does.
+            end = "\n\nAnswer with the option's letter from the given choices directly."
+            return f"{ASK.format(heard)}\n{asked}{end}"
+        shown = subtitles or "No subtitles available"
+        return f"This video's subtitles are listed below: \n{shown}\n{ASK.format(heard)}\n{asked}\nThe best answer is:"
+    if subtitles is None:
+        return f"{ASK.format('')}\n{asked}\nThe best answer is:"
+    return f"This video's subtitles are listed below:\n{subtitles}\n{ASK.format(heard)}\n{asked}\nThe best answer is:"
+
+
+def score(responses: Responses) -> dict[str, Any]:
+    """Everything the report of one file says: warnings first, three rules, and breakdowns by every group."""
+    found = breakdown(responses.replies, GROUPS)
+    return {"schema": SCORE, "file": responses.name, "overlooked": responses.leniencies, **found}
+
+
+def export(out: Path, answered: Sequence[tuple[Sample, str]]) -> None:
+    """responses.json in the official format; questions that failed are not in it."""
+    write_responses(out / "responses.json", answered)
+
+
+def cells(responses: Responses) -> list[dict[str, Any]]:
+    """Rows of the table duration x domain x task category with all its margins (`all`), for every rule."""
+    axes = ("duration", "domain", "task_type")
+    replies = responses.replies
+    bins: dict[tuple[str, ...], list[Reply]] = {}
+    for reply in replies:
+        for key in product(*((reply.groups[axis], ALL) for axis in axes)):
+            bins.setdefault(key, []).append(reply)
+    wanted = product(*([*ordered(replies, axis), ALL] for axis in axes))
+    rows = []
+    for key in wanted:
+        if part := bins.get(key):
+            for rule in RULES:
+                place = dict(zip(axes, key, strict=True))
+                rows.append(
+                    {
+                        "file": responses.name,
+                        **place,
+                        "rule": rule,
+                        "questions": len(part),
+                        **vars(accuracy(part, rule)),
+                    }
+                )
+    return rows

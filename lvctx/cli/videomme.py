@@ -1,0 +1,161 @@
+"""`lvctx videomme run` and `score`: a model on Video-MME, and any responses file under the three scorers in use."""
+
+import csv
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lvctx.cli.bench import interval, percent, runner
+from lvctx.cli.common import VIDEO, emit, examples
+from lvctx.errors import InputError, UsageError
+
+
+class Rule(StrEnum):
+    """How a reply becomes a letter, and what happens to one without."""
+
+    official = "official"
+    lmms_eval = "lmms-eval"
+    strict = "strict"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command's group to the program."""
+    group = typer.Typer(no_args_is_help=True, help="Video-MME: run a model on it, and score anyone's responses.")
+    group.command("run")(runner("videomme"))
+    group.command("score", epilog=examples("lvctx videomme score theirs.json ours --csv cells.csv --plot both.png"))(
+        score
+    )
+    app.add_typer(
+        group,
+        name="videomme",
+        rich_help_panel=VIDEO,
+        epilog=examples(
+            "lvctx videomme run --model vlm --videos films --questions questions.json --frames 8 -o videomme",
+            "lvctx videomme score videomme --plot accuracy.png",
+        ),
+    )
+
+
+def score(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Responses in the official format, or directories of runs.")
+    ],
+    rule: Annotated[
+        Rule, typer.Option(help="Whose verdicts the breakdown, the difference and the plot show.")
+    ] = Rule.official,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line a file (and one for the difference).")] = False,
+    table: Annotated[
+        Path | None, typer.Option("--csv", help="Write duration x domain x task, with margins, for every rule.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw accuracy by duration, or by frames for several runs: .png or .svg.")
+    ] = None,
+) -> None:
+    """Score responses under three rules with 95% intervals clustered by video; of two files, also their difference.
+
+    official drops replies without a letter from the denominator, lmms-eval counts them wrong, strict wants the reply to
+    begin with the letter. No model and no torch is needed.
+    """
+    from lvctx.artifacts.schemas import SCORE
+    from lvctx.bench import videomme
+    from lvctx.bench.accuracy import difference
+    from lvctx.bench.choice import RULES
+    from lvctx.bench.responses import read_responses
+
+    if plot is not None and plot.suffix not in (".png", ".svg"):
+        raise UsageError(f"--plot {plot}: .png or .svg is wanted")
+    read = [read_responses(file) for file in files]
+    for file, one in zip(files, read, strict=True):
+        if not one.replies:
+            raise InputError("no question with an answer", where=file)
+    scores = [videomme.score(one) for one in read]
+    versus: dict[str, Any] = {}
+    if len(read) == 2:
+        a, b = (one.replies for one in read)
+        versus = {name: vars(difference(a, b, name)) for name in RULES}
+    if table is not None:
+        _write_csv(table, [row for one in read for row in videomme.cells(one)])
+    if plot is not None:
+        from lvctx.bench.bars import draw_accuracy
+
+        counts = [_frames(file) for file in files]
+        known = [n for n in counts if n is not None]
+        draw_accuracy(scores, known if len(set(known)) == len(files) > 1 else None, rule.value, plot)
+    if as_json:
+        for row in scores:
+            emit(row)
+        if versus:
+            emit({"schema": SCORE, "first": read[0].name, "second": read[1].name, "difference": versus})
+        return
+    for row, one in zip(scores, read, strict=True):
+        _print(row, videomme.cells(one), rule.value)
+    if versus:
+        _print_difference(read[0].name, read[1].name, versus)
+
+
+def _frames(path: Path) -> int | None:
+    """Frames of each video that a run of ours showed its model; None for other files and for runs by rate."""
+    from lvctx.artifacts.rows import read_rows
+
+    results = (path if path.is_dir() else path.parent) / "results.jsonl"
+    rows = read_rows(results) if results.is_file() else []
+    found = {row["frames"] for row in rows if "frames" in row}
+    return int(found.pop()) if len(found) == 1 else None
+
+
+def _write_csv(target: Path, rows: list[dict[str, Any]]) -> None:
+    from lvctx.artifacts.store import atomic_file
+
+    with atomic_file(target) as partial, open(partial, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _print(row: dict[str, Any], cells: list[dict[str, Any]], rule: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for warning in row["warnings"]:
+        console.print(f"WARNING {row['file']}: {warning}", style="bold red", highlight=False)
+    console.print(f"{row['file']}: {row['questions']:,} questions about {row['videos']:,} videos", highlight=False)
+    for what, count in row["overlooked"].items():
+        console.print(f"  overlooked: {count:,} {what}", highlight=False)
+    rules = Table("rule", box=None, pad_edge=False)
+    for name in ("accuracy", "95% interval", "counted", "letter found"):
+        rules.add_column(name, justify="right")
+    for name, e in row["rules"].items():
+        rules.add_row(name, percent(e["mean"]), interval(e), f"{e['counted']:,}", percent(e["parsed"]))
+    console.print(rules)
+    durations = [*row["by_duration"], "all"]
+    found = {(c["domain"], c["task_type"], c["duration"]): c for c in cells if c["rule"] == rule}
+    kinds = Table(
+        "domain, task", title=f"{rule} rule, % (questions counted)", title_justify="left", box=None, pad_edge=False
+    )
+    for duration in durations:
+        kinds.add_column(duration, justify="right", no_wrap=True)
+    domains = dict.fromkeys(domain for domain, _, _ in found)
+    for domain in domains:
+        tasks = dict.fromkeys(task for one, task, _ in found if one == domain)
+        for task in sorted(tasks, key=lambda t: (t != "all", t)):
+            values = (found.get((domain, task, duration)) for duration in durations)
+            shown = (f"{percent(c['mean'])} ({c['counted']})" if c else "" for c in values)
+            kinds.add_row(domain if task == "all" else f"  {task}", *shown, style="bold" if task == "all" else "")
+    console.print(kinds)
+
+
+def _print_difference(first: str, second: str, versus: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "rule", title=f"{first} minus {second}, same questions", title_justify="left", box=None, pad_edge=False
+    )
+    for name in ("difference", "95% interval", "questions"):
+        table.add_column(name, justify="right")
+    for name, e in versus.items():
+        table.add_row(name, percent(e["mean"]), interval(e), f"{e['counted']:,}")
+    Console().print(table)

@@ -1,0 +1,258 @@
+"""Ask a model a benchmark's questions about videos: frames encoded once a video, read once for all its questions.
+
+Every question is a row of results.jsonl that carries all that decided it. A video that is missing or broken makes error
+rows: a model is never asked about a video that it does not see.
+"""
+
+import glob
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from lvctx.artifacts import schemas
+from lvctx.artifacts.frames import read_frames
+from lvctx.artifacts.rows import RowLog
+from lvctx.artifacts.store import fingerprint
+from lvctx.bench.choice import Sample
+from lvctx.bench.subtitles import read_subtitles
+from lvctx.errors import InputError, LvctxError, UsageError
+from lvctx.model.load import VLM_TYPE, load_config, resolve_model
+from lvctx.stages.asker import Asker
+from lvctx.stages.encode import Encoder
+
+log = logging.getLogger(__name__)
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".MP4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskConfig:
+    """What to ask whom, and how."""
+
+    model: str
+    """VLM: directory or hub id."""
+    videos: Path
+    """Folder of the videos (or images), searched recursively for names without their folder."""
+    questions: Path
+    """As released."""
+    style: str
+    """Which prompt; one of the benchmark's STYLES."""
+    subtitles: Path | None
+    """Folder of .srt files named as the videos; None shows no subtitles."""
+    max_new_tokens: int
+    """Longest reply; lmms-eval 16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A checked run: everything but the model's weights."""
+
+    config: AskConfig
+    """As asked for."""
+    bench: ModuleType
+    """The benchmark: samples(), prompt(), STYLES."""
+    path: Path
+    """Resolved model directory."""
+    samples: tuple[Sample, ...]
+    """All of them, grouped by video in the order in which videos first appear."""
+    encoder: Encoder
+    """How frames are sampled and encoded."""
+    shown: dict[str, Any]
+    """What every row says of the run; `run` in it identifies all that decides a reply but the video."""
+
+    def key(self, sample: Sample) -> str:
+        """Sixteen hex digits of the run and the question."""
+        return _hash({"run": self.shown["run"], "id": sample.id})
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def plan_questions(bench: ModuleType, config: AskConfig, encoder: Encoder) -> Plan:
+    """Check everything that can be checked without weights or videos.
+
+    Raises UsageError for a model that cannot see, InputError for questions that cannot be read or of another benchmark.
+    """
+    path = resolve_model(config.model)
+    hf = load_config(path)
+    if hf.model_type != VLM_TYPE:
+        raise UsageError(f"{config.model} is a {hf.model_type} model", fix="give a VLM that lvctx align wrote")
+    if not config.videos.is_dir():
+        raise InputError("no such folder of videos", where=config.videos)
+    if config.subtitles is not None and not config.subtitles.is_dir():
+        raise InputError("no such folder of subtitles", where=config.subtitles)
+    samples = bench.samples(config.questions)
+    first = {name: i for i, name in reversed(list(enumerate(s.video for s in samples)))}
+    samples = sorted(samples, key=lambda s: first[s.video])
+    twice = len(samples) - len({s.id for s in samples})
+    if twice:
+        raise InputError(f"{twice} question ids are given twice", where=config.questions)
+    probe = Sample(id="", video="", question="{question}", options=("{options}",), answer="")
+    listing = None if config.subtitles is None else "{subtitles}"
+    dtype = str(hf.dtype or torch.float32).removeprefix("torch.")
+    made_of = {
+        "bench": bench.NAME,
+        "model": fingerprint(path)[:16],
+        "questions": fingerprint(config.questions)[:16],
+        "prompt": _hash(bench.prompt(probe, config.style, listing)),
+        "style": config.style,
+        "subtitles": config.subtitles is not None,
+        "sampler": asdict(encoder.config),
+        "dtype": dtype,
+        "max_new_tokens": config.max_new_tokens,
+    }
+    shown = {
+        "schema": schemas.QUESTIONS,
+        "bench": bench.NAME,
+        "run": _hash(made_of),
+        "model": config.model,
+        "made_of": made_of,
+    }
+    return Plan(config=config, bench=bench, path=path, samples=tuple(samples), encoder=encoder, shown=shown)
+
+
+def run_questions(
+    plan: Plan,
+    out: Path,
+    *,
+    frames_dir: Path,
+    device: str,
+    chunk: int,
+    reuse: bool,
+    resume: str,
+    force: bool,
+    report: Callable[[int, int, str], None],
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for every question as it is answered; rows that stand in `out/results.jsonl` are not asked again.
+
+    Raises InputError when `out` holds another run.
+    """
+    results = out / "results.jsonl"
+    if resume == "must" and not results.is_file():
+        raise InputError("nothing to resume", where=out, fix="drop --resume must")
+    if resume == "never" and results.is_file() and not force:
+        raise InputError("holds results already", where=out, fix="drop --resume never, or --force to start anew")
+    with RowLog(results, fresh=force) as rows:
+        for row in rows.rows.values():
+            if row.get("run") != plan.shown["run"]:
+                old, new = row.get("made_of", {}), plan.shown["made_of"]
+                differs = ", ".join(sorted(key for key in new if old.get(key) != new[key]))
+                raise InputError(
+                    f"holds results of another run (other {differs})",
+                    where=out,
+                    fix="choose another -o, or --force to start anew",
+                )
+        waiting = [s for s in plan.samples if plan.key(s) not in rows]
+        total, done = len(plan.samples), len(plan.samples) - len(waiting)
+        asker: Asker | None = None
+        for video, group in itertools.groupby(waiting, key=lambda s: s.video):
+            asker = asker or Asker(plan.path, device=device, chunk=chunk, reuse=reuse)
+            for row in _ask_about(plan, asker, list(group), frames_dir):
+                rows.append(row)
+                done += 1
+                report(done, total, video)
+                yield row
+        if hasattr(plan.bench, "export"):
+            said = {row["id"]: row["response"] for row in rows.rows.values()}
+            plan.bench.export(out, [(s, said[s.id]) for s in plan.samples if s.id in said])
+        if asker:
+            log.info("%d questions, %d tokens through the model", len(waiting), asker.reader.tokens_run)
+
+
+def _ask_about(plan: Plan, asker: Asker, samples: list[Sample], frames_dir: Path) -> Iterator[dict[str, Any]]:
+    """Rows of one video's questions."""
+    base = {s.id: {"key": plan.key(s), **plan.shown, **_described(s)} for s in samples}
+    try:
+        seen = _look(plan, asker, samples[0], frames_dir)
+    except LvctxError as e:
+        yield from ({**row, "error": str(e)} for row in base.values())
+        return
+    for sample in samples:
+        text = plan.bench.prompt(sample, plan.config.style, seen.subtitles)
+        ids = asker.ids(text)
+        row = {**base[sample.id], **seen.facts, "tokens": len(ids), "prompt_sha256": _hash(text)}
+        try:
+            written = asker.reply(ids, sample.max_new_tokens or plan.config.max_new_tokens)
+        except (
+            InputError,
+            RuntimeError,
+        ) as e:  # too long, or out of memory: this question is lost, the others need not be
+            yield {**row, "error": " ".join(str(e).split())[:300]}
+        else:
+            yield {**row, "response": asker.text(written), "reply_tokens": len(written)}
+
+
+def _described(sample: Sample) -> dict[str, Any]:
+    return {
+        "id": sample.id,
+        "video": sample.video,
+        "answer": sample.answer,
+        "letters": "".join(chr(65 + i) for i in range(len(sample.options))),
+        "groups": dict(sample.groups),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    subtitles: str | None
+    facts: dict[str, Any]
+
+
+def _look(plan: Plan, asker: Asker, sample: Sample, frames_dir: Path) -> _Seen:
+    """Show the model a sample's video or images. Raises InputError where they are missing or broken."""
+    if sample.images:
+        return _look_at_images(plan, asker, sample)
+    file = find_video(plan.config.videos, sample.video)
+    made = plan.encoder.encode(file, frames_dir)
+    frames = read_frames(Path(made["path"]))
+    asker.show(frames.features)
+    facts = {
+        "file": str(file),
+        "video_sha256": frames.provenance["inputs"]["video"][:16],
+        "frames": len(frames.pts),
+        "corrupt_frames": made["corrupt_frames"],
+    }
+    if plan.config.subtitles is None:
+        return _Seen(subtitles=None, facts=facts)
+    found = read_subtitles(plan.config.subtitles / f"{Path(sample.video).stem}.srt")
+    shown = found.at(frames.pts.tolist())
+    said = {"subtitle_lines": shown.count("\n") + 1 if shown else 0, "bad_subtitles": found.bad}
+    return _Seen(subtitles=shown, facts={**facts, **said})
+
+
+def _look_at_images(plan: Plan, asker: Asker, sample: Sample) -> _Seen:
+    mode, squares = plan.encoder.config.frame_mode, []
+    for name in sample.images:
+        file = plan.config.videos / name
+        try:
+            with Image.open(file) as image:
+                squares.append(plan.encoder.files.preprocess.square(image.convert("RGB"), mode))
+        except (OSError, UnidentifiedImageError) as e:
+            raise InputError(f"no readable image ({type(e).__name__})", where=file) from e
+    asker.show(plan.encoder.tower.see(squares, batch=plan.encoder.config.batch))
+    return _Seen(subtitles=None, facts={"frames": len(squares)})
+
+
+def find_video(folder: Path, name: str) -> Path:
+    """The file called `name`, or `name` with a video's suffix, in `folder` or anywhere below it.
+
+    Raises InputError where there is none.
+    """
+    wanted = [name] if Path(name).suffix in VIDEO_SUFFIXES else [f"{name}{suffix}" for suffix in VIDEO_SUFFIXES]
+    for one in wanted:
+        if (folder / one).is_file():
+            return folder / one
+    below = next((p for one in wanted for p in sorted(folder.rglob(glob.escape(Path(one).name)))), None)
+    if below is None:
+        raise InputError(f"no video {name}", where=folder, fix="put it there; its questions count as failed")
+    return below
