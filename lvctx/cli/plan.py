@@ -58,8 +58,7 @@ def plan(
     quiet: QuietOption = False,
 ) -> None:
     """Predict memory, work and time of a run from config.json alone. Exits 3 if it cannot fit, and says what helps."""
-    from lvctx.stages.plan import PlanConfig, predict, refuse
-    from lvctx.train.plan import Spread
+    from lvctx.stages.plan import PlanConfig, Spread, predict, refuse
 
     found = predict(
         PlanConfig(

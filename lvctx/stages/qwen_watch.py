@@ -104,7 +104,10 @@ class QwenWatcher:
             text = self.tokenizer.decode(
                 greedy(self.vlm, prompt, max_new_tokens=max_new_tokens, stop=stop), skip_special_tokens=True
             )
-            yield Answer(text=text.strip(), frames=len(film.frames), tokens=len(prompt.ids))
+            shown = (film.pts[0], film.pts[-1])
+            yield Answer(
+                question=question, text=text.strip(), frames=len(film.frames), seconds=shown, tokens=len(prompt.ids)
+            )
 
     def film(self, path: Path) -> Film:
         """Read and resize a video's frames, and say what they cost."""
