@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 from lvctx.artifacts.frames import write_frames
 from lvctx.artifacts.manifest import Provenance
-from lvctx.bench.grid import build_grid, read_grid
+from lvctx.bench.grid import build_grid, read_grid, wilson
 from lvctx.bench.heatmap import draw_heatmaps, trained_at
+from lvctx.bench.longva import read_longva
 from lvctx.bench.niah import TextNiah
 from lvctx.bench.prefix import PrefixScorer
 from lvctx.cli.app import app
@@ -346,12 +347,64 @@ PUBLISHED = {
 """LongVA-7B's V-NIAH, mean over six depths and five needles, by frames (LongVA's repository, figure 4)."""
 
 
-def test_published_averages_come_out_of_the_grid() -> None:
-    grid = build_grid(cells("video", {n: round(30 * share) / 30 for n, share in PUBLISHED.items()}), "longva-7b")
+def longva_file(target: Path) -> Path:
+    """LongVA's file with its published averages by frames. Which of the thirty needles of a length were found is not
+    published: here the missing ones are filled in from the first depth on.
+    """
+    cells = []
+    for frames, share in PUBLISHED.items():
+        missing = 30 - round(30 * share)
+        for d in range(6):
+            lost = min(5, max(0, missing - 5 * d))
+            cells.append({"Num. Frame": frames, "Frame Depth": 20.0 * d, "Score": (5 - lost) / 5})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(cells, indent=4))
+    return target
+
+
+def test_published_averages_come_out_of_longvas_own_file(tmp_path: Path) -> None:
+    grid = read_longva(longva_file(tmp_path / "LongVA-7B/all_accuracies.json"), trained_length=224_000)
+    assert grid.name == "LongVA-7B"
     assert [round(grid.by_length(i) or 0, 3) for i in range(15)] == list(PUBLISHED.values())
+    assert grid.total == (409, 450)
     assert round(grid.mean or 0, 3) == 0.909
     # 224,000 tokens are 1,555 frames: the line goes between 1,400 and 1,600.
     assert trained_at(grid) == grid.lengths.index(1400) + 0.5
+    # The published row is at 0.9 or above up to 2,200 frames and at 0.667 at 2,400.
+    assert grid.to_dict(0.9)["effective_length"] == 2200
+    assert grid.to_dict(0.95)["effective_length"] == 1200
+    assert grid.to_dict(0.6)["falls"] is False
+    assert "at least 3,000 frames (432,000 tokens)" in grid.verdict(0.6)
+    assert grid.effective(1.01) is None
+
+
+def test_longvas_file_in_and_out_through_the_command(tmp_path: Path) -> None:
+    given = longva_file(tmp_path / "LongVA-7B/all_accuracies.json")
+    out = tmp_path / "copy/all_accuracies.json"
+    assert run("niah", "report", given, "-o", out).exit_code == 0
+    assert json.loads(out.read_text()) == json.loads(given.read_text())
+    done = run("niah", "report", given, "--training-length", 224_000, "--json", "-o", tmp_path / "a.json")
+    [line] = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line] == json.loads((tmp_path / "a.json").read_text())
+    assert (line["effective_length"], line["effective_tokens"], line["trained_length"]) == (2200, 316_800, 224_000)
+    assert "[0.88, 0.93]" in run("niah", "report", given, "-o", tmp_path / "a.svg").stdout
+    assert "effective length 2,200 frames (316,800 tokens) at 0.9" in (tmp_path / "a.svg").read_text()
+    assert run("niah", "report", given, given, "-o", out).exit_code == 2
+    for broken in ("{}", '[{"Num. Frame": 1}]', '[{"Num. Frame": 1, "Frame Depth": 0, "Score": 0.123456}]'):
+        given.write_text(broken)
+        done = run("niah", "report", given)
+        assert (done.exit_code, done.stderr.count("\n")) == (3, 1)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 5), (5, 5), (409, 450), (1, 2)])
+def test_wilson_is_where_the_score_test_turns(right: int, n: int) -> None:
+    """Its ends are the shares p0 at which |p - p0| is 1.96 standard errors of p0 itself; that is how it is defined."""
+    low, high = wilson(right, n) or (0, 0)
+    for end in (low, high):
+        if 0 < end < 1:
+            assert abs(right / n - end) == pytest.approx(1.959964 * (end * (1 - end) / n) ** 0.5, rel=2e-3)
+    assert (low == 0) == (right == 0)
+    assert (high == 1) == (right == n)
 
 
 def test_labels_are_true_and_bytes_repeat(tmp_path: Path) -> None:

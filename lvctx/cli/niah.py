@@ -3,7 +3,7 @@
 from enum import StrEnum
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -21,10 +21,8 @@ from lvctx.cli.common import (
     examples,
     progress,
 )
+from lvctx.cli.niah_report import ThresholdOption, print_tables, report
 from lvctx.errors import EXIT_SAMPLES_FAILED, UsageError
-
-if TYPE_CHECKING:
-    from lvctx.bench.grid import Grid
 
 
 class Modality(StrEnum):
@@ -79,6 +77,7 @@ def niah(
     training_length: Annotated[
         int | None, typer.Option(help="Tokens the LM was trained on (the heatmap's line). Default: as it says.", min=1)
     ] = None,
+    threshold: ThresholdOption = 0.9,
     chunk: Annotated[int, typer.Option(help="Tokens of one forward (memory).", min=1)] = 2048,
     reuse: Annotated[bool, typer.Option(help="Compute what cells share once.")] = True,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Results directory.")] = None,
@@ -129,12 +128,12 @@ def niah(
     failed = 0
     with progress(f"niah {modality.value}", quiet=quiet) as tell:
         for row in run_niah(
-            plan, out, device=device, chunk=chunk, reuse=reuse, resume=resume.value, force=force, report=tell
+            plan, out, device=device, chunk=chunk, reuse=reuse, resume=resume.value, force=force, report=tell, threshold=threshold
         ):
             failed += "error" in row
             emit(row)
     if not quiet:
-        _print_tables([read_grid(out)], stderr=True)
+        print_tables([read_grid(out)], threshold=threshold, stderr=True)
     if failed:
         raise typer.Exit(EXIT_SAMPLES_FAILED)
 
@@ -147,56 +146,3 @@ def _numbers(flag: str, text: str) -> list[float]:
     if not numbers or not all(isfinite(n) for n in numbers):
         raise UsageError(f"{flag} {text!r}: comma-separated numbers are wanted")
     return numbers
-
-
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Results directories of niah.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Heatmaps side by side: .png or .svg.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON line a run instead of a table.")] = False,
-) -> None:
-    """Tabulate accuracy by length and draw runs side by side on one scale; without -o, rebuild each run's own files.
-
-    Needs the results only, no model.
-    """
-    from lvctx.bench.grid import read_grid
-    from lvctx.bench.heatmap import draw_heatmaps, write_report
-
-    if out is not None and out.suffix not in (".png", ".svg"):
-        raise UsageError(f"-o {out}: .png or .svg is wanted")
-    grids = [read_grid(run) for run in runs]
-    if out is not None:
-        draw_heatmaps(grids, out)
-    else:
-        for run, grid in zip(runs, grids, strict=True):
-            write_report(run, grid)
-    if as_json:
-        for grid in grids:
-            emit(grid.to_dict())
-    else:
-        _print_tables(grids, stderr=False)
-
-
-def _print_tables(grids: "list[Grid]", *, stderr: bool) -> None:
-    """A table for text and one for video: a row a run, a column a length."""
-    from rich.console import Console
-    from rich.table import Table
-
-    for modality in ("text", "video"):
-        chosen = [grid for grid in grids if grid.modality == modality]
-        if not chosen:
-            continue
-        tokens = {n: t for grid in chosen for n, t in zip(grid.lengths, grid.tokens, strict=True)}
-        guessing = f", {chosen[0].guessing}" if chosen[0].guessing else ""
-        table = Table(title=f"{modality}: share of needles found by {chosen[0].unit}{guessing}", title_justify="left")
-        table.add_column("run")
-        for n in sorted(tokens):
-            table.add_column(f"{n:,}" if modality == "text" else f"{n:,}\n({tokens[n]:,} tokens)", justify="right")
-        table.add_column("mean", justify="right")
-        for grid in chosen:
-            by = {n: grid.by_length(i) for i, n in enumerate(grid.lengths)}
-            table.add_row(grid.name, *(_share(by.get(n)) for n in sorted(tokens)), _share(grid.mean))
-        Console(stderr=stderr).print(table)
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"

@@ -16,7 +16,7 @@ from lvctx.artifacts.frames import Frames, read_frames
 from lvctx.artifacts.manifest import MANIFEST, read_manifest
 from lvctx.artifacts.rows import RowLog
 from lvctx.artifacts.store import fingerprint
-from lvctx.bench.grid import read_grid
+from lvctx.bench.grid import THRESHOLD, read_grid
 from lvctx.bench.heatmap import write_report
 from lvctx.bench.niah import Cell, Niah, TextNiah, VideoNiah, drawn_needles, read_needles, visual_table
 from lvctx.bench.prefix import PrefixScorer, Score, common_prefix, walk_order
@@ -205,6 +205,7 @@ def run_niah(
     resume: str,
     force: bool,
     report: Callable[[int, int, str], None],
+    threshold: float = THRESHOLD,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for every cell of the grid as it is done; rows that stand in `out/results.jsonl` are not run again.
 
@@ -238,7 +239,7 @@ def run_niah(
         if waiting:
             log.info("%d cells, %d tokens through the model", len(waiting), scorer.tokens_run)
     if waiting or not (out / "summary.json").is_file():
-        write_report(out, read_grid(out))
+        write_report(out, read_grid(out), threshold=threshold)
 
 
 def load_scorer(plan: Plan, *, device: str, chunk: int, reuse: bool) -> PrefixScorer:
