@@ -18,11 +18,11 @@ from lvctx.artifacts.manifest import Provenance
 from lvctx.bench.grid import build_grid, read_grid, wilson
 from lvctx.bench.heatmap import draw_heatmaps, trained_at
 from lvctx.bench.longva import read_longva
-from lvctx.bench.niah import TextNiah
 from lvctx.bench.prefix import PrefixScorer
+from lvctx.bench.text_niah import TextNiah
 from lvctx.cli.app import app
 from lvctx.errors import InputError
-from lvctx.text.needle import NEEDLE, PREFIX, QUESTION, question_and_answer, read_haystack, sentence_ends
+from lvctx.text.needle import NEEDLE, PREFIX, QUESTION, Riddle, question_and_answer, read_haystack, sentence_ends
 
 
 def run(*arguments: object) -> Any:
@@ -109,6 +109,15 @@ def test_true_depth_is_at_most_a_sentence_before_the_asked_one(tiny_lm: Path, es
         assert 0 <= target - cell.position <= longest_sentence
 
 
+OSLO = Riddle(
+    hidden=(NEEDLE.format(city="Oslo", number="7654321"),),
+    question="What is the special magic Oslo number?",
+    start="The special magic Oslo number is:",
+    answers=("7654321",),
+)
+ASKED = QUESTION.format(question=OSLO.question, start=OSLO.start)
+
+
 def tokenizer_where(split_digits: bool) -> Any:
     """A byte-level BPE whose space before a number is a token of its own, or is not."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -119,7 +128,7 @@ def tokenizer_where(split_digits: bool) -> Any:
     digits = [pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    words = [QUESTION.format(city="Oslo"), NEEDLE.format(city="Oslo", number="7654321")] * 5
+    words = [ASKED, NEEDLE.format(city="Oslo", number="7654321")] * 5
     tokenizer.train_from_iterator(
         words, trainers.BpeTrainer(vocab_size=600, initial_alphabet=byte_level.alphabet(), show_progress=False)
     )
@@ -129,8 +138,8 @@ def tokenizer_where(split_digits: bool) -> Any:
 @pytest.mark.parametrize("split_digits", [True, False])
 def test_the_tokenizer_decides_whose_the_space_is(split_digits: bool) -> None:
     tokenizer = tokenizer_where(split_digits)
-    question, answer = question_and_answer(tokenizer, "Oslo", "7654321")
-    assert tokenizer.decode(question + answer) == QUESTION.format(city="Oslo") + " 7654321"
+    question, answer = question_and_answer(tokenizer, OSLO)
+    assert tokenizer.decode(question + answer) == ASKED + " 7654321"
     assert tokenizer.decode(answer) == ("7654321" if split_digits else " 7654321")
     # The needle says it in the same tokens, else the answer could not be copied.
     said = tokenizer(NEEDLE.format(city="Oslo", number="7654321")).input_ids
@@ -387,7 +396,9 @@ def test_longvas_file_in_and_out_through_the_command(tmp_path: Path) -> None:
     [line] = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line] == json.loads((tmp_path / "a.json").read_text())
     assert (line["effective_length"], line["effective_tokens"], line["trained_length"]) == (2200, 316_800, 224_000)
-    assert "[0.88, 0.93]" in run("niah", "report", given, "-o", tmp_path / "a.svg").stdout
+    table = run("niah", "report", given, "-o", tmp_path / "a.svg").stdout
+    for said in ("2,400 │ 345,600 │", "0.88 to 0.93", "effective at 0.9 │"):
+        assert said in table, said
     assert "effective length 2,200 frames (316,800 tokens) at 0.9" in (tmp_path / "a.svg").read_text()
     assert run("niah", "report", given, given, "-o", out).exit_code == 2
     for broken in ("{}", '[{"Num. Frame": 1}]', '[{"Num. Frame": 1, "Frame Depth": 0, "Score": 0.123456}]'):

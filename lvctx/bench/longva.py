@@ -22,7 +22,7 @@ TOKENS_PER_FRAME = 144
 
 
 def read_longva(path: Path, *, trained_length: int | None) -> Grid:
-    """The grid of such a file. Raises InputError for any other, and for scores that are no share of 1 to 100 needles."""
+    """The grid of such a file. Raises InputError for any other, and where no 1 to 100 needles give its scores."""
     broken = InputError(f"not LongVA's {NAME}", where=path, fix='a list of {"Num. Frame", "Frame Depth", "Score"}')
     try:
         cells = json.loads(path.read_text(encoding="utf-8"))
@@ -36,9 +36,7 @@ def read_longva(path: Path, *, trained_length: int | None) -> Grid:
     if needles is None or not all(0 <= s <= 1 for s in found.values()):
         raise broken
     lengths, depths = (sorted({key[i] for key in found}) for i in (0, 1))
-    counts = [
-        [(round(found[n, d] * needles), needles) if (n, d) in found else (0, 0) for n in lengths] for d in depths
-    ]
+    counts = [[(round(found[n, d] * needles), needles) if (n, d) in found else (0, 0) for n in lengths] for d in depths]
     per = TOKENS_PER_FRAME if modality == "video" else 1
     return Grid(
         name=path.parent.name or path.stem,

@@ -32,12 +32,41 @@ class Modality(StrEnum):
     video = "video"
 
 
+class TaskChoice(StrEnum):
+    """What is hidden in a text."""
+
+    single = "single"
+    multi_key = "multi-key"
+    multi_value = "multi-value"
+    multi_query = "multi-query"
+    variable_tracking = "variable-tracking"
+
+
+class QuestionChoice(StrEnum):
+    """What is asked about a picture."""
+
+    what = "what"
+    when = "when"
+
+
+class KvChoice(StrEnum):
+    """Where keys and values are kept."""
+
+    device = "device"
+    host = "host"
+    int8 = "int8"
+
+
 class Scoring(StrEnum):
     """How an answer is judged."""
 
     forced = "forced"
     generate = "generate"
     both = "both"
+
+
+DEPTHS = "0,0.2,0.4,0.6,0.8,1"
+"""LongVA's."""
 
 
 def register(app: typer.Typer) -> None:
@@ -68,18 +97,34 @@ def niah(
         str, typer.Option(help="Tokens in all (text) or haystack frames (video), comma-separated.")
     ] = "",
     depths: Annotated[
-        str, typer.Option(help="Where the needle goes, 0 to 1, comma-separated.")
-    ] = "0,0.2,0.4,0.6,0.8,1",
+        str,
+        typer.Option(help="Where the needle goes, 0 to 1, comma-separated; nested[:...]: points all lengths share."),
+    ] = DEPTHS,
     trials: Annotated[int, typer.Option(help="Needles a cell.", min=1)] = 5,
-    distractors: Annotated[int, typer.Option(help="Text: look-alike needles in the haystack.", min=0, max=20)] = 0,
+    distractors: Annotated[int, typer.Option(help="Look-alike needles in the haystack.", min=0, max=20)] = 0,
     needles: Annotated[str, typer.Option(help="Video: drawn, or a folder with images and one .jsonl.")] = "drawn",
-    score: Annotated[Scoring, typer.Option(help="Teacher forcing, greedy generation, or both.")] = Scoring.forced,
+    question: Annotated[
+        QuestionChoice, typer.Option(help="Video: what the needle shows, or at which second.")
+    ] = QuestionChoice.what,
+    tolerance: Annotated[float, typer.Option(help="Seconds that the answer to when may be off.", min=0)] = 2.0,
+    task: Annotated[TaskChoice, typer.Option(help="Text: what is hidden (RULER's kinds).")] = TaskChoice.single,
+    count: Annotated[int, typer.Option(help="Keys, values, queries or hops of --task.", min=2, max=10)] = 4,
+    loop: Annotated[bool, typer.Option(help="Repeat a haystack shorter than a length.")] = False,
+    score: Annotated[
+        Scoring | None,
+        typer.Option(
+            help="Teacher forcing, greedy generation, or both. [default: forced; generate for lists and when]"
+        ),
+    ] = None,
     training_length: Annotated[
         int | None, typer.Option(help="Tokens the LM was trained on (the heatmap's line). Default: as it says.", min=1)
     ] = None,
     threshold: ThresholdOption = 0.9,
     chunk: Annotated[int, typer.Option(help="Tokens of one forward (memory).", min=1)] = 2048,
     reuse: Annotated[bool, typer.Option(help="Compute what cells share once.")] = True,
+    kv: Annotated[
+        KvChoice, typer.Option(help="Keys and values: on the device, on the host, or in 8 bits (not exact).")
+    ] = KvChoice.device,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Results directory.")] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda.")] = "cpu",
     recipe: RecipeOption = None,
@@ -100,12 +145,14 @@ def niah(
         raise UsageError(
             "--haystack is needed for text" if modality is Modality.text else "--frames is needed for video"
         )
-    depths_wanted, lengths_wanted = _numbers("--depths", depths), _numbers("--lengths", lengths)
+    nested = depths == "nested" or depths.startswith("nested:")
+    listed = (depths.partition(":")[2] or DEPTHS) if nested else depths
+    depths_wanted, lengths_wanted = _numbers("--depths", listed), _numbers("--lengths", lengths)
     if any(n != int(n) for n in lengths_wanted):
         raise UsageError(f"--lengths {lengths!r}: whole numbers are wanted")
 
     from lvctx.bench.grid import read_grid
-    from lvctx.stages.niah import NiahConfig, plan_niah, run_niah
+    from lvctx.stages.niah import NiahConfig, open_ranks, plan_niah, run_niah
 
     plan = plan_niah(
         NiahConfig(
@@ -117,22 +164,41 @@ def niah(
             trials=trials,
             distractors=distractors,
             needles=needles,
-            scoring=score.value,
+            scoring=score.value if score else None,
             training_length=training_length,
             seed=seed,
+            nested=nested,
+            loop=loop,
+            task=task.value,
+            count=count,
+            question=question.value,
+            tolerance=tolerance,
+            kept=kv.value,
         )
     )
     if dry_run:
         emit({"dry_run": True, "path": str(out), **plan.shown, **plan.facts()})
         return
     failed = 0
-    with progress(f"niah {modality.value}", quiet=quiet) as tell:
+    with open_ranks() as ranks, progress(f"niah {modality.value}", quiet=quiet) as tell:
+        if ranks.size > 1 and device == "cuda":
+            device = f"cuda:{ranks.local}"
         for row in run_niah(
-            plan, out, device=device, chunk=chunk, reuse=reuse, resume=resume.value, force=force, report=tell, threshold=threshold
+            plan,
+            out,
+            device=device,
+            chunk=chunk,
+            reuse=reuse,
+            resume=resume.value,
+            force=force,
+            report=tell,
+            threshold=threshold,
+            ranks=ranks,
         ):
             failed += "error" in row
             emit(row)
-    if not quiet:
+        failed = max(ranks.gather(failed))
+    if not quiet and ranks.rank == 0:
         print_tables([read_grid(out)], threshold=threshold, stderr=True)
     if failed:
         raise typer.Exit(EXIT_SAMPLES_FAILED)

@@ -61,7 +61,7 @@ def report(
 
 
 def print_tables(grids: "list[Grid]", *, threshold: float, stderr: bool) -> None:
-    """A table for text and one for video: a row a run, a column a length; the mean with its 95 % interval."""
+    """A table for text and one for video: a row a length, a column a run, then its mean and its effective length."""
     from rich.console import Console
     from rich.table import Table
 
@@ -73,24 +73,27 @@ def print_tables(grids: "list[Grid]", *, threshold: float, stderr: bool) -> None
             continue
         tokens = {n: t for grid in chosen for n, t in zip(grid.lengths, grid.tokens, strict=True)}
         guessing = f", {chosen[0].guessing}" if chosen[0].guessing else ""
-        title = f"{modality}: share of needles found by {chosen[0].unit}{guessing}; [] 95 % interval"
-        table = Table(title=title.replace("[]", r"\[]"), title_justify="left")
-        table.add_column("run")
+        title = f"{modality}: share of needles found{guessing}"
+        table = Table(title=title, title_justify="left")
+        for name in (chosen[0].unit, *(("tokens",) if modality == "video" else ()), *(grid.name for grid in chosen)):
+            table.add_column(name, justify="right")
         for n in sorted(tokens):
-            table.add_column(f"{n:,}" if modality == "text" else f"{n:,}\n({tokens[n]:,} tokens)", justify="right")
-        table.add_column("mean", justify="right")
-        table.add_column(f"effective\nat {threshold:g}", justify="right")
-        for grid in chosen:
-            by = {n: grid.by_length(i) for i, n in enumerate(grid.lengths)}
-            interval = wilson(*grid.total)
-            shown = "" if interval is None else rf" \[{interval[0]:.2f}, {interval[1]:.2f}]"
-            i = grid.effective(threshold)
-            least = "≥ " if i == len(grid.lengths) - 1 else ""
-            effective = f"< {grid.lengths[0]:,}" if i is None else f"{least}{grid.lengths[i]:,}"
-            table.add_row(
-                grid.name, *(_share(by.get(n)) for n in sorted(tokens)), f"{_share(grid.mean)}{shown}", effective
-            )
+            found = [_share(g.by_length(g.lengths.index(n)) if n in g.lengths else None) for g in chosen]
+            table.add_row(f"{n:,}", *((f"{tokens[n]:,}",) if modality == "video" else ()), *found)
+        table.add_section()
+        lead = ("",) if modality == "video" else ()
+        intervals = [wilson(*grid.total) for grid in chosen]
+        table.add_row("mean", *lead, *(_share(grid.mean) for grid in chosen))
+        table.add_row("95 %", *lead, *("–" if i is None else f"{i[0]:.2f} to {i[1]:.2f}" for i in intervals))
+        table.add_row(f"effective at {threshold:g}", *lead, *(_effective(grid, threshold) for grid in chosen))
         Console(stderr=stderr).print(table)
+
+
+def _effective(grid: "Grid", threshold: float) -> str:
+    i = grid.effective(threshold)
+    if i is None:
+        return f"< {grid.lengths[0]:,}"
+    return f"{'≥ ' if i == len(grid.lengths) - 1 else ''}{grid.lengths[i]:,}"
 
 
 def _share(value: float | None) -> str:
