@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from lvctx.artifacts.frames import write_frames
 from lvctx.artifacts.manifest import Provenance
+from lvctx.artifacts.rows import RowLog, read_rows
 from lvctx.bench.grid import build_grid, read_grid, wilson
 from lvctx.bench.heatmap import draw_heatmaps, trained_at
 from lvctx.bench.longva import read_longva
@@ -458,3 +459,62 @@ def test_info_knows_a_results_directory(tiny_lm: Path, essays: Path, tmp_path: P
     run(*text_arguments(tiny_lm, essays, tmp_path / "a"))
     facts = json.loads(run("info", tmp_path / "a", "--json").stdout)
     assert (facts["schema"], facts["cells"], facts["errors"]) == ("lvctx.niah/1", 12, 0)
+
+
+# --- many processes
+
+
+def test_ranks_write_one_file_with_no_row_twice(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
+    alone = run(*text_arguments(tiny_lm, essays, tmp_path / "alone"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lvctx"]
+    command = [*launcher, *(str(a) for a in text_arguments(tiny_lm, essays, tmp_path / "two"))]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    shown = {row["key"]: row for row in map(json.loads, done.stdout.splitlines())}
+    stored = {row["key"]: row for row in results(tmp_path / "two")}
+    assert len(results(tmp_path / "two")) == len(stored) == 12
+    assert shown == stored == {row["key"]: row for row in map(json.loads, alone.stdout.splitlines())}
+    assert done.stderr.count("share of needles") == 1
+    summary = json.loads((tmp_path / "two/summary.json").read_text())
+    assert summary | {"name": "alone"} == json.loads((tmp_path / "alone/summary.json").read_text())
+
+
+def test_a_torn_line_of_another_process_is_dropped(tmp_path: Path) -> None:
+    with RowLog(tmp_path / "r.jsonl") as one, RowLog(tmp_path / "r.jsonl") as two:
+        one.append({"key": "a"})
+        with open(tmp_path / "r.jsonl", "ab") as killed:
+            killed.write(b'{"key": "b", "to')
+        two.append({"key": "c"})
+        one.append({"key": "d"})
+    assert [row["key"] for row in read_rows(tmp_path / "r.jsonl")] == ["a", "c", "d"]
+
+
+def test_results_of_another_model_are_refused(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert run(*text_arguments(tiny_lm, essays, tmp_path / "a")).exit_code == 0
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    with torch.no_grad():
+        model.lm_head.weight[0] += 1
+    model.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(tiny_lm).save_pretrained(tmp_path / "other")
+    refused = run(*text_arguments(tmp_path / "other", essays, tmp_path / "a"))
+    assert (refused.exit_code, refused.stderr.count("\n")) == (3, 1)
+    assert "another run (other model)" in refused.stderr
+
+
+def test_lists_are_scored_by_what_is_written(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
+    arguments = text_arguments(tiny_lm, essays, tmp_path / "a")
+    arguments[arguments.index("130,200")] = "300"
+    refused = run(*arguments, "--task", "multi-value")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    at = arguments.index("--score")
+    arguments[at : at + 2] = ["--task", "multi-value", "--depths", "nested", "--kv", "int8"]
+    done = run(*arguments)
+    assert done.exit_code == 0
+    rows = results(tmp_path / "a")
+    assert {(r["kv"], r["share"], r["correct"]) for r in rows} == {("int8", 0, False)}
+    assert all(len(r["answer"].split(", ")) == 4 and r["point"] is not None for r in rows)
+    assert read_grid(tmp_path / "a").labels[-1] == "at the end"

@@ -21,6 +21,7 @@ from lvctx.cli.common import (
     examples,
     progress,
 )
+from lvctx.cli.niah_haystack import haystack as make_haystack
 from lvctx.cli.niah_report import ThresholdOption, print_tables, report
 from lvctx.errors import EXIT_SAMPLES_FAILED, UsageError
 
@@ -70,12 +71,19 @@ DEPTHS = "0,0.2,0.4,0.6,0.8,1"
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command and its `report` to the program."""
+    """Add the command, its `haystack` and its `report` to the program."""
     group = typer.Typer(invoke_without_command=True)
     group.callback()(niah)
     group.command(
         "report", epilog=examples("lvctx niah report niah", "lvctx niah report niah niah -o both.png --json")
     )(report)
+    group.command(
+        "haystack",
+        epilog=examples(
+            "lvctx niah haystack --frames 20 --model vlm -o hay.frames.safetensors",
+            "lvctx niah haystack clips/bikes.mp4 --frames 20 --seed 1 -o hay-pictures",
+        ),
+    )(make_haystack)
     app.add_typer(
         group,
         name="niah",
