@@ -505,6 +505,23 @@ def test_results_of_another_model_are_refused(tiny_lm: Path, essays: Path, tmp_p
     assert "another run (other model)" in refused.stderr
 
 
+def test_a_base_is_tried_as_if_the_model_had_it(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    arguments = text_arguments(tiny_lm, essays, tmp_path / "a")
+    assert run(*arguments, "--rope-theta", "3e4,1e6").exit_code == 0
+    assert (tmp_path / "a/heatmap.png").is_file()
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}
+    model.save_pretrained(tmp_path / "1e6")
+    AutoTokenizer.from_pretrained(tiny_lm).save_pretrained(tmp_path / "1e6")
+    assert run(*text_arguments(tmp_path / "1e6", essays, tmp_path / "b")).exit_code == 0
+    scores = [[r["log_prob"] for r in results(d)] for d in (tmp_path / "a/theta-1e+06", tmp_path / "b")]
+    assert scores[0] == scores[1]
+    assert scores[0] != [r["log_prob"] for r in results(tmp_path / "a/theta-30000")]
+    assert run(*arguments, "--rope-theta", "0.5").exit_code == 2
+
+
 def test_lists_are_scored_by_what_is_written(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
     arguments = text_arguments(tiny_lm, essays, tmp_path / "a")
     arguments[arguments.index("130,200")] = "300"

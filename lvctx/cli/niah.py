@@ -1,5 +1,6 @@
 """`lvctx niah`: needles in a haystack of text or video, and `lvctx niah report`: their heatmaps and tables."""
 
+from dataclasses import replace
 from enum import StrEnum
 from math import isfinite
 from pathlib import Path
@@ -127,6 +128,9 @@ def niah(
     training_length: Annotated[
         int | None, typer.Option(help="Tokens the LM was trained on (the heatmap's line). Default: as it says.", min=1)
     ] = None,
+    rope_theta: Annotated[
+        str | None, typer.Option(help="Try RoPE bases without training: comma-separated; each in a folder of -o.")
+    ] = None,
     threshold: ThresholdOption = 0.9,
     chunk: Annotated[int, typer.Option(help="Tokens of one forward (memory).", min=1)] = 2048,
     reuse: Annotated[bool, typer.Option(help="Compute what cells share once.")] = True,
@@ -160,54 +164,62 @@ def niah(
         raise UsageError(f"--lengths {lengths!r}: whole numbers are wanted")
 
     from lvctx.bench.grid import read_grid
+    from lvctx.bench.heatmap import draw_heatmaps
     from lvctx.stages.niah import NiahConfig, open_ranks, plan_niah, run_niah
 
-    plan = plan_niah(
-        NiahConfig(
-            model=model,
-            modality=modality.value,
-            haystack=tuple(hay),
-            lengths=tuple(int(n) for n in lengths_wanted),
-            depths=tuple(depths_wanted),
-            trials=trials,
-            distractors=distractors,
-            needles=needles,
-            scoring=score.value if score else None,
-            training_length=training_length,
-            seed=seed,
-            nested=nested,
-            loop=loop,
-            task=task.value,
-            count=count,
-            question=question.value,
-            tolerance=tolerance,
-            kept=kv.value,
-        )
+    config = NiahConfig(
+        model=model,
+        modality=modality.value,
+        haystack=tuple(hay),
+        lengths=tuple(int(n) for n in lengths_wanted),
+        depths=tuple(depths_wanted),
+        trials=trials,
+        distractors=distractors,
+        needles=needles,
+        scoring=score.value if score else None,
+        training_length=training_length,
+        seed=seed,
+        nested=nested,
+        loop=loop,
+        task=task.value,
+        count=count,
+        question=question.value,
+        tolerance=tolerance,
+        kept=kv.value,
     )
+    thetas = _numbers("--rope-theta", rope_theta) if rope_theta else []
+    targets = {out / f"theta-{theta:g}": theta for theta in thetas} or {out: None}
+    plans = {target: plan_niah(replace(config, theta=theta)) for target, theta in targets.items()}
     if dry_run:
-        emit({"dry_run": True, "path": str(out), **plan.shown, **plan.facts()})
+        for target, plan in plans.items():
+            emit({"dry_run": True, "path": str(target), **plan.shown, **plan.facts()})
         return
     failed = 0
     with open_ranks() as ranks, progress(f"niah {modality.value}", quiet=quiet) as tell:
         if ranks.size > 1 and device == "cuda":
             device = f"cuda:{ranks.local}"
-        for row in run_niah(
-            plan,
-            out,
-            device=device,
-            chunk=chunk,
-            reuse=reuse,
-            resume=resume.value,
-            force=force,
-            report=tell,
-            threshold=threshold,
-            ranks=ranks,
-        ):
-            failed += "error" in row
-            emit(row)
+        for target, plan in plans.items():
+            for row in run_niah(
+                plan,
+                target,
+                device=device,
+                chunk=chunk,
+                reuse=reuse,
+                resume=resume.value,
+                force=force,
+                report=tell,
+                threshold=threshold,
+                ranks=ranks,
+            ):
+                failed += "error" in row
+                emit(row)
         failed = max(ranks.gather(failed))
-    if not quiet and ranks.rank == 0:
-        print_tables([read_grid(out)], threshold=threshold, stderr=True)
+    if ranks.rank == 0:
+        grids = [read_grid(target) for target in plans]
+        if thetas:
+            draw_heatmaps(grids, out / "heatmap.png", threshold=threshold)
+        if not quiet:
+            print_tables(grids, threshold=threshold, stderr=True)
     if failed:
         raise typer.Exit(EXIT_SAMPLES_FAILED)
 

@@ -29,6 +29,7 @@ from lvctx.bench.video_niah import Question, VideoNiah, chance_of, drawn_needles
 from lvctx.dist.ranks import Ranks, open_ranks
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import context_length, load_config, load_model, load_tokenizer, resolve_model, trained_length
+from lvctx.positions.rope import RopeSpec, to_hf
 from lvctx.text.needle import Task, read_haystack
 
 __all__ = ["NiahConfig", "Plan", "Ranks", "open_ranks", "plan_niah", "run_niah"]
@@ -76,6 +77,8 @@ class NiahConfig:
     """Seconds that the answer to `when` may be off."""
     kept: Kept = "device"
     """Where the KV cache lives."""
+    theta: float | None = None
+    """RoPE base to read with in place of the model's own, without training (LongVA figure 4)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +145,8 @@ def plan_niah(config: NiahConfig) -> Plan:
         raise UsageError("--depths are between 0 and 1")
     if any(n < 1 for n in config.lengths):
         raise UsageError("--lengths are at least 1")
+    if config.theta is not None and config.theta <= 1:
+        raise UsageError("--rope-theta is larger than 1")
     path = resolve_model(config.model)
     tokenizer = load_tokenizer(path)
     test: Niah
@@ -177,6 +182,7 @@ def plan_niah(config: NiahConfig) -> Plan:
         "scoring": scoring,
         "seed": config.seed,
         "kv": "int8" if config.kept == "int8" else "exact",
+        "rope_theta": config.theta,
     }
     shown = {
         "schema": schemas.NIAH,
@@ -335,13 +341,22 @@ def load_scorer(plan: Plan, *, device: str, chunk: int, reuse: bool) -> PrefixSc
     longest, context = max(len(plan.test.sequence(c)[0]) for c in plan.cells), context_length(load_config(plan.path))
     if longest > context:
         log.warning("up to %d tokens are read by a model that promises %d", longest, context)
-    model = load_model(plan.path, device=device)
+    model = load_model(plan.path, config=_with_base(load_config(plan.path), plan.config.theta), device=device)
     table = None
     if plan.eyes is not None:
         assert isinstance(plan.test, VideoNiah)
         images = [needle.image for needle in (*plan.test.needles, *plan.test.lookalikes)]
         table = plan.eyes.table(model, plan.frames, max(plan.config.lengths), images)
     return PrefixScorer(model, table, chunk=chunk, reuse=reuse, kept=plan.config.kept)
+
+
+def _with_base(config: Any, theta: float | None) -> Any:
+    """A model's configuration with another RoPE base."""
+    if theta is not None:
+        text = config.get_text_config()
+        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        text.rope_parameters = (text.rope_parameters or {}) | to_hf(RopeSpec(head_dim=dim, theta=theta))
+    return config
 
 
 def _run_cell(scorer: PrefixScorer, plan: Plan, cell: Cell) -> dict[str, Any]:
