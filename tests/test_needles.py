@@ -17,6 +17,7 @@ from lvctx.bench.text_niah import TextNiah
 from lvctx.bench.video_niah import VideoNiah, chance_of, drawn_needles, read_needles
 from lvctx.errors import InputError
 from lvctx.model.load import load_model, load_tokenizer
+from lvctx.model.vlm import IMAGE_TOKEN, VIDEO_TOKEN
 from lvctx.stages.niah import _timeline, share_cells
 from lvctx.text.needle import LISTS, draw_riddle
 
@@ -26,6 +27,14 @@ STORY = "The old tree stood by a river. People came from far. They sat in its sh
 @pytest.fixture(scope="module")
 def tokenizer(tiny_lm: Path) -> Any:
     return load_tokenizer(tiny_lm)
+
+
+@pytest.fixture(scope="module")
+def seeing(tiny_lm: Path) -> Any:
+    """A tokenizer with a VLM's tokens."""
+    tokenizer = load_tokenizer(tiny_lm)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, VIDEO_TOKEN]})
+    return tokenizer
 
 
 @pytest.mark.parametrize("task", ["multi-key", *LISTS])
@@ -79,7 +88,7 @@ def rows_of(test: VideoNiah, cell: Cell) -> list[int]:
     return [int(f) for f in frames[:, 0] // 4]
 
 
-def test_lookalikes_share_neither_shape_nor_color(tokenizer: Any) -> None:
+def test_lookalikes_share_neither_shape_nor_color(seeing: Any) -> None:
     needles, lookalikes = drawn_needles(30, size=48, seed=5, lookalikes=9)
     assert not {n.answer for n in needles} & {n.answer for n in lookalikes}
     assert not {n.subject for n in needles} & {n.subject for n in lookalikes}
@@ -87,13 +96,13 @@ def test_lookalikes_share_neither_shape_nor_color(tokenizer: Any) -> None:
     assert len({n.answer for n in needles}) == 7
     assert chance_of(9) == 1 / 7
     assert chance_of(0) == 1 / 10
-    test = video(tokenizer, distractors=3)
+    test = video(seeing, distractors=3)
     for cell in test.cells([10, 40], [0, 0.5, 1], 2):
         rows = rows_of(test, cell)
         assert sorted(rows) == [*range(cell.length), 40 + cell.trial, 43, 44, 45]
         assert [r for r in rows if r < 40] == list(range(cell.length))
         assert sum(r < 40 for r in rows[: rows.index(40 + cell.trial)]) == cell.position
-    assert test.prompt() != video(tokenizer, distractors=2).prompt()
+    assert test.prompt() != video(seeing, distractors=2).prompt()
 
 
 def test_lookalikes_of_a_folder(tmp_path: Path) -> None:
@@ -105,12 +114,12 @@ def test_lookalikes_of_a_folder(tmp_path: Path) -> None:
     assert len(lookalikes) == 1
 
 
-def test_when_is_between_the_neighbours(tokenizer: Any) -> None:
+def test_when_is_between_the_neighbours(seeing: Any) -> None:
     """Two artifacts after each other: 4 frames half a second apart from 10 s on, then 36 a second apart."""
     pts = [10 + np.arange(4) / 2, 100 + np.arange(36.0)]
     seconds = _timeline(tuple(SimpleNamespace(pts=torch.from_numpy(p)) for p in pts))  # type: ignore[arg-type]
     assert seconds[:6].tolist() == [10, 10.5, 11, 11.5, 12.5, 13.5]
-    test = video(tokenizer, seconds=seconds, question="when", tolerance=1.5, loop=True)
+    test = video(seeing, seconds=seconds, question="when", tolerance=1.5, loop=True)
     cells = {(c.length, c.depth): c for c in test.cells([4, 80], [0, 0.5, 1], 1)}
     assert [cells[4, d].answer for d in (0, 0.5, 1)] == ["10", "10.75", "11.5"]
     # 40 frames last until 47.5; repeated, the video goes on one mean step (37.5 / 39) later.
@@ -132,11 +141,11 @@ def tree_size(sequences: list[np.ndarray]) -> int:
 @pytest.mark.parametrize("modality", ["text", "video"])
 @pytest.mark.parametrize("distractors", [0, 2])
 def test_nested_points_make_all_lengths_cost_what_the_longest_does(
-    modality: str, distractors: int, tokenizer: Any
+    modality: str, distractors: int, tokenizer: Any, seeing: Any
 ) -> None:
     def test(nested: bool) -> Any:
         if modality == "video":
-            return video(tokenizer, nested=nested, distractors=distractors)
+            return video(seeing, nested=nested, distractors=distractors)
         return TextNiah(tokenizer, STORY, distractors=distractors, seed=0, nested=nested)
 
     lengths = list(range(10, 41, 5)) if modality == "video" else list(range(400, 1001, 100))
@@ -176,12 +185,12 @@ def test_nested_and_looped_grids_score_like_plain_forwards(tiny_lm: Path, tokeni
     assert text.count("The old tree stood") >= 6  # the story has four of them
 
 
-def test_a_looped_video_repeats(tokenizer: Any) -> None:
-    test = video(tokenizer, loop=True)
+def test_a_looped_video_repeats(seeing: Any) -> None:
+    test = video(seeing, loop=True)
     cell = test.cells([100], [1], 1)[0]
     assert rows_of(test, cell) == [*range(40), *range(40), *range(20), 40]
     with pytest.raises(InputError, match="--loop"):
-        video(tokenizer).cells([41], [0], 1)
+        video(seeing).cells([41], [0], 1)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
