@@ -9,7 +9,8 @@ thirtieth of the cells each, so that a busy machine hits both alike. Work is cou
 the language model: two a weight and token, four a head's dimension and pair of tokens of which one attends the other.
 `cpu` is the same in processor seconds. On a busy machine set OMP_NUM_THREADS=1: threads that wait for each other at
 every operation make short forwards cost as much as long ones.
-`--flops-of-the-paper` counts it for Qwen2-7B on the paper's own grid, without running anything.
+`--flops-of-the-paper` counts it for Qwen2-7B on the paper's own grid, without running anything; `--nested` for points
+that all lengths share, where shorter haystacks have fewer of them.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from lvctx.bench.niah import insertion_points
 from lvctx.bench.prefix import PrefixScorer, common_prefix, walk_order
 
 
@@ -44,7 +46,7 @@ def count(config: Any, sequences: Sequence[np.ndarray]) -> dict[str, float]:
     return {"flops_alone": alone, "flops_once": once, "flops_ratio": round(once / alone, 4)}
 
 
-def paper() -> dict[str, Any]:
+def paper(nested: bool) -> dict[str, Any]:
     """LongVA's grid on Qwen2-7B: 200 to 3000 frames of 144 tokens, 6 depths, 5 needles, a chat of some 40 tokens."""
     from types import SimpleNamespace
 
@@ -54,15 +56,19 @@ def paper() -> dict[str, Any]:
     hay = 1000 + np.arange(3000 * 144)
     sequences = []
     for frames in range(200, 3001, 200):
-        for depth in np.arange(6) / 5:
+        for _, _, place in insertion_points([d / 5 for d in range(6)], frames, 3000, nested):
             for trial in range(5):
-                at = int(depth * frames) * 144
+                at = place * 144
                 needle = -1000 * (trial + 1) - np.arange(144)
                 question = -100 * (trial + 1) - np.arange(25)
                 parts = [np.arange(14), hay[:at], needle, hay[at : frames * 144], question]
                 sequences.append(np.concatenate(parts).astype(np.int32))
     keys = walk_order(sequences)
-    return {"grid": "paper", "cells": len(sequences), **count(qwen2, [sequences[i] for i in keys])}
+    return {
+        "grid": "paper, nested" if nested else "paper",
+        "cells": len(sequences),
+        **count(qwen2, [sequences[i] for i in keys]),
+    }
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -84,6 +90,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             scoring="forced",
             training_length=None,
             seed=0,
+            nested=arguments.nested,
         )
     )
     model = load_model(plan.path, device=arguments.device)
@@ -125,9 +132,10 @@ def main() -> None:
     parser.add_argument("--depths", type=int, default=6)
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--nested", action="store_true")
     parser.add_argument("--flops-of-the-paper", action="store_true")
     arguments = parser.parse_args()
-    print(json.dumps(paper() if arguments.flops_of_the_paper else measure(arguments)))
+    print(json.dumps(paper(arguments.nested) if arguments.flops_of_the_paper else measure(arguments)))
 
 
 if __name__ == "__main__":

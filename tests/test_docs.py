@@ -17,7 +17,9 @@ from lvctx.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-EXAMPLES = {name: re.findall(r"^lvctx .*|^.*\| lvctx .*", c.epilog or "", re.M) for name, c in COMMANDS.items()}
+SUBCOMMANDS = {f"{n} {m}": s for n, c in COMMANDS.items() for m, s in getattr(c, "commands", {}).items()}
+HELPS = {**COMMANDS, **SUBCOMMANDS}
+EXAMPLES = {name: re.findall(r"^lvctx .*|^.*\| lvctx .*", c.epilog or "", re.M) for name, c in HELPS.items()}
 
 
 def run(command: str, workshop: Path) -> subprocess.CompletedProcess[str]:
@@ -66,7 +68,7 @@ def workshop(nano: Any, tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytes
     return here
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", HELPS)
 def test_every_help_ends_with_two_examples(name: str) -> None:
     assert len(EXAMPLES[name]) == 2
 

@@ -15,13 +15,15 @@ from typer.testing import CliRunner
 
 from lvctx.artifacts.frames import write_frames
 from lvctx.artifacts.manifest import Provenance
-from lvctx.bench.grid import build_grid, read_grid
+from lvctx.artifacts.rows import RowLog, read_rows
+from lvctx.bench.grid import build_grid, read_grid, wilson
 from lvctx.bench.heatmap import draw_heatmaps, trained_at
-from lvctx.bench.niah import TextNiah
+from lvctx.bench.longva import read_longva
 from lvctx.bench.prefix import PrefixScorer
+from lvctx.bench.text_niah import TextNiah
 from lvctx.cli.app import app
 from lvctx.errors import InputError
-from lvctx.text.needle import NEEDLE, PREFIX, QUESTION, question_and_answer, read_haystack, sentence_ends
+from lvctx.text.needle import NEEDLE, PREFIX, QUESTION, Riddle, question_and_answer, read_haystack, sentence_ends
 
 
 def run(*arguments: object) -> Any:
@@ -108,6 +110,15 @@ def test_true_depth_is_at_most_a_sentence_before_the_asked_one(tiny_lm: Path, es
         assert 0 <= target - cell.position <= longest_sentence
 
 
+OSLO = Riddle(
+    hidden=(NEEDLE.format(city="Oslo", number="7654321"),),
+    question="What is the special magic Oslo number?",
+    start="The special magic Oslo number is:",
+    answers=("7654321",),
+)
+ASKED = QUESTION.format(question=OSLO.question, start=OSLO.start)
+
+
 def tokenizer_where(split_digits: bool) -> Any:
     """A byte-level BPE whose space before a number is a token of its own, or is not."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -118,7 +129,7 @@ def tokenizer_where(split_digits: bool) -> Any:
     digits = [pre_tokenizers.Digits(individual_digits=True)] if split_digits else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    words = [QUESTION.format(city="Oslo"), NEEDLE.format(city="Oslo", number="7654321")] * 5
+    words = [ASKED, NEEDLE.format(city="Oslo", number="7654321")] * 5
     tokenizer.train_from_iterator(
         words, trainers.BpeTrainer(vocab_size=600, initial_alphabet=byte_level.alphabet(), show_progress=False)
     )
@@ -128,8 +139,8 @@ def tokenizer_where(split_digits: bool) -> Any:
 @pytest.mark.parametrize("split_digits", [True, False])
 def test_the_tokenizer_decides_whose_the_space_is(split_digits: bool) -> None:
     tokenizer = tokenizer_where(split_digits)
-    question, answer = question_and_answer(tokenizer, "Oslo", "7654321")
-    assert tokenizer.decode(question + answer) == QUESTION.format(city="Oslo") + " 7654321"
+    question, answer = question_and_answer(tokenizer, OSLO)
+    assert tokenizer.decode(question + answer) == ASKED + " 7654321"
     assert tokenizer.decode(answer) == ("7654321" if split_digits else " 7654321")
     # The needle says it in the same tokens, else the answer could not be copied.
     said = tokenizer(NEEDLE.format(city="Oslo", number="7654321")).input_ids
@@ -346,12 +357,66 @@ PUBLISHED = {
 """LongVA-7B's V-NIAH, mean over six depths and five needles, by frames (LongVA's repository, figure 4)."""
 
 
-def test_published_averages_come_out_of_the_grid() -> None:
-    grid = build_grid(cells("video", {n: round(30 * share) / 30 for n, share in PUBLISHED.items()}), "longva-7b")
+def longva_file(target: Path) -> Path:
+    """LongVA's file with its published averages by frames. Which of the thirty needles of a length were found is not
+    published: here the missing ones are filled in from the first depth on.
+    """
+    cells = []
+    for frames, share in PUBLISHED.items():
+        missing = 30 - round(30 * share)
+        for d in range(6):
+            lost = min(5, max(0, missing - 5 * d))
+            cells.append({"Num. Frame": frames, "Frame Depth": 20.0 * d, "Score": (5 - lost) / 5})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(cells, indent=4))
+    return target
+
+
+def test_published_averages_come_out_of_longvas_own_file(tmp_path: Path) -> None:
+    grid = read_longva(longva_file(tmp_path / "LongVA-7B/all_accuracies.json"), trained_length=224_000)
+    assert grid.name == "LongVA-7B"
     assert [round(grid.by_length(i) or 0, 3) for i in range(15)] == list(PUBLISHED.values())
+    assert grid.total == (409, 450)
     assert round(grid.mean or 0, 3) == 0.909
     # 224,000 tokens are 1,555 frames: the line goes between 1,400 and 1,600.
     assert trained_at(grid) == grid.lengths.index(1400) + 0.5
+    # The published row is at 0.9 or above up to 2,200 frames and at 0.667 at 2,400.
+    assert grid.to_dict(0.9)["effective_length"] == 2200
+    assert grid.to_dict(0.95)["effective_length"] == 1200
+    assert grid.to_dict(0.6)["falls"] is False
+    assert "at least 3,000 frames (432,000 tokens)" in grid.verdict(0.6)
+    assert grid.effective(1.01) is None
+
+
+def test_longvas_file_in_and_out_through_the_command(tmp_path: Path) -> None:
+    given = longva_file(tmp_path / "LongVA-7B/all_accuracies.json")
+    out = tmp_path / "copy/all_accuracies.json"
+    assert run("niah", "report", given, "-o", out).exit_code == 0
+    assert json.loads(out.read_text()) == json.loads(given.read_text())
+    done = run("niah", "report", given, "--training-length", 224_000, "--json", "-o", tmp_path / "a.json")
+    [line] = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line] == json.loads((tmp_path / "a.json").read_text())
+    assert (line["effective_length"], line["effective_tokens"], line["trained_length"]) == (2200, 316_800, 224_000)
+    table = run("niah", "report", given, "-o", tmp_path / "a.svg").stdout
+    for said in ("2,400 │ 345,600 │", "0.88 to 0.93", "effective at 0.9 │"):
+        assert said in table, said
+    assert "effective length 2,200 frames (316,800 tokens) at 0.9" in (tmp_path / "a.svg").read_text()
+    assert run("niah", "report", given, given, "-o", out).exit_code == 2
+    for broken in ("{}", '[{"Num. Frame": 1}]', '[{"Num. Frame": 1, "Frame Depth": 0, "Score": 0.123456}]'):
+        given.write_text(broken)
+        done = run("niah", "report", given)
+        assert (done.exit_code, done.stderr.count("\n")) == (3, 1)
+
+
+@pytest.mark.parametrize(("right", "n"), [(0, 5), (5, 5), (409, 450), (1, 2)])
+def test_wilson_is_where_the_score_test_turns(right: int, n: int) -> None:
+    """Its ends are the shares p0 at which |p - p0| is 1.96 standard errors of p0 itself; that is how it is defined."""
+    low, high = wilson(right, n) or (0, 0)
+    for end in (low, high):
+        if 0 < end < 1:
+            assert abs(right / n - end) == pytest.approx(1.959964 * (end * (1 - end) / n) ** 0.5, rel=2e-3)
+    assert (low == 0) == (right == 0)
+    assert (high == 1) == (right == n)
 
 
 def test_labels_are_true_and_bytes_repeat(tmp_path: Path) -> None:
@@ -394,3 +459,79 @@ def test_info_knows_a_results_directory(tiny_lm: Path, essays: Path, tmp_path: P
     run(*text_arguments(tiny_lm, essays, tmp_path / "a"))
     facts = json.loads(run("info", tmp_path / "a", "--json").stdout)
     assert (facts["schema"], facts["cells"], facts["errors"]) == ("lvctx.niah/1", 12, 0)
+
+
+# --- many processes
+
+
+def test_ranks_write_one_file_with_no_row_twice(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
+    alone = run(*text_arguments(tiny_lm, essays, tmp_path / "alone"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lvctx"]
+    command = [*launcher, *(str(a) for a in text_arguments(tiny_lm, essays, tmp_path / "two"))]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    shown = {row["key"]: row for row in map(json.loads, done.stdout.splitlines())}
+    stored = {row["key"]: row for row in results(tmp_path / "two")}
+    assert len(results(tmp_path / "two")) == len(stored) == 12
+    assert shown == stored == {row["key"]: row for row in map(json.loads, alone.stdout.splitlines())}
+    assert done.stderr.count("share of needles") == 1
+    summary = json.loads((tmp_path / "two/summary.json").read_text())
+    assert summary | {"name": "alone"} == json.loads((tmp_path / "alone/summary.json").read_text())
+
+
+def test_a_torn_line_of_another_process_is_dropped(tmp_path: Path) -> None:
+    with RowLog(tmp_path / "r.jsonl") as one, RowLog(tmp_path / "r.jsonl") as two:
+        one.append({"key": "a"})
+        with open(tmp_path / "r.jsonl", "ab") as killed:
+            killed.write(b'{"key": "b", "to')
+        two.append({"key": "c"})
+        one.append({"key": "d"})
+    assert [row["key"] for row in read_rows(tmp_path / "r.jsonl")] == ["a", "c", "d"]
+
+
+def test_results_of_another_model_are_refused(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert run(*text_arguments(tiny_lm, essays, tmp_path / "a")).exit_code == 0
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    with torch.no_grad():
+        model.lm_head.weight[0] += 1
+    model.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(tiny_lm).save_pretrained(tmp_path / "other")
+    refused = run(*text_arguments(tmp_path / "other", essays, tmp_path / "a"))
+    assert (refused.exit_code, refused.stderr.count("\n")) == (3, 1)
+    assert "another run (other model)" in refused.stderr
+
+
+def test_a_base_is_tried_as_if_the_model_had_it(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    arguments = text_arguments(tiny_lm, essays, tmp_path / "a")
+    assert run(*arguments, "--rope-theta", "3e4,1e6").exit_code == 0
+    assert (tmp_path / "a/heatmap.png").is_file()
+    model = AutoModelForCausalLM.from_pretrained(tiny_lm)
+    model.config.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}
+    model.save_pretrained(tmp_path / "1e6")
+    AutoTokenizer.from_pretrained(tiny_lm).save_pretrained(tmp_path / "1e6")
+    assert run(*text_arguments(tmp_path / "1e6", essays, tmp_path / "b")).exit_code == 0
+    scores = [[r["log_prob"] for r in results(d)] for d in (tmp_path / "a/theta-1e+06", tmp_path / "b")]
+    assert scores[0] == scores[1]
+    assert scores[0] != [r["log_prob"] for r in results(tmp_path / "a/theta-30000")]
+    assert run(*arguments, "--rope-theta", "0.5").exit_code == 2
+
+
+def test_lists_are_scored_by_what_is_written(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
+    arguments = text_arguments(tiny_lm, essays, tmp_path / "a")
+    arguments[arguments.index("130,200")] = "300"
+    refused = run(*arguments, "--task", "multi-value")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    at = arguments.index("--score")
+    arguments[at : at + 2] = ["--task", "multi-value", "--depths", "nested", "--kv", "int8"]
+    done = run(*arguments)
+    assert done.exit_code == 0
+    rows = results(tmp_path / "a")
+    assert {(r["kv"], r["share"], r["correct"]) for r in rows} == {("int8", 0, False)}
+    assert all(len(r["answer"].split(", ")) == 4 and r["point"] is not None for r in rows)
+    assert read_grid(tmp_path / "a").labels[-1] == "at the end"

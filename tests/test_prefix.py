@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from lvctx.bench.niah import TextNiah, VideoNiah, drawn_needles, visual_table
 from lvctx.bench.prefix import PrefixScorer, Score, common_prefix, walk_order
+from lvctx.bench.text_niah import TextNiah
+from lvctx.bench.video_niah import VideoNiah, drawn_needles, visual_table
 from lvctx.model.load import load_model, load_tokenizer
 from lvctx.model.vlm import assemble, embed_frames, frame_features, newline_embedding, tokens_per_frame
 
@@ -100,7 +101,7 @@ def test_video_grid_equals_the_stock_video_path(tiny_lm: Path, tiny_tower: Path)
     )
     torch.manual_seed(0)
     hay_F3SS, needles_N3SS = torch.randn(12, 3, 48, 48), torch.randn(2, 3, 48, 48)
-    needles = drawn_needles(2, size=48, seed=0)
+    needles, _ = drawn_needles(2, size=48, seed=0)
     per_frame = tokens_per_frame(vlm.config)
     vocabulary = vlm.get_input_embeddings().weight.shape[0]
     test = VideoNiah(tokenizer, needles, vocabulary=vocabulary, frames=12, per_frame=per_frame, chance=0.1)

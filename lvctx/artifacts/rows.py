@@ -1,7 +1,13 @@
-"""Append-only JSONL with a key per row: what stands is skipped, a torn last line is dropped and redone."""
+"""Append-only JSONL with a key per row: what stands is skipped, a torn last line is dropped and redone.
 
+Several processes may append to one file, each its own keys.
+"""
+
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,21 +37,32 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class RowLog:
-    """A results file open for appending: one writer, every row durable when `append` returns."""
+    """A results file open for appending: every row durable when `append` returns."""
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
         """Open `path`, drop a torn last line, and learn the keys that stand; `fresh` starts from nothing."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.rows: dict[str, dict[str, Any]] = {}
-        if path.exists() and not fresh:
+        self._file = open(path, "w+b" if fresh else "a+b")  # noqa: SIM115 (closed in __exit__)
+        with self._locked():
             # An error is no result: it stays in the file, and its key may be written again.
             self.rows = {row["key"]: row for row in read_rows(path) if "error" not in row}
-            raw = path.read_bytes()
-            whole = raw.rfind(b"\n") + 1
-            if whole < len(raw):
-                os.truncate(path, whole)
-        self._file = open(path, "wb" if fresh else "ab")  # noqa: SIM115 (closed in __exit__)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """No other process appends meanwhile, and the file ends with a whole line: a killed one's last may be torn."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            size = self._file.seek(0, os.SEEK_END)
+            self._file.seek(max(0, size - 1))
+            if size and self._file.read(1) != b"\n":
+                self._file.seek(0)
+                self._file.truncate(self._file.read().rfind(b"\n") + 1)
+            self._file.seek(0, os.SEEK_END)
+            yield
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def __contains__(self, key: str) -> bool:
         return key in self.rows
@@ -55,9 +72,10 @@ class RowLog:
         assert row["key"] not in self.rows, row["key"]
         line = json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
         try:
-            self._file.write(line.encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with self._locked():
+                self._file.write(line.encode())
+                self._file.flush()
+                os.fsync(self._file.fileno())
         except OSError as e:
             if is_disk_error(e):
                 raise disk_error(e, self.path) from e

@@ -16,6 +16,9 @@ BASE = "lvctx.base/1"
 FRAMES = "lvctx.frames/1"
 """Safetensors: features bf16 (F, P, D) before the projector, pts f64 (F,) seconds, index i64 (F,) source frames."""
 
+HAYSTACK = "lvctx.haystack/1"
+"""Directory: a haystack's frames as 000000.png and on, and MANIFEST.json; hashes of the pixels beside it."""
+
 NIAH = "lvctx.niah/1"
 """Directory: results.jsonl (one row a cell), summary.json, heatmap.json, heatmap.png."""
 

@@ -2,11 +2,20 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from lvctx.artifacts import schemas
 from lvctx.artifacts.rows import read_rows
 from lvctx.errors import InputError
+
+THRESHOLD = 0.9
+"""Accuracy from which a length counts as read. LongVA-7B falls below it where its figure 4 begins to fade; RULER takes
+0.856 and Visual Haystacks 0.6, so it is a choice and always stated."""
+
+Z = 1.959963984540054
+"""Standard normal quantile of a two-sided 95 % interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +31,10 @@ class Grid:
     tokens: list[int]
     """Mean tokens of a sequence of each length."""
     depths: list[float]
-    """Ascending."""
+    """Ascending, 0 to 1. Where insertion points are nested: each point's share of the longest haystack; the last, 1, is
+    every haystack's own end."""
+    labels: list[str]
+    """What a reader is told about each depth: `20%`, or where nested `after 600`."""
     correct: list[list[int]]
     """Right answers, depths x lengths."""
     trials: list[list[int]]
@@ -31,8 +43,8 @@ class Grid:
     """Cells that failed to run; they are in neither count."""
     chance: float | None
     """Accuracy of guessing; None where it is not known."""
-    trained_length: int
-    """Tokens of the longest sequence the language model was trained on."""
+    trained_length: int | None
+    """Tokens of the longest sequence the language model was trained on; None where it is not known."""
     longest_sample: int
     """Tokens of the longest sample of the alignment; 0 for a language model."""
 
@@ -46,10 +58,14 @@ class Grid:
         n = self.trials[depth][length]
         return self.correct[depth][length] / n if n else None
 
+    def count(self, length: int) -> tuple[int, int]:
+        """Right answers and cells of all depths of one length, by index."""
+        return sum(row[length] for row in self.correct), sum(row[length] for row in self.trials)
+
     def by_length(self, length: int) -> float | None:
         """Over all depths of one length, by index."""
-        n = sum(row[length] for row in self.trials)
-        return sum(row[length] for row in self.correct) / n if n else None
+        right, n = self.count(length)
+        return right / n if n else None
 
     @property
     def guessing(self) -> str:
@@ -57,20 +73,71 @@ class Grid:
         return "" if self.chance is None else f"chance {self.chance:.2f}"
 
     @property
+    def total(self) -> tuple[int, int]:
+        """Right answers and cells in all."""
+        return sum(map(sum, self.correct)), sum(map(sum, self.trials))
+
+    @property
     def mean(self) -> float | None:
         """Over all cells."""
-        n = sum(map(sum, self.trials))
-        return sum(map(sum, self.correct)) / n if n else None
+        right, n = self.total
+        return right / n if n else None
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form: this object's fields and the means."""
+    def effective(self, threshold: float) -> int | None:
+        """Index of the effective length: the longest up to which no length's accuracy falls under `threshold`.
+
+        None where the shortest does already. A length at which nothing ran ends it as well.
+        """
+        last = None
+        for i in range(len(self.lengths)):
+            right, n = self.count(i)
+            if not n or right < threshold * n - 1e-9:  # 27 of 30 are 0.9
+                break
+            last = i
+        return last
+
+    def verdict(self, threshold: float) -> str:
+        """The effective length in words; `at least` where the accuracy falls nowhere."""
+        i = self.effective(threshold)
+        if i is None:
+            return f"under {threshold:g} at every length" if len(self.lengths) == 1 else f"under {threshold:g} at once"
+        tokens = f" ({self.tokens[i]:,} tokens)" if self.modality == "video" and self.tokens[i] else ""
+        least = "at least " if i == len(self.lengths) - 1 else ""
+        return f"effective length {least}{self.lengths[i]:,} {self.unit}{tokens} at {threshold:g}"
+
+    def to_dict(self, threshold: float = THRESHOLD) -> dict[str, Any]:
+        """JSON form: this object's fields, means with their 95 % Wilson intervals, and the effective length."""
+        i = self.effective(threshold)
         return {
-            "schema": "lvctx.niah/1",
+            "schema": schemas.NIAH,
             **vars(self),
             "unit": self.unit,
-            "accuracy_by_length": [self.by_length(i) for i in range(len(self.lengths))],
+            "intervals": [
+                [wilson(c, n) for c, n in zip(*pair, strict=True)]
+                for pair in zip(self.correct, self.trials, strict=True)
+            ],
+            "accuracy_by_length": [self.by_length(n) for n in range(len(self.lengths))],
+            "interval_by_length": [wilson(*self.count(n)) for n in range(len(self.lengths))],
             "accuracy": self.mean,
+            "interval": wilson(*self.total),
+            "threshold": threshold,
+            "effective_length": None if i is None else self.lengths[i],
+            "effective_tokens": None if i is None else self.tokens[i],
+            "falls": i != len(self.lengths) - 1,
         }
+
+
+def wilson(right: int, n: int) -> tuple[float, float] | None:
+    """The 95 % interval of a share of which `right` of `n` were seen (Wilson 1927); None where nothing was.
+
+    The needles of a cell are the sample: between models it says what chance of the draw may explain.
+    """
+    if not n:
+        return None
+    p, z2 = right / n, Z * Z
+    centre, reach = p + z2 / (2 * n), Z * sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    low, high = (centre - reach) / (1 + z2 / n), (centre + reach) / (1 + z2 / n)
+    return round(max(0.0, low), 4), round(min(1.0, high), 4)
 
 
 def build_grid(rows: Iterable[dict[str, Any]], name: str) -> Grid:
@@ -79,12 +146,15 @@ def build_grid(rows: Iterable[dict[str, Any]], name: str) -> Grid:
     if not rows:
         raise InputError("no result", where=name, fix="run lvctx niah first")
     lengths = sorted({r["length"] for r in rows})
-    depths = sorted({r["depth"] for r in rows})
+    # Nested points lie at other depths in every length: there a line of the grid is a point.
+    key = "point" if rows[0].get("point") is not None else "depth"
+    depths = sorted({r[key] for r in rows})
+    positions = {r[key]: r["position"] for r in rows} if key == "point" else {}
     shape = [[0] * len(lengths) for _ in depths]
     correct, trials = [list(r) for r in shape], [list(r) for r in shape]
     for r in rows:
         if "error" not in r:
-            d, n = depths.index(r["depth"]), lengths.index(r["length"])
+            d, n = depths.index(r[key]), lengths.index(r["length"])
             trials[d][n] += 1
             correct[d][n] += bool(r["correct"])
     sizes = {n: [r["tokens"] for r in rows if r["length"] == n] for n in lengths}
@@ -94,6 +164,7 @@ def build_grid(rows: Iterable[dict[str, Any]], name: str) -> Grid:
         lengths=lengths,
         tokens=[round(sum(sizes[n]) / len(sizes[n])) for n in lengths],
         depths=depths,
+        labels=[_label(d, positions) for d in depths],
         correct=correct,
         trials=trials,
         errors=sum("error" in r for r in rows),
@@ -103,10 +174,16 @@ def build_grid(rows: Iterable[dict[str, Any]], name: str) -> Grid:
     )
 
 
-def read_grid(directory: Path) -> Grid:
+def _label(depth: float, positions: dict[float, int]) -> str:
+    if not positions:
+        return f"{100 * depth:g}%"
+    return "at the end" if depth == 1 else f"after {positions[depth]:,}"
+
+
+def read_grid(path: Path) -> Grid:
     """The grid of a results directory, from results.jsonl alone. Raises InputError where there is none."""
-    results = directory / "results.jsonl"
+    results = path / "results.jsonl"
     if not results.is_file():
-        raise InputError("no results.jsonl", where=directory, fix="give a directory that lvctx niah wrote")
+        raise InputError("no results.jsonl", where=path, fix="give a directory that lvctx niah wrote")
     last = {row["key"]: row for row in read_rows(results)}  # a cell that failed and was run again counts once
-    return build_grid(last.values(), directory.name)
+    return build_grid(last.values(), path.name)

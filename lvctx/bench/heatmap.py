@@ -7,21 +7,21 @@ from typing import Any
 import numpy as np
 
 from lvctx.artifacts.store import atomic_file, write_json
-from lvctx.bench.grid import Grid
+from lvctx.bench.grid import THRESHOLD, Grid
 
 NOTHING = "#d9d9d9"
 """Colour of a cell in which nothing ran."""
 
 
-def write_report(out: Path, grid: Grid) -> None:
+def write_report(out: Path, grid: Grid, *, threshold: float = THRESHOLD) -> None:
     """summary.json, heatmap.json and heatmap.png of a run, all derived from its rows; summary.json last."""
     accuracy = [[grid.accuracy(d, n) for n in range(len(grid.lengths))] for d in range(len(grid.depths))]
     write_json(out / "heatmap.json", {"lengths": grid.lengths, "depths": grid.depths, "accuracy": accuracy})
-    draw_heatmaps([grid], out / "heatmap.png")
-    write_json(out / "summary.json", grid.to_dict())
+    draw_heatmaps([grid], out / "heatmap.png", threshold=threshold)
+    write_json(out / "summary.json", grid.to_dict(threshold))
 
 
-def draw_heatmaps(grids: Sequence[Grid], target: Path) -> None:
+def draw_heatmaps(grids: Sequence[Grid], target: Path, *, threshold: float = THRESHOLD) -> None:
     """Draw runs side by side, one line of panels for each modality, to a .png or .svg."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -32,7 +32,7 @@ def draw_heatmaps(grids: Sequence[Grid], target: Path) -> None:
     columns = max(map(len, lines))
     # Cells large enough for their number, panels wide enough for their title.
     width = max(4.0, 1.1 + 0.62 * max(len(g.lengths) for g in grids))
-    heights = [1.75 + 0.42 * max(len(g.depths) for g in line) for line in lines]
+    heights = [1.9 + 0.42 * max(len(g.depths) for g in line) for line in lines]
     figure = Figure(figsize=(columns * width + 1.0, sum(heights) + 0.35), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(lines), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
@@ -41,7 +41,7 @@ def draw_heatmaps(grids: Sequence[Grid], target: Path) -> None:
         for ax in row[len(line) :]:
             ax.set_visible(False)
         for ax, grid in zip(row, line, strict=False):
-            shades = _panel(ax, grid)
+            shades = _panel(ax, grid, threshold)
     bar = figure.colorbar(shades, ax=axes, shrink=0.85, pad=0.02, aspect=24)
     bar.set_label("accuracy", fontsize=8)
     bar.ax.tick_params(labelsize=7, length=2)
@@ -53,7 +53,7 @@ def draw_heatmaps(grids: Sequence[Grid], target: Path) -> None:
         figure.savefig(partial, format=target.suffix[1:], metadata=metadata)
 
 
-def _panel(ax: Any, grid: Grid) -> Any:
+def _panel(ax: Any, grid: Grid, threshold: float) -> Any:
     depths, lengths = range(len(grid.depths)), range(len(grid.lengths))
     values = np.array([[np.nan if (v := grid.accuracy(d, n)) is None else v for n in lengths] for d in depths])
     ax.set_facecolor(NOTHING)
@@ -66,12 +66,12 @@ def _panel(ax: Any, grid: Grid) -> Any:
             dark = value > 0.6 or np.isnan(value)
             ax.text(n, d, _number(value), ha="center", va="center", fontsize=8, color="black" if dark else "white")
     ax.set_xticks(lengths, [_ticks(grid, n) for n in lengths], fontsize=7)
-    ax.set_yticks(depths, [f"{100 * d:g}%" for d in grid.depths], fontsize=7)
+    ax.set_yticks(depths, grid.labels, fontsize=7)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     ax.set_xlabel("tokens" if grid.modality == "text" else "frames (tokens)", fontsize=8)
     ax.set_ylabel("depth", fontsize=8)
-    ax.set_title(_title(grid), fontsize=8, loc="left", linespacing=1.4)
+    ax.set_title(_title(grid, threshold), fontsize=8, loc="left", linespacing=1.4)
     at = trained_at(grid)
     if at is not None:
         ax.axvline(at, color="white", linewidth=4)
@@ -79,19 +79,23 @@ def _panel(ax: Any, grid: Grid) -> Any:
     return shades
 
 
-def _title(grid: Grid) -> str:
-    """Three lines: which run, what came out, and against which training it is to be read."""
+def _title(grid: Grid, threshold: float) -> str:
+    """Which run, what came out, how far it reads, and against which training that is to be read; a line each."""
     mean = "nothing ran" if grid.mean is None else f"mean {grid.mean:.2f}"
     guessing = f", {grid.guessing}" if grid.guessing else ""
     errors = f", {grid.errors} failed" if grid.errors else ""
-    most = max(map(max, grid.trials))
-    if trained_at(grid) is not None:
-        where = "red line"
-    else:
-        where = "all within" if grid.trained_length >= grid.tokens[-1] else "all beyond"
-    trained = f"language model trained to {grid.trained_length:,} tokens ({where})"
-    samples = f"\naligned on samples of up to {grid.longest_sample:,} tokens" if grid.longest_sample else ""
-    return f"{grid.name}: {mean}{guessing}; {most} needles a cell{errors}\n{trained}{samples}"
+    lines = [f"{grid.name}: {mean}{guessing}; {max(map(max, grid.trials))} needles a cell{errors}"]
+    if grid.mean is not None:
+        lines.append(grid.verdict(threshold))
+    if grid.trained_length is not None:
+        if trained_at(grid) is not None:
+            where = "red line"
+        else:
+            where = "all within" if grid.trained_length >= grid.tokens[-1] else "all beyond"
+        lines.append(f"language model trained to {grid.trained_length:,} tokens ({where})")
+    if grid.longest_sample:
+        lines.append(f"aligned on samples of up to {grid.longest_sample:,} tokens")
+    return "\n".join(lines)
 
 
 def _number(value: float) -> str:
@@ -107,7 +111,9 @@ def _ticks(grid: Grid, n: int) -> str:
 
 def trained_at(grid: Grid) -> float | None:
     """Between which columns the trained length falls (0 is the first column's centre): right of it the model reads
-    further than it was trained to. None where all columns lie on one side.
+    further than it was trained to. None where all columns lie on one side or that length is not known.
     """
+    if grid.trained_length is None:
+        return None
     within = sum(tokens <= grid.trained_length for tokens in grid.tokens)
     return within - 0.5 if 0 < within < len(grid.tokens) else None

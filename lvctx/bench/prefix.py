@@ -8,13 +8,15 @@ A sequence is one int array over an extended vocabulary: below V a text token, f
 embeddings. Shapes: L tokens, A answer tokens, E width, V text vocabulary, R rows of visual embeddings.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lvctx.bench.cache import Kept, empty_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,27 +33,46 @@ class Score:
     """Greedy continuation of the prompt, as many tokens as asked for; None if not asked for."""
 
 
+Positions = Callable[[np.ndarray, int], Tensor]
+"""Position ids of a sequence's tokens from the given one on, as the language model takes them: (1, L), or (3, 1, L) for
+M-RoPE. A token's may depend on what stands before it, not on what follows: else prefixes could not be shared."""
+
+
+def count_up(ids_L: np.ndarray, first: int) -> Tensor:
+    """Positions of a model that counts its tokens."""
+    return torch.arange(first, len(ids_L))[None]
+
+
 class PrefixScorer:
     """A model, a KV cache, and the sequence the cache holds."""
 
-    def __init__(self, model: Any, visual_RE: Tensor | None = None, *, chunk: int = 2048, reuse: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        visual_RE: Tensor | None = None,
+        *,
+        chunk: int = 2048,
+        reuse: bool = True,
+        kept: Kept = "device",
+        positions: Positions = count_up,
+    ) -> None:
         """Score with a language model or VLM; `visual_RE` are the embeddings that ids from V on stand for.
 
         `chunk` bounds the tokens of one forward, and so the memory of its activations; `reuse=False` empties the
-        cache before every sequence.
+        cache before every sequence; `kept` says where the cache lives (see `bench.cache`);
+        `positions` are the model's.
         """
         self.lm = model.model.language_model if hasattr(model.model, "language_model") else model.model
         self.head, self.embedding = model.lm_head, model.get_input_embeddings()
-        self.visual_RE, self.chunk, self.reuse = visual_RE, chunk, reuse
+        self.visual_RE, self.chunk, self.reuse, self.kept = visual_RE, chunk, reuse, kept
+        self.positions = positions
         self.device = self.embedding.weight.device
         self.tokens_run = 0
         """Tokens that went through the model so far."""
         self._empty()
 
     def _empty(self) -> None:
-        from transformers import DynamicCache
-
-        self._cache = DynamicCache()
+        self._cache = empty_cache(self.kept)
         self._held = np.empty(0, dtype=np.int64)
 
     @property
@@ -99,7 +120,7 @@ class PrefixScorer:
             first = len(self._held)
             states = self.lm(
                 inputs_embeds=self._embed(part)[None],
-                position_ids=torch.arange(first, first + len(part), device=self.device)[None],
+                position_ids=self.positions(np.concatenate([self._held, part]), first).to(self.device),
                 past_key_values=self._cache,
                 use_cache=True,
             ).last_hidden_state[0]

@@ -1,8 +1,9 @@
 """`lvctx niah`: needles in a haystack of text or video, and `lvctx niah report`: their heatmaps and tables."""
 
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -21,10 +22,9 @@ from lvctx.cli.common import (
     numbers,
     progress,
 )
+from lvctx.cli.niah_haystack import haystack as make_haystack
+from lvctx.cli.niah_report import ThresholdOption, print_tables, report
 from lvctx.errors import EXIT_SAMPLES_FAILED, UsageError
-
-if TYPE_CHECKING:
-    from lvctx.bench.grid import Grid
 
 
 class Modality(StrEnum):
@@ -32,6 +32,31 @@ class Modality(StrEnum):
 
     text = "text"
     video = "video"
+
+
+class TaskChoice(StrEnum):
+    """What is hidden in a text."""
+
+    single = "single"
+    multi_key = "multi-key"
+    multi_value = "multi-value"
+    multi_query = "multi-query"
+    variable_tracking = "variable-tracking"
+
+
+class QuestionChoice(StrEnum):
+    """What is asked about a picture."""
+
+    what = "what"
+    when = "when"
+
+
+class KvChoice(StrEnum):
+    """Where keys and values are kept."""
+
+    device = "device"
+    host = "host"
+    int8 = "int8"
 
 
 class Scoring(StrEnum):
@@ -42,13 +67,24 @@ class Scoring(StrEnum):
     both = "both"
 
 
+DEPTHS = "0,0.2,0.4,0.6,0.8,1"
+"""LongVA's."""
+
+
 def register(app: typer.Typer) -> None:
-    """Add the command and its `report` to the program."""
+    """Add the command, its `haystack` and its `report` to the program."""
     group = typer.Typer(invoke_without_command=True)
     group.callback()(niah)
     group.command(
         "report", epilog=examples("lvctx niah report niah", "lvctx niah report niah niah -o both.png --json")
     )(report)
+    group.command(
+        "haystack",
+        epilog=examples(
+            "lvctx niah haystack --frames 20 --model vlm -o hay.frames.safetensors",
+            "lvctx niah haystack clips/bikes.mp4 --frames 20 --seed 1 -o hay-pictures",
+        ),
+    )(make_haystack)
     app.add_typer(
         group,
         name="niah",
@@ -70,17 +106,37 @@ def niah(
         str, typer.Option(help="Tokens in all (text) or haystack frames (video), comma-separated.")
     ] = "",
     depths: Annotated[
-        str, typer.Option(help="Where the needle goes, 0 to 1, comma-separated.")
-    ] = "0,0.2,0.4,0.6,0.8,1",
+        str,
+        typer.Option(help="Where the needle goes, 0 to 1, comma-separated; nested[:...]: points all lengths share."),
+    ] = DEPTHS,
     trials: Annotated[int, typer.Option(help="Needles a cell.", min=1)] = 5,
-    distractors: Annotated[int, typer.Option(help="Text: look-alike needles in the haystack.", min=0, max=20)] = 0,
+    distractors: Annotated[int, typer.Option(help="Look-alike needles in the haystack.", min=0, max=20)] = 0,
     needles: Annotated[str, typer.Option(help="Video: drawn, or a folder with images and one .jsonl.")] = "drawn",
-    score: Annotated[Scoring, typer.Option(help="Teacher forcing, greedy generation, or both.")] = Scoring.forced,
+    question: Annotated[
+        QuestionChoice, typer.Option(help="Video: what the needle shows, or at which second.")
+    ] = QuestionChoice.what,
+    tolerance: Annotated[float, typer.Option(help="Seconds that the answer to when may be off.", min=0)] = 2.0,
+    task: Annotated[TaskChoice, typer.Option(help="Text: what is hidden (RULER's kinds).")] = TaskChoice.single,
+    count: Annotated[int, typer.Option(help="Keys, values, queries or hops of --task.", min=2, max=10)] = 4,
+    loop: Annotated[bool, typer.Option(help="Repeat a haystack shorter than a length.")] = False,
+    score: Annotated[
+        Scoring | None,
+        typer.Option(
+            help="Teacher forcing, greedy generation, or both. [default: forced; generate for lists and when]"
+        ),
+    ] = None,
     training_length: Annotated[
         int | None, typer.Option(help="Tokens the LM was trained on (the heatmap's line). Default: as it says.", min=1)
     ] = None,
+    rope_theta: Annotated[
+        str | None, typer.Option(help="Try RoPE bases without training: comma-separated; each in a folder of -o.")
+    ] = None,
+    threshold: ThresholdOption = 0.9,
     chunk: Annotated[int, typer.Option(help="Tokens of one forward (memory).", min=1)] = 2048,
     reuse: Annotated[bool, typer.Option(help="Compute what cells share once.")] = True,
+    kv: Annotated[
+        KvChoice, typer.Option(help="Keys and values: on the device, on the host, or in 8 bits (not exact).")
+    ] = KvChoice.device,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Results directory.")] = None,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda.")] = "cpu",
     recipe: RecipeOption = None,
@@ -101,92 +157,68 @@ def niah(
         raise UsageError(
             "--haystack is needed for text" if modality is Modality.text else "--frames is needed for video"
         )
-    depths_wanted, lengths_wanted = numbers("--depths", depths), numbers("--lengths", lengths)
+    nested = depths == "nested" or depths.startswith("nested:")
+    listed = (depths.partition(":")[2] or DEPTHS) if nested else depths
+    depths_wanted, lengths_wanted = numbers("--depths", listed), numbers("--lengths", lengths)
     if any(n != int(n) for n in lengths_wanted):
         raise UsageError(f"--lengths {lengths!r}: whole numbers are wanted")
 
     from lvctx.bench.grid import read_grid
-    from lvctx.stages.niah import NiahConfig, plan_niah, run_niah
+    from lvctx.bench.heatmap import draw_heatmaps
+    from lvctx.stages.niah import NiahConfig, open_ranks, plan_niah, run_niah
 
-    plan = plan_niah(
-        NiahConfig(
-            model=model,
-            modality=modality.value,
-            haystack=tuple(hay),
-            lengths=tuple(int(n) for n in lengths_wanted),
-            depths=tuple(depths_wanted),
-            trials=trials,
-            distractors=distractors,
-            needles=needles,
-            scoring=score.value,
-            training_length=training_length,
-            seed=seed,
-        )
+    config = NiahConfig(
+        model=model,
+        modality=modality.value,
+        haystack=tuple(hay),
+        lengths=tuple(int(n) for n in lengths_wanted),
+        depths=tuple(depths_wanted),
+        trials=trials,
+        distractors=distractors,
+        needles=needles,
+        scoring=score.value if score else None,
+        training_length=training_length,
+        seed=seed,
+        nested=nested,
+        loop=loop,
+        task=task.value,
+        count=count,
+        question=question.value,
+        tolerance=tolerance,
+        kept=kv.value,
     )
+    thetas = _numbers("--rope-theta", rope_theta) if rope_theta else []
+    targets = {out / f"theta-{theta:g}": theta for theta in thetas} or {out: None}
+    plans = {target: plan_niah(replace(config, theta=theta)) for target, theta in targets.items()}
     if dry_run:
-        emit({"dry_run": True, "path": str(out), **plan.shown, **plan.facts()})
+        for target, plan in plans.items():
+            emit({"dry_run": True, "path": str(target), **plan.shown, **plan.facts()})
         return
     failed = 0
-    with progress(f"niah {modality.value}", quiet=quiet) as tell:
-        for row in run_niah(
-            plan, out, device=device, chunk=chunk, reuse=reuse, resume=resume.value, force=force, report=tell
-        ):
-            failed += "error" in row
-            emit(row)
-    if not quiet:
-        _print_tables([read_grid(out)], stderr=True)
+    with open_ranks() as ranks, progress(f"niah {modality.value}", quiet=quiet) as tell:
+        if ranks.size > 1 and device == "cuda":
+            device = f"cuda:{ranks.local}"
+        for target, plan in plans.items():
+            for row in run_niah(
+                plan,
+                target,
+                device=device,
+                chunk=chunk,
+                reuse=reuse,
+                resume=resume.value,
+                force=force,
+                report=tell,
+                threshold=threshold,
+                ranks=ranks,
+            ):
+                failed += "error" in row
+                emit(row)
+        failed = max(ranks.gather(failed))
+    if ranks.rank == 0:
+        grids = [read_grid(target) for target in plans]
+        if thetas:
+            draw_heatmaps(grids, out / "heatmap.png", threshold=threshold)
+        if not quiet:
+            print_tables(grids, threshold=threshold, stderr=True)
     if failed:
         raise typer.Exit(EXIT_SAMPLES_FAILED)
-
-
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Results directories of niah.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Heatmaps side by side: .png or .svg.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON line a run instead of a table.")] = False,
-) -> None:
-    """Tabulate accuracy by length and draw runs side by side on one scale; without -o, rebuild each run's own files.
-
-    Needs the results only, no model.
-    """
-    from lvctx.bench.grid import read_grid
-    from lvctx.bench.heatmap import draw_heatmaps, write_report
-
-    if out is not None and out.suffix not in (".png", ".svg"):
-        raise UsageError(f"-o {out}: .png or .svg is wanted")
-    grids = [read_grid(run) for run in runs]
-    if out is not None:
-        draw_heatmaps(grids, out)
-    else:
-        for run, grid in zip(runs, grids, strict=True):
-            write_report(run, grid)
-    if as_json:
-        for grid in grids:
-            emit(grid.to_dict())
-    else:
-        _print_tables(grids, stderr=False)
-
-
-def _print_tables(grids: "list[Grid]", *, stderr: bool) -> None:
-    """A table for text and one for video: a row a run, a column a length."""
-    from rich.console import Console
-    from rich.table import Table
-
-    for modality in ("text", "video"):
-        chosen = [grid for grid in grids if grid.modality == modality]
-        if not chosen:
-            continue
-        tokens = {n: t for grid in chosen for n, t in zip(grid.lengths, grid.tokens, strict=True)}
-        guessing = f", {chosen[0].guessing}" if chosen[0].guessing else ""
-        table = Table(title=f"{modality}: share of needles found by {chosen[0].unit}{guessing}", title_justify="left")
-        table.add_column("run")
-        for n in sorted(tokens):
-            table.add_column(f"{n:,}" if modality == "text" else f"{n:,}\n({tokens[n]:,} tokens)", justify="right")
-        table.add_column("mean", justify="right")
-        for grid in chosen:
-            by = {n: grid.by_length(i) for i, n in enumerate(grid.lengths)}
-            table.add_row(grid.name, *(_share(by.get(n)) for n in sorted(tokens)), _share(grid.mean))
-        Console(stderr=stderr).print(table)
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"

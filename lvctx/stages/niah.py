@@ -4,42 +4,37 @@ import hashlib
 import itertools
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.frames import Frames, read_frames
+from lvctx.artifacts.frames import Frames
 from lvctx.artifacts.manifest import MANIFEST, read_manifest
-from lvctx.artifacts.rows import RowLog
+from lvctx.artifacts.rows import RowLog, read_rows
 from lvctx.artifacts.store import fingerprint
-from lvctx.bench.grid import read_grid
+from lvctx.bench.cache import Kept
+from lvctx.bench.eyes import LlavaEyes
+from lvctx.bench.grid import THRESHOLD, read_grid
 from lvctx.bench.heatmap import write_report
-from lvctx.bench.niah import Cell, Niah, TextNiah, VideoNiah, drawn_needles, read_needles, visual_table
+from lvctx.bench.niah import Cell, Niah
 from lvctx.bench.prefix import PrefixScorer, Score, common_prefix, walk_order
+from lvctx.bench.text_niah import TextNiah
+from lvctx.bench.video_niah import Question, VideoNiah, chance_of, drawn_needles, read_needles
+from lvctx.dist.ranks import Ranks, open_ranks
 from lvctx.errors import InputError, UsageError
-from lvctx.model.load import (
-    VLM_TYPE,
-    context_length,
-    load_config,
-    load_model,
-    load_tokenizer,
-    resolve_model,
-    trained_length,
-)
-from lvctx.model.vlm import embed_frames, newline_embedding, tokens_per_frame
-from lvctx.text.needle import read_haystack
-from lvctx.vision.draw import COLORS
-from lvctx.vision.tower import TowerFiles, load_tower
+from lvctx.model.load import context_length, load_config, load_model, load_tokenizer, resolve_model, trained_length
+from lvctx.positions.rope import RopeSpec, to_hf
+from lvctx.text.needle import Task, read_haystack
 
+__all__ = ["NiahConfig", "Plan", "Ranks", "open_ranks", "plan_niah", "run_niah"]
 log = logging.getLogger(__name__)
 Scoring = Literal["forced", "generate", "both"]
-
-BATCH = 64
-"""Frames that go through the projector at once: before its pooling a frame is four times its tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +54,31 @@ class NiahConfig:
     trials: int
     """Needles a cell; the paper 5."""
     distractors: int
-    """Look-alikes in the haystack (text): 0, 3 or 5 in the paper."""
+    """Look-alikes in the haystack; for text 0, 3 or 5 in the paper."""
     needles: str
     """`drawn`, or a folder of images with a .jsonl (video)."""
-    scoring: Scoring
-    """`forced`: first choice at every answer token. `generate`: greedy. `both`."""
+    scoring: Scoring | None
+    """`forced`: first choice at every answer token. `generate`: greedy. `both`. None: forced where that can be."""
     training_length: int | None
     """Tokens of the longest sequence the language model was trained on, where its directory does not know."""
     seed: int
     """Of numbers, cities and pictures."""
+    nested: bool = False
+    """Insertion points that all lengths share (see `lvctx.bench.niah`)."""
+    loop: bool = False
+    """Repeat a haystack that is shorter than a length."""
+    task: Task = "single"
+    """What is hidden in a text."""
+    count: int = 4
+    """Keys, values, queries or hops of a task; RULER's 4."""
+    question: Question = "what"
+    """Of a video: what the needle shows, or when it is shown."""
+    tolerance: float = 2.0
+    """Seconds that the answer to `when` may be off."""
+    kept: Kept = "device"
+    """Where the KV cache lives."""
+    theta: float | None = None
+    """RoPE base to read with in place of the model's own, without training (LongVA figure 4)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +93,12 @@ class Plan:
     """The model's."""
     test: Niah
     """Cells and their sequences."""
+    scoring: Scoring
+    """Resolved."""
     cells: list[Cell]
     """In the order they are walked."""
+    eyes: LlavaEyes | None
+    """How the model sees frames (video)."""
     frames: tuple[Frames, ...]
     """The haystack's artifacts (video)."""
     shown: dict[str, Any]
@@ -94,7 +109,7 @@ class Plan:
         return _hash({"run": self.shown["run"], "cell": asdict(cell)})
 
     def facts(self) -> dict[str, Any]:
-        """What a dry run shows: the cells, the tokens to read, and the bytes of weights and cache on the device."""
+        """What a dry run shows: the cells, the tokens to read, and the bytes of weights and cache."""
         config = load_config(self.path)
         text = config.get_text_config()
         # One sequence at a time: all of a large grid's together are gigabytes.
@@ -104,7 +119,7 @@ class Plan:
         tokens, longest = sum(lengths), max(lengths)
         heads = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         width = torch.finfo(config.dtype or torch.float32).bits // 8
-        cached = 2 * text.num_hidden_layers * text.num_key_value_heads * heads * width
+        channel = heads + 4 if self.config.kept == "int8" else heads * width  # a float32 scale for each head and token
         return {
             "cells": len(self.cells),
             "tokens": tokens,
@@ -112,7 +127,8 @@ class Plan:
             "longest_tokens": longest,
             "context": context_length(config),
             "weight_bytes": sum(file.stat().st_size for file in self.path.glob("*.safetensors")),
-            "cache_bytes": cached * longest,
+            "cache_bytes": 2 * text.num_hidden_layers * text.num_key_value_heads * channel * longest,
+            "kv": self.config.kept,
         }
 
 
@@ -129,25 +145,44 @@ def plan_niah(config: NiahConfig) -> Plan:
         raise UsageError("--depths are between 0 and 1")
     if any(n < 1 for n in config.lengths):
         raise UsageError("--lengths are at least 1")
+    if config.theta is not None and config.theta <= 1:
+        raise UsageError("--rope-theta is larger than 1")
     path = resolve_model(config.model)
     tokenizer = load_tokenizer(path)
     test: Niah
+    eyes: LlavaEyes | None = None
     frames: tuple[Frames, ...] = ()
     if config.modality == "text":
-        test = TextNiah(tokenizer, read_haystack(config.haystack), distractors=config.distractors, seed=config.seed)
+        test = TextNiah(
+            tokenizer,
+            read_haystack(config.haystack),
+            distractors=config.distractors,
+            seed=config.seed,
+            task=config.task,
+            count=config.count,
+            nested=config.nested,
+            loop=config.loop,
+        )
     else:
-        frames = _open_frames(config, path)
-        test = _video_test(config, path, tokenizer, sum(len(f.pts) for f in frames))
+        eyes = LlavaEyes(path, name=config.model)
+        frames = eyes.open(config.haystack)
+        test = _video_test(config, eyes, tokenizer, frames)
+    scoring: Scoring = config.scoring or ("forced" if test.forcible else "generate")
+    if scoring != "generate" and not test.forcible:
+        raise UsageError(f"--score {scoring}: this question is scored by what is written", fix="--score generate")
     cells = test.cells(config.lengths, config.depths, config.trials)
+    if not cells:
+        raise UsageError("no depth of these falls into any length")
     cells = [cells[i] for i in walk_order(test.sequence(cell)[0] for cell in cells)]
     manifest = read_manifest(path) if (path / MANIFEST).is_file() else {}
-    trained = config.training_length or trained_length(path)
     made_of = {
         "model": fingerprint(path)[:16],
         "haystack": _hash([fingerprint(p) for p in config.haystack]),
         "prompt": _hash(test.prompt()),
-        "scoring": config.scoring,
+        "scoring": scoring,
         "seed": config.seed,
+        "kv": "int8" if config.kept == "int8" else "exact",
+        "rope_theta": config.theta,
     }
     shown = {
         "schema": schemas.NIAH,
@@ -155,44 +190,64 @@ def plan_niah(config: NiahConfig) -> Plan:
         "model": config.model,
         "modality": config.modality,
         "made_of": made_of,
+        "kv": config.kept,
         "chance": test.chance,
-        "trained_length": trained,
+        "trained_length": config.training_length or trained_length(path),
         "longest_sample": int(manifest.get("longest_sample", 0)),
     }
-    return Plan(config=config, path=path, tokenizer=tokenizer, test=test, cells=cells, frames=frames, shown=shown)
+    return Plan(
+        config=config,
+        path=path,
+        tokenizer=tokenizer,
+        test=test,
+        scoring=scoring,
+        cells=cells,
+        eyes=eyes,
+        frames=frames,
+        shown=shown,
+    )
 
 
-def _open_frames(config: NiahConfig, path: Path) -> tuple[Frames, ...]:
-    hf = load_config(path)
-    if hf.model_type != VLM_TYPE:
-        raise UsageError(f"{config.model} is a language model and cannot see", fix="give a model that align wrote")
-    tower = TowerFiles.find(path).fingerprint
-    frames = []
-    for file in config.haystack:
-        one = read_frames(file)
-        if one.provenance["inputs"].get("tower") != tower:
-            raise InputError(
-                "frames of another tower", where=file, fix=f"lvctx encode-video VIDEO --model {config.model}"
-            )
-        frames.append(one)
-    return tuple(frames)
-
-
-def _video_test(config: NiahConfig, path: Path, tokenizer: Any, frames: int) -> VideoNiah:
-    hf = load_config(path)
+def _video_test(config: NiahConfig, eyes: LlavaEyes, tokenizer: Any, frames: tuple[Frames, ...]) -> VideoNiah:
     if config.needles == "drawn":
-        needles = drawn_needles(config.trials, size=hf.vision_config.image_size, seed=config.seed)
-        chance = 1 / len(COLORS)
+        needles, lookalikes = drawn_needles(
+            config.trials, size=eyes.image_size, seed=config.seed, lookalikes=config.distractors
+        )
+        chance = chance_of(config.distractors) if config.question == "what" else None
     else:
-        needles, chance = read_needles(Path(config.needles)), None
+        needles, lookalikes = read_needles(Path(config.needles))
+        chance = None
+        if config.distractors > len(lookalikes):
+            raise UsageError(
+                f"--distractors {config.distractors} with {len(lookalikes)} look-alikes in {config.needles}",
+                fix='give them lines with "distractor": true',
+            )
+    seconds = _timeline(frames)
     return VideoNiah(
         tokenizer,
         needles,
-        vocabulary=hf.get_text_config().vocab_size,
-        frames=min(frames, max(config.lengths)),  # the others are not projected
-        per_frame=tokens_per_frame(hf),
+        vocabulary=eyes.vocabulary,
+        frames=min(len(seconds), max(config.lengths)),  # the others are not projected
+        per_frame=eyes.per_frame,
         chance=chance,
+        lookalikes=lookalikes[: config.distractors],
+        seconds=seconds,
+        question=config.question,
+        tolerance=config.tolerance,
+        nested=config.nested,
+        loop=config.loop,
+        seed=config.seed,
     )
+
+
+def _timeline(frames: tuple[Frames, ...]) -> np.ndarray:
+    """When each frame is shown, in seconds: a video that follows another begins one of its own steps after its end."""
+    parts: list[np.ndarray] = []
+    for one in frames:
+        pts = one.pts.numpy()
+        step = float(np.median(np.diff(pts))) if len(pts) > 1 else 1.0
+        parts.append(pts if not parts else pts - pts[0] + parts[-1][-1] + step)
+    return np.concatenate(parts)
 
 
 def run_niah(
@@ -205,40 +260,80 @@ def run_niah(
     resume: str,
     force: bool,
     report: Callable[[int, int, str], None],
+    threshold: float = THRESHOLD,
+    ranks: Ranks | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for every cell of the grid as it is done; rows that stand in `out/results.jsonl` are not run again.
 
     When all have run, summary.json, heatmap.json and heatmap.png are written from all rows of the file. A cell that
-    fails on the way is an error row; it is run again next time. Raises InputError when `out` holds another run.
+    fails on the way is an error row; it is run again next time. Of several `ranks` each runs and yields its share of
+    the cells; rank 0 yields the others' at the end. Raises InputError when `out` holds another run.
     """
+    ranks = ranks or Ranks()
     results = out / "results.jsonl"
-    if resume == "must" and not results.is_file():
-        raise InputError("nothing to resume", where=out, fix="drop --resume must")
-    if resume == "never" and results.is_file() and not force:
-        raise InputError("holds results already", where=out, fix="drop --resume never, or --force to start anew")
-    with RowLog(results, fresh=force) as rows:
-        for row in rows.rows.values():
-            if row.get("run") != plan.shown["run"]:
-                old, new = row.get("made_of", {}), plan.shown["made_of"]
-                differs = ", ".join(sorted(key for key in new if old.get(key) != new[key]))
-                raise InputError(
-                    f"holds results of another run (other {differs})",
-                    where=out,
-                    fix="choose another -o, or --force to start anew",
-                )
-        keyed = [(plan.key(cell), cell) for cell in plan.cells]
-        waiting = [(key, cell) for key, cell in keyed if key not in rows]
+    if ranks.rank == 0:
+        if resume == "must" and not results.is_file():
+            raise InputError("nothing to resume", where=out, fix="drop --resume must")
+        if resume == "never" and results.is_file() and not force:
+            raise InputError("holds results already", where=out, fix="drop --resume never, or --force to start anew")
+        with RowLog(results, fresh=force) as rows:
+            for row in rows.rows.values():
+                check_run(row, plan.shown, out)
+        standing = set(rows.rows)
+    else:
+        standing = set()
+    standing = ranks.gather(standing)[0]
+    keyed = [(plan.key(cell), cell) for cell in plan.cells]
+    mine = share_cells(plan.cells, ranks.size)[ranks.rank]
+    waiting = [(key, cell) for i, (key, cell) in enumerate(keyed) if i in mine and key not in standing]
+    with RowLog(results) as rows:
         if waiting:
             scorer = load_scorer(plan, device=device, chunk=chunk, reuse=reuse)
         for done, (key, cell) in enumerate(waiting, start=1):
             row = {"key": key, **plan.shown, **_run_cell(scorer, plan, cell)}
             rows.append(row)
-            report(len(keyed) - len(waiting) + done, len(keyed), f"{cell.length} at {100 * cell.depth:g}%")
+            report(len(mine) - len(waiting) + done, len(mine), f"{cell.length} at {100 * cell.depth:g}%")
             yield row
         if waiting:
             log.info("%d cells, %d tokens through the model", len(waiting), scorer.tokens_run)
-    if waiting or not (out / "summary.json").is_file():
-        write_report(out, read_grid(out))
+    ran = {key for keys in ranks.gather({key for key, _ in waiting}) for key in keys}
+    if ranks.rank == 0:
+        latest = {row["key"]: row for row in read_rows(results)}
+        own = {key for key, _ in waiting}
+        yield from (latest[key] for key, _ in keyed if key in ran - own)
+        if ran or not (out / "summary.json").is_file():
+            write_report(out, read_grid(out), threshold=threshold)
+
+
+def check_run(row: dict[str, Any], shown: dict[str, Any], out: Path) -> None:
+    """Raise InputError where a row is not of the run that `shown` describes, naming what differs."""
+    if row.get("run") != shown["run"]:
+        old, new = row.get("made_of", {}), shown["made_of"]
+        differs = ", ".join(sorted(key for key in new if old.get(key) != new[key]))
+        raise InputError(
+            f"holds results of another run (other {differs})",
+            where=out,
+            fix="choose another -o, or --force to start anew",
+        )
+
+
+def share_cells(cells: list[Cell], ranks: int) -> list[set[int]]:
+    """Indices of the cells that each rank runs.
+
+    Cells of one needle at one place read the same and stay together. The groups that read most after their needle go
+    first, each to the rank that has least to read: what differs in the end is at most a small one.
+    """
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, cell in enumerate(cells):
+        groups[cell.trial, cell.position].append(i)
+    work = {key: max(cells[i].length for i in members) - key[1] for key, members in groups.items()}
+    shares: list[set[int]] = [set() for _ in range(ranks)]
+    loads = [0] * ranks
+    for key in sorted(groups, key=lambda k: (-work[k], k)):
+        rank = loads.index(min(loads))
+        shares[rank].update(groups[key])
+        loads[rank] += work[key] + 1
+    return shares
 
 
 def load_scorer(plan: Plan, *, device: str, chunk: int, reuse: bool) -> PrefixScorer:
@@ -246,27 +341,22 @@ def load_scorer(plan: Plan, *, device: str, chunk: int, reuse: bool) -> PrefixSc
     longest, context = max(len(plan.test.sequence(c)[0]) for c in plan.cells), context_length(load_config(plan.path))
     if longest > context:
         log.warning("up to %d tokens are read by a model that promises %d", longest, context)
-    model = load_model(plan.path, device=device)
-    table = _see(plan, model) if isinstance(plan.test, VideoNiah) else None
-    return PrefixScorer(model, table, chunk=chunk, reuse=reuse)
+    model = load_model(plan.path, config=_with_base(load_config(plan.path), plan.config.theta), device=device)
+    table = None
+    if plan.eyes is not None:
+        assert isinstance(plan.test, VideoNiah)
+        images = [needle.image for needle in (*plan.test.needles, *plan.test.lookalikes)]
+        table = plan.eyes.table(model, plan.frames, max(plan.config.lengths), images)
+    return PrefixScorer(model, table, chunk=chunk, reuse=reuse, kept=plan.config.kept)
 
 
-@torch.inference_mode()
-def _see(plan: Plan, model: Any) -> torch.Tensor:
-    """The visual embeddings that the ids of a video's cells point into."""
-    assert isinstance(plan.test, VideoNiah)
-    wanted = max(plan.config.lengths)
-    hay = []
-    for frames in plan.frames:
-        features = frames.features[:wanted]
-        wanted -= len(features)
-        hay += [embed_frames(model, batch) for batch in features.split(BATCH)]
-    # Needles become squares the way the haystack's frames did.
-    mode = plan.frames[0].provenance["config"].get("frame_mode", "pad")
-    tower = load_tower(plan.path, dtype=model.dtype, device=str(model.device))
-    squares = [tower.preprocess.square(needle.image, mode) for needle in plan.test.needles]
-    needles = embed_frames(model, tower.see(squares))
-    return visual_table(torch.cat(hay), needles, newline_embedding(model))
+def _with_base(config: Any, theta: float | None) -> Any:
+    """A model's configuration with another RoPE base."""
+    if theta is not None:
+        text = config.get_text_config()
+        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        text.rope_parameters = (text.rope_parameters or {}) | to_hf(RopeSpec(head_dim=dim, theta=theta))
+    return config
 
 
 def _run_cell(scorer: PrefixScorer, plan: Plan, cell: Cell) -> dict[str, Any]:
@@ -274,23 +364,19 @@ def _run_cell(scorer: PrefixScorer, plan: Plan, cell: Cell) -> dict[str, Any]:
     ids, answer = plan.test.sequence(cell)
     row = {**asdict(cell), "tokens": len(ids)}
     try:
-        score = scorer.score(ids, answer, write=answer + 2 if plan.config.scoring != "forced" else 0)
-    except RuntimeError as e:  # out of memory, above all: this cell is lost, the others need not be
-        return {**row, "error": " ".join(str(e).split())[:300]}
-    return {**row, **_verdicts(score, plan.tokenizer, cell.answer, plan.config.scoring)}
+        score = scorer.score(ids, answer, write=answer + plan.test.spare if plan.scoring != "forced" else 0)
+    except (RuntimeError, MemoryError) as e:  # out of memory, above all: this cell is lost, the others need not be
+        return {**row, "error": " ".join(f"{e or 'out of memory'}".split())[:300]}
+    return {**row, **_verdicts(score, plan, cell)}
 
 
-def _verdicts(score: Score, tokenizer: Any, answer: str, scoring: Scoring) -> dict[str, Any]:
+def _verdicts(score: Score, plan: Plan, cell: Cell) -> dict[str, Any]:
     shown: dict[str, Any] = {"log_prob": round(score.log_prob, 4), "rank": score.rank}
-    if scoring != "generate":
+    if plan.scoring != "generate":
         shown["forced"] = score.forced
     if score.written is not None:
-        text = tokenizer.decode(score.written, skip_special_tokens=True).strip()
+        text = plan.tokenizer.decode(score.written, skip_special_tokens=True).strip()
         shown["written"] = text
-        shown["generated"] = normalize(text).startswith(normalize(answer))
-    return {"correct": shown["generated"] if scoring == "generate" else shown["forced"], **shown}
-
-
-def normalize(text: str) -> str:
-    """Lower case, single spaces, no space at the ends: what an answer is compared by."""
-    return " ".join(text.lower().split())
+        shown["share"] = round(plan.test.judge(cell, text), 4)
+        shown["generated"] = shown["share"] == 1
+    return {"correct": shown["generated"] if plan.scoring == "generate" else shown["forced"], **shown}

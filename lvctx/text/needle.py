@@ -6,8 +6,10 @@ question is the tokenizer's to say.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,10 +17,12 @@ from lvctx.errors import InputError
 
 PREFIX = "This is a very long story book: <book>"
 NEEDLE = "\nThe special magic {city} number is: {number}.\n"
-QUESTION = (
-    "</book>.\n Based on the content of the book, Question: What is the special magic {city} number? "
-    "Answer: The special magic {city} number is:"
-)
+ONE_OF = "\nOne of the special magic {city} numbers is: {number}.\n"
+ASSIGN = "\nVAR {name} = {value}.\n"
+QUESTION = "</book>.\n Based on the content of the book, Question: {question} Answer: {start}"
+Task = Literal["single", "multi-key", "multi-value", "multi-query", "variable-tracking"]
+LISTS: tuple[Task, ...] = ("multi-value", "multi-query", "variable-tracking")
+"""Tasks whose answer is a list, in any order: what is forced has one order, so these are scored by generation."""
 CITIES = (
     "Chicago",
     "Yangon",
@@ -52,6 +56,32 @@ CITIES = (
     "Zagreb",
 )
 """Names for needles and distractors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Riddle:
+    """What a trial hides, and what it asks about that.
+
+    The kinds are RULER's (Hsieh et al. 2024, section 3): one number of several keys, all numbers of one key, the
+    numbers of several keys, and every variable of a chain of assignments. Frame and words are this file's, so its
+    scores are not RULER's.
+    """
+
+    hidden: tuple[str, ...]
+    """Sentences; the first is the needle whose depth a cell says, the others stand at even distances from it."""
+    question: str
+    """What is asked."""
+    start: str
+    """How the answer begins, up to what the model has to know."""
+    answers: tuple[str, ...]
+    """What it has to know."""
+    chain: bool = False
+    """Whether the sentences keep their order in the text: what one says another has said before."""
+
+    @property
+    def answer(self) -> str:
+        """The answers as they are written."""
+        return ", ".join(self.answers)
 
 
 def read_haystack(paths: Sequence[Path]) -> str:
@@ -88,23 +118,47 @@ def draw_distractors(seed: int, count: int) -> list[tuple[str, str, float]]:
     return [(c, str(n), float(f)) for c, n, f in zip(_cities(seed), numbers, rng.random(count), strict=False)]
 
 
-def draw_needle(seed: int, trial: int, distractors: int) -> tuple[str, str]:
-    """City and seven-digit number of a trial, beside so many `distractors`."""
-    free = _cities(seed)[distractors:]
-    number = np.random.default_rng([seed, 1, trial]).integers(1_000_000, 10_000_000)
-    return free[trial % len(free)], str(number)
+def draw_riddle(task: Task, seed: int, trial: int, *, distractors: int, count: int) -> Riddle:
+    """The riddle of a trial, beside so many `distractors`; `count` keys, values, queries or hops."""
+    cities = _cities(seed)[distractors:]
+    city = [cities[(trial + i) % len(cities)] for i in range(count)]
+    rng = np.random.default_rng([seed, 1, trial])
+    number = [str(n) for n in rng.integers(1_000_000, 10_000_000, size=1 if task == "single" else count)]
+    one = NEEDLE.format(city=city[0], number=number[0])
+    if task in ("single", "multi-key"):
+        others = (NEEDLE.format(city=c, number=n) for c, n in zip(city[1:], number[1:], strict=False))
+        asked = f"What is the special magic {city[0]} number?"
+        start = f"The special magic {city[0]} number is:"
+        return Riddle(hidden=(one, *others), question=asked, start=start, answers=(number[0],))
+    if task == "multi-value":
+        hidden = tuple(ONE_OF.format(city=city[0], number=n) for n in number)
+        asked = f"What are all the special magic {city[0]} numbers?"
+        start = f"The special magic {city[0]} numbers are:"
+        return Riddle(hidden=hidden, question=asked, start=start, answers=tuple(number))
+    if task == "multi-query":
+        hidden = tuple(NEEDLE.format(city=c, number=n) for c, n in zip(city, number, strict=True))
+        listed = f"{', '.join(city[:-1])} and {city[-1]}"
+        asked = f"What are the special magic numbers of {listed}?"
+        start = f"The special magic numbers of {listed} are:"
+        return Riddle(hidden=hidden, question=asked, start=start, answers=tuple(number))
+    names = ["".join(chr(65 + int(letter)) for letter in rng.integers(26, size=5)) for _ in range(count)]
+    first = ASSIGN.format(name=names[0], value=number[0])
+    copies = (ASSIGN.format(name=b, value=f"VAR {a}") for a, b in pairwise(names))
+    asked = f"Which variables have the value {number[0]}, directly or through other variables?"
+    start = f"The variables with the value {number[0]} are:"
+    return Riddle(hidden=(first, *copies), question=asked, start=start, answers=tuple(names), chain=True)
 
 
 def _cities(seed: int) -> list[str]:
     return [CITIES[i] for i in np.random.default_rng([seed, 2]).permutation(len(CITIES))]
 
 
-def question_and_answer(tokenizer: Any, city: str, number: str) -> tuple[list[int], list[int]]:
+def question_and_answer(tokenizer: Any, riddle: Riddle) -> tuple[list[int], list[int]]:
     """Token ids of the question, with the space if it is a token of its own, and of the answer."""
-    text = f"{QUESTION.format(city=city)} {number}"
+    text = f"{QUESTION.format(question=riddle.question, start=riddle.start)} {riddle.answer}"
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]
-    at = next(i for i, (_, end) in enumerate(spans) if end > len(text) - len(number))
+    at = next(i for i, (_, end) in enumerate(spans) if end > len(text) - len(riddle.answer))
     return ids[:at], ids[at:]
 
 

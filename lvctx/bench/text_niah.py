@@ -1,0 +1,132 @@
+"""Text needles: magic numbers of cities and chains of variables in a book (see `lvctx.text.needle`)."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lvctx.bench.niah import Cell, begins_with, insertion_points, share_listed, splice
+from lvctx.errors import InputError
+from lvctx.text.needle import (
+    LISTS,
+    NEEDLE,
+    PREFIX,
+    QUESTION,
+    Riddle,
+    Task,
+    draw_distractors,
+    draw_riddle,
+    question_and_answer,
+    sentence_ends,
+)
+
+
+class TextNiah:
+    """A riddle in a book of a given number of tokens."""
+
+    modality = "text"
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        haystack: str,
+        *,
+        distractors: int,
+        seed: int,
+        task: Task = "single",
+        count: int = 4,
+        nested: bool = False,
+        loop: bool = False,
+    ) -> None:
+        """Tokenize the haystack; `distractors` look-alikes go into it, `seed` draws cities, numbers and places.
+
+        `count` keys, values, queries or hops of `task`; a haystack that `loop`s has no end.
+        """
+        self.tokenizer, self.distractors, self.seed = tokenizer, distractors, seed
+        self.task, self.count, self.nested, self.loop = task, count, nested, loop
+        self.forcible = task not in LISTS
+        self.chance = 1 / 9_000_000 if self.forcible else None
+        self.spare = 2 if self.forcible else 16
+        self._prefix = tokenizer(PREFIX).input_ids  # with the bos of tokenizers that add one
+        self._hay = np.array(tokenizer(haystack, add_special_tokens=False).input_ids, dtype=np.int64)
+        self._ends = sentence_ends(tokenizer, self._hay)
+        self._others = [
+            (self._ids(NEEDLE.format(city=c, number=n)), f) for c, n, f in draw_distractors(seed, distractors)
+        ]
+        self._riddle = functools.cache(self._draw)
+        self._spread = 0
+
+    def cells(self, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
+        """See `Niah.cells`. Raises InputError for a length too short for a needle or too long for the haystack."""
+        self._spread = min(lengths)
+        cells = []
+        for length in lengths:
+            for trial in range(trials):
+                riddle = self._riddle(trial)[0]
+                room, longest = self._room(length, trial), self._room(max(lengths), trial)
+                asked = {"needle": riddle.hidden[0].strip(), "question": riddle.question, "answer": riddle.answer}
+                for depth, point, target in insertion_points(depths, room, longest, self.nested):
+                    at = self._snap(target, room)
+                    cells.append(Cell(length=length, depth=depth, point=point, trial=trial, position=at, **asked))
+        return cells
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _draw(self, trial: int) -> tuple[Riddle, list[list[int]], list[int], list[int]]:
+        """A trial's riddle, and the ids of its sentences, question and answer."""
+        riddle = draw_riddle(self.task, self.seed, trial, distractors=self.distractors, count=self.count)
+        return riddle, [self._ids(text) for text in riddle.hidden], *question_and_answer(self.tokenizer, riddle)
+
+    def _snap(self, target: int, room: int) -> int:
+        """Back to the last sentence's end, as the original does; the very end stays the end."""
+        if target >= room:
+            return room
+        turns, rest = divmod(target, len(self._hay))
+        return turns * len(self._hay) + int(self._ends[np.searchsorted(self._ends, rest, side="right") - 1])
+
+    def _room(self, length: int, trial: int) -> int:
+        """Haystack tokens in a sequence of `length`."""
+        _, hidden, question, answer = self._riddle(trial)
+        fixed = len(self._prefix) + sum(map(len, [*hidden, question, answer, *(ids for ids, _ in self._others)]))
+        room = length - fixed
+        if room < 0:
+            raise InputError(f"{length} tokens cannot hold needle and question ({fixed})", fix="give larger --lengths")
+        if room > len(self._hay) and not self.loop:
+            raise InputError(
+                f"{length} tokens are beyond the haystack (it has {len(self._hay)}, {room} are needed)",
+                fix="give more --haystack, smaller --lengths, or --loop to repeat it",
+            )
+        return room
+
+    def sequence(self, cell: Cell) -> tuple[np.ndarray, int]:
+        """See `Niah.sequence`; exactly `cell.length` ids."""
+        riddle, hidden, question, answer = self._riddle(cell.trial)
+        room = self._room(cell.length, cell.trial)
+        # What is not the needle stands where all lengths have it if they are to share what they read.
+        spread = self._spread if self.nested else cell.length
+        pieces = [(self._snap(min(int(place * spread), room), room), ids) for ids, place in self._others]
+        span = self._room(spread, cell.trial)
+        shares = [(cell.position / max(span, 1) + i / len(hidden)) % 1 for i in range(1, len(hidden))]
+        places = [cell.position, *(self._snap(int(share * span), room) for share in shares)]
+        pieces += zip(sorted(places) if riddle.chain else places, hidden, strict=True)
+        hay = self._hay[:room] if room <= len(self._hay) else np.resize(self._hay, room)
+        ids = np.concatenate([self._prefix, *splice(hay, pieces), question, answer]).astype(np.int64)
+        assert len(ids) == cell.length
+        return ids, len(answer)
+
+    def judge(self, cell: Cell, written: str) -> float:
+        """See `Niah.judge`."""
+        if self.forcible:
+            return float(begins_with(written, cell.answer))
+        return share_listed(written, cell.answer.split(", "))
+
+    def prompt(self) -> dict[str, Any]:
+        """See `Niah.prompt`."""
+        facts = {"text": [PREFIX, NEEDLE, QUESTION], "distractors": self.distractors, "task": self.task}
+        return facts | ({} if self.task == "single" else {"count": self.count}) | self._shared()
+
+    def _shared(self) -> dict[str, Any]:
+        """Where nested, what all lengths share depends on the shortest, if anything but the needle is hidden."""
+        return {"spread": self._spread} if self.nested and (self._others or self.task != "single") else {}

@@ -1,0 +1,213 @@
+"""What is hidden and asked: RULER's kinds, look-alikes, times, points that lengths share, repeated haystacks."""
+
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lvctx.bench.niah import Cell, first_number, share_listed
+from lvctx.bench.prefix import PrefixScorer, common_prefix, walk_order
+from lvctx.bench.text_niah import TextNiah
+from lvctx.bench.video_niah import VideoNiah, chance_of, drawn_needles, read_needles
+from lvctx.errors import InputError
+from lvctx.model.load import load_model, load_tokenizer
+from lvctx.model.vlm import IMAGE_TOKEN, VIDEO_TOKEN
+from lvctx.stages.niah import _timeline, share_cells
+from lvctx.text.needle import LISTS, draw_riddle
+
+STORY = "The old tree stood by a river. People came from far. They sat in its shade, and told what they had seen. " * 60
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_lm: Path) -> Any:
+    return load_tokenizer(tiny_lm)
+
+
+@pytest.fixture(scope="module")
+def seeing(tiny_lm: Path) -> Any:
+    """A tokenizer with a VLM's tokens."""
+    tokenizer = load_tokenizer(tiny_lm)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, VIDEO_TOKEN]})
+    return tokenizer
+
+
+@pytest.mark.parametrize("task", ["multi-key", *LISTS])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_riddle_is_hidden_whole(task: Any, nested: bool, tokenizer: Any) -> None:
+    test = TextNiah(tokenizer, STORY, distractors=2, seed=1, task=task, count=4, nested=nested)
+    cells = test.cells([420, 600], [0, 0.3, 1], 2)
+    assert len(cells) == 12
+    for cell in cells:
+        ids, answer = test.sequence(cell)
+        assert len(ids) == cell.length
+        text = tokenizer.decode(ids)
+        riddle = draw_riddle(task, 1, cell.trial, distractors=2, count=4)
+        assert len(riddle.hidden) == 4
+        assert all(text.count(sentence) == 1 for sentence in riddle.hidden)
+        assert tokenizer.decode(ids[-answer:]).strip() == cell.answer == ", ".join(riddle.answers)
+        assert cell.question in text
+        places = [text.index(sentence) for sentence in riddle.hidden]
+        assert max(places) - min(places) > len(text) / 4  # they do not stand together
+        if riddle.chain:
+            assert places == sorted(places)
+            assert [h.strip() for h in riddle.hidden][1] == f"VAR {riddle.answers[1]} = VAR {riddle.answers[0]}."
+    assert len({answer for cell in cells for answer in cell.answer.split(", ")}) == len(cells[0].answer.split(", ")) * 2
+
+
+def test_lists_are_judged_in_any_order(tokenizer: Any) -> None:
+    test = TextNiah(tokenizer, STORY, distractors=0, seed=1, task="multi-value", count=4)
+    cell = test.cells([500], [0.5], 1)[0]
+    a, b, c, d = cell.answer.split(", ")
+    assert not test.forcible
+    assert test.judge(cell, f"{d} and {c}; {b}, {a}.") == 1
+    assert test.judge(cell, f"{a}, {b}") == 0.5
+    assert test.judge(cell, f"{a}{b}{c}{d}") == 0
+    assert share_listed("var abcde", ["ABCDE", "XYZXY"]) == 0.5
+    assert [first_number(t) for t in ("At second 1,012.5 or 7", "never")] == [1012.5, None]
+
+
+def video(tokenizer: Any, **options: Any) -> VideoNiah:
+    needles, lookalikes = drawn_needles(3, size=48, seed=2, lookalikes=options.pop("distractors", 0))
+    given: dict[str, Any] = {"vocabulary": 50_000, "frames": 40, "per_frame": 4, "chance": 0.1, **options}
+    return VideoNiah(tokenizer, needles, lookalikes=lookalikes, **given)
+
+
+def rows_of(test: VideoNiah, cell: Cell) -> list[int]:
+    """Frames of a cell's sequence in order: haystack 0..39, needles 40..42, look-alikes from 43 on."""
+    ids, _ = test.sequence(cell)
+    visual = ids[ids >= 50_000] - 50_000
+    assert len(visual) % 4 == 1  # the newline
+    frames = visual[:-1].reshape(-1, 4)
+    assert (frames % 4 == np.arange(4)).all()
+    return [int(f) for f in frames[:, 0] // 4]
+
+
+def test_lookalikes_share_neither_shape_nor_color(seeing: Any) -> None:
+    needles, lookalikes = drawn_needles(30, size=48, seed=5, lookalikes=9)
+    assert not {n.answer for n in needles} & {n.answer for n in lookalikes}
+    assert not {n.subject for n in needles} & {n.subject for n in lookalikes}
+    assert len({n.digest for n in lookalikes}) == 9
+    assert len({n.answer for n in needles}) == 7
+    assert chance_of(9) == 1 / 7
+    assert chance_of(0) == 1 / 10
+    test = video(seeing, distractors=3)
+    for cell in test.cells([10, 40], [0, 0.5, 1], 2):
+        rows = rows_of(test, cell)
+        assert sorted(rows) == [*range(cell.length), 40 + cell.trial, 43, 44, 45]
+        assert [r for r in rows if r < 40] == list(range(cell.length))
+        assert sum(r < 40 for r in rows[: rows.index(40 + cell.trial)]) == cell.position
+    assert test.prompt() != video(seeing, distractors=2).prompt()
+
+
+def test_lookalikes_of_a_folder(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    lines = [{"image": "a.png", "question": "What?", "answer": "A"}, {"image": "a.png", "distractor": True}]
+    (tmp_path / "n.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    needles, lookalikes = read_needles(tmp_path)
+    assert [n.answer for n in needles] == ["A"]
+    assert len(lookalikes) == 1
+
+
+def test_when_is_between_the_neighbours(seeing: Any) -> None:
+    """Two artifacts after each other: 4 frames half a second apart from 10 s on, then 36 a second apart."""
+    pts = [10 + np.arange(4) / 2, 100 + np.arange(36.0)]
+    seconds = _timeline(tuple(SimpleNamespace(pts=torch.from_numpy(p)) for p in pts))  # type: ignore[arg-type]
+    assert seconds[:6].tolist() == [10, 10.5, 11, 11.5, 12.5, 13.5]
+    test = video(seeing, seconds=seconds, question="when", tolerance=1.5, loop=True)
+    cells = {(c.length, c.depth): c for c in test.cells([4, 80], [0, 0.5, 1], 1)}
+    assert [cells[4, d].answer for d in (0, 0.5, 1)] == ["10", "10.75", "11.5"]
+    # 40 frames last until 47.5; repeated, the video goes on one mean step (37.5 / 39) later.
+    assert float(cells[80, 0.5].answer) == pytest.approx((47.5 + 47.5 + 37.5 / 39) / 2, abs=0.01)
+    assert "from second 10 to second 11.5" in cells[4, 0].question
+    assert "color" not in cells[4, 0].question
+    cell = cells[4, 0.5]
+    for written, right in (("12", True), ("Second 9.5.", True), ("13", False), ("soon", False)):
+        assert test.judge(cell, written) == right, written
+    assert not test.forcible
+
+
+def tree_size(sequences: list[np.ndarray]) -> int:
+    whole = sorted(tuple(s[:-1].tolist()) for s in sequences)
+    shared = [common_prefix(np.array(a), np.array(b)) for a, b in itertools.pairwise(whole)]
+    return sum(map(len, whole)) - sum(shared)
+
+
+@pytest.mark.parametrize("modality", ["text", "video"])
+@pytest.mark.parametrize("distractors", [0, 2])
+def test_nested_points_make_all_lengths_cost_what_the_longest_does(
+    modality: str, distractors: int, tokenizer: Any, seeing: Any
+) -> None:
+    def test(nested: bool) -> Any:
+        if modality == "video":
+            return video(seeing, nested=nested, distractors=distractors)
+        return TextNiah(tokenizer, STORY, distractors=distractors, seed=0, nested=nested)
+
+    lengths = list(range(10, 41, 5)) if modality == "video" else list(range(400, 1001, 100))
+    depths = [0, 0.2, 0.4, 0.6, 0.8, 1]
+
+    def cost(nested: bool, lengths: list[int]) -> tuple[int, int]:
+        chosen = test(nested)
+        cells = chosen.cells(lengths, depths, 2)
+        return tree_size([chosen.sequence(c)[0] for c in cells]), len(cells)
+
+    (whole, cells), (row, _), (usual, _) = cost(True, lengths), cost(True, lengths[-1:]), cost(False, lengths)
+    # Per cell a question of its own and, at an end, a needle; the haystack behind a needle is read once.
+    assert whole - row < 110 * cells
+    if modality == "text":  # where questions are short beside the haystack
+        assert whole < 0.75 * usual
+    for cell in test(True).cells(lengths, depths, 1):
+        assert cell.point is not None
+        assert 0 <= cell.depth <= 1
+        assert (cell.depth == 1) == (cell.point == 1)
+
+
+def test_nested_and_looped_grids_score_like_plain_forwards(tiny_lm: Path, tokenizer: Any) -> None:
+    model = load_model(tiny_lm)
+    test = TextNiah(tokenizer, STORY[:420], distractors=1, seed=0, task="multi-query", count=2, nested=True, loop=True)
+    with pytest.raises(InputError, match="--loop"):
+        TextNiah(tokenizer, STORY[:420], distractors=1, seed=0).cells([400], [0], 1)
+    cells = test.cells([200, 300, 400], [0, 0.5, 1], 1)
+    sequences = [test.sequence(cell)[0] for cell in cells]
+    walker = PrefixScorer(model, chunk=64)
+    for i in walk_order(sequences):
+        ids, answer = test.sequence(cells[i])
+        with torch.no_grad():
+            logits = model(torch.from_numpy(ids)[None]).logits[0, -answer - 1 : -1].double()
+        stock = logits.log_softmax(-1)[torch.arange(answer), torch.from_numpy(ids[-answer:])].sum()
+        assert walker.score(ids, answer).log_prob == pytest.approx(float(stock), abs=1e-3)
+    text = tokenizer.decode(max(sequences, key=len))
+    assert text.count("The old tree stood") >= 6  # the story has four of them
+
+
+def test_a_looped_video_repeats(seeing: Any) -> None:
+    test = video(seeing, loop=True)
+    cell = test.cells([100], [1], 1)[0]
+    assert rows_of(test, cell) == [*range(40), *range(40), *range(20), 40]
+    with pytest.raises(InputError, match="--loop"):
+        video(seeing).cells([41], [0], 1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_ranks_share_all_cells_evenly(ranks: int) -> None:
+    cells = [
+        Cell(length=n, depth=d, trial=k, position=int(d * n), needle="", question="", answer="")
+        for n in range(200, 3001, 200)
+        for d in (0, 0.2, 0.4, 0.6, 0.8, 1)
+        for k in range(5)
+    ]
+    shares = share_cells(cells, ranks)
+    assert sorted(i for share in shares for i in share) == list(range(len(cells)))
+    assert shares == share_cells(cells, ranks)
+    home = {(cells[i].trial, cells[i].position): r for r, share in enumerate(shares) for i in share}
+    assert all(home[cells[i].trial, cells[i].position] == r for r, share in enumerate(shares) for i in share)
+    loads = [0] * ranks
+    for (trial, position), r in home.items():
+        loads[r] += max(c.length for c in cells if (c.trial, c.position) == (trial, position)) - position
+    assert max(loads) - min(loads) <= 3000
+    assert max(loads) < 1.05 * sum(loads) / ranks + 1
