@@ -135,7 +135,7 @@ def demux(container: Any, stream: Any) -> Iterator[Any]:
 
 def probe(path: Path) -> dict[str, Any]:
     """width, height and, as far as the container says, duration in seconds and average fps; nothing is decoded."""
-    check_whole(path)
+    check_exists(path)
     container, stream = open_video(path)
     with container:
         if stream.duration is not None:

@@ -91,9 +91,9 @@ def read_frames(
     `prepare` is what to make of each RGB picture, called in several threads; `threads` is the number of cores unless
     given; `tally` shows how far the decoder is. Pixels in memory do not grow with the length of the video.
 
-    Raises InputError for a file that is missing, empty, not a video or without a picture; and unless `allow_partial` for
-    one that is cut short, or of which more than 1% is damaged: frames that do not decode are left out and counted, never
-    made up. MissingError where decord is asked for and not installed.
+    Raises InputError for a file that is missing, empty, not a video or without a picture; and unless `allow_partial`
+    for one that is cut short, or of which more than 1% is damaged: frames that do not decode are left out and counted,
+    never made up. MissingError where decord is asked for and not installed.
     """
     if (fps is None) == (frames is None):
         raise UsageError("give either a rate or a number of frames")
@@ -121,7 +121,7 @@ def choose(index: PacketIndex, fps: Rate | None, frames: int | None) -> list[int
 
 
 def nearest_key_frames(index: PacketIndex, wanted: list[int]) -> tuple[list[int], dict[str, float]]:
-    """For every wanted frame the key frame shown nearest to it (the earlier of two), and how many seconds off they are."""
+    """For every wanted frame the key frame shown nearest to it (the earlier of two); mean and max error in seconds."""
     pts_F, keys = index.pts_N[index.packet_F], index.key_frames
     after = np.searchsorted(keys, wanted).clip(1, max(1, len(keys) - 1))
     left, right = keys[after - 1], keys[np.minimum(after, len(keys) - 1)]
@@ -142,6 +142,7 @@ def _read(job: "_Job", facts: dict[str, Any], tally: Tally) -> Iterator[Frame]:
     stretches = index.stretches(times) if index is not None else None
     if job.sampling == "keyframe" and stretches is None:
         raise InputError("key frames cannot be told apart here", where=job.path, fix="--sampling exact")
+    read: Any
     if job.decoder == "decord":
         from lvctx.vision.decord import read_with_decord
 
@@ -152,6 +153,7 @@ def _read(job: "_Job", facts: dict[str, Any], tally: Tally) -> Iterator[Frame]:
         return
     else:
         read = read_planned(job.path, index, stretches, prepare=job.prepare, threads=job.threads, tally=tally)
+    assert index is not None
     found = 0
     with contextlib.closing(read):
         for number, (facts["height"], facts["width"]), image in read:

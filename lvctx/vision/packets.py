@@ -3,11 +3,11 @@
 One pass over the container gives every frame's number and time, so sampling is decided first and only then is decoded
 what the sampled frames need. Three facts make that exact:
 
-- an entry: a packet from which decoding may begin, because nothing shown at or after it refers to what was before (IDR in
-  H.264; IDR, BLA and CRA in HEVC; key frames in VP9 and AV1). A container's key frame flag alone would not do for H.264:
-  it is also set where a picture only begins to refresh.
+- an entry: a packet from which decoding may begin, because nothing shown at or after it refers to what was before
+  (IDR in H.264; IDR, BLA and CRA in HEVC; key frames in VP9 and AV1). A container's key frame flag alone would not do
+  for H.264: it is also set where a picture only begins to refresh.
 - a spare packet: no other frame refers to it (nal_ref_idc 0 in H.264; in HEVC a sub-layer non-reference picture of the
-  highest temporal layer), so it need not be decoded unless it is wanted. VP9 and AV1 have none that a frame after it could
+  highest temporal layer), so it need not be decoded unless it is wanted. VP9 and AV1 have none that later frames could
   do without: their entropy contexts go from frame to frame.
 - what lies after the last wanted packet of a stretch, in the order of decoding, nobody needs.
 

@@ -1,7 +1,7 @@
 """Decode only what the wanted frames need, in several threads, in the order of presentation.
 
 Every thread has a container and a decoder of its own and takes stretches one after another: seek to the entry, leave
-out spare packets that nobody wants, stop after the last that somebody does. A video with few stretches is decoded by one
+out spare packets that nobody wants, stop after the last that somebody does. A video of one stretch is decoded by one
 thread whose decoder has threads itself. Conversion and whatever the caller makes of a picture run in a pool beside.
 """
 
