@@ -1,4 +1,4 @@
-"""AnyRes as in LLaVA-NeXT, the ablation beside UniRes (LongVA appendix B, figure 8); and one plain grid, as in LLaVA-1.5.
+"""AnyRes as in LLaVA-NeXT, the ablation beside UniRes (LongVA appendix B, figure 8); one plain grid as in LLaVA-1.5.
 
 AnyRes reads a small base image first, then at most 4 grids whose features are joined into one map: rows run across the
 borders of the grids, what the padding made is cut off, and every row ends with a newline token. There is no pooling.

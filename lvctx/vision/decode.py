@@ -12,7 +12,7 @@ import contextlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -79,6 +79,7 @@ def read_frames(
     *,
     fps: Rate | None = None,
     frames: int | None = None,
+    wanted: Sequence[int] | None = None,
     decoder: Decoder = "auto",
     sampling: Sampling = "exact",
     allow_partial: bool = False,
@@ -86,7 +87,7 @@ def read_frames(
     threads: int | None = None,
     tally: Tally | None = None,
 ) -> FrameReader:
-    """Read the frames of `path` at a rate `fps`, or `frames` of them evenly spread; exactly one of the two is given.
+    """Read frames of `path`: at a rate `fps`, `frames` of them evenly spread, or those numbered in ascending `wanted`.
 
     `prepare` is what to make of each RGB picture, called in several threads; `threads` is the number of cores unless
     given; `tally` shows how far the decoder is. Pixels in memory do not grow with the length of the video.
@@ -95,14 +96,16 @@ def read_frames(
     for one that is cut short, or of which more than 1% is damaged: frames that do not decode are left out and counted,
     never made up. MissingError where decord is asked for and not installed.
     """
-    if (fps is None) == (frames is None):
+    if sum(given is not None for given in (fps, frames, wanted)) != 1:
         raise UsageError("give either a rate or a number of frames")
     if allow_partial:
         check_exists(path)
     else:
         check_whole(path)
     facts: dict[str, Any] = {}
-    job = _Job(path, fps, frames, decoder, sampling, allow_partial, prepare, threads or len(os.sched_getaffinity(0)))
+    job = _Job(
+        path, fps, frames, wanted, decoder, sampling, allow_partial, prepare, threads or len(os.sched_getaffinity(0))
+    )
     return FrameReader(_read(job, facts, tally or Tally()), facts)
 
 
@@ -133,7 +136,9 @@ def nearest_key_frames(index: PacketIndex, wanted: list[int]) -> tuple[list[int]
 
 def _read(job: "_Job", facts: dict[str, Any], tally: Tally) -> Iterator[Frame]:
     index = read_packets(job.path)
-    wanted = choose(index, job.fps, job.frames) if index is not None else []
+    wanted = list(job.wanted or ())
+    if index is not None:
+        wanted = choose(index, job.fps, job.frames) if job.wanted is None else [n for n in wanted if n < len(index)]
     if index is not None and job.sampling == "keyframe":
         wanted, facts["time_error"] = nearest_key_frames(index, wanted)
     times = Counter(wanted)
@@ -218,6 +223,7 @@ class _Job:
     path: Path
     fps: Rate | None
     frames: int | None
+    wanted: Sequence[int] | None
     decoder: Decoder
     sampling: Sampling
     allow_partial: bool
@@ -231,7 +237,7 @@ def _read_everything(job: _Job, facts: dict[str, Any], tally: Tally) -> Iterator
     if job.frames is not None:
         count = sum(1 for _ in _shots(job, {}, Tally()))
         tally.packets = 0
-    wanted = spread(count, job.frames) if job.frames is not None and count else ()
+    wanted = spread(count, job.frames) if job.frames is not None and count else job.wanted or ()
     convert = Converter(job.prepare)
     last: Frame | None = None
     for shot in sample(_shots(job, facts, tally), fps=job.fps, wanted=wanted):
