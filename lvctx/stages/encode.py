@@ -214,7 +214,7 @@ class Encoder:
         Videos are read from the iterable while others are encoded, so a slow producer holds nothing back.
         """
         todo: queue.Queue[Any] = queue.Queue(jobs)
-        threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+        threads = max(1, (os.cpu_count() or 1) // jobs)
 
         def one(video: Path) -> Row | LvctxError:
             try:

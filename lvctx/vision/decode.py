@@ -103,9 +103,7 @@ def read_frames(
     else:
         check_whole(path)
     facts: dict[str, Any] = {}
-    job = _Job(
-        path, fps, frames, wanted, decoder, sampling, allow_partial, prepare, threads or len(os.sched_getaffinity(0))
-    )
+    job = _Job(path, fps, frames, wanted, decoder, sampling, allow_partial, prepare, threads or (os.cpu_count() or 1))
     return FrameReader(_read(job, facts, tally or Tally()), facts)
 
 

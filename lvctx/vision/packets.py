@@ -113,6 +113,7 @@ def read_packets(path: Path) -> PacketIndex | None:
         codec = stream.codec_context.codec.canonical_name
         if codec not in PLANNED:
             return None
+        time_base = Fraction(stream.time_base)  # a closed container's stream has none
         size = _length_size(codec, stream.codec_context.extradata or b"")
         pts, flags, layers = array("q"), array("B"), array("B")
         entry_dts: dict[int, int] = {}
@@ -144,7 +145,7 @@ def read_packets(path: Path) -> PacketIndex | None:
     flags_N[layers_N < layers_N.max()] &= ~np.uint8(SPARE)
     return PacketIndex(
         codec=codec,
-        time_base=Fraction(stream.time_base),
+        time_base=time_base,
         pts_N=pts_N,
         flags_N=flags_N,
         packet_F=packet_F,
