@@ -176,6 +176,67 @@ def test_decord_is_recorded(clips: Path, tiny_tower: Path, tmp_path: Path) -> No
     assert made["facts"]["decoder"].startswith("decord ")
 
 
+def test_several_at_once_are_the_same_and_in_order(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    videos = (clips / "a.mp4", clips / "text.mp4", clips / "other" / "a.mp4", clips / "b.mp4")
+    options = ("--tower", tiny_tower, "--fps", 3, "--batch", 4)
+    code, alone, _ = run(*videos, *options, "-o", tmp_path / "1")
+    assert code == 4
+    code, together, _ = run(*videos, *options, "--jobs", 3, "-o", tmp_path / "3")
+    assert code == 4
+    assert [r.get("sha256") for r in together] == [r.get("sha256") for r in alone]
+    assert [Path(r["path"]).name for r in together] == [Path(r["path"]).name for r in alone]
+
+
+def test_key_frames_and_partial_videos_are_recorded(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    code, rows, _ = run(
+        clips / "a.mp4", "--tower", tiny_tower, "--fps", 2, "--sampling", "keyframe", "-o", tmp_path / "k"
+    )
+    assert code == 0
+    made = read_frames(Path(rows[0]["path"])).provenance
+    assert made["config"]["sampling"] == "keyframe"
+    assert rows[0]["time_error"] == made["facts"]["time_error"]
+    assert rows[0]["time_error"]["max"] == 1.5, "one key frame, and the last sample 1.5 s after it"
+    cut = tmp_path / "cut.ts"
+    subprocess.run([FFMPEG, "-v", "error", "-i", clips / "a.mp4", "-c", "copy", cut], check=True)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2 + 1])
+    assert run(cut, "--tower", tiny_tower, "-o", tmp_path / "c")[0] == 3
+    code, rows, _ = run(cut, "--tower", tiny_tower, "--allow-partial", "-o", tmp_path / "c")
+    assert (code, rows[0]["frames"] >= 1) == (0, True)
+
+
+def test_contact_sheets(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    video = tmp_path / "a.mp4"
+    shutil.copy(clips / "a.mp4", video)
+    _, rows, _ = run(video, "--tower", tiny_tower, "--fps", 5, "-o", tmp_path / "f")
+    artifact, sheet = rows[0]["path"], tmp_path / "sheet.png"
+
+    def draw(*more: object) -> Any:
+        return CliRunner().invoke(app, ["info", artifact, "--json", "--contact-sheet", str(sheet), *map(str, more)])
+
+    done = draw()
+    assert done.exit_code == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert (said["shown"], said["frames"], said["video"]) == (10, 10, str(video))
+    with Image.open(sheet) as image:
+        columns, rows_down = 8, 2
+        assert image.size == (columns * 192, rows_down * (107 + 14))
+        shown = np.asarray(image.convert("RGB")).astype(int)
+    frames = list(decode.read_frames(video, fps=5.0))
+    for i, frame in enumerate(frames):
+        x, y = i % 8 * 192, i // 8 * 121
+        expected = np.asarray(Image.fromarray(frame.image).resize((192, 107))).astype(int)
+        assert (shown[y : y + 107, x : x + 192] == expected).all(), i
+        assert (shown[y + 107 : y + 121, x : x + 192] == 0).any(), "its time below it"
+    video.rename(tmp_path / "moved.mp4")
+    gone = draw()
+    assert gone.exit_code == 3
+    assert "its video is gone" in gone.stderr
+    assert draw("--video", tmp_path / "moved.mp4").exit_code == 0
+    other = draw("--video", clips / "b.mp4")
+    assert other.exit_code == 3
+    assert "not the video" in other.stderr
+
+
 MADE = Provenance(schema=schemas.FRAMES, command="encode-video", config={"fps": 1.0}, inputs={})
 
 

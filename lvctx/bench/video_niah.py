@@ -123,7 +123,7 @@ class VideoNiah:
         per_frame: int,
         chance: float | None,
         lookalikes: Sequence[Needle] = (),
-        seconds: Sequence[float] | None = None,
+        seconds: np.ndarray | Sequence[float] | None = None,
         question: Question = "what",
         tolerance: float = 0.0,
         nested: bool = False,

@@ -42,6 +42,13 @@ class DecoderChoice(StrEnum):
     decord = "decord"
 
 
+class SamplingChoice(StrEnum):
+    """Which frames are taken."""
+
+    exact = "exact"
+    keyframe = "keyframe"
+
+
 class DtypeChoice(StrEnum):
     """What the tower computes in."""
 
@@ -76,8 +83,15 @@ def encode_video(
         FrameModeChoice, typer.Option(help="Square by crop of the centre, pad with the mean colour, or squash.")
     ] = FrameModeChoice.crop,
     decoder: Annotated[
-        DecoderChoice, typer.Option(help="auto is pyav. decord is wrong on variable rates and damaged frames.")
+        DecoderChoice, typer.Option(help="auto is pyav, always exact; decord refuses videos that it gets wrong.")
     ] = DecoderChoice.auto,
+    sampling: Annotated[
+        SamplingChoice, typer.Option(help="keyframe takes the nearest key frames: fast, and off by up to seconds.")
+    ] = SamplingChoice.exact,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Take what can be decoded of cut or damaged videos.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(help="Videos decoded at once; they take turns at the tower.", min=1)] = 1,
     batch: Annotated[int, typer.Option(help="Frames through the tower at once.", min=1)] = 64,
     dtype: Annotated[
         DtypeChoice, typer.Option(help="Of the computation; auto: bfloat16 where the machine is fast with it.")
@@ -106,28 +120,39 @@ def encode_video(
         frames=frames,
         frame_mode=frame_mode.value,
         decoder=decoder.value,
+        sampling=sampling.value,
+        allow_partial=allow_partial,
         batch=batch,
         dtype=dtype.value,
         device=device,
     )
     done = 0
     failures: list[LvctxError] = []
-    for video, row in references(videos):
-        try:
-            if dry_run:
-                result = {"dry_run": True, **encoder.describe(video, out)}
-            else:
-                with progress("encode-video", quiet=quiet) as report:
-                    result = encoder.encode(video, out, resume=resume, force=force, report=report)
-        except LvctxError as e:
-            say(f"lvctx: {e}")
-            emit({**row, "schema": schemas.FRAMES, "path": str(video), "error": str(e)})
-            failures.append(e)
+    with progress("encode-video", quiet=quiet or dry_run or jobs > 1) as report:
+        if dry_run:
+            results = plans(encoder, references(videos), out)
         else:
-            emit({**row, **result})
-            done += 1
+            options = {"resume": resume, "force": force, "report": report}
+            results = encoder.encode_all(references(videos), out, jobs=jobs, **options)
+        for video, row, result in results:
+            if isinstance(result, LvctxError):
+                say(f"lvctx: {result}")
+                emit({**row, "schema": schemas.FRAMES, "path": str(video), "error": str(result)})
+                failures.append(result)
+            else:
+                emit({**row, **result})
+                done += 1
     if failures:
         raise typer.Exit(EXIT_SAMPLES_FAILED if done else failures[0].exit_code)
+
+
+def plans(encoder: Any, videos: Iterator[tuple[Path, dict[str, Any]]], out: Path) -> Iterator[Any]:
+    """What would be done with each video: video, row, plan or error."""
+    for video, row in videos:
+        try:
+            yield video, row, {"dry_run": True, **encoder.describe(video, out)}
+        except LvctxError as e:
+            yield video, row, e
 
 
 def parse_rate(text: str | None) -> float | Literal["native"] | None:

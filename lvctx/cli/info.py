@@ -32,12 +32,20 @@ def info(
     plot: Annotated[
         bool, typer.Option("--plot", help="Draw a packed or chat directory's lengths before and after.")
     ] = False,
+    sheet: Annotated[
+        Path | None, typer.Option("--contact-sheet", help="Draw a frames file's sampled frames into this image.")
+    ] = None,
+    video: Annotated[Path | None, typer.Option(help="Where a frames file's video is now, for the sheet.")] = None,
 ) -> None:
     """Say what an artifact or model directory is, what made it and what is in it."""
     from lvctx.artifacts.describe import describe
     from lvctx.errors import UsageError
 
     facts = describe(artifact)
+    if sheet is not None:
+        from lvctx.stages.sheet import contact_sheet
+
+        facts |= contact_sheet(artifact, sheet, video=video)
     if plot and "lengths" not in facts:
         raise UsageError("--plot draws packed directories, not this", where=artifact)
     positions = None

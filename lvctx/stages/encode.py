@@ -1,18 +1,22 @@
 """Watch videos with a frozen tower: sampled frames in, one frames artifact a video out.
 
 The features are those before any projector, so a new projector never invalidates them: the same tower in another VLM
-finds its artifacts finished. Frames are decoded in one thread while the tower encodes in another, batch by batch.
+finds its artifacts finished. A process of its own decodes ahead while the tower encodes batch by batch; several videos
+may be decoded at once, and take turns at the tower. A batch holds frames of one video, so the company that a video is
+encoded in leaves no trace in its features.
 
 Suffixes: N frames of a batch, S side in pixels, 3 the RGB channels.
 """
 
+import contextlib
 import logging
 import math
+import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -25,13 +29,16 @@ from lvctx.artifacts import schemas
 from lvctx.artifacts.frames import SUFFIX, open_frames
 from lvctx.artifacts.manifest import Provenance, is_finished, read_provenance
 from lvctx.artifacts.store import read_safetensors_header, sha256_file
-from lvctx.errors import MissingError, UsageError
-from lvctx.vision.decode import Decoder, Frame, FrameReader, Rate, check_whole, probe, read_frames
-from lvctx.vision.images import FrameMode, Preprocess
+from lvctx.errors import LvctxError, MissingError, Stopped, UsageError
+from lvctx.vision.apart import Decoders, Request
+from lvctx.vision.container import check_exists, check_whole, probe
+from lvctx.vision.decode import Decoder, Rate, Sampling
+from lvctx.vision.squares import FrameMode
 from lvctx.vision.tower import Tower, TowerFiles
 
 log = logging.getLogger(__name__)
 Dtype = Literal["auto", "float32", "bfloat16"]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +53,10 @@ class EncodeConfig:
     """How a frame becomes a square; LongVA `pad` on V-NIAH, `crop` on VQA and Video-MME."""
     decoder: Literal["pyav", "decord"]
     """What read the video."""
+    sampling: Sampling
+    """`keyframe` takes the key frames nearest to the sampled ones; how far off they are is in the artifact's facts."""
+    allow_partial: bool
+    """Whether a video that is cut short, or of which more than 1% is damaged, is taken for what is left of it."""
     batch: int
     """Frames that go through the tower at once; it decides how sums are rounded."""
     dtype: Literal["float32", "bfloat16"]
@@ -58,6 +69,10 @@ class Encoder:
     def __init__(self, files: TowerFiles, config: EncodeConfig, *, device: str) -> None:
         self.files, self.config, self.device = files, config, device
         self._names: dict[str, str] = {}
+        self._hashes: dict[Path, str] = {}
+        self._decoders, self._stop = Decoders(), threading.Event()
+        self._turn, self._naming = threading.Lock(), threading.Lock()
+        self._tower: Tower | None = None
 
     @classmethod
     def plan(
@@ -68,6 +83,8 @@ class Encoder:
         frames: int | None = None,
         frame_mode: FrameMode = "crop",
         decoder: Decoder = "auto",
+        sampling: Sampling = "exact",
+        allow_partial: bool = False,
         batch: int = 64,
         dtype: Dtype = "auto",
         device: str = "auto",
@@ -91,30 +108,41 @@ class Encoder:
             frames=frames,
             frame_mode=frame_mode,
             decoder="decord" if decoder == "decord" else "pyav",
+            sampling=sampling,
+            allow_partial=allow_partial,
             batch=batch,
             dtype=dtype if dtype != "auto" else "bfloat16" if _fast_bfloat16(device) else "float32",
         )
         return cls(TowerFiles.find(name), config, device=device)
 
-    @cached_property
-    def tower(self) -> Tower:
-        """The tower, loaded."""
-        return Tower(self.files, dtype=getattr(torch, self.config.dtype), device=self.device)
+    def close(self) -> None:
+        """Let videos that are being encoded in other threads fail at their next batch, and end idle decoders."""
+        self._stop.set()
+        self._decoders.close()
+
+    def see(self, images: list[Image.Image] | np.ndarray) -> torch.Tensor:
+        """Features (N, P, D) of square images, in batches."""
+        with self._turn:
+            if self._tower is None:
+                self._tower = Tower(self.files, dtype=getattr(torch, self.config.dtype), device=self.device)
+            return self._tower.see(images, batch=self.config.batch)
 
     def provenance(self, video: Path) -> Provenance:
         """What will have made the artifact of `video`."""
+        fingerprint = self._hashes[video] = self._hashes.get(video) or sha256_file(video)
         return Provenance(
             schema=schemas.FRAMES,
             command="encode-video",
             config=asdict(self.config),
-            inputs={"tower": self.files.fingerprint, "video": sha256_file(video)},
+            inputs={"tower": self.files.fingerprint, "video": fingerprint},
         )
 
     def target(self, video: Path, out: Path, fingerprint: str) -> Path:
         """`out`/NAME.frames.safetensors; of several videos called NAME all but the first get part of their hash."""
         name = video.stem
-        if self._names.setdefault(name, fingerprint) != fingerprint:
-            name = f"{name}-{fingerprint[:8]}"
+        with self._naming:
+            if self._names.setdefault(name, fingerprint) != fingerprint:
+                name = f"{name}-{fingerprint[:8]}"
         return out / f"{name}{SUFFIX}"
 
     def describe(self, video: Path, out: Path) -> dict[str, Any]:
@@ -140,31 +168,82 @@ class Encoder:
         *,
         resume: str = "auto",
         force: bool = False,
+        threads: int | None = None,
         report: Callable[[int, int, str], None] = lambda done, total, note: None,
     ) -> dict[str, Any]:
         """Write the artifact of one video into `out`, unless it stands already; the row that describes it.
 
+        May run in several threads at once; `threads` is how many the decoder of this one uses (all cores unless given).
         Raises InputError for a video that cannot be read (see `decode.read_frames`); nothing is left under its name.
         """
-        check_whole(video)
+        config, preprocess = self.config, self.files.preprocess
+        (check_exists if config.allow_partial else check_whole)(video)
         made = self.provenance(video)
         target = self.target(video, out, made.inputs["video"])
         if is_finished(target, made, resume=resume, force=force):
             log.info("%s: finished already", target)
             return _row(video, target)
-        config, preprocess = self.config, self.files.preprocess
         total = self._expected_frames(probe(video))
-        reader = read_frames(video, fps=config.fps, frames=config.frames, decoder=config.decoder)
+        request = Request(
+            path=str(video),
+            fps=config.fps,
+            frames=config.frames,
+            decoder=config.decoder,
+            sampling=config.sampling,
+            allow_partial=config.allow_partial,
+            threads=threads,
+            size=preprocess.size,
+            mode=config.frame_mode,
+            background=preprocess.background,
+        )
         report(0, total, video.name)
-        done = 0
-        with open_frames(target, made, reader.facts) as writer, _Ahead(reader, preprocess, config) as squares:
-            while batch := list(islice(squares, config.batch)):
-                images_NSS3 = np.stack([image for _, _, image in batch])
-                features = self.tower.see(images_NSS3, batch=config.batch)
-                writer.append(features, [pts for _, pts, _ in batch], [index for index, _, _ in batch])
+        done, facts = 0, {"source": str(video)}
+        with open_frames(target, made, facts) as writer, self._decoders.read(request, facts) as frames:
+            while batch := list(islice(frames, config.batch)):
+                if self._stop.is_set():
+                    raise Stopped
+                features = self.see(np.stack([frame.image for frame in batch]))
+                writer.append(features, [frame.pts for frame in batch], [frame.index for frame in batch])
                 done += len(batch)
                 report(done, max(total, done), video.name)
         return _row(video, target)
+
+    def encode_all(
+        self, videos: Iterable[tuple[Path, Row]], out: Path, *, jobs: int, **options: Any
+    ) -> Iterator[tuple[Path, Row, Row | LvctxError]]:
+        """`encode` for each (video, row), `jobs` at once; video, row and result or error, in the order they came.
+
+        Videos are read from the iterable while others are encoded, so a slow producer holds nothing back.
+        """
+        todo: queue.Queue[Any] = queue.Queue(jobs)
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+
+        def one(video: Path) -> Row | LvctxError:
+            try:
+                return self.encode(video, out, threads=threads, **options)
+            except LvctxError as e:
+                return e
+
+        def feed() -> None:
+            try:
+                for video, row in videos:
+                    with contextlib.suppress(LvctxError, OSError):  # one() will say it
+                        self.target(video, out, self.provenance(video).inputs["video"])  # names go by order
+                    todo.put((video, row, pool.submit(one, video)))
+                todo.put(None)
+            except BaseException as e:
+                todo.put(e)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                threading.Thread(target=feed, daemon=True).start()
+                while (item := todo.get()) is not None:
+                    if isinstance(item, BaseException):
+                        raise item
+                    yield item[0], item[1], item[2].result()
+            finally:
+                self.close()
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def _expected_frames(self, facts: dict[str, Any]) -> int:
         if self.config.frames is not None:
@@ -187,7 +266,7 @@ def _row(video: Path, target: Path) -> dict[str, Any]:
         "width": width,
         "fps": made["config"]["fps"],
         "frame_mode": made["config"]["frame_mode"],
-        **{key: made["facts"][key] for key in ("duration", "source_frames") if key in made["facts"]},
+        **{key: made["facts"][key] for key in ("duration", "source_frames", "time_error") if key in made["facts"]},
         "corrupt_frames": made["facts"].get("corrupt", 0),
     }
 
@@ -197,56 +276,3 @@ def _fast_bfloat16(device: str) -> bool:
         return True
     # Without such instructions a CPU emulates bfloat16, several times slower than float32.
     return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
-
-
-Square = tuple[int, float, np.ndarray]
-"""Index, pts, and uint8 (S, S, 3)."""
-
-
-class _Ahead(Iterator[Square]):
-    """Decodes and squares frames in a thread of its own, at most two batches ahead of the tower."""
-
-    def __init__(self, reader: FrameReader, preprocess: Preprocess, config: EncodeConfig) -> None:
-        self._reader, self._preprocess, self._mode = reader, preprocess, config.frame_mode
-        self._queue: queue.Queue[Square | BaseException | None] = queue.Queue(maxsize=2 * config.batch)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def _run(self) -> None:
-        last: BaseException | None = None
-        try:
-            for frame in self._reader:
-                self._put(self._square(frame))
-                if self._stop.is_set():
-                    return
-        except BaseException as e:
-            last = e
-        self._put(last)
-
-    def _square(self, frame: Frame) -> Square:
-        image = self._preprocess.square(Image.fromarray(frame.image), self._mode)
-        return frame.index, frame.pts, np.asarray(image)
-
-    def _put(self, item: Square | BaseException | None) -> None:
-        while not self._stop.is_set():
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def __next__(self) -> Square:
-        item = self._queue.get()
-        if item is None:
-            self._queue.put(None)  # an exhausted iterator stays exhausted
-            raise StopIteration
-        if isinstance(item, BaseException):
-            raise item
-        return item

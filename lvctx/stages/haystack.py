@@ -20,7 +20,8 @@ from lvctx.artifacts.manifest import Provenance, is_finished, write_manifest
 from lvctx.artifacts.store import atomic_file, sha256_file
 from lvctx.errors import InputError, UsageError
 from lvctx.stages.encode import Encoder
-from lvctx.vision.decode import Rate, check_whole, read_frames
+from lvctx.vision.container import check_whole
+from lvctx.vision.decode import Rate, read_frames
 from lvctx.vision.scenes import VERSION, scene
 
 PIXELS = ".pixels.txt"
@@ -151,7 +152,7 @@ def _encode(frames: Iterator[np.ndarray], out: Path, made: Provenance, encoder: 
     with open_frames(out, made, {}) as writer:
         while images := [np.asarray(square(Image.fromarray(frame), mode)) for frame in islice(frames, batch)]:
             seconds = range(done, done + len(images))
-            writer.append(encoder.tower.see(np.stack(images), batch=batch), [float(s) for s in seconds], list(seconds))
+            writer.append(encoder.see(np.stack(images)), [float(s) for s in seconds], list(seconds))
             done += len(images)
 
 

@@ -239,7 +239,7 @@ def _look_at_images(plan: Plan, asker: Asker, sample: Sample) -> _Seen:
                 squares.append(plan.encoder.files.preprocess.square(image.convert("RGB"), mode))
         except (OSError, UnidentifiedImageError) as e:
             raise InputError(f"no readable image ({type(e).__name__})", where=file) from e
-    asker.show(plan.encoder.tower.see(squares, batch=plan.encoder.config.batch))
+    asker.show(plan.encoder.see(squares))
     return _Seen(subtitles=None, facts={"frames": len(squares)})
 
 

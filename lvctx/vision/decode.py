@@ -4,31 +4,36 @@ A frame is identified by its number in the order of presentation and by its pres
 sample: every frame; a rate, which takes at t_k = first pts + k / rate the frame on display, that is the last whose
 pts <= t_k; or a number of frames spread as LongVA's linspace(0, n - 1, N) over the n frames of the video.
 
-PyAV (FFmpeg's own libraries) is the default. The video is read once, front to back; only wanted frames become RGB,
-through the filters that the ffmpeg program itself would insert, so a rotated or 10-bit video looks as it does there.
+PyAV (FFmpeg's own libraries) is the default. Where packets tell what is in them (`packets.py`), only what the sampled
+frames need is decoded (`planned.py`); elsewhere the video is read front to back. Only sampled frames become RGB.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable, Iterator
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import av
 import numpy as np
-from av.video.frame import VideoFrame
 
 from lvctx.errors import InputError, UsageError
+from lvctx.vision.container import check_exists, check_whole, demux, open_video, probe
+from lvctx.vision.packets import PacketIndex, read_packets
+from lvctx.vision.planned import Converter, Prepare, Tally, read_planned
 
 Rate = float | Literal["native"]
 """Frames a second, or every frame."""
 Decoder = Literal["auto", "decord", "pyav"]
+Sampling = Literal["exact", "keyframe"]
+"""`keyframe` takes for each sampled frame the key frame shown nearest to it: other pictures, a fraction of the time."""
 
 CORRUPT_LIMIT = 0.01
 """Share of frames that may be damaged before the video is refused."""
-ONE_PACKET_A_FRAME = ("h264", "hevc", "vp9", "av1")
-"""Codecs whose packets can be counted instead of their frames; VP8 or old AVIs hide frames or pack several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,23 +75,124 @@ class FrameReader(Iterator[Frame]):
 
 
 def read_frames(
-    path: Path, *, fps: Rate | None = None, frames: int | None = None, decoder: Decoder = "auto"
+    path: Path,
+    *,
+    fps: Rate | None = None,
+    frames: int | None = None,
+    wanted: Sequence[int] | None = None,
+    decoder: Decoder = "auto",
+    sampling: Sampling = "exact",
+    allow_partial: bool = False,
+    prepare: Prepare | None = None,
+    threads: int | None = None,
+    tally: Tally | None = None,
 ) -> FrameReader:
-    """Read the frames of `path` at a rate `fps`, or `frames` of them evenly spread; exactly one of the two is given.
+    """Read frames of `path`: at a rate `fps`, `frames` of them evenly spread, or those numbered in ascending `wanted`.
 
-    Memory does not grow with the length of the video. Raises InputError for a file that is missing, empty, cut short,
-    not a video, without a picture, or of which more than 1% is damaged; MissingError where decord is not installed.
+    `prepare` is what to make of each RGB picture, called in several threads; `threads` is the number of cores unless
+    given; `tally` shows how far the decoder is. Pixels in memory do not grow with the length of the video.
+
+    Raises InputError for a file that is missing, empty, not a video or without a picture; and unless `allow_partial`
+    for one that is cut short, or of which more than 1% is damaged: frames that do not decode are left out and counted,
+    never made up. MissingError where decord is asked for and not installed.
     """
-    if (fps is None) == (frames is None):
+    if sum(given is not None for given in (fps, frames, wanted)) != 1:
         raise UsageError("give either a rate or a number of frames")
-    check_whole(path)
+    if allow_partial:
+        check_exists(path)
+    else:
+        check_whole(path)
     facts: dict[str, Any] = {}
-    if decoder == "decord":
+    job = _Job(path, fps, frames, wanted, decoder, sampling, allow_partial, prepare, threads or (os.cpu_count() or 1))
+    return FrameReader(_read(job, facts, tally or Tally()), facts)
+
+
+def choose(index: PacketIndex, fps: Rate | None, frames: int | None) -> list[int]:
+    """Numbers of the frames to take, ascending, by the rules above; a frame may be taken several times."""
+    if frames is not None:
+        return spread(len(index), frames)
+    if fps == "native":
+        return list(range(len(index)))
+    pts_F = index.pts_N[index.packet_F]
+    first, last = int(pts_F[0]), int(pts_F[-1])
+    step = 1 / Fraction(fps).limit_denominator(100_000) / index.time_base  # type: ignore[arg-type]
+    count = max(math.ceil((index.end - first) / step), (last - first) // step + 1)
+    due = [first + k * step.numerator // step.denominator for k in range(count)]
+    return (np.searchsorted(pts_F, due, "right") - 1).tolist()
+
+
+def nearest_key_frames(index: PacketIndex, wanted: list[int]) -> tuple[list[int], dict[str, float]]:
+    """For every wanted frame the key frame shown nearest to it (the earlier of two); mean and max error in seconds."""
+    pts_F, keys = index.pts_N[index.packet_F], index.key_frames
+    after = np.searchsorted(keys, wanted).clip(1, max(1, len(keys) - 1))
+    left, right = keys[after - 1], keys[np.minimum(after, len(keys) - 1)]
+    off_left, off_right = abs(pts_F[left] - pts_F[wanted]), abs(pts_F[right] - pts_F[wanted])
+    taken = np.where(off_left <= off_right, left, right)
+    off = np.minimum(off_left, off_right) * float(index.time_base)
+    return taken.tolist(), {"mean": round(float(off.mean()), 6), "max": round(float(off.max()), 6)}
+
+
+def count_at_rate(path: Path, fps: float) -> tuple[int, int, float, int]:
+    """Width and height once upright, duration in seconds, and how many frames `read_frames` gives at a rate `fps`.
+
+    Only the first frame is decoded where the container says its duration; else all are. Raises as `read_frames`.
+    """
+    reader = read_frames(path, fps=fps, decoder="pyav")
+    first = next(reader, None)
+    if first is None:
+        raise InputError("not one frame could be decoded", where=path)
+    height, width = first.image.shape[:2]
+    duration = float(probe(path)["duration"])
+    if duration <= 0:
+        frames = 1 + sum(1 for _ in reader)
+        return width, height, float(reader.facts["duration"]), frames
+    return width, height, duration, max(1, math.ceil(round(duration * fps, 4)))
+
+
+def _read(job: "_Job", facts: dict[str, Any], tally: Tally) -> Iterator[Frame]:
+    index = read_packets(job.path)
+    wanted = list(job.wanted or ())
+    if index is not None:
+        wanted = choose(index, job.fps, job.frames) if job.wanted is None else [n for n in wanted if n < len(index)]
+    if index is not None and job.sampling == "keyframe":
+        wanted, facts["time_error"] = nearest_key_frames(index, wanted)
+    times = Counter(wanted)
+    versions = (f"{name} {'.'.join(map(str, av.library_versions[name]))}" for name in ("libavcodec", "libswscale"))
+    facts["decoder"] = f"PyAV {av.__version__} ({', '.join(versions)})"
+    stretches = index.stretches(times) if index is not None else None
+    if job.sampling == "keyframe" and stretches is None:
+        raise InputError("key frames cannot be told apart here", where=job.path, fix="--sampling exact")
+    read: Any
+    if job.decoder == "decord":
         from lvctx.vision.decord import read_with_decord
 
-        open_video(path)[0].close()  # says what is wrong with the file better than decord does
-        return FrameReader(read_with_decord(path, fps, frames, facts), facts)
-    return FrameReader(_read_with_pyav(path, fps, frames, facts), facts)
+        pictures = read_with_decord(job.path, index, list(times), facts)
+        read = ((number, image.shape[:2], job.prepare(image) if job.prepare else image) for number, image in pictures)
+    elif stretches is None or index is None:
+        yield from _read_everything(job, facts, tally)
+        return
+    else:
+        read = read_planned(job.path, index, stretches, prepare=job.prepare, threads=job.threads, tally=tally)
+    assert index is not None
+    found = 0
+    with contextlib.closing(read):
+        for number, (facts["height"], facts["width"]), image in read:
+            found += 1
+            for _ in range(times[number]):
+                yield Frame(index=number, pts=float(index.time(number)), image=image)
+    if found == 0:
+        raise InputError("not one frame could be decoded", where=job.path)
+    _refuse_damage(job, tally.damaged, tally.decoded)
+    _refuse_damage(job, len(times) - found, len(times))
+    facts["source_frames"] = len(index)
+    facts["duration"] = float(index.end * index.time_base - index.time(0))
+    facts["corrupt"] = tally.damaged
+
+
+def _refuse_damage(job: "_Job", damaged: int, frames: int) -> None:
+    if damaged > CORRUPT_LIMIT * frames and not job.allow_partial:
+        fix = "get the video again, or --allow-partial to take what there is"
+        raise InputError(f"{damaged} of {frames} decoded frames are damaged or missing", where=job.path, fix=fix)
 
 
 def sample(shots: Iterable[Shot], *, fps: Rate | None, wanted: Iterable[int] = ()) -> Iterator[Shot]:
@@ -125,200 +231,68 @@ def spread(count: int, frames: int) -> list[int]:
     return np.linspace(0, count - 1, frames, dtype=int).tolist()
 
 
-def check_whole(path: Path) -> None:
-    """Raise InputError for a file that is missing or empty, or an MP4 or Matroska file shorter than it says it is.
+@dataclass(frozen=True)
+class _Job:
+    """The arguments of `read_frames`."""
 
-    A decoder plays what is left of a cut file without a word.
-    """
-    if not path.exists():
-        raise InputError("no such video", where=path)
-    if not path.is_file():
-        raise InputError("not a file", where=path, fix="give a video file")
-    size = path.stat().st_size
-    if size == 0:
-        raise InputError("the file is empty", where=path, fix="download or copy it again")
-    with open(path, "rb") as f:
-        head = f.read(256)
-        if head[4:8] == b"ftyp":
-            end = _end_of_mp4(f, size)
-        elif head.startswith(b"\x1aE\xdf\xa3"):
-            end = _end_of_matroska(head)
-        else:
-            return
-    if end > size:
-        raise InputError(f"the video is cut short at {size:,} bytes", where=path, fix="download it again")
+    path: Path
+    fps: Rate | None
+    frames: int | None
+    wanted: Sequence[int] | None
+    decoder: Decoder
+    sampling: Sampling
+    allow_partial: bool
+    prepare: Prepare | None
+    threads: int
 
 
-def _end_of_mp4(f: BinaryIO, size: int) -> int:
-    """Where the first box ends that ends beyond `size`, or else `size`."""
-    at = 0
-    while at < size:
-        f.seek(at)
-        head = f.read(16)
-        length = int.from_bytes(head[:4], "big")
-        if length == 1:  # a 64-bit length follows the box's name
-            length = int.from_bytes(head[8:16], "big")
-        elif length == 0 and len(head) >= 8:  # the last box, up to the end of the file
-            return size
-        at += max(length, 8)
-    return at
+def _read_everything(job: _Job, facts: dict[str, Any], tally: Tally) -> Iterator[Frame]:
+    """Front to back, every frame decoded: where packets do not tell what is in them."""
+    count = 0
+    if job.frames is not None:
+        count = sum(1 for _ in _shots(job, {}, Tally()))
+        tally.packets = 0
+    wanted = spread(count, job.frames) if job.frames is not None and count else job.wanted or ()
+    convert = Converter(job.prepare)
+    last: Frame | None = None
+    for shot in sample(_shots(job, facts, tally), fps=job.fps, wanted=wanted):
+        if last is None or last.index != shot.index:
+            (facts["height"], facts["width"]), image = convert(shot.data)
+            last = Frame(index=shot.index, pts=float(shot.pts), image=image)
+        yield last
+    if last is None:
+        raise InputError("not one frame could be decoded", where=job.path)
+    facts["corrupt"] = tally.damaged
+    _refuse_damage(job, tally.damaged, tally.decoded + tally.damaged)
 
 
-def _end_of_matroska(head: bytes) -> int:
-    """Where the segment ends that follows the header; 0 where it does not say, as in a recorded live stream."""
-
-    def number(at: int) -> tuple[int, int]:
-        width = 9 - head[at].bit_length()  # as many bytes as the first has leading zeros, and one
-        value = int.from_bytes(head[at : at + width], "big") & ((1 << 7 * width) - 1)
-        return (0 if value == (1 << 7 * width) - 1 else value), at + width
-
-    try:
-        length, at = number(4)
-        if head[at + length : at + length + 4] != b"\x18S\x80g":
-            return 0
-        length, at = number(at + length + 4)
-    except IndexError:
-        return 0
-    return at + length if length else 0
-
-
-def open_video(path: Path) -> tuple[Any, Any]:
-    """A container and its video stream, ready to decode on all cores. Raises InputError where there is none."""
-    try:
-        container = av.open(str(path))
-    except (av.FFmpegError, OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or str(e)
-        raise InputError(f"not a video that FFmpeg can open ({reason})", where=path) from e
-    cover = av.stream.Disposition.attached_pic
-    streams = [s for s in container.streams.video if not s.disposition & cover and s.codec_context is not None]
-    if not streams:
-        container.close()
-        raise InputError("no video stream", where=path, fix="give a file with a picture")
-    streams[0].thread_type = "AUTO"
-    return container, streams[0]
-
-
-def probe(path: Path) -> dict[str, Any]:
-    """width, height and, as far as the container says, duration in seconds and average fps; nothing is decoded."""
-    check_whole(path)
-    container, stream = open_video(path)
-    with container:
-        if stream.duration is not None:
-            duration = float(stream.duration * stream.time_base)
-        else:
-            duration = (container.duration or 0) / av.time_base
-        rate = float(stream.average_rate or 0)
-        return {"width": stream.width, "height": stream.height, "duration": duration, "source_fps": rate}
-
-
-def count_at_rate(path: Path, fps: float) -> tuple[int, int, float, int]:
-    """Width and height once upright, duration in seconds, and how many frames `read_frames` gives at a rate `fps`.
-
-    Only the first frame is decoded where the container says its duration; else all are. Raises as `read_frames`.
-    """
-    reader = read_frames(path, fps=fps, decoder="pyav")
-    first = next(reader, None)
-    if first is None:
-        raise InputError("not one frame could be decoded", where=path)
-    height, width = first.image.shape[:2]
-    duration = float(probe(path)["duration"])
-    if duration <= 0:
-        frames = 1 + sum(1 for _ in reader)
-        return width, height, float(reader.facts["duration"]), frames
-    return width, height, duration, max(1, math.ceil(round(duration * fps, 4)))
-
-
-def _read_with_pyav(path: Path, fps: Rate | None, frames: int | None, facts: dict[str, Any]) -> Iterator[Frame]:
-    count = _count_frames(path) if frames is not None else 0
-    picture = _Picture()
-    facts["corrupt"] = 0
-    wanted = spread(count, frames) if frames is not None else ()
-    for shot in sample(_shots(path, facts), fps=fps, wanted=wanted):
-        image = picture.rgb(shot.data)
-        facts["height"], facts["width"] = image.shape[:2]
-        yield Frame(index=shot.index, pts=float(shot.pts), image=image)
-    seen, corrupt = facts["source_frames"], facts["corrupt"]
-    if seen == 0:
-        raise InputError("not one frame could be decoded", where=path)
-    if corrupt > CORRUPT_LIMIT * (seen + corrupt):
-        raise InputError(f"{corrupt} of about {seen} frames are damaged", where=path, fix="get the video again")
-    if frames is not None and seen != count:
-        raise InputError(f"{count} frames announced, {seen} decoded", where=path, fix="sample with --fps instead")
-    versions = (f"{name} {'.'.join(map(str, av.library_versions[name]))}" for name in ("libavcodec", "libswscale"))
-    facts["decoder"] = f"PyAV {av.__version__} ({', '.join(versions)})"
-
-
-def _shots(path: Path, facts: dict[str, Any]) -> Iterator[Shot]:
-    """Every frame in the order of presentation; damaged ones are counted in `facts["corrupt"]`."""
-    container, stream = open_video(path)
-    index = 0
+def _shots(job: _Job, facts: dict[str, Any], tally: Tally) -> Iterator[Shot]:
+    """Every frame in the order of presentation."""
+    container, stream = open_video(job.path)
+    stream.codec_context.thread_count = 0 if job.threads > 1 else 1
     first = last = Fraction(0)
     with container:
-        for frame in _decode(container, stream, facts):
+        for frame in _decode(container, stream, tally):
             stamp = frame.pts if frame.pts is not None else frame.dts
-            if stamp is None or frame.time_base is None:
-                raise InputError("frames without timestamps", where=path, fix="put it into an MP4 or MKV first")
-            pts = Fraction(stamp * frame.time_base)
-            first = pts if index == 0 else first
-            last = Fraction(pts + (frame.duration or 0) * frame.time_base)
-            facts["corrupt"] += bool(frame.is_corrupt)
-            yield Shot(index=index, pts=pts, end=last, data=frame)
-            index += 1
-    facts["source_frames"], facts["duration"] = index, float(last - first)
+            if stamp is None:
+                raise InputError("frames without timestamps", where=job.path, fix="put it into an MP4 or MKV first")
+            pts = stamp * Fraction(stream.time_base)
+            first = pts if tally.decoded == 0 else first
+            last = pts + (frame.duration or 0) * Fraction(stream.time_base)
+            tally.damaged += bool(frame.is_corrupt)
+            yield Shot(index=tally.decoded, pts=pts, end=last, data=frame)
+            tally.decoded += 1
+    facts["source_frames"], facts["duration"] = tally.decoded, float(last - first)
 
 
-def _decode(container: Any, stream: Any, facts: dict[str, Any]) -> Iterator[VideoFrame]:
-    packets = container.demux(stream)
-    while True:
+def _decode(container: Any, stream: Any, tally: Tally) -> Iterator[Any]:
+    for packet in demux(container, stream):
+        tally.packets += 1
         try:
-            packet = next(packets)
-        except (StopIteration, av.EOFError):
-            return
-        try:
-            decoded = packet.decode()
+            yield from packet.decode()
         except av.EOFError:
             return
         except av.FFmpegError:
-            facts["corrupt"] += 1
-            continue
-        yield from decoded
-
-
-def _count_frames(path: Path) -> int:
-    container, stream = open_video(path)
-    with container:
-        if stream.codec_context.codec.canonical_name in ONE_PACKET_A_FRAME:
-            return sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
-        return sum(1 for _ in _decode(container, stream, {"corrupt": 0}))
-
-
-_TURNS = {90: (("transpose", "cclock"),), -90: (("transpose", "clock"),)}
-_TURNS |= dict.fromkeys((180, -180), (("hflip",), ("vflip",)))  # type: ignore[arg-type]
-"""Rotation in degrees, counter-clockwise, that a frame asks for -> FFmpeg's filters."""
-
-
-class _Picture:
-    """Converts frames to RGB through FFmpeg's filters, kept as long as the frames stay of one kind."""
-
-    def __init__(self) -> None:
-        self._kind: tuple[Any, ...] = ()
-        self._graph: Any = None
-
-    def rgb(self, frame: VideoFrame) -> np.ndarray:
-        """uint8 (H, W, 3), turned upright."""
-        kind = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range, frame.rotation)
-        if kind != self._kind:
-            self._kind, self._graph = kind, self._build(frame)
-        self._graph.push(frame)
-        return self._graph.pull().to_ndarray()
-
-    @staticmethod
-    def _build(frame: VideoFrame) -> Any:
-        graph = av.filter.Graph()
-        nodes = [
-            graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
-        ]
-        nodes += [graph.add(*turn) for turn in _TURNS.get(frame.rotation, ())]
-        nodes += [graph.add("format", "rgb24"), graph.add("buffersink")]
-        graph.link_nodes(*nodes).configure()
-        return graph
+            tally.damaged += 1
+    with contextlib.suppress(av.FFmpegError):
+        yield from stream.decode(None)

@@ -1,24 +1,25 @@
-"""The other decoder: decord, for those who want the frames that LongVA's own scripts read.
+"""The other decoder: decord, for those who want the pixels that LongVA's own scripts read.
 
 It is no default: its last release is of 2021 and x86 only, it knows no AV1, repeats neighbours where frames are
-damaged, and finds other frames than FFmpeg in videos of variable rate. Timestamps are its own.
+damaged, and counts wrong where the rate varies or an edit list hides frames. So it is let at constant rates and codecs
+it knows only, and which frame is shown when is read from the packets, not from it.
 """
 
-from collections.abc import Iterator
-from fractions import Fraction
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from lvctx.errors import InputError, MissingError
-from lvctx.vision.decode import Frame, Rate, Shot, sample, spread
-
-if TYPE_CHECKING:
-    import numpy as np
+from lvctx.vision.packets import HIDDEN, PacketIndex
 
 CHUNK = 16
 """Frames decoded in one call."""
+KNOWN = ("h264", "hevc", "vp9")
+"""Codecs whose packets we can count and that decord decodes."""
 
 
 def require_decord() -> Any:
@@ -30,28 +31,33 @@ def require_decord() -> Any:
     return decord
 
 
-def read_with_decord(path: Path, fps: Rate | None, frames: int | None, facts: dict[str, Any]) -> Iterator[Frame]:
-    """As `decode.read_frames`, which has checked the file; fills `facts`."""
+def why_not(index: PacketIndex | None) -> str:
+    """Why decord would not give the right frames of a video; empty where it does."""
+    if index is None or index.codec not in KNOWN:
+        return "a codec it does not know or whose frames cannot be counted"
+    if not index.constant_rate:
+        return "its rate varies"
+    if (index.flags_N & HIDDEN).any():
+        return "an edit list hides frames"
+    return ""
+
+
+def read_with_decord(
+    path: Path, index: PacketIndex | None, wanted: Sequence[int], facts: dict[str, Any]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(frame, RGB picture) for ascending, distinct `wanted`. Raises InputError where decord would be wrong."""
     decord = require_decord()
+    if reason := why_not(index):
+        raise InputError(f"decord is not exact here: {reason}", where=path, fix="--decoder auto")
+    assert index is not None
     decord.logging.set_level(decord.logging.QUIET)
     try:
         reader = decord.VideoReader(str(path), ctx=decord.cpu(0))
-        count = len(reader)
-        times_F2: np.ndarray = reader.get_frame_timestamp(range(count))
+        if len(reader) != len(index):
+            raise InputError(f"decord counts {len(reader)} frames of {len(index)}", where=path, fix="--decoder auto")
+        todo = iter(wanted)
+        while chunk := list(islice(todo, CHUNK)):
+            yield from zip(chunk, reader.get_batch(chunk).asnumpy(), strict=True)
     except (decord.DECORDError, RuntimeError) as e:
-        raise InputError("not a video that decord can open", where=path, fix="try --decoder pyav") from e
-    # Its timestamps are float32: what they print as is nearer to the container's than what they hold.
-    times = [(Fraction(str(start)), Fraction(str(end))) for start, end in times_F2]
-    shots = (Shot(index=i, pts=start, end=end) for i, (start, end) in enumerate(times))
-    wanted = spread(count, frames) if frames is not None else ()
-    taken = sample(shots, fps=fps, wanted=wanted)
-    while chunk := list(islice(taken, CHUNK)):
-        try:
-            images_NHW3 = reader.get_batch([shot.index for shot in chunk]).asnumpy()
-        except (decord.DECORDError, RuntimeError) as e:
-            raise InputError(f"decord failed near frame {chunk[0].index}", where=path, fix="try --decoder pyav") from e
-        for shot, image in zip(chunk, images_NHW3, strict=True):
-            facts["height"], facts["width"] = image.shape[:2]
-            yield Frame(index=shot.index, pts=float(shot.pts), image=image)
-    facts["source_frames"], facts["duration"] = count, float(times[-1][1] - times[0][0])
+        raise InputError("decord cannot read it", where=path, fix="--decoder auto") from e
     facts["decoder"] = f"decord {version('decord')}"

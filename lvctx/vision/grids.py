@@ -10,6 +10,7 @@ Both give tiles row by row, without base image and without newline tokens.
 """
 
 import math
+from collections.abc import Iterable
 from functools import cache
 from typing import Literal, get_args
 
@@ -26,8 +27,9 @@ def unires_grid(
     """Columns and rows of tiles for an image of `width` x `height` pixels: 640 x 480 at tile 336 gives (2, 2)."""
     assert rule in get_args(GridRule)
     assert min(width, height, tile) > 0
-    find = _grid_of_code if rule == "code" else _grid_of_paper
-    return find(width, height, tile, max_grids)
+    if rule == "code":
+        return best_grid(width, height, tile, _candidates(max_grids))
+    return _grid_of_paper(width, height, tile, max_grids)
 
 
 @cache
@@ -35,7 +37,9 @@ def _candidates(max_grids: int) -> list[tuple[int, int]]:
     return [(w, h) for w in range(1, max_grids + 1) for h in range(1, max_grids // w + 1) if w * h > 1]
 
 
-def _grid_of_code(width: int, height: int, tile: int, max_grids: int) -> tuple[int, int]:
+def best_grid(width: int, height: int, tile: int, grids: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Of these grids (columns, rows) the one that keeps most of the image, then wastes least, then the first."""
+
     def kept_and_wasted(grid: tuple[int, int]) -> tuple[int, int]:
         # Floating point and truncation as in the released code: a tie there must be a tie here.
         across, down = grid[0] * tile, grid[1] * tile
@@ -43,7 +47,7 @@ def _grid_of_code(width: int, height: int, tile: int, max_grids: int) -> tuple[i
         kept = min(int(width * scale) * int(height * scale), width * height)
         return -kept, across * down - kept
 
-    return min(_candidates(max_grids), key=kept_and_wasted)
+    return min(grids, key=kept_and_wasted)
 
 
 def _grid_of_paper(width: int, height: int, tile: int, max_grids: int) -> tuple[int, int]:
@@ -65,14 +69,22 @@ def unires_tiles(
     it leaves no remainder to lose at the edges.
     """
     columns, rows = unires_grid(*image.size, tile=tile, rule=rule, max_grids=max_grids)
-    across, down = columns * tile, rows * tile
     if rule == "paper":
-        canvas = image.resize((across, down), Image.Resampling.BICUBIC)
-    else:
-        canvas = Image.new("RGB", (across, down))
-        fitted = image.resize(_fit(*image.size, across, down), Image.Resampling.BICUBIC)
-        canvas.paste(fitted, ((across - fitted.width) // 2, (down - fitted.height) // 2))
-    return [canvas.crop((x, y, x + tile, y + tile)) for y in range(0, down, tile) for x in range(0, across, tile)]
+        return _cut(image.resize((columns * tile, rows * tile), Image.Resampling.BICUBIC), tile)
+    return fit_tiles(image, tile, columns, rows)
+
+
+def fit_tiles(image: Image.Image, tile: int, columns: int, rows: int) -> list[Image.Image]:
+    """Tiles of the image, aspect kept, centred on a black canvas of so many: row by row, bicubic."""
+    canvas = Image.new("RGB", (columns * tile, rows * tile))
+    fitted = image.resize(_fit(*image.size, *canvas.size), Image.Resampling.BICUBIC)
+    canvas.paste(fitted, ((canvas.width - fitted.width) // 2, (canvas.height - fitted.height) // 2))
+    return _cut(canvas, tile)
+
+
+def _cut(canvas: Image.Image, tile: int) -> list[Image.Image]:
+    across, down = range(0, canvas.width, tile), range(0, canvas.height, tile)
+    return [canvas.crop((x, y, x + tile, y + tile)) for y in down for x in across]
 
 
 def _fit(width: int, height: int, across: int, down: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,16 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lvctx.errors import InputError
-
-FrameMode = Literal["crop", "pad", "squash"]
-"""How a frame becomes a square. `crop`: short side resized, centre cut out (LongVA on VQA and Video-MME). `pad`:
-centred on a square of the mean colour (LongVA on V-NIAH). `squash`: both sides resized, aspect lost."""
-
-MAX_PIXELS = 178_956_970
-"""Largest image that is opened: where Pillow itself calls it a decompression bomb (half a gigabyte as RGB)."""
-
-STRIP = 64
-"""Aspect beyond which an image is a strip."""
+from lvctx.vision.squares import MAX_PIXELS, FrameMode, square
 
 
 def open_image(path: Path) -> Image.Image:
@@ -82,30 +73,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
-
-
-def square(image: Image.Image, side: int, mode: FrameMode, background: tuple[int, int, int]) -> Image.Image:
-    """An RGB image as a square of `side` pixels, bicubic; `background` fills where `pad` adds (see `Preprocess`)."""
-    width, height = image.size
-    shortest, longest = min(width, height), max(width, height)
-    if mode == "pad" and longest * longest > MAX_PIXELS:
-        # The canvas would be larger than any image we open: fit first, which differs by less than a level.
-        image = ImageOps.contain(image, (side, side), Image.Resampling.BICUBIC)
-        (width, height), longest = image.size, side
-    if mode == "crop" and longest > STRIP * shortest:
-        # Of a strip only the middle is kept anyway: cut it before resizing would make it enormous.
-        left, top = max(0, width - STRIP * shortest) // 2, max(0, height - STRIP * shortest) // 2
-        image = image.crop((left, top, width - left, height - top))
-        width, height = image.size
-    if mode == "pad" and width != height:
-        canvas = Image.new("RGB", (longest, longest), background)
-        canvas.paste(image, ((longest - width) // 2, (longest - height) // 2))
-        image = canvas
-    if mode != "crop":
-        return image.resize((side, side), Image.Resampling.BICUBIC)
-    resized = int(side * width / shortest), int(side * height / shortest)
-    left, top = (resized[0] - side) // 2, (resized[1] - side) // 2
-    return image.resize(resized, Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
 
 
 @dataclass(frozen=True, kw_only=True)
