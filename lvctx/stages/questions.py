@@ -163,7 +163,7 @@ def run_questions(
                 report(done, total, video)
                 yield row
         if hasattr(plan.bench, "export"):
-            said = {row["id"]: row["response"] for row in rows.rows.values()}
+            said = {row["id"]: row["response"] for row in rows.rows.values() if "error" not in row}
             plan.bench.export(out, [(s, said[s.id]) for s in plan.samples if s.id in said])
         if asker:
             log.info("%d questions, %d tokens through the model", len(waiting), asker.reader.tokens_run)
