@@ -188,7 +188,7 @@ def niah(
         kept=kv.value,
     )
     thetas = _numbers("--rope-theta", rope_theta) if rope_theta else []
-    targets = {out / f"theta-{theta:g}": theta for theta in thetas} or {out: None}
+    targets: dict[Path, float | None] = {out / f"theta-{theta:g}": theta for theta in thetas} or {out: None}
     plans = {target: plan_niah(replace(config, theta=theta)) for target, theta in targets.items()}
     if dry_run:
         for target, plan in plans.items():
