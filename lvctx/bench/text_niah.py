@@ -55,16 +55,16 @@ class TextNiah:
             (self._ids(NEEDLE.format(city=c, number=n)), f) for c, n, f in draw_distractors(seed, distractors)
         ]
         self._riddle = functools.cache(self._draw)
-        self._spread = 0
+        self._spread = self._longest = 0
 
     def cells(self, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
         """See `Niah.cells`. Raises InputError for a length too short for a needle or too long for the haystack."""
-        self._spread = min(lengths)
+        self._spread, self._longest = min(lengths), max(lengths)
         cells = []
         for length in lengths:
             for trial in range(trials):
                 riddle = self._riddle(trial)[0]
-                room, longest = self._room(length, trial), self._room(max(lengths), trial)
+                room, longest = self._room(length, trial), self._room(self._longest, trial)
                 asked = {"needle": riddle.hidden[0].strip(), "question": riddle.question, "answer": riddle.answer}
                 for depth, point, target in insertion_points(depths, room, longest, self.nested):
                     at = self._snap(target, room)
@@ -128,5 +128,8 @@ class TextNiah:
         return facts | ({} if self.task == "single" else {"count": self.count}) | self._shared()
 
     def _shared(self) -> dict[str, Any]:
-        """Where nested, what all lengths share depends on the shortest, if anything but the needle is hidden."""
-        return {"spread": self._spread} if self.nested and (self._others or self.task != "single") else {}
+        """Nested points are shares of the longest haystack, and what else is hidden lies in the shortest."""
+        if not self.nested:
+            return {}
+        others = {"spread": self._spread} if self._others or self.task != "single" else {}
+        return {"longest": self._longest, **others}

@@ -123,7 +123,7 @@ class VideoNiah:
         per_frame: int,
         chance: float | None,
         lookalikes: Sequence[Needle] = (),
-        seconds: np.ndarray | Sequence[float] | None = None,
+        seconds: np.ndarray | None = None,
         question: Question = "what",
         tolerance: float = 0.0,
         nested: bool = False,
@@ -140,8 +140,9 @@ class VideoNiah:
         self.nested, self.loop = nested, loop
         self.forcible = question == "what"
         self.spare = 2 if self.forcible else 16
-        self._seconds = np.arange(frames) if seconds is None else np.asarray(seconds[:frames])
-        self._frames, self._per_frame, self._spread = frames, per_frame, 0
+        self._seconds = np.arange(frames) if seconds is None else seconds[:frames]
+        self._frames, self._per_frame = frames, per_frame
+        self._spread = self._longest = 0
         shown = frames + len(needles) + len(lookalikes)
         rows = vocabulary + np.arange(shown * per_frame + 1).astype(np.int64)
         self._hay, self._newline = rows[: frames * per_frame], rows[-1:]
@@ -158,18 +159,17 @@ class VideoNiah:
 
     def cells(self, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
         """See `Niah.cells`. Raises InputError for more frames than the haystack has, UsageError for too few needles."""
-        longest = max(lengths)
-        if longest > self._frames and not self.loop:
+        self._spread, self._longest = min(lengths), max(lengths)
+        if self._longest > self._frames and not self.loop:
             raise InputError(
-                f"{longest} frames are beyond the haystack (it has {self._frames})",
+                f"{self._longest} frames are beyond the haystack (it has {self._frames})",
                 fix="give more --frames, or --loop to repeat them",
             )
         if trials > len(self.needles):
             raise UsageError(f"--trials {trials} with {len(self.needles)} needles")
-        self._spread = min(lengths)
         cells = []
         for length in lengths:
-            for depth, point, at in insertion_points(depths, length, longest, self.nested):
+            for depth, point, at in insertion_points(depths, length, self._longest, self.nested):
                 for trial, needle in enumerate(self.needles[:trials]):
                     question, answer = self._asked(needle, at, length)
                     cells.append(
@@ -230,6 +230,8 @@ class VideoNiah:
             facts["lookalikes"] = [needle.digest for needle in self.lookalikes]
             facts["places"] = [round(float(f), 9) for f in self._places]
             facts["spread"] = self._spread if self.nested else None
+        if self.nested:
+            facts["longest"] = self._longest
         return facts
 
 
