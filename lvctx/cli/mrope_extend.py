@@ -31,7 +31,7 @@ CountOptions = "Tokens and positions of a video"
 class RampChoice(StrEnum):
     """How height goes over from time to width."""
 
-    index = "index"
+    linear = "index"
     wavelength = "wavelength"
     ntk = "ntk"
 
@@ -71,7 +71,7 @@ def mrope_extend(
     ] = None,
     ramp: Annotated[
         RampChoice, typer.Option(help="mrope++: linear in channel, in wavelength, or as the authors' code.")
-    ] = RampChoice.index,
+    ] = RampChoice.linear,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare every channel in transformers with the formula.")
     ] = False,
@@ -107,7 +107,7 @@ def mrope_extend(
         model=model,
         scale=scale,
         original_length=original_length,
-        method=method.value if method else None,  # type: ignore[arg-type]
+        method=method.value if method else None,
         ramp=ramp.value,
         force=force,
     )
