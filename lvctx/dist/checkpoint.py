@@ -36,7 +36,7 @@ class Checkpoints:
         """Clear away what a killed writer left. Raises InputError where another run's checkpoint stands."""
         self.folder, self.run, self.world = out / FOLDER, run, world
         self._pending: tuple[int, Future[Any]] | None = None
-        self.saved = self.newest()
+        self.saved = world.gather(self.newest())[0]  # a network file system may show it to others later
         """Step of the newest complete checkpoint, or None."""
         if self.saved is not None:
             stands = json.loads((self._path(self.saved) / RUN).read_text(encoding="utf-8"))
@@ -46,7 +46,6 @@ class Checkpoints:
                     where=out,
                     fix="choose another -o, or --force to start over",
                 )
-        world.barrier()
         if world.rank == 0:
             for torn in self.folder.glob(".step-*"):
                 shutil.rmtree(torn, ignore_errors=True)
@@ -66,19 +65,19 @@ class Checkpoints:
         `wait` returns only when it stands. Raises InputError when the disk refuses this or the one before.
         """
         self.finish()
-        if self.saved == step:
-            return
-        partial = self._partial(step)
-        partial.mkdir(parents=True, exist_ok=True)
-        with self._disk_errors():
-            if wait:
-                done: Future[Any] = Future()
-                done.set_result(dcp.save(state, checkpoint_id=partial, **self._group))
-            else:
-                done = dcp.async_save(state, checkpoint_id=partial, **self._group)  # type: ignore[assignment]
-        self._pending = step, done
+        if self.saved != step:
+            partial = self._partial(step)
+            partial.mkdir(parents=True, exist_ok=True)
+            with self._disk_errors():
+                if wait:
+                    done: Future[Any] = Future()
+                    done.set_result(dcp.save(state, checkpoint_id=partial, **self._group))
+                else:
+                    done = dcp.async_save(state, checkpoint_id=partial, **self._group)  # type: ignore[assignment]
+            self._pending = step, done
         if wait:
             self.finish()
+            self.world.barrier()
 
     def poll(self) -> None:
         """Let a checkpoint that has meanwhile been written count."""

@@ -43,6 +43,15 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def take_part(total: Tensor, *tensors: Tensor) -> Tensor:
+    """`total` as it is, with `tensors` in its graph, for their gradient of zero.
+
+    A rank's part of a row may hold no counted token. It must still go through the backward pass, where the others wait
+    for its keys and for its share of each parameter's gradient.
+    """
+    return total + sum(t.flatten()[:0].sum() for t in tensors)
+
+
 @torch.no_grad()
 def gather_into(target: nn.Module | None, model: nn.Module) -> None:
     """Copy the parameters of a sharded model into its unsharded twin, one at a time; other ranks give None and help."""

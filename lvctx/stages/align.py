@@ -24,7 +24,7 @@ from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, write_ma
 from lvctx.artifacts.store import fingerprint
 from lvctx.dist import checkpoint
 from lvctx.dist.mesh import World, open_world
-from lvctx.dist.shard import gather_into, shard_model
+from lvctx.dist.shard import gather_into, shard_model, take_part
 from lvctx.errors import UsageError
 from lvctx.model.adapter import ADAPTER, load_adapter, save_adapter
 from lvctx.model.export import model_files
@@ -296,8 +296,10 @@ def _train(
             # What trains must take part in every backward: ranks add their gradients up in step.
             blank = torch.zeros(1, 3, tile, tile, device=device, dtype=vlm.model.vision_tower.dtype)
             embeds_BLE = embeds_BLE + 0 * embed_frames(vlm, frame_features(vlm, blank)).sum().to(embeds_BLE.dtype)
-        hidden = vlm.model.language_model(inputs_embeds=embeds_BLE, attention_mask=mask_BL, use_cache=False)
-        return token_loss(hidden.last_hidden_state.flatten(0, 1), vlm.lm_head.weight, labels_BL.flatten())
+        lm, head = vlm.model.language_model, vlm.lm_head.weight
+        hidden = lm(inputs_embeds=embeds_BLE, attention_mask=mask_BL, use_cache=False).last_hidden_state
+        total, count = token_loss(hidden.flatten(0, 1), head, labels_BL.flatten())
+        return take_part(total, hidden, head), count
 
     entered = _Entered(vlm, loss)
     shard_model(entered, vlm.model.language_model.get_submodule("layers"), world)

@@ -22,7 +22,7 @@ from lvctx.artifacts.store import fingerprint
 from lvctx.dist import attention, checkpoint
 from lvctx.dist.attention import Shard
 from lvctx.dist.mesh import World, open_world
-from lvctx.dist.shard import gather_into, shard_model
+from lvctx.dist.shard import gather_into, shard_model, take_part
 from lvctx.dist.zigzag import shard
 from lvctx.errors import InputError, UsageError
 from lvctx.model.export import model_files, save_model
@@ -300,7 +300,9 @@ class RowLoss(nn.Module):
     def forward(self, ids: Tensor, labels: Tensor, positions: Tensor, **attention: Any) -> tuple[Tensor, int]:
         """Summed loss and number of counted tokens of ids (B, L), with labels already shifted."""
         hidden = self.lm.model(input_ids=ids, position_ids=positions, use_cache=False, **attention).last_hidden_state
-        return token_loss(hidden.flatten(0, 1), self.lm.lm_head.weight, labels.flatten())
+        head = self.lm.lm_head.weight
+        total, count = token_loss(hidden.flatten(0, 1), head, labels.flatten())
+        return take_part(total, hidden, head), count
 
 
 def shard_row(ids_BL: Tensor, world: World, starts: tuple[int, ...] | None) -> dict[str, Any]:
