@@ -30,7 +30,7 @@ class Text(NamedTuple):
 class Grids(NamedTuple):
     """Visual tokens of one size: an image (one grid) or a video."""
 
-    length: int
+    time: int
     """Grids along time."""
     height: int
     """Rows of tokens, after merging."""
@@ -65,7 +65,7 @@ def positions(parts: Iterable[Part]) -> tuple[Tensor, int]:
             ids = torch.arange(part.tokens).expand(3, -1) + free
         elif isinstance(part, Grids):
             # In float32, as the model's own code does: at steps like 4/3 it decides what is rounded down.
-            times = (torch.arange(part.length) * torch.tensor(part.step, dtype=torch.float32)).long()
+            times = (torch.arange(part.time) * torch.tensor(part.step, dtype=torch.float32)).long()
             ids = _grid(times, part.height, part.width) + free
         else:
             ids = _film(part) + free
@@ -83,11 +83,11 @@ def _film(film: Film) -> Tensor:
     found = []
     at = 0
     for run in film.runs:
-        times = torch.tensor(film.times[at : at + run.length])
+        times = torch.tensor(film.times[at : at + run.time])
         if at:
             found += [torch.full((3, 1), film.times[at - 1]), torch.full((3, 1), film.times[at])]
         found.append(_grid(times, run.height, run.width))
-        at += run.length
+        at += run.time
     assert at == len(film.times)
     return torch.cat(found, dim=1)
 
@@ -152,7 +152,7 @@ def _parts(
             continue
         kind = "image" if ids[at] == rules.image else "video"
         grids = next(waiting[ids[at]], None)
-        size = grids.length * grids.height * grids.width if grids else 0
+        size = grids.time * grids.height * grids.width if grids else 0
         if grids is None or ids[at : at + size] != [ids[at]] * size:
             raise InputError(f"{kind} placeholders at token {at} do not fit the {kind}s' grids")
         yield Text(text)
