@@ -124,7 +124,7 @@ def draw_curves(mrope: Mrope, stretch: Stretch, target: Path) -> None:
         for name, start, size in (("time", 0, time), ("height", time, height), ("width", time + height, width)):
             if name == "height":
                 ax.axvspan(start - 0.5, start + size - 0.5, color="#f0f0f0", lw=0)
-            ax.text(start + size / 2 - 0.5, 1.03, name, ha="center", fontsize=8)
+            ax.text(start + size / 2 - 0.5, 1.02, name, ha="center", fontsize=8, transform=ax.get_xaxis_transform())
     ax.set_xlabel("channel, fastest first", fontsize=8)
     ax.set_ylabel("frequency, times the pretrained one", fontsize=8)
     ax.set_title(f"{stretch.factor:g} x {stretch.original:,} positions", fontsize=9, loc="left", pad=14)
