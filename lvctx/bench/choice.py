@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 RULES = ("official", "lmms-eval", "strict")
@@ -67,7 +68,12 @@ def lettered(options: Sequence[str]) -> tuple[str, ...]:
 
 def letter(reply: Reply, rule: str) -> str:
     """The letter that a rule reads in a reply; empty where it finds none."""
-    return _READERS[rule](reply.response, reply.letters)
+    return _read(rule, reply.response, reply.letters)
+
+
+@cache  # a run repeats few replies, and every table asks again
+def _read(rule: str, response: str, letters: str) -> str:
+    return _READERS[rule](response, letters)
 
 
 def verdict(reply: Reply, rule: str) -> bool | None:

@@ -76,8 +76,8 @@ def export(out: Path, answered: Sequence[tuple[Sample, str]]) -> None:
     write_responses(out / "responses.json", answered)
 
 
-def cells(responses: Responses) -> list[dict[str, Any]]:
-    """Rows of the table duration x domain x task category with all its margins (`all`), for every rule."""
+def cells(responses: Responses, rules: Sequence[str] = RULES) -> list[dict[str, Any]]:
+    """Rows of the table duration x domain x task category with all its margins (`all`), for every one of `rules`."""
     axes = ("duration", "domain", "task_type")
     replies = responses.replies
     bins: dict[tuple[str, ...], list[Reply]] = {}
@@ -88,7 +88,7 @@ def cells(responses: Responses) -> list[dict[str, Any]]:
     rows = []
     for key in wanted:
         if part := bins.get(key):
-            for rule in RULES:
+            for rule in rules:
                 place = dict(zip(axes, key, strict=True))
                 rows.append(
                     {

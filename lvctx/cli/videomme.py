@@ -90,7 +90,7 @@ def score(
             emit({"schema": SCORE, "first": read[0].name, "second": read[1].name, "difference": versus})
         return
     for row, one in zip(scores, read, strict=True):
-        _print(row, videomme.cells(one), rule.value)
+        _print(row, videomme.cells(one, [rule.value]), rule.value)
     if versus:
         _print_difference(read[0].name, read[1].name, versus)
 
@@ -131,7 +131,7 @@ def _print(row: dict[str, Any], cells: list[dict[str, Any]], rule: str) -> None:
         rules.add_row(name, percent(e["mean"]), interval(e), f"{e['counted']:,}", percent(e["parsed"]))
     console.print(rules)
     durations = [*row["by_duration"], "all"]
-    found = {(c["domain"], c["task_type"], c["duration"]): c for c in cells if c["rule"] == rule}
+    found = {(c["domain"], c["task_type"], c["duration"]): c for c in cells}
     kinds = Table(
         "domain, task", title=f"{rule} rule, % (questions counted)", title_justify="left", box=None, pad_edge=False
     )
