@@ -49,7 +49,8 @@ def info(
     if plot and "lengths" not in facts:
         raise UsageError("--plot draws packed directories, not this", where=artifact)
     positions = None
-    if facts.get("model", {}).get("architecture") in MROPE:
+    model = facts.get("model")
+    if isinstance(model, dict) and model.get("architecture") in MROPE:
         from lvctx.cli.mrope_extend import print_channels
         from lvctx.stages.mrope_verify import verify
 

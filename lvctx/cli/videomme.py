@@ -24,9 +24,13 @@ def register(app: typer.Typer) -> None:
     """Add the command's group to the program."""
     group = typer.Typer(no_args_is_help=True, help="Video-MME: run a model on it, and score anyone's responses.")
     group.command("run")(runner("videomme"))
-    group.command("score", epilog=examples("lvctx videomme score theirs.json ours --csv cells.csv --plot both.png"))(
-        score
-    )
+    group.command(
+        "score",
+        epilog=examples(
+            "lvctx videomme score videomme --json",
+            "lvctx videomme score videomme/responses.json videomme --csv cells.csv --plot both.png",
+        ),
+    )(score)
     app.add_typer(
         group,
         name="videomme",
