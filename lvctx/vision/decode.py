@@ -147,8 +147,9 @@ def _read(job: "_Job", facts: dict[str, Any], tally: Tally) -> Iterator[Frame]:
         raise InputError("key frames cannot be told apart here", where=job.path, fix="--sampling exact")
     read: Any
     if job.decoder == "decord":
-        from lvctx.vision.decord import read_with_decord
+        from lvctx.vision.decord import check_decord, read_with_decord
 
+        index = check_decord(job.path, index)
         pictures = read_with_decord(job.path, index, list(times), facts)
         read = ((number, image.shape[:2], job.prepare(image) if job.prepare else image) for number, image in pictures)
     elif stretches is None or index is None:
