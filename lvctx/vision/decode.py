@@ -164,8 +164,9 @@ def _read(job: "_Job", facts: dict[str, Any], tally: Tally) -> Iterator[Frame]:
         raise InputError("key frames cannot be told apart here", where=job.path, fix="--sampling exact")
     read: Any
     if job.decoder == "decord":
-        from lvctx.vision.decord import read_with_decord
+        from lvctx.vision.decord import check_decord, read_with_decord
 
+        index = check_decord(job.path, index)
         pictures = read_with_decord(job.path, index, list(times), facts)
         read = ((number, image.shape[:2], job.prepare(image) if job.prepare else image) for number, image in pictures)
     elif stretches is None or index is None:
@@ -173,14 +174,14 @@ def _read(job: "_Job", facts: dict[str, Any], tally: Tally) -> Iterator[Frame]:
         return
     else:
         read = read_planned(job.path, index, stretches, prepare=job.prepare, threads=job.threads, tally=tally)
-    assert index is not None
     found = 0
     with contextlib.closing(read):
         for number, (facts["height"], facts["width"]), image in read:
+            assert index is not None, "decord refuses what has no index before its first frame"
             found += 1
             for _ in range(times[number]):
                 yield Frame(index=number, pts=float(index.time(number)), image=image)
-    if found == 0:
+    if found == 0 or index is None:
         raise InputError("not one frame could be decoded", where=job.path)
     _refuse_damage(job, tally.damaged, tally.decoded)
     _refuse_damage(job, len(times) - found, len(times))

@@ -31,8 +31,15 @@ def require_decord() -> Any:
     return decord
 
 
-def why_not(index: PacketIndex | None) -> str:
-    """Why decord would not give the right frames of a video; empty where it does."""
+def check_decord(path: Path, index: PacketIndex | None) -> PacketIndex:
+    """The index. Raises InputError where decord would not give the right frames of the video."""
+    if reason := _why_not(index):
+        raise InputError(f"decord is not exact here: {reason}", where=path, fix="--decoder auto")
+    assert index is not None
+    return index
+
+
+def _why_not(index: PacketIndex | None) -> str:
     if index is None or index.codec not in KNOWN:
         return "a codec it does not know or whose frames cannot be counted"
     if not index.constant_rate:
@@ -43,13 +50,10 @@ def why_not(index: PacketIndex | None) -> str:
 
 
 def read_with_decord(
-    path: Path, index: PacketIndex | None, wanted: Sequence[int], facts: dict[str, Any]
+    path: Path, index: PacketIndex, wanted: Sequence[int], facts: dict[str, Any]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(frame, RGB picture) for ascending, distinct `wanted`. Raises InputError where decord would be wrong."""
+    """(frame, RGB picture) for ascending, distinct `wanted` of a video that `check_decord` lets pass."""
     decord = require_decord()
-    if reason := why_not(index):
-        raise InputError(f"decord is not exact here: {reason}", where=path, fix="--decoder auto")
-    assert index is not None
     decord.logging.set_level(decord.logging.QUIET)
     try:
         reader = decord.VideoReader(str(path), ctx=decord.cpu(0))
