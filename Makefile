@@ -32,10 +32,11 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-tower: setup          # train the nano tower again from nothing (about 15 minutes)
-	.venv/bin/python recipes/nano/train_tower.py
+tower: fetch          # train the nano tower again from nothing (about 20 minutes; --compile needs a C++ compiler)
+	.venv/bin/python recipes/nano/train_tower.py --compile -o recipes/nano/tower \
+		--photos .cache/nano/photos .cache/nano/clips/bigbuckbunny.mp4 .cache/nano/clips/carphone_pristine.mp4
 
-nano-start: setup     # train again from nothing what the demo's alignment starts from (about 15 minutes)
+nano-start: setup     # train again from nothing what the demo's alignment starts from (about 20 minutes)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile nano-start
 
 clean:

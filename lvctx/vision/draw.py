@@ -225,10 +225,6 @@ def paint(rng: np.random.Generator, picture_HW3: np.ndarray, *, shape: str, colo
     return cover_HW
 
 
-Photos = Sequence[np.ndarray]
-"""Pictures in which no shape is to be named, uint8 (H, W, 3) of any size; empty where there are none."""
-
-
 def _decoy(rng: np.random.Generator) -> Ring:
     """The outline of something that has no name here: a bar, a wavy blob, or an irregular polygon."""
     kind = rng.integers(3)
@@ -266,7 +262,7 @@ Photos = Sequence[np.ndarray]
 
 
 def _canvas(rng: np.random.Generator, size: int, photos: Photos = ()) -> np.ndarray:
-    """A background, or half the time a photo's crop if there are `photos`: with these, decoys lie on a third."""
+    """A background, or more often a photo's crop if there are `photos`; with these, decoys lie on one in three."""
     if photos and rng.random() < 0.6:
         picture_HW3 = crop_photo(rng, photos[int(rng.integers(len(photos)))], size=size)
     else:
@@ -324,6 +320,8 @@ def draw_grids(
         if kind == 1.0:
             chosen = (near + int(rng.integers(-8, 9))) % len(photos) if one_photo else int(rng.integers(len(photos)))
             part_HW3[:] = crop_photo(rng, photos[chosen], size=size)
+            if rng.random() < 0.15:
+                _scatter(rng, part_HW3)
         elif kind >= 0.75:
             part_HW3[:] = _canvas(rng, size)
         elif kind >= 0.4:
