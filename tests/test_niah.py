@@ -262,6 +262,14 @@ def test_video(vlm_dir: Path, frames: Path, tmp_path: Path) -> None:
     assert plan["cache_bytes"] > 0
 
 
+def test_lengths_that_end_in_the_first_of_two_artifacts(vlm_dir: Path, frames: Path, tmp_path: Path) -> None:
+    arguments = ["niah", "--model", vlm_dir, "--lengths", "4", "--depths", "0.5", "--trials", 1]
+    assert run(*arguments, "--frames", frames, "--frames", frames, "-o", tmp_path / "two").exit_code == 0
+    assert run(*arguments, "--frames", frames, "-o", tmp_path / "one").exit_code == 0
+    two, one = results(tmp_path / "two"), results(tmp_path / "one")
+    assert [r["log_prob"] for r in two] == [r["log_prob"] for r in one]
+
+
 def test_needles_of_a_folder(vlm_dir: Path, frames: Path, tmp_path: Path) -> None:
     folder = tmp_path / "needles"
     folder.mkdir()

@@ -60,7 +60,7 @@ class LlavaEyes:
         for one in frames:
             features = one.features[:count]
             count -= len(features)
-            hay += [embed_frames(model, batch) for batch in features.split(BATCH)]
+            hay += [embed_frames(model, batch) for batch in features.split(BATCH) if len(batch)]
         # Needles become squares the way the haystack's frames did.
         mode = frames[0].provenance["config"].get("frame_mode", "pad")
         tower = load_tower(self.path, dtype=model.dtype, device=str(model.device))
