@@ -130,8 +130,10 @@ def test_a_closed_pipe_is_141_and_silent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_signals(number: signal.Signals, code: int) -> None:
+    # A shell starts what it sends to the background deaf to Ctrl-C, and so may be whoever runs these tests.
     script = textwrap.dedent("""
-        import sys, time
+        import signal, sys, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         from lvctx.cli import app as program
         @program.app.command("wait")
         def wait() -> None:
