@@ -530,6 +530,18 @@ def test_a_base_is_tried_as_if_the_model_had_it(tiny_lm: Path, essays: Path, tmp
     assert run(*arguments, "--rope-theta", "0.5").exit_code == 2
 
 
+def test_a_base_is_tried_plain_on_a_stretched_model(tiny_lm: Path) -> None:
+    """Nothing of the stretch may stay behind, or what is tried is not what `extend-lm --rope-theta` would write."""
+    from transformers import AutoConfig
+
+    from lvctx.stages.niah import _with_base
+
+    config = AutoConfig.from_pretrained(tiny_lm)
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+    config.rope_parameters = yarn
+    assert _with_base(config, 1e6).rope_parameters == {"rope_type": "default", "rope_theta": 1e6}
+
+
 def test_lists_are_scored_by_what_is_written(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
     arguments = text_arguments(tiny_lm, essays, tmp_path / "a")
     arguments[arguments.index("130,200")] = "300"

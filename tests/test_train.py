@@ -365,3 +365,9 @@ def test_a_frozen_projector_stays_out_of_the_adapter_and_the_later_adapter_wins(
     end, want = load_file(tmp_path / "end" / "adapter.safetensors"), load_file(both) | load_file(lora)
     assert end.keys() == want.keys()
     assert all(torch.equal(end[name], want[name]) for name in want)
+
+
+def test_rates_that_train_nothing_are_refused(drawn: Path, tmp_path: Path, tiny_lm: Path, tiny_tower: Path) -> None:
+    for options in ({"lr": 0.0}, {"stage": "full", "lr": 0.0}, {"stage": "full", "lora": 4, "lr": 0.0}):
+        with pytest.raises(UsageError, match="nothing would be trained"):
+            align(drawn, tmp_path / "x", tiny_lm, tiny_tower, **options)

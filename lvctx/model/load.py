@@ -89,16 +89,16 @@ def load_tokenizer(name: str | Path) -> Any:
 
 
 def load_model(path: Path, *, config: Any = None, dtype: Any = "auto", device: str = "cpu") -> Any:
-    """A language model, or a LlavaOnevision VLM, in eval mode with SDPA attention.
+    """A language model, a LlavaOnevision VLM or a Qwen-VL model, in eval mode with SDPA attention.
 
     `dtype` is a torch dtype, or `auto` for the checkpoint's own. Raises InputError for weights that do not fit the
     configuration or cannot be read.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, LlavaOnevisionForConditionalGeneration
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = config or load_config(path)
-    kind = LlavaOnevisionForConditionalGeneration if config.model_type == VLM_TYPE else AutoModelForCausalLM
+    kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     try:
         model = kind.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:

@@ -8,14 +8,10 @@ Shapes: S tokens of one sequence; positions are (3, S).
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from lvctx.errors import InputError
-from lvctx.model.load import load_config
 
 TYPES = ("qwen2_vl", "qwen2_5_vl")
 """Model types whose videos are items of grids; Qwen3-VL writes a time in text before each grid."""
@@ -33,20 +29,6 @@ class Prompt:
     """Position of the next token."""
     pixels: dict[str, Tensor]
     """Patches and grids, under the names of the model's forward."""
-
-
-def load_qwen_vl(path: Path, *, dtype: Any = "auto", device: str = "cpu") -> Any:
-    """The model of a resolved directory, in eval mode. Raises InputError for weights that cannot be loaded."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForImageTextToText
-
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, config=load_config(path), dtype=dtype, attn_implementation="sdpa"
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        raise InputError(f"cannot load the weights ({str(e).splitlines()[0]})", where=path) from e
-    return model.to(device).eval()
 
 
 def forward(model: Any, prompt: Prompt, **options: Any) -> Any:

@@ -141,6 +141,8 @@ def plan_align(
         raise UsageError("--adapter holds a LoRA: it goes with --lora")
     if stage == "projector" and projector_lr is not None:
         raise UsageError("--projector-lr goes with --stage full", fix="--lr is the projector's rate here")
+    if (stage == "projector" and lr == 0) or (stage == "full" and lr == 0 and not projector_lr and not tower_lr):
+        raise UsageError("every rate is 0: nothing would be trained", fix="raise --lr")
     paths = {k: resolve_model(v) for k, v in {"lm": lm, "tower": tower, "init": init}.items() if v}
     conversations = read_conversations(data, images)
     size = batch or int(DEFAULTS[stage]["batch"])

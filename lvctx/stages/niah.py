@@ -29,7 +29,7 @@ from lvctx.bench.video_niah import Question, VideoNiah, chance_of, drawn_needles
 from lvctx.dist.ranks import Ranks, open_ranks
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import context_length, load_config, load_model, load_tokenizer, resolve_model, trained_length
-from lvctx.positions.rope import RopeSpec, to_hf
+from lvctx.positions.choose import choose
 from lvctx.text.needle import Task, read_haystack
 
 __all__ = ["NiahConfig", "Plan", "Ranks", "open_ranks", "plan_niah", "run_niah"]
@@ -354,8 +354,8 @@ def _with_base(config: Any, theta: float | None) -> Any:
     """A model's configuration with another RoPE base."""
     if theta is not None:
         text = config.get_text_config()
-        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        text.rope_parameters = (text.rope_parameters or {}) | to_hf(RopeSpec(head_dim=dim, theta=theta))
+        chosen = choose(text, scheme="theta", theta=theta, factor=None, context=None, seq_len=0)
+        text.rope_parameters = chosen.rope_parameters
     return config
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.errors import InputError, UsageError
-from lvctx.model.load import context_length, load_config, load_tokenizer, resolve_model
-from lvctx.model.qwen_vl import TYPES, Prompt, greedy, load_qwen_vl
+from lvctx.model.load import context_length, load_config, load_model, load_tokenizer, resolve_model
+from lvctx.model.qwen_vl import TYPES, Prompt, greedy
 from lvctx.positions.mrope_ids import Rules, Text, positions
 from lvctx.stages.vqa import Answer, Watcher
 from lvctx.vision.decode import Frame, read_frames
@@ -88,7 +88,7 @@ class QwenWatcher:
         self.rule: Any = find_rule(path, self.tokenizer, hybrid=hybrid, grid_rule="code")
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         self.rules = Rules.of(load_config(path))
-        self.vlm = load_qwen_vl(path, device=device)
+        self.vlm = load_model(path, device=device)
 
     def ask(self, path: Path, questions: Sequence[str], *, max_new_tokens: int) -> Iterator[Answer]:
         """Greedy answers to each question about one video.
