@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mrope_models
@@ -28,7 +29,7 @@ QUESTIONS = ("What is it?", "What was on the road before the car came?", "Who?")
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     here = tmp_path_factory.mktemp("qwen")
-    return {kind: mrope_models.save(kind, here / kind) for kind in ("qwen2_vl", "qwen2_5_vl")}
+    return {kind: mrope_models.save(kind, here / kind) for kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")}
 
 
 def asker_of(saved: dict[str, Path], kind: str, **options: Any) -> QwenAsker:
@@ -97,6 +98,53 @@ def test_pictures_are_items_of_their_own(saved: dict[str, Path]) -> None:
         ours = forward(asker.vlm, Prompt(ids=plain, positions=found, pixels=grids)).logits
     assert torch.allclose(ours, stock, atol=1e-4)
     assert asker.reply(ids, 1) == [int(stock[0, -1].argmax())]
+
+
+@pytest.mark.parametrize("hybrid", [Hybrid(tokens=8), Hybrid(group=2, tokens=24, ratio=4)])
+def test_qwen3_writes_times_as_the_stock_processor_does(hybrid: Hybrid, saved: dict[str, Path]) -> None:
+    """Seven frames half a second apart, the last merged with itself: ids, positions and logits against stock."""
+    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+    from transformers.video_utils import VideoMetadata
+
+    asker = asker_of(saved, "qwen3_vl", hybrid=hybrid)
+    rng = np.random.default_rng(0)
+    frames = [(7.0 + i / 2, rng.integers(0, 256, (90, 150, 3), dtype=np.uint8)) for i in range(7)]
+    film = shoot(frames, asker.rule, resample=asker.processor.resample)
+    asker.show_film(film)
+    seen = pixels(film, asker.processor)
+    grids = seen["video_grid_thw"].repeat_interleave(seen["video_grid_thw"][:, 0], 0)
+    grids[:, 0] = 1
+    processor = SimpleNamespace(
+        video_processor=SimpleNamespace(merge_size=2, temporal_patch_size=2),
+        video_token="<|video_pad|>",
+        vision_start_token="<|vision_start|>",
+        vision_end_token="<|vision_end|>",
+        _calculate_timestamps=lambda *a: Qwen3VLProcessor._calculate_timestamps(None, *a),
+    )
+    shown = ""
+    for i, grid in enumerate(grids):
+        metadata = VideoMetadata(
+            total_num_frames=7, fps=24, frames_indices=[12 * j for j in (2 * i, min(2 * i + 1, 6))]
+        )
+        inputs = {"video_grid_thw": grid[None], "video_metadata": [metadata]}
+        shown += Qwen3VLProcessor.replace_video_token(processor, inputs, 0)
+    plain = asker.tokenizer.encode(f"<|im_start|>user\n{shown}Who?<|im_end|>\n<|im_start|>assistant\n")
+    ids = asker.ids("Who?")
+    rules = Rules.of(asker.vlm.config)
+    assert np.where(ids >= asker.reader.vocabulary, rules.video, ids).tolist() == plain
+    types = torch.tensor([[2 * (i == rules.video) for i in plain]])
+    found, _ = asker.vlm.model.get_rope_index(torch.tensor([plain]), types, video_grid_thw=grids)
+    assert torch.equal(asker.reader.positions(ids, 0), found)
+    with torch.inference_mode():
+        stock = asker.vlm(
+            input_ids=torch.tensor([plain]),
+            mm_token_type_ids=types,
+            pixel_values_videos=seen["pixel_values_videos"],
+            video_grid_thw=grids,
+        ).logits[0]
+    answer = np.append(ids, [5])
+    assert asker.reader.score(answer, 1).log_prob == pytest.approx(float(stock[-1].log_softmax(0)[5]), abs=1e-3)
+    assert asker.reply(ids, 1) == [int(stock[-1].argmax())]
 
 
 @pytest.mark.nano

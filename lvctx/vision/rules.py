@@ -7,7 +7,7 @@ from typing import Any
 
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import VLM_TYPE, load_config
-from lvctx.model.qwen_vl import TYPES
+from lvctx.model.qwen_vl import TIMED, TYPES
 from lvctx.vision.hybrid import Hybrid
 from lvctx.vision.tokens import LlavaRule, QwenRule, VisualRule, pooling
 
@@ -40,7 +40,10 @@ def find_rule(path: Path, tokenizer: Any, *, hybrid: Mapping[str, Any] | None, g
 
 def qwen_rule(path: Path, tokenizer: Any, hybrid: Hybrid) -> QwenRule:
     """The rule of a Qwen-VL directory. For Qwen3-VL sizes are right, but its `layout` lacks the times in text."""
-    vision = load_config(path).vision_config
+    config = load_config(path)
+    vision = config.vision_config
+    if config.model_type in TIMED and hybrid.mode != "pair":
+        raise UsageError(f"--hybrid-mode {hybrid.mode}: {config.model_type} reads pairs of frames", fix="drop it")
     file = path / "preprocessor_config.json"
     pixels = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     size = pixels.get("size", {})
