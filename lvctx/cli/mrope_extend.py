@@ -58,7 +58,8 @@ def register(app: typer.Typer) -> None:
         rich_help_panel=VIDEO,
         epilog=examples(
             "lvctx mrope-extend --model qwen2-vl --scale 4 --verify -o qwen2-vl-4x",
-            "lvctx mrope-extend --model qwen2-vl --scale 4 --method pi --plot curves.png -o qwen2-vl-pi",
+            "lvctx mrope-extend --model qwen2-vl --scale 2 --data shapes/full.json --media shapes --seq-len 1024 "
+            "--steps 1 -o qwen2-vl-2x",
         ),
     )(mrope_extend)
 
