@@ -170,9 +170,9 @@ def mrope_extend(
     if data is not None and not (dry_run and data.is_file()):
         from lvctx.stages.extend import Machine
         from lvctx.stages.mrope_train import pack_samples, plan_training, run_training
-        from lvctx.vision.hybrid import Hybrid
+        from lvctx.stages.qwen_asker import resolution
 
-        asked = Hybrid.parse(hybrid or "1,240,1", hybrid_mode.value) if hybrid or hybrid_mode != "pair" else None
+        asked = resolution(hybrid, hybrid_mode.value)
         if data.is_file():
             if "WORLD_SIZE" in os.environ:
                 raise UsageError("several processes train on packed chat", fix="lvctx pack-chat first")

@@ -157,6 +157,8 @@ def plan_niah(config: NiahConfig) -> Plan:
     if config.theta is not None and config.theta <= 1:
         raise UsageError("--rope-theta is larger than 1")
     path = resolve_model(config.model)
+    if config.theta is not None and "mrope_section" in (load_config(path).get_text_config().rope_parameters or {}):
+        raise UsageError("--rope-theta is for plain RoPE", fix="lvctx mrope-extend --method ntk raises this base")
     tokenizer = load_tokenizer(path)
     test: Niah
     eyes: Eyes | None = None
@@ -181,8 +183,6 @@ def plan_niah(config: NiahConfig) -> Plan:
             fps=config.fps,
             hybrid=config.hybrid,
         )
-        if config.theta is not None and load_config(path).get_text_config().rope_parameters.get("mrope_section"):
-            raise UsageError("--rope-theta is for plain RoPE", fix="lvctx mrope-extend --method ntk raises this base")
         video = test = _video_test(config, eyes, tokenizer)
         layout = video.layout.facts
     scoring: Scoring = config.scoring or ("forced" if test.forcible else "generate")
