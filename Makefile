@@ -1,7 +1,7 @@
-# make setup | demo | test | test-slow | test-gpu | test-lmms | lint | tower | nano-start
+# make setup | demo | transfer | test | test-slow | test-gpu | test-lmms | lint | tower | nano-start
 PYTHON ?= python3
 
-.PHONY: setup fetch demo test test-slow test-gpu test-lmms lint tower nano-start clean
+.PHONY: setup fetch demo test test-slow test-gpu test-lmms lint tower nano-start transfer clean
 
 setup: .venv/.ready
 
@@ -17,6 +17,9 @@ fetch: setup          # the demo's inputs: a small language model, essays, clips
 
 demo: setup           # the whole pipeline at nano scale
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile nano
+
+transfer: setup       # long context transfer, measured: about two hours on two cores
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile transfer
 
 test: fetch           # everything but the slow proofs
 	.venv/bin/python -m pytest -m 'not slow and not gpu and not lmms'

@@ -6,7 +6,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("lvctx", deadline=None)
+hypothesis.settings.load_profile("lvctx")
 
 ROOT = Path(__file__).resolve().parent.parent
 

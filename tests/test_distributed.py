@@ -74,7 +74,7 @@ def train_tiny(
 
 def metrics(out: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+    return [{k: v for k, v in r.items() if k in ("step", "loss", "tokens", "lr", "norm")} for r in rows]
 
 
 def steps_saved(out: Path) -> list[str]:

@@ -530,16 +530,32 @@ def test_a_base_is_tried_as_if_the_model_had_it(tiny_lm: Path, essays: Path, tmp
     assert run(*arguments, "--rope-theta", "0.5").exit_code == 2
 
 
-def test_a_base_is_tried_plain_on_a_stretched_model(tiny_lm: Path) -> None:
-    """Nothing of the stretch may stay behind, or what is tried is not what `extend-lm --rope-theta` would write."""
+@pytest.mark.parametrize("rope", [("theta", 1e6), ("yarn", 4.0)])
+def test_other_positions_leave_nothing_of_the_old_ones(tiny_lm: Path, rope: tuple[str, float]) -> None:
+    """What is tried is what `extend-lm` would write: nothing of a former stretch may stay behind."""
     from transformers import AutoConfig
 
-    from lvctx.stages.niah import _with_base
+    from lvctx.stages.niah import _with_rope
 
     config = AutoConfig.from_pretrained(tiny_lm)
-    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
-    config.rope_parameters = yarn
-    assert _with_base(config, 1e6).rope_parameters == {"rope_type": "default", "rope_theta": 1e6}
+    old = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 512}
+    config.rope_parameters = old
+    got = _with_rope(config, rope).rope_parameters
+    want = {"rope_type": "default", "rope_theta": 1e6} if rope[0] == "theta" else old | {"factor": 4.0}
+    assert {key: got[key] for key in want} == want
+    assert rope[0] == "yarn" or got == want
+
+
+def test_stretches_are_tried_as_if_the_model_had_them(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
+    arguments = text_arguments(tiny_lm, essays, tmp_path / "a")
+    assert run(*arguments, "--rope", "yarn:2,pi:2").exit_code == 0
+    extended = ["extend-lm", "--model", str(tiny_lm), "--rope", "yarn", "--factor", "2", "--steps", "0"]
+    assert run(*extended, "-o", str(tmp_path / "yarn")).exit_code == 0
+    assert run(*text_arguments(tmp_path / "yarn", essays, tmp_path / "b")).exit_code == 0
+    yarn, stock, pi = ([r["log_prob"] for r in results(tmp_path / d)] for d in ("a/yarn-2", "b", "a/pi-2"))
+    assert yarn == stock != pi
+    for wrong in ("yarn", "yarn:0.5", "longrope:2"):
+        assert run(*arguments, "--rope", wrong).exit_code == 2
 
 
 def test_lists_are_scored_by_what_is_written(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:

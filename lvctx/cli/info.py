@@ -69,7 +69,8 @@ def info(
     console = Console()
     console.print(table)
     if sources:
-        console.print(_source_table(sources))
+        # A terminal that is too narrow folds the lines; rich would cut names and numbers short.
+        Console(width=max(console.width, 160)).print(_source_table(sources))
     if positions is not None:
         print_channels(positions, stderr=False)
     if plot:
@@ -83,7 +84,7 @@ def _source_table(sources: dict[str, Any]) -> Any:
     columns = [k for k in next(iter(sources.values())) if any(account[k] for account in sources.values())]
     table = Table("source", box=None, pad_edge=False)
     for name in columns:
-        table.add_column(name.replace("_", " "), justify="right")
+        table.add_column(name.replace("_", "\n"), justify="right")
     for source, account in sources.items():
         values = (account[k] for k in columns)
         table.add_row(source, *(f"{v:.4f}" if isinstance(v, float) else f"{v or 0:,}" for v in values))

@@ -135,6 +135,9 @@ def niah(
     rope_theta: Annotated[
         str | None, typer.Option(help="Try RoPE bases without training: comma-separated; each in a folder of -o.")
     ] = None,
+    rope: Annotated[
+        str | None, typer.Option(help="Likewise, other positions: pi, ntk or yarn and a factor, as in yarn:2,yarn:4.")
+    ] = None,
     threshold: ThresholdOption = 0.9,
     fps: Annotated[
         float | None,
@@ -209,9 +212,12 @@ def niah(
         fps=fps,
         hybrid=resolution(hybrid, hybrid_mode.value),
     )
-    thetas = numbers("--rope-theta", rope_theta) if rope_theta else []
-    targets: dict[Path, float | None] = {out / f"theta-{theta:g}": theta for theta in thetas} or {out: None}
-    plans = {target: plan_niah(replace(config, theta=theta)) for target, theta in targets.items()}
+    tried = [("theta", theta) for theta in (numbers("--rope-theta", rope_theta) if rope_theta else [])]
+    for one in rope.split(",") if rope else []:
+        scheme, _, number = one.strip().partition(":")
+        tried += [(scheme, factor) for factor in numbers("--rope", number)]
+    plans = {out / f"{scheme}-{n:g}": plan_niah(replace(config, rope=(scheme, n))) for scheme, n in tried}
+    plans = plans or {out: plan_niah(config)}
     if dry_run:
         for target, plan in plans.items():
             emit({"dry_run": True, "path": str(target), **plan.shown, **plan.facts()})
@@ -238,7 +244,7 @@ def niah(
         failed = max(ranks.gather(failed))
     if ranks.rank == 0:
         grids = [read_grid(target) for target in plans]
-        if thetas:
+        if tried:
             draw_heatmaps(grids, out / "heatmap.png", threshold=threshold)
         if not quiet:
             print_tables(grids, threshold=threshold, stderr=True)

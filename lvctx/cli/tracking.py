@@ -35,7 +35,6 @@ def tracked(report: Report, tracker: Tracker | None, out: Path) -> Iterator[Repo
         folder = files[-1].parent.relative_to(out).as_posix()
         values = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
         values |= {f"lr_{group}": rate for group, rate in row["lr"].items()}
-        values["tokens_per_second"] = row["tokens"] / max(row["seconds"], 1e-3)
         send({k if folder == "." else f"{folder}/{k}": v for k, v in values.items()}, row["step"])
 
     try:

@@ -31,6 +31,7 @@ from lvctx.model.load import (
     load_config,
     load_model,
     load_tokenizer,
+    read_config,
     resolve_model,
     trained_length,
 )
@@ -40,6 +41,7 @@ from lvctx.positions.choose import Scheme, choose
 from lvctx.train.activations import checkpoint_layers
 from lvctx.train.data import indices
 from lvctx.train.loop import Group, TrainConfig, train
+from lvctx.train.plan import KINDS, flops, read_shape
 
 log = logging.getLogger(__name__)
 
@@ -282,12 +284,22 @@ def _train(
         report=report,
         world=world,
         name=lambda row: f"row {row}",
+        flops=_flops(plan),
     )
     if world.mesh is not None:
         twin = _adapted(_load(plan, "cpu"), config) if world.rank == 0 else None
         gather_into(twin, model)
         model = twin
     return merge_lora(model).eval() if config.lora and model is not None else model
+
+
+def _flops(plan: Plan) -> float | None:
+    """Operations of a step; None for a model that the arithmetic does not know."""
+    raw, config = read_config(plan.model), plan.config
+    if raw.get("model_type") not in KINDS:
+        return None
+    tokens = plan.rows_a_step * config.seq_len
+    return flops(read_shape(raw, where=plan.model), config.seq_len, tokens, lora=bool(config.lora))
 
 
 class RowLoss(nn.Module):

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from lvctx.bench.video_niah import Question, VideoNiah, chance_of, drawn_needles
 from lvctx.dist.ranks import Ranks, open_ranks
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import context_length, load_config, load_model, load_tokenizer, resolve_model, trained_length
-from lvctx.positions.choose import choose
+from lvctx.positions.choose import SCHEMES, Scheme, choose
 from lvctx.text.needle import Task, read_haystack
 from lvctx.vision.hybrid import Hybrid
 
@@ -77,8 +77,9 @@ class NiahConfig:
     """Seconds that the answer to `when` may be off."""
     kept: Kept = "device"
     """Where the KV cache lives."""
-    theta: float | None = None
-    """RoPE base to read with in place of the model's own, without training (LongVA figure 4)."""
+    rope: tuple[str, float] | None = None
+    """Positions to read with in place of the model's own, without training (LongVA figure 4): `theta` and a base, or
+    `pi`, `ntk` or `yarn` and a factor."""
     fps: float | None = None
     """Frames a second of a video file; None is 1, as V-NIAH's."""
     hybrid: Hybrid | None = None
@@ -154,11 +155,10 @@ def plan_niah(config: NiahConfig) -> Plan:
         raise UsageError("--depths are between 0 and 1")
     if any(n < 1 for n in config.lengths):
         raise UsageError("--lengths are at least 1")
-    if config.theta is not None and config.theta <= 1:
-        raise UsageError("--rope-theta is larger than 1")
     path = resolve_model(config.model)
-    if config.theta is not None and "mrope_section" in (load_config(path).get_text_config().rope_parameters or {}):
-        raise UsageError("--rope-theta is for plain RoPE", fix="lvctx mrope-extend --method ntk raises this base")
+    if config.rope is not None and "mrope_section" in (load_config(path).get_text_config().rope_parameters or {}):
+        raise UsageError("--rope and --rope-theta are for plain RoPE", fix="lvctx mrope-extend stretches this model")
+    _with_rope(load_config(path), config.rope)
     tokenizer = load_tokenizer(path)
     test: Niah
     eyes: Eyes | None = None
@@ -200,7 +200,7 @@ def plan_niah(config: NiahConfig) -> Plan:
         "scoring": scoring,
         "seed": config.seed,
         "kv": "int8" if config.kept == "int8" else "exact",
-        "rope_theta": config.theta,
+        "rope": config.rope,
     }
     shown = {
         "schema": schemas.NIAH,
@@ -350,7 +350,7 @@ def load_scorer(plan: Plan, *, device: str, chunk: int, reuse: bool) -> PrefixSc
     context = context_length(load_config(plan.path))
     if longest > context:
         log.warning("up to %d positions are read by a model that promises %d", longest, context)
-    model = load_model(plan.path, config=_with_base(load_config(plan.path), plan.config.theta), device=device)
+    model = load_model(plan.path, config=_with_rope(load_config(plan.path), plan.config.rope), device=device)
     table = None
     if plan.eyes is not None:
         assert isinstance(plan.test, VideoNiah)
@@ -360,11 +360,17 @@ def load_scorer(plan: Plan, *, device: str, chunk: int, reuse: bool) -> PrefixSc
     return PrefixScorer(model, table, chunk=chunk, reuse=reuse, kept=plan.config.kept, positions=positions)
 
 
-def _with_base(config: Any, theta: float | None) -> Any:
-    """A model's configuration with another RoPE base."""
-    if theta is not None:
+def _with_rope(config: Any, rope: tuple[str, float] | None) -> Any:
+    """A model's configuration with other positions. Raises UsageError for an unknown scheme or a number below 1."""
+    if rope is not None:
+        scheme, number = rope
+        if scheme not in SCHEMES:
+            raise UsageError(f"--rope {scheme} is unknown", fix=f"one of {', '.join(SCHEMES)}, then : and a number")
+        if number < 1:
+            raise UsageError(f"--rope {scheme}:{number:g} is less than 1")
         text = config.get_text_config()
-        chosen = choose(text, scheme="theta", theta=theta, factor=None, context=None, seq_len=0)
+        theta, factor = (number, None) if scheme == "theta" else (None, number)
+        chosen = choose(text, scheme=cast(Scheme, scheme), theta=theta, factor=factor, context=None, seq_len=0)
         text.rope_parameters = chosen.rope_parameters
     return config
 

@@ -6,7 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import read_config
-from lvctx.train.plan import DEVICES, GIB, KINDS, Device, Spread, flops, longest, memory, read_shape, remedies
+from lvctx.train.plan import (
+    DEVICES,
+    GIB,
+    KINDS,
+    Device,
+    Spread,
+    flops,
+    known_device,
+    longest,
+    memory,
+    read_shape,
+    remedies,
+)
 
 if TYPE_CHECKING:
     from lvctx.stages.extend import Machine, Plan
@@ -84,6 +96,7 @@ def predict_extend(plan: "Plan", machine: "Machine", *, world: int) -> dict[str,
     raw = read_config(plan.model)
     if plan.data is None or raw.get("model_type") not in KINDS:
         return None
+    name, room = _this_device(machine.device)
     return predict(
         PlanConfig(
             model=str(plan.model),
@@ -98,19 +111,21 @@ def predict_extend(plan: "Plan", machine: "Machine", *, world: int) -> dict[str,
                 offload_activations=machine.offload_activations,
                 lora=config.lora,
             ),
-            device="cpu" if machine.device == "cpu" else "a100",
-            device_memory=_memory_of(machine.device),
+            device=name,
+            device_memory=room,
             mfu=0.35,
         )
     )
 
 
-def _memory_of(device: str) -> int:
+def _this_device(device: str) -> tuple[str, int]:
+    """Key of `train.plan.DEVICES` and bytes of a run's device; a GPU that is none of them counts as an A100."""
     if device == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return "cpu", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     import torch
 
-    return int(torch.cuda.get_device_properties(torch.device(device)).total_memory)
+    found = torch.cuda.get_device_properties(torch.device(device))
+    return known_device(found.name) or "a100", int(found.total_memory)
 
 
 def _helps(shape: Any, spread: Spread, seq_len: int, device: Device) -> list[dict[str, Any]]:

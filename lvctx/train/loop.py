@@ -24,6 +24,7 @@ from lvctx.dist.checkpoint import Checkpoints
 from lvctx.dist.mesh import World
 from lvctx.dist.shard import whole
 from lvctx.errors import InputError, Stopped
+from lvctx.train.meter import measure, note
 from lvctx.train.schedule import Schedule, rate
 
 
@@ -70,14 +71,16 @@ def train(
     report: Callable[[int, int, str], None],
     world: World,
     name: Callable[[Any], str] = str,
+    flops: float | None = None,
 ) -> None:
     """Take `config.steps` optimizer steps and leave `out/metrics.jsonl` and the checkpoint of the last step.
 
     `batch(step)` gives the micro-batches of a global step, of which each data-parallel group takes its share; it must
     depend on the step alone. `loss(micro_batch)` gives the summed loss and the number of counted tokens, of this rank's
-    part where ranks share a sample; `name(micro_batch)` says which samples it holds. `run` identifies the run: a
-    checkpoint of another is refused. On SIGTERM or Ctrl-C the last finished step is saved before the exception goes on,
-    on every rank. Raises InputError on every rank when a loss or the gradient is not finite, before the step is taken.
+    part where ranks share a sample; `name(micro_batch)` says which samples it holds; `flops` are a step's operations,
+    where they are known. `run` identifies the run: a checkpoint of another is refused. On SIGTERM or Ctrl-C the last
+    finished step is saved before the exception goes on, on every rank. Raises InputError on every rank when a loss or
+    the gradient is not finite, before the step is taken.
     """
     parameters = [p for g in groups for p in g.parameters]
     optimizer = torch.optim.AdamW(
@@ -115,9 +118,10 @@ def train(
                     optimizer.zero_grad(set_to_none=True)
                     done = step + 1
                 lr = {g.name: pg["lr"] for g, pg in zip(groups, optimizer.param_groups, strict=True)}
-                seconds = round(time.monotonic() - began, 3)
-                write({"step": done, "loss": mean, "tokens": tokens, "lr": lr, "norm": norm, "seconds": seconds})
-                report(done, config.steps, f"loss {mean:.3f}")
+                took = measure(world, tokens=tokens, seconds=time.monotonic() - began, flops=flops)
+                row = {"step": done, "loss": mean, "tokens": tokens, "lr": lr, "norm": norm, **took}
+                write(row)
+                report(done, config.steps, note(row))
                 with uninterrupted():
                     checkpoints.poll()
                     if done % config.save_every == 0 and done < config.steps:

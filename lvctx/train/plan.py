@@ -56,6 +56,11 @@ DEVICES = {
 }
 
 
+def known_device(name: str) -> str | None:
+    """Key in DEVICES of the device that its driver calls `name`; None where it is none of them."""
+    return next((key for key in DEVICES if key in name.lower()), None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """A decoder with RoPE, grouped-query attention and a gated MLP."""
