@@ -9,9 +9,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import llava_models
 import mrope_models
 import pytest
 import typer.main
+from transformers import AutoTokenizer
 
 from lvctx.cli.app import app
 
@@ -50,6 +52,9 @@ def workshop(nano: Any, tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytes
     (here / "clips").mkdir()
     shutil.copy(nano.clips / "bikes.mp4", here / "clips")
     mrope_models.save("qwen2_vl", here / "qwen2-vl")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
+    lm, tower, projector = llava_models.parts(tokenizer)
+    llava_models.write(here / "longva-released", llava_models.tensors_of(lm, tower, projector), lm, tokenizer)
     (here / "films").mkdir()
     for name in ("bikes.mp4", "bigbuckbunny.mp4"):
         shutil.copy(nano.clips / name, here / "films")

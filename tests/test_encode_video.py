@@ -26,6 +26,7 @@ from lvctx.artifacts.store import sha256_file
 from lvctx.cli.app import app
 from lvctx.cli.encode_video import parse_rate
 from lvctx.errors import InputError, UsageError
+from lvctx.stages.encode import share_videos
 from lvctx.vision import decode
 from lvctx.vision.tower import TowerFiles, load_tower
 
@@ -185,6 +186,50 @@ def test_several_at_once_are_the_same_and_in_order(clips: Path, tiny_tower: Path
     assert code == 4
     assert [r.get("sha256") for r in together] == [r.get("sha256") for r in alone]
     assert [Path(r["path"]).name for r in together] == [Path(r["path"]).name for r in alone]
+
+
+def test_processes_share_the_videos(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    """Two under torchrun: the rows, the names and the bytes of one process; each video is read by one of them."""
+    videos = [str(clips / name) for name in ("a.mp4", "text.mp4", "b.mp4", "other/a.mp4", "missing.mp4")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    said = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]):
+        out = tmp_path / str(len(launcher))
+        command = [sys.executable, *launcher, "-m", "lvctx", "encode-video", "-", "--tower", str(tiny_tower)]
+        done = subprocess.run(
+            [*command, "--frames", "3", "-o", str(out)],
+            input="\n".join(videos),
+            capture_output=True,
+            text=True,
+            env=env,
+            timeout=300,
+        )
+        assert (done.returncode == 4) == (not launcher), "torchrun has an exit code of its own"
+        errors = [line for line in done.stderr.splitlines() if line.startswith("lvctx: ")]
+        assert [sum(name in line for line in errors) for name in ("text.mp4", "missing.mp4")] == [1, 1]
+        said.append(done.stdout.replace(str(out), ""))
+    assert len(said[0].splitlines()) == 5
+    assert said[1] == said[0]
+    names = sorted(os.listdir(tmp_path / "0"))
+    assert len(names) == 3
+    assert sorted(os.listdir(tmp_path / "4")) == names
+    assert all((tmp_path / "0" / name).read_bytes() == (tmp_path / "4" / name).read_bytes() for name in names)
+
+
+def test_shares_are_whole_even_and_keep_namesakes_together(tmp_path: Path) -> None:
+    videos = []
+    for name, size in (("a/x", 5), ("b/y", 9), ("b/x", 5), ("c/z", 8), ("c/w", 1), ("gone", None)):
+        path = tmp_path / f"{name}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        if size is not None:
+            path.write_bytes(bytes(size))
+        videos.append((path, {}))
+    assert share_videos(videos, 2) == [[0, 2, 4, 5], [1, 3]], "10 + 1 + 0 and 9 + 8 bytes"
+    shares = share_videos(videos, 4)
+    assert sorted(i for share in shares for i in share) == list(range(6))
+    assert [0, 2] in [share[:2] for share in shares]
+    assert share_videos(videos, 1) == [list(range(6))]
+    assert share_videos(videos[:1], 3) == [[0], [], []]
 
 
 def test_key_frames_and_partial_videos_are_recorded(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:

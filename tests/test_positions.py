@@ -147,6 +147,13 @@ def test_a_partial_rotary_factor_survives() -> None:
     assert half["partial_rotary_factor"] == 0.5
 
 
+@pytest.mark.parametrize("scheme", ["theta", "ntk", "yarn"])
+def test_the_axes_of_m_rope_survive(scheme: Any) -> None:
+    """Lost, transformers would take a Qwen-VL model's three positions for one."""
+    asked = {} if scheme == "theta" else {"factor": 4}
+    assert chosen(config(mrope_section=[16, 24, 24]), scheme, **asked).rope_parameters["mrope_section"] == [16, 24, 24]
+
+
 def test_extend_lm_writes_what_was_asked(tiny_lm: Path, tmp_path: Path) -> None:
     from lvctx.model.load import load_model
     from lvctx.stages.extend import Machine, plan_extend, run_extend

@@ -182,17 +182,30 @@ def test_only_the_assistants_words_and_their_end_are_counted(pictures: Path, tin
         (talk("<image>\nWhat?", "red", image="none.png"), "no such image"),
         (talk("<image><image>What?", "red", image="a.png"), "2 <image> marks for 1 images"),
         (talk("What?", "red", image="a.png"), "0 <image> marks for 1 images"),
-        (talk("<image>\nWhat?", "", image="a.png"), "no answer"),
+        (talk("<image>\nWhat?", "", image="a.png"), "an empty answer"),
+        (talk("<image>\nWhat?", "red", "And?", " \n", image="a.png"), "an empty answer"),
+        (talk("What?"), "no answer to learn from"),
+        (talk("Hi", "Ho", "<image>What?", image="a.png"), "an image after the last answer"),
+        (talk("<video>What?", "red"), "a <video> mark"),
+        (talk("<image>What?", "red", image=3), "`image` is no file name"),
+        ({"conversations": ["Hi", "Ho"]}, "no list of `conversations`"),
+        ([1], "not a JSON object"),
         ({"conversations": [{"from": "cat", "value": "miau"}]}, "a turn from 'cat'"),
         ({"image": "a.png"}, "no list of `conversations`"),
     ],
 )
 @pytest.mark.parametrize("lines", [True, False])
-def test_a_bad_row_is_named(pictures: Path, row: dict[str, Any], message: str, lines: bool) -> None:
+def test_a_bad_row_is_named(pictures: Path, row: Any, message: str, lines: bool) -> None:
     data = write_rows(pictures / "d.json", [talk("Hi", "Ho"), row], lines=lines)
     with pytest.raises(InputError, match=message) as caught:
         read_conversations(data, pictures)
     assert str(caught.value).startswith(f"{data}:2" if lines else f"{data}[1]")
+
+
+def test_all_bad_rows_are_counted_and_the_first_is_named(pictures: Path) -> None:
+    rows = [talk("Hi", "Ho"), *(talk("<image>What?", "red", image=f"{i}.png") for i in range(3))]
+    with pytest.raises(InputError, match=r"d\.json\[1\]: no such image .*0\.png \(3 bad rows in all\); check --images"):
+        read_conversations(write_rows(pictures / "d.json", rows), pictures)
 
 
 def test_a_malformed_line_is_named_by_its_number(pictures: Path) -> None:

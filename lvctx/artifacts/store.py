@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,16 @@ def atomic_file(target: Path) -> Iterator[Path]:
         if is_disk_error(e):
             raise disk_error(e, target) from e
         raise
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Make `target` a hard link to `source`, or a copy where the file systems differ or one knows no links."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        with atomic_file(target) as partial:
+            shutil.copyfile(source, partial)
 
 
 def fsync_directory(directory: Path) -> None:

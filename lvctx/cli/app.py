@@ -40,7 +40,9 @@ def _register() -> None:
         bench,
         doctor,
         encode_video,
+        export,
         extend_lm,
+        import_longva,
         info,
         mrope_extend,
         niah,
@@ -51,7 +53,8 @@ def _register() -> None:
         vqa,
     )
 
-    teach, watch = (pack_text, pack_chat, extend_lm, align), (encode_video, mrope_extend, niah, vqa, videomme, bench)
+    teach = (pack_text, pack_chat, extend_lm, align, import_longva, export)
+    watch = (encode_video, mrope_extend, niah, vqa, videomme, bench)
     for module in (*teach, *watch, plan, doctor, info):
         module.register(app)
 

@@ -36,7 +36,7 @@ PIPELINE, VIDEO, TOOLS = "Teach (text, then images)", "Watch (video, then questi
 """Help panels, in the order the pipeline runs."""
 
 ORDER = (
-    *("pack-text", "pack-chat", "extend-lm", "align", "encode-video", "mrope-extend"),
+    *("pack-text", "pack-chat", "extend-lm", "align", "import-longva", "export", "encode-video", "mrope-extend"),
     *("niah", "vqa", "videomme", "bench", "plan", "doctor", "info"),
 )
 """Commands as the pipeline runs."""

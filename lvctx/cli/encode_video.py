@@ -1,11 +1,13 @@
 """`lvctx encode-video`: videos in, what a vision tower sees in their frames out."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from fractions import Fraction
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +26,9 @@ from lvctx.cli.common import (
     say,
 )
 from lvctx.errors import EXIT_SAMPLES_FAILED, LvctxError, UsageError
+
+if TYPE_CHECKING:
+    from lvctx.stages.encode import Ranks
 
 
 class FrameModeChoice(StrEnum):
@@ -106,13 +111,14 @@ def encode_video(
 ) -> None:
     """Sample a video's frames and store what a vision tower sees in them, one artifact a video.
 
-    Writes DIR/NAME.frames.safetensors. A video that cannot be read is an error row; the others go on.
+    Writes DIR/NAME.frames.safetensors. A video that cannot be read is an error row; the others go on. Under torchrun,
+    processes share the videos, and the rows come at the end.
     """
     if (model is None) == (tower is None):
         raise UsageError("give either --model or --tower")
     rate = parse_rate(fps)
     from lvctx.artifacts import schemas
-    from lvctx.stages.encode import Encoder
+    from lvctx.stages.encode import Encoder, open_ranks
 
     encoder = Encoder.plan(
         str(model or tower),
@@ -128,13 +134,17 @@ def encode_video(
     )
     done = 0
     failures: list[LvctxError] = []
-    with progress("encode-video", quiet=quiet or dry_run or jobs > 1) as report:
-        if dry_run:
-            results = plans(encoder, references(videos), out)
-        else:
+    with open_ranks() as ranks, progress("encode-video", quiet=quiet or dry_run or jobs > 1) as report:
+        if ranks.size > 1 and encoder.device == "cuda":
+            encoder.device = f"cuda:{ranks.local}"
+
+        def encode(share: Iterator[tuple[Path, dict[str, Any]]]) -> Iterator[Any]:
+            if dry_run:
+                return plans(encoder, share, out)
             options = {"resume": resume, "force": force, "report": report}
-            results = encoder.encode_all(references(videos), out, jobs=jobs, **options)
-        for video, row, result in results:
+            return encoder.encode_all(share, out, jobs=jobs, processes=ranks.size, **options)
+
+        for video, row, result in shared_out(references(videos), encode, ranks):
             if isinstance(result, LvctxError):
                 say(f"lvctx: {result}")
                 emit({**row, "schema": schemas.FRAMES, "path": str(video), "error": str(result)})
@@ -144,6 +154,23 @@ def encode_video(
                 done += 1
     if failures:
         raise typer.Exit(EXIT_SAMPLES_FAILED if done else failures[0].exit_code)
+
+
+def shared_out(
+    videos: Iterator[Any], encode: Callable[[Iterator[Any]], Iterator[Any]], ranks: "Ranks"
+) -> Iterator[Any]:
+    """`encode` over all videos in their order: as they are done, or at the end where several processes share them."""
+    if ranks.size == 1:
+        yield from encode(videos)
+        return
+    from lvctx.stages.encode import share_videos
+
+    # The first process alone reads stdin.
+    todo = ranks.gather(list(videos) if ranks.rank == 0 else None)[0]
+    mine = ranks.gather(share_videos(todo, ranks.size) if ranks.rank == 0 else None)[0][ranks.rank]
+    results = list(zip(mine, encode(todo[i] for i in mine), strict=True))
+    for _, result in sorted(chain.from_iterable(ranks.gather(results)), key=itemgetter(0)):
+        yield result
 
 
 def plans(encoder: Any, videos: Iterator[tuple[Path, dict[str, Any]]], out: Path) -> Iterator[Any]:

@@ -11,16 +11,27 @@ def save_model(model: Any, tokenizer: Any, out: Path) -> None:
 
     The tokenizer's maximal length becomes the model's context. Raises InputError when the disk refuses.
     """
-    tokenizer.model_max_length = model.config.get_text_config().max_position_embeddings
-    # Where a model was loaded from is not part of it: the same weights must give the same bytes.
-    model.config._name_or_path = ""
+    forget_origin(model.config)
     try:
         model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        save_tokenizer(tokenizer, model.config, out)
     except Exception as e:
         if is_disk_error(e):
             raise disk_error(e, out) from e
         raise
+
+
+def forget_origin(config: Any) -> None:
+    """Where a model and its parts were loaded from is not part of it: the same weights must give the same bytes."""
+    config._name_or_path = ""
+    for name in config.sub_configs:
+        getattr(config, name)._name_or_path = ""
+
+
+def save_tokenizer(tokenizer: Any, config: Any, out: Path) -> None:
+    """Save a tokenizer whose maximal length is the model's context."""
+    tokenizer.model_max_length = config.get_text_config().max_position_embeddings
+    tokenizer.save_pretrained(out)
 
 
 def model_files(out: Path) -> list[str]:

@@ -9,6 +9,7 @@ Shapes: F frames, P features a frame, T = (sqrt(P)/2)^2 tokens a frame, D tower 
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,31 +43,35 @@ def tokens_per_frame(config: Any) -> int:
     return math.ceil(side / 2) ** 2
 
 
+def vlm_config(text: Any, vision: Any, tokenizer: Any) -> Any:
+    """The LlavaOnevisionConfig of a language model, a tower and a tokenizer that has the placeholders."""
+    from transformers import LlavaOnevisionConfig
+
+    clip, side = vision.model_type.startswith("clip"), vision.image_size
+    return LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        video_token_index=tokenizer.convert_tokens_to_ids(VIDEO_TOKEN),
+        # CLIP: second-last layer without CLS, as LLaVA and LongVA. SigLIP: last layer, no CLS to drop.
+        vision_feature_layer=-2 if clip else -1,
+        vision_feature_select_strategy="default" if clip else "full",
+        tie_word_embeddings=text.tie_word_embeddings,
+        image_grid_pinpoints=[[side * h, side * w] for h in range(1, 7) for w in range(1, 7)],
+    )
+
+
 def assemble(lm: Any, tower: Any, tokenizer: Any, *, where: Path, seed: int) -> Any:
     """Build a LlavaOnevision model from a language model and a tower, with a fresh projector drawn from `seed`.
 
     Adds the tokens `<image>` and `<video>` to `tokenizer` and, where the embedding has no rows for them, grows it;
     `image_newline` becomes the embedding of "\\n". `where` names the language model in errors.
     """
-    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+    from transformers import LlavaOnevisionForConditionalGeneration
 
-    if tokenizer.chat_template is None:
-        raise InputError("no chat template", where=where, fix="use an instruct model")
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, VIDEO_TOKEN]})
+    add_visual_tokens(tokenizer, where)
     grow_embedding(lm, len(tokenizer))
-    clip = tower.config.model_type.startswith("clip")
-    side = tower.config.image_size
-    config = LlavaOnevisionConfig(
-        vision_config=tower.config,
-        text_config=lm.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        video_token_index=tokenizer.convert_tokens_to_ids(VIDEO_TOKEN),
-        # CLIP: second-last layer without CLS, as LLaVA and LongVA. SigLIP: last layer, no CLS to drop.
-        vision_feature_layer=-2 if clip else -1,
-        vision_feature_select_strategy="default" if clip else "full",
-        tie_word_embeddings=lm.config.tie_word_embeddings,
-        image_grid_pinpoints=[[side * h, side * w] for h in range(1, 7) for w in range(1, 7)],
-    )
+    config = vlm_config(lm.config, tower.config, tokenizer)
     with torch.device("meta"):
         vlm = LlavaOnevisionForConditionalGeneration(config)
     vlm.model.language_model = lm.model
@@ -83,6 +88,13 @@ def assemble(lm: Any, tower: Any, tokenizer: Any, *, where: Path, seed: int) -> 
     vlm.generation_config = lm.generation_config
     set_newline(vlm, tokenizer)
     return vlm.eval()
+
+
+def add_visual_tokens(tokenizer: Any, where: Path) -> None:
+    """Give a language model's tokenizer `<image>` and `<video>`. Raises InputError if it has no chat template."""
+    if tokenizer.chat_template is None:
+        raise InputError("no chat template", where=where, fix="use an instruct model")
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, VIDEO_TOKEN]})
 
 
 def grow_embedding(lm: Any, tokens: int) -> None:
@@ -158,26 +170,40 @@ def save_vlm(vlm: Any, tokenizer: Any, tower_dir: Path, out: Path) -> None:
     `tower_dir` is where the tower's preprocessor_config.json is.
     """
     set_newline(vlm, tokenizer)
+    flatten_content(tokenizer)
+    save_model(vlm, tokenizer, out)
+    write_processors(vlm.config, json.loads((tower_dir / PIXELS_FILE).read_text(encoding="utf-8")), out)
+
+
+def flatten_content(tokenizer: Any) -> None:
+    """Let the chat template take messages in parts, as processors send them."""
     if not tokenizer.chat_template.startswith(FLATTEN_CONTENT):
         tokenizer.chat_template = FLATTEN_CONTENT + tokenizer.chat_template
-    save_model(vlm, tokenizer, out)
-    vision = vlm.config.vision_config
-    pixels = json.loads((tower_dir / "preprocessor_config.json").read_text(encoding="utf-8"))
-    kept = ("do_normalize", "do_rescale", "rescale_factor", "image_mean", "image_std", "resample")
+
+
+PIXELS_FILE = "preprocessor_config.json"
+VLM_FILES = ("processor_config.json", "video_preprocessor_config.json")
+PIXELS = ("do_normalize", "do_rescale", "rescale_factor", "image_mean", "image_std", "resample")
+"""What a VLM takes over from its tower's `PIXELS_FILE`."""
+
+
+def write_processors(config: Any, pixels: Mapping[str, Any], out: Path) -> None:
+    """Write the processors' files of a VLM; `pixels` is what its tower's `PIXELS_FILE` says."""
+    vision = config.vision_config
     size = {"height": vision.image_size, "width": vision.image_size}
-    pixels = {key: pixels[key] for key in kept if key in pixels} | {"do_resize": True, "size": size}
-    drop_cls = vlm.config.vision_feature_select_strategy == "default"
+    kept = {key: pixels[key] for key in PIXELS if key in pixels} | {"do_resize": True, "size": size}
+    drop_cls = config.vision_feature_select_strategy == "default"
     files = {
-        "preprocessor_config.json": {
+        PIXELS_FILE: {
             "image_processor_type": "LlavaOnevisionImageProcessor",
-            "image_grid_pinpoints": vlm.config.image_grid_pinpoints,
-            **pixels,
+            "image_grid_pinpoints": config.image_grid_pinpoints,
+            **kept,
         },
-        "video_preprocessor_config.json": {"video_processor_type": "LlavaOnevisionVideoProcessor", **pixels},
-        "processor_config.json": {
+        VLM_FILES[1]: {"video_processor_type": "LlavaOnevisionVideoProcessor", **kept},
+        VLM_FILES[0]: {
             "processor_class": "LlavaOnevisionProcessor",
             "num_image_tokens": (vision.image_size // vision.patch_size) ** 2 + drop_cls,
-            "vision_feature_select_strategy": vlm.config.vision_feature_select_strategy,
+            "vision_feature_select_strategy": config.vision_feature_select_strategy,
             "image_token": IMAGE_TOKEN,
             "video_token": VIDEO_TOKEN,
         },

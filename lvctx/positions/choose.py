@@ -14,6 +14,9 @@ Scheme = Literal["theta", "pi", "ntk", "yarn", "none"]
 LONGVA_THETA = 1e9
 """The base of `theta` where none is given (LongVA section 3.1)."""
 
+KEPT = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
+"""Which channels turn, and with which axis: no scheme changes that."""
+
 SCHEMES = {"theta": (rope, "default"), "pi": (pi, "linear"), "ntk": (ntk, "default"), "yarn": (yarn, "yarn")}
 """Name -> its file, and the `rope_type` of a model that has it already."""
 
@@ -53,7 +56,7 @@ def choose(
         return Positions(rope_parameters=old, factor=1.0, context=context or max(promised, seq_len))
     module, own = SCHEMES[scheme]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kept = {key: value for key, value in old.items() if key == "partial_rotary_factor"}
+    kept = {key: old[key] for key in KEPT if key in old}
     rotating = int(head_dim * kept.get("partial_rotary_factor", 1.0))
     if scheme == "theta":
         if kind != "default":

@@ -40,8 +40,7 @@ from lvctx.model.load import (
 from lvctx.model.lora import ATTENTION, add_lora, merge_lora
 from lvctx.model.loss import IGNORED, token_loss
 from lvctx.model.vlm import assemble, embed_frames, frame_features, newline_id, save_vlm, tokens_per_frame
-from lvctx.train.chat import Conversation, encode_conversation, read_conversations
-from lvctx.train.chat import Sequence as TokenSequence
+from lvctx.train.chat import Conversation, TokenSequence, encode_conversation, read_conversations
 from lvctx.train.data import indices
 from lvctx.train.loop import Group, TrainConfig, train
 from lvctx.vision.grids import GridRule, unires_grid, unires_tiles

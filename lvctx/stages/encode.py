@@ -14,7 +14,8 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -29,6 +30,7 @@ from lvctx.artifacts import schemas
 from lvctx.artifacts.frames import SUFFIX, open_frames
 from lvctx.artifacts.manifest import Provenance, is_finished, read_provenance
 from lvctx.artifacts.store import read_safetensors_header, sha256_file
+from lvctx.dist.ranks import Ranks, open_ranks
 from lvctx.errors import LvctxError, MissingError, Stopped, UsageError
 from lvctx.vision.apart import Decoders, Request
 from lvctx.vision.container import check_exists, check_whole, probe
@@ -36,6 +38,7 @@ from lvctx.vision.decode import Decoder, Rate, Sampling
 from lvctx.vision.squares import FrameMode
 from lvctx.vision.tower import Tower, TowerFiles
 
+__all__ = ["EncodeConfig", "Encoder", "Ranks", "open_ranks", "share_videos"]
 log = logging.getLogger(__name__)
 Dtype = Literal["auto", "float32", "bfloat16"]
 Row = dict[str, Any]
@@ -209,14 +212,16 @@ class Encoder:
         return _row(video, target)
 
     def encode_all(
-        self, videos: Iterable[tuple[Path, Row]], out: Path, *, jobs: int, **options: Any
+        self, videos: Iterable[tuple[Path, Row]], out: Path, *, jobs: int, processes: int = 1, **options: Any
     ) -> Iterator[tuple[Path, Row, Row | LvctxError]]:
         """`encode` for each (video, row), `jobs` at once; video, row and result or error, in the order they came.
+
+        The decoders of `processes` like this one share the machine.
 
         Videos are read from the iterable while others are encoded, so a slow producer holds nothing back.
         """
         todo: queue.Queue[Any] = queue.Queue(jobs)
-        threads = max(1, (os.cpu_count() or 1) // jobs)
+        threads = max(1, (os.cpu_count() or 1) // (jobs * processes))
 
         def one(video: Path) -> Row | LvctxError:
             try:
@@ -250,6 +255,25 @@ class Encoder:
             return self.config.frames
         rate = facts["source_fps"] if self.config.fps == "native" else self.config.fps
         return max(1, math.ceil(facts["duration"] * rate))
+
+
+def share_videos(videos: Sequence[tuple[Path, Row]], processes: int) -> list[list[int]]:
+    """Indices of the videos that each process encodes, in order; the largest files go first to whom has least.
+
+    Videos called alike stay together: which of them gets the plain name is for one process to say.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    sizes: dict[str, int] = defaultdict(int)
+    for i, (video, _) in enumerate(videos):
+        groups[video.stem].append(i)
+        sizes[video.stem] += video.stat().st_size if video.is_file() else 0
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    loads = [0] * processes
+    for stem in sorted(groups, key=lambda s: (-sizes[s], groups[s])):
+        least = loads.index(min(loads))
+        shares[least] += groups[stem]
+        loads[least] += sizes[stem] + 1
+    return [sorted(share) for share in shares]
 
 
 def _row(video: Path, target: Path) -> dict[str, Any]:

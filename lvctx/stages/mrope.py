@@ -8,7 +8,6 @@ differently there are side files (`positions/mrope_runtimes.py`).
 import copy
 import json
 import math
-import os
 import shlex
 import shutil
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
-from lvctx.artifacts.store import atomic_file, disk_error, fingerprint, is_disk_error, write_json
+from lvctx.artifacts.store import atomic_file, disk_error, fingerprint, is_disk_error, link_file, write_json
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import load_config, resolve_model
 from lvctx.positions.mrope import Method, Mrope, Stretch, to_hf
@@ -200,7 +199,7 @@ def write_checkpoint(
         if weights is not None:
             linked = [name for name in linked if ".safetensors" not in name]
         for name in linked:
-            _link(source / name, out / name)
+            link_file(source / name, out / name)
         if weights is not None:
             linked = sorted([*linked, *weights()])
     except OSError as e:
@@ -229,16 +228,6 @@ def _kept(source: Path) -> list[str]:
     """Names of a model directory's files; manifest and log of its own making stay behind."""
     names = (p.name for p in source.iterdir() if p.is_file() and not p.name.startswith("."))
     return sorted(name for name in names if name not in (MANIFEST, "metrics.jsonl", *SIDE_FILES))
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file systems differ or one knows no links."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        with atomic_file(target) as partial:
-            shutil.copyfile(source, partial)
 
 
 def with_rope(raw: dict[str, Any], rope: dict[str, Any], context: int) -> dict[str, Any]:

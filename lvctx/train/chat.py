@@ -7,10 +7,10 @@ the block of its grids' tokens closed by one "\\n", and the "\\n" that LLaVA wri
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lvctx.errors import InputError
 from lvctx.model.loss import IGNORED
@@ -39,7 +39,7 @@ class Conversation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sequence:
+class TokenSequence:
     """Token ids of a conversation, with its visual blocks unfolded."""
 
     ids: list[int]
@@ -54,15 +54,43 @@ def read_conversations(path: Path, images: Path) -> list[Conversation]:
     """Every row of a LLaVA JSON or JSONL file; image paths are relative to `images`.
 
     Raises InputError naming file and row (or line) for malformed JSON, a missing image file, a number of `<image>`
-    marks other than the number of images, an unknown role, or a conversation without an assistant's answer.
+    marks other than the number of images, an unknown role, or an answer that is empty or missing.
     """
-    conversations = [_check(row, where, images) for where, row in _read(path)]
-    if not conversations:
-        raise InputError("no conversation", where=path)
-    return conversations
+
+    def check(row: dict[str, Any], where: str) -> Conversation:
+        messages = read_turns(row.get("conversations"), where)
+        if not any(m["role"] == "assistant" for m in messages):
+            raise InputError("no answer to learn from", where=where)
+        return Conversation(where=where, images=find_images(row, messages, where, images), messages=messages)
+
+    return read_checked(path, check)
 
 
-def _read(path: Path) -> list[tuple[str, Any]]:
+T = TypeVar("T")
+
+
+def read_checked(path: Path, check: Callable[[dict[str, Any], str], T]) -> list[T]:
+    """What `check(row, where)` makes of every row of a JSON list or a JSONL file.
+
+    All rows are checked before the first bad one is raised, so that its InputError says how many there are.
+    """
+    found, bad = [], []
+    for row, where in _read(path):
+        try:
+            if not isinstance(row, dict):
+                raise InputError("not a JSON object", where=where)
+            found.append(check(row, where))
+        except InputError as e:
+            bad.append(e)
+    if bad:
+        more = f" ({len(bad):,} bad rows in all)" if len(bad) > 1 else ""
+        raise InputError(bad[0].what + more, where=bad[0].where, fix=bad[0].fix or "mend or remove the row")
+    if not found:
+        raise InputError("no row", where=path)
+    return found
+
+
+def _read(path: Path) -> list[tuple[Any, str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -71,43 +99,60 @@ def _read(path: Path) -> list[tuple[str, Any]]:
         raise InputError(f"cannot read ({e})", where=path) from e
     if text.lstrip().startswith("["):
         try:
-            return [(f"{path}[{i}]", row) for i, row in enumerate(json.loads(text))]
+            return [(row, f"{path}[{i}]") for i, row in enumerate(json.loads(text))]
         except ValueError as e:
             raise InputError(f"malformed JSON ({e})", where=path, fix="mend the file") from e
     rows = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:
-            rows.append((f"{path}:{number}", json.loads(line)))
+            rows.append((json.loads(line), f"{path}:{number}"))
         except ValueError as e:
             raise InputError(f"malformed JSON ({e})", where=f"{path}:{number}", fix="mend or remove the line") from e
     return rows
 
 
-def _check(row: Any, where: str, folder: Path) -> Conversation:
-    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list):
+def read_turns(turns: Any, where: str) -> tuple[dict[str, str], ...]:
+    """LLaVA's turns as messages, each `<image>` mark one `<video>` token. Raises InputError."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise InputError("no list of `conversations`", where=where)
-    named = row.get("image", [])
-    images = tuple(folder / name for name in ([named] if isinstance(named, str) else named))
-    messages, marks = [], 0
-    for turn in row["conversations"]:
+    messages = []
+    for turn in turns:
         role = ROLES.get(turn.get("from", ""))
         if role is None or not isinstance(turn.get("value"), str):
             raise InputError(f"a turn from {turn.get('from')!r}", where=where, fix="use human, gpt or system")
+        if VIDEO_TOKEN in turn["value"]:
+            raise InputError(f"a {VIDEO_TOKEN} mark", where=where, fix="samples are text and images")
+        if role == "assistant" and not turn["value"].strip():
+            raise InputError("an empty answer", where=where)
         # The visual block closes with its own "\n", so the newline around a mark would be a second one.
-        content, count = re.subn(rf"\n?{IMAGE_TOKEN}\n?", VIDEO_TOKEN, turn["value"])
-        marks += count
-        messages.append({"role": role, "content": content})
-    if marks != len(images):
-        raise InputError(f"{marks} {IMAGE_TOKEN} marks for {len(images)} images", where=where)
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-        raise InputError("no answer to learn from", where=where)
+        messages.append({"role": role, "content": re.sub(rf"\n?{IMAGE_TOKEN}\n?", VIDEO_TOKEN, turn["value"])})
+    return tuple(messages)
+
+
+def find_images(
+    row: dict[str, Any], messages: Sequence[Mapping[str, str]], where: str, folder: Path
+) -> tuple[Path, ...]:
+    """The row's image files, in the order of the marks in `messages`. Raises InputError where they do not agree."""
+    named = row.get("image") or row.get("images") or []
+    names = [named] if isinstance(named, str) else named
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError("`image` is no file name or list of them", where=where)
+    marks = [m["content"].count(VIDEO_TOKEN) for m in messages]
+    if sum(marks) != len(names):
+        raise InputError(f"{sum(marks)} {IMAGE_TOKEN} marks for {len(names)} images", where=where)
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
+    if any(marks[last + 1 :]):
+        raise InputError("an image after the last answer", where=where, fix="remove what follows the answer")
+    images = tuple(folder / name for name in names)
     for image in images:
         if not image.is_file():
-            raise InputError(f"no such image {image}", where=where, fix="check --images")
-    return Conversation(where=where, images=images, messages=tuple(messages))
+            raise InputError(f"no such image {image}", where=where, fix="check --images, or remove the row")
+    return images
 
 
-def encode_conversation(conversation: Conversation, tokenizer: Any, visual_tokens: Callable[[Path], int]) -> Sequence:
+def encode_conversation(
+    conversation: Conversation, tokenizer: Any, visual_tokens: Callable[[Path], int]
+) -> TokenSequence:
     """Ids and shifted labels of a conversation in the tokenizer's chat template.
 
     `visual_tokens` gives the tokens of an image's block, its closing "\\n" included.
@@ -124,14 +169,17 @@ def encode_messages(
     *,
     marks: Set[str],
     where: str,
-) -> Sequence:
+    last_only: bool = False,
+) -> TokenSequence:
     """Ids and shifted labels of turns in the tokenizer's chat template, each mark replaced by its block of ids.
 
     `marks` are the special tokens that stand for an image or a video in a turn's content, in the order of `blocks`.
-    Counted are the assistant's words and the end-of-turn token after them, as in LLaVA. Any template works that only
-    appends turns. Raises InputError for another one, and where marks and blocks are not of one number.
+    Counted are the assistant's words and the end-of-turn token after them, as in LLaVA; `last_only` leaves out all
+    answers but the last. Any template works that only appends turns. Raises InputError for another one, and where marks
+    and blocks are not of one number.
     """
-    messages = [dict(m) for m in messages]
+    # White space around an answer may melt into one token with the template's, which is no model's to say.
+    messages = [{**m, "content": m["content"].strip()} if m["role"] == "assistant" else dict(m) for m in messages]
     spans, text = [], ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -144,6 +192,7 @@ def encode_messages(
             raise InputError("the chat template rewrites earlier turns", where=where)
         end = len(text.rstrip("\n"))  # the template's line break after the end-of-turn token is not the model's to say
         spans.append((len(before), end))
+    spans = spans[-1:] if last_only else spans
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     marked = {tokenizer.convert_tokens_to_ids(mark) for mark in marks}
     found = sum(token in marked for token in encoded["input_ids"])
@@ -158,6 +207,7 @@ def encode_messages(
             ids += blocks[len(places) - 1]
         else:
             ids.append(token)
-        spoken += [any(a <= start and stop <= b for a, b in spans)] * (len(ids) - len(spoken))
+        counts = token not in marked and any(a <= start and stop <= b for a, b in spans)
+        spoken += [counts] * (len(ids) - len(spoken))
     labels = [i if s else IGNORED for i, s in zip(ids[1:], spoken[1:], strict=True)]
-    return Sequence(ids=ids, labels=[*labels, IGNORED], places=places)
+    return TokenSequence(ids=ids, labels=[*labels, IGNORED], places=places)

@@ -1,0 +1,117 @@
+"""Weights from file to file under other names: bytes are copied as they lie, so memory does not grow with the model.
+
+A tensor is where its bytes are, not the bytes. Shards are written in safetensors' own order (wide types first, then by
+name), so that what is carried there and back is the same file.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from lvctx.artifacts.store import atomic_file, read_safetensors_header, write_json
+from lvctx.errors import InputError
+
+INDEX = "model.safetensors.index.json"
+CHUNK = 1 << 24
+"""Bytes read at once."""
+WIDTHS = {"BF16": 2, "F16": 2, "F32": 4}
+"""Types that weights come in, and their bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A tensor that is still in a file, or that is made when it is written."""
+
+    dtype: str
+    """Safetensors' name, of `WIDTHS`."""
+    shape: tuple[int, ...]
+    """As in the header."""
+    chunks: Callable[[], Iterator[Any]]
+    """Its bytes, a piece at a time."""
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return prod(self.shape) * WIDTHS[self.dtype]
+
+
+def read_weights(directory: Path) -> dict[str, dict[str, Weight]]:
+    """Shards of a resolved model directory, in order: file name -> name -> tensor.
+
+    Raises InputError for a shard that is not whole, a tensor of a type that no weight has, or a name that occurs twice.
+    """
+    index = directory / INDEX
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    shards: dict[str, dict[str, Weight]] = {}
+    seen: set[str] = set()
+    for file in names:
+        path = directory / file
+        header = read_safetensors_header(path)
+        header.pop("__metadata__", None)
+        with open(path, "rb") as f:
+            data = 8 + int.from_bytes(f.read(8), "little")
+        shards[file] = {}
+        for name, entry in header.items():
+            if entry["dtype"] not in WIDTHS:
+                raise InputError(f"{name} is {entry['dtype']}", where=path, fix="save the model in bfloat16")
+            if name in seen:
+                raise InputError(f"{name} is in two shards", where=path, fix="save the model again")
+            begin, end = (data + offset for offset in entry["data_offsets"])
+            chunks = partial(_copied, path, begin, end)
+            shards[file][name] = Weight(dtype=entry["dtype"], shape=tuple(entry["shape"]), chunks=chunks)
+        seen |= shards[file].keys()
+    return shards
+
+
+def _copied(path: Path, begin: int, end: int) -> Iterator[bytes]:
+    with open(path, "rb") as f:
+        f.seek(begin)
+        while begin < end:
+            chunk = f.read(min(CHUNK, end - begin))
+            assert chunk
+            begin += len(chunk)
+            yield chunk
+
+
+def write_weights(
+    out: Path, shards: list[Mapping[str, Weight]], *, report: Callable[[int, int, str], None] = lambda *_: None
+) -> None:
+    """Write shards and, where there are several, their index. A shard that stands is whole, and is left as it is."""
+    count = len(shards)
+    names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+    if count == 1:
+        names = ["model.safetensors"]
+    for done, (name, shard) in enumerate(zip(names, shards, strict=True)):
+        report(done, count, name)
+        if not (out / name).exists():
+            write_shard(out / name, shard)
+    report(count, count, "")
+    if count > 1:
+        total = sum(weight.size for shard in shards for weight in shard.values())
+        places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
+
+
+def write_shard(target: Path, shard: Mapping[str, Weight]) -> None:
+    """Write one safetensors file, byte for byte as safetensors would."""
+    order = sorted(shard, key=lambda name: (-WIDTHS[shard[name].dtype], name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        begin, end = end, end + shard[name].size
+        header[name] = {"dtype": shard[name].dtype, "shape": shard[name].shape, "data_offsets": [begin, end]}
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    with atomic_file(target) as partial_file, open(partial_file, "wb") as f:
+        f.write(struct.pack("<Q", len(raw)) + raw)
+        for name in order:
+            for chunk in shard[name].chunks():
+                f.write(chunk)
+        assert f.tell() == 8 + len(raw) + end

@@ -1,0 +1,210 @@
+"""LLaVA's own checkpoint format, in which LongVA was released, beside ours: tensors' names and config.json, both ways.
+
+There config.json is the language model's with keys of LLaVA's (`mm_...`) in it, and it names the tower instead of
+describing it. UniRes (LongVA section 3.2) is `mm_patch_merge_type` "unires": every grid is pooled 2x2, grids follow
+each other, and no newline is put between or after them; the "\\n" that follows is the prompt's. In ours that "\\n" is
+`image_newline`, so a parameter of that name in a UniRes checkpoint, which nothing there reads, is not taken over.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lvctx.errors import InputError, UsageError
+from lvctx.model.vlm import PIXELS
+
+LANGUAGE = {"llava_qwen": "qwen2", "llava_llama": "llama", "llava_mistral": "mistral"}
+"""LLaVA's model types, and the language model's."""
+CLASSES = {"qwen2": "LlavaQwenForCausalLM", "llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalLM"}
+TOWER = "model.vision_tower.vision_tower.vision_model."
+NEWLINE = "model.image_newline"
+RENAMED = (
+    (TOWER, "vision_tower.vision_model."),
+    (TOWER, "vision_tower."),
+    ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
+    (NEWLINE, "image_newline"),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.", "language_model.model."),
+)
+"""How LLaVA's names begin, and ours; the first that fits counts. transformers dropped a level of the tower's names."""
+DERIVED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+"""Tensors of old checkpoints that are computed from the configuration."""
+
+CLIP = "openai/clip-vit-"
+CLIP_336 = f"{CLIP}large-patch14-336"
+CLIP_PIXELS = {
+    "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+}
+"""What the preprocessor_config.json of OpenAI's towers says of pixels: Radford et al. 2021, the released code."""
+SHAPE_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+"""Of the tower that LLaVA-1.5 and LongVA look with."""
+
+
+def rename(names: Mapping[str, Any] | set[str], *, to_llava: bool, level: str = "") -> dict[str, str]:
+    """Old name -> new name, unknown ones left out; `level` is what this transformers puts before the tower's names."""
+    found = {}
+    for name in names:
+        for llava, stock in RENAMED:
+            old, new = (stock, llava) if to_llava else (llava, stock)
+            if name.startswith(old):
+                new = f"vision_tower.{level}" if new == "vision_tower.vision_model." else new
+                found[name] = new + name[len(old) :]
+                break
+    return found
+
+
+def expected(text: Any, vision: Any, *, tower: bool = True) -> tuple[dict[str, tuple[int, ...]], str]:
+    """LLaVA's names and shapes of a language model with its projector and tower, and the `level` for `rename`."""
+    from transformers import AutoModelForCausalLM, CLIPVisionModel
+
+    with torch.device("meta"):
+        lm, seen = AutoModelForCausalLM.from_config(text), CLIPVisionModel(vision)
+    wanted = {name: tuple(value.shape) for name, value in lm.state_dict().items()}
+    if text.tie_word_embeddings:
+        wanted.pop("lm_head.weight", None)
+    wide, width = text.hidden_size, vision.hidden_size
+    for layer, into in ((0, width), (2, wide)):
+        wanted[f"model.mm_projector.{layer}.weight"] = (wide, into)
+        wanted[f"model.mm_projector.{layer}.bias"] = (wide,)
+    if tower:
+        wanted |= {
+            TOWER + name.removeprefix("vision_model."): tuple(value.shape)
+            for name, value in seen.state_dict().items()
+            if not DERIVED.search(name)
+        }
+    return wanted, "vision_model." if hasattr(seen, "vision_model") else ""
+
+
+def check_names(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: object) -> None:
+    """Raise InputError, naming them, for tensors that lack, that nothing knows, or that have another shape."""
+    lacking, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    other = sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
+    if lacking:
+        raise InputError(f"lacks {_listed(lacking)}", where=where, fix="download or save it again")
+    if unknown:
+        raise InputError(f"holds {_listed(unknown)}, which no model of this configuration has", where=where)
+    if other:
+        shapes = f"{list(found[other[0]])}, and the configuration wants {list(wanted[other[0]])}"
+        raise InputError(f"{_listed(other)}: {shapes}", where=where, fix="config.json is of another model")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
+
+
+def text_config(flat: Mapping[str, Any], *, context: int | None, where: object) -> Any:
+    """The language model's configuration out of a LLaVA config.json. Raises InputError for one of another kind."""
+    from transformers import CONFIG_MAPPING
+
+    kind = LANGUAGE.get(flat.get("model_type", ""))
+    if kind is None:
+        raise InputError(
+            f"a {flat.get('model_type')} model is no LLaVA checkpoint", where=where, fix=f"known: {', '.join(LANGUAGE)}"
+        )
+    for key, wanted in (
+        ("mm_patch_merge_type", "unires"),
+        ("mm_projector_type", "mlp2x_gelu"),
+        ("mm_vision_select_feature", "patch"),
+        ("mm_resampler_type", None),
+    ):
+        if flat.get(key) != wanted:
+            raise InputError(f'{key} is "{flat.get(key)}"', where=where, fix=f'LongVA says "{wanted}"')
+    default = CONFIG_MAPPING[kind]()
+    known = {*default.to_dict(), "rope_theta", "rope_scaling", "torch_dtype"}
+    known -= {"architectures", "model_type", "_name_or_path", "transformers_version"}
+    values = {key: copy.deepcopy(value) for key, value in flat.items() if key in known}
+    if "rope_parameters" in values:
+        values = {key: value for key, value in values.items() if key not in ("rope_theta", "rope_scaling")}
+    config = type(default).from_dict(values)
+    config.architectures = [CLASSES[kind].removeprefix("Llava").replace("Qwen", "Qwen2")]
+    if context:
+        config.max_position_embeddings = context
+    return config
+
+
+def clip_config(shapes: Mapping[str, tuple[int, ...]], name: str) -> Any:
+    """The configuration of an OpenAI tower, whose heads are all 64 wide, from the shapes of its tensors."""
+    from transformers import CLIPVisionConfig
+
+    width, _, patch, _ = shapes[f"{TOWER}embeddings.patch_embedding.weight"]
+    positions = shapes[f"{TOWER}embeddings.position_embedding.weight"][0]
+    layers = {m[1] for key in shapes if (m := re.match(re.escape(TOWER) + r"encoder\.layers\.(\d+)\.", key))}
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=shapes[f"{TOWER}encoder.layers.0.mlp.fc1.weight"][0],
+        num_hidden_layers=len(layers),
+        num_attention_heads=width // 64,
+        image_size=math.isqrt(positions - 1) * patch,
+        patch_size=patch,
+        projection_dim=768 if "large" in name else 512,
+    )
+    config.architectures = ["CLIPVisionModel"]
+    return config
+
+
+def llava_config(config: Mapping[str, Any], tokenizer_length: int) -> dict[str, Any]:
+    """LLaVA's config.json from that of a VLM of ours. Raises UsageError for a model that has no form there."""
+    text, vision = config["text_config"], config["vision_config"]
+    kind = text["model_type"]
+    if vision["model_type"] != "clip_vision_model" or kind not in CLASSES:
+        raise UsageError(
+            f"LLaVA's names are for a CLIP tower on {', '.join(CLASSES)}, not {vision['model_type']} on {kind}",
+            fix="--to hf",
+        )
+    if config.get("image_grid", "unires") != "unires":
+        raise UsageError(f"LongVA reads images by UniRes, not {config['image_grid']}", fix="--to hf")
+    rope = text.get("rope_parameters", {})
+    flat = {key: value for key, value in text.items() if key not in ("_name_or_path", "model_type", "architectures")}
+    if rope:
+        # transformers 4, for which LLaVA's code was written, looks here.
+        flat["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            flat["rope_scaling"] = rope
+    side = vision["image_size"]
+    grids = [[w * side, h * side] for w in range(1, 50) for h in range(1, 49 // w + 1) if w * h > 1]
+    return flat | {
+        "architectures": [CLASSES[kind]],
+        "model_type": next(name for name, lm in LANGUAGE.items() if lm == kind),
+        "torch_dtype": config.get("dtype"),
+        "mm_vision_tower": CLIP_336 if is_clip_336(vision) else "tower",
+        "mm_hidden_size": vision["hidden_size"],
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_resampler_type": None,
+        "mm_vision_select_layer": config["vision_feature_layer"],
+        "mm_vision_select_feature": "patch",
+        "mm_patch_merge_type": "unires",
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": grids,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
+        "use_mm_proj": True,
+        "tokenizer_model_max_length": tokenizer_length,
+        "tokenizer_padding_side": "right",
+    }
+
+
+def is_clip_336(vision: Mapping[str, Any]) -> bool:
+    """Whether a tower has the shape of that one."""
+    return all(vision.get(key) == value for key, value in SHAPE_336.items())
+
+
+def pixels_of(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a preprocessor_config.json."""
+    return {key: preprocessor[key] for key in PIXELS if key in preprocessor}

@@ -1,0 +1,238 @@
+"""LongVA's released checkpoints as VLMs of ours: tensors carried over shard by shard, each accounted for.
+
+`lmms-lab/LongVA-7B` and `LongVA-7B-DPO` are LLaVA checkpoints: see `lvctx.model.llava` for how they differ. Memory is
+that of the largest tensor that has to be made (none for LongVA-7B, whose vocabulary has room for the placeholders), not
+of the model.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lvctx.artifacts import schemas
+from lvctx.artifacts.manifest import Provenance
+from lvctx.artifacts.store import fingerprint
+from lvctx.artifacts.weights import WIDTHS, Weight, read_weights
+from lvctx.errors import InputError, UsageError
+from lvctx.model import llava
+from lvctx.model.export import forget_origin, save_tokenizer
+from lvctx.model.load import load_config, load_tokenizer, resolve_model
+from lvctx.model.vlm import (
+    PIXELS_FILE,
+    add_visual_tokens,
+    flatten_content,
+    newline_id,
+    tokens_per_frame,
+    vlm_config,
+    write_processors,
+)
+from lvctx.stages.convert import write_converted
+from lvctx.vision.tower import load_vision_model
+
+EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+NEWLINE = "image_newline"
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A checked import: everything but the bytes."""
+
+    source: Path
+    """Resolved LLaVA checkpoint."""
+    config: Any
+    """LlavaOnevisionConfig of the result."""
+    tokenizer: Any
+    """With the placeholders."""
+    pixels: Mapping[str, Any]
+    """How the tower wants its pixels."""
+    tower: Path | None
+    """Where the tower's weights come from; None if they are in the checkpoint."""
+    shards: list[dict[str, Weight]]
+    """The checkpoint's tensors under our names."""
+    dropped: list[str]
+    """Names of what is not carried over: computed from the configuration, tied, or read by nothing."""
+    level: str
+    """What this transformers puts before the tower's names."""
+    rows: int
+    """Of the embedding: those of the checkpoint, or more where the placeholders found no room."""
+    provenance: Provenance
+    """What identifies the run."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the row and the manifest."""
+        return {
+            "context": self.config.text_config.max_position_embeddings,
+            "tokens_per_frame": tokens_per_frame(self.config),
+            "dropped": self.dropped,
+            "tower": str(self.tower) if self.tower else "inside",
+            "embedding_rows": self.rows,
+        }
+
+
+def plan_import(*, source: str, tower: str | None, context: int | None) -> Plan:
+    """Check a LLaVA checkpoint tensor by tensor, from headers alone.
+
+    `tower` gives the tower's configuration, and its weights where the checkpoint has none; else it is the one that
+    config.json names. Raises InputError for a checkpoint that is incomplete, or holds what has no place in the result.
+    """
+    path = resolve_model(source)
+    flat = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    text = llava.text_config(flat, context=context, where=path)
+    stored = {name: weight for shard in read_weights(path).values() for name, weight in shard.items()}
+    inside = any(name.startswith(llava.TOWER) for name in stored)
+    shapes = {name: weight.shape for name, weight in stored.items() if not llava.DERIVED.search(name)}
+    vision, pixels, tower_path = _tower(path, flat, tower, shapes if inside else None)
+    tokenizer = load_tokenizer(path)
+    add_visual_tokens(tokenizer, path)
+    config = vlm_config(text, vision, tokenizer)
+    config.vision_feature_layer = flat.get("mm_vision_select_layer", -2)
+    side = vision.image_size // vision.patch_size
+    if side % 2:
+        raise InputError(f"{side} x {side} features cannot be pooled 2x2 without a rest", where=path)
+    unread = {llava.NEWLINE, "lm_head.weight"} if text.tie_word_embeddings else {llava.NEWLINE}
+    wanted, level = llava.expected(text, vision, tower=inside)
+    llava.check_names({name: shape for name, shape in shapes.items() if name not in unread}, wanted, path)
+    dropped = sorted(stored.keys() - wanted.keys())
+    renamed = llava.rename(set(wanted), to_llava=False, level=level)
+    shards = [
+        {renamed[name]: weight for name, weight in shard.items() if name in wanted}
+        for shard in read_weights(path).values()
+    ]
+    config.architectures = ["LlavaOnevisionForConditionalGeneration"]
+    config.dtype = text.dtype = DTYPES[stored["model.norm.weight"].dtype]
+    rows = text.vocab_size
+    if len(tokenizer) > rows:
+        rows = text.vocab_size = -(-len(tokenizer) // 64) * 64
+    forget_origin(config)
+    made_of = {"model": fingerprint(path)} | ({"tower": fingerprint(tower_path)} if tower_path else {})
+    return Plan(
+        source=path,
+        config=config,
+        tokenizer=tokenizer,
+        pixels=pixels,
+        tower=None if inside else tower_path,
+        shards=shards,
+        dropped=dropped,
+        level=level,
+        rows=rows,
+        provenance=Provenance(
+            schema=schemas.MODEL, command="import-longva", config={"context": context}, inputs=made_of
+        ),
+    )
+
+
+def _tower(
+    path: Path, flat: Mapping[str, Any], tower: str | None, shapes: Mapping[str, tuple[int, ...]] | None
+) -> tuple[Any, Mapping[str, Any], Path | None]:
+    """Configuration, pixels and directory of the tower; `shapes` are the checkpoint's if it holds its weights."""
+    named = str(flat.get("mm_vision_tower") or flat.get("vision_tower"))
+    if tower is None and (path / "tower" / "config.json").is_file():
+        directory = path / "tower"
+    elif tower is None and shapes is not None and named.startswith(llava.CLIP):
+        return llava.clip_config(shapes, named), llava.CLIP_PIXELS, None
+    else:
+        try:
+            directory = resolve_model(tower or named, weights=shapes is None)
+        except InputError as e:
+            raise InputError(f"tower {e}", where=path, fix="give --tower") if tower is None else e from None
+    config = load_config(directory)
+    config = getattr(config, "vision_config", config)
+    if config.model_type != "clip_vision_model":
+        raise InputError(f"a {config.model_type} model is no CLIP tower", where=directory, fix="give --tower")
+    if not (directory / PIXELS_FILE).is_file():
+        raise InputError(f"no {PIXELS_FILE}", where=directory, fix="copy it from where the tower came from")
+    pixels = json.loads((directory / PIXELS_FILE).read_text(encoding="utf-8"))
+    return config, llava.pixels_of(pixels), directory
+
+
+def run_import(plan: Plan, out: Path, *, resume: str, force: bool, report: Callable[[int, int, str], None]) -> None:
+    """Write the VLM, or go on with it; nothing to do if it stands finished. Raises InputError if the disk refuses."""
+    if out.resolve() == plan.source.resolve():
+        raise UsageError("-o is the checkpoint itself", fix="choose another directory")
+
+    write_converted(
+        out,
+        plan.provenance,
+        shards=lambda: _shards(plan),
+        finish=lambda: _finish(plan, out),
+        resume=resume,
+        force=force,
+        report=report,
+    )
+
+
+def _shards(plan: Plan) -> list[Mapping[str, Weight]]:
+    """What to write: the checkpoint's shards with what the placeholders need, and one for a tower from elsewhere."""
+    shards: list[Mapping[str, Weight]] = []
+    line_end = newline_id(plan.tokenizer)
+    for shard in plan.shards:
+        made = {n: _grown(w, plan.rows) if n in (EMBEDDING, HEAD) else w for n, w in shard.items()}
+        if EMBEDDING in shard:
+            made[NEWLINE] = _row(shard[EMBEDDING], line_end)
+        shards.append(made)
+    if plan.tower is not None:
+        state = load_vision_model(plan.tower, dtype=plan.config.dtype).state_dict()
+        prefix = f"vision_tower.{plan.level}"
+        shards.append(
+            {
+                prefix + name.removeprefix("vision_model."): _made(value)
+                for name, value in state.items()
+                if not llava.DERIVED.search(name)
+            }
+        )
+    return shards
+
+
+def _finish(plan: Plan, out: Path) -> dict[str, Any]:
+    """Write what is not weights."""
+    plan.config.save_pretrained(out)
+    generation = "generation_config.json"
+    if (plan.source / generation).is_file():
+        shutil.copyfile(plan.source / generation, out / generation)
+    else:
+        from transformers import GenerationConfig
+
+        GenerationConfig.from_model_config(plan.config.text_config).save_pretrained(out)
+    flatten_content(plan.tokenizer)
+    save_tokenizer(plan.tokenizer, plan.config, out)
+    write_processors(plan.config, plan.pixels, out)
+    return plan.facts
+
+
+def _made(value: Tensor) -> Weight:
+    name = next(name for name, dtype in DTYPES.items() if dtype == value.dtype)
+    flat = value.detach().contiguous().flatten().view(torch.uint8)
+    return Weight(dtype=name, shape=tuple(value.shape), chunks=lambda: iter([flat.numpy().data]))
+
+
+def _row(weight: Weight, row: int) -> Weight:
+    """One row of a matrix, as a vector; reads no further than that."""
+    width = weight.shape[1] * WIDTHS[weight.dtype]
+    read = bytearray()
+    chunks = weight.chunks()
+    while len(read) < (row + 1) * width:
+        read += next(chunks)
+    return Weight(dtype=weight.dtype, shape=weight.shape[1:], chunks=lambda: iter([read[row * width :][:width]]))
+
+
+def _grown(weight: Weight, rows: int) -> Weight:
+    """An embedding or a head with more rows, each the mean of the old ones: see `lvctx.model.vlm.grow_embedding`."""
+    old, width = weight.shape
+    if rows == old:
+        return weight
+
+    def chunks() -> Iterator[Any]:
+        whole = bytearray().join(weight.chunks())
+        mean = torch.frombuffer(whole, dtype=DTYPES[weight.dtype]).view(old, width).float().mean(0)
+        yield whole
+        yield from _made(mean.to(DTYPES[weight.dtype]).expand(rows - old, width)).chunks()
+
+    return Weight(dtype=weight.dtype, shape=(rows, width), chunks=chunks)
