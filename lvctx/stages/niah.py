@@ -156,8 +156,6 @@ def plan_niah(config: NiahConfig) -> Plan:
     if any(n < 1 for n in config.lengths):
         raise UsageError("--lengths are at least 1")
     path = resolve_model(config.model)
-    if config.rope is not None and "mrope_section" in (load_config(path).get_text_config().rope_parameters or {}):
-        raise UsageError("--rope and --rope-theta are for plain RoPE", fix="lvctx mrope-extend stretches this model")
     _with_rope(load_config(path), config.rope)
     tokenizer = load_tokenizer(path)
     test: Niah
