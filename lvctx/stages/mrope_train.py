@@ -199,7 +199,7 @@ def pack_samples(
         {"interleaved": [file]},
         model=model,
         media=media,
-        mix=None,
+        mix={"interleaved": 1.0},
         hybrid=asdict(hybrid) if hybrid else None,
         target_length=seq_len,
         tokens=None,
