@@ -154,7 +154,7 @@ def test_only_the_language_model_changes_and_a_stopped_run_goes_on(here: Path, t
     from lvctx.errors import Stopped
 
     plan = plan_mrope(model=str(here / "model"), scale=2, original_length=None, method=None, ramp="index", force=False)
-    plan, training = plan_training(plan, data=here / "chat", **{**FLAGS, "media": here})
+    trained = plan_training(plan, data=here / "chat", **{**FLAGS, "media": here})
     how: dict[str, Any] = {"resume": "auto", "force": False, "machine": Machine(device="cpu")}
 
     def stop(done: int, total: int, note: str) -> None:
@@ -162,10 +162,10 @@ def test_only_the_language_model_changes_and_a_stopped_run_goes_on(here: Path, t
             raise Stopped
 
     with pytest.raises(Stopped):
-        run_training(plan, training, tmp_path / "parts", report=stop, **how)
+        run_training(trained, tmp_path / "parts", report=stop, **how)
     assert not (tmp_path / "parts" / "MANIFEST.json").exists()
     for name in ("parts", "whole"):
-        run_training(plan, training, tmp_path / name, report=lambda done, total, note: None, **how)
+        run_training(trained, tmp_path / name, report=lambda done, total, note: None, **how)
     before, whole, parts = (
         load_file(path / "model.safetensors") for path in (here / "model", tmp_path / "whole", tmp_path / "parts")
     )
@@ -193,3 +193,20 @@ def test_the_command_trains_on_a_file_of_samples(here: Path, tmp_path: Path) -> 
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
     fails(3, run(*flags, "--data", here / "chat", "--hybrid", "2,16,2", "-o", tmp_path / "x"), "another resolution")
     fails(2, run(*flags, "--data", here / "chat", "--seq-len", 100, "-o", tmp_path / "x"), "not cut to 100")
+
+
+def test_stages_go_on_from_each_other(here: Path, tmp_path: Path) -> None:
+    """By 2, then by 4: what the last writes says 4 times the first model's length, and is not done again."""
+    flags = ("mrope-extend", "--model", here / "model", "--media", here, "--data", here / "chat", "--lora", 2)
+    flags += ("--scale", 4, "--stage", "scale=2,steps=1", "--stage", "scale=4,steps=1,lr=1e-3", "-o", tmp_path / "out")
+    done = run(*flags)
+    assert done.exit_code == 0, done.stderr
+    assert [stage["lr"] for stage in json.loads(done.stdout)["stages"]] == [1e-4, 1e-3]
+    first, last = read_manifest(tmp_path / "out" / "stage-1"), read_manifest(tmp_path / "out")
+    assert (first["config"]["factor"], last["config"]["factor"]) == (2, 4)
+    assert (first["context"], last["context"], last["original_length"]) == (65_536, 131_072, 32_768)
+    assert [stage["factor"] for stage in last["config"]["stages"]] == [2, 4]
+    before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    assert run(*flags).stdout == done.stdout
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
+    fails(2, run(*flags[:3], "--scale", 2, "--stage", "steps=1", "-o", tmp_path / "x"), "give --data")

@@ -206,7 +206,8 @@ def test_a_prompt_too_long_is_an_error(vlm_dir: Path, clips: Path, tmp_path: Pat
 
 def test_a_language_model_is_refused(tiny_lm: Path, tmp_path: Path) -> None:
     done = run(*asked(tiny_lm, tmp_path, tmp_path / "out"))
-    assert done.exit_code == 3, "no tower is found in it"
+    assert done.exit_code == 2, "as by vqa"
+    assert "is a llama model" in done.stderr
 
 
 def test_questions_in_every_released_form_are_the_same(tmp_path: Path) -> None:

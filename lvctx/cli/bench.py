@@ -114,7 +114,7 @@ def runner(name: str) -> Callable[..., None]:
             raise UsageError(f"{name} shows no subtitles", where="--subtitles")
         from lvctx.stages.looking import find_look
         from lvctx.stages.questions import AskConfig, plan_questions, run_questions
-        from lvctx.vision.hybrid import Hybrid
+        from lvctx.stages.qwen_asker import resolution
 
         config = AskConfig(
             model=model,
@@ -130,7 +130,7 @@ def runner(name: str) -> Callable[..., None]:
             fps=rate,
             frames=count,
             frame_mode=frame_mode.value if frame_mode else None,
-            hybrid=Hybrid.parse(hybrid or "1,240,1", hybrid_mode.value) if hybrid or hybrid_mode != "pair" else None,
+            hybrid=resolution(hybrid, hybrid_mode.value),
             frames_dir=frames_dir or out / "frames",
             device=device,
         )

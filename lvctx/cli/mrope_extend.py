@@ -58,7 +58,8 @@ def register(app: typer.Typer) -> None:
         rich_help_panel=VIDEO,
         epilog=examples(
             "lvctx mrope-extend --model qwen2-vl --scale 4 --verify -o qwen2-vl-4x",
-            "lvctx mrope-extend --model qwen2-vl --scale 4 --method pi --plot curves.png -o qwen2-vl-pi",
+            "lvctx mrope-extend --model qwen2-vl --scale 2 --data shapes/full.json --media shapes --seq-len 1024 "
+            "--steps 1 -o qwen2-vl-2x",
         ),
     )(mrope_extend)
 
@@ -116,6 +117,16 @@ def mrope_extend(
     checkpoint_activations: Annotated[
         bool, typer.Option(help="Recompute layers in the backward pass.", rich_help_panel=TrainOptions)
     ] = True,
+    stages: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stage",
+            metavar="KEY=VALUE,...",
+            help="A stage of progressive training: "
+            + "scale, data, seq-len, steps, batch, lr. Repeat; a recipe writes [[mrope-extend.stages]].",
+            rich_help_panel=TrainOptions,
+        ),
+    ] = None,
     cp: Annotated[
         int, typer.Option(help="Processes that share a row (torchrun).", min=1, rich_help_panel=TrainOptions)
     ] = 1,
@@ -146,14 +157,14 @@ def mrope_extend(
 
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise UsageError("--plot draws .png or .svg", where=plot)
-    plan = plan_mrope(
-        model=model,
-        scale=scale,
-        original_length=original_length,
-        method=method.value if method else None,
-        ramp=ramp.value,
-        force=force,
-    )
+    stretch: dict[str, Any] = {
+        "model": model,
+        "scale": scale,
+        "original_length": original_length,
+        "method": method.value if method else None,
+        "ramp": ramp.value,
+    }
+    plan = plan_mrope(**stretch, force=force)
     if plan.note:
         say(f"lvctx: {plan.note}")
     facts: dict[str, Any] = {**asdict(plan.stretch), "context": plan.context}
@@ -165,13 +176,16 @@ def mrope_extend(
             f"lvctx: {frames} frames of {size}: {counted.actual} visual tokens (nominal {counted.nominal}) and "
             f"{counted.delimiters} delimiters, but positions end at {counted.last_position}"
         )
-    training = None
+    train = None
+    if stages and data is None:
+        raise UsageError("--stage is for training", fix="give --data")
     if data is not None and not (dry_run and data.is_file()):
         from lvctx.stages.extend import Machine
-        from lvctx.stages.mrope_train import pack_samples, plan_training, run_training
-        from lvctx.vision.hybrid import Hybrid
+        from lvctx.stages.mrope_train import STAGE_KEYS, pack_samples, plan_stage, run_training, unite
+        from lvctx.stages.progressive import parse_stage, plan_stages, run_stages
+        from lvctx.stages.qwen_asker import resolution
 
-        asked = Hybrid.parse(hybrid or "1,240,1", hybrid_mode.value) if hybrid or hybrid_mode != "pair" else None
+        asked = resolution(hybrid, hybrid_mode.value)
         if data.is_file():
             if "WORLD_SIZE" in os.environ:
                 raise UsageError("several processes train on packed chat", fix="lvctx pack-chat first")
@@ -180,30 +194,48 @@ def mrope_extend(
                 data = pack_samples(
                     data, out, model=model, media=media, seq_len=length, hybrid=asked, fps=fps, seed=seed, report=report
                 )
-        plan, training = plan_training(
-            plan,
-            data=data,
-            media=media,
-            seq_len=seq_len,
-            hybrid=asked,
-            steps=steps,
-            batch=batch,
-            lr=lr,
-            warmup=warmup,
-            lora=lora,
-            checkpoint_activations=checkpoint_activations,
-            seed=seed,
-        )
-        facts |= {**asdict(training.config), "rows": len(training.rows)}
+        options: dict[str, Any] = {
+            **stretch,
+            "data": data,
+            "media": media,
+            "seq_len": seq_len,
+            "hybrid": asked,
+            "steps": steps,
+            "batch": batch,
+            "lr": lr,
+            "warmup": warmup,
+            "lora": lora,
+            "checkpoint_activations": checkpoint_activations,
+        }
+
+        def planned(**flags: Any) -> Any:
+            # A stage goes on from what the one before stretched.
+            return plan_stage(**(options | flags), force=force or "model" in flags)
+
+        flags = [parse_stage(stage, STAGE_KEYS) for stage in stages] if stages else [{}]
+        runs = plan_stages(planned, flags, seed=seed)
+        plan = runs[-1].plan
+        trained = [{**asdict(run.training.config), "rows": len(run.training.rows)} for run in runs]
+        facts = {**facts, **asdict(plan.stretch), "context": plan.context, **trained[-1]}
+        facts |= {"stages": trained} if stages else {}
+
+        def train() -> None:
+            machine = Machine(device=device, cp=cp, offload=offload)
+            how: dict[str, Any] = {"resume": resume, "force": force, "machine": machine}
+            with progress("mrope-extend", quiet=quiet) as report:
+                if stages:
+                    how |= {"run": run_training, "unite": unite}
+                    run_stages(planned, flags, out, seed=seed, report=report, **how)
+                else:
+                    run_training(runs[0], out, report=report, **how)
+
     if dry_run:
         emit({"dry_run": True, "path": str(out), **facts, "rope_parameters": plan.rope})
         return
-    if training is None:
+    if train is None:
         run_mrope(plan, out, resume=resume, force=force)
     else:
-        machine = Machine(device=device, cp=cp, offload=offload)
-        with progress("mrope-extend", quiet=quiet) as report:
-            run_training(plan, training, out, resume=resume, force=force, machine=machine, report=report)
+        train()
     if plot is not None:
         draw_curves(plan.checkpoint.mrope, plan.stretch, plot)
     if verify:

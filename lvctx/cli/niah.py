@@ -188,7 +188,7 @@ def niah(
     from lvctx.bench.grid import read_grid
     from lvctx.bench.heatmap import draw_heatmaps
     from lvctx.stages.niah import NiahConfig, open_ranks, plan_niah, run_niah
-    from lvctx.vision.hybrid import Hybrid
+    from lvctx.stages.qwen_asker import resolution
 
     config = NiahConfig(
         model=model,
@@ -210,9 +210,7 @@ def niah(
         tolerance=tolerance,
         kept=kv.value,
         fps=fps,
-        hybrid=Hybrid.parse(hybrid or "1,240,1", hybrid_mode.value)
-        if hybrid or hybrid_mode != HybridMode.pair
-        else None,
+        hybrid=resolution(hybrid, hybrid_mode.value),
     )
     tried = [("theta", theta) for theta in (numbers("--rope-theta", rope_theta) if rope_theta else [])]
     for one in rope.split(",") if rope else []:

@@ -14,7 +14,7 @@ from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
 if TYPE_CHECKING:
     from lvctx.stages.vqa import Answer
 
-QwenOptions = "Video files with Qwen2-VL and Qwen2.5-VL"
+QwenOptions = "Video files with Qwen-VL models"
 
 
 class HybridMode(StrEnum):

@@ -294,7 +294,7 @@ def _write_side_files(plan: Plan, raw: dict[str, Any], out: Path, linked: list[s
     card += "\n\n" if card else ""
     stretch = plan.stretch
     what = f"{stretch.method} ({stretch.ramp})" if stretch.method == "mrope++" else stretch.method
-    weights = "trained on with LoRA or whole" if "training" in plan.provenance.config else "unchanged"
+    weights = "trained at these positions" if "training" in plan.provenance.config else "unchanged"
     card += f"{HEADING}\n{what}, {stretch.factor:g} x {stretch.original:,} = {context:,} tokens; weights {weights}.\n\n"
     with atomic_file(out / "README.md") as partial:
         partial.write_text(card + "".join(f"- {name}: {line}\n" for name, line in lines.items()), encoding="utf-8")

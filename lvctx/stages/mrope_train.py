@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lvctx.artifacts.chat import ChatRows
 from lvctx.artifacts.lock import only_writer
-from lvctx.artifacts.manifest import is_finished
+from lvctx.artifacts.manifest import Provenance, is_finished
 from lvctx.artifacts.store import fingerprint
 from lvctx.dist import attention, checkpoint
 from lvctx.dist.attention import Shard
@@ -31,9 +31,11 @@ from lvctx.model.load import load_config, load_model, load_tokenizer
 from lvctx.model.lora import ATTENTION, add_lora, merge_lora
 from lvctx.model.loss import IGNORED, token_loss
 from lvctx.model.qwen_vl import TYPES
+from lvctx.positions.mrope import Method
 from lvctx.positions.mrope_ids import Rules
+from lvctx.positions.mrope_pp import Ramp
 from lvctx.stages.extend import Machine
-from lvctx.stages.mrope import Plan, clear, write_checkpoint
+from lvctx.stages.mrope import Plan, clear, plan_mrope, write_checkpoint
 from lvctx.stages.pack_chat import plan_chat, run_chat
 from lvctx.train.activations import checkpoint_layers
 from lvctx.train.chat_rows import ChatRow, RowReader
@@ -77,6 +79,55 @@ class Training:
     """Folder that the rows' paths are relative to."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A stretched checkpoint and how it is trained."""
+
+    plan: Plan
+    """What is stretched, and how far."""
+    training: Training
+    """On what."""
+
+    @property
+    def provenance(self) -> Provenance:
+        """What identifies the run."""
+        return self.plan.provenance
+
+
+STAGE_KEYS: dict[str, Callable[[str], Any]] = {
+    "scale": float,
+    "data": Path,
+    "seq_len": int,
+    "steps": int,
+    "batch": int,
+    "lr": float,
+}
+"""What a stage of a progressive schedule may set (`stages.progressive`)."""
+
+
+def plan_stage(
+    *,
+    model: str,
+    scale: float,
+    original_length: int | None,
+    method: Method | None,
+    ramp: Ramp,
+    force: bool,
+    **training: Any,
+) -> Run:
+    """`plan_mrope` and `plan_training` in one."""
+    stretched = plan_mrope(
+        model=model, scale=scale, original_length=original_length, method=method, ramp=ramp, force=force
+    )
+    return plan_training(stretched, **training)
+
+
+def unite(last: Run, first: Run, provenance: Provenance) -> Run:
+    """The last stage under the name of the whole run; its manifest goes on saying how far the model is stretched."""
+    config = {**last.provenance.config, **provenance.config}
+    return replace(last, plan=replace(last.plan, provenance=replace(provenance, config=config)))
+
+
 def plan_training(
     plan: Plan,
     *,
@@ -91,8 +142,8 @@ def plan_training(
     lora: int,
     checkpoint_activations: bool,
     seed: int,
-) -> tuple[Plan, Training]:
-    """Check packed rows against the model and the flags; the plan that also names them, and the training.
+) -> Run:
+    """Check packed rows against the model and the flags; the run, whose plan also names them.
 
     Raises UsageError and InputError; loads no weights and opens no media.
     """
@@ -126,7 +177,8 @@ def plan_training(
         inputs={**plan.provenance.inputs, "data": fingerprint(data)},
         seed=seed,
     )
-    return replace(plan, provenance=provenance), Training(config=config, rows=rows, media=media)
+    training = Training(config=config, rows=rows, media=media)
+    return Run(plan=replace(plan, provenance=provenance), training=training)
 
 
 def pack_samples(
@@ -147,7 +199,7 @@ def pack_samples(
         {"interleaved": [file]},
         model=model,
         media=media,
-        mix=None,
+        mix={"interleaved": 1.0},
         hybrid=asdict(hybrid) if hybrid else None,
         target_length=seq_len,
         tokens=None,
@@ -178,8 +230,7 @@ def _check_tokens(rows: ChatRows, model: Path, data: Path) -> None:
 
 
 def run_training(
-    plan: Plan,
-    training: Training,
+    run: Run,
     out: Path,
     *,
     resume: str,
@@ -191,6 +242,7 @@ def run_training(
 
     Under torchrun every rank calls it, and rank 0 writes.
     """
+    plan, training = run.plan, run.training
     if is_finished(out, plan.provenance, resume=resume, force=force):
         return
     with open_world(device=machine.device, cp=machine.cp, sharded=machine.offload) as world, ExitStack() as held:

@@ -181,8 +181,6 @@ def plan_niah(config: NiahConfig) -> Plan:
             fps=config.fps,
             hybrid=config.hybrid,
         )
-        if config.theta is not None and load_config(path).get_text_config().rope_parameters.get("mrope_section"):
-            raise UsageError("--rope-theta is for plain RoPE", fix="lvctx mrope-extend --method ntk raises this base")
         video = test = _video_test(config, eyes, tokenizer)
         layout = video.layout.facts
     scoring: Scoring = config.scoring or ("forced" if test.forcible else "generate")

@@ -1,11 +1,11 @@
 """Progressive extension: train at one length, then at the next from what that made (EasyContext; GIRAFFE, appendix E).
 
-A stage is `extend-lm` with flags of its own. All but the last write a finished model into `OUT/stage-N`, so whatever
-stands is not done again; the last writes OUT itself, under the name of the whole run.
+A stage is `extend-lm` (or `mrope-extend`) with flags of its own. All but the last write a finished model into
+`OUT/stage-N`, so whatever stands is not done again; the last writes OUT itself, under the name of the whole run.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from lvctx.artifacts.manifest import Provenance, is_finished
 from lvctx.errors import LvctxError, UsageError
 from lvctx.stages.extend import Plan, run_extend
 
-Planner = Callable[..., Plan]
-"""`plan_extend` with the run's own flags filled in; a stage's come on top."""
+Planner = Callable[..., Any]
+"""`plan_extend` with the run's own flags filled in; a stage's come on top. What it makes has a `provenance`."""
 
 KEYS: dict[str, Callable[[str], Any]] = {
     "seq_len": int,
@@ -29,24 +29,24 @@ KEYS: dict[str, Callable[[str], Any]] = {
 """What a stage may set."""
 
 
-def parse_stage(text: str) -> dict[str, Any]:
-    """Flags of a stage written as `seq-len=32768,rope-theta=1e6,steps=1000`. Raises UsageError."""
+def parse_stage(text: str, keys: Mapping[str, Callable[[str], Any]] = KEYS) -> dict[str, Any]:
+    """Flags of a stage written as `seq-len=32768,rope-theta=1e6,steps=1000`; `keys` may be set. Raises UsageError."""
     flags = {}
     for pair in text.split(","):
         name, _, value = pair.partition("=")
         key = name.strip().replace("-", "_")
-        if key not in KEYS:
+        if key not in keys:
             raise UsageError(
-                f"--stage has no {name.strip()!r}", fix="it has " + ", ".join(KEYS).replace("_", "-") + " as KEY=VALUE"
+                f"--stage has no {name.strip()!r}", fix="it has " + ", ".join(keys).replace("_", "-") + " as KEY=VALUE"
             )
         try:
-            flags[key] = KEYS[key](value.strip())
+            flags[key] = keys[key](value.strip())
         except ValueError:
-            raise UsageError(f"--stage {name.strip()}: {value!r} is no {KEYS[key].__name__}") from None
+            raise UsageError(f"--stage {name.strip()}: {value!r} is no {keys[key].__name__}") from None
     return flags
 
 
-def plan_stages(plan: Planner, stages: Sequence[Mapping[str, Any]], *, seed: int) -> list[Plan]:
+def plan_stages(plan: Planner, stages: Sequence[Mapping[str, Any]], *, seed: int) -> list[Any]:
     """Check every stage, each as if it were the first: what their rows and positions are does not depend on training.
 
     Stage N draws its rows with seed + N: the same length again is to read other rows.
@@ -61,15 +61,20 @@ def plan_stages(plan: Planner, stages: Sequence[Mapping[str, Any]], *, seed: int
     return plans
 
 
-def whole(plans: Sequence[Plan]) -> Provenance:
+def whole(plans: Sequence[Any]) -> Provenance:
     """What identifies all stages as one run."""
     first = plans[0].provenance
     data = {f"data-{n + 1}": p.provenance.inputs["data"] for n, p in enumerate(plans) if "data" in p.provenance.inputs}
     return replace(
         first,
-        config={"stages": [asdict(p.config) for p in plans]},
+        config={"stages": [dict(p.provenance.config) for p in plans]},
         inputs={"model": first.inputs["model"], **data},
     )
+
+
+def unite(last: Plan, first: Plan, provenance: Provenance) -> Plan:
+    """The last stage under the name of the whole run, which began where the first does."""
+    return replace(last, provenance=provenance, original_context=first.original_context)
 
 
 def run_stages(
@@ -81,12 +86,14 @@ def run_stages(
     resume: str,
     force: bool,
     report: Callable[[int, int, str], None],
+    run: Callable[..., None] = run_extend,
+    unite: Callable[[Any, Any, Provenance], Any] = unite,
     **how: Any,
 ) -> None:
-    """Run the stages that are not finished, with `how` for what else `run_extend` takes; none if `out` is finished."""
+    """Run the stages that are not finished, with `how` for what else `run` takes; none if `out` is finished."""
     plans = plan_stages(plan, stages, seed=seed)
     provenance = whole(plans)
-    if is_finished(out, provenance, resume=resume, force=force):
+    if is_finished(out, unite(plans[-1], plans[0], provenance).provenance, resume=resume, force=force):
         return
     anew = force or resume == "never"
     source: dict[str, Any] = {}
@@ -95,14 +102,14 @@ def run_stages(
         last = number == len(stages) - 1
         target = out if last else out / f"stage-{number + 1}"
         if last:
-            step = replace(step, provenance=provenance, original_context=plans[0].original_context)
+            step = unite(step, plans[0], provenance)
         note = f"stage {number + 1}/{len(stages)}"
-        run_extend(
+        run(
             step,
             target,
             resume="auto",
             force=anew,
-            report=lambda done, total, said, note=note: report(done, total, f"{note}, {said}"),  # type: ignore[misc]
+            report=lambda done, total, said, note=note: report(done, total, f"{note}, {said}"),
             **how,
         )
         source = {"model": str(target)}

@@ -42,6 +42,11 @@ class Viewing:
         return {**sampled, **asdict(self.hybrid), "threshold": self.threshold, "positions": "mrope"}
 
 
+def resolution(text: str | None, mode: Mode) -> Hybrid | None:
+    """What --hybrid L,M,S and --hybrid-mode ask for; None where neither does. Raises UsageError for other text."""
+    return Hybrid.parse(text or "1,240,1", mode) if text or mode != "pair" else None
+
+
 def viewing(*, hybrid: str, mode: Mode, **options: Any) -> Viewing:
     """A `Viewing` with its resolution as L,M,S. Raises UsageError for other text, or a size that cannot be had."""
     resolution = Hybrid.parse(hybrid, mode)
