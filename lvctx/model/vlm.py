@@ -10,7 +10,7 @@ Shapes: F frames, P features a frame, T = (sqrt(P)/2)^2 tokens a frame, D tower 
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from lvctx.errors import InputError
 from lvctx.model.export import save_model
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
+Grid = Literal["unires", "anyres", "single"]
+"""How a model was taught to read an image: see `lvctx.train.images`. A video's frame is one pooled grid in all."""
 
 FLATTEN_CONTENT = """\
 {%- set flat = namespace(messages=[]) -%}
@@ -34,6 +36,21 @@ FLATTEN_CONTENT = """\
 {%- set messages = flat.messages -%}
 """
 """Goes before a language model's own chat template: parts become one string, and an image is a video of its grids."""
+
+FLATTEN_ANYRES = FLATTEN_CONTENT.replace(
+    "'<video>' if part['type'] in ('image', 'video')",
+    "'<image>' if part['type'] == 'image' else '<video>' if part['type'] == 'video'",
+)
+"""The same where an image goes stock LlavaOnevision's own way."""
+
+
+def image_grid(config: Any) -> Grid:
+    """How a VLM reads images, from its configuration. Raises InputError for a word that is none of ours."""
+    named = getattr(config, "image_grid", "unires")
+    for grid in get_args(Grid):
+        if grid == named:
+            return grid
+    raise InputError(f"config.json has image_grid {named!r}", fix=f"it is one of {', '.join(get_args(Grid))}")
 
 
 def tokens_per_frame(config: Any) -> int:
@@ -50,9 +67,7 @@ def assemble(lm: Any, tower: Any, tokenizer: Any, *, where: Path, seed: int) -> 
     """
     from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
-    if tokenizer.chat_template is None:
-        raise InputError("no chat template", where=where, fix="use an instruct model")
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, VIDEO_TOKEN]})
+    add_visual_tokens(tokenizer, where)
     grow_embedding(lm, len(tokenizer))
     clip = tower.config.model_type.startswith("clip")
     side = tower.config.image_size
@@ -83,6 +98,13 @@ def assemble(lm: Any, tower: Any, tokenizer: Any, *, where: Path, seed: int) -> 
     vlm.generation_config = lm.generation_config
     set_newline(vlm, tokenizer)
     return vlm.eval()
+
+
+def add_visual_tokens(tokenizer: Any, where: Path) -> None:
+    """Give a language model's tokenizer `<image>` and `<video>`. Raises InputError if it has no chat template."""
+    if tokenizer.chat_template is None:
+        raise InputError("no chat template", where=where, fix="use an instruct model")
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, VIDEO_TOKEN]})
 
 
 def grow_embedding(lm: Any, tokens: int) -> None:
@@ -154,8 +176,9 @@ def save_vlm(vlm: Any, tokenizer: Any, tower_dir: Path, out: Path) -> None:
     `tower_dir` is where the tower's preprocessor_config.json is.
     """
     set_newline(vlm, tokenizer)
-    if not tokenizer.chat_template.startswith(FLATTEN_CONTENT):
-        tokenizer.chat_template = FLATTEN_CONTENT + tokenizer.chat_template
+    flatten = FLATTEN_ANYRES if image_grid(vlm.config) == "anyres" else FLATTEN_CONTENT
+    own = tokenizer.chat_template.removeprefix(FLATTEN_CONTENT).removeprefix(FLATTEN_ANYRES)
+    tokenizer.chat_template = flatten + own
     save_model(vlm, tokenizer, out)
     vision = vlm.config.vision_config
     pixels = json.loads((tower_dir / "preprocessor_config.json").read_text(encoding="utf-8"))
@@ -176,6 +199,7 @@ def save_vlm(vlm: Any, tokenizer: Any, tower_dir: Path, out: Path) -> None:
             "vision_feature_select_strategy": vlm.config.vision_feature_select_strategy,
             "image_token": IMAGE_TOKEN,
             "video_token": VIDEO_TOKEN,
+            "vision_aspect_ratio": vlm.config.vision_aspect_ratio,
         },
     }
     for name, content in files.items():
