@@ -137,6 +137,7 @@ def _train(
         device=device,
     )
     shard_model(forward, vlm.model.language_model.get_submodule("layers"), world)
+    groups = [Group(name=name, parameters=_parameters(parts), lr=lr) for name, parts, lr in trained]
     loss: Callable[[Any], tuple[Tensor, int]] = partial(forward, judge=answer_loss)
     if config.stage == "dpo":
         reference = compute_reference(
@@ -151,7 +152,7 @@ def _train(
         )
         loss = partial(forward, judge=Preference(reference, config.beta))
     train(
-        groups=[Group(name=name, parameters=_parameters(parts), lr=lr) for name, parts, lr in trained],
+        groups=groups,
         batch=batch,
         loss=loss,
         config=TrainConfig(

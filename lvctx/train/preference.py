@@ -126,6 +126,10 @@ def compute_reference(
                             log.append({"key": keys[one.number], "chosen": chosen, "rejected": rejected})
                     done += sum(map(len, groups[first : first + world.dp]))
                     report(done, len(keys), "reference")
+    if world.mesh is not None:
+        # Without a backward the root's parameters would stay gathered: what is loaded into them now would not be seen.
+        sharded: Any = forward
+        sharded.reshard()
     world.barrier()
     with RowLog(path) as log:
         rows = {number: log.rows[key] for number, key in keys.items()}
