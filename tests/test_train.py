@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import aligning
 import numpy as np
 import pytest
 import torch
+from aligning import draw, metrics, talk, write
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -79,11 +81,6 @@ class Toy:
         return [p.detach().clone() for p in self.model.parameters()]
 
 
-def metrics(out: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k in ("step", "loss", "tokens", "lr", "norm")} for row in rows]
-
-
 @pytest.mark.parametrize("stop_at", range(1, 13))
 def test_resumed_is_bitwise_the_uninterrupted_run_wherever_it_stopped(tmp_path: Path, stop_at: int) -> None:
     expected = Toy(tmp_path / "whole").run()
@@ -138,17 +135,6 @@ def test_a_signal_waits_for_the_end_of_the_step() -> None:
     assert order == ["step", "signal"]
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]], *, lines: bool = False) -> Path:
-    text = "\n".join(json.dumps(r) for r in rows) + "\n" if lines else json.dumps(rows)
-    path.write_text(text)
-    return path
-
-
-def talk(*turns: str, **extra: Any) -> dict[str, Any]:
-    roles = ("human", "gpt")
-    return {"conversations": [{"from": roles[i % 2], "value": t} for i, t in enumerate(turns)], **extra}
-
-
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     for name in ("a.png", "b.png"):
@@ -163,7 +149,7 @@ def test_only_the_assistants_words_and_their_end_are_counted(pictures: Path, tin
         "{% endfor %}", "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer.add_special_tokens({"additional_special_tokens": [VIDEO_TOKEN]})
-    data = write_rows(pictures / "d.json", [talk("<image>\nWhat?", "red", "And?", "dark blue", image="a.png")])
+    data = write(pictures / "d.json", [talk("<image>\nWhat?", "red", "And?", "dark blue", image="a.png")])
     (conversation,) = read_conversations(data, pictures)
     sequence = encode_conversation(conversation, tokenizer, lambda image: 3)
     text = "".join(tokenizer.convert_ids_to_tokens(sequence.ids)).replace("Ġ", " ").replace("Ċ", "\n")
@@ -196,7 +182,7 @@ def test_only_the_assistants_words_and_their_end_are_counted(pictures: Path, tin
 )
 @pytest.mark.parametrize("lines", [True, False])
 def test_a_bad_row_is_named(pictures: Path, row: Any, message: str, lines: bool) -> None:
-    data = write_rows(pictures / "d.json", [talk("Hi", "Ho"), row], lines=lines)
+    data = write(pictures / "d.json", [talk("Hi", "Ho"), row], lines=lines)
     with pytest.raises(InputError, match=message) as caught:
         read_conversations(data, pictures)
     assert str(caught.value).startswith(f"{data}:2" if lines else f"{data}[1]")
@@ -205,7 +191,7 @@ def test_a_bad_row_is_named(pictures: Path, row: Any, message: str, lines: bool)
 def test_all_bad_rows_are_counted_and_the_first_is_named(pictures: Path) -> None:
     rows = [talk("Hi", "Ho"), *(talk("<image>What?", "red", image=f"{i}.png") for i in range(3))]
     with pytest.raises(InputError, match=r"d\.json\[1\]: no such image .*0\.png \(3 bad rows in all\); check --images"):
-        read_conversations(write_rows(pictures / "d.json", rows), pictures)
+        read_conversations(write(pictures / "d.json", rows), pictures)
 
 
 def test_a_malformed_line_is_named_by_its_number(pictures: Path) -> None:
@@ -217,44 +203,16 @@ def test_a_malformed_line_is_named_by_its_number(pictures: Path) -> None:
 
 @pytest.fixture
 def drawn(tmp_path: Path) -> Path:
-    """Four pictures of 1x2 to 2x2 grids for the tiny tower, with questions."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(4):
-        size = (96, 48) if i % 2 else (96, 96)
-        Image.fromarray(rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-        rows.append(talk("<image>\nWhat color?", ["red", "blue"][i % 2], image=f"{i}.png"))
+    """Four pictures of 2 x 1 and 2 x 2 grids for the tiny tower, with questions."""
+    draw(tmp_path)
+    rows = [talk("<image>\nWhat color?", ["red", "blue"][i % 2], image=f"{i}.png") for i in range(4)]
     rows.append(talk("Say hi.", "hi"))
-    write_rows(tmp_path / "data.json", rows)
+    write(tmp_path / "data.json", rows)
     return tmp_path
 
 
 def align(drawn: Path, out: Path, tiny_lm: Path, tiny_tower: Path, **changed: Any) -> None:
-    from lvctx.stages.align import plan_align, run_align
-
-    options: dict[str, Any] = {
-        "stage": "projector",
-        "lm": str(tiny_lm),
-        "tower": str(tiny_tower),
-        "init": None,
-        "adapters": [],
-        "data": drawn / "data.json",
-        "images": drawn,
-        "grid_rule": "code",
-        "steps": 3,
-        "epochs": None,
-        "batch": 3,
-        "lr": 1e-2,
-        "projector_lr": None,
-        "tower_lr": 0.0,
-        "warmup": 0.0,
-        "lora": 0,
-        "max_length": 4096,
-        "seed": 0,
-    } | changed
-    plan = plan_align(**options)
-    quiet = {"micro_tokens": 256, "device": "cpu", "report": lambda done, total, note: None}
-    run_align(plan, out, resume="auto", force=False, **quiet)
+    aligning.align(drawn / "data.json", out, tiny_lm, tiny_tower, **changed)
 
 
 def weights(path: Path) -> dict[str, Tensor]:

@@ -28,6 +28,15 @@ class Stage(StrEnum):
 
     projector = "projector"
     full = "full"
+    dpo = "dpo"
+
+
+class Encoding(StrEnum):
+    """How an image becomes tokens."""
+
+    unires = "unires"
+    anyres = "anyres"
+    single = "single"
 
 
 class Rule(StrEnum):
@@ -50,10 +59,13 @@ def register(app: typer.Typer) -> None:
 
 
 def align(
-    data: Annotated[Path, typer.Option(help="Conversations: LLaVA JSON or JSONL.")],
+    data: Annotated[Path, typer.Option(help="Conversations: LLaVA JSON or JSONL. For dpo: preference pairs.")],
     images: Annotated[Path, typer.Option(help="Folder that the image paths are relative to.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the aligned model.")],
-    stage: Annotated[Stage, typer.Option(help="projector: the MLP alone. full: the whole model.")] = Stage.projector,
+    stage: Annotated[
+        Stage,
+        typer.Option(help="projector: the MLP alone. full: the whole model. dpo: the same, on preferences."),
+    ] = Stage.projector,
     lm: Annotated[str | None, typer.Option(help="Language model: directory or hub id.")] = None,
     tower: Annotated[str | None, typer.Option(help="CLIP or SigLIP tower: directory or hub id.")] = None,
     init: Annotated[str | None, typer.Option(help="VLM to go on from, instead of --lm and --tower.")] = None,
@@ -61,17 +73,29 @@ def align(
         list[Path] | None,
         typer.Option(help="adapter.safetensors of an earlier run with --lora, to start from; the later wins."),
     ] = None,
+    grid: Annotated[
+        Encoding | None,
+        typer.Option(
+            help="unires: at most 49 grids, each like a video's frame. anyres: a base and at most 4 grids "
+            "(LLaVA-NeXT). single: one grid. Default: what --init says, else unires."
+        ),
+    ] = None,
     grid_rule: Annotated[Rule, typer.Option(help="UniRes as the released code or as the paper.")] = Rule.code,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", min=1)] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data. Default: 1.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Samples a step. Default: 128 projector, 32 full.", min=1)] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak rate. Default: 1e-3 projector, 1e-5 full.")] = None,
-    projector_lr: Annotated[
-        float | None, typer.Option(help="Projector's peak rate in stage full; 0 freezes it. Default: --lr.", min=0)
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data. Default: 1, dpo 3.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Samples a step. Default: 128 projector, 32 full, 128 dpo.", min=1)
     ] = None,
-    tower_lr: Annotated[float, typer.Option(help="Tower's peak rate in stage full; 0 freezes it.")] = 2e-6,
-    warmup: Annotated[float, typer.Option(help="Fraction of the steps before the cosine.", min=0, max=1)] = 0.03,
-    lora: Annotated[int, typer.Option(help="Rank of LoRA on the LM in stage full; 0 trains all.", min=0)] = 0,
+    lr: Annotated[float | None, typer.Option(help="Peak rate. Default: 1e-3 projector, 1e-5 full, 5e-7 dpo.")] = None,
+    projector_lr: Annotated[
+        float | None, typer.Option(help="Projector's peak rate in full and dpo; 0 freezes it. Default: --lr.", min=0)
+    ] = None,
+    tower_lr: Annotated[
+        float | None, typer.Option(help="Tower's peak rate; 0 freezes it. Default: 2e-6 in stage full, else 0.", min=0)
+    ] = None,
+    warmup: Annotated[float, typer.Option(help="Fraction of the steps before the decay.", min=0, max=1)] = 0.03,
+    lora: Annotated[int, typer.Option(help="Rank of LoRA on the LM in full and dpo; 0 trains all.", min=0)] = 0,
+    beta: Annotated[float | None, typer.Option(help="Of dpo: how firmly to stay near --init. Default: 0.1.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens after which a sample is cut.", min=2)] = 32_768,
     micro_tokens: Annotated[int, typer.Option(help="Padded tokens of one forward (speed, memory).", min=1)] = 4096,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
@@ -83,11 +107,16 @@ def align(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Teach a language model to see with single images: the projector first, then the whole model or LoRA."""
+    """Teach a language model to see with single images: the projector first, then the whole model or LoRA.
+
+    Stage dpo then reads JSONL rows of "image" (or "images", or neither), "prompt" (or "conversations"), "chosen" and
+    "rejected".
+    """
     from lvctx.artifacts import schemas
     from lvctx.artifacts.manifest import MANIFEST
     from lvctx.artifacts.store import sha256_file
-    from lvctx.stages.align import plan_align, run_align
+    from lvctx.stages.align import run_align
+    from lvctx.stages.align_plan import count_tokens, plan_align
 
     plan = plan_align(
         stage=stage.value,
@@ -97,6 +126,7 @@ def align(
         adapters=adapter or (),
         data=data,
         images=images,
+        grid=grid.value if grid else None,
         grid_rule=grid_rule.value,
         steps=steps,
         epochs=epochs,
@@ -106,12 +136,14 @@ def align(
         tower_lr=tower_lr,
         warmup=warmup,
         lora=lora,
+        beta=beta,
         max_length=max_length,
         seed=seed,
     )
-    facts = {"samples": len(plan.conversations), **asdict(plan.config)}
+    facts = {"samples": len(plan.rows), **asdict(plan.config)}
     if dry_run:
-        emit({"dry_run": True, "path": str(out), **facts})
+        with progress("align: count", quiet=quiet) as report:
+            emit({"dry_run": True, "path": str(out), **facts, **count_tokens(plan, report)})
         return
     with progress(f"align {stage.value}", quiet=quiet) as report:
         run_align(plan, out, resume=resume, force=force, micro_tokens=micro_tokens, device=device, report=report)

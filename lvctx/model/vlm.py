@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from lvctx.errors import InputError
 from lvctx.model.export import save_model
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
+Grid = Literal["unires", "anyres", "single"]
+"""How a model was taught to read an image: see `lvctx.train.images`. A video's frame is one pooled grid in all."""
 
 FLATTEN_CONTENT = """\
 {%- set flat = namespace(messages=[]) -%}
@@ -35,6 +37,21 @@ FLATTEN_CONTENT = """\
 {%- set messages = flat.messages -%}
 """
 """Goes before a language model's own chat template: parts become one string, and an image is a video of its grids."""
+
+FLATTEN_ANYRES = FLATTEN_CONTENT.replace(
+    "'<video>' if part['type'] in ('image', 'video')",
+    "'<image>' if part['type'] == 'image' else '<video>' if part['type'] == 'video'",
+)
+"""The same where an image goes stock LlavaOnevision's own way."""
+
+
+def image_grid(config: Any) -> Grid:
+    """How a VLM reads images, from its configuration. Raises InputError for a word that is none of ours."""
+    named = getattr(config, "image_grid", "unires")
+    for grid in get_args(Grid):
+        if grid == named:
+            return grid
+    raise InputError(f"config.json has image_grid {named!r}", fix=f"it is one of {', '.join(get_args(Grid))}")
 
 
 def tokens_per_frame(config: Any) -> int:
@@ -170,15 +187,20 @@ def save_vlm(vlm: Any, tokenizer: Any, tower_dir: Path, out: Path) -> None:
     `tower_dir` is where the tower's preprocessor_config.json is.
     """
     set_newline(vlm, tokenizer)
-    flatten_content(tokenizer)
+    flatten_content(tokenizer, image_grid(vlm.config))
     save_model(vlm, tokenizer, out)
     write_processors(vlm.config, json.loads((tower_dir / PIXELS_FILE).read_text(encoding="utf-8")), out)
 
 
-def flatten_content(tokenizer: Any) -> None:
+def flatten_content(tokenizer: Any, grid: Grid) -> None:
     """Let the chat template take messages in parts, as processors send them."""
-    if not tokenizer.chat_template.startswith(FLATTEN_CONTENT):
-        tokenizer.chat_template = FLATTEN_CONTENT + tokenizer.chat_template
+    flatten = FLATTEN_ANYRES if grid == "anyres" else FLATTEN_CONTENT
+    tokenizer.chat_template = flatten + own_template(tokenizer.chat_template)
+
+
+def own_template(template: str) -> str:
+    """A VLM's chat template without what `flatten_content` put before it: its language model's."""
+    return template.removeprefix(FLATTEN_CONTENT).removeprefix(FLATTEN_ANYRES)
 
 
 PIXELS_FILE = "preprocessor_config.json"
@@ -206,6 +228,7 @@ def write_processors(config: Any, pixels: Mapping[str, Any], out: Path) -> None:
             "vision_feature_select_strategy": config.vision_feature_select_strategy,
             "image_token": IMAGE_TOKEN,
             "video_token": VIDEO_TOKEN,
+            "vision_aspect_ratio": config.vision_aspect_ratio,
         },
     }
     for name, content in files.items():

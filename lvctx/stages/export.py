@@ -15,7 +15,7 @@ from lvctx.model import llava
 from lvctx.model.adapter import ADAPTER
 from lvctx.model.export import model_files
 from lvctx.model.load import VLM_TYPE, context_length, load_config, resolve_model
-from lvctx.model.vlm import FLATTEN_CONTENT, PIXELS_FILE, VLM_FILES
+from lvctx.model.vlm import PIXELS_FILE, VLM_FILES, own_template
 from lvctx.stages.convert import Report, write_converted
 
 Format = Literal["hf", "llava"]
@@ -87,7 +87,7 @@ def _export_llava(source: Path, out: Path, *, resume: str, force: bool, report: 
                 shutil.copyfile(source / name, out / name)
         if (source / TEMPLATE).is_file():
             template = (source / TEMPLATE).read_text(encoding="utf-8")
-            (out / TEMPLATE).write_text(template.removeprefix(FLATTEN_CONTENT), encoding="utf-8")
+            (out / TEMPLATE).write_text(own_template(template), encoding="utf-8")
         write_json(out / "config.json", flat)
         return {"context": context_length(config)}
 

@@ -27,6 +27,7 @@ from lvctx.model.vlm import (
     PIXELS_FILE,
     add_visual_tokens,
     flatten_content,
+    image_grid,
     newline_id,
     tokens_per_frame,
     vlm_config,
@@ -201,7 +202,7 @@ def _finish(plan: Plan, out: Path) -> dict[str, Any]:
         from transformers import GenerationConfig
 
         GenerationConfig.from_model_config(plan.config.text_config).save_pretrained(out)
-    flatten_content(plan.tokenizer)
+    flatten_content(plan.tokenizer, image_grid(plan.config))
     save_tokenizer(plan.tokenizer, plan.config, out)
     write_processors(plan.config, plan.pixels, out)
     return plan.facts

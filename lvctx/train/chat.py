@@ -151,15 +151,18 @@ def find_images(
 
 
 def encode_conversation(
-    conversation: Conversation, tokenizer: Any, visual_tokens: Callable[[Path], int]
+    conversation: Conversation, tokenizer: Any, visual_tokens: Callable[[Path], int], *, last_only: bool = False
 ) -> TokenSequence:
-    """Ids and shifted labels of a conversation in the tokenizer's chat template.
+    """Ids and shifted labels of a conversation in the tokenizer's chat template; `last_only`: of its last answer.
 
-    `visual_tokens` gives the tokens of an image's block, its closing "\\n" included.
+    `visual_tokens` gives the tokens of an image's block, its closing "\n" included.
     """
     video = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
     blocks = [[video] * visual_tokens(image) for image in conversation.images]
-    return encode_messages(conversation.messages, tokenizer, blocks, marks={VIDEO_TOKEN}, where=conversation.where)
+    marks = {VIDEO_TOKEN}
+    return encode_messages(
+        conversation.messages, tokenizer, blocks, marks=marks, where=conversation.where, last_only=last_only
+    )
 
 
 def encode_messages(

@@ -8,6 +8,7 @@ from typing import Any
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import VLM_TYPE, load_config
 from lvctx.model.qwen_vl import TIMED, TYPES
+from lvctx.model.vlm import image_grid
 from lvctx.vision.hybrid import Hybrid
 from lvctx.vision.tokens import LlavaRule, QwenRule, VisualRule, pooling
 
@@ -25,6 +26,8 @@ def find_rule(path: Path, tokenizer: Any, *, hybrid: Mapping[str, Any] | None, g
     if family in TYPES:
         return qwen_rule(path, tokenizer, Hybrid(**(hybrid or {})))
     if family == VLM_TYPE:
+        if image_grid(config) != "unires":
+            raise InputError(f"aligned with --grid {image_grid(config)}: only UniRes rows can be packed", where=path)
         side = vision.image_size // vision.patch_size
         usual = ((side + 1) // 2) ** 2
         resolution = Hybrid(**(hybrid or {"tokens": usual}))

@@ -1,0 +1,96 @@
+"""Images as a VLM in training sees them: UniRes (LongVA section 3.2), AnyRes (its ablation, appendix B) or one grid.
+
+`unires`: grids like a video's frames, each pooled 2x2, then one newline. `anyres`: a base image and at most 4 grids,
+not pooled, a newline a row; of an image among several one grid alone, padded to a square, then one newline, which is
+what stock LlavaOnevision does. `single`: one grid, padded to a square and pooled like a frame, then one newline.
+Whatever is chosen, a frame of a video is one pooled grid.
+
+Shapes: G tiles, P features a tile, D tower width, N visual tokens, E language-model width.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lvctx.model.vlm import Grid, embed_frames, frame_features
+from lvctx.vision.anyres import anyres_flatten, anyres_pinpoints, anyres_tiles, anyres_tokens, single_tiles
+from lvctx.vision.grids import GridRule, unires_grid, unires_tiles
+from lvctx.vision.images import Preprocess, image_size, open_image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoding:
+    """How an image becomes tiles, and how many tokens that makes."""
+
+    grid: Grid
+    """Which of the three."""
+    rule: GridRule
+    """UniRes as the released code or as the paper."""
+    tile: int
+    """Pixels of a tower's side: 336 for CLIP ViT-L/14-336."""
+    side: int
+    """Features along a tile's side: 24."""
+
+    @classmethod
+    def of(cls, vision_config: Any, *, grid: Grid, rule: GridRule) -> Self:
+        """For a tower's configuration."""
+        tile = vision_config.image_size
+        return cls(grid=grid, rule=rule, tile=tile, side=tile // vision_config.patch_size)
+
+    def tokens(self, image: Path, *, alone: bool) -> int:
+        """Tokens of an image's block, newlines included, from the file's header; `alone`: its sample has no other."""
+        width, height = image_size(image)
+        if self.grid == "anyres":
+            if not alone:
+                return self.side**2 + 1
+            return anyres_tokens(width, height, tile=self.tile, side=self.side)
+        tiles = math.prod(unires_grid(width, height, tile=self.tile, rule=self.rule)) if self.grid == "unires" else 1
+        return tiles * math.ceil(self.side / 2) ** 2 + 1
+
+    def tiles(self, image: Image.Image, *, alone: bool, background: tuple[int, int, int]) -> list[Image.Image]:
+        """The squares that the tower reads."""
+        if self.grid == "unires":
+            return unires_tiles(image, tile=self.tile, rule=self.rule)
+        if self.grid == "anyres" and alone:
+            return anyres_tiles(image, self.tile)
+        return single_tiles(image, self.tile, "pad", background)
+
+    def tell(self, config: Any) -> None:
+        """Say it in a VLM's configuration: for us as `image_grid`, for stock LlavaOnevision in its own terms."""
+        config.image_grid = self.grid
+        if self.grid == "anyres":
+            config.image_grid_pinpoints, config.vision_aspect_ratio = anyres_pinpoints(self.tile), "anyres_max_4"
+        else:  # images go the way of videos, which knows neither
+            sides = [self.tile * n for n in range(1, 7)]
+            config.image_grid_pinpoints = [[down, across] for down in sides for across in sides]
+            config.vision_aspect_ratio = "anyres_max_9"
+
+
+def embed_image(
+    vlm: Any,
+    path: Path,
+    newline_E: Tensor,
+    encoding: Encoding,
+    preprocess: Preprocess,
+    *,
+    alone: bool,
+    tower_grad: bool,
+) -> Tensor:
+    """The block (N, E) of an image file, `Encoding.tokens` long. Raises InputError for a file that cannot be read."""
+    image = open_image(path)
+    tiles = encoding.tiles(image, alone=alone, background=preprocess.background)
+    with torch.set_grad_enabled(tower_grad and torch.is_grad_enabled()):
+        features_GPD = frame_features(vlm, preprocess(tiles).to(vlm.device, vlm.model.vision_tower.dtype))
+    if encoding.grid != "anyres":
+        visual = embed_frames(vlm, features_GPD)
+        return torch.cat([visual, newline_E[None]])
+    linear = vlm.model.multi_modal_projector.linear_1.weight
+    projected_GPE = vlm.model.multi_modal_projector(features_GPD.to(linear.device, linear.dtype))
+    if alone:
+        return anyres_flatten(projected_GPE, newline_E, *image.size, tile=encoding.tile)
+    return torch.cat([projected_GPE[0], newline_E[None]])

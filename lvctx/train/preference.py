@@ -1,0 +1,136 @@
+"""Direct preference optimisation (Rafailov et al. 2023, equation 7; LLaVA-Hound-DPO, which LongVA-DPO follows).
+
+Of two answers to one prompt the preferred one shall gain probability over the other, relative to the model that
+training started from: `-log sigmoid(beta * ((log p - log p0)(chosen) - (log p - log p0)(rejected)))`, where a
+log-probability is the sum over the answer's tokens and its end of turn. The starting model's are computed once and kept
+in a row log, so there is never a second model in memory.
+
+A row of the data is `{"prompt": TEXT, "chosen": TEXT, "rejected": TEXT, "image" or "images": PATH or [PATHS]}`, in a
+JSON list or one object a line; `conversations` in LLaVA's form, ending in a human turn, may stand in place of `prompt`.
+
+Shapes: M pairs, B = 2M sequences (chosen, rejected, chosen, ...), L tokens of the longest, E language-model width,
+V vocabulary.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lvctx.artifacts.rows import RowLog
+from lvctx.dist.mesh import World
+from lvctx.dist.shard import take_part
+from lvctx.errors import InputError
+from lvctx.model.loss import token_loss
+from lvctx.train.chat import Conversation, find_images, read_checked, read_turns
+from lvctx.train.micro import Forward, Sample, group_by_length
+
+REFERENCE = "reference.jsonl"
+"""In the output: the starting model's log-probabilities, a row each pair."""
+
+
+def read_pairs(path: Path, images: Path) -> list[tuple[Conversation, Conversation]]:
+    """Every row of a JSON or JSONL file of preferences, once ending in the chosen answer and once in the rejected one.
+
+    Image paths are relative to `images`. Raises InputError naming file and row for what `read_conversations` refuses,
+    and for answers that are no text, empty or the same.
+    """
+
+    def check(row: dict[str, Any], where: str) -> tuple[Conversation, Conversation]:
+        if ("prompt" in row) == ("conversations" in row):
+            raise InputError("either `prompt` or `conversations` is wanted", where=where)
+        turns = row.get("conversations", [{"from": "human", "value": row.get("prompt")}])
+        prompt = read_turns(turns, where)
+        if not prompt or prompt[-1]["role"] != "user":
+            raise InputError("the prompt does not end in a human turn", where=where)
+        answers = [a for a in (row.get("chosen"), row.get("rejected")) if isinstance(a, str) and a.strip()]
+        if len(answers) < 2:
+            raise InputError("`chosen` and `rejected` have to be text that is not empty", where=where)
+        if answers[0].strip() == answers[1].strip():
+            raise InputError("`chosen` and `rejected` are the same", where=where)
+
+        def end(answer: str) -> Conversation:
+            messages = read_turns([*turns, {"from": "gpt", "value": answer}], where)
+            return Conversation(where=where, images=find_images(row, messages, where, images), messages=messages)
+
+        return end(answers[0]), end(answers[1])
+
+    return read_checked(path, check)
+
+
+def log_probs(hidden_BLE: Tensor, head_VE: Tensor, labels_BL: Tensor, micro: Sequence[Sample]) -> Tensor:
+    """Log-probabilities (M, 2), float32, nats: of each pair's chosen and rejected answer."""
+    sums = [-token_loss(h, head_VE, labels)[0] for h, labels in zip(hidden_BLE, labels_BL, strict=True)]
+    return torch.stack(sums).view(-1, 2)
+
+
+def preference_loss(ours_M2: Tensor, reference_M2: Tensor, beta: float) -> Tensor:
+    """Summed loss over pairs, from log-probabilities of chosen and rejected answers."""
+    gain_M2 = ours_M2 - reference_M2
+    return -F.logsigmoid(beta * (gain_M2[:, 0] - gain_M2[:, 1])).sum()
+
+
+class Preference:
+    """The loss of a micro-batch of pairs, for `Forward`."""
+
+    def __init__(self, reference: Mapping[int, tuple[float, float]], beta: float) -> None:
+        """`reference`: number of a pair -> the starting model's log-probabilities."""
+        self.reference, self.beta = reference, beta
+
+    def __call__(
+        self, hidden_BLE: Tensor, head_VE: Tensor, labels_BL: Tensor, micro: Sequence[Sample]
+    ) -> tuple[Tensor, int]:
+        """Summed loss, and the number of pairs."""
+        ours_M2 = log_probs(hidden_BLE, head_VE, labels_BL, micro)
+        total = preference_loss(ours_M2, ours_M2.new_tensor([self.reference[s.number] for s in micro]), self.beta)
+        return take_part(total, hidden_BLE, head_VE), len(micro)
+
+
+def compute_reference(
+    numbers: Iterable[int],
+    *,
+    sample: Callable[[int], Sample],
+    forward: Forward,
+    path: Path,
+    run: str,
+    micro_tokens: int,
+    world: World,
+    report: Callable[[int, int, str], None],
+) -> dict[int, tuple[float, float]]:
+    """Log-probabilities of these pairs under the model as it stands, kept in `path` row by row.
+
+    `run` identifies what decides them (the starting model and the data): rows of another run are left alone, rows of
+    this one are not computed again. Every rank must call it; each computes its share.
+    """
+    world.barrier()
+    with RowLog(path) as log:
+        keys = {number: f"{run}-{number}" for number in sorted(set(numbers))}
+        missing = [number for number, key in keys.items() if key not in log]
+        missing = world.gather(missing)[0]  # another rank may be ahead and have written already
+        done = len(keys) - len(missing)
+        with torch.no_grad(), torch.autocast(torch.device(world.device).type, torch.bfloat16):
+            # Pairs are read a window at a time: their order decides nothing, and not all fit in memory at once.
+            window = 64 * world.dp
+            for begin in range(0, len(missing), window):
+                groups = group_by_length([sample(n) for n in missing[begin : begin + window]], micro_tokens)
+                for first in range(0, len(groups), world.dp):
+                    # Ranks compute in step; one without a group of its own computes another's and keeps it to itself.
+                    at = first + world.dp_rank
+                    micro = groups[min(at, len(groups) - 1)]
+                    found = forward(micro, log_probs).tolist()
+                    for one, (chosen, rejected) in zip(micro, found, strict=True):
+                        if at < len(groups):
+                            log.append({"key": keys[one.number], "chosen": chosen, "rejected": rejected})
+                    done += sum(map(len, groups[first : first + world.dp]))
+                    report(done, len(keys), "reference")
+    if world.mesh is not None:
+        # Without a backward the root's parameters would stay gathered: what is loaded into them now would not be seen.
+        sharded: Any = forward
+        sharded.reshard()
+    world.barrier()
+    with RowLog(path) as log:
+        rows = {number: log.rows[key] for number, key in keys.items()}
+    return {number: (row["chosen"], row["rejected"]) for number, row in rows.items()}

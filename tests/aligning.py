@@ -1,0 +1,78 @@
+"""What the alignment tests share: drawn pictures, rows of data, and an alignment of tiny models in this process."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+SIZES = ((96, 96), (96, 48), (96, 96), (96, 48))
+"""Width and height of the drawn pictures: for a tower of 48 pixels 2 x 2 or 2 x 1 grids."""
+
+
+def draw(folder: Path) -> None:
+    """Four pictures of noise."""
+    rng = np.random.default_rng(0)
+    for i, (width, height) in enumerate(SIZES):
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+
+
+def write(path: Path, rows: list[Any], *, lines: bool = False) -> Path:
+    """Rows as a JSON list or one object a line."""
+    path.write_text("\n".join(json.dumps(r) for r in rows) + "\n" if lines else json.dumps(rows))
+    return path
+
+
+def talk(*turns: str, **extra: Any) -> dict[str, Any]:
+    """A LLaVA row of turns, the human's first."""
+    roles = ("human", "gpt")
+    return {"conversations": [{"from": roles[i % 2], "value": t} for i, t in enumerate(turns)], **extra}
+
+
+def align(
+    data: Path,
+    out: Path,
+    lm: Path | None,
+    tower: Path | None,
+    *,
+    report: Callable[[int, int, str], None] = lambda done, total, note: None,
+    micro_tokens: int = 256,
+    **changed: Any,
+) -> Any:
+    """Align in this process, images beside `data`; the plan."""
+    from lvctx.stages.align import run_align
+    from lvctx.stages.align_plan import plan_align
+
+    options: dict[str, Any] = {
+        "stage": "projector",
+        "lm": str(lm) if lm else None,
+        "tower": str(tower) if tower else None,
+        "init": None,
+        "adapters": [],
+        "data": data,
+        "images": data.parent,
+        "grid": None,
+        "grid_rule": "code",
+        "steps": 3,
+        "epochs": None,
+        "batch": 3,
+        "lr": 1e-2,
+        "projector_lr": None,
+        "tower_lr": 0.0,
+        "warmup": 0.0,
+        "lora": 0,
+        "beta": None,
+        "max_length": 4096,
+        "seed": 0,
+    }
+    plan = plan_align(**options | changed)
+    run_align(plan, out, resume="auto", force=False, micro_tokens=micro_tokens, device="cpu", report=report)
+    return plan
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl without the clock."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k in ("step", "loss", "tokens", "lr", "norm")} for row in rows]

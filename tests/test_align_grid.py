@@ -1,0 +1,189 @@
+"""Images as UniRes, AnyRes or one grid: tokens by hand, and the saved model read by stock transformers.
+
+Shapes: L tokens, E language-model width.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import aligning
+import numpy as np
+import pytest
+import torch
+from aligning import draw, talk, write
+from PIL import Image
+from transformers import CLIPVisionModel, LlavaOnevisionForConditionalGeneration
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+from lvctx.errors import InputError
+from lvctx.model.load import load_config, load_model, load_tokenizer
+from lvctx.model.vlm import (
+    Grid,
+    assemble,
+    embed_frames,
+    frame_features,
+    image_grid,
+    newline_embedding,
+    newline_id,
+    save_vlm,
+)
+from lvctx.stages.align_plan import count_tokens
+from lvctx.train.chat import read_conversations
+from lvctx.train.images import Encoding
+from lvctx.train.micro import Forward, encode_sample
+from lvctx.vision.images import Preprocess, open_image
+from lvctx.vision.rules import find_rule
+
+GRIDS: tuple[Grid, ...] = ("unires", "anyres", "single")
+
+
+@pytest.fixture(scope="module")
+def vlms(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Grid, Path]:
+    """A saved VLM for every grid, the last two written over a tokenizer that spoke of another."""
+    out = tmp_path_factory.mktemp("vlms")
+    tokenizer = load_tokenizer(tiny_lm)
+    vlm = assemble(
+        load_model(tiny_lm), CLIPVisionModel.from_pretrained(tiny_tower).eval(), tokenizer, where=tiny_lm, seed=0
+    )
+    for grid in GRIDS:
+        Encoding.of(vlm.config.vision_config, grid=grid, rule="code").tell(vlm.config)
+        save_vlm(vlm, tokenizer, tiny_tower, out / grid)
+    return {grid: out / grid for grid in GRIDS}
+
+
+@pytest.mark.parametrize(
+    ("grid", "tokens"),
+    [
+        # The tower has 4 x 4 features a tile of 48 pixels. Wide: 2 x 1 tiles; square: 2 x 2; two wide ones together.
+        ("unires", {"wide": 2 * 4 + 1, "square": 4 * 4 + 1, "two": 2 * (2 * 4 + 1)}),
+        ("anyres", {"wide": 16 + 4 * (8 + 1), "square": 16 + 8 * (8 + 1), "two": 2 * (16 + 1)}),
+        ("single", {"wide": 4 + 1, "square": 4 + 1, "two": 2 * (4 + 1)}),
+    ],
+)
+def test_tokens_are_those_written_by_hand_and_those_embedded(
+    vlms: dict[Grid, Path], tmp_path: Path, grid: Grid, tokens: dict[str, int]
+) -> None:
+    draw(tmp_path)
+    shown = {"wide": ["1.png"], "square": ["0.png"], "two": ["1.png", "3.png"]}
+    rows = [talk("<image>" * len(images) + "What?", "red", image=images) for images in shown.values()]
+    data = write(tmp_path / "data.json", rows)
+    tokenizer, model = load_tokenizer(vlms[grid]), load_model(vlms[grid])
+    encoding = Encoding.of(model.config.vision_config, grid=grid, rule="code")
+    forward = make_forward(model, tokenizer, encoding, vlms[grid])
+    for name, row in zip(shown, read_conversations(data, tmp_path), strict=True):
+        sample = encode_sample(0, (row,), tokenizer, encoding, max_length=999)
+        assert sample.sequences[0].ids.count(model.config.video_token_id) == tokens[name]
+        with torch.no_grad():  # masked_scatter would leave what does not fit: the blocks themselves are counted
+            blocks = forward.blocks(sample)
+        assert sum(len(block) for block in blocks) == tokens[name]
+
+
+def make_forward(model: Any, tokenizer: Any, encoding: Encoding, path: Path) -> Forward:
+    return Forward(
+        model,
+        encoding=encoding,
+        preprocess=Preprocess.from_directory(path),
+        newline=newline_id(tokenizer),
+        tower_grad=False,
+        device="cpu",
+    )
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("images", [["0.png"], ["1.png"], ["0.png", "1.png", "3.png"]], ids=len)
+def test_training_sees_what_stock_transformers_sees_on_the_saved_model(
+    vlms: dict[Grid, Path], tmp_path: Path, grid: Grid, images: list[str]
+) -> None:
+    """The stock chat template, the stock image processor's pixels and the stock model: logit for logit."""
+    draw(tmp_path)
+    row = talk("<image>\n" * len(images) + "What?", "red", image=images)
+    (conversation,) = read_conversations(write(tmp_path / "data.json", [row]), tmp_path)
+    tokenizer, model = load_tokenizer(vlms[grid]), load_model(vlms[grid])
+    encoding = Encoding.of(model.config.vision_config, grid=image_grid(model.config), rule="code")
+    sample = encode_sample(0, (conversation,), tokenizer, encoding, max_length=999)
+    with torch.no_grad():
+        hidden_LE = make_forward(model, tokenizer, encoding, vlms[grid])([sample], lambda hidden, *_: hidden[0])
+        ours = model.lm_head(hidden_LE)
+
+    stock = LlavaOnevisionForConditionalGeneration.from_pretrained(vlms[grid]).eval()
+    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": "What?"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    alone = len(images) == 1
+    for image in images:
+        mark = "<image>" if grid == "anyres" else "<video>"
+        text = text.replace(mark, "◇" * encoding.tokens(tmp_path / image, alone=alone), 1)
+    pieces = text.replace("◇", "<image>" if grid == "anyres" else "<video>")
+    ids = torch.tensor([tokenizer.encode(pieces, add_special_tokens=False)])
+    pictures = [open_image(tmp_path / image) for image in images]
+    preprocess = Preprocess.from_directory(vlms[grid])
+    tiles = [preprocess(encoding.tiles(p, alone=alone, background=preprocess.background)) for p in pictures]
+    with torch.no_grad():
+        if grid == "anyres":
+            given = {"pixel_values": torch.stack(tiles), "image_sizes": torch.tensor([p.size[::-1] for p in pictures])}
+            theirs = stock(input_ids=ids, **given, batch_num_images=torch.tensor([len(images)])).logits[0]
+            processor = LlavaOnevisionImageProcessorPil.from_pretrained(vlms[grid])
+            pixels = processor([pictures], return_tensors="np")["pixel_values"]
+            assert pixels.shape == given["pixel_values"].shape
+            assert np.abs(pixels - given["pixel_values"].numpy()).max() < 2 / 255 / 0.26, "two levels of 255"
+        else:
+            # Several videos of unlike lengths do not stack: each is embedded by the stock model on its own.
+            seen = [stock.model.get_video_features(t[None]).pooler_output for t in tiles]
+            embeds = stock.get_input_embeddings()(ids)
+            is_visual = (ids == stock.config.video_token_id)[..., None]
+            embeds = embeds.masked_scatter(is_visual, torch.cat([s.flatten(0, 1) for s in seen]))
+            theirs = stock(inputs_embeds=embeds).logits[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_a_frame_of_a_video_is_one_pooled_grid_under_anyres_too(vlms: dict[Grid, Path]) -> None:
+    model = load_model(vlms["anyres"])
+    pixels = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = torch.cat([embed_frames(model, frame_features(model, pixels)), newline_embedding(model)])
+        theirs = model.model.get_video_features(pixels[None]).pooler_output[0]
+    assert len(ours) == 3 * 4 + 1
+    assert torch.equal(ours, theirs)
+
+
+def test_the_directory_says_which_and_the_next_stage_goes_on_with_it(
+    vlms: dict[Grid, Path], tmp_path: Path, tiny_lm: Path, tiny_tower: Path
+) -> None:
+    draw(tmp_path)
+    data = write(tmp_path / "data.json", [talk("<image>What?", "red", image=f"{i}.png") for i in range(4)])
+    assert {grid: image_grid(load_config(path)) for grid, path in vlms.items()} == {g: g for g in GRIDS}
+    first = aligning.align(data, tmp_path / "first", tiny_lm, tiny_tower, grid="anyres", steps=1)
+    assert count_tokens(first, lambda *_: None)["visual_tokens"] == 2 * (16 + 4 * 9) + 2 * (16 + 8 * 9)
+    full: dict[str, Any] = {"stage": "full", "init": str(tmp_path / "first"), "steps": 1, "lora": 4}
+    second = aligning.align(data, tmp_path / "second", None, None, **full)
+    assert second.config.grid == "anyres"
+    assert image_grid(load_config(tmp_path / "second")) == "anyres"
+    back = aligning.align(data, tmp_path / "back", None, None, **full, grid="single")
+    assert count_tokens(back, lambda *_: None)["visual_tokens"] == 4 * 5
+    assert image_grid(load_config(tmp_path / "back")) == "single"
+    longest = [aligning_longest(path) for path in (tmp_path / "first", tmp_path / "back")]
+    assert longest[0] - longest[1] == 16 + 8 * 9 - 5
+
+
+def aligning_longest(path: Path) -> int:
+    from lvctx.artifacts.manifest import read_manifest
+
+    return int(read_manifest(path)["longest_sample"])
+
+
+def test_other_words_and_rows_that_cannot_be_packed_are_one_line(vlms: dict[Grid, Path]) -> None:
+    config = load_config(vlms["single"])
+    config.image_grid = "tiles"
+    with pytest.raises(InputError, match=r"image_grid 'tiles'; it is one of unires, anyres, single"):
+        image_grid(config)
+    tokenizer = load_tokenizer(vlms["anyres"])
+    with pytest.raises(InputError, match=r"aligned with --grid anyres"):
+        find_rule(vlms["anyres"], tokenizer, hybrid=None, grid_rule="code")
+    assert find_rule(vlms["unires"], tokenizer, hybrid=None, grid_rule="code") is not None
+
+
+def test_one_grid_is_padded_to_a_square(tmp_path: Path, tiny_tower: Path) -> None:
+    preprocess = Preprocess.from_directory(tiny_tower)
+    encoding = Encoding(grid="single", rule="code", tile=48, side=4)
+    (tile,) = encoding.tiles(Image.new("RGB", (96, 48), (9, 9, 9)), alone=True, background=preprocess.background)
+    assert [tile.getpixel((24, y)) for y in (0, 24)] == [preprocess.background, (9, 9, 9)]
