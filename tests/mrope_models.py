@@ -1,10 +1,12 @@
 """Tiny random Qwen-VL models with the real thing's 64 frequencies a head, and a tokenizer that has their tokens."""
 
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VISUAL = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -95,3 +97,43 @@ def save(kind: str, out: Path) -> Path:
     tokenizer().save_pretrained(out)
     Qwen2VLImageProcessorPil(patch_size=config(kind).vision_config.patch_size).save_pretrained(out)
     return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A sequence as a stock Qwen-VL model reads it: placeholder ids, positions (3, S), patches and grids."""
+
+    ids: list[int]
+    positions: Tensor
+    pixels: dict[str, Tensor]
+
+
+def forward(model: Any, prompt: Prompt) -> Any:
+    """The stock model's output for a prompt, batch of one."""
+    return model(
+        input_ids=torch.tensor([prompt.ids]), position_ids=prompt.positions[:, None], use_cache=False, **prompt.pixels
+    )
+
+
+def greedy(model: Any, prompt: Prompt, count: int) -> list[int]:
+    """The likeliest tokens, each from a forward over all before it; text counts on from the largest position."""
+    said: list[int] = []
+    while len(said) < count:
+        more = torch.arange(len(said)).expand(3, -1) + prompt.positions.max() + 1
+        # A random model may say a placeholder: that would have to be a word.
+        whole = Prompt(ids=prompt.ids + said, positions=torch.cat([prompt.positions, more], 1), pixels=prompt.pixels)
+        said.append(int(forward(model, whole).logits[0, -1].argmax()))
+    return said
+
+
+@functools.cache
+def opinionated(kind: str) -> Any:
+    """A random model whose words depend on what it saw, and are no placeholders."""
+    model = build(kind)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.15)
+        model.lm_head.weight[tokenizer().convert_tokens_to_ids(VISUAL)] = 0
+    return model

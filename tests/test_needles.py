@@ -11,14 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
+from lvctx.bench.eyes import timeline
 from lvctx.bench.niah import Cell, first_number, share_listed
 from lvctx.bench.prefix import PrefixScorer, common_prefix, walk_order
 from lvctx.bench.text_niah import TextNiah
-from lvctx.bench.video_niah import VideoNiah, chance_of, drawn_needles, read_needles
+from lvctx.bench.video_niah import EvenFrames, VideoNiah, chance_of, drawn_needles, read_needles
 from lvctx.errors import InputError
 from lvctx.model.load import load_model, load_tokenizer
 from lvctx.model.vlm import IMAGE_TOKEN, VIDEO_TOKEN
-from lvctx.stages.niah import _timeline, share_cells
+from lvctx.stages.niah import share_cells
 from lvctx.text.needle import LISTS, draw_riddle
 
 STORY = "The old tree stood by a river. People came from far. They sat in its shade, and told what they had seen. " * 60
@@ -74,7 +75,8 @@ def test_lists_are_judged_in_any_order(tokenizer: Any) -> None:
 
 def video(tokenizer: Any, **options: Any) -> VideoNiah:
     needles, lookalikes = drawn_needles(3, size=48, seed=2, lookalikes=options.pop("distractors", 0))
-    given: dict[str, Any] = {"vocabulary": 50_000, "frames": 40, "per_frame": 4, "chance": 0.1, **options}
+    layout = EvenFrames(vocabulary=50_000, per_frame=4, shown=40 + 3 + len(lookalikes))
+    given: dict[str, Any] = {"layout": layout, "frames": 40, "chance": 0.1, **options}
     return VideoNiah(tokenizer, needles, lookalikes=lookalikes, **given)
 
 
@@ -117,7 +119,7 @@ def test_lookalikes_of_a_folder(tmp_path: Path) -> None:
 def test_when_is_between_the_neighbours(seeing: Any) -> None:
     """Two artifacts after each other: 4 frames half a second apart from 10 s on, then 36 a second apart."""
     pts = [10 + np.arange(4) / 2, 100 + np.arange(36.0)]
-    seconds = _timeline(tuple(SimpleNamespace(pts=torch.from_numpy(p)) for p in pts))  # type: ignore[arg-type]
+    seconds = timeline(tuple(SimpleNamespace(pts=torch.from_numpy(p)) for p in pts))  # type: ignore[arg-type]
     assert seconds[:6].tolist() == [10, 10.5, 11, 11.5, 12.5, 13.5]
     test = video(seeing, seconds=seconds, question="when", tolerance=1.5, loop=True)
     cells = {(c.length, c.depth): c for c in test.cells([4, 80], [0, 0.5, 1], 1)}

@@ -13,7 +13,7 @@ from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, Qwen2Co
 
 from lvctx.bench.prefix import PrefixScorer, Score, common_prefix, walk_order
 from lvctx.bench.text_niah import TextNiah
-from lvctx.bench.video_niah import VideoNiah, drawn_needles, visual_table
+from lvctx.bench.video_niah import EvenFrames, VideoNiah, drawn_needles, visual_table
 from lvctx.model.load import load_model, load_tokenizer
 from lvctx.model.vlm import assemble, embed_frames, frame_features, newline_embedding, tokens_per_frame
 
@@ -104,7 +104,8 @@ def test_video_grid_equals_the_stock_video_path(tiny_lm: Path, tiny_tower: Path)
     needles, _ = drawn_needles(2, size=48, seed=0)
     per_frame = tokens_per_frame(vlm.config)
     vocabulary = vlm.get_input_embeddings().weight.shape[0]
-    test = VideoNiah(tokenizer, needles, vocabulary=vocabulary, frames=12, per_frame=per_frame, chance=0.1)
+    layout = EvenFrames(vocabulary=vocabulary, per_frame=per_frame, shown=12 + 2)
+    test = VideoNiah(tokenizer, needles, layout=layout, frames=12, chance=0.1)
     with torch.no_grad():
         hay, seen = (embed_frames(vlm, frame_features(vlm, pixels)) for pixels in (hay_F3SS, needles_N3SS))
         table = visual_table(hay, seen, newline_embedding(vlm))

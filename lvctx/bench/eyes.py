@@ -1,68 +1,119 @@
-"""How a model sees a haystack of frames: which artifacts it can read, and the embeddings its language model gets.
+"""How a model sees a haystack of frames: what it reads, and the ids, embeddings and positions its language model gets.
 
-This is the seam for another family of VLMs. One needs a class with what `LlavaEyes` has, and gives `PrefixScorer` its
-positions where they do not simply count up (M-RoPE: see `lvctx.bench.prefix.Positions`).
+This is the seam for another family of VLMs: one needs a class with what `Eyes` asks for, and a line in `open_eyes`.
 
-Shapes: F frames, E width of the language model, R rows of the table.
+Shapes: E width of the language model, R rows of the table.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 
 from lvctx.artifacts.frames import Frames, read_frames
-from lvctx.bench.video_niah import visual_table
+from lvctx.bench.prefix import Positions, count_up
+from lvctx.bench.video_niah import EvenFrames, Layout, visual_table
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import VLM_TYPE, load_config
+from lvctx.model.qwen_vl import TIMED, TYPES
 from lvctx.model.vlm import embed_frames, newline_embedding, tokens_per_frame
+from lvctx.vision.hybrid import Hybrid
 from lvctx.vision.tower import TowerFiles, load_tower
 
 BATCH = 64
 """Frames that go through the projector at once: before its pooling a frame is four times its tokens."""
 
 
+class Eyes(Protocol):
+    """A model that sees, and a haystack."""
+
+    image_size: int
+    """Side in pixels of a picture that is drawn for it."""
+    seconds: np.ndarray
+    """When each frame of the haystack is shown; as many as there are whole units of frames."""
+
+    @property
+    def positions(self) -> Positions:
+        """The language model's."""
+
+    def layout(self, frames: int, inserted: int) -> Layout:
+        """How the first `frames` frames and `inserted` pictures become ids."""
+
+    def table(self, model: Any, frames: int, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Embeddings (R, E) of the rows that the layout's ids stand for, of these frames and pictures."""
+
+
+def open_eyes(
+    path: Path, *, name: str, tokenizer: Any, files: Sequence[Path], fps: float | None, hybrid: Hybrid | None
+) -> Eyes:
+    """The eyes of the model in directory `path`, which the user calls `name`, on a haystack of `files` in order.
+
+    `fps` and `hybrid` are for models that read video files; None is a frame a second, and uniform resolution. Raises
+    UsageError where the model cannot see or has no use for them, InputError for files that it cannot read.
+    """
+    kind = load_config(path).model_type
+    if kind in TYPES + TIMED:
+        from lvctx.bench.qwen_eyes import QwenEyes
+
+        return QwenEyes(path, tokenizer=tokenizer, files=files, fps=fps or 1.0, hybrid=hybrid or Hybrid())
+    if kind != VLM_TYPE:
+        raise UsageError(
+            f"{name} is a language model and cannot see", fix="give a model that align wrote, or a Qwen2-VL"
+        )
+    if fps is not None or hybrid is not None:
+        raise UsageError(f"{name} reads encoded frames as they are", fix="drop --fps and --hybrid")
+    return LlavaEyes(path, name=name, files=files)
+
+
 class LlavaEyes:
     """A CLIP or SigLIP tower, our frames artifacts, a projector and a 2x2 pool: stock LlavaOnevision."""
 
-    def __init__(self, path: Path, *, name: str) -> None:
-        """Of the model in directory `path`, which the user calls `name`. Raises UsageError where it cannot see."""
-        self.path, self.name = path, name
+    positions: Positions = staticmethod(count_up)
+
+    def __init__(self, path: Path, *, name: str, files: Sequence[Path]) -> None:
+        self.path = path
         config = load_config(path)
-        if config.model_type != VLM_TYPE:
-            raise UsageError(f"{name} is a language model and cannot see", fix="give a model that align wrote")
         self.per_frame = tokens_per_frame(config)
         """Language-model tokens of a frame."""
         self.vocabulary = int(config.get_text_config().vocab_size)
         """The first id that is a row of the table."""
         self.image_size = int(config.vision_config.image_size)
-        """Side of a square that the tower reads, in pixels."""
-
-    def open(self, files: Sequence[Path]) -> tuple[Frames, ...]:
-        """The haystack's artifacts. Raises InputError for what is none, or was encoded by another tower."""
-        tower = TowerFiles.find(self.path).fingerprint
-        frames = []
+        tower = TowerFiles.find(path).fingerprint
+        self.frames: list[Frames] = []
         for file in files:
             one = read_frames(file)
             if one.provenance["inputs"].get("tower") != tower:
-                raise InputError(
-                    "frames of another tower", where=file, fix=f"lvctx encode-video VIDEO --model {self.name}"
-                )
-            frames.append(one)
-        return tuple(frames)
+                raise InputError("frames of another tower", where=file, fix=f"lvctx encode-video VIDEO --model {name}")
+            self.frames.append(one)
+        self.seconds = timeline(self.frames)
+
+    def layout(self, frames: int, inserted: int) -> Layout:
+        """See `Eyes.layout`."""
+        return EvenFrames(vocabulary=self.vocabulary, per_frame=self.per_frame, shown=frames + inserted)
 
     @torch.inference_mode()
-    def table(self, model: Any, frames: Sequence[Frames], count: int, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Embeddings (R, E) of the first `count` frames, of `images`, and of the newline: see `visual_table`."""
+    def table(self, model: Any, frames: int, images: Sequence[Image.Image]) -> torch.Tensor:
+        """See `Eyes.table` and `visual_table`."""
         hay = []
-        for one in frames:
-            features = one.features[:count]
-            count -= len(features)
+        for one in self.frames:
+            features = one.features[:frames]
+            frames -= len(features)
             hay += [embed_frames(model, batch) for batch in features.split(BATCH) if len(batch)]
         # Needles become squares the way the haystack's frames did.
-        mode = frames[0].provenance["config"].get("frame_mode", "pad")
+        mode = self.frames[0].provenance["config"].get("frame_mode", "pad")
         tower = load_tower(self.path, dtype=model.dtype, device=str(model.device))
         squares = [tower.preprocess.square(image, mode) for image in images]
         return visual_table(torch.cat(hay), embed_frames(model, tower.see(squares)), newline_embedding(model))
+
+
+def timeline(frames: Sequence[Frames]) -> np.ndarray:
+    """When each frame is shown, in seconds: a video that follows another begins one of its own steps after its end."""
+    parts: list[np.ndarray] = []
+    for one in frames:
+        pts = one.pts.numpy()
+        step = float(np.median(np.diff(pts))) if len(pts) > 1 else 1.0
+        parts.append(pts if not parts else pts - pts[0] + parts[-1][-1] + step)
+    return np.concatenate(parts)

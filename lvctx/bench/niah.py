@@ -65,15 +65,18 @@ class Niah(Protocol):
 
 
 def insertion_points(
-    depths: Sequence[float], room: int, longest: int, nested: bool
+    depths: Sequence[float], room: int, longest: int, nested: bool, unit: int = 1
 ) -> Iterator[tuple[float, float | None, int]]:
-    """Depth, point (see `Cell`) and place of each needle in a haystack of `room`; `longest` is the longest's room."""
+    """Depth, point (see `Cell`) and place of each needle in a haystack of `room`; `longest` is the longest's room.
+
+    Places are multiples of `unit`, rounded down.
+    """
     for depth in depths:
         if not nested:
-            yield depth, None, int(depth * room)
+            yield depth, None, int(depth * room) // unit * unit
         elif depth == 1:
             yield 1.0, 1.0, room
-        elif (at := int(depth * longest)) < room:
+        elif (at := int(depth * longest) // unit * unit) < room:
             yield round(at / room, 4), depth, at
 
 

@@ -58,6 +58,8 @@ class PrefixScorer:
     ) -> None:
         """Score with a language model or VLM; `visual_RE` are the embeddings that ids from V on stand for.
 
+        A table wider than E has in its further columns, E by E, what is added to the first layers' states.
+
         `chunk` bounds the tokens of one forward, and so the memory of its activations; `reuse=False` empties the
         cache before every sequence; `kept` says where the cache lives (see `bench.cache`);
         `positions` are the model's.
@@ -118,8 +120,10 @@ class PrefixScorer:
         for start in range(0, len(ids_L), self.chunk):
             part = ids_L[start : start + self.chunk]
             first = len(self._held)
+            embeds_LE, deep = self._embed(part)
             states = self.lm(
-                inputs_embeds=self._embed(part)[None],
+                inputs_embeds=embeds_LE[None],
+                **deep,
                 position_ids=self.positions(np.concatenate([self._held, part]), first).to(self.device),
                 past_key_values=self._cache,
                 use_cache=True,
@@ -129,15 +133,19 @@ class PrefixScorer:
             kept = [torch.cat([*kept, states])[-keep:]]
         return kept[0]
 
-    def _embed(self, ids_L: np.ndarray) -> Tensor:
+    def _embed(self, ids_L: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
+        """Embeddings (L, E), and what visual ones add to the first layers' states (Qwen3-VL)."""
         ids = torch.from_numpy(ids_L.astype(np.int64)).to(self.device)
         if self.visual_RE is None:
-            return self.embedding(ids)
+            return self.embedding(ids), {}
         is_visual = ids >= self.vocabulary
         embeds_LE = self.embedding(ids.masked_fill(is_visual, 0))
         rows = self.visual_RE[(ids[is_visual] - self.vocabulary).to(self.visual_RE.device)]
-        embeds_LE[is_visual] = rows.to(embeds_LE.device, embeds_LE.dtype)
-        return embeds_LE
+        first, *deep = rows.to(embeds_LE.device, embeds_LE.dtype).split(embeds_LE.shape[1], dim=1)
+        embeds_LE[is_visual] = first
+        if not deep or not len(first):
+            return embeds_LE, {}
+        return embeds_LE, {"visual_pos_masks": is_visual[None], "deepstack_visual_embeds": deep}
 
     def _crop(self, length: int) -> None:
         surplus = len(self._held) - length

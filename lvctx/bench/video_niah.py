@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lvctx.bench.niah import Cell, begins_with, first_number, insertion_points, splice
 from lvctx.errors import InputError, UsageError
-from lvctx.model.vlm import chat_ids
+from lvctx.model.vlm import VIDEO_TOKEN, chat_ids
 from lvctx.vision.draw import COLORS, SHAPES, draw_picture
 from lvctx.vision.images import open_image
 
@@ -108,6 +108,36 @@ def read_needles(folder: Path) -> tuple[list[Needle], list[Needle]]:
     return needles
 
 
+class Layout(Protocol):
+    """How numbered pictures become ids over the extended vocabulary: haystack frames first, then what is inserted."""
+
+    mark: str
+    """The token that stands for a video in a chat's text."""
+    unit: int
+    """Frames that the model merges: an inserted picture is shown that often, and stands between whole units."""
+    facts: dict[str, Any]
+    """What of it decides a result, for the rows' keys."""
+
+    def ids(self, pictures: np.ndarray) -> np.ndarray:
+        """The visual block of these pictures, with all that belongs to it."""
+
+
+class EvenFrames:
+    """LlavaOnevision: every frame has as many tokens, and one newline closes the block (see `visual_table`)."""
+
+    mark, unit = VIDEO_TOKEN, 1
+
+    def __init__(self, *, vocabulary: int, per_frame: int, shown: int) -> None:
+        """`shown` pictures in all, of `per_frame` tokens each; ids from `vocabulary` on are rows of the table."""
+        self._vocabulary, self._per_frame, self._newline = vocabulary, per_frame, shown * per_frame
+        self.facts = {"tokens_per_frame": per_frame}
+
+    def ids(self, pictures: np.ndarray) -> np.ndarray:
+        """See `Layout`."""
+        rows = pictures[:, None] * self._per_frame + np.arange(self._per_frame)
+        return self._vocabulary + np.append(rows.ravel(), self._newline)
+
+
 class VideoNiah:
     """A picture among a video's frames."""
 
@@ -118,9 +148,8 @@ class VideoNiah:
         tokenizer: Any,
         needles: Sequence[Needle],
         *,
-        vocabulary: int,
+        layout: Layout,
         frames: int,
-        per_frame: int,
         chance: float | None,
         lookalikes: Sequence[Needle] = (),
         seconds: np.ndarray | None = None,
@@ -130,7 +159,7 @@ class VideoNiah:
         loop: bool = False,
         seed: int = 0,
     ) -> None:
-        """`frames` haystack frames of `per_frame` tokens each; ids from `vocabulary` on are rows of `visual_table`.
+        """`frames` haystack frames, a whole number of the layout's units.
 
         `seconds` is when each frame is shown; `when` asks for that, right within `tolerance` seconds. `lookalikes` go
         to places that `seed` draws, the same in every cell. Raises InputError for an answer that is no token.
@@ -141,15 +170,10 @@ class VideoNiah:
         self.forcible = question == "what"
         self.spare = 2 if self.forcible else 16
         self._seconds = np.arange(frames) if seconds is None else seconds[:frames]
-        self._frames, self._per_frame = frames, per_frame
+        self._frames, self.layout = frames, layout
         self._spread = self._longest = 0
-        shown = frames + len(needles) + len(lookalikes)
-        rows = vocabulary + np.arange(shown * per_frame + 1).astype(np.int64)
-        self._hay, self._newline = rows[: frames * per_frame], rows[-1:]
-        inserted = rows[frames * per_frame : -1].reshape(-1, per_frame)
-        self._needle_rows, self._other_rows = inserted[: len(needles)], inserted[len(needles) :]
         self._places = np.random.default_rng([seed, 1 << 20, 1 << 20]).random(len(lookalikes))
-        self._chat = functools.cache(lambda question: chat_ids(tokenizer, question))
+        self._chat = functools.cache(lambda question: chat_ids(tokenizer, question, mark=layout.mark))
         for needle in needles:
             if not self._ids(needle.answer):
                 raise InputError(f"the answer {needle.answer!r} is no token of this model", fix="change the needle")
@@ -160,6 +184,9 @@ class VideoNiah:
     def cells(self, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
         """See `Niah.cells`. Raises InputError for more frames than the haystack has, UsageError for too few needles."""
         self._spread, self._longest = min(lengths), max(lengths)
+        unit = self.layout.unit
+        if any(length % unit for length in lengths):
+            raise UsageError(f"--lengths: this model merges {unit} frames", fix=f"give multiples of {unit}")
         if self._longest > self._frames and not self.loop:
             raise InputError(
                 f"{self._longest} frames are beyond the haystack (it has {self._frames})",
@@ -169,7 +196,7 @@ class VideoNiah:
             raise UsageError(f"--trials {trials} with {len(self.needles)} needles")
         cells = []
         for length in lengths:
-            for depth, point, at in insertion_points(depths, length, self._longest, self.nested):
+            for depth, point, at in insertion_points(depths, length, self._longest, self.nested, unit):
                 for trial, needle in enumerate(self.needles[:trials]):
                     question, answer = self._asked(needle, at, length)
                     cells.append(
@@ -203,15 +230,15 @@ class VideoNiah:
     def sequence(self, cell: Cell) -> tuple[np.ndarray, int]:
         """See `Niah.sequence`."""
         before, after = self._chat(cell.question)
-        answer, size = self._ids(cell.answer), cell.length * self._per_frame
-        hay = self._hay[:size] if size <= len(self._hay) else np.resize(self._hay, size)
+        answer, unit = self._ids(cell.answer), self.layout.unit
+        hay = np.resize(np.arange(self._frames), cell.length)
         # Look-alikes stand where all lengths have them if they are to share what they read.
         spread = self._spread if self.nested else cell.length
-        pieces = [(int(f * spread) * self._per_frame, r) for f, r in zip(self._places, self._other_rows, strict=True)]
-        pieces.append((cell.position * self._per_frame, self._needle_rows[cell.trial]))
-        return np.concatenate([before, *splice(hay, pieces), self._newline, after, answer]).astype(np.int64), len(
-            answer
-        )
+        others = self._frames + len(self.needles) + np.arange(len(self.lookalikes))
+        pieces = [(int(f * spread) // unit * unit, int(n)) for f, n in zip(self._places, others, strict=True)]
+        pieces.append((cell.position, self._frames + cell.trial))
+        film = np.concatenate(splice(hay, [(at, np.repeat(number, unit)) for at, number in pieces]))
+        return np.concatenate([before, self.layout.ids(film), after, answer]).astype(np.int64), len(answer)
 
     def judge(self, cell: Cell, written: str) -> float:
         """See `Niah.judge`."""
@@ -223,7 +250,7 @@ class VideoNiah:
     def prompt(self) -> dict[str, Any]:
         """See `Niah.prompt`."""
         before, after = self._chat(FIND if self.question == "what" else WHEN)
-        facts: dict[str, Any] = {"chat": [*before, *after], "tokens_per_frame": self._per_frame}
+        facts: dict[str, Any] = {"chat": [*before, *after], **self.layout.facts}
         if self.question == "when":
             facts["tolerance"] = self.tolerance
         if self.lookalikes:

@@ -24,6 +24,7 @@ from lvctx.cli.common import (
     say,
 )
 from lvctx.cli.encode_video import FrameModeChoice, parse_rate
+from lvctx.cli.vqa import HybridMode
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
 
 NAMES = {
@@ -73,8 +74,18 @@ def runner(name: str) -> Callable[..., None]:
         ] = None,
         fps: Annotated[str | None, typer.Option(metavar="RATE|native", help="Or this many frames a second.")] = None,
         frame_mode: Annotated[
-            FrameModeChoice, typer.Option(help="Square by crop of the centre, pad with the mean colour, or squash.")
-        ] = FrameModeChoice.crop,
+            FrameModeChoice | None,
+            typer.Option(help="Square by crop of the centre, pad with the mean colour, or squash. [default: crop]"),
+        ] = None,
+        hybrid: Annotated[
+            str | None,
+            typer.Option(
+                metavar="L,M,S", help="Qwen-VL: of every L frames one of M tokens, the others of M/S. [1,240,1]"
+            ),
+        ] = None,
+        hybrid_mode: Annotated[
+            HybridMode, typer.Option(help="Qwen-VL: groups of merged pairs, of images, or of frames.")
+        ] = HybridMode.pair,
         subtitles: Annotated[
             Path | None, typer.Option(help="Folder of .srt files; only what is said at the sampled frames is shown.")
         ] = None,
@@ -101,8 +112,9 @@ def runner(name: str) -> Callable[..., None]:
             raise UsageError(f"no prompt {prompt!r}", where="--prompt", fix=f"give one of {', '.join(bench.STYLES)}")
         if subtitles is not None and name != "videomme":
             raise UsageError(f"{name} shows no subtitles", where="--subtitles")
-        from lvctx.stages.encode import Encoder
+        from lvctx.stages.looking import find_look
         from lvctx.stages.questions import AskConfig, plan_questions, run_questions
+        from lvctx.vision.hybrid import Hybrid
 
         config = AskConfig(
             model=model,
@@ -113,8 +125,16 @@ def runner(name: str) -> Callable[..., None]:
             max_new_tokens=max_new_tokens,
         )
         count = 128 if frames is None and rate is None else frames
-        encoder = Encoder.plan(model, fps=rate, frames=count, frame_mode=frame_mode.value, device=device)
-        plan = plan_questions(bench, config, encoder)
+        look = find_look(
+            model,
+            fps=rate,
+            frames=count,
+            frame_mode=frame_mode.value if frame_mode else None,
+            hybrid=Hybrid.parse(hybrid or "1,240,1", hybrid_mode.value) if hybrid or hybrid_mode != "pair" else None,
+            frames_dir=frames_dir or out / "frames",
+            device=device,
+        )
+        plan = plan_questions(bench, config, look)
         if dry_run:
             asked = {"questions": len(plan.samples), "videos": len({s.video for s in plan.samples})}
             emit({"dry_run": True, "path": str(out), **plan.shown, **asked})
@@ -124,7 +144,6 @@ def runner(name: str) -> Callable[..., None]:
             for row in run_questions(
                 plan,
                 out,
-                frames_dir=frames_dir or out / "frames",
                 device=device,
                 chunk=chunk,
                 reuse=reuse,

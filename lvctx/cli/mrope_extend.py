@@ -1,5 +1,6 @@
 """`lvctx mrope-extend`: a Qwen-VL checkpoint in, the same weights with positions that reach further out."""
 
+import os
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -11,12 +12,15 @@ from lvctx.cli.common import (
     VIDEO,
     DryRunOption,
     ForceOption,
+    QuietOption,
     RecipeOption,
     Resume,
     ResumeOption,
+    SeedOption,
     VerboseOption,
     emit,
     examples,
+    progress,
     say,
 )
 from lvctx.cli.vqa import HybridMode
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 
 
 CountOptions = "Tokens and positions of a video"
+TrainOptions = "Training"
 
 
 class RampChoice(StrEnum):
@@ -53,7 +58,8 @@ def register(app: typer.Typer) -> None:
         rich_help_panel=VIDEO,
         epilog=examples(
             "lvctx mrope-extend --model qwen2-vl --scale 4 --verify -o qwen2-vl-4x",
-            "lvctx mrope-extend --model qwen2-vl --scale 4 --method pi --plot curves.png -o qwen2-vl-pi",
+            "lvctx mrope-extend --model qwen2-vl --scale 2 --data shapes/full.json --media shapes --seq-len 1024 "
+            "--steps 1 -o qwen2-vl-2x",
         ),
     )(mrope_extend)
 
@@ -81,17 +87,55 @@ def mrope_extend(
     ] = None,
     size: Annotated[str, typer.Option(metavar="WxH", help="Its size.", rich_help_panel=CountOptions)] = "1280x720",
     fps: Annotated[float, typer.Option(help="Its frames a second.", min=0.001, rich_help_panel=CountOptions)] = 2.0,
-    hybrid: Annotated[str, typer.Option(metavar="L,M,S", help="As for vqa.", rich_help_panel=CountOptions)] = "1,240,1",
+    hybrid: Annotated[
+        str | None,
+        typer.Option(metavar="L,M,S", help="As for vqa; of training too. [1,240,1]", rich_help_panel=CountOptions),
+    ] = None,
     hybrid_mode: Annotated[
         HybridMode, typer.Option(help="As for vqa.", rich_help_panel=CountOptions)
     ] = HybridMode.pair,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Train on this: packed chat, or a JSON/JSONL of chat samples.", rich_help_panel=TrainOptions),
+    ] = None,
+    media: Annotated[
+        Path, typer.Option(help="Folder that the samples' paths are relative to.", rich_help_panel=TrainOptions)
+    ] = Path("."),
+    seq_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a row. [the packed rows'; SCALE x length]", rich_help_panel=TrainOptions),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1, rich_help_panel=TrainOptions)] = 100,
+    batch: Annotated[int, typer.Option(help="Rows a step.", min=1, rich_help_panel=TrainOptions)] = 1,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=TrainOptions)] = 1e-4,
+    warmup: Annotated[
+        float, typer.Option(help="Fraction of the steps.", min=0, max=1, rich_help_panel=TrainOptions)
+    ] = 0.03,
+    lora: Annotated[
+        int, typer.Option(help="Rank; 0 trains the whole language model.", min=0, rich_help_panel=TrainOptions)
+    ] = 16,
+    checkpoint_activations: Annotated[
+        bool, typer.Option(help="Recompute layers in the backward pass.", rich_help_panel=TrainOptions)
+    ] = True,
+    cp: Annotated[
+        int, typer.Option(help="Processes that share a row (torchrun).", min=1, rich_help_panel=TrainOptions)
+    ] = 1,
+    offload: Annotated[
+        bool, typer.Option(help="Keep parameters in host memory.", rich_help_panel=TrainOptions)
+    ] = False,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.", rich_help_panel=TrainOptions)] = "cpu",
     recipe: RecipeOption = None,
+    seed: SeedOption = 0,
     resume: ResumeOption = Resume.auto,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
+    quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Stretch the positions of a Qwen-VL model with M-RoPE++ (GIRAFFE). Weights are linked, config.json changes."""
+    """Stretch the positions of a Qwen-VL model with M-RoPE++ (GIRAFFE). Weights are linked, config.json changes.
+
+    With --data the language model is trained at the new positions on long rows of chat samples; the tower is frozen.
+    """
     from lvctx.artifacts import schemas
     from lvctx.artifacts.manifest import MANIFEST
     from lvctx.artifacts.store import sha256_file
@@ -115,17 +159,52 @@ def mrope_extend(
         say(f"lvctx: {plan.note}")
     facts: dict[str, Any] = {**asdict(plan.stretch), "context": plan.context}
     if frames is not None:
-        seen = viewing(fps=fps, hybrid=hybrid, mode=hybrid_mode.value)
+        seen = viewing(fps=fps, hybrid=hybrid or "1,240,1", mode=hybrid_mode.value)
         counted = cost(model, frames=frames, size=size, viewing=seen)
         facts["video"] = {"frames": frames, "size": size, **counted._asdict()}
         say(
             f"lvctx: {frames} frames of {size}: {counted.actual} visual tokens (nominal {counted.nominal}) and "
             f"{counted.delimiters} delimiters, but positions end at {counted.last_position}"
         )
+    training = None
+    if data is not None and not (dry_run and data.is_file()):
+        from lvctx.stages.extend import Machine
+        from lvctx.stages.mrope_train import pack_samples, plan_training, run_training
+        from lvctx.vision.hybrid import Hybrid
+
+        asked = Hybrid.parse(hybrid or "1,240,1", hybrid_mode.value) if hybrid or hybrid_mode != "pair" else None
+        if data.is_file():
+            if "WORLD_SIZE" in os.environ:
+                raise UsageError("several processes train on packed chat", fix="lvctx pack-chat first")
+            length = seq_len or plan.context
+            with progress("mrope-extend, packing", quiet=quiet) as report:
+                data = pack_samples(
+                    data, out, model=model, media=media, seq_len=length, hybrid=asked, fps=fps, seed=seed, report=report
+                )
+        plan, training = plan_training(
+            plan,
+            data=data,
+            media=media,
+            seq_len=seq_len,
+            hybrid=asked,
+            steps=steps,
+            batch=batch,
+            lr=lr,
+            warmup=warmup,
+            lora=lora,
+            checkpoint_activations=checkpoint_activations,
+            seed=seed,
+        )
+        facts |= {**asdict(training.config), "rows": len(training.rows)}
     if dry_run:
         emit({"dry_run": True, "path": str(out), **facts, "rope_parameters": plan.rope})
         return
-    run_mrope(plan, out, resume=resume, force=force)
+    if training is None:
+        run_mrope(plan, out, resume=resume, force=force)
+    else:
+        machine = Machine(device=device, cp=cp, offload=offload)
+        with progress("mrope-extend", quiet=quiet) as report:
+            run_training(plan, training, out, resume=resume, force=force, machine=machine, report=report)
     if plot is not None:
         draw_curves(plan.checkpoint.mrope, plan.stretch, plot)
     if verify:

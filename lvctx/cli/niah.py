@@ -24,6 +24,7 @@ from lvctx.cli.common import (
 )
 from lvctx.cli.niah_haystack import haystack as make_haystack
 from lvctx.cli.niah_report import ThresholdOption, print_tables, report
+from lvctx.cli.vqa import HybridMode, QwenOptions
 from lvctx.errors import EXIT_SAMPLES_FAILED, UsageError
 
 
@@ -101,7 +102,10 @@ def niah(
     model: Annotated[str | None, typer.Option(help="Language model or VLM: directory or hub id.")] = None,
     modality: Annotated[Modality, typer.Option(help="Haystack of text or of video frames.")] = Modality.video,
     haystack: Annotated[list[Path] | None, typer.Option(help="Text: files or folders; repeat for more.")] = None,
-    frames: Annotated[list[Path] | None, typer.Option(help="Video: frames artifacts, one after the other.")] = None,
+    frames: Annotated[
+        list[Path] | None,
+        typer.Option(help="Video: frames artifacts (Qwen-VL: video files, folders of pictures), one after the other."),
+    ] = None,
     lengths: Annotated[
         str, typer.Option(help="Tokens in all (text) or haystack frames (video), comma-separated.")
     ] = "",
@@ -132,6 +136,21 @@ def niah(
         str | None, typer.Option(help="Try RoPE bases without training: comma-separated; each in a folder of -o.")
     ] = None,
     threshold: ThresholdOption = 0.9,
+    fps: Annotated[
+        float | None,
+        typer.Option(help="Frames a second of a video file. [default: 1]", min=0.001, rich_help_panel=QwenOptions),
+    ] = None,
+    hybrid: Annotated[
+        str | None,
+        typer.Option(
+            metavar="L,M,S",
+            help="Of every L frames one of M tokens, the others of M/S. [default: 1,240,1]",
+            rich_help_panel=QwenOptions,
+        ),
+    ] = None,
+    hybrid_mode: Annotated[
+        HybridMode, typer.Option(help="Groups of merged pairs, or of images.", rich_help_panel=QwenOptions)
+    ] = HybridMode.pair,
     chunk: Annotated[int, typer.Option(help="Tokens of one forward (memory).", min=1)] = 2048,
     reuse: Annotated[bool, typer.Option(help="Compute what cells share once.")] = True,
     kv: Annotated[
@@ -166,6 +185,7 @@ def niah(
     from lvctx.bench.grid import read_grid
     from lvctx.bench.heatmap import draw_heatmaps
     from lvctx.stages.niah import NiahConfig, open_ranks, plan_niah, run_niah
+    from lvctx.vision.hybrid import Hybrid
 
     config = NiahConfig(
         model=model,
@@ -186,6 +206,10 @@ def niah(
         question=question.value,
         tolerance=tolerance,
         kept=kv.value,
+        fps=fps,
+        hybrid=Hybrid.parse(hybrid or "1,240,1", hybrid_mode.value)
+        if hybrid or hybrid_mode != HybridMode.pair
+        else None,
     )
     thetas = numbers("--rope-theta", rope_theta) if rope_theta else []
     targets: dict[Path, float | None] = {out / f"theta-{theta:g}": theta for theta in thetas} or {out: None}

@@ -85,7 +85,6 @@ def vqa(
     from lvctx.artifacts import schemas
     from lvctx.artifacts.stream import read_references
     from lvctx.stages.qwen_watch import open_watcher, viewing
-    from lvctx.stages.vqa import Watcher
 
     named = frames or ["-"]
     if "-" in named and len(named) > 1:
@@ -100,8 +99,6 @@ def vqa(
     seen = viewing(fps=fps, max_frames=max_frames, hybrid=hybrid, mode=hybrid_mode.value, threshold=threshold)
     watcher = open_watcher(model, viewing=seen, device=device, tell=lambda line: say(f"lvctx: {line}"))
     if chat:
-        if not isinstance(watcher, Watcher):
-            raise UsageError("--chat is for encoded frames", fix="ask a Qwen-VL model with --ask")
         for answer in watcher.chat(
             Path(named[0]), _questions(ask or []), max_new_tokens=max_new_tokens, tell=_stream(quiet)
         ):

@@ -151,12 +151,16 @@ def newline_embedding(vlm: Any) -> Tensor:
     return vlm.model.image_newline[None]
 
 
-def chat_ids(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
-    """Token ids before and after the visual block of a one-turn chat that ends where the answer begins."""
-    messages = [{"role": "user", "content": VIDEO_TOKEN + question}]
+def chat_ids(tokenizer: Any, *turns: str, mark: str = VIDEO_TOKEN) -> tuple[list[int], list[int]]:
+    """Token ids before and after the visual block of a chat that ends where the answer begins.
+
+    `turns` are the user's, the reply, the user's next, ...; `mark` is the token that stands for the block.
+    """
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    messages[0]["content"] = mark + turns[0]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = tokenizer.encode(text, add_special_tokens=False)
-    at = ids.index(tokenizer.convert_tokens_to_ids(VIDEO_TOKEN))
+    at = ids.index(tokenizer.convert_tokens_to_ids(mark))
     return ids[:at], ids[at + 1 :]
 
 

@@ -1,6 +1,6 @@
 """A loaded VLM that is shown something and asked about it: what prompts share, the frames above all, is read once.
 
-Suffixes: L tokens of a prompt, F frames, P features a frame, D tower width.
+Suffixes: L tokens of a prompt, F frames, P features a frame, D tower width, R rows of a visual table, E model width.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lvctx.bench.prefix import Positions, count_up
 from lvctx.bench.reader import Reader
 from lvctx.errors import InputError
 from lvctx.model.load import context_length, load_model, load_tokenizer
-from lvctx.model.vlm import VIDEO_TOKEN, embed_frames, newline_embedding
+from lvctx.model.vlm import VIDEO_TOKEN, chat_ids, embed_frames, newline_embedding
 
 BATCH = 64
 """Frames that go through the projector at once: before its pooling a frame is four times its tokens."""
@@ -21,12 +22,19 @@ BATCH = 64
 class Asker:
     """A loaded VLM that replies to prompts about what it was last shown."""
 
+    mark = VIDEO_TOKEN
+    """The token that stands for what is shown in a chat's text."""
+    longer = "extend the language model further"
+    """What a user does whose prompts are too long."""
+
     def __init__(self, path: Path, *, device: str, chunk: int, reuse: bool = True) -> None:
         """Load the model and tokenizer of a resolved directory."""
         self.vlm = load_model(path, device=device)
         self.tokenizer = load_tokenizer(path)
         self.context = context_length(self.vlm.config)
         self.reader = Reader(self.vlm, None, chunk=chunk, reuse=reuse)
+        self.block = np.empty(0, dtype=np.int64)
+        """Ids of what is shown."""
         ends = self.vlm.generation_config.eos_token_id
         self.stop = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
@@ -34,27 +42,33 @@ class Asker:
     def show(self, features_FPD: torch.Tensor) -> None:
         """Take these tower features as what is being talked about."""
         embedded = [embed_frames(self.vlm, batch) for batch in features_FPD.split(BATCH)]
+        table_RE = torch.cat([*embedded, newline_embedding(self.vlm)])
+        self._take(table_RE, self.reader.vocabulary + np.arange(len(table_RE)), count_up)
+
+    def _take(self, table_RE: torch.Tensor, block: np.ndarray, positions: Positions) -> None:
+        """Talk about a block of ids, of which those beyond the vocabulary are rows of a table."""
         chunk, reuse, run = self.reader.chunk, self.reader.reuse, self.reader.tokens_run
-        self.reader = Reader(self.vlm, torch.cat([*embedded, newline_embedding(self.vlm)]), chunk=chunk, reuse=reuse)
+        self.reader = Reader(self.vlm, table_RE, chunk=chunk, reuse=reuse, positions=positions)
         self.reader.tokens_run = run
+        self.block = block
 
     def ids(self, *turns: str) -> np.ndarray:
         """The prompt of a conversation about what is shown: the user's turn, the reply, the next turn, ..."""
-        messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-        messages[0]["content"] = VIDEO_TOKEN + turns[0]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        at = ids.index(self.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN))
-        assert self.reader.visual_RE is not None
-        visual = self.reader.vocabulary + np.arange(len(self.reader.visual_RE))
-        return np.concatenate([np.array(ids[:at], dtype=np.int64), visual, np.array(ids[at + 1 :], dtype=np.int64)])
+        before, after = chat_ids(self.tokenizer, *turns, mark=self.mark)
+        return np.concatenate([np.array(before, dtype=np.int64), self.block, np.array(after, dtype=np.int64)])
+
+    def last_position(self, ids_L: np.ndarray) -> int:
+        """The largest position of a prompt."""
+        return int(self.reader.positions(ids_L, 0).max())
 
     def reply(self, ids_L: np.ndarray, count: int, tell: Callable[[int], None] = lambda token: None) -> list[int]:
         """The greedy reply's ids. Raises InputError where prompt and reply exceed the model's context."""
-        if len(ids_L) + count > self.context:
+        needed = self.last_position(ids_L) + 1
+        if needed + count > self.context:
+            what = "tokens" if needed == len(ids_L) else "positions"
             raise InputError(
-                f"{len(ids_L)} tokens and {count} to answer exceed the model's context of {self.context}",
-                fix="show fewer frames, or extend the language model further",
+                f"{needed} {what} and {count} to answer exceed the model's context of {self.context}",
+                fix=f"show fewer frames, or {self.longer}",
             )
         return self.reader.write(ids_L, count, self.stop, tell)
 

@@ -10,6 +10,7 @@ import json
 import math
 import shlex
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -180,12 +181,27 @@ def run_mrope(plan: Plan, out: Path, *, resume: str, force: bool) -> None:
         raise UsageError("-o is the model itself", fix="choose another directory")
     if is_finished(out, plan.provenance, resume=resume, force=force):
         return
-    _clear(out)
+    clear(out)
+    write_checkpoint(plan, out)
+
+
+def write_checkpoint(
+    plan: Plan, out: Path, *, weights: Callable[[], list[str]] | None = None, trained_length: int = 0
+) -> None:
+    """Link or write all files, the manifest last. `weights` writes new ones into `out` and names their files.
+
+    `trained_length` are the tokens of the longest row they were trained on. Raises InputError if the disk refuses.
+    """
+    source = plan.checkpoint.path
     try:
         out.mkdir(parents=True, exist_ok=True)
         linked = [name for name in _kept(source) if name not in ("config.json", "README.md")]
+        if weights is not None:
+            linked = [name for name in linked if ".safetensors" not in name]
         for name in linked:
             link_file(source / name, out / name)
+        if weights is not None:
+            linked = sorted([*linked, *weights()])
     except OSError as e:
         if is_disk_error(e):
             raise disk_error(e, out) from e
@@ -193,11 +209,12 @@ def run_mrope(plan: Plan, out: Path, *, resume: str, force: bool) -> None:
     raw = read_raw(source)
     write_json(out / "config.json", with_rope(raw, plan.rope, plan.context))
     written = ["config.json", "README.md", *_write_side_files(plan, raw, out, linked)]
-    facts = {"context": plan.context, "original_length": plan.stretch.original, "trained_length": plan.stretch.original}
+    original = plan.stretch.original
+    facts = {"context": plan.context, "original_length": original, "trained_length": max(original, trained_length)}
     write_manifest(out, plan.provenance, [*linked, *written], **facts)
 
 
-def _clear(out: Path) -> None:
+def clear(out: Path) -> None:
     """Remove what an earlier run wrote: its weights may be links to a model, which must not be written through."""
     if (out / MANIFEST).is_file():
         names = read_manifest(out).get("files", {})
@@ -277,7 +294,8 @@ def _write_side_files(plan: Plan, raw: dict[str, Any], out: Path, linked: list[s
     card += "\n\n" if card else ""
     stretch = plan.stretch
     what = f"{stretch.method} ({stretch.ramp})" if stretch.method == "mrope++" else stretch.method
-    card += f"{HEADING}\n{what}, {stretch.factor:g} x {stretch.original:,} = {context:,} tokens; weights unchanged.\n\n"
+    weights = "trained on with LoRA or whole" if "training" in plan.provenance.config else "unchanged"
+    card += f"{HEADING}\n{what}, {stretch.factor:g} x {stretch.original:,} = {context:,} tokens; weights {weights}.\n\n"
     with atomic_file(out / "README.md") as partial:
         partial.write_text(card + "".join(f"- {name}: {line}\n" for name, line in lines.items()), encoding="utf-8")
     return names

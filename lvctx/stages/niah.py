@@ -14,16 +14,15 @@ import numpy as np
 import torch
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.frames import Frames
 from lvctx.artifacts.manifest import MANIFEST, read_manifest
 from lvctx.artifacts.rows import RowLog, read_rows
 from lvctx.artifacts.store import fingerprint
 from lvctx.bench.cache import Kept
-from lvctx.bench.eyes import LlavaEyes
+from lvctx.bench.eyes import Eyes, open_eyes
 from lvctx.bench.grid import THRESHOLD, read_grid
 from lvctx.bench.heatmap import write_report
 from lvctx.bench.niah import Cell, Niah
-from lvctx.bench.prefix import PrefixScorer, Score, common_prefix, walk_order
+from lvctx.bench.prefix import PrefixScorer, Score, common_prefix, count_up, walk_order
 from lvctx.bench.text_niah import TextNiah
 from lvctx.bench.video_niah import Question, VideoNiah, chance_of, drawn_needles, read_needles
 from lvctx.dist.ranks import Ranks, open_ranks
@@ -31,6 +30,7 @@ from lvctx.errors import InputError, UsageError
 from lvctx.model.load import context_length, load_config, load_model, load_tokenizer, resolve_model, trained_length
 from lvctx.positions.choose import choose
 from lvctx.text.needle import Task, read_haystack
+from lvctx.vision.hybrid import Hybrid
 
 __all__ = ["NiahConfig", "Plan", "Ranks", "open_ranks", "plan_niah", "run_niah"]
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class NiahConfig:
     modality: Literal["text", "video"]
     """What the haystack is made of."""
     haystack: tuple[Path, ...]
-    """Text files and folders (text), or frames artifacts that follow each other (video)."""
+    """Text files and folders (text); frames artifacts, or for Qwen-VL video files and folders of pictures (video)."""
     lengths: tuple[int, ...]
     """Tokens (text) or haystack frames (video)."""
     depths: tuple[float, ...]
@@ -79,6 +79,10 @@ class NiahConfig:
     """Where the KV cache lives."""
     theta: float | None = None
     """RoPE base to read with in place of the model's own, without training (LongVA figure 4)."""
+    fps: float | None = None
+    """Frames a second of a video file; None is 1, as V-NIAH's."""
+    hybrid: Hybrid | None = None
+    """Resolution of a video file's frames; None is uniform."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +101,8 @@ class Plan:
     """Resolved."""
     cells: list[Cell]
     """In the order they are walked."""
-    eyes: LlavaEyes | None
-    """How the model sees frames (video)."""
-    frames: tuple[Frames, ...]
-    """The haystack's artifacts (video)."""
+    eyes: Eyes | None
+    """How the model sees the haystack (video)."""
     shown: dict[str, Any]
     """What every row says of the run; `run` in it identifies model, haystack, prompt, scoring and seed."""
 
@@ -117,6 +119,7 @@ class Plan:
         pairs = itertools.pairwise(self.test.sequence(cell)[0] for cell in self.cells)
         shared = sum(common_prefix(a, b) for a, b in pairs)
         tokens, longest = sum(lengths), max(lengths)
+        last = max(last_position(self, self.test.sequence(cell)[0]) for cell in self.cells)
         heads = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         width = torch.finfo(config.dtype or torch.float32).bits // 8
         channel = heads + 4 if self.config.kept == "int8" else heads * width  # a float32 scale for each head and token
@@ -125,11 +128,17 @@ class Plan:
             "tokens": tokens,
             "tokens_once": tokens - shared,
             "longest_tokens": longest,
+            "last_position": last,
             "context": context_length(config),
             "weight_bytes": sum(file.stat().st_size for file in self.path.glob("*.safetensors")),
             "cache_bytes": 2 * text.num_hidden_layers * text.num_key_value_heads * channel * longest,
             "kv": self.config.kept,
         }
+
+
+def last_position(plan: Plan, ids_L: np.ndarray) -> int:
+    """The largest position of a sequence: for M-RoPE far less than its tokens."""
+    return int((plan.eyes.positions if plan.eyes else count_up)(ids_L, 0).max())
 
 
 def _hash(value: Any) -> str:
@@ -150,8 +159,8 @@ def plan_niah(config: NiahConfig) -> Plan:
     path = resolve_model(config.model)
     tokenizer = load_tokenizer(path)
     test: Niah
-    eyes: LlavaEyes | None = None
-    frames: tuple[Frames, ...] = ()
+    eyes: Eyes | None = None
+    layout: dict[str, Any] | None = None
     if config.modality == "text":
         test = TextNiah(
             tokenizer,
@@ -164,9 +173,18 @@ def plan_niah(config: NiahConfig) -> Plan:
             loop=config.loop,
         )
     else:
-        eyes = LlavaEyes(path, name=config.model)
-        frames = eyes.open(config.haystack)
-        test = _video_test(config, eyes, tokenizer, frames)
+        eyes = open_eyes(
+            path,
+            name=config.model,
+            tokenizer=tokenizer,
+            files=config.haystack,
+            fps=config.fps,
+            hybrid=config.hybrid,
+        )
+        if config.theta is not None and load_config(path).get_text_config().rope_parameters.get("mrope_section"):
+            raise UsageError("--rope-theta is for plain RoPE", fix="lvctx mrope-extend --method ntk raises this base")
+        video = test = _video_test(config, eyes, tokenizer)
+        layout = video.layout.facts
     scoring: Scoring = config.scoring or ("forced" if test.forcible else "generate")
     if scoring != "generate" and not test.forcible:
         raise UsageError(f"--score {scoring}: this question is scored by what is written", fix="--score generate")
@@ -189,6 +207,7 @@ def plan_niah(config: NiahConfig) -> Plan:
         "run": _hash(made_of),
         "model": config.model,
         "modality": config.modality,
+        "layout": layout,
         "made_of": made_of,
         "kv": config.kept,
         "chance": test.chance,
@@ -203,12 +222,11 @@ def plan_niah(config: NiahConfig) -> Plan:
         scoring=scoring,
         cells=cells,
         eyes=eyes,
-        frames=frames,
         shown=shown,
     )
 
 
-def _video_test(config: NiahConfig, eyes: LlavaEyes, tokenizer: Any, frames: tuple[Frames, ...]) -> VideoNiah:
+def _video_test(config: NiahConfig, eyes: Eyes, tokenizer: Any) -> VideoNiah:
     if config.needles == "drawn":
         needles, lookalikes = drawn_needles(
             config.trials, size=eyes.image_size, seed=config.seed, lookalikes=config.distractors
@@ -222,32 +240,22 @@ def _video_test(config: NiahConfig, eyes: LlavaEyes, tokenizer: Any, frames: tup
                 f"--distractors {config.distractors} with {len(lookalikes)} look-alikes in {config.needles}",
                 fix='give them lines with "distractor": true',
             )
-    seconds = _timeline(frames)
+    lookalikes = lookalikes[: config.distractors]
+    frames = min(len(eyes.seconds), max(config.lengths))  # the others are not looked at
     return VideoNiah(
         tokenizer,
         needles,
-        vocabulary=eyes.vocabulary,
-        frames=min(len(seconds), max(config.lengths)),  # the others are not projected
-        per_frame=eyes.per_frame,
+        layout=eyes.layout(frames, len(needles) + len(lookalikes)),
+        frames=frames,
         chance=chance,
-        lookalikes=lookalikes[: config.distractors],
-        seconds=seconds,
+        lookalikes=lookalikes,
+        seconds=eyes.seconds,
         question=config.question,
         tolerance=config.tolerance,
         nested=config.nested,
         loop=config.loop,
         seed=config.seed,
     )
-
-
-def _timeline(frames: tuple[Frames, ...]) -> np.ndarray:
-    """When each frame is shown, in seconds: a video that follows another begins one of its own steps after its end."""
-    parts: list[np.ndarray] = []
-    for one in frames:
-        pts = one.pts.numpy()
-        step = float(np.median(np.diff(pts))) if len(pts) > 1 else 1.0
-        parts.append(pts if not parts else pts - pts[0] + parts[-1][-1] + step)
-    return np.concatenate(parts)
 
 
 def run_niah(
@@ -338,16 +346,18 @@ def share_cells(cells: list[Cell], ranks: int) -> list[set[int]]:
 
 def load_scorer(plan: Plan, *, device: str, chunk: int, reuse: bool) -> PrefixScorer:
     """The model, ready to score the plan's sequences."""
-    longest, context = max(len(plan.test.sequence(c)[0]) for c in plan.cells), context_length(load_config(plan.path))
+    longest = max(last_position(plan, plan.test.sequence(c)[0]) for c in plan.cells) + 1
+    context = context_length(load_config(plan.path))
     if longest > context:
-        log.warning("up to %d tokens are read by a model that promises %d", longest, context)
+        log.warning("up to %d positions are read by a model that promises %d", longest, context)
     model = load_model(plan.path, config=_with_base(load_config(plan.path), plan.config.theta), device=device)
     table = None
     if plan.eyes is not None:
         assert isinstance(plan.test, VideoNiah)
         images = [needle.image for needle in (*plan.test.needles, *plan.test.lookalikes)]
-        table = plan.eyes.table(model, plan.frames, max(plan.config.lengths), images)
-    return PrefixScorer(model, table, chunk=chunk, reuse=reuse, kept=plan.config.kept)
+        table = plan.eyes.table(model, min(len(plan.eyes.seconds), max(plan.config.lengths)), images)
+    positions = plan.eyes.positions if plan.eyes else count_up
+    return PrefixScorer(model, table, chunk=chunk, reuse=reuse, kept=plan.config.kept, positions=positions)
 
 
 def _with_base(config: Any, theta: float | None) -> Any:
@@ -362,7 +372,7 @@ def _with_base(config: Any, theta: float | None) -> Any:
 def _run_cell(scorer: PrefixScorer, plan: Plan, cell: Cell) -> dict[str, Any]:
     """The cell's own part of a row: verdict, answer's log-probability and rank; or what went wrong."""
     ids, answer = plan.test.sequence(cell)
-    row = {**asdict(cell), "tokens": len(ids)}
+    row = {**asdict(cell), "tokens": len(ids), "last_position": last_position(plan, ids)}
     try:
         score = scorer.score(ids, answer, write=answer + plan.test.spare if plan.scoring != "forced" else 0)
     except (RuntimeError, MemoryError) as e:  # out of memory, above all: this cell is lost, the others need not be

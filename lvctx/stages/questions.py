@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,15 +19,13 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.frames import read_frames
 from lvctx.artifacts.rows import RowLog
 from lvctx.artifacts.store import fingerprint
 from lvctx.bench.choice import Sample
 from lvctx.bench.subtitles import read_subtitles
-from lvctx.errors import InputError, LvctxError, UsageError
-from lvctx.model.load import VLM_TYPE, load_config, resolve_model
-from lvctx.stages.asker import Asker
-from lvctx.stages.encode import Encoder
+from lvctx.errors import InputError, LvctxError
+from lvctx.model.load import load_config, resolve_model
+from lvctx.stages.looking import Look
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +62,8 @@ class Plan:
     """Resolved model directory."""
     samples: tuple[Sample, ...]
     """All of them, grouped by video in the order in which videos first appear."""
-    encoder: Encoder
-    """How frames are sampled and encoded."""
+    look: Look
+    """How frames are sampled and seen."""
     shown: dict[str, Any]
     """What every row says of the run; `run` in it identifies all that decides a reply but the video."""
 
@@ -78,15 +76,13 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def plan_questions(bench: ModuleType, config: AskConfig, encoder: Encoder) -> Plan:
+def plan_questions(bench: ModuleType, config: AskConfig, look: Look) -> Plan:
     """Check everything that can be checked without weights or videos.
 
-    Raises UsageError for a model that cannot see, InputError for questions that cannot be read or of another benchmark.
+    Raises InputError for questions that cannot be read or are of another benchmark.
     """
     path = resolve_model(config.model)
     hf = load_config(path)
-    if hf.model_type != VLM_TYPE:
-        raise UsageError(f"{config.model} is a {hf.model_type} model", fix="give a VLM that lvctx align wrote")
     if not config.videos.is_dir():
         raise InputError("no such folder of videos", where=config.videos)
     if config.subtitles is not None and not config.subtitles.is_dir():
@@ -107,7 +103,7 @@ def plan_questions(bench: ModuleType, config: AskConfig, encoder: Encoder) -> Pl
         "prompt": _hash(bench.prompt(probe, config.style, listing)),
         "style": config.style,
         "subtitles": config.subtitles is not None,
-        "sampler": asdict(encoder.config),
+        "sampler": look.sampler,
         "dtype": dtype,
         "max_new_tokens": config.max_new_tokens,
     }
@@ -118,14 +114,13 @@ def plan_questions(bench: ModuleType, config: AskConfig, encoder: Encoder) -> Pl
         "model": config.model,
         "made_of": made_of,
     }
-    return Plan(config=config, bench=bench, path=path, samples=tuple(samples), encoder=encoder, shown=shown)
+    return Plan(config=config, bench=bench, path=path, samples=tuple(samples), look=look, shown=shown)
 
 
 def run_questions(
     plan: Plan,
     out: Path,
     *,
-    frames_dir: Path,
     device: str,
     chunk: int,
     reuse: bool,
@@ -154,10 +149,10 @@ def run_questions(
                 )
         waiting = [s for s in plan.samples if plan.key(s) not in rows]
         total, done = len(plan.samples), len(plan.samples) - len(waiting)
-        asker: Asker | None = None
+        asker: Any = None
         for video, group in itertools.groupby(waiting, key=lambda s: s.video):
-            asker = asker or Asker(plan.path, device=device, chunk=chunk, reuse=reuse)
-            for row in _ask_about(plan, asker, list(group), frames_dir):
+            asker = asker or plan.look.open(plan.path, device=device, chunk=chunk, reuse=reuse)
+            for row in _ask_about(plan, asker, list(group)):
                 rows.append(row)
                 done += 1
                 report(done, total, video)
@@ -169,18 +164,19 @@ def run_questions(
             log.info("%d questions, %d tokens through the model", len(waiting), asker.reader.tokens_run)
 
 
-def _ask_about(plan: Plan, asker: Asker, samples: list[Sample], frames_dir: Path) -> Iterator[dict[str, Any]]:
+def _ask_about(plan: Plan, asker: Any, samples: list[Sample]) -> Iterator[dict[str, Any]]:
     """Rows of one video's questions."""
     base = {s.id: {"key": plan.key(s), **plan.shown, **_described(s)} for s in samples}
     try:
-        seen = _look(plan, asker, samples[0], frames_dir)
+        seen = _look(plan, asker, samples[0])
     except LvctxError as e:
         yield from ({**row, "error": str(e)} for row in base.values())
         return
     for sample in samples:
         text = plan.bench.prompt(sample, plan.config.style, seen.subtitles)
         ids = asker.ids(text)
-        row = {**base[sample.id], **seen.facts, "tokens": len(ids), "prompt_sha256": _hash(text)}
+        row = {**base[sample.id], **seen.facts, "tokens": len(ids), "last_position": asker.last_position(ids)}
+        row["prompt_sha256"] = _hash(text)
         try:
             written = asker.reply(ids, sample.max_new_tokens or plan.config.max_new_tokens)
         except (
@@ -208,39 +204,32 @@ class _Seen:
     facts: dict[str, Any]
 
 
-def _look(plan: Plan, asker: Asker, sample: Sample, frames_dir: Path) -> _Seen:
+def _look(plan: Plan, asker: Any, sample: Sample) -> _Seen:
     """Show the model a sample's video or images. Raises InputError where they are missing or broken."""
     if sample.images:
         return _look_at_images(plan, asker, sample)
     file = find_video(plan.config.videos, sample.video)
-    made = plan.encoder.encode(file, frames_dir)
-    frames = read_frames(Path(made["path"]))
-    asker.show(frames.features)
-    facts = {
-        "file": str(file),
-        "video_sha256": frames.provenance["inputs"]["video"][:16],
-        "frames": len(frames.pts),
-        "corrupt_frames": made["corrupt_frames"],
-    }
+    watched = plan.look.video(asker, file)
+    facts = {"file": str(file), **watched.facts}
     if plan.config.subtitles is None:
         return _Seen(subtitles=None, facts=facts)
     found = read_subtitles(plan.config.subtitles / f"{Path(sample.video).stem}.srt")
-    shown = found.at(frames.pts.tolist())
+    shown = found.at(watched.pts)
     said = {"subtitle_lines": shown.count("\n") + 1 if shown else 0, "bad_subtitles": found.bad}
     return _Seen(subtitles=shown, facts={**facts, **said})
 
 
-def _look_at_images(plan: Plan, asker: Asker, sample: Sample) -> _Seen:
-    mode, squares = plan.encoder.config.frame_mode, []
+def _look_at_images(plan: Plan, asker: Any, sample: Sample) -> _Seen:
+    images = []
     for name in sample.images:
         file = plan.config.videos / name
         try:
             with Image.open(file) as image:
-                squares.append(plan.encoder.files.preprocess.square(image.convert("RGB"), mode))
+                images.append(image.convert("RGB"))
         except (OSError, UnidentifiedImageError) as e:
             raise InputError(f"no readable image ({type(e).__name__})", where=file) from e
-    asker.show(plan.encoder.see(squares))
-    return _Seen(subtitles=None, facts={"frames": len(squares)})
+    plan.look.images(asker, images)
+    return _Seen(subtitles=None, facts={"frames": len(images)})
 
 
 def find_video(folder: Path, name: str) -> Path:

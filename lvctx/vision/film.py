@@ -106,14 +106,19 @@ class Film:
 
     def part(self, tokens_per_second: float | None) -> mrope_ids.Film:
         """What position ids are made of. Times count grids, or seconds where the model does."""
-        times = list(grid_times(self.blocks, self.pts, self.rule.merge, tokens_per_second))
-        return mrope_ids.Film(runs=tuple(Grids(*block.grid) for block in self.blocks), times=tuple(times))
+        return part(self.blocks, self.pts, self.rule.merge, tokens_per_second)
 
 
 def _blocks(rule: QwenRule, run: Run, width: int, height: int) -> list[Block]:
     tokens = rule.hybrid.tokens if run.high else rule.hybrid.low_tokens
     one_size = replace(rule, hybrid=Hybrid(group=1, tokens=tokens, ratio=1, mode=rule.hybrid.mode))
     return one_size.video(width, height, run.frames)
+
+
+def part(blocks: Sequence[Block], pts: Sequence[float], merge: int, tokens_per_second: float | None) -> mrope_ids.Film:
+    """What position ids of a film's blocks are made of; `pts` are its frames' times in seconds."""
+    times = tuple(grid_times(blocks, pts, merge, tokens_per_second))
+    return mrope_ids.Film(runs=tuple(Grids(*block.grid) for block in blocks), times=times)
 
 
 def grid_times(
@@ -164,22 +169,30 @@ def pixels(film: Film, processor: Any) -> dict[str, Tensor]:
     the first picture's first half and the second picture's second. A run's odd last frame is merged with itself.
     """
     video = film.blocks[0].kind == "video"
-    patches, grids = [], []
+    found, grids = [], []
     at = 0
     for block in film.blocks:
-        frames = film.frames[at : at + block.frames]
+        rows, (down, across) = patches(film.frames[at : at + block.frames], processor, merged=video)
         at += block.frames
-        seen = processor(images=frames, do_resize=False, return_tensors="pt")
-        down, across = (int(n) for n in seen["image_grid_thw"][0, 1:])
         assert (down, across) == tuple(2 * n for n in block.grid[1:])
-        rows = seen["pixel_values"].reshape(len(frames), down * across, 3, processor.temporal_patch_size, -1)
-        if video:
-            rows = torch.cat([rows, rows[-1:].expand(-len(frames) % rows.shape[3], -1, -1, -1, -1)])
-            rows = torch.stack([rows[i :: rows.shape[3], :, :, i] for i in range(rows.shape[3])], dim=3)
-        patches.append(rows.flatten(2).flatten(0, 1))
+        found.append(rows)
         grids.append([block.grid[0], down, across])
     names = ("pixel_values_videos", "video_grid_thw") if video else ("pixel_values", "image_grid_thw")
-    return dict(zip(names, (torch.cat(patches), torch.tensor(grids)), strict=True))
+    return dict(zip(names, (torch.cat(found), torch.tensor(grids)), strict=True))
+
+
+def patches(frames: Sequence[Image.Image], processor: Any, *, merged: bool) -> tuple[Tensor, tuple[int, int]]:
+    """Patches of frames of one size, and how many a frame has down and across.
+
+    `merged` in twos, an odd last with itself; otherwise each with itself, as the processor does with an image.
+    """
+    seen = processor(images=list(frames), do_resize=False, return_tensors="pt")
+    down, across = (int(n) for n in seen["image_grid_thw"][0, 1:])
+    rows = seen["pixel_values"].reshape(len(frames), down * across, 3, processor.temporal_patch_size, -1)
+    if merged:
+        rows = torch.cat([rows, rows[-1:].expand(-len(frames) % rows.shape[3], -1, -1, -1, -1)])
+        rows = torch.stack([rows[i :: rows.shape[3], :, :, i] for i in range(rows.shape[3])], dim=3)
+    return rows.flatten(2).flatten(0, 1), (down, across)
 
 
 class Count(NamedTuple):
@@ -202,11 +215,7 @@ def count(
     check_reachable(rule.hybrid)
     blocks = rule.video(width, height, frames)
     pts = [i / fps for i in range(frames)]
-    part = mrope_ids.Film(
-        runs=tuple(Grids(*block.grid) for block in blocks),
-        times=tuple(grid_times(blocks, pts, rule.merge, tokens_per_second)),
-    )
-    _, after = mrope_ids.positions([part])
+    _, after = mrope_ids.positions([part(blocks, pts, rule.merge, tokens_per_second)])
     return Count(
         nominal=hybrid_tokens(frames, rule.hybrid, merge=rule.merge),
         actual=sum(block.tokens for block in blocks),

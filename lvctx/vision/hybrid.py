@@ -42,6 +42,15 @@ class Hybrid:
         if self.ratio > self.tokens:
             raise UsageError("s is larger than m: no token is left", where=f"{self.group},{self.tokens},{self.ratio}")
 
+    @classmethod
+    def parse(cls, text: str, mode: Mode) -> "Hybrid":
+        """`L,M,S` as on the command line. Raises UsageError for other text."""
+        try:
+            group, tokens, ratio = map(int, text.split(","))
+        except ValueError:
+            raise UsageError(f"--hybrid {text!r} is not L,M,S", fix="write 4,240,3") from None
+        return cls(group=group, tokens=tokens, ratio=ratio, mode=mode)
+
     @property
     def uniform(self) -> bool:
         """Whether all frames have one size."""

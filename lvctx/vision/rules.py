@@ -7,10 +7,9 @@ from typing import Any
 
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import VLM_TYPE, load_config
+from lvctx.model.qwen_vl import TIMED, TYPES
 from lvctx.vision.hybrid import Hybrid
 from lvctx.vision.tokens import LlavaRule, QwenRule, VisualRule, pooling
-
-QWEN = ("qwen2_vl", "qwen2_5_vl")
 
 
 def find_rule(path: Path, tokenizer: Any, *, hybrid: Mapping[str, Any] | None, grid_rule: Any) -> VisualRule | None:
@@ -23,8 +22,8 @@ def find_rule(path: Path, tokenizer: Any, *, hybrid: Mapping[str, Any] | None, g
     family, vision = config.model_type, getattr(config, "vision_config", None)
     if vision is None:
         return None
-    if family in QWEN:
-        return _qwen(path, tokenizer, vision, Hybrid(**(hybrid or {})))
+    if family in TYPES:
+        return qwen_rule(path, tokenizer, Hybrid(**(hybrid or {})))
     if family == VLM_TYPE:
         side = vision.image_size // vision.patch_size
         usual = ((side + 1) // 2) ** 2
@@ -39,7 +38,12 @@ def find_rule(path: Path, tokenizer: Any, *, hybrid: Mapping[str, Any] | None, g
     raise InputError(f"no rule for {family}", where=path, fix="--model takes Qwen2-VL, Qwen2.5-VL or LlavaOnevision")
 
 
-def _qwen(path: Path, tokenizer: Any, vision: Any, hybrid: Hybrid) -> QwenRule:
+def qwen_rule(path: Path, tokenizer: Any, hybrid: Hybrid) -> QwenRule:
+    """The rule of a Qwen-VL directory. For Qwen3-VL sizes are right, but its `layout` lacks the times in text."""
+    config = load_config(path)
+    vision = config.vision_config
+    if config.model_type in TIMED and hybrid.mode != "pair":
+        raise UsageError(f"--hybrid-mode {hybrid.mode}: {config.model_type} reads pairs of frames", fix="drop it")
     file = path / "preprocessor_config.json"
     pixels = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     size = pixels.get("size", {})

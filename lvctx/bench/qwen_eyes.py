@@ -1,0 +1,145 @@
+"""Qwen-VL models among haystacks of video files: a needle is a grid of the film, and time goes on through it.
+
+The film with its needle is read as `vqa` reads a film: sampled at a rate, sized by hybrid resolution, whose groups are
+counted with the needle in it. Where two frames are merged a needle is shown for both, so that it has a grid to itself.
+A frame's time is its number in that film over the rate.
+
+Shapes: E width of the language model, R rows of the table.
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from lvctx.bench.video_niah import Layout
+from lvctx.errors import InputError, UsageError
+from lvctx.model.load import load_config
+from lvctx.model.qwen_vl import TIMED
+from lvctx.positions.mrope_ids import Rules
+from lvctx.vision.decode import count_at_rate, read_frames
+from lvctx.vision.film import check_reachable
+from lvctx.vision.hybrid import Hybrid
+from lvctx.vision.images import image_size, open_image
+from lvctx.vision.reel import Grid, Reel, empty_table, see
+from lvctx.vision.rules import qwen_rule
+
+PICTURES = (".png", ".jpg", ".jpeg")
+"""What is taken from a folder, in the order of names; `lvctx niah haystack` writes such."""
+
+
+class QwenEyes:
+    """A Qwen-VL model's tower, and video files or folders of pictures."""
+
+    def __init__(self, path: Path, *, tokenizer: Any, files: Sequence[Path], fps: float, hybrid: Hybrid) -> None:
+        """See `open_eyes`; nothing is decoded but the first frame of each file."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        if hybrid.mode == "literal" and not hybrid.uniform:
+            raise UsageError("--hybrid-mode literal merges a needle with its neighbours", fix="pair, or image")
+        check_reachable(hybrid)
+        self.files, self.fps, self.hybrid = tuple(files), fps, hybrid
+        self.rule = rule = qwen_rule(path, tokenizer, hybrid)
+        self.processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        self.unit = 1 if hybrid.mode == "image" else rule.merge
+        self.mark, config = rule.mark("video"), load_config(path)
+        counted = [_count(file, fps) for file in self.files]
+        width, height, _ = counted[0]
+        self.size = (width, height)
+        """Of the source's frames, in pixels."""
+        sizes = {tuple(block.grid[1:]) for block in rule.video(width, height, 2 * rule.merge)}
+        for file, (across, down, _) in zip(self.files, counted, strict=True):
+            if {tuple(block.grid[1:]) for block in rule.video(across, down, 2 * rule.merge)} != sizes:
+                raise InputError(
+                    f"{across} x {down} pixels beside {width} x {height}", where=file, fix="give one shape"
+                )
+        count = sum(frames for _, _, frames in counted) // self.unit * self.unit
+        self.seconds = np.arange(count) / fps
+        self.image_size = min(width, height)
+        seconds = Rules.of(config).tokens_per_second
+        self.reel = Reel(
+            rule,
+            vocabulary=int(config.get_text_config().vocab_size),
+            tokens_per_second=seconds,
+            times=lambda count: (np.arange(count) / fps).tolist(),
+            write=functools.partial(tokenizer.encode, add_special_tokens=False) if config.model_type in TIMED else None,
+        )
+        self.positions = self.reel.positions
+        self.facts = {
+            "positions": "mrope",
+            "fps": fps,
+            "hybrid": [hybrid.group, hybrid.tokens, hybrid.ratio],
+            "hybrid_mode": hybrid.mode,
+            "tokens_per_second": seconds,
+            "source_size": [width, height],
+        }
+
+    def layout(self, frames: int, inserted: int) -> Layout:
+        """See `Eyes.layout`: there is no bound."""
+        return self
+
+    def ids(self, pictures: np.ndarray) -> np.ndarray:
+        """See `Layout`."""
+        return self.reel.ids(pictures.tolist(), self.rule.video(*self.size, len(pictures)))
+
+    def table(self, model: Any, frames: int, images: Sequence[Image.Image]) -> torch.Tensor:
+        """See `Eyes.table`: the grids of all sequences that were laid out. Frames are decoded once and not kept."""
+        table_RE = empty_table(model, self.reel)
+        waiting: dict[int, list[Grid]] = defaultdict(list)
+        for grid in self.reel.grids:
+            waiting[grid.pictures[-1]].append(grid)
+        background = tuple(round(255 * mean) for mean in self.processor.image_mean)
+        # A picture becomes a frame of the source first, so that it keeps its shape as the frames keep theirs.
+        inserted = [ImageOps.pad(image, self.size, color=background) for image in images]
+        shown = islice(chain.from_iterable(_frames(file, self.fps) for file in self.files), frames)
+        held: dict[int, Image.Image] = {}
+        ready: list[Grid] = []
+
+        def take(number: int, size: tuple[int, int]) -> Image.Image:
+            picture = held[number] if number < frames else inserted[number - frames]
+            return picture.resize(size, resample=self.processor.resample)
+
+        for number, picture in enumerate(shown):
+            held[number] = picture
+            ready += waiting.pop(number, [])
+            if len(held) == 16 * self.unit:
+                see(model, self.processor, self.reel, table_RE, _by_size(ready), take)
+                held, ready = {}, []
+        missing = [number for number in waiting if number < frames]
+        if missing:
+            raise InputError(f"ends before frame {min(missing)}", where=self.files[-1], fix="is the file whole?")
+        ready += [grid for grids in waiting.values() for grid in grids]
+        see(model, self.processor, self.reel, table_RE, _by_size(ready), take)
+        return table_RE
+
+
+def _by_size(grids: list[Grid]) -> list[Grid]:
+    return sorted(grids, key=lambda grid: grid[1:])
+
+
+def _count(file: Path, fps: float) -> tuple[int, int, int]:
+    """Width, height and number of frames of a video or a folder of pictures."""
+    if not file.is_dir():
+        width, height, _, frames = count_at_rate(file, fps)
+        return width, height, frames
+    pictures = _listed(file)
+    if not pictures:
+        raise InputError("no picture in it", where=file, fix=f"put {' or '.join(PICTURES)} there")
+    return *image_size(pictures[0]), len(pictures)
+
+
+def _listed(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+
+
+def _frames(file: Path, fps: float) -> Iterator[Image.Image]:
+    if file.is_dir():
+        yield from map(open_image, _listed(file))
+    else:
+        yield from (Image.fromarray(frame.image) for frame in read_frames(file, fps=fps))

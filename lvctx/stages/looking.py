@@ -1,0 +1,133 @@
+"""How a benchmark's model sees a video or pictures: encoded frames for a LlavaOnevision, the files for Qwen-VL."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from lvctx.artifacts.frames import read_frames
+from lvctx.artifacts.store import sha256_file
+from lvctx.errors import UsageError
+from lvctx.model.load import VLM_TYPE, load_config, resolve_model
+from lvctx.model.qwen_vl import TIMED, TYPES
+from lvctx.stages.asker import Asker
+from lvctx.stages.encode import Encoder
+from lvctx.stages.qwen_asker import QwenAsker, Viewing
+from lvctx.vision.decode import Rate
+from lvctx.vision.film import check_reachable
+from lvctx.vision.hybrid import Hybrid
+from lvctx.vision.squares import FrameMode
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """A video that a model is being asked about."""
+
+    pts: list[float]
+    """When each sampled frame is shown, in seconds."""
+    facts: dict[str, Any]
+    """What a row says of it."""
+
+
+class Look(Protocol):
+    """A model's way to see."""
+
+    sampler: dict[str, Any]
+    """What decides which pixels it sees."""
+
+    def open(self, path: Path, *, device: str, chunk: int, reuse: bool) -> Any:
+        """The loaded model of a resolved directory, for `video` and `images`."""
+
+    def video(self, asker: Any, file: Path) -> Watched:
+        """Show a video. Raises InputError where it is broken."""
+
+    def images(self, asker: Any, images: Sequence[Image.Image]) -> None:
+        """Show RGB pictures."""
+
+
+def find_look(
+    model: str,
+    *,
+    fps: Rate | None,
+    frames: int | None,
+    frame_mode: FrameMode | None,
+    hybrid: Hybrid | None,
+    frames_dir: Path,
+    device: str,
+) -> Look:
+    """The way to see of a model; loads no weights. `frame_mode` is for towers that see squares, `hybrid` for Qwen-VL.
+
+    Raises UsageError for a model that cannot see, and for flags that it has no use for.
+    """
+    kind = load_config(resolve_model(model)).model_type
+    if kind in TYPES + TIMED:
+        if fps == "native" or frame_mode is not None:
+            raise UsageError("Qwen-VL takes frames whole, at a rate", fix="drop --frame-mode; give --fps a number")
+        check_reachable(hybrid or Hybrid())
+        rate = Viewing.fps if fps is None else float(fps)
+        return FilmLook(Viewing(fps=rate, frames=frames, hybrid=hybrid or Hybrid()))
+    if kind != VLM_TYPE:
+        raise UsageError(f"{model} is a {kind} model", fix="give a VLM that lvctx align wrote, or a Qwen2-VL")
+    if hybrid is not None:
+        raise UsageError(f"{model} has frames of one size", fix="drop --hybrid")
+    encoder = Encoder.plan(model, fps=fps, frames=frames, frame_mode=frame_mode or "crop", device=device)
+    return TowerLook(encoder, frames_dir)
+
+
+class TowerLook:
+    """A tower's features of square frames, in artifacts that stay."""
+
+    def __init__(self, encoder: Encoder, frames_dir: Path) -> None:
+        self.encoder, self.frames_dir = encoder, frames_dir
+        self.sampler = asdict(encoder.config)
+
+    def open(self, path: Path, *, device: str, chunk: int, reuse: bool) -> Asker:
+        """See `Look`."""
+        return Asker(path, device=device, chunk=chunk, reuse=reuse)
+
+    def video(self, asker: Asker, file: Path) -> Watched:
+        """See `Look`."""
+        made = self.encoder.encode(file, self.frames_dir)
+        frames = read_frames(Path(made["path"]))
+        asker.show(frames.features)
+        facts = {
+            "video_sha256": frames.provenance["inputs"]["video"][:16],
+            "frames": len(frames.pts),
+            "corrupt_frames": made["corrupt_frames"],
+        }
+        return Watched(pts=frames.pts.tolist(), facts=facts)
+
+    def images(self, asker: Asker, images: Sequence[Image.Image]) -> None:
+        """See `Look`."""
+        square, mode = self.encoder.files.preprocess.square, self.encoder.config.frame_mode
+        asker.show(self.encoder.see([square(image, mode) for image in images]))
+
+
+class FilmLook:
+    """Qwen-VL's own tower on whole frames."""
+
+    def __init__(self, viewing: Viewing) -> None:
+        self.viewing, self.sampler = viewing, viewing.facts
+
+    def open(self, path: Path, *, device: str, chunk: int, reuse: bool) -> QwenAsker:
+        """See `Look`."""
+        return QwenAsker(path, viewing=self.viewing, device=device, chunk=chunk, reuse=reuse)
+
+    def video(self, asker: QwenAsker, file: Path) -> Watched:
+        """See `Look`."""
+        film, found = asker.watch(file)
+        facts = {
+            "video_sha256": sha256_file(file)[:16],
+            "frames": len(film.frames),
+            "high_frames": sum(film.high),
+            "visual_tokens": sum(block.tokens for block in film.blocks),
+            "frame_size": list(film.frames[0].size),
+            "corrupt_frames": found.get("corrupt", 0),
+        }
+        return Watched(pts=film.pts, facts=facts)
+
+    def images(self, asker: QwenAsker, images: Sequence[Image.Image]) -> None:
+        """See `Look`."""
+        asker.show_images(images)

@@ -1,0 +1,195 @@
+"""Training Qwen-VL on packed chat: the loss is the stock model's, ranks share rows exactly, only the LM changes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import av
+import mrope_models
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from mrope_models import opinionated
+from PIL import Image
+from safetensors.torch import load_file
+from test_niah import run
+from test_qwen_niah import fails
+from torch.nn import functional as F
+
+from lvctx.artifacts.chat import ChatRows
+from lvctx.artifacts.manifest import read_manifest
+from lvctx.dist import attention
+from lvctx.dist.mesh import World, joined, make_world
+from lvctx.model.load import load_model
+from lvctx.positions.mrope_ids import Grids, Part, Text, positions
+from lvctx.stages.mrope import plan_mrope
+from lvctx.stages.mrope_train import ChatLoss, Machine, TrainingConfig, adapt, plan_training, run_training, shard_chat
+from lvctx.train.chat_rows import ChatRow, RowReader
+from lvctx.vision.decode import read_frames
+from lvctx.vision.film import pixels, shoot
+from lvctx.vision.hybrid import Hybrid
+from lvctx.vision.rules import qwen_rule
+
+FLAGS: dict[str, Any] = {
+    "media": Path(),
+    "seq_len": None,
+    "hybrid": None,
+    "steps": 2,
+    "batch": 2,
+    "lr": 1e-2,
+    "warmup": 0.0,
+    "lora": 4,
+    "checkpoint_activations": True,
+    "seed": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a picture, a clip of five frames, three samples, and the samples packed to rows."""
+    here = tmp_path_factory.mktemp("mrope-train")
+    mrope_models.save("qwen2_5_vl", here / "model")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (70, 110, 3), dtype=np.uint8)).save(here / "a.png")
+    with av.open(str(here / "b.mp4"), "w") as container:
+        stream: Any = container.add_stream("libx264", rate=2)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for _ in range(5):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 256, (64, 96, 3), dtype=np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+    def asked(question: str, answer: str, **media: str) -> dict[str, Any]:
+        return {**media, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+
+    samples = [
+        asked("Hello.", "Good day to you."),
+        asked("<image>What?", "Dots.", image="a.png"),
+        asked("<video>And?", "More.", video="b.mp4"),
+    ]
+    (here / "chat.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+    flags = ("--model", here / "model", "--interleaved", here / "chat.jsonl", "--media", here, "--long-share", 0)
+    done = run("pack-chat", *flags, "--hybrid", "2,16,4", "--target-length", 400, "-o", here / "chat")
+    assert done.exit_code == 0, done.stderr
+    return here
+
+
+def reader_of(here: Path) -> RowReader:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    rule = qwen_rule(here / "model", mrope_models.tokenizer(), Hybrid(group=2, tokens=16, ratio=4))
+    processor = Qwen2VLImageProcessorPil.from_pretrained(here / "model")
+    return RowReader(ChatRows(here / "chat"), here, rule, processor, tokens_per_second=2)
+
+
+def test_the_loss_is_the_stock_models(here: Path) -> None:
+    """Positions from the media in their order, pixels as `vqa` sizes them; cross-entropy on stock logits."""
+    reader = reader_of(here)
+    assert len(reader.rows) == 1
+    row, ids = reader.read(0), reader.rows.row(0).astype(np.int64)
+    seen: dict[str, torch.Tensor] = {}
+    parts: list[Part] = []
+    at = 0
+    for item in (item for sample in reader.rows.samples(0) for item in sample["media"]):
+        begin = item["blocks"][0][0]
+        if item["kind"] == "image":
+            stock = reader.processor(images=[Image.open(here / "a.png")], return_tensors="pt")
+            seen |= {"pixel_values": stock["pixel_values"], "image_grid_thw": stock["image_grid_thw"]}
+            _, down, across = (int(n) for n in stock["image_grid_thw"][0])
+            parts += [Text(begin - at), Grids(1, down // 2, across // 2)]
+            at = begin + down * across // 4
+        else:
+            shots = [(frame.pts, frame.image) for frame in read_frames(here / "b.mp4", fps=2)]
+            film = shoot(shots, reader.rule, resample=reader.processor.resample)
+            seen |= pixels(film, reader.processor)
+            parts += [Text(begin - at), film.part(2)]
+            at = begin + sum(block.tokens for block in film.blocks) + 2 * (len(film.blocks) - 1)
+    found, _ = positions([*parts, Text(len(ids) - at)])
+    assert torch.equal(row.positions_3L, found)
+    model = opinionated("qwen2_5_vl")
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(ids)[None], position_ids=found[:, None], **seen).logits[0]
+        expected = F.cross_entropy(logits.double(), row.labels_L, reduction="sum")
+        total, count = ChatLoss(model, World(device="cpu").ring)(**shard_chat(row, World(device="cpu")))
+    assert count == int((row.labels_L >= 0).sum()) > 20
+    assert float(total) == pytest.approx(float(expected), rel=1e-5)
+
+
+def gradients(vlm: Any, row: ChatRow, world: World) -> tuple[float, dict[str, torch.Tensor]]:
+    vlm.zero_grad(set_to_none=True)
+    total, _ = ChatLoss(vlm, world.ring)(**shard_chat(row, world))
+    total.backward()
+    return total.item(), {n: p.grad.clone() for n, p in vlm.named_parameters() if p.grad is not None}
+
+
+def _compare(rank: int, here: Path, size: int) -> None:
+    torch.set_num_threads(1)
+    row = reader_of(here).read(0)
+    vlm = load_model(here / "model", dtype=torch.float32)
+    options = {k: v for k, v in FLAGS.items() if k in TrainingConfig.__dataclass_fields__}
+    adapt(vlm, TrainingConfig(**{**options, "seq_len": 400, "lora": 0}))
+    expected, truth = gradients(vlm, row, World(device="cpu"))
+    with joined(here / f"store-{size}", rank=rank, size=size):
+        world = make_world(device="cpu", cp=size)
+        attention.register()
+        vlm.model.language_model.set_attn_implementation(attention.NAME)
+        part, found = gradients(vlm, row, world)
+        (loss,) = world.sum([part])
+        assert abs(part) < abs(expected)
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert truth.keys() == found.keys()
+        assert not any("visual" in name for name in truth)
+        for name, gradient in found.items():
+            world.add_up(gradient)
+            assert float((gradient - truth[name]).norm()) <= 1e-4 * float(truth[name].norm()), name
+
+
+def test_two_ranks_share_a_row_exactly(here: Path) -> None:
+    """Loss and every gradient of the language model: three axes of positions are cut as the tokens are."""
+    multiprocessing.spawn(_compare, args=(here, 2), nprocs=2)
+
+
+def test_only_the_language_model_changes_and_a_stopped_run_goes_on(here: Path, tmp_path: Path) -> None:
+    from lvctx.errors import Stopped
+
+    plan = plan_mrope(model=str(here / "model"), scale=2, original_length=None, method=None, ramp="index", force=False)
+    plan, training = plan_training(plan, data=here / "chat", **{**FLAGS, "media": here})
+    how: dict[str, Any] = {"resume": "auto", "force": False, "machine": Machine(device="cpu")}
+
+    def stop(done: int, total: int, note: str) -> None:
+        if done == 1:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run_training(plan, training, tmp_path / "parts", report=stop, **how)
+    assert not (tmp_path / "parts" / "MANIFEST.json").exists()
+    for name in ("parts", "whole"):
+        run_training(plan, training, tmp_path / name, report=lambda done, total, note: None, **how)
+    before, whole, parts = (
+        load_file(path / "model.safetensors") for path in (here / "model", tmp_path / "whole", tmp_path / "parts")
+    )
+    assert before.keys() == whole.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    changed = {name for name in whole if not torch.equal(before[name], whole[name])}
+    assert changed == {name for name in whole if "self_attn" in name and name.endswith("proj.weight")}
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert config["text_config"]["rope_parameters"] == plan.rope
+    manifest = read_manifest(tmp_path / "whole")
+    assert manifest["config"]["training"]["lora"] == 4
+    assert {"model.safetensors", "vllm.json"} <= manifest["files"].keys()
+    load_model(tmp_path / "whole")
+
+
+def test_the_command_trains_on_a_file_of_samples(here: Path, tmp_path: Path) -> None:
+    flags = ("mrope-extend", "--model", here / "model", "--scale", 2, "--media", here, "--steps", 1)
+    done = run(*flags, "--data", here / "chat.jsonl", "--seq-len", 400, "--hybrid", "2,16,4", "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    row = json.loads(done.stdout.splitlines()[-1])
+    assert (row["lora"], row["rows"], row["seq_len"]) == (16, 1, 400)
+    before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    again = run(*flags, "--data", here / "chat.jsonl", "--seq-len", 400, "--hybrid", "2,16,4", "-o", tmp_path / "out")
+    assert again.stdout == done.stdout
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
+    fails(3, run(*flags, "--data", here / "chat", "--hybrid", "2,16,2", "-o", tmp_path / "x"), "another resolution")
+    fails(2, run(*flags, "--data", here / "chat", "--seq-len", 100, "-o", tmp_path / "x"), "not cut to 100")

@@ -1,0 +1,181 @@
+"""Needles for Qwen-VL: a cell scores like a stock forward over the film that it is, and what is shared is run once."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import mrope_models
+import numpy as np
+import pytest
+import torch
+from mrope_models import Prompt, forward, opinionated
+from PIL import Image
+from test_niah import run
+from test_prefix import assert_same, plain, tree_size
+
+from lvctx.artifacts.rows import read_rows
+from lvctx.bench.eyes import open_eyes
+from lvctx.bench.prefix import PrefixScorer, walk_order
+from lvctx.bench.qwen_eyes import QwenEyes
+from lvctx.bench.video_niah import Needle, VideoNiah
+from lvctx.model.vlm import chat_ids
+from lvctx.positions.mrope_ids import Rules, Text, positions
+from lvctx.vision.film import pixels, shoot
+from lvctx.vision.hybrid import Hybrid
+
+BICUBIC = 3
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    here = tmp_path_factory.mktemp("qwen")
+    return {kind: mrope_models.save(kind, here / kind) for kind in ("qwen2_vl", "qwen2_5_vl")}
+
+
+@pytest.fixture(scope="module")
+def hay(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[np.ndarray]]:
+    """A folder of 13 pictures: the odd last one is no whole grid."""
+    here = tmp_path_factory.mktemp("hay")
+    rng = np.random.default_rng(0)
+    shots = [rng.integers(0, 256, (90, 150, 3), dtype=np.uint8) for _ in range(13)]
+    for i, shot in enumerate(shots):
+        Image.fromarray(shot).save(here / f"{i:03}.png")
+    return here, shots
+
+
+def fails(code: int, done: Any, words: str) -> None:
+    assert done.exit_code == code, done.stderr
+    assert words in done.stderr
+
+
+HYBRIDS = {
+    "uniform": Hybrid(tokens=8),
+    "pairs": Hybrid(group=2, tokens=24, ratio=4),
+    "images": Hybrid(group=3, tokens=24, ratio=4, mode="image"),
+}
+
+
+@pytest.mark.parametrize(
+    ("nested", "kind", "name"),
+    [
+        (True, "qwen2_vl", "uniform"),
+        (False, "qwen2_vl", "images"),
+        (False, "qwen2_5_vl", "uniform"),
+        (True, "qwen2_5_vl", "pairs"),
+    ],
+)
+def test_grid_equals_plain_forwards(
+    nested: bool, kind: str, name: str, saved: dict[str, Path], hay: tuple[Path, list[np.ndarray]]
+) -> None:
+    """The other way: the film's pixels, needle among them, through the stock forward, with positions of whole films."""
+    folder, shots = hay
+    tokenizer, model, hybrid = mrope_models.tokenizer(), opinionated(kind), HYBRIDS[name]
+    eyes = open_eyes(saved[kind], name="m", tokenizer=tokenizer, files=[folder], fps=0.75, hybrid=hybrid)
+    assert isinstance(eyes, QwenEyes)
+    rng = np.random.default_rng(1)
+    pictures = [rng.integers(0, 256, (90, 150, 3), dtype=np.uint8) for _ in range(3)]
+    needles = [
+        Needle(image=Image.fromarray(p), question=f"What {i}?", answer="ab", subject="") for i, p in enumerate(pictures)
+    ]
+    unit = 1 if name == "images" else 2
+    count = len(eyes.seconds)
+    assert count == 13 // unit * unit
+    test = VideoNiah(
+        tokenizer,
+        needles[:2],
+        lookalikes=needles[2:],
+        layout=eyes.layout(count, 3),
+        frames=count,
+        chance=None,
+        nested=nested,
+        loop=True,
+    )
+    cells = test.cells([4, 10, 14], [0, 0.5, 1], 2)
+    sequences = [test.sequence(cell)[0] for cell in cells]
+    table = eyes.table(model, count, [needle.image for needle in needles])
+    walker = PrefixScorer(model, table, chunk=29, positions=eyes.positions)
+    alone = PrefixScorer(model, table, reuse=False, positions=eyes.positions)
+    rules = Rules.of(model.config)
+    probabilities = set()
+    for cell in [cells[i] for i in walk_order(sequences)]:
+        ids, answer = test.sequence(cell)
+        assert cell.position % unit == 0
+        film = [shots[i % count] for i in range(cell.length)]
+        spread = 4 if nested else cell.length
+        other = int(float(test._places[0]) * spread) // unit * unit
+        for at, number in sorted([(cell.position, cell.trial), (other, 2)], key=lambda p: p[0], reverse=True):
+            film[at:at] = [pictures[number]] * unit
+        seen = shoot([(i / 0.75, shot) for i, shot in enumerate(film)], eyes.rule, resample=BICUBIC)
+        before, after = chat_ids(tokenizer, cell.question, mark="<|video_pad|>")
+        plain_ids = [*before, *eyes.rule.layout(seen.blocks).ids, *after, *tokenizer.encode(cell.answer)]
+        found, _ = positions([Text(len(before) + 1), seen.part(rules.tokens_per_second), Text(len(after) + 1 + answer)])
+        assert torch.equal(eyes.positions(ids, 0)[:, 0], found)
+        for cut in range(1, len(ids), 7):  # whatever comes later moves nothing
+            assert torch.equal(eyes.positions(ids[:cut], 0)[:, 0], found[:, :cut])
+        prompt = Prompt(ids=plain_ids, positions=found, pixels=pixels(seen, eyes.processor))
+        with torch.inference_mode():
+            stock = plain(forward(model, prompt).logits[0], np.array(plain_ids), answer)
+        probabilities.add(round(stock.log_prob, 3))
+        assert_same(walker.score(ids, answer), stock)
+        assert_same(alone.score(ids, answer), stock)
+    assert len(probabilities) > len(cells) // 2
+    assert walker.tokens_run == tree_size(sequences)
+    assert walker.tokens_run < 0.75 * alone.tokens_run
+
+
+def test_writing_goes_on_after_the_films_time(saved: dict[str, Path], hay: tuple[Path, list[np.ndarray]]) -> None:
+    """Twelve grids of 2 x 4 tokens: what is written stands behind the last of them, as for `vqa`."""
+    model = opinionated("qwen2_5_vl")
+    tokenizer = mrope_models.tokenizer()
+    eyes = open_eyes(
+        saved["qwen2_5_vl"], name="m", tokenizer=tokenizer, files=[hay[0]] * 2, fps=1, hybrid=Hybrid(tokens=8)
+    )
+    needle = Needle(image=Image.new("RGB", (90, 90), (9, 9, 200)), question="What?", answer="a", subject="")
+    test = VideoNiah(tokenizer, [needle], layout=eyes.layout(26, 1), frames=26, chance=None)
+    ids, _ = test.sequence(test.cells([26], [0.5], 1)[0])
+    scorer = PrefixScorer(model, eyes.table(model, 26, [needle.image]), positions=eyes.positions)
+    written = scorer.score(ids, 1, write=4).written
+    assert written is not None
+    for i in range(4):
+        again = np.array([*ids[:-1], *written[: i + 1]])
+        assert scorer.score(again, 1).forced
+    text = [int(p) for p in eyes.positions(ids, 0)[0, 0, -4:]]
+    assert text == list(range(text[0], text[0] + 4))
+    film = eyes.positions(ids, 0)[0, 0, ids >= eyes.reel.vocabulary]
+    assert int(film.max() - film.min()) == 13 * 2 * 2  # the last of 14 grids of two frames a second apart, 2 a second
+
+
+@pytest.mark.nano
+def test_the_command(saved: dict[str, Path], nano: Any, tmp_path: Path) -> None:
+    flags = ("niah", "--model", saved["qwen2_vl"], "--frames", nano.clips / "bikes.mp4", "--lengths", "4,8")
+    flags += ("--depths", "0,0.5,1", "--trials", 2, "--fps", 1, "--score", "both")
+    walked = run(*flags, "--hybrid", "2,24,4", "-o", tmp_path / "a")
+    assert walked.exit_code == 0, walked.stderr
+    rows = [json.loads(line) for line in walked.stdout.splitlines()]
+    assert len(rows) == 12
+    assert rows[0]["layout"]["positions"] == "mrope"
+    assert rows[0]["layout"]["hybrid"] == [2, 24, 4]
+    assert all(row["last_position"] < row["tokens"] for row in rows)
+    alone = run(*flags, "--hybrid", "2,24,4", "--no-reuse", "-o", tmp_path / "b")
+    verdicts = [
+        {r["key"]: (r["forced"], r["written"], r["rank"]) for r in read_rows(tmp_path / d / "results.jsonl")}
+        for d in "ab"
+    ]
+    assert verdicts[0] == verdicts[1], alone.stderr
+    fails(3, run(*flags, "--hybrid", "1,24,1", "-o", tmp_path / "a"), "another run (other prompt)")
+    fails(2, run(*flags, "--hybrid", "2,24,4", "--hybrid-mode", "literal", "-o", tmp_path / "c"), "literal")
+    fails(2, run(*flags, "--rope-theta", 1e7, "-o", tmp_path / "c"), "mrope-extend")
+    fails(2, run(*flags, "--lengths", "5", "-o", tmp_path / "c"), "multiples of 2")
+    fails(3, run(*flags, "--lengths", "400", "-o", tmp_path / "c"), "--loop")
+    facts = json.loads(run(*flags, "--dry-run", "-o", tmp_path / "d").stdout)
+    assert facts["last_position"] < facts["longest_tokens"]
+
+
+def test_pictures_of_two_shapes_are_refused(saved: dict[str, Path], tmp_path: Path) -> None:
+    for name, size in (("a", (150, 90)), ("b", (90, 150))):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", size).save(tmp_path / name / "0.png")
+    flags = ("niah", "--model", saved["qwen2_vl"], "--lengths", 2, "-o", tmp_path / "o")
+    folders = itertools.chain.from_iterable(("--frames", tmp_path / name) for name in "ab")
+    fails(3, run(*flags, *folders), "90 x 150 pixels beside 150 x 90")
