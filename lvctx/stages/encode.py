@@ -247,7 +247,8 @@ class Encoder:
             background=preprocess.background,
         )
         report(0, total, video.name)
-        done, facts = 0, {"source": str(video)}
+        done = 0
+        facts: dict[str, Any] = {"source": str(video)}
         with open_frames(target, made, facts) as writer, self._decoders.read(request, facts) as frames:
             while batch := list(islice(frames, config.batch)):
                 if self._stop.is_set():
