@@ -8,7 +8,7 @@ Suffixes: F frames, P features a frame, D tower width.
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".frames.safetensors"
 """How the name of a frames artifact ends."""
+KINDS = (schemas.FRAMES, schemas.FRAMES_HYBRID)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,17 @@ class Frames:
     """f64 (F,): when each frame is shown, in seconds."""
     index: "Tensor"
     """i64 (F,): each frame's number in the source, in the order of presentation, from 0."""
+    grid: "Tensor | None"
+    """i64 (F, 2): rows and columns of tokens that each frame is pooled to; None where all are pooled 2x2."""
     provenance: dict[str, Any]
     """What made it; `provenance["inputs"]["tower"]` is the fingerprint of the tower."""
+
+    def batches(self, size: int, count: int | None = None) -> "Iterator[tuple[Tensor, Tensor | None]]":
+        """Features and grids of the first `count` frames, `size` at a time."""
+        last = len(self.features) if count is None else min(count, len(self.features))
+        for i in range(0, last, size):
+            part = slice(i, min(i + size, last))
+            yield self.features[part], None if self.grid is None else self.grid[part]
 
 
 class FramesWriter:
@@ -47,10 +57,16 @@ class FramesWriter:
         self._file, self._room = file, room
         self._pts: list[float] = []
         self._index: list[int] = []
+        self._grid: list[int] = []
         self._shape: tuple[int, ...] = ()
 
-    def append(self, features_BPD: "Tensor", pts: list[float], index: list[int]) -> None:
-        """Add a batch: features (B, P, D) of any float type, stored as bf16, and each frame's time and number."""
+    def append(
+        self, features_BPD: "Tensor", pts: list[float], index: list[int], grid: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Add a batch: features (B, P, D) of any float type, stored as bf16, and each frame's time and number.
+
+        `grid` is every frame's rows and columns of tokens, or nothing for all of them.
+        """
         import torch
 
         raw = features_BPD.detach().to("cpu", torch.bfloat16).contiguous()
@@ -60,16 +76,20 @@ class FramesWriter:
         self._file.write(raw.view(torch.uint8).numpy().data)
         self._pts += pts
         self._index += index
+        self._grid += [n for one in grid for n in one]
 
     def _finish(self, metadata: dict[str, str]) -> None:
         count = len(self._pts)
         self._file.write(struct.pack(f"<{count}d", *self._pts) + struct.pack(f"<{count}q", *self._index))
+        self._file.write(struct.pack(f"<{len(self._grid)}q", *self._grid))
+        assert len(self._grid) in (0, 2 * count)
         header: dict[str, Any] = {"__metadata__": metadata}
         end = 0
         for name, dtype, shape, size in (
             ("features", "BF16", [count, *self._shape], 2),
             ("pts", "F64", [count], 8),
             ("index", "I64", [count], 8),
+            *([("grid", "I64", [count, 2], 8)] if self._grid else []),
         ):
             start = end
             for n in shape:
@@ -111,11 +131,12 @@ def read_frames(path: Path) -> Frames:
 
     header = read_safetensors_header(path)
     provenance = read_provenance(path)
-    if provenance is None or provenance.get("schema") != schemas.FRAMES:
+    if provenance is None or provenance.get("schema") not in KINDS:
         raise InputError("not a frames artifact", where=path, fix="write one with lvctx encode-video")
     missing = {"features", "pts", "index"} - header.keys()
     if missing:
         raise InputError(f"frames artifact without {', '.join(sorted(missing))}", where=path, fix="encode it again")
     with safe_open(path, "pt") as f:
         tensors = {name: f.get_tensor(name) for name in ("features", "pts", "index")}
-    return Frames(**tensors, provenance=provenance)
+        grid = f.get_tensor("grid") if "grid" in header else None
+    return Frames(**tensors, grid=grid, provenance=provenance)

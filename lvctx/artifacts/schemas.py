@@ -16,6 +16,9 @@ BASE = "lvctx.base/1"
 FRAMES = "lvctx.frames/1"
 """Safetensors: features bf16 (F, P, D) before the projector, pts f64 (F,) seconds, index i64 (F,) source frames."""
 
+FRAMES_HYBRID = "lvctx.frames/2"
+"""The same with grid i64 (F, 2): rows and columns of tokens of each frame once it is pooled, where these differ."""
+
 HAYSTACK = "lvctx.haystack/1"
 """Directory: a haystack's frames as 000000.png and on, and MANIFEST.json; hashes of the pixels beside it."""
 

@@ -5,6 +5,7 @@ This is the seam for another family of VLMs: one needs a class with what `Eyes` 
 Shapes: E width of the language model, R rows of the table.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from PIL import Image
 
 from lvctx.artifacts.frames import Frames, read_frames
 from lvctx.bench.prefix import Positions, count_up
-from lvctx.bench.video_niah import EvenFrames, Layout, visual_table
+from lvctx.bench.video_niah import EvenFrames, Layout, MixedFrames, visual_table
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import VLM_TYPE, load_config
 from lvctx.model.qwen_vl import TIMED, TYPES
@@ -92,21 +93,44 @@ class LlavaEyes:
 
     def layout(self, frames: int, inserted: int) -> Layout:
         """See `Eyes.layout`."""
-        return EvenFrames(vocabulary=self.vocabulary, per_frame=self.per_frame, shown=frames + inserted)
+        grids = self._grids(frames)
+        if not grids:
+            return EvenFrames(vocabulary=self.vocabulary, per_frame=self.per_frame, shown=frames + inserted)
+        tokens, sizes = ([rows * columns for rows, columns in some] for some in (grids, _distinct(grids)))
+        return MixedFrames(vocabulary=self.vocabulary, tokens=tokens, sizes=sizes, inserted=inserted)
+
+    def _grids(self, frames: int) -> list[tuple[int, int]]:
+        """Rows and columns of the first frames' tokens; nothing where all artifacts are of uniform resolution."""
+        if all(one.grid is None for one in self.frames):
+            return []
+        side = math.isqrt(self.per_frame)
+        found = [
+            (side, side) if one.grid is None else (int(one.grid[i, 0]), int(one.grid[i, 1]))
+            for one in self.frames
+            for i in range(len(one.pts))
+        ]
+        return found[:frames]
 
     @torch.inference_mode()
     def table(self, model: Any, frames: int, images: Sequence[Image.Image]) -> torch.Tensor:
         """See `Eyes.table` and `visual_table`."""
+        sizes: Sequence[tuple[int, int] | None] = _distinct(self._grids(frames)) or [None]
         hay = []
         for one in self.frames:
-            features = one.features[:frames]
-            frames -= len(features)
-            hay += [embed_frames(model, batch) for batch in features.split(BATCH) if len(batch)]
+            hay += [embed_frames(model, *batch) for batch in one.batches(BATCH, frames)]
+            frames -= min(frames, len(one.pts))
         # Needles become squares the way the haystack's frames did.
         mode = self.frames[0].provenance["config"].get("frame_mode", "pad")
         tower = load_tower(self.path, dtype=model.dtype, device=str(model.device))
-        squares = [tower.preprocess.square(image, mode) for image in images]
-        return visual_table(torch.cat(hay), embed_frames(model, tower.see(squares)), newline_embedding(model))
+        seen = tower.see([tower.preprocess.square(image, mode) for image in images])
+        grids = [None if size is None else torch.tensor([size] * len(images)) for size in sizes]
+        inserted = [embed_frames(model, seen, grid).unflatten(0, (len(images), -1)) for grid in grids]
+        return visual_table(torch.cat(hay), torch.cat(inserted, 1).flatten(0, 1), newline_embedding(model))
+
+
+def _distinct(grids: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Each grid once, the finest first."""
+    return sorted(set(grids), reverse=True)
 
 
 def timeline(frames: Sequence[Frames]) -> np.ndarray:

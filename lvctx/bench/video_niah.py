@@ -138,6 +138,37 @@ class EvenFrames:
         return self._vocabulary + np.append(rows.ravel(), self._newline)
 
 
+class MixedFrames:
+    """LlavaOnevision with hybrid resolution: frames differ in their tokens, and one newline closes the block.
+
+    A picture that is inserted has the resolution of the frame in front of which it comes; at the end, of the last one.
+    """
+
+    mark, unit = VIDEO_TOKEN, 1
+
+    def __init__(self, *, vocabulary: int, tokens: Sequence[int], sizes: Sequence[int], inserted: int) -> None:
+        """`tokens` of each haystack frame; the table then has every inserted picture once in each of `sizes`."""
+        self._tokens, self._sizes = np.asarray(tokens), list(sizes)
+        self._starts = vocabulary + np.cumsum(self._tokens) - self._tokens
+        self._inserted = vocabulary + int(self._tokens.sum())
+        self._newline = self._inserted + inserted * sum(sizes)
+        self.facts = {"tokens_per_frame": self._sizes}
+
+    def ids(self, pictures: np.ndarray) -> np.ndarray:
+        """See `Layout`."""
+        hay, count, parts = len(self._tokens), int(self._tokens[-1]), [np.array([self._newline])]
+        if (pictures < hay).any():
+            count = int(self._tokens[pictures[pictures < hay][-1]])
+        for picture in pictures[::-1]:
+            if picture < hay:
+                count, start = int(self._tokens[picture]), int(self._starts[picture])
+            else:
+                place = sum(self._sizes[: self._sizes.index(count)])
+                start = self._inserted + (int(picture) - hay) * sum(self._sizes) + place
+            parts.append(np.arange(start, start + count))
+        return np.concatenate(parts[::-1])
+
+
 class VideoNiah:
     """A picture among a video's frames."""
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from enum import StrEnum
 from fractions import Fraction
 from itertools import chain
@@ -96,6 +97,10 @@ def encode_video(
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Take what can be decoded of cut or damaged videos.")
     ] = False,
+    hybrid: Annotated[
+        str | None,
+        typer.Option(metavar="L,M,S", help="One of L frames has M tokens, the others M/S: 4,144,3. Default: all M."),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Videos decoded at once; they take turns at the tower.", min=1)] = 1,
     batch: Annotated[int, typer.Option(help="Frames through the tower at once.", min=1)] = 64,
     dtype: Annotated[
@@ -118,7 +123,7 @@ def encode_video(
         raise UsageError("give either --model or --tower")
     rate = parse_rate(fps)
     from lvctx.artifacts import schemas
-    from lvctx.stages.encode import Encoder, open_ranks
+    from lvctx.stages.encode import Encoder, Hybrid, open_ranks
 
     encoder = Encoder.plan(
         str(model or tower),
@@ -130,6 +135,7 @@ def encode_video(
         allow_partial=allow_partial,
         batch=batch,
         dtype=dtype.value,
+        hybrid=Hybrid.parse(hybrid, "pair") if hybrid else None,
         device=device,
     )
     done = 0
@@ -142,6 +148,7 @@ def encode_video(
             if dry_run:
                 return plans(encoder, share, out)
             options = {"resume": resume, "force": force, "report": report}
+            share = counted(encoder, share) if encoder.config.hybrid else share
             return encoder.encode_all(share, out, jobs=jobs, processes=ranks.size, **options)
 
         for video, row, result in shared_out(references(videos), encode, ranks):
@@ -171,6 +178,16 @@ def shared_out(
     results = list(zip(mine, encode(todo[i] for i in mine), strict=True))
     for _, result in sorted(chain.from_iterable(ranks.gather(results)), key=itemgetter(0)):
         yield result
+
+
+def counted(encoder: Any, videos: Iterator[tuple[Path, dict[str, Any]]]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The videos, each once its tokens are told."""
+    for video, row in videos:
+        with suppress(LvctxError):  # its own turn will say it
+            frames, tokens = encoder.count(video)
+            shown, nominal = tokens["visual_tokens"], tokens["nominal_tokens"]
+            say(f"lvctx: {video}: {frames} frames, {shown:,} visual tokens (nominal {nominal:,}) and a newline")
+        yield video, row
 
 
 def plans(encoder: Any, videos: Iterator[tuple[Path, dict[str, Any]]], out: Path) -> Iterator[Any]:

@@ -149,8 +149,11 @@ def frame_features(vlm: Any, pixels_F3SS: Tensor) -> Tensor:
     return features[:, 1:] if vlm.config.vision_feature_select_strategy == "default" else features
 
 
-def embed_frames(vlm: Any, features_FPD: Tensor) -> Tensor:
-    """Language-model embeddings (F*T, E) of tower features: projector, then 2x2 pool, raster order, frame by frame."""
+def embed_frames(vlm: Any, features_FPD: Tensor, grid_F2: Tensor | None = None) -> Tensor:
+    """Language-model embeddings (tokens, E) of tower features: projector, then pool, raster order, frame by frame.
+
+    The pool is 2x2, or the average that leaves each frame its `grid_F2` of rows and columns (hybrid resolution).
+    """
     side = math.isqrt(features_FPD.shape[1])
     parameter = vlm.model.multi_modal_projector.linear_1.weight
     if features_FPD.shape[1:] != (side * side, parameter.shape[1]):
@@ -160,7 +163,18 @@ def embed_frames(vlm: Any, features_FPD: Tensor) -> Tensor:
             fix="encode the video with this model's own tower",
         )
     projected = vlm.model.multi_modal_projector(features_FPD.to(parameter.device, parameter.dtype))
-    return vlm.model.apply_pooling(projected).flatten(0, 1)
+    if grid_F2 is None:
+        return vlm.model.apply_pooling(projected).flatten(0, 1)
+    frames: list[Tensor] = [projected] * len(projected)
+    for rows, columns in {(int(r), int(c)) for r, c in grid_F2}:
+        if side % rows or side % columns:
+            raise InputError(f"{side} x {side} features cannot be pooled to {rows} x {columns}")
+        chosen = [i for i, grid in enumerate(grid_F2.tolist()) if grid == [rows, columns]]
+        map_FEHW = projected[chosen].transpose(1, 2).unflatten(2, (side, side))
+        pooled = nn.functional.avg_pool2d(map_FEHW, (side // rows, side // columns)).flatten(2).transpose(1, 2)
+        for i, frame in zip(chosen, pooled, strict=True):
+            frames[i] = frame
+    return torch.cat(frames)
 
 
 def newline_embedding(vlm: Any) -> Tensor:

@@ -39,9 +39,12 @@ class Asker:
         self.stop = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
     @torch.inference_mode()
-    def show(self, features_FPD: torch.Tensor) -> None:
-        """Take these tower features as what is being talked about."""
-        embedded = [embed_frames(self.vlm, batch) for batch in features_FPD.split(BATCH)]
+    def show(self, features_FPD: torch.Tensor, grid_F2: torch.Tensor | None = None) -> None:
+        """Take these tower features, pooled 2x2 or to these grids, as what is being talked about."""
+        parts = range(0, len(features_FPD), BATCH)
+        grids = [None if grid_F2 is None else grid_F2[i : i + BATCH] for i in parts]
+        features = [features_FPD[i : i + BATCH] for i in parts]
+        embedded = [embed_frames(self.vlm, batch, grid) for batch, grid in zip(features, grids, strict=True)]
         table_RE = torch.cat([*embedded, newline_embedding(self.vlm)])
         self._take(table_RE, self.reader.vocabulary + np.arange(len(table_RE)), count_up)
 

@@ -34,14 +34,18 @@ from lvctx.dist.ranks import Ranks, open_ranks
 from lvctx.errors import LvctxError, MissingError, Stopped, UsageError
 from lvctx.vision.apart import Decoders, Request
 from lvctx.vision.container import check_exists, check_whole, probe
-from lvctx.vision.decode import Decoder, Rate, Sampling
+from lvctx.vision.decode import Decoder, Rate, Sampling, count_at_rate
+from lvctx.vision.hybrid import Hybrid, hybrid_tokens
 from lvctx.vision.squares import FrameMode
+from lvctx.vision.tokens import pooling
 from lvctx.vision.tower import Tower, TowerFiles
 
-__all__ = ["EncodeConfig", "Encoder", "Ranks", "open_ranks", "share_videos"]
+__all__ = ["EncodeConfig", "Encoder", "Hybrid", "Ranks", "open_ranks", "share_videos"]
 log = logging.getLogger(__name__)
 Dtype = Literal["auto", "float32", "bfloat16"]
 Row = dict[str, Any]
+FACTS = ("duration", "source_frames", "time_error", "visual_tokens", "nominal_tokens")
+"""What a row says of those in the artifact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,17 @@ class EncodeConfig:
     """Frames that go through the tower at once; it decides how sums are rounded."""
     dtype: Literal["float32", "bfloat16"]
     """What the tower computes in. Features are stored as bfloat16 either way."""
+    hybrid: Hybrid | None = None
+    """Which frames are pooled further when they are read (GIRAFFE section 3.5); None: none."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For provenance and rows; what was made before there was `hybrid` stands as it is."""
+        facts = asdict(self)
+        facts.pop("hybrid")
+        if self.hybrid is not None:
+            facts["hybrid"] = [self.hybrid.group, self.hybrid.tokens, self.hybrid.ratio]
+        return facts
 
 
 class Encoder:
@@ -90,6 +105,7 @@ class Encoder:
         allow_partial: bool = False,
         batch: int = 64,
         dtype: Dtype = "auto",
+        hybrid: Hybrid | None = None,
         device: str = "auto",
     ) -> Self:
         """Find the tower of a VLM, CLIP or SigLIP (directory or hub id) and resolve the defaults; loads no weights.
@@ -115,8 +131,14 @@ class Encoder:
             allow_partial=allow_partial,
             batch=batch,
             dtype=dtype if dtype != "auto" else "bfloat16" if _fast_bfloat16(device) else "float32",
+            hybrid=None if hybrid is None or hybrid.uniform else hybrid,
         )
-        return cls(TowerFiles.find(name), config, device=device)
+        files = TowerFiles.find(name)
+        if hybrid is not None and hybrid.tokens != files.tokens_per_frame:
+            raise UsageError(f"m is {files.tokens_per_frame} for this tower, not {hybrid.tokens}", where="--hybrid")
+        if config.hybrid is not None:
+            pooling(math.isqrt(files.patches_per_frame), config.hybrid.ratio)
+        return cls(files, config, device=device)
 
     def close(self) -> None:
         """Let videos that are being encoded in other threads fail at their next batch, and end idle decoders."""
@@ -134,9 +156,9 @@ class Encoder:
         """What will have made the artifact of `video`."""
         fingerprint = self._hashes[video] = self._hashes.get(video) or sha256_file(video)
         return Provenance(
-            schema=schemas.FRAMES,
+            schema=schemas.FRAMES_HYBRID if self.config.hybrid else schemas.FRAMES,
             command="encode-video",
-            config=asdict(self.config),
+            config=self.config.facts,
             inputs={"tower": self.files.fingerprint, "video": fingerprint},
         )
 
@@ -157,12 +179,37 @@ class Encoder:
         return {
             "video": str(video),
             "path": str(self.target(video, out, made.inputs["video"])),
-            **asdict(self.config),
+            **self.config.facts,
             **facts,
             "device": self.device,
             "expected_frames": frames,
             "expected_bytes": size,
+            **self.tokens(frames),
         }
+
+    def count(self, video: Path) -> tuple[int, dict[str, int]]:
+        """Frames that a video will have, from its container and first frame, and their `tokens`. Raises InputError."""
+        if isinstance(self.config.fps, float):
+            frames = count_at_rate(video, self.config.fps)[3]
+        else:
+            frames = self._expected_frames(probe(video))
+        return frames, self.tokens(frames)
+
+    def tokens(self, frames: int) -> dict[str, int]:
+        """Visual tokens of so many frames of hybrid resolution, as they will be and by L, m, s; else nothing."""
+        if self.config.hybrid is None:
+            return {}
+        actual = sum(rows * columns for rows, columns in self._grids(0, frames))
+        return {"visual_tokens": actual, "nominal_tokens": hybrid_tokens(frames, self.config.hybrid, merge=1)}
+
+    def _grids(self, first: int, count: int) -> list[tuple[int, int]]:
+        """Rows and columns of the tokens of `count` sampled frames from the given one on: nothing if all are alike."""
+        if self.config.hybrid is None:
+            return []
+        side = math.isqrt(self.files.patches_per_frame)
+        down, across = pooling(side, self.config.hybrid.ratio)
+        high, low = (math.ceil(side / 2),) * 2, (side // down, side // across)
+        return [low if i % self.config.hybrid.group else high for i in range(first, first + count)]
 
     def encode(
         self,
@@ -200,15 +247,18 @@ class Encoder:
             background=preprocess.background,
         )
         report(0, total, video.name)
-        done, facts = 0, {"source": str(video)}
+        done = 0
+        facts: dict[str, Any] = {"source": str(video)}
         with open_frames(target, made, facts) as writer, self._decoders.read(request, facts) as frames:
             while batch := list(islice(frames, config.batch)):
                 if self._stop.is_set():
                     raise Stopped
                 features = self.see(np.stack([frame.image for frame in batch]))
-                writer.append(features, [frame.pts for frame in batch], [frame.index for frame in batch])
+                grids = self._grids(done, len(batch))
+                writer.append(features, [frame.pts for frame in batch], [frame.index for frame in batch], grids)
                 done += len(batch)
                 report(done, max(total, done), video.name)
+            facts |= self.tokens(done)
         return _row(video, target)
 
     def encode_all(
@@ -279,18 +329,19 @@ def share_videos(videos: Sequence[tuple[Path, Row]], processes: int) -> list[lis
 def _row(video: Path, target: Path) -> dict[str, Any]:
     made = read_provenance(target) or {}
     frames, features, width = read_safetensors_header(target)["features"]["shape"]
+    tokens = made["facts"].get("visual_tokens")
     return {
-        "schema": schemas.FRAMES,
+        "schema": made["schema"],
         "path": str(target),
         "sha256": sha256_file(target),
         "video": str(video),
         "frames": frames,
-        "tokens_per_frame": math.ceil(math.isqrt(features) / 2) ** 2,
+        "tokens_per_frame": tokens / frames if tokens else math.ceil(math.isqrt(features) / 2) ** 2,
         "features_per_frame": features,
         "width": width,
         "fps": made["config"]["fps"],
         "frame_mode": made["config"]["frame_mode"],
-        **{key: made["facts"][key] for key in ("duration", "source_frames", "time_error") if key in made["facts"]},
+        **{key: made["facts"][key] for key in FACTS if key in made["facts"]},
         "corrupt_frames": made["facts"].get("corrupt", 0),
     }
 

@@ -1,7 +1,7 @@
 """How a benchmark's model sees a video or pictures: encoded frames for a LlavaOnevision, the files for Qwen-VL."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,7 +81,7 @@ class TowerLook:
 
     def __init__(self, encoder: Encoder, frames_dir: Path) -> None:
         self.encoder, self.frames_dir = encoder, frames_dir
-        self.sampler = asdict(encoder.config)
+        self.sampler = encoder.config.facts
 
     def open(self, path: Path, *, device: str, chunk: int, reuse: bool) -> Asker:
         """See `Look`."""
@@ -91,7 +91,7 @@ class TowerLook:
         """See `Look`."""
         made = self.encoder.encode(file, self.frames_dir)
         frames = read_frames(Path(made["path"]))
-        asker.show(frames.features)
+        asker.show(frames.features, frames.grid)
         facts = {
             "video_sha256": frames.provenance["inputs"]["video"][:16],
             "frames": len(frames.pts),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from lvctx.artifacts import schemas
+from lvctx.artifacts.frames import KINDS
 from lvctx.artifacts.manifest import read_provenance
 from lvctx.artifacts.store import atomic_file, sha256_file
 from lvctx.errors import InputError
@@ -24,7 +24,7 @@ def contact_sheet(artifact: Path, out: Path, *, video: Path | None = None) -> di
     from safetensors import safe_open
 
     made = read_provenance(artifact)
-    if made is None or made.get("schema") != schemas.FRAMES:
+    if made is None or made.get("schema") not in KINDS:
         raise InputError("not a frames artifact", where=artifact, fix="write one with lvctx encode-video")
     if out.suffix.lower() not in Image.registered_extensions():
         raise InputError("no image format of this suffix", where=out, fix="call it sheet.png")

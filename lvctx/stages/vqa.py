@@ -75,7 +75,7 @@ class Watcher:
         if frames.provenance["inputs"].get("tower") != self.tower:
             raise InputError("encoded by another tower", where=path, fix="encode the video with --model of this VLM")
         try:
-            self.asker.show(frames.features)
+            self.asker.show(frames.features, frames.grid)
         except InputError as e:
             raise InputError(e.what, where=path, fix=e.fix) from None
         return len(frames.pts), (float(frames.pts[0]), float(frames.pts[-1]))

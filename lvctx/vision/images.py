@@ -22,7 +22,8 @@ from lvctx.vision.squares import MAX_PIXELS, FrameMode, square
 def open_image(path: Path) -> Image.Image:
     """An image file as RGB, upright: EXIF rotation applied, palette, CMYK, grey and 16 bit converted; first frame.
 
-    Raises InputError for a file that is missing, unreadable, cut short or larger than `MAX_PIXELS`.
+    Transparency is left out. Raises InputError for a file that is missing, unreadable, cut short, larger than
+    `MAX_PIXELS`, or whose pixels have no known range (floats, 32 bits).
     """
     with _opened(path) as image:
         try:
@@ -37,9 +38,12 @@ def image_size(path: Path) -> tuple[int, int]:
     """Width and height of an image file once upright, from its header. Raises InputError like `open_image`."""
     with _opened(path) as image:
         try:
-            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations that swap the sides
+            turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
         except Exception as e:
             raise _unreadable(path, e) from e
+        if turned and image.format == "TIFF":
+            # Pillow turns these itself when it decodes them; whether their size says so already depends on its version.
+            return open_image(path).size
         return (image.height, image.width) if turned else image.size
 
 
@@ -68,8 +72,12 @@ def _unreadable(path: Path, e: Exception) -> InputError:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow's own conversion clips 16-bit values at 255 instead of scaling them.
-        values = np.asarray(image).astype(np.float64) * (255 / 65535)
-        return Image.fromarray(np.rint(values.clip(0, 255)).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"integers up to {values.max()}: more than 16 bits have no agreed white")
+        return Image.fromarray(np.rint(values * (255 / 65535)).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("float pixels, which have no agreed white")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")

@@ -9,6 +9,7 @@ Suffixes: N images, P patches, D tower width, S side in pixels.
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -78,6 +79,11 @@ class TowerFiles:
         patches = (self.config.image_size // self.config.patch_size) ** 2
         has_cls = self.config.model_type == "clip_vision_model"
         return patches + has_cls - self.drop_cls
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of one square, pooled 2x2: 144 for CLIP ViT-L/14-336."""
+        return math.ceil(math.isqrt(self.patches_per_frame) / 2) ** 2
 
     @property
     def width(self) -> int:

@@ -1,0 +1,168 @@
+"""Hybrid resolution of a tower's frames: counts told first, recorded in the artifact, pooled by hand the same."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPVisionModel
+from typer.testing import CliRunner
+
+from lvctx.artifacts.frames import read_frames
+from lvctx.bench.eyes import LlavaEyes
+from lvctx.bench.video_niah import EvenFrames, MixedFrames
+from lvctx.cli.app import app
+from lvctx.errors import InputError
+from lvctx.model.load import load_model, load_tokenizer
+from lvctx.model.vlm import assemble, embed_frames, newline_embedding, save_vlm
+from lvctx.vision.draw import draw_picture
+from lvctx.vision.tokens import pooling
+from lvctx.vision.tower import load_tower
+
+
+def lvctx(*args: object) -> tuple[int, list[dict[str, Any]], str]:
+    done = CliRunner().invoke(app, [*map(str, args)])
+    assert "Traceback" not in done.stderr
+    return done.exit_code, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+@pytest.fixture(scope="module")
+def vlm_dir(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("vlm")
+    tokenizer, tower = load_tokenizer(tiny_lm), CLIPVisionModel.from_pretrained(tiny_tower).eval()
+    save_vlm(assemble(load_model(tiny_lm), tower, tokenizer, where=tiny_lm, seed=0), tokenizer, tiny_tower, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def film(vlm_dir: Path, nano: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Ten frames, uniform and with (L, m, s) = (3, 4, 2): 4 x 4 features become 2 x 2 or 1 x 2 tokens."""
+    out, clip = tmp_path_factory.mktemp("film"), nano.clips / "bikes.mp4"
+    found: dict[str, Any] = {"clip": clip}
+    for name, more in (("plain", ()), ("same", ("--hybrid", "1,4,1")), ("mixed", ("--hybrid", "3,4,2"))):
+        code, rows, said = lvctx("encode-video", clip, "--model", vlm_dir, "--frames", 10, "-o", out / name, *more)
+        assert code == 0, said
+        found[name], found[f"{name} row"], found[f"{name} said"] = Path(rows[0]["path"]), rows[0], said
+    return found
+
+
+HIGH = [i % 3 == 0 for i in range(10)]
+TOKENS = 4 * 4 + 6 * 2
+
+
+def test_counts_come_first_and_stay_in_the_artifact(film: dict[str, Any]) -> None:
+    assert f"10 frames, {TOKENS} visual tokens (nominal {TOKENS})" in film["mixed said"]
+    row = film["mixed row"]
+    assert (row["visual_tokens"], row["nominal_tokens"], row["tokens_per_frame"]) == (TOKENS, TOKENS, TOKENS / 10)
+    mixed, plain = read_frames(film["mixed"]), read_frames(film["plain"])
+    assert mixed.provenance["schema"] == row["schema"] == "lvctx.frames/2"
+    assert mixed.provenance["config"]["hybrid"] == [3, 4, 2]
+    assert mixed.grid is not None
+    assert mixed.grid.tolist() == [[2, 2] if high else [1, 2] for high in HIGH]
+    assert torch.equal(mixed.features, plain.features), "pooling comes after the projector"
+
+
+def test_uniform_artifacts_are_what_they_were(film: dict[str, Any]) -> None:
+    assert film["same"].read_bytes() == film["plain"].read_bytes()
+    plain = read_frames(film["plain"])
+    assert plain.grid is None
+    assert plain.provenance["schema"] == "lvctx.frames/1"
+    assert "hybrid" not in plain.provenance["config"]
+
+
+def test_clip_at_336_pools_to_exactly_a_third() -> None:
+    """24 x 24 features, pooled (4, 3) instead of 2 x 2: 48 tokens instead of 144."""
+    assert pooling(24, 3) == (4, 3)
+    assert (24 // 4) * (24 // 3) * 3 == 12 * 12
+
+
+@pytest.mark.parametrize(("hybrid", "words"), [("3,5,2", "m is 4"), ("3,4,3", "cannot be pooled"), ("3,4", "L,M,S")])
+def test_what_the_tower_cannot_do_is_refused(
+    hybrid: str, words: str, vlm_dir: Path, film: dict[str, Any], tmp_path: Path
+) -> None:
+    code, _, said = lvctx("encode-video", film["clip"], "--model", vlm_dir, "--hybrid", hybrid, "-o", tmp_path)
+    assert (code, words in said) == (2, True), said
+
+
+def by_hand(vlm: Any, features_FPD: torch.Tensor, grids: list[tuple[int, int]]) -> torch.Tensor:
+    """Means over rectangles of projected features, in float64, one at a time."""
+    rows = []
+    for frame, (down, across) in zip(features_FPD, grids, strict=True):
+        map_HWE = vlm.model.multi_modal_projector(frame.float()).double().view(4, 4, -1)
+        for r in np.split(np.arange(4), down):
+            rows += [map_HWE[r][:, c].mean((0, 1)) for c in np.split(np.arange(4), across)]
+    return torch.stack(rows)
+
+
+def test_frames_are_means_over_rectangles(vlm_dir: Path) -> None:
+    vlm = load_model(vlm_dir)
+    torch.manual_seed(0)
+    features = torch.randn(5, 16, 32)
+    grids = [(2, 2), (1, 2), (4, 4), (2, 1), (1, 2)]
+    with torch.no_grad():
+        found = embed_frames(vlm, features, torch.tensor(grids))
+        expected = by_hand(vlm, features, grids)
+        uniform = embed_frames(vlm, features, torch.tensor([(2, 2)] * 5))
+        torch.testing.assert_close(uniform, embed_frames(vlm, features), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
+    with pytest.raises(InputError, match="3 x 2"):
+        embed_frames(vlm, features, torch.tensor([(3, 2)] * 5))
+
+
+def test_what_is_inserted_has_the_resolution_of_its_place() -> None:
+    """Pictures 0 to 4 are the haystack's, 10 to 13 rows a frame; 5 and 6 are inserted, each once at 4 and once at 2."""
+    tokens = [4, 2, 2, 4, 2]
+    layout = MixedFrames(vocabulary=100, tokens=tokens, sizes=[4, 2], inserted=2)
+    starts = np.cumsum([0, *tokens])
+    rows = {i: list(range(starts[i], starts[i + 1])) for i in range(5)}
+    fifth, sixth = {4: [14, 15, 16, 17], 2: [18, 19]}, {4: [20, 21, 22, 23], 2: [24, 25]}
+    for film, expected in (
+        ([0, 5, 1, 2, 3, 4], [rows[0], fifth[2], rows[1], rows[2], rows[3], rows[4]]),
+        ([5, 0, 1, 6, 2], [fifth[4], rows[0], rows[1], sixth[2], rows[2]]),
+        ([0, 1, 2, 6, 5, 3], [rows[0], rows[1], rows[2], sixth[4], fifth[4], rows[3]]),
+        ([0, 1, 5], [rows[0], rows[1], fifth[2]]),
+        ([3, 4, 0, 1, 6], [rows[3], rows[4], rows[0], rows[1], sixth[2]]),
+    ):
+        found = layout.ids(np.array(film)) - 100
+        assert found.tolist() == [n for part in expected for n in part] + [26]
+    same = MixedFrames(vocabulary=7, tokens=[3] * 4, sizes=[3], inserted=2)
+    even = EvenFrames(vocabulary=7, per_frame=3, shown=6)
+    assert (same.ids(np.array([0, 4, 1, 5, 2])) == even.ids(np.array([0, 4, 1, 5, 2]))).all()
+
+
+def test_the_needle_tests_table_is_what_its_ids_mean(vlm_dir: Path, film: dict[str, Any]) -> None:
+    """Artifacts of both kinds, one after the other: every id looks up the token worked out by hand."""
+    eyes = LlavaEyes(vlm_dir, name="vlm", files=[film["mixed"], film["plain"]])
+    vlm = load_model(vlm_dir)
+    picture = draw_picture(np.random.default_rng(0), size=48, shape="star", color="red")
+    frames, inserted = 13, [picture, picture.rotate(90)]
+    with torch.no_grad():
+        table = eyes.table(vlm, frames, inserted)
+        tower = load_tower(vlm_dir, dtype=vlm.dtype)
+        seen = tower.see([tower.preprocess.square(image, "crop") for image in inserted])
+        features = torch.cat([read_frames(film["mixed"]).features, read_frames(film["plain"]).features])[:frames]
+        grids = [(2, 2) if i >= 10 or HIGH[i] else (1, 2) for i in range(frames)]
+        order = [*range(4), 14, *range(4, 12), 13, 12]
+        assert [order[at + 1] for at in (4, 13)] == [4, 12]
+        shown = [features[n] if n < frames else seen[n - frames] for n in order]
+        sizes = [grids[n] if n < frames else grids[order[i + 1]] for i, n in enumerate(order)]
+        expected = torch.cat([by_hand(vlm, torch.stack(shown), sizes).float(), newline_embedding(vlm)])
+    found = table[eyes.layout(frames, 2).ids(np.array(order)) - eyes.vocabulary]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_vqa_and_niah_read_them(vlm_dir: Path, film: dict[str, Any], tmp_path: Path) -> None:
+    read = {}
+    for name in ("plain", "mixed"):
+        options = ("--model", vlm_dir, "--ask", "Why?", "--max-new-tokens", 1)
+        code, rows, said = lvctx("vqa", film[name], *options)
+        assert code == 0, said
+        read[name] = rows[0]["tokens"]
+    assert read["plain"] - read["mixed"] == 10 * 4 - TOKENS
+    grid = ("--lengths", "3,10", "--depths", "0,0.5,1", "--trials", 1)
+    code, rows, said = lvctx("niah", "--model", vlm_dir, "--frames", film["mixed"], *grid, "-o", tmp_path / "niah")
+    assert code == 0, said
+    assert len(rows) == 6
+    assert not any("error" in row for row in rows)
