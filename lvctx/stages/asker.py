@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from lvctx.bench.reader import Reader
+from lvctx.dist.ring import ALONE, Ring
 from lvctx.errors import InputError
 from lvctx.model.load import context_length, load_model, load_tokenizer
 from lvctx.model.vlm import VIDEO_TOKEN, embed_frames, newline_embedding
@@ -21,12 +22,12 @@ BATCH = 64
 class Asker:
     """A loaded VLM that replies to prompts about what it was last shown."""
 
-    def __init__(self, path: Path, *, device: str, chunk: int, reuse: bool = True) -> None:
-        """Load the model and tokenizer of a resolved directory."""
+    def __init__(self, path: Path, *, device: str, chunk: int, reuse: bool = True, ring: Ring = ALONE) -> None:
+        """Load the model and tokenizer of a resolved directory; the ranks of a `ring` read together."""
         self.vlm = load_model(path, device=device)
         self.tokenizer = load_tokenizer(path)
         self.context = context_length(self.vlm.config)
-        self.reader = Reader(self.vlm, None, chunk=chunk, reuse=reuse)
+        self.reader = Reader(self.vlm, None, chunk=chunk, reuse=reuse, ring=ring)
         ends = self.vlm.generation_config.eos_token_id
         self.stop = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
@@ -34,9 +35,9 @@ class Asker:
     def show(self, features_FPD: torch.Tensor) -> None:
         """Take these tower features as what is being talked about."""
         embedded = [embed_frames(self.vlm, batch) for batch in features_FPD.split(BATCH)]
-        chunk, reuse, run = self.reader.chunk, self.reader.reuse, self.reader.tokens_run
-        self.reader = Reader(self.vlm, torch.cat([*embedded, newline_embedding(self.vlm)]), chunk=chunk, reuse=reuse)
-        self.reader.tokens_run = run
+        table, old = torch.cat([*embedded, newline_embedding(self.vlm)]), self.reader
+        self.reader = Reader(self.vlm, table, chunk=old.chunk, reuse=old.reuse, ring=old.ring)
+        self.reader.tokens_run = old.tokens_run
 
     def ids(self, *turns: str) -> np.ndarray:
         """The prompt of a conversation about what is shown: the user's turn, the reply, the next turn, ..."""
