@@ -57,7 +57,7 @@ def essays(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check_attention(world: World) -> None:
     """Appended and cut in every way: torch's own attention over the whole, of which each rank computes its tokens."""
     for dtype, off in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)):
-        for chunks in ([5, 1, 1, 7, 8, 3], [1] * 9, [16, 2, 13, 4], [64]):
+        for chunks in ([5, 1, 1, 1, 7, 8, 3], [16, 2, 13, 4], [64]):
             torch.manual_seed(len(chunks))
             q, k, v = (torch.randn(1, heads, sum(chunks), 8).to(dtype) for heads in (4, 2, 2))
             whole = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, enable_gqa=True)
@@ -95,7 +95,7 @@ def check_any_order(world: World) -> None:
     stock, model = small_model("llama", 40), small_model("llama", 40)
     for kept, off in (("device", 1e-5), ("host", 1e-5), ("int8", 0.05)):
         walker = PrefixScorer(model, chunk=5, kept=kept, ring=world.ring)  # type: ignore[arg-type]
-        for _ in range(8):
+        for _ in range(4):
             ids = rng.integers(0, 3, rng.integers(3, 14))
             plain, ours = plain_text(stock, ids, 2), walker.score(ids, 2, write=3)
             assert ours.log_prob == pytest.approx(plain.log_prob, rel=off)
