@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from lvctx.bench.cache import Kept, empty_cache
+from lvctx.dist.ring import ALONE, Ring
+from lvctx.dist.stripes import Stripe, held, last_rows, prepare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,7 @@ class PrefixScorer:
         reuse: bool = True,
         kept: Kept = "device",
         positions: Positions = count_up,
+        ring: Ring = ALONE,
     ) -> None:
         """Score with a language model or VLM; `visual_RE` are the embeddings that ids from V on stand for.
 
@@ -62,15 +65,18 @@ class PrefixScorer:
 
         `chunk` bounds the tokens of one forward, and so the memory of its activations; `reuse=False` empties the
         cache before every sequence; `kept` says where the cache lives (see `bench.cache`);
-        `positions` are the model's.
+        `positions` are the model's. The ranks of a `ring` read every sequence together, each with its share of the
+        cache and all of the weights: they must make the same calls, and all get the same scores.
         """
         self.lm = model.model.language_model if hasattr(model.model, "language_model") else model.model
         self.head, self.embedding = model.lm_head, model.get_input_embeddings()
         self.visual_RE, self.chunk, self.reuse, self.kept = visual_RE, chunk, reuse, kept
-        self.positions = positions
+        self.positions, self.ring = positions, ring
+        if ring.world > 1:
+            prepare(self.lm)
         self.device = self.embedding.weight.device
         self.tokens_run = 0
-        """Tokens that went through the model so far."""
+        """Tokens that went through the model so far, on all ranks together."""
         self._empty()
 
     def _empty(self) -> None:
@@ -119,19 +125,22 @@ class PrefixScorer:
         kept: list[Tensor] = []
         for start in range(0, len(ids_L), self.chunk):
             part = ids_L[start : start + self.chunk]
-            first = len(self._held)
-            embeds_LE, deep = self._embed(part)
+            stripe = Stripe(ring=self.ring, first=len(self._held), count=len(part))
+            self._held = np.concatenate([self._held, part])
+            embeds_LE, deep = self._embed(part[stripe.mine])
             states = self.lm(
                 inputs_embeds=embeds_LE[None],
                 **deep,
-                position_ids=self.positions(np.concatenate([self._held, part]), first).to(self.device),
+                position_ids=self.positions(self._held, stripe.first)[..., stripe.mine].to(self.device),
                 past_key_values=self._cache,
                 use_cache=True,
-            ).last_hidden_state[0]
-            self._held = np.concatenate([self._held, part])
+                **({"stripe": stripe} if self.ring.world > 1 else {}),
+            ).last_hidden_state[0, : stripe.own]
+            if not stripe.own:
+                self._cache.crop(-1)
             self.tokens_run += len(part)
             kept = [torch.cat([*kept, states])[-keep:]]
-        return kept[0]
+        return last_rows(kept[0], end=len(self._held), count=keep, ring=self.ring)
 
     def _embed(self, ids_L: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
         """Embeddings (L, E), and what visual ones add to the first layers' states (Qwen3-VL)."""
@@ -148,9 +157,8 @@ class PrefixScorer:
         return embeds_LE, {"visual_pos_masks": is_visual[None], "deepstack_visual_embeds": deep}
 
     def _crop(self, length: int) -> None:
-        surplus = len(self._held) - length
-        if surplus > 0:
-            self._cache.crop(-surplus)
+        if length < len(self._held):
+            self._cache.crop(held(length, self.ring) - held(len(self._held), self.ring))
             self._held = self._held[:length]
 
 

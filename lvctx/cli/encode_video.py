@@ -29,7 +29,7 @@ from lvctx.cli.common import (
 from lvctx.errors import EXIT_SAMPLES_FAILED, LvctxError, UsageError
 
 if TYPE_CHECKING:
-    from lvctx.stages.encode import Ranks
+    from lvctx.stages.encode import World
 
 
 class FrameModeChoice(StrEnum):
@@ -123,7 +123,7 @@ def encode_video(
         raise UsageError("give either --model or --tower")
     rate = parse_rate(fps)
     from lvctx.artifacts import schemas
-    from lvctx.stages.encode import Encoder, Hybrid, open_ranks
+    from lvctx.stages.encode import LONG_PATIENCE, Encoder, Hybrid, open_world
 
     encoder = Encoder.plan(
         str(model or tower),
@@ -140,18 +140,18 @@ def encode_video(
     )
     done = 0
     failures: list[LvctxError] = []
-    with open_ranks() as ranks, progress("encode-video", quiet=quiet or dry_run or jobs > 1) as report:
-        if ranks.size > 1 and encoder.device == "cuda":
-            encoder.device = f"cuda:{ranks.local}"
+    opened = open_world(device=encoder.device, cp=1, patience=LONG_PATIENCE)
+    with opened as world, progress("encode-video", quiet=quiet or dry_run or jobs > 1) as report:
+        encoder.device = world.device
 
         def encode(share: Iterator[tuple[Path, dict[str, Any]]]) -> Iterator[Any]:
             if dry_run:
                 return plans(encoder, share, out)
             options = {"resume": resume, "force": force, "report": report}
             share = counted(encoder, share) if encoder.config.hybrid else share
-            return encoder.encode_all(share, out, jobs=jobs, processes=ranks.size, **options)
+            return encoder.encode_all(share, out, jobs=jobs, processes=world.size, **options)
 
-        for video, row, result in shared_out(references(videos), encode, ranks):
+        for video, row, result in shared_out(references(videos), encode, world):
             if isinstance(result, LvctxError):
                 say(f"lvctx: {result}")
                 emit({**row, "schema": schemas.FRAMES, "path": str(video), "error": str(result)})
@@ -164,19 +164,19 @@ def encode_video(
 
 
 def shared_out(
-    videos: Iterator[Any], encode: Callable[[Iterator[Any]], Iterator[Any]], ranks: "Ranks"
+    videos: Iterator[Any], encode: Callable[[Iterator[Any]], Iterator[Any]], world: "World"
 ) -> Iterator[Any]:
     """`encode` over all videos in their order: as they are done, or at the end where several processes share them."""
-    if ranks.size == 1:
+    if world.size == 1:
         yield from encode(videos)
         return
     from lvctx.stages.encode import share_videos
 
     # The first process alone reads stdin.
-    todo = ranks.gather(list(videos) if ranks.rank == 0 else None)[0]
-    mine = ranks.gather(share_videos(todo, ranks.size) if ranks.rank == 0 else None)[0][ranks.rank]
+    todo = world.gather(list(videos) if world.rank == 0 else None)[0]
+    mine = world.gather(share_videos(todo, world.size) if world.rank == 0 else None)[0][world.rank]
     results = list(zip(mine, encode(todo[i] for i in mine), strict=True))
-    for _, result in sorted(chain.from_iterable(ranks.gather(results)), key=itemgetter(0)):
+    for _, result in sorted(chain.from_iterable(world.gather(results)), key=itemgetter(0)):
         yield result
 
 

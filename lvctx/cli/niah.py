@@ -160,6 +160,13 @@ def niah(
         KvChoice, typer.Option(help="Keys and values: on the device, on the host, or in 8 bits (not exact).")
     ] = KvChoice.device,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Results directory.")] = None,
+    cp: Annotated[
+        int,
+        typer.Option(
+            help="Processes that read together, each with a part of the KV cache and all weights (torchrun).",
+            min=1,
+        ),
+    ] = 1,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda.")] = "cpu",
     recipe: RecipeOption = None,
     seed: SeedOption = 0,
@@ -187,7 +194,7 @@ def niah(
 
     from lvctx.bench.grid import read_grid
     from lvctx.bench.heatmap import draw_heatmaps
-    from lvctx.stages.niah import NiahConfig, open_ranks, plan_niah, run_niah
+    from lvctx.stages.niah import LONG_PATIENCE, NiahConfig, open_world, plan_niah, run_niah
     from lvctx.stages.qwen_asker import resolution
 
     config = NiahConfig(
@@ -220,29 +227,27 @@ def niah(
     plans = plans or {out: plan_niah(config)}
     if dry_run:
         for target, plan in plans.items():
-            emit({"dry_run": True, "path": str(target), **plan.shown, **plan.facts()})
+            emit({"dry_run": True, "path": str(target), **plan.shown, **plan.facts(cp)})
         return
     failed = 0
-    with open_ranks() as ranks, progress(f"niah {modality.value}", quiet=quiet) as tell:
-        if ranks.size > 1 and device == "cuda":
-            device = f"cuda:{ranks.local}"
+    opened = open_world(device=device, cp=cp, patience=LONG_PATIENCE)
+    with opened as world, progress(f"niah {modality.value}", quiet=quiet) as tell:
         for target, plan in plans.items():
             for row in run_niah(
                 plan,
                 target,
-                device=device,
+                world=world,
                 chunk=chunk,
                 reuse=reuse,
                 resume=resume.value,
                 force=force,
                 report=tell,
                 threshold=threshold,
-                ranks=ranks,
             ):
                 failed += "error" in row
                 emit(row)
-        failed = max(ranks.gather(failed))
-    if ranks.rank == 0:
+        failed = max(world.gather(failed))
+    if world.rank == 0:
         grids = [read_grid(target) for target in plans]
         if tried:
             draw_heatmaps(grids, out / "heatmap.png", threshold=threshold)

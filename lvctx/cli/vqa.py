@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lvctx.cli.common import VIDEO, QuietOption, RecipeOption, VerboseOption, emit, examples, progress, say
+from lvctx.cli.common import (
+    VIDEO,
+    QuietOption,
+    RecipeOption,
+    VerboseOption,
+    emit,
+    examples,
+    is_rank_zero,
+    progress,
+    say,
+)
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
 
 if TYPE_CHECKING:
@@ -76,6 +86,13 @@ def vqa(
     change: Annotated[
         float, typer.Option(help="adaptive: how much is a change, 0 to 1.", rich_help_panel=QwenOptions)
     ] = 0.1,
+    cp: Annotated[
+        int,
+        typer.Option(
+            help="Processes that read together, each with a part of the KV cache and all weights (torchrun).",
+            min=1,
+        ),
+    ] = 1,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda.")] = "cpu",
     recipe: RecipeOption = None,
     quiet: QuietOption = False,
@@ -85,6 +102,7 @@ def vqa(
     from lvctx.artifacts import schemas
     from lvctx.artifacts.stream import read_references
     from lvctx.stages.qwen_watch import open_watcher, viewing
+    from lvctx.stages.vqa import LONG_PATIENCE, open_world
 
     named = frames or ["-"]
     if "-" in named and len(named) > 1:
@@ -97,31 +115,37 @@ def vqa(
         raise UsageError("--chat is about one frames artifact", fix="name it; stdin is for questions")
     threshold = change if select == Select.adaptive else None
     seen = viewing(fps=fps, max_frames=max_frames, hybrid=hybrid, mode=hybrid_mode.value, threshold=threshold)
-    watcher = open_watcher(model, viewing=seen, device=device, tell=lambda line: say(f"lvctx: {line}"))
-    if chat:
-        for answer in watcher.chat(
-            Path(named[0]), _questions(ask or []), max_new_tokens=max_new_tokens, tell=_stream(quiet)
-        ):
-            emit({"schema": schemas.ANSWER, "path": named[0], **_row(answer)})
-        return
-    piped = named == ["-"]
-    references = read_references(sys.stdin) if piped else ((Path(name), {}) for name in named)
-    failed = 0
-    with progress("vqa", quiet=quiet) as report:
-        for done, (path, row) in enumerate(references, start=1):
-            passed = {k: v for k, v in row.items() if k not in ("schema", "sha256")} | {"path": str(path)}
-            try:
-                if "error" in row:
-                    raise InputError(str(row["error"]))
-                for answer in watcher.ask(path, ask or [], max_new_tokens=max_new_tokens):
-                    emit({"schema": schemas.ANSWER, **passed, **_row(answer)})
-            except InputError as e:
-                if len(named) == 1 and not piped:
-                    raise
-                failed += 1
-                say(f"lvctx: {e}")
-                emit({"schema": schemas.ANSWER, **passed, "error": str(e)})
-            report(done, done if piped else len(named), path.name)
+    opened = open_world(device=device, cp=cp, patience=LONG_PATIENCE)
+    with opened as world:
+        if world.dp > 1:
+            raise UsageError(f"{world.size} processes for one video", fix=f"--cp {world.size}, or no torchrun")
+        watcher = open_watcher(
+            model, viewing=seen, device=world.device, ring=world.ring, tell=lambda line: say(f"lvctx: {line}")
+        )
+        if chat:
+            for answer in watcher.chat(
+                Path(named[0]), world.follow(_questions(ask or [])), max_new_tokens=max_new_tokens, tell=_stream(quiet)
+            ):
+                emit({"schema": schemas.ANSWER, "path": named[0], **_row(answer)})
+            return
+        piped = named == ["-"]
+        references = read_references(sys.stdin) if piped else ((Path(name), {}) for name in named)
+        failed = 0
+        with progress("vqa", quiet=quiet) as report:
+            for done, (path, row) in enumerate(world.follow(references), start=1):
+                passed = {k: v for k, v in row.items() if k not in ("schema", "sha256")} | {"path": str(path)}
+                try:
+                    if "error" in row:
+                        raise InputError(str(row["error"]))
+                    for answer in watcher.ask(path, ask or [], max_new_tokens=max_new_tokens):
+                        emit({"schema": schemas.ANSWER, **passed, **_row(answer)})
+                except InputError as e:
+                    if len(named) == 1 and not piped:
+                        raise
+                    failed += 1
+                    say(f"lvctx: {e}")
+                    emit({"schema": schemas.ANSWER, **passed, "error": str(e)})
+                report(done, done if piped else len(named), path.name)
     if failed:
         raise typer.Exit(EXIT_SAMPLES_FAILED)
 
@@ -152,7 +176,7 @@ def _questions(first: list[str]) -> Iterator[str]:
 
 def _stream(quiet: bool) -> Callable[[str], None]:
     """Shows an answer on a terminal's stderr as it grows."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or not sys.stderr.isatty() or not is_rank_zero():
         return lambda text: None
 
     def show(text: str) -> None:

@@ -53,12 +53,12 @@ def register() -> None:
 
 
 def check_config(config: Any, *, where: object) -> None:
-    """Raise InputError for a model that reads its keys through a sliding window: a ring does not."""
+    """Raise InputError for a model that reads its keys through a sliding window: ranks that share a sequence do not."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     if windowed or kinds != {"full_attention"}:
         raise InputError(
-            "its attention has a sliding window", where=where, fix="ring attention is for models without one"
+            "its attention has a sliding window", where=where, fix="context parallelism is for models without one"
         )
 
 

@@ -6,12 +6,13 @@ identity, so one process runs the same code as eight GPUs.
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,12 @@ from lvctx.dist.ring import Ring
 from lvctx.errors import EXIT_INTERRUPTED, EXIT_STOPPED, InputError, LvctxError, Stopped, UsageError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 PATIENCE = timedelta(minutes=10)
 """How long a rank waits for another: longer than a first step at the longest sequences, far below torch's 30 minutes."""
+LONG_PATIENCE = timedelta(days=7)
+"""Likewise where ranks share out independent work: as long as another's share may take, or a human's next question.
+torchrun ends all when one dies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +85,19 @@ class World:
         dist.all_gather_object(found, value, group=self.control)
         return found
 
+    def follow(self, values: Iterable[T]) -> Iterator[T]:
+        """What rank 0 iterates over, on every rank; the others' `values` are not touched."""
+        if self.size == 1:
+            yield from values
+            return
+        source = iter(values)
+        while True:
+            box = [list(islice(source, 1)) if self.rank == 0 else None]
+            dist.broadcast_object_list(box, group=self.control)
+            if not box[0]:
+                return
+            yield box[0][0]
+
     def add_up(self, tensor: Tensor) -> None:
         """Make `tensor` the sum of every rank's, in place."""
         if self.size > 1:
@@ -90,7 +108,7 @@ class World:
         self.sum([0.0])
 
 
-def make_world(*, device: str, cp: int) -> World:
+def make_world(*, device: str, cp: int, patience: timedelta = PATIENCE) -> World:
     """The world of an initialised process group, or of one process alone.
 
     Raises UsageError where `cp` does not divide the number of processes.
@@ -107,18 +125,20 @@ def make_world(*, device: str, cp: int) -> World:
     groups = init_device_mesh(kind, (size // cp, cp), mesh_dim_names=("dp", "cp"))
     ring = Ring(rank=groups.get_local_rank("cp"), world=cp, group=groups["cp"].get_group())
     mesh: DeviceMesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
-    control, saving = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
+    control, saving = (dist.new_group(backend="gloo", timeout=patience) for _ in range(2))
     return World(
         device=device, rank=dist.get_rank(), size=size, cp=cp, ring=ring, mesh=mesh, control=control, saving=saving
     )
 
 
 @contextmanager
-def open_world(*, device: str, cp: int = 1, sharded: bool = False) -> Iterator[World]:
+def open_world(
+    *, device: str, cp: int = 1, sharded: bool = False, patience: timedelta = PATIENCE
+) -> Iterator[World]:
     """The world torchrun started this process in, or this process alone; closed at the end.
 
-    `sharded` makes a process group, and so a mesh, for one process too. An error on one rank ends the others with that
-    error: they see it in place of a lost connection.
+    `sharded` makes a process group, and so a mesh, for one process too. `patience` is how long a rank waits for another.
+    An error on one rank ends the others with that error: they see it in place of a lost connection.
     """
     if not under_torchrun() and not sharded:
         yield make_world(device=device, cp=cp)
@@ -129,12 +149,12 @@ def open_world(*, device: str, cp: int = 1, sharded: bool = False) -> Iterator[W
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     if under_torchrun():
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=patience)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         with told_to_all():
-            yield make_world(device=device, cp=cp)
+            yield make_world(device=device, cp=cp, patience=patience)
     finally:
         # Closing talks to ranks that may be gone; what ended this run matters more than how its connections end.
         with suppress(RuntimeError):

@@ -37,6 +37,10 @@ class Ring:
     """Their torch.distributed process group; None for a ring of one."""
 
 
+ALONE = Ring()
+"""One rank with the whole sequence."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Block:
     """Queries that meet keys, as half-open ranges of local places."""
@@ -127,7 +131,7 @@ class _RingAttention(torch.autograd.Function):
                 part, part_lse = kernel.forward(
                     q[:, :, i:j], kv[0, :, :, keys], kv[1, :, :, keys], causal=b.causal, scale=scale
                 )
-                _merge(out[:, :, i:j], lse[:, :, i:j], part, part_lse)
+                merge(out[:, :, i:j], lse[:, :, i:j], part, part_lse)
             if coming:
                 kv = coming.wait()
         out = out.to(q.dtype)
@@ -174,7 +178,7 @@ class _RingAttention(torch.autograd.Function):
         return dq.to(q.dtype), dkv[0], dkv[1], None, None, None, None
 
 
-def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Take a block into the running output and log-sum-exp, in place and in float32."""
     out.sub_(torch.sigmoid(part_lse - lse)[..., None] * (out - part.float()))
     fresh = lse == -torch.inf  # nothing seen yet, and infinity minus infinity is not a number

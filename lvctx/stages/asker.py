@@ -11,6 +11,7 @@ import torch
 
 from lvctx.bench.prefix import Positions, count_up
 from lvctx.bench.reader import Reader
+from lvctx.dist.ring import ALONE, Ring
 from lvctx.errors import InputError
 from lvctx.model.load import context_length, load_model, load_tokenizer
 from lvctx.model.vlm import VIDEO_TOKEN, chat_ids, embed_frames, newline_embedding
@@ -27,12 +28,12 @@ class Asker:
     longer = "extend the language model further"
     """What a user does whose prompts are too long."""
 
-    def __init__(self, path: Path, *, device: str, chunk: int, reuse: bool = True) -> None:
-        """Load the model and tokenizer of a resolved directory."""
+    def __init__(self, path: Path, *, device: str, chunk: int, reuse: bool = True, ring: Ring = ALONE) -> None:
+        """Load the model and tokenizer of a resolved directory; the ranks of a `ring` read together."""
         self.vlm = load_model(path, device=device)
         self.tokenizer = load_tokenizer(path)
         self.context = context_length(self.vlm.config)
-        self.reader = Reader(self.vlm, None, chunk=chunk, reuse=reuse)
+        self.reader = Reader(self.vlm, None, chunk=chunk, reuse=reuse, ring=ring)
         self.block = np.empty(0, dtype=np.int64)
         """Ids of what is shown."""
         ends = self.vlm.generation_config.eos_token_id
@@ -50,9 +51,9 @@ class Asker:
 
     def _take(self, table_RE: torch.Tensor, block: np.ndarray, positions: Positions) -> None:
         """Talk about a block of ids, of which those beyond the vocabulary are rows of a table."""
-        chunk, reuse, run = self.reader.chunk, self.reader.reuse, self.reader.tokens_run
-        self.reader = Reader(self.vlm, table_RE, chunk=chunk, reuse=reuse, positions=positions)
-        self.reader.tokens_run = run
+        old = self.reader
+        self.reader = Reader(self.vlm, table_RE, chunk=old.chunk, reuse=old.reuse, positions=positions, ring=old.ring)
+        self.reader.tokens_run = old.tokens_run
         self.block = block
 
     def ids(self, *turns: str) -> np.ndarray:

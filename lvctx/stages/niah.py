@@ -25,14 +25,15 @@ from lvctx.bench.niah import Cell, Niah
 from lvctx.bench.prefix import PrefixScorer, Score, common_prefix, count_up, walk_order
 from lvctx.bench.text_niah import TextNiah
 from lvctx.bench.video_niah import Question, VideoNiah, chance_of, drawn_needles, read_needles
-from lvctx.dist.ranks import Ranks, open_ranks
+from lvctx.dist.mesh import LONG_PATIENCE, World, open_world
+from lvctx.dist.ring import Ring
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import context_length, load_config, load_model, load_tokenizer, resolve_model, trained_length
 from lvctx.positions.choose import SCHEMES, Scheme, choose
 from lvctx.text.needle import Task, read_haystack
 from lvctx.vision.hybrid import Hybrid
 
-__all__ = ["NiahConfig", "Plan", "Ranks", "open_ranks", "plan_niah", "run_niah"]
+__all__ = ["LONG_PATIENCE", "NiahConfig", "Plan", "open_world", "plan_niah", "run_niah"]
 log = logging.getLogger(__name__)
 Scoring = Literal["forced", "generate", "both"]
 
@@ -111,8 +112,11 @@ class Plan:
         """Sixteen hex digits of the run and the cell: what a result is found by."""
         return _hash({"run": self.shown["run"], "cell": asdict(cell)})
 
-    def facts(self) -> dict[str, Any]:
-        """What a dry run shows: the cells, the tokens to read, and the bytes of weights and cache."""
+    def facts(self, cp: int = 1) -> dict[str, Any]:
+        """What a dry run shows: the cells, the tokens to read, and a rank's bytes of weights and cache.
+
+        `cp` ranks share a sequence: they divide the cache and each have all weights.
+        """
         config = load_config(self.path)
         text = config.get_text_config()
         # One sequence at a time: all of a large grid's together are gigabytes.
@@ -132,8 +136,9 @@ class Plan:
             "last_position": last,
             "context": context_length(config),
             "weight_bytes": sum(file.stat().st_size for file in self.path.glob("*.safetensors")),
-            "cache_bytes": 2 * text.num_hidden_layers * text.num_key_value_heads * channel * longest,
+            "cache_bytes": 2 * text.num_hidden_layers * text.num_key_value_heads * channel * -(-longest // cp),
             "kv": self.config.kept,
+            "cp": cp,
         }
 
 
@@ -260,24 +265,23 @@ def run_niah(
     plan: Plan,
     out: Path,
     *,
-    device: str,
+    world: World,
     chunk: int,
     reuse: bool,
     resume: str,
     force: bool,
     report: Callable[[int, int, str], None],
     threshold: float = THRESHOLD,
-    ranks: Ranks | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for every cell of the grid as it is done; rows that stand in `out/results.jsonl` are not run again.
 
     When all have run, summary.json, heatmap.json and heatmap.png are written from all rows of the file. A cell that
-    fails on the way is an error row; it is run again next time. Of several `ranks` each runs and yields its share of
-    the cells; rank 0 yields the others' at the end. Raises InputError when `out` holds another run.
+    fails on the way is an error row; it is run again next time. Of several groups in `world` each runs its share of the
+    cells; a group's first rank yields them, rank 0 the other groups' at the end. Raises InputError when `out` holds
+    another run, or where memory ends on a rank that others wait for.
     """
-    ranks = ranks or Ranks()
     results = out / "results.jsonl"
-    if ranks.rank == 0:
+    if world.rank == 0:
         if resume == "must" and not results.is_file():
             raise InputError("nothing to resume", where=out, fix="drop --resume must")
         if resume == "never" and results.is_file() and not force:
@@ -288,22 +292,23 @@ def run_niah(
         standing = set(rows.rows)
     else:
         standing = set()
-    standing = ranks.gather(standing)[0]
+    standing = world.gather(standing)[0]
     keyed = [(plan.key(cell), cell) for cell in plan.cells]
-    mine = share_cells(plan.cells, ranks.size)[ranks.rank]
+    mine = share_cells(plan.cells, world.dp)[world.dp_rank]
     waiting = [(key, cell) for i, (key, cell) in enumerate(keyed) if i in mine and key not in standing]
     with RowLog(results) as rows:
         if waiting:
-            scorer = load_scorer(plan, device=device, chunk=chunk, reuse=reuse)
+            scorer = load_scorer(plan, device=world.device, chunk=chunk, reuse=reuse, ring=world.ring)
         for done, (key, cell) in enumerate(waiting, start=1):
             row = {"key": key, **plan.shown, **_run_cell(scorer, plan, cell)}
-            rows.append(row)
             report(len(mine) - len(waiting) + done, len(mine), f"{cell.length} at {100 * cell.depth:g}%")
-            yield row
+            if world.ring.rank == 0:
+                rows.append(row)
+                yield row
         if waiting:
             log.info("%d cells, %d tokens through the model", len(waiting), scorer.tokens_run)
-    ran = {key for keys in ranks.gather({key for key, _ in waiting}) for key in keys}
-    if ranks.rank == 0:
+    ran = {key for keys in world.gather({key for key, _ in waiting}) for key in keys}
+    if world.rank == 0:
         latest = {row["key"]: row for row in read_rows(results)}
         own = {key for key, _ in waiting}
         yield from (latest[key] for key, _ in keyed if key in ran - own)
@@ -323,26 +328,26 @@ def check_run(row: dict[str, Any], shown: dict[str, Any], out: Path) -> None:
         )
 
 
-def share_cells(cells: list[Cell], ranks: int) -> list[set[int]]:
-    """Indices of the cells that each rank runs.
+def share_cells(cells: list[Cell], groups: int) -> list[set[int]]:
+    """Indices of the cells that each group of ranks runs.
 
-    Cells of one needle at one place read the same and stay together. The groups that read most after their needle go
-    first, each to the rank that has least to read: what differs in the end is at most a small one.
+    Cells of one needle at one place read the same and stay together. Those that read most after their needle go first,
+    each time to the group that has least to read: what differs in the end is at most a small one.
     """
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, cell in enumerate(cells):
-        groups[cell.trial, cell.position].append(i)
-    work = {key: max(cells[i].length for i in members) - key[1] for key, members in groups.items()}
-    shares: list[set[int]] = [set() for _ in range(ranks)]
-    loads = [0] * ranks
-    for key in sorted(groups, key=lambda k: (-work[k], k)):
-        rank = loads.index(min(loads))
-        shares[rank].update(groups[key])
-        loads[rank] += work[key] + 1
+        alike[cell.trial, cell.position].append(i)
+    work = {key: max(cells[i].length for i in members) - key[1] for key, members in alike.items()}
+    shares: list[set[int]] = [set() for _ in range(groups)]
+    loads = [0] * groups
+    for key in sorted(alike, key=lambda k: (-work[k], k)):
+        group = loads.index(min(loads))
+        shares[group].update(alike[key])
+        loads[group] += work[key] + 1
     return shares
 
 
-def load_scorer(plan: Plan, *, device: str, chunk: int, reuse: bool) -> PrefixScorer:
+def load_scorer(plan: Plan, *, device: str, chunk: int, reuse: bool, ring: Ring) -> PrefixScorer:
     """The model, ready to score the plan's sequences."""
     longest = max(last_position(plan, plan.test.sequence(c)[0]) for c in plan.cells) + 1
     context = context_length(load_config(plan.path))
@@ -355,7 +360,7 @@ def load_scorer(plan: Plan, *, device: str, chunk: int, reuse: bool) -> PrefixSc
         images = [needle.image for needle in (*plan.test.needles, *plan.test.lookalikes)]
         table = plan.eyes.table(model, min(len(plan.eyes.seconds), max(plan.config.lengths)), images)
     positions = plan.eyes.positions if plan.eyes else count_up
-    return PrefixScorer(model, table, chunk=chunk, reuse=reuse, kept=plan.config.kept, positions=positions)
+    return PrefixScorer(model, table, chunk=chunk, reuse=reuse, kept=plan.config.kept, positions=positions, ring=ring)
 
 
 def _with_rope(config: Any, rope: tuple[str, float] | None) -> Any:
@@ -380,6 +385,11 @@ def _run_cell(scorer: PrefixScorer, plan: Plan, cell: Cell) -> dict[str, Any]:
     try:
         score = scorer.score(ids, answer, write=answer + plan.test.spare if plan.scoring != "forced" else 0)
     except (RuntimeError, MemoryError) as e:  # out of memory, above all: this cell is lost, the others need not be
+        if scorer.ring.world > 1:  # the other ranks of the group wait for this one
+            if isinstance(e, torch.OutOfMemoryError | MemoryError):
+                fix = "more --cp, a smaller --chunk, or --kv host"
+                raise InputError("out of memory", where=f"{len(ids)} tokens", fix=fix) from e
+            raise
         return {**row, "error": " ".join(f"{e or 'out of memory'}".split())[:300]}
     return {**row, **_verdicts(score, plan, cell)}
 

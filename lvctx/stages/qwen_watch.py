@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lvctx.dist.ring import ALONE, Ring
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import load_config, load_tokenizer, resolve_model
 from lvctx.model.qwen_vl import TIMED, TYPES
@@ -35,16 +36,21 @@ def cost(model: str, *, frames: int, size: str, viewing: Viewing) -> Count:
     return count(frames, width, height, rule, fps=viewing.fps, tokens_per_second=seconds)
 
 
-def open_watcher(model: str, *, viewing: Viewing, device: str, tell: Callable[[str], None]) -> Watcher:
+def open_watcher(
+    model: str, *, viewing: Viewing, device: str, tell: Callable[[str], None], ring: Ring = ALONE
+) -> Watcher:
     """Load a model that watches: Qwen-VL for video files, any other for frames artifacts.
 
-    `tell` takes lines for people: what a video costs, before the model reads it. Raises InputError and UsageError.
+    `tell` takes lines for people: what a video costs, before the model reads it. The ranks of a
+    `ring` watch together. Raises InputError and UsageError.
     """
     if load_config(resolve_model(model)).model_type in TYPES + TIMED:
+        if ring.world > 1:
+            raise UsageError("--cp is for encoded frames", fix="let a Qwen-VL model watch in one process")
         return QwenWatcher(model, viewing=viewing, device=device, tell=tell)
     if viewing != Viewing():
         raise UsageError(f"{model} is no Qwen-VL model and reads encoded frames as they are", fix="drop its flags")
-    return Watcher(model, device=device)
+    return Watcher(model, device=device, ring=ring)
 
 
 class QwenWatcher(Watcher):

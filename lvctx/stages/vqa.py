@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lvctx.artifacts.frames import read_frames
+from lvctx.dist.mesh import LONG_PATIENCE, open_world
+from lvctx.dist.ring import ALONE, Ring
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import VLM_TYPE, load_config, resolve_model
 from lvctx.stages.asker import Asker
 from lvctx.vision.tower import TowerFiles
 
+__all__ = ["LONG_PATIENCE", "Answer", "Watcher", "open_world"]
 CHUNK = 2048
 """Tokens of one forward."""
 
@@ -33,13 +36,16 @@ class Answer:
 class Watcher:
     """A loaded vision-language model that answers questions about frames artifacts."""
 
-    def __init__(self, model: str, *, device: str) -> None:
-        """Load the model. Raises InputError if it cannot be loaded, UsageError if it cannot see."""
+    def __init__(self, model: str, *, device: str, ring: Ring = ALONE) -> None:
+        """Load the model; the ranks of a `ring` watch together.
+
+        Raises InputError if it cannot be loaded, UsageError if it cannot see.
+        """
         path = resolve_model(model)
         if load_config(path).model_type != VLM_TYPE:
             raise UsageError(f"{model} is a language model and cannot see", fix="give a model that align wrote")
         self.tower = TowerFiles.find(path).fingerprint
-        self.asker = Asker(path, device=device, chunk=CHUNK)
+        self.asker = Asker(path, device=device, chunk=CHUNK, ring=ring)
 
     def ask(self, path: Path, questions: Sequence[str], *, max_new_tokens: int) -> Iterator[Answer]:
         """Greedy answers to each question about one video on its own; its frames are read once.

@@ -1,0 +1,242 @@
+"""Several ranks read one sequence together: each a part of the cache, all the scores and words of one process alone."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from test_niah import encode, results, run, text_arguments
+from test_prefix import plain_text, small_model, tree_size
+from test_ring import tiny_config
+from torch.nn import functional as F
+
+from lvctx.bench.prefix import PrefixScorer, Score, walk_order
+from lvctx.bench.reader import Reader
+from lvctx.bench.text_niah import TextNiah
+from lvctx.dist.mesh import World, joined, make_world
+from lvctx.dist.stripes import Stripe, _attend, held, prepare
+from lvctx.errors import InputError
+from lvctx.model.load import load_model, load_tokenizer
+from lvctx.stages.niah import NiahConfig, Plan, plan_niah, run_niah
+
+WORDS = ["the", "old", "tree", "stood", "by", "a", "river", "and", "people", "came", "from", "far"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(ranks: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "lvctx"]
+
+
+def start(checks: Any, *given: Any, ranks: int) -> None:
+    """Forked, so that a process costs no import, and as many as are needed."""
+    multiprocessing.start_processes(checks, args=(ranks, *given), nprocs=ranks, start_method="fork")
+
+
+def story() -> str:
+    rng = np.random.default_rng(0)
+    return " ".join(" ".join(rng.choice(WORDS, 7)).capitalize() + "." for _ in range(80))
+
+
+@pytest.fixture(scope="module")
+def essays(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("essays")
+    (out / "story.txt").write_text(story(), encoding="utf-8")
+    return out
+
+
+# --- attention
+
+
+def check_attention(world: World) -> None:
+    """Appended and cut in every way: torch's own attention over the whole, of which each rank computes its tokens."""
+    for dtype, off in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)):
+        for chunks in ([5, 1, 1, 1, 7, 8, 3], [16, 2, 13, 4], [64]):
+            torch.manual_seed(len(chunks))
+            q, k, v = (torch.randn(1, heads, sum(chunks), 8).to(dtype) for heads in (4, 2, 2))
+            whole = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, enable_gqa=True)
+            keys, values, first = k[:, :, :0], v[:, :, :0], 0
+            for count in chunks:
+                stripe = Stripe(ring=world.ring, first=first, count=count)
+                own = range(first, first + count)[stripe.mine]
+                keys, values = torch.cat([keys, k[:, :, own]], 2), torch.cat([values, v[:, :, own]], 2)
+                out, _ = _attend(None, q[:, :, own], keys, values, None, stripe=stripe)
+                if stripe.own:
+                    torch.testing.assert_close(out.float(), whole[:, :, own].transpose(1, 2), atol=off, rtol=off)
+                else:
+                    keys, values = keys[:, :, :-1], values[:, :, :-1]
+                first += count
+            assert keys.shape[2] == held(first, world.ring) == len(range(world.ring.rank, first, world.cp))
+
+
+# --- a grid
+
+
+def check_grid(world: World, kind: str, vocabulary: int, walked: list[tuple[np.ndarray, int, Score]]) -> None:
+    scorer = PrefixScorer(small_model(kind, vocabulary), chunk=37, ring=world.ring)
+    for ids, answer, stock in walked:
+        ours = scorer.score(ids, answer)
+        assert (ours.forced, ours.rank) == (stock.forced, stock.rank)
+        assert ours.log_prob == pytest.approx(stock.log_prob, rel=1e-5)
+        held_here = {layer.get_seq_length() for layer in scorer._cache.layers}
+        assert held_here == {len(range(world.ring.rank, len(ids) - 1, world.cp))}, "1/N of the tokens"
+    assert scorer.tokens_run == tree_size([ids for ids, _, _ in walked]), "together they run every edge once"
+
+
+def check_any_order(world: World) -> None:
+    """Short sequences, so that some ranks have no token of a forward; words written; every kind of cache."""
+    rng = np.random.default_rng(1)
+    stock, model = small_model("llama", 40), small_model("llama", 40)
+    for kept, off in (("device", 1e-5), ("host", 1e-5), ("int8", 0.05)):
+        walker = PrefixScorer(model, chunk=5, kept=kept, ring=world.ring)  # type: ignore[arg-type]
+        for _ in range(4):
+            ids = rng.integers(0, 3, rng.integers(3, 14))
+            plain, ours = plain_text(stock, ids, 2), walker.score(ids, 2, write=3)
+            assert ours.log_prob == pytest.approx(plain.log_prob, rel=off)
+            if kept != "int8":
+                assert (ours.forced, ours.rank) == (plain.forced, plain.rank)
+                assert ours.written == PrefixScorer(stock).score(ids, 2, write=3).written
+    ids = rng.integers(0, 40, 19)
+    together, alone = Reader(model, chunk=4, ring=world.ring), Reader(stock)
+    assert together.write(ids, 6, set()) == alone.write(ids, 6, set())
+    assert together.write(ids[:11], 6, set()) == alone.write(ids[:11], 6, set())
+
+
+def read(plan: Plan, out: Path, world: World) -> None:
+    options: dict[str, Any] = {"chunk": 50, "reuse": True, "resume": "auto", "force": False}
+    for _ in run_niah(plan, out, world=world, report=lambda done, total, note: None, **options):
+        pass
+
+
+def reading_checks(rank: int, ranks: int, store: Path, grids: dict[str, Any], vocabulary: int, plan: Plan) -> None:
+    torch.set_num_threads(1)
+    with joined(store / "store", rank=rank, size=ranks):
+        for cp in (2, 4):
+            world = make_world(device="cpu", cp=cp)
+            check_attention(world)
+            check_any_order(world)
+            for kind, walked in grids.items():
+                check_grid(world, kind, vocabulary, walked)
+        read(plan, store / "together", make_world(device="cpu", cp=2))
+
+
+def same_rows(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+    """Rows of the same cells with the same verdicts, no cell twice; log-probabilities are stored to four decimals."""
+    assert len({row["key"] for row in some}) == len(some)
+    one, two = ({row["key"]: row for row in rows} for rows in (some, others))
+    assert one.keys() == two.keys()
+    for key, row in one.items():
+        assert row["log_prob"] == pytest.approx(two[key]["log_prob"], abs=2e-4)
+        assert {**row, "log_prob": 0} == {**two[key], "log_prob": 0}
+
+
+def test_two_and_four_ranks_read_as_one(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
+    """Four processes as two pairs and as one group: odd lengths, grouped queries, a whole grid, one results file."""
+    tokenizer = load_tokenizer(tiny_lm)
+    test = TextNiah(tokenizer, story(), distractors=0, seed=3)
+    cells = test.cells([131, 180, 247], [0, 0.5, 1], 2)
+    sequences = [test.sequence(cell) for cell in cells]
+    grids = {}
+    for kind in ("llama", "qwen2"):
+        model = small_model(kind, len(tokenizer))
+        order = walk_order(ids for ids, _ in sequences)
+        grids[kind] = [(*sequences[i], plain_text(model, *sequences[i])) for i in order]
+    config = NiahConfig(
+        model=str(tiny_lm),
+        modality="text",
+        haystack=(essays,),
+        lengths=(131, 200),
+        depths=(0.0, 0.5, 1.0),
+        trials=2,
+        distractors=0,
+        needles="drawn",
+        scoring="both",
+        training_length=None,
+        seed=0,
+    )
+    plan = plan_niah(config)
+    read(plan, tmp_path / "alone", World(device="cpu"))
+    start(reading_checks, tmp_path, grids, len(tokenizer), plan, ranks=4)
+    same_rows(results(tmp_path / "together"), results(tmp_path / "alone"))
+    assert (tmp_path / "together" / "heatmap.png").is_file()
+    assert plan.facts(4)["cache_bytes"] == plan.facts()["cache_bytes"] / 4 == 200 / 4 * 2 * 2 * 2 * 16 * 4
+
+
+# --- from the command line
+
+
+def test_a_run_that_cannot_be_divided_is_refused(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
+    arguments = [*text_arguments(tiny_lm, essays, tmp_path / "a"), "--cp", 2]
+    refused = run(*arguments)
+    assert refused.exit_code == 2
+    assert refused.stderr == (
+        "lvctx: --cp 2 does not divide the run's 1 process; start it with `torchrun --nproc-per-node 2 -m lvctx ...`\n"
+    )
+    planned = run(*arguments, "--dry-run")
+    assert planned.exit_code == 0, "what a rank will hold can be asked without ranks"
+    assert json.loads(planned.stdout)["cp"] == 2
+    asked = run("vqa", tmp_path / "x.frames.safetensors", "--model", tiny_lm, "--ask", "What?", "--cp", 2)
+    assert (asked.exit_code, "--cp 2 does not divide" in asked.stderr) == (2, True)
+
+
+def test_a_sliding_window_is_refused(tiny_lm: Path) -> None:
+    model = load_model(tiny_lm).model
+    model.config = tiny_config("mistral", sliding_window=16)
+    with pytest.raises(InputError, match="sliding window"):
+        prepare(model)
+
+
+def test_two_ranks_watch_together(tiny_lm: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    """Names come in a pipe, which one rank alone can read."""
+    from transformers import CLIPVisionModel
+
+    from lvctx.model.vlm import assemble, save_vlm
+    from lvctx.vision.tower import load_tower
+
+    tokenizer = load_tokenizer(tiny_lm)
+    tower = CLIPVisionModel.from_pretrained(tiny_tower).eval()
+    vlm = tmp_path / "vlm"
+    save_vlm(assemble(load_model(tiny_lm), tower, tokenizer, where=tiny_lm, seed=0), tokenizer, tiny_tower, vlm)
+    frames = encode(load_tower(vlm, dtype=None), tmp_path / "a.frames.safetensors")
+    flags = ["--model", str(vlm), "--ask", "What is it?", "--ask", "What color?", "--max-new-tokens", "6"]
+    alone = run("vqa", frames, *flags)
+    assert alone.exit_code == 0, alone.stderr
+    done = subprocess.run(
+        [*torchrun(2), "vqa", "-", *flags, "--cp", "2"], input=f"{frames}\n", capture_output=True, text=True, env=ENV
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == alone.stdout
+
+
+@pytest.mark.slow
+def test_kill_9_of_one_rank_loses_the_running_cells_alone(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
+    """Four processes as two pairs; torchrun ends the others, and none takes the lost connection for a failed cell."""
+    grid = ["--lengths", "130,251,330", "--trials", "5", "--no-reuse", "--chunk", "16"]
+    arguments = [str(a) for a in text_arguments(tiny_lm, essays, tmp_path / "alone")]
+    arguments[arguments.index("--lengths") : arguments.index("--score")] = grid
+    assert run(*arguments).exit_code == 0
+    command = [*torchrun(4), *arguments[:-1], str(tmp_path / "killed"), "--cp", "2"]
+    log = tmp_path / "killed" / "results.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV) as running:
+        while not log.exists() or log.read_bytes().count(b"\n") < 6:
+            assert running.poll() is None
+            time.sleep(0.01)
+        ranks = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        assert len(ranks) == 4
+        stood = log.read_bytes()
+        os.kill(int(ranks[3]), 9)
+        assert running.wait(timeout=120) != 0
+    assert log.read_bytes().startswith(stood)
+    before = results(tmp_path / "killed")
+    assert len(before) < len(results(tmp_path / "alone"))
+    assert not any("error" in row for row in before)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(results(tmp_path / "killed")) - len(before), "only what was missing"
+    same_rows(results(tmp_path / "killed"), results(tmp_path / "alone"))
