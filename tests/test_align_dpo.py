@@ -132,13 +132,15 @@ def dpo(pairs: Path, out: Path, vlm: Path, **changed: Any) -> Any:
 
 
 def test_it_starts_at_log_two_learns_and_leaves_the_tower(pairs: Path, vlm: Path, tmp_path: Path) -> None:
-    plan = dpo(pairs, tmp_path / "out", vlm, steps=12, batch=4)
+    plan = dpo(pairs, tmp_path / "out", vlm, steps=5, batch=4)
     assert (plan.config.beta, plan.config.tower_lr) == (0.1, 0.0)
     rows = metrics(tmp_path / "out")
     assert rows[0]["tokens"] == 4, "pairs are counted"
-    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=2e-3), "the starting model is its own reference"
-    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
-    assert [row["lr"]["lm"] / 1e-3 for row in rows[:2]] == [1.0, pytest.approx(11 / 12)], "linear"
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4), "the starting model is its own reference"
+    losses = [row["loss"] for row in rows]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.62
+    assert [row["lr"]["lm"] / 1e-3 for row in rows[:2]] == [1.0, pytest.approx(4 / 5)], "linear"
     old, new = (load_file(d / "model.safetensors") for d in (vlm, tmp_path / "out"))
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert any("mlp" in name for name in changed)

@@ -46,17 +46,17 @@ def read_pairs(path: Path, images: Path) -> list[tuple[Conversation, Conversatio
         prompt = read_turns(turns, where)
         if not prompt or prompt[-1]["role"] != "user":
             raise InputError("the prompt does not end in a human turn", where=where)
-        answers = [a for a in (row.get("chosen"), row.get("rejected")) if isinstance(a, str) and a.strip()]
-        if len(answers) < 2:
+        chosen, rejected = row.get("chosen", ""), row.get("rejected", "")
+        if not all(isinstance(answer, str) and answer.strip() for answer in (chosen, rejected)):
             raise InputError("`chosen` and `rejected` have to be text that is not empty", where=where)
-        if answers[0].strip() == answers[1].strip():
+        if chosen.strip() == rejected.strip():
             raise InputError("`chosen` and `rejected` are the same", where=where)
 
         def end(answer: str) -> Conversation:
             messages = read_turns([*turns, {"from": "gpt", "value": answer}], where)
             return Conversation(where=where, images=find_images(row, messages, where, images), messages=messages)
 
-        return end(answers[0]), end(answers[1])
+        return end(chosen), end(rejected)
 
     return read_checked(path, check)
 
