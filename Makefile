@@ -18,7 +18,7 @@ fetch: setup          # the demo's inputs: a small language model, essays, clips
 demo: setup           # the whole pipeline at nano scale
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile nano
 
-transfer: setup       # long context transfer, measured: about two hours on two cores
+transfer: setup       # long context transfer, measured: about 40 minutes on two cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile transfer
 
 test: fetch           # everything but the slow proofs
