@@ -212,7 +212,8 @@ def drawn(tmp_path: Path) -> Path:
 
 
 def align(drawn: Path, out: Path, tiny_lm: Path, tiny_tower: Path, **changed: Any) -> None:
-    aligning.align(drawn / "data.json", out, tiny_lm, tiny_tower, **changed)
+    options = {"lm": tiny_lm, "tower": tiny_tower} | changed
+    aligning.align(drawn / "data.json", out, options.pop("lm"), options.pop("tower"), **options)
 
 
 def weights(path: Path) -> dict[str, Tensor]:

@@ -22,6 +22,8 @@ from lvctx.train.images import Encoding, embed_image
 from lvctx.vision.images import Preprocess
 
 log = logging.getLogger(__name__)
+ALIKE = 0.75
+"""Least length of a sample in a micro-batch, as a share of the longest's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +68,15 @@ def encode_sample(
 
 
 def group_by_length(samples: Sequence[Sample], micro_tokens: int) -> list[list[Sample]]:
-    """Micro-batches of samples of like length, each at most `micro_tokens` after padding (or one sample alone)."""
+    """Micro-batches of samples of like length, each at most `micro_tokens` after padding (or one sample alone).
+
+    None is shorter than `ALIKE` of the longest beside it: more padding costs more time than another forward.
+    """
     groups: list[list[Sample]] = []
     for sample in sorted(samples, key=lambda s: s.tokens, reverse=True):
         together = sum(len(s.sequences) for s in groups[-1]) + len(sample.sequences) if groups else 0
-        if groups and groups[-1][0].tokens * together <= micro_tokens:
+        widest = groups[-1][0].tokens if groups else 0
+        if groups and widest * together <= micro_tokens and sample.tokens >= ALIKE * widest:
             groups[-1].append(sample)
         else:
             groups.append([sample])
