@@ -1,9 +1,9 @@
 """The house's arrows: imports go down only, one room speaks to torch.distributed, the library stays silent."""
 
 import ast
-import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,21 +78,14 @@ def test_no_pickle() -> None:
         assert "torch.load(" not in text, path
 
 
-def processor_seconds(code: str) -> tuple[float, str]:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done.stdout
-
-
 def test_help_answers_at_once_without_torch() -> None:
-    """The contract says 0.3 s. Measured against Typer's own imports, so that no machine is too slow or too busy."""
+    """The contract says 0.3 s; the best of five keeps a busy machine from failing what it did not break."""
     code = "import sys; sys.argv = ['lvctx', '--help']\nfrom lvctx.__main__ import main\n"
     code += "try: main()\nfinally: print('TORCH' if 'torch' in sys.modules else 'LIGHT')"
-    pairs = []
+    times = []
     for _ in range(5):
-        ours, shown = processor_seconds(code)
-        assert "LIGHT" in shown
-        pairs.append((ours, processor_seconds("import typer.rich_utils")[0]))
-    ours, typers = (min(column) for column in zip(*pairs, strict=True))
-    assert ours < 3 * typers
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        times.append(time.monotonic() - began)
+        assert "LIGHT" in done.stdout
+    assert min(times) < 0.3

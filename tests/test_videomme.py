@@ -219,7 +219,7 @@ def test_a_report_of_two_files(tmp_path: Path) -> None:
 
 
 def test_scoring_2700_questions_takes_a_second_and_no_torch(tmp_path: Path) -> None:
-    """Processor time, against what importing Typer takes here, so that no machine is too slow for it."""
+    """Seconds of CPU, which a busy machine does not change."""
     (tmp_path / "r.json").write_text(json.dumps(videos(900, 0)))
     code = "import sys, time; sys.argv = ['lvctx', 'videomme', 'score', 'r.json']\nfrom lvctx.__main__ import main\n"
     code += "try: main()\nfinally: print('TORCH' if 'torch' in sys.modules else 'LIGHT', time.process_time())"
@@ -227,9 +227,7 @@ def test_scoring_2700_questions_takes_a_second_and_no_torch(tmp_path: Path) -> N
     kind, seconds = done.stdout.split()[-2:]
     assert "2,700 questions about 900 videos" in done.stdout
     assert kind == "LIGHT"
-    code = "import time, typer.rich_utils; print(time.process_time())"
-    yardstick = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert float(seconds) < 8 * float(yardstick)
+    assert float(seconds) < 1
 
 
 def test_warnings_come_first(tmp_path: Path) -> None:
