@@ -172,6 +172,7 @@ def test_extend_lm_writes_what_was_asked(tiny_lm: Path, tmp_path: Path) -> None:
         lora=0,
         checkpoint_activations=False,
         doc_mask=False,
+        pose=False,
         seed=0,
     )
     run_extend(plan, tmp_path, resume="auto", force=False, machine=Machine(device="cpu"), report=lambda *_: None)

@@ -109,12 +109,14 @@ def tiny_model(kind: str, **changed: Any) -> Any:
     return AutoModelForCausalLM.from_config(tiny_config(kind, **changed), attn_implementation="sdpa")
 
 
-def reference(lm: Any, ids: Tensor, labels: Tensor, starts: tuple[int, ...] | None) -> tuple[float, dict[str, Tensor]]:
+def reference(
+    lm: Any, ids: Tensor, labels: Tensor, starts: tuple[int, ...] | None, positions: Tensor | None = None
+) -> tuple[float, dict[str, Tensor]]:
     """Stock transformers with full logits, torch's cross-entropy, and a document mask written out."""
     at = torch.arange(ids.shape[1])
     documents = torch.bucketize(at, torch.tensor(starts or (0,)), right=True)
     mask = (documents[:, None] == documents) & (at[:, None] >= at)
-    logits = lm(input_ids=ids, attention_mask=mask[None, None], use_cache=False).logits
+    logits = lm(input_ids=ids, attention_mask=mask[None, None], position_ids=positions, use_cache=False).logits
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), shifted.flatten(), ignore_index=IGNORED, reduction="sum")
     lm.zero_grad(set_to_none=True)
@@ -139,10 +141,12 @@ def check_models(world: World) -> None:
         lm = tiny_model(kind, **changed)
         ids = torch.randint(0, 101, (1, length), generator=torch.Generator().manual_seed(1))
         labels = torch.where(torch.arange(length) % 5 == 2, IGNORED, ids)
-        expected_loss, expected = reference(lm, ids, labels, starts)
+        positions = torch.arange(length)[None]
+        positions[:, length // 3 :] += 50  # the second chunk of a row under --pose
+        expected_loss, expected = reference(lm, ids, labels, starts, positions)
         lm.set_attn_implementation(attention.NAME)
         lm.zero_grad(set_to_none=True)
-        given = shard_row(ids, world, starts)
+        given = shard_row(ids, world, starts, positions)
         given["labels"] = shard(
             F.pad(labels[:, 1:], (0, 1), value=IGNORED), rank=world.ring.rank, world=world.cp, fill=IGNORED
         )

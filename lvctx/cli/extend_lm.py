@@ -81,6 +81,9 @@ def extend_lm(
         bool, typer.Option(help="Recompute layers in the backward pass to save memory.")
     ] = True,
     doc_mask: Annotated[bool, typer.Option(help="Tokens attend in their own document only.")] = False,
+    pose: Annotated[
+        bool, typer.Option("--pose", help="Short rows stand for all of --context: cut in two, moved apart (PoSE).")
+    ] = False,
     cp: Annotated[int, typer.Option(help="Processes that share a row (context parallelism; torchrun).", min=1)] = 1,
     offload: Annotated[bool, typer.Option(help="Keep parameters and optimizer state in host memory.")] = False,
     offload_activations: Annotated[bool, typer.Option(help="Keep the layers' inputs in host memory.")] = False,
@@ -141,6 +144,7 @@ def extend_lm(
         lora=lora,
         checkpoint_activations=checkpoint_activations,
         doc_mask=doc_mask,
+        pose=pose,
         seed=seed,
     )
     machine = Machine(device=device, cp=cp, offload=offload, offload_activations=offload_activations)

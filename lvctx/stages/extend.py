@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +39,7 @@ from lvctx.model.load import (
 from lvctx.model.lora import ATTENTION, add_lora, lora_parameters, merge_lora
 from lvctx.model.loss import IGNORED, shift_labels, token_loss
 from lvctx.positions.choose import Scheme, choose
+from lvctx.positions.pose import skipped
 from lvctx.train.activations import checkpoint_layers
 from lvctx.train.data import indices
 from lvctx.train.loop import Group, TrainConfig, train
@@ -72,6 +74,8 @@ class ExtendConfig:
     """Recompute each layer in the backward pass instead of keeping its activations."""
     doc_mask: bool
     """Tokens attend in their own document only; LongVA lets them see the whole row."""
+    pose: bool
+    """Rows are cut in two and spread over the whole context (PoSE); LongVA trains at full length."""
     seed: int
     """Order of the rows and LoRA's initialisation."""
 
@@ -121,6 +125,7 @@ def plan_extend(
     lora: int,
     checkpoint_activations: bool,
     doc_mask: bool,
+    pose: bool,
     seed: int,
 ) -> Plan:
     """Check the inputs and resolve the defaults. Raises UsageError and InputError; loads no weights."""
@@ -150,8 +155,11 @@ def plan_extend(
         lora=lora,
         checkpoint_activations=checkpoint_activations,
         doc_mask=doc_mask,
+        pose=pose,
         seed=seed,
     )
+    if pose and positions.context <= length:
+        raise UsageError(f"--pose spreads rows of {length} over {positions.context} positions", fix="raise --context")
     if rows and batch_tokens < length:
         raise UsageError(f"--batch-tokens {batch_tokens} is less than one row of {length}", fix="raise it")
     if rows and len(rows) < batch_tokens // length:
@@ -266,13 +274,20 @@ def _train(
     if plan.epochs > 1:
         log.warning("%d rows are few for %d steps: each is read %.1f times", len(rows), config.steps, plan.epochs)
 
-    def batch(step: int) -> Sequence[int]:
-        return indices(step, batch=plan.rows_a_step, samples=len(rows), seed=config.seed)
+    def batch(step: int) -> Sequence[tuple[int, int]]:
+        """Rows of a step, each with the epoch that reads it."""
+        drawn = indices(step, batch=plan.rows_a_step, samples=len(rows), seed=config.seed)
+        return [(row, (step * plan.rows_a_step + n) // len(rows)) for n, row in enumerate(drawn)]
 
-    def loss(row: int) -> tuple[Tensor, int]:
+    def loss(drawn: tuple[int, int]) -> tuple[Tensor, int]:
+        row, epoch = drawn
         ids = torch.from_numpy(rows.row(row).astype("int64"))[None]
         starts = attention.document_starts(rows.doc_starts(row).tolist()) if config.doc_mask else None
-        return row_loss(**shard_row(ids, world, starts))
+        positions = None
+        if config.pose:
+            rng = np.random.default_rng([config.seed, epoch, row])
+            positions = torch.from_numpy(skipped(config.seq_len, config.context, rng))[None]
+        return row_loss(**shard_row(ids, world, starts, positions))
 
     train(
         groups=[Group(name="lm", parameters=lora_parameters(model), lr=config.lr)],
@@ -283,7 +298,7 @@ def _train(
         run=plan.provenance,
         report=report,
         world=world,
-        name=lambda row: f"row {row}",
+        name=lambda drawn: f"row {drawn[0]}",
         flops=_flops(plan),
     )
     if world.mesh is not None:
@@ -317,16 +332,25 @@ class RowLoss(nn.Module):
         return take_part(total, hidden, head), count
 
 
-def shard_row(ids_BL: Tensor, world: World, starts: tuple[int, ...] | None) -> dict[str, Any]:
-    """This rank's part of rows, on its device, as `RowLoss` takes it. Labels are shifted before the row is cut."""
+def shard_row(
+    ids_BL: Tensor, world: World, starts: tuple[int, ...] | None, positions_BL: Tensor | None = None
+) -> dict[str, Any]:
+    """This rank's part of rows, on its device, as `RowLoss` takes it. Labels are shifted before the row is cut.
+
+    `positions_BL` are those of the tokens where they do not count up from 0.
+    """
+    places_BL = torch.arange(ids_BL.shape[1])[None] if positions_BL is None else positions_BL
     whole = {
         "ids": (ids_BL, 0),
         "labels": (shift_labels(ids_BL), IGNORED),
-        "positions": (torch.arange(ids_BL.shape[1])[None], 0),
+        "positions": (places_BL, 0),
     }
     ring = world.ring
     parts = {
         name: shard(tensor, rank=ring.rank, world=ring.world, fill=fill).to(world.device)
         for name, (tensor, fill) in whole.items()
     }
-    return parts if ring.world == 1 and starts is None else parts | {"shard": Shard(ring=ring, starts=starts)}
+    if ring.world > 1 or starts is not None:
+        return parts | {"shard": Shard(ring=ring, starts=starts)}
+    # Without a mask, transformers takes a jump in the positions for the beginning of another document.
+    return parts if positions_BL is None else parts | {"attention_mask": torch.ones_like(parts["ids"])}
