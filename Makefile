@@ -21,8 +21,10 @@ demo: setup           # the whole pipeline at nano scale
 transfer: setup       # long context transfer, measured: about 40 minutes on two cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile transfer
 
-test: fetch           # everything but the slow proofs
-	.venv/bin/python -m pytest -m 'not slow and not gpu and not lmms'
+test: fetch           # everything but the slow proofs, a file a process; then what measures time, with nothing beside it
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
+		-m 'not slow and not gpu and not lmms and not alone'
+	.venv/bin/python -m pytest -m alone
 
 test-slow: fetch      # proofs that take minutes each
 	.venv/bin/python -m pytest -m slow

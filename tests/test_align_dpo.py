@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lvctx.model.vlm import newline_id
 from lvctx.train.chat import TokenSequence
 from lvctx.train.data import indices
 from lvctx.train.images import Encoding
-from lvctx.train.micro import Forward, Sample, encode_sample, group_by_length
+from lvctx.train.micro import Forward, Sample, encode_sample, pack_samples
 from lvctx.train.preference import REFERENCE, Preference, log_probs, read_pairs
 from lvctx.vision.images import Preprocess
 
@@ -215,7 +216,7 @@ SEQUENCES = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 2)), min_size
 
 
 @given(SEQUENCES, st.integers(1, 12), st.integers(1, 1000), st.integers(0, 3))
-def test_grouping_by_length_loses_and_repeats_nothing_in_an_epoch(
+def test_packing_loses_and_repeats_nothing_in_an_epoch(
     lengths: list[tuple[int, int]], batch: int, micro_tokens: int, seed: int
 ) -> None:
     """And every micro-batch fits, or is one sample alone."""
@@ -231,11 +232,10 @@ def test_grouping_by_length_loses_and_repeats_nothing_in_an_epoch(
     seen: list[int] = []
     for step in range(math.ceil(len(samples) / batch)):
         chosen = indices(step, batch=batch, samples=len(samples), seed=seed)
-        groups = group_by_length([samples[i] for i in chosen], micro_tokens)
+        groups = pack_samples([samples[i] for i in chosen], micro_tokens)
         assert sorted(s.number for group in groups for s in group) == sorted(chosen)
-        for group in groups:
-            rows = sum(len(s.sequences) for s in group)
-            widest, narrowest = (end(s.tokens for s in group) for end in (max, min))
-            assert len(group) == 1 or (widest * rows <= micro_tokens and narrowest >= 0.75 * widest)
+        sizes = [sum(s.tokens for s in group) for group in groups]
+        assert all(len(group) == 1 or size <= micro_tokens for group, size in zip(groups, sizes, strict=True))
+        assert all(a + b > micro_tokens for a, b in pairwise(sizes)), "two neighbours would have fitted into one"
         seen += chosen
     assert sorted(seen[: len(samples)]) == list(range(len(samples)))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from aligning import draw, talk, write
 from PIL import Image
+from torch import Tensor
 from transformers import CLIPVisionModel, LlavaOnevisionForConditionalGeneration
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
@@ -30,7 +31,7 @@ from lvctx.model.vlm import (
 from lvctx.stages.align_plan import count_tokens
 from lvctx.train.chat import read_conversations
 from lvctx.train.images import Encoding
-from lvctx.train.micro import Forward, encode_sample
+from lvctx.train.micro import Forward, Sample, encode_sample
 from lvctx.vision.images import Preprocess, open_image
 from lvctx.vision.rules import find_rule
 
@@ -89,6 +90,35 @@ def make_forward(model: Any, tokenizer: Any, encoding: Encoding, path: Path) -> 
     )
 
 
+@pytest.mark.parametrize("windowed", [False, True])
+def test_samples_of_a_micro_batch_do_not_see_each_other(vlms: dict[Grid, Path], tmp_path: Path, windowed: bool) -> None:
+    """Hidden states and gradients of four samples in one row are those of each alone, also beside a sliding window."""
+    draw(tmp_path)
+    rows: list[Any] = [talk("<image>What?", "red", image="1.png"), talk("Hi.", "Hello there, how are you?")]
+    rows += [talk("<image><image>Which?", "the first", image=["0.png", "3.png"]), talk("What is two and two?", "4")]
+    tokenizer, model = load_tokenizer(vlms["unires"]), load_model(vlms["unires"], dtype=torch.float32)
+    encoding = Encoding.of(model.config.vision_config, grid="unires", rule="code")
+    read = read_conversations(write(tmp_path / "data.json", rows), tmp_path)
+    samples = [encode_sample(n, (row,), tokenizer, encoding, max_length=999) for n, row in enumerate(read)]
+    if windowed:  # far beyond the samples: what it lets through is all, but our attention does not serve it
+        model.model.language_model.config.sliding_window = 4096
+    forward = make_forward(model, tokenizer, encoding, vlms["unires"])
+    assert forward.ours is not windowed
+
+    def run(micro: list[Sample]) -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad(set_to_none=True)
+        hidden_TE = forward(micro, lambda hidden, *_: hidden)
+        hidden_TE.square().sum().backward()
+        return hidden_TE.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    together_TE, gradients = run(samples)
+    alone = [run([sample]) for sample in samples]
+    torch.testing.assert_close(together_TE, torch.cat([hidden for hidden, _ in alone]), rtol=1e-4, atol=1e-5)
+    for name, gradient in gradients.items():
+        truth = sum(found.get(name, torch.zeros(())) for _, found in alone)
+        assert (gradient - truth).norm() <= 1e-4 * truth.norm() + 1e-6, name
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("images", [["0.png"], ["1.png"], ["0.png", "1.png", "3.png"]], ids=len)
 def test_training_sees_what_stock_transformers_sees_on_the_saved_model(
@@ -102,7 +132,7 @@ def test_training_sees_what_stock_transformers_sees_on_the_saved_model(
     encoding = Encoding.of(model.config.vision_config, grid=image_grid(model.config), rule="code")
     sample = encode_sample(0, (conversation,), tokenizer, encoding, max_length=999)
     with torch.no_grad():
-        hidden_LE = make_forward(model, tokenizer, encoding, vlms[grid])([sample], lambda hidden, *_: hidden[0])
+        hidden_LE = make_forward(model, tokenizer, encoding, vlms[grid])([sample], lambda hidden, *_: hidden)
         ours = model.lm_head(hidden_LE)
 
     stock = LlavaOnevisionForConditionalGeneration.from_pretrained(vlms[grid]).eval()

@@ -78,6 +78,7 @@ def test_no_pickle() -> None:
         assert "torch.load(" not in text, path
 
 
+@pytest.mark.alone
 def test_help_answers_at_once_without_torch() -> None:
     """The contract says 0.3 s; the best of five keeps a busy machine from failing what it did not break."""
     code = "import sys; sys.argv = ['lvctx', '--help']\nfrom lvctx.__main__ import main\n"

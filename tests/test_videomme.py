@@ -218,6 +218,7 @@ def test_a_report_of_two_files(tmp_path: Path) -> None:
     assert "Life Record" in text
 
 
+@pytest.mark.alone
 def test_scoring_2700_questions_takes_a_second_and_no_torch(tmp_path: Path) -> None:
     """Seconds of CPU, which a busy machine does not change."""
     (tmp_path / "r.json").write_text(json.dumps(videos(900, 0)))

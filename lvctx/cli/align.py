@@ -97,7 +97,7 @@ def align(
     lora: Annotated[int, typer.Option(help="Rank of LoRA on the LM in full and dpo; 0 trains all.", min=0)] = 0,
     beta: Annotated[float | None, typer.Option(help="Of dpo: how firmly to stay near --init. Default: 0.1.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens after which a sample is cut.", min=2)] = 32_768,
-    micro_tokens: Annotated[int, typer.Option(help="Padded tokens of one forward (speed, memory).", min=1)] = 4096,
+    micro_tokens: Annotated[int, typer.Option(help="Tokens of one forward (speed, memory).", min=1)] = 4096,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
     recipe: RecipeOption = None,
     seed: SeedOption = 0,

@@ -52,14 +52,26 @@ def register() -> None:
     AttentionInterface.register(NAME, _attend)
 
 
-def check_config(config: Any, *, where: object) -> None:
-    """Raise InputError for a model that reads its keys through a sliding window: ranks that share a sequence do not."""
+def is_windowed(config: Any) -> bool:
+    """Whether a model reads keys through a sliding window, or not by plain attention at all: `_attend` does not."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if windowed or kinds != {"full_attention"}:
+    return bool(windowed) or kinds != {"full_attention"}
+
+
+def check_config(config: Any, *, where: object) -> None:
+    """Raise InputError for a model with a sliding window: ranks that share a sequence do not read through one."""
+    if is_windowed(config):
         raise InputError(
             "its attention has a sliding window", where=where, fix="context parallelism is for models without one"
         )
+
+
+def use(lm: Any, *, where: object) -> None:
+    """Let a language model attend by `shard` from now on. Raises InputError for a sliding window."""
+    check_config(lm.config, where=where)
+    register()
+    lm.set_attn_implementation(NAME)
 
 
 def _attend(

@@ -31,7 +31,7 @@ from lvctx.stages.align_plan import AlignConfig, Plan
 from lvctx.train.data import indices
 from lvctx.train.images import Encoding
 from lvctx.train.loop import Group, TrainConfig, train
-from lvctx.train.micro import Forward, Sample, answer_loss, encode_sample, group_by_length
+from lvctx.train.micro import Forward, Sample, answer_loss, encode_sample, pack_samples
 from lvctx.train.preference import REFERENCE, Preference, compute_reference
 from lvctx.vision.images import Preprocess
 from lvctx.vision.tower import load_vision_model
@@ -49,7 +49,7 @@ def run_align(
 ) -> None:
     """Train (or resume) and write the aligned VLM to `out`; nothing to do if it stands finished.
 
-    `micro_tokens` bounds the padded tokens of one forward; it changes speed and memory, not the result's definition.
+    `micro_tokens` bounds the tokens of one forward; it changes speed and memory, not the result's definition.
     """
     if is_finished(out, plan.provenance, resume=resume, force=force):
         return
@@ -126,7 +126,7 @@ def _train(
         longest = max(longest, *(one.tokens for one in samples))
         if all(label == IGNORED for one in samples for s in one.sequences for label in s.labels):
             raise InputError("a whole step without an answer left", where=samples[0].where, fix="raise --max-length")
-        return group_by_length(samples, micro_tokens)
+        return pack_samples(samples, micro_tokens)
 
     forward = Forward(
         vlm,

@@ -259,9 +259,7 @@ def _train(
     model = _adapted(_load(plan, "cpu" if world.mesh is not None else world.device, dtype), config)
     lm = model.get_base_model() if config.lora else model
     if world.cp > 1 or config.doc_mask:
-        attention.check_config(lm.config, where=plan.model)
-        attention.register()
-        lm.set_attn_implementation(attention.NAME)
+        attention.use(lm, where=plan.model)
     if config.checkpoint_activations:
         checkpoint_layers(lm, offload=machine.offload_activations)
     row_loss = RowLoss(lm)

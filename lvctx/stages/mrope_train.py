@@ -307,9 +307,7 @@ def _train(
     parameters, wrapped = adapt(vlm, config)
     lm = vlm.model.language_model
     if world.cp > 1:
-        attention.check_config(vlm.config.get_text_config(), where=path)
-        attention.register()
-        lm.set_attn_implementation(attention.NAME)
+        attention.use(lm, where=path)
     if config.checkpoint_activations:
         checkpoint_layers(lm, offload=machine.offload_activations)
     chat_loss = ChatLoss(vlm, world.ring)

@@ -1,19 +1,22 @@
-"""Samples of an alignment as micro-batches: grouped by length, padded, their images embedded, one forward.
+"""Samples of an alignment as micro-batches: laid end to end in one row, their images embedded, one forward.
 
-A sample is one sequence, or several about the same images (an answer preferred and one not).
+A sample is one sequence, or several about the same images (an answer preferred and one not). Sequences of a row do not
+see each other, and nothing is padded: a row costs what its sequences cost.
 
-Shapes: B sequences, L tokens of the longest, N visual tokens, E language-model width, V vocabulary.
+Shapes: T tokens of all sequences of a row, N visual tokens, E language-model width, V vocabulary.
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from lvctx.dist import attention
 from lvctx.dist.shard import take_part
 from lvctx.model.loss import IGNORED, token_loss
 from lvctx.model.vlm import embed_frames, frame_features
@@ -22,8 +25,6 @@ from lvctx.train.images import Encoding, embed_image
 from lvctx.vision.images import Preprocess
 
 log = logging.getLogger(__name__)
-ALIKE = 0.75
-"""Least length of a sample in a micro-batch, as a share of the longest's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,8 @@ class Sample:
 
     @property
     def tokens(self) -> int:
-        """Of the longest sequence."""
-        return max(len(s.ids) for s in self.sequences)
+        """Of all its sequences."""
+        return sum(len(s.ids) for s in self.sequences)
 
 
 def encode_sample(
@@ -67,40 +68,27 @@ def encode_sample(
     return Sample(number=number, where=row[0].where, images=images, sequences=tuple(sequences))
 
 
-def group_by_length(samples: Sequence[Sample], micro_tokens: int) -> list[list[Sample]]:
-    """Micro-batches of samples of like length, each at most `micro_tokens` after padding (or one sample alone).
-
-    None is shorter than `ALIKE` of the longest beside it: more padding costs more time than another forward.
-    """
+def pack_samples(samples: Sequence[Sample], micro_tokens: int) -> list[list[Sample]]:
+    """Micro-batches of at most `micro_tokens` each, or one sample alone: each, longest first, where it first fits."""
     groups: list[list[Sample]] = []
     for sample in sorted(samples, key=lambda s: s.tokens, reverse=True):
-        together = sum(len(s.sequences) for s in groups[-1]) + len(sample.sequences) if groups else 0
-        widest = groups[-1][0].tokens if groups else 0
-        if groups and widest * together <= micro_tokens and sample.tokens >= ALIKE * widest:
-            groups[-1].append(sample)
-        else:
-            groups.append([sample])
+        fits = (g for g in groups if sum(s.tokens for s in g) + sample.tokens <= micro_tokens)
+        group = next(fits, None)
+        if group is None:
+            groups.append(group := [])
+        group.append(sample)
     return groups
-
-
-def pad(sequences: Sequence[TokenSequence], pad_id: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, labels and mask (B, L), padded on the right; padding is never counted."""
-    width = max(len(s.ids) for s in sequences)
-    ids = torch.tensor([s.ids + [pad_id] * (width - len(s.ids)) for s in sequences])
-    labels = torch.tensor([s.labels + [IGNORED] * (width - len(s.labels)) for s in sequences])
-    mask = torch.tensor([[True] * len(s.ids) + [False] * (width - len(s.ids)) for s in sequences])
-    return ids.to(device), labels.to(device), mask.to(device)
 
 
 T = TypeVar("T")
 Judge = Callable[[Tensor, Tensor, Tensor, Sequence[Sample]], T]
-"""What is made of hidden states (B, L, E), the head's weight (V, E), labels (B, L) and the samples."""
+"""What is made of hidden states (T, E), the head's weight (V, E), labels (T,) and the samples, in this order."""
 
 
-def answer_loss(hidden_BLE: Tensor, head_VE: Tensor, labels_BL: Tensor, micro: Sequence[Sample]) -> tuple[Tensor, int]:
+def answer_loss(hidden_TE: Tensor, head_VE: Tensor, labels_T: Tensor, micro: Sequence[Sample]) -> tuple[Tensor, int]:
     """Summed cross-entropy of the counted tokens, and their number."""
-    total, count = token_loss(hidden_BLE.flatten(0, 1), head_VE, labels_BL.flatten())
-    return take_part(total, hidden_BLE, head_VE), count
+    total, count = token_loss(hidden_TE, head_VE, labels_T)
+    return take_part(total, hidden_TE, head_VE), count
 
 
 class Forward(nn.Module):
@@ -113,34 +101,45 @@ class Forward(nn.Module):
         super().__init__()
         self.vlm, self.encoding, self.preprocess = vlm, encoding, preprocess
         self.newline, self.tower_grad, self.device = newline, tower_grad, device
+        lm = vlm.model.language_model
+        self.ours = not attention.is_windowed(lm.config)
+        """Sequences are kept apart by our attention, which costs what they cost; else by transformers' mask."""
+        if self.ours:
+            attention.use(lm, where="")
 
     def forward(self, micro: Sequence[Sample], judge: Judge[T]) -> T:
         """What `judge` makes of a micro-batch."""
-        vlm = self.vlm
-        # Padding is masked and never counted: any id will do.
-        ids_BL, labels_BL, mask_BL = pad([s for sample in micro for s in sample.sequences], 0, self.device)
-        is_visual_BL = (ids_BL == vlm.config.video_token_id) & mask_BL
-        embeds_BLE = vlm.get_input_embeddings()(ids_BL.masked_fill(is_visual_BL, 0))
-        embeds_BLE = self._see(embeds_BLE, is_visual_BL, micro)
-        lm, head_VE = vlm.model.language_model, vlm.lm_head.weight
-        hidden_BLE = lm(inputs_embeds=embeds_BLE, attention_mask=mask_BL, use_cache=False).last_hidden_state
-        return judge(hidden_BLE, head_VE, labels_BL, micro)
+        vlm, sequences = self.vlm, [s for sample in micro for s in sample.sequences]
+        lengths = [len(s.ids) for s in sequences]
+        ids_T = torch.tensor([i for s in sequences for i in s.ids], device=self.device)
+        labels_T = torch.tensor([i for s in sequences for i in s.labels], device=self.device)
+        positions_T = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
+        starts = attention.document_starts(list(accumulate(lengths[:-1])))
+        is_visual_T = ids_T == vlm.config.video_token_id
+        embeds_TE = vlm.get_input_embeddings()(ids_T.masked_fill(is_visual_T, 0))
+        embeds_TE = self._see(embeds_TE, is_visual_T, micro)
+        # transformers' own attention is told by the positions where sequences begin.
+        ours = {"shard": attention.Shard(starts=starts)} if self.ours else {}
+        hidden_BTE = vlm.model.language_model(
+            inputs_embeds=embeds_TE[None], position_ids=positions_T[None], use_cache=False, **ours
+        ).last_hidden_state
+        return judge(hidden_BTE[0], vlm.lm_head.weight, labels_T, micro)
 
-    def _see(self, embeds_BLE: Tensor, is_visual_BL: Tensor, micro: Sequence[Sample]) -> Tensor:
+    def _see(self, embeds_TE: Tensor, is_visual_T: Tensor, micro: Sequence[Sample]) -> Tensor:
         """The embeddings with those of the images in their places; a sequence that was cut lacks some at its end."""
         vlm, tile = self.vlm, self.encoding.tile
-        rows, visual = iter(is_visual_BL), []
+        parts, visual = iter(is_visual_T.split([len(s.ids) for sample in micro for s in sample.sequences])), []
         for sample in micro:
             blocks = self.blocks(sample)
             for _ in sample.sequences:
-                seen = int(next(rows).sum())
+                seen = int(next(parts).sum())
                 visual += [torch.cat(blocks)[:seen]] if blocks else []
         if visual:
-            visual_NE = torch.cat(visual).to(embeds_BLE.dtype)
-            return embeds_BLE.masked_scatter(is_visual_BL[..., None], visual_NE)
+            visual_NE = torch.cat(visual).to(embeds_TE.dtype)
+            return embeds_TE.masked_scatter(is_visual_T[:, None], visual_NE)
         # What trains must take part in every backward: ranks add their gradients up in step.
         blank = torch.zeros(1, 3, tile, tile, device=self.device, dtype=vlm.model.vision_tower.dtype)
-        return embeds_BLE + 0 * embed_frames(vlm, frame_features(vlm, blank)).sum().to(embeds_BLE.dtype)
+        return embeds_TE + 0 * embed_frames(vlm, frame_features(vlm, blank)).sum().to(embeds_TE.dtype)
 
     def blocks(self, sample: Sample) -> list[Tensor]:
         """The embeddings (N, E) of each of a sample's images."""

@@ -8,8 +8,7 @@ in a row log, so there is never a second model in memory.
 A row of the data is `{"prompt": TEXT, "chosen": TEXT, "rejected": TEXT, "image" or "images": PATH or [PATHS]}`, in a
 JSON list or one object a line; `conversations` in LLaVA's form, ending in a human turn, may stand in place of `prompt`.
 
-Shapes: M pairs, B = 2M sequences (chosen, rejected, chosen, ...), L tokens of the longest, E language-model width,
-V vocabulary.
+Shapes: M pairs, T tokens of all their answers (chosen, rejected, chosen, ...), E language-model width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +25,7 @@ from lvctx.dist.shard import take_part
 from lvctx.errors import InputError
 from lvctx.model.loss import token_loss
 from lvctx.train.chat import Conversation, find_images, read_checked, read_turns
-from lvctx.train.micro import Forward, Sample, group_by_length
+from lvctx.train.micro import Forward, Sample, pack_samples
 
 REFERENCE = "reference.jsonl"
 """In the output: the starting model's log-probabilities, a row each pair."""
@@ -61,9 +60,11 @@ def read_pairs(path: Path, images: Path) -> list[tuple[Conversation, Conversatio
     return read_checked(path, check)
 
 
-def log_probs(hidden_BLE: Tensor, head_VE: Tensor, labels_BL: Tensor, micro: Sequence[Sample]) -> Tensor:
+def log_probs(hidden_TE: Tensor, head_VE: Tensor, labels_T: Tensor, micro: Sequence[Sample]) -> Tensor:
     """Log-probabilities (M, 2), float32, nats: of each pair's chosen and rejected answer."""
-    sums = [-token_loss(h, head_VE, labels)[0] for h, labels in zip(hidden_BLE, labels_BL, strict=True)]
+    lengths = [len(s.ids) for sample in micro for s in sample.sequences]
+    answers = zip(hidden_TE.split(lengths), labels_T.split(lengths), strict=True)
+    sums = [-token_loss(hidden, head_VE, labels)[0] for hidden, labels in answers]
     return torch.stack(sums).view(-1, 2)
 
 
@@ -81,12 +82,12 @@ class Preference:
         self.reference, self.beta = reference, beta
 
     def __call__(
-        self, hidden_BLE: Tensor, head_VE: Tensor, labels_BL: Tensor, micro: Sequence[Sample]
+        self, hidden_TE: Tensor, head_VE: Tensor, labels_T: Tensor, micro: Sequence[Sample]
     ) -> tuple[Tensor, int]:
         """Summed loss, and the number of pairs."""
-        ours_M2 = log_probs(hidden_BLE, head_VE, labels_BL, micro)
+        ours_M2 = log_probs(hidden_TE, head_VE, labels_T, micro)
         total = preference_loss(ours_M2, ours_M2.new_tensor([self.reference[s.number] for s in micro]), self.beta)
-        return take_part(total, hidden_BLE, head_VE), len(micro)
+        return take_part(total, hidden_TE, head_VE), len(micro)
 
 
 def compute_reference(
@@ -115,7 +116,7 @@ def compute_reference(
             # Pairs are read a window at a time: their order decides nothing, and not all fit in memory at once.
             window = 64 * world.dp
             for begin in range(0, len(missing), window):
-                groups = group_by_length([sample(n) for n in missing[begin : begin + window]], micro_tokens)
+                groups = pack_samples([sample(n) for n in missing[begin : begin + window]], micro_tokens)
                 for first in range(0, len(groups), world.dp):
                     # Ranks compute in step; one without a group of its own computes another's and keeps it to itself.
                     at = first + world.dp_rank
