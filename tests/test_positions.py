@@ -170,6 +170,7 @@ def test_extend_lm_writes_what_was_asked(tiny_lm: Path, tmp_path: Path) -> None:
         batch_tokens=1,
         lr=0.0,
         lora=0,
+        adapter=None,
         checkpoint_activations=False,
         doc_mask=False,
         pose=False,

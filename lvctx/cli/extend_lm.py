@@ -53,7 +53,7 @@ def register(app: typer.Typer) -> None:
 
 
 def extend_lm(
-    model: Annotated[str, typer.Option(help="Language model: directory or hub id.")],
+    model: Annotated[str, typer.Option(help="Language model, or a VLM with one: directory or hub id.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the extended model.")],
     data: Annotated[Path | None, typer.Option(help="Packed rows to train on (pack-text).")] = None,
     seq_len: Annotated[
@@ -77,6 +77,9 @@ def extend_lm(
     batch_tokens: Annotated[int, typer.Option(help="Tokens a step, in whole rows.", min=1)] = 1_000_000,
     lr: Annotated[float, typer.Option(help="Learning rate (constant).", min=0.0)] = 1e-5,
     lora: Annotated[int, typer.Option(help="Rank of LoRA on attention; 0 trains all parameters.", min=0)] = 0,
+    adapter: Annotated[
+        Path | None, typer.Option(help="LoRA to start from: adapter.safetensors of such a run; with --lora.")
+    ] = None,
     checkpoint_activations: Annotated[
         bool, typer.Option(help="Recompute layers in the backward pass to save memory.")
     ] = True,
@@ -142,6 +145,7 @@ def extend_lm(
         batch_tokens=batch_tokens,
         lr=lr,
         lora=lora,
+        adapter=adapter,
         checkpoint_activations=checkpoint_activations,
         doc_mask=doc_mask,
         pose=pose,

@@ -1,5 +1,6 @@
 """Write a model as a plain Hugging Face directory that stock transformers and vLLM load."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,12 @@ def save_tokenizer(tokenizer: Any, config: Any, out: Path) -> None:
     """Save a tokenizer whose maximal length is the model's context."""
     tokenizer.model_max_length = config.get_text_config().max_position_embeddings
     tokenizer.save_pretrained(out)
+
+
+def copy_processors(source: Path, out: Path) -> None:
+    """Take over a VLM's processors' files, which come with no weights and no tokenizer."""
+    for path in source.glob("*processor*.json"):
+        shutil.copyfile(path, out / path.name)
 
 
 def model_files(out: Path) -> list[str]:

@@ -26,7 +26,8 @@ from lvctx.dist.mesh import World, open_world
 from lvctx.dist.shard import gather_into, shard_model, take_part
 from lvctx.dist.zigzag import shard
 from lvctx.errors import InputError, UsageError
-from lvctx.model.export import model_files, save_model
+from lvctx.model.adapter import ADAPTER, load_adapter, save_adapter
+from lvctx.model.export import copy_processors, model_files, save_model
 from lvctx.model.load import (
     context_length,
     load_config,
@@ -90,6 +91,8 @@ class Plan:
     """With every default resolved."""
     data: PackedRows | None
     """Packed rows; None when there is nothing to train."""
+    adapter: Path | None
+    """A LoRA to start from."""
     rope_parameters: dict[str, Any]
     """Of the new config.json."""
     original_context: int
@@ -123,14 +126,19 @@ def plan_extend(
     batch_tokens: int,
     lr: float,
     lora: int,
+    adapter: Path | None,
     checkpoint_activations: bool,
     doc_mask: bool,
     pose: bool,
     seed: int,
 ) -> Plan:
     """Check the inputs and resolve the defaults. Raises UsageError and InputError; loads no weights."""
+    if adapter and not lora:
+        raise UsageError("--adapter holds a LoRA: it goes with --lora")
     path = resolve_model(model)
-    hf = load_config(path)
+    hf = load_config(path).get_text_config()
+    if "mrope_section" in (hf.rope_parameters or {}):
+        raise InputError("positions have three axes (M-RoPE)", where=path, fix="lvctx mrope-extend")
     rows = None
     if steps > 0:
         if data is None:
@@ -169,11 +177,13 @@ def plan_extend(
             fix="pack more text, or lower --batch-tokens",
         )
     inputs = {"model": fingerprint(path)} | ({"data": fingerprint(data)} if data and rows else {})
+    inputs |= {"adapter": fingerprint(adapter)} if adapter else {}
     provenance = Provenance(schema=schemas.MODEL, command="extend-lm", config=asdict(config), inputs=inputs, seed=seed)
     return Plan(
         model=path,
         config=config,
         data=rows,
+        adapter=adapter,
         rope_parameters=positions.rope_parameters,
         original_context=context_length(hf),
         provenance=provenance,
@@ -219,9 +229,10 @@ def run_extend(
                 checkpoint.remove(out)
                 (out / MANIFEST).unlink(missing_ok=True)
         world.barrier()
-        model = _train(plan, plan.data, out, machine, world, report) if plan.data else _load(plan, world.device)
+        model = _train(plan, out, machine, world, report)
         if world.rank == 0:
             save_model(model.to(_dtype(plan)), load_tokenizer(plan.model), out)
+            copy_processors(plan.model, out)
             longest = max(trained_length(plan.model), plan.config.seq_len)
             facts = {
                 "original_context": plan.original_context,
@@ -237,33 +248,62 @@ def _dtype(plan: Plan) -> torch.dtype:
     return load_config(plan.model).dtype or torch.bfloat16
 
 
-def _load(plan: Plan, device: str, dtype: torch.dtype | None = None) -> Any:
-    """The model with its new positions, in its own dtype or another."""
-    hf = load_config(plan.model)
-    hf.rope_parameters = plan.rope_parameters
-    hf.max_position_embeddings = plan.config.context
-    return load_model(plan.model, config=hf, dtype=dtype or _dtype(plan), device=device)
+def _load(plan: Plan, device: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """The model with its new positions, in its own dtype or another, and its LoRA wrapper if any.
+
+    Of a VLM only the language model can train.
+    """
+    hf, config = load_config(plan.model), plan.config
+    text = hf.get_text_config()
+    text.rope_parameters, text.max_position_embeddings = plan.rope_parameters, config.context
+    model = load_model(plan.model, config=hf, dtype=dtype or _dtype(plan), device=device).requires_grad_(False)
+    decoder = model.get_decoder()
+    if not config.lora:
+        decoder.requires_grad_(True)
+        model.get_output_embeddings().requires_grad_(True)
+    if not config.lora or not (plan.data or plan.adapter):
+        return model, None
+    wrapped = add_lora(decoder, rank=config.lora, targets=ATTENTION, seed=config.seed)
+    if plan.adapter:
+        load_adapter(plan.adapter, model, wrapped)
+    return model, wrapped
 
 
-def _adapted(model: Any, config: ExtendConfig) -> Any:
-    return add_lora(model, rank=config.lora, targets=ATTENTION, seed=config.seed) if config.lora else model
-
-
-def _train(
-    plan: Plan, rows: PackedRows, out: Path, machine: Machine, world: World, report: Callable[[int, int, str], None]
-) -> Any:
-    """The trained model; on ranks other than 0, None."""
-    config = plan.config
+def _train(plan: Plan, out: Path, machine: Machine, world: World, report: Callable[[int, int, str], None]) -> Any:
+    """The model to save, trained if there are rows; on ranks other than 0, None."""
+    config, rows = plan.config, plan.data
     # Sharding makes float32 of what it keeps; before it, each rank holds the model in its own dtype.
-    dtype = torch.float32 if world.mesh is None and not config.lora else None
-    model = _adapted(_load(plan, "cpu" if world.mesh is not None else world.device, dtype), config)
-    lm = model.get_base_model() if config.lora else model
+    dtype = torch.float32 if rows and world.mesh is None and not config.lora else None
+    model, wrapped = _load(plan, "cpu" if world.mesh is not None else world.device, dtype)
+    if rows:
+        _run_steps(plan, rows, model, out, machine, world, report)
+        if world.mesh is not None:
+            twin, wrapped = _load(plan, "cpu") if world.rank == 0 else (None, None)
+            gather_into(twin, model)
+            model = twin
+    if wrapped is not None and world.rank == 0:
+        save_adapter(out / ADAPTER, model, wrapped, plan.provenance)
+        merge_lora(wrapped)  # in place
+    return model.eval() if model is not None else None
+
+
+def _run_steps(
+    plan: Plan,
+    rows: PackedRows,
+    model: Any,
+    out: Path,
+    machine: Machine,
+    world: World,
+    report: Callable[[int, int, str], None],
+) -> None:
+    """Train `model` in place."""
+    config, decoder = plan.config, model.get_decoder()
     if world.cp > 1 or config.doc_mask:
-        attention.use(lm, where=plan.model)
+        attention.use(decoder, where=plan.model)
     if config.checkpoint_activations:
-        checkpoint_layers(lm, offload=machine.offload_activations)
-    row_loss = RowLoss(lm)
-    shard_model(row_loss, lm.model.layers, world, offload=machine.offload)
+        checkpoint_layers(decoder, offload=machine.offload_activations)
+    row_loss = RowLoss(model)
+    shard_model(row_loss, decoder.layers, world, offload=machine.offload)
     if plan.rows_a_step < world.dp:
         raise UsageError(
             f"--batch-tokens {config.batch_tokens} is {plan.rows_a_step} rows for {world.dp} data-parallel groups",
@@ -299,11 +339,6 @@ def _train(
         name=lambda drawn: f"row {drawn[0]}",
         flops=_flops(plan),
     )
-    if world.mesh is not None:
-        twin = _adapted(_load(plan, "cpu"), config) if world.rank == 0 else None
-        gather_into(twin, model)
-        model = twin
-    return merge_lora(model).eval() if config.lora and model is not None else model
 
 
 def _flops(plan: Plan) -> float | None:
@@ -316,7 +351,7 @@ def _flops(plan: Plan) -> float | None:
 
 
 class RowLoss(nn.Module):
-    """A causal language model and its loss as one module: where parameters are sharded, they are gathered in it."""
+    """A language model (or a VLM's) and its loss as one module: sharded parameters are gathered in its forward."""
 
     def __init__(self, lm: Any) -> None:
         super().__init__()
@@ -324,8 +359,8 @@ class RowLoss(nn.Module):
 
     def forward(self, ids: Tensor, labels: Tensor, positions: Tensor, **attention: Any) -> tuple[Tensor, int]:
         """Summed loss and number of counted tokens of ids (B, L), with labels already shifted."""
-        hidden = self.lm.model(input_ids=ids, position_ids=positions, use_cache=False, **attention).last_hidden_state
-        head = self.lm.lm_head.weight
+        decoder, head = self.lm.get_decoder(), self.lm.get_output_embeddings().weight
+        hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False, **attention).last_hidden_state
         total, count = token_loss(hidden.flatten(0, 1), head, labels.flatten())
         return take_part(total, hidden, head), count
 
