@@ -79,9 +79,7 @@ def runner(name: str) -> Callable[..., None]:
         ] = None,
         hybrid: Annotated[
             str | None,
-            typer.Option(
-                metavar="L,M,S", help="Qwen-VL: of every L frames one of M tokens, the others of M/S. [1,240,1]"
-            ),
+            typer.Option(metavar="L,M,S", help="Of every L frames one of M tokens, the others of M/S. Default: all M."),
         ] = None,
         hybrid_mode: Annotated[
             HybridMode, typer.Option(help="Qwen-VL: groups of merged pairs, of images, or of frames.")
@@ -112,6 +110,10 @@ def runner(name: str) -> Callable[..., None]:
             raise UsageError(f"no prompt {prompt!r}", where="--prompt", fix=f"give one of {', '.join(bench.STYLES)}")
         if subtitles is not None and name != "videomme":
             raise UsageError(f"{name} shows no subtitles", where="--subtitles")
+        if rate is not None and frames is not None:
+            raise UsageError("give --fps or --frames, not both")
+        if name == "vhs" and (rate, frames, frame_mode, hybrid) != (None,) * 4:
+            raise UsageError("vhs shows pictures, as the model was taught to", fix="drop what is for videos")
         from lvctx.stages.looking import find_look
         from lvctx.stages.questions import AskConfig, plan_questions, run_questions
         from lvctx.stages.qwen_asker import resolution

@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.rows import RowLog
@@ -26,6 +25,7 @@ from lvctx.bench.subtitles import read_subtitles
 from lvctx.errors import InputError, LvctxError
 from lvctx.model.load import load_config, resolve_model
 from lvctx.stages.looking import Look
+from lvctx.vision.images import open_image
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def plan_questions(bench: ModuleType, config: AskConfig, look: Look) -> Plan:
         "prompt": _hash(bench.prompt(probe, config.style, listing)),
         "style": config.style,
         "subtitles": config.subtitles is not None,
-        "sampler": look.sampler,
+        "sampler": look.pictures if any(s.images for s in samples) else look.sampler,
         "dtype": dtype,
         "max_new_tokens": config.max_new_tokens,
     }
@@ -220,16 +220,9 @@ def _look(plan: Plan, asker: Any, sample: Sample) -> _Seen:
 
 
 def _look_at_images(plan: Plan, asker: Any, sample: Sample) -> _Seen:
-    images = []
-    for name in sample.images:
-        file = plan.config.videos / name
-        try:
-            with Image.open(file) as image:
-                images.append(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as e:
-            raise InputError(f"no readable image ({type(e).__name__})", where=file) from e
+    images = [open_image(plan.config.videos / name) for name in sample.images]
     plan.look.images(asker, images)
-    return _Seen(subtitles=None, facts={"frames": len(images)})
+    return _Seen(subtitles=None, facts={"images": len(images), "visual_tokens": len(asker.block)})
 
 
 def find_video(folder: Path, name: str) -> Path:
