@@ -2,11 +2,15 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import aligning
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +24,7 @@ from lvctx.bench.choice import Sample
 from lvctx.bench.subtitles import read_subtitles
 from lvctx.bench.videomme import prompt
 from lvctx.cli.app import app
+from lvctx.errors import InputError
 from lvctx.model.vlm import Grid
 
 DATA = Path(__file__).parent / "data"
@@ -261,9 +266,66 @@ def test_questions_in_every_released_form_are_the_same(tmp_path: Path) -> None:
     rows = json.loads((DATA / "questions.json").read_text())
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    repository = tmp_path / "Video-MME"
+    (repository / "videomme").mkdir(parents=True)
+    (repository / ".cache").mkdir()
+    (repository / ".cache" / "other.json").write_text("{}")
+    shutil.copy(tmp_path / "q.parquet", repository / "videomme" / "test-00000-of-00001.parquet")
+    saved = datasets.Dataset.from_list(rows)
+    saved.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(test=saved).save_to_disk(tmp_path / "splits")
     expected = [(s.id, s.video, s.options, s.answer) for s in videomme.samples(DATA / "questions.json")]
-    for name in ("q.parquet", "q.jsonl"):
+    for name in ("q.parquet", "q.jsonl", "Video-MME", "saved", "splits"):
         assert [(s.id, s.video, s.options, s.answer) for s in videomme.samples(tmp_path / name)] == expected
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    (tmp_path / "bad.arrow").write_bytes(b"ARROW1")
+    for bad in ("bad.parquet", "bad.arrow"):
+        with pytest.raises(InputError, match=bad):
+            videomme.samples(tmp_path / bad)
+
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+def hub_cache(cache: Path, repository: str, file: str) -> None:
+    """The hub's own layout with the test's questions as `file`: a blob, a snapshot that links to it, the branch."""
+    rows = json.loads((DATA / "questions.json").read_text())
+    home = cache / f"datasets--{repository.replace('/', '--')}"
+    snapshot, blob = home / "snapshots" / REVISION / file, home / "blobs" / "b10b"
+    for folder in (snapshot.parent, blob.parent, home / "refs"):
+        folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), blob)
+    snapshot.symlink_to(os.path.relpath(blob, snapshot.parent))
+    (home / "refs" / "main").write_text(REVISION)
+
+
+@pytest.mark.nano
+def test_questions_from_the_hub(vlm_dir: Path, tmp_path: Path) -> None:
+    """The hub's own client: what its cache holds is found without network, and what it does not is one line and 3."""
+    file = "videomme/test-00000-of-00001.parquet"
+    hub_cache(tmp_path / "cache", "lmms-lab/Video-MME", file)
+
+    def ask(questions: str, **env: str) -> subprocess.CompletedProcess[str]:
+        flags = ("--model", vlm_dir, "--videos", tmp_path, "--questions", questions, "-o", tmp_path / "out")
+        return subprocess.run(
+            [sys.executable, "-m", "lvctx", "videomme", "run", *map(str, flags), "--dry-run"],
+            env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), **env},
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=120,
+        )
+
+    for questions in ("hub", "lmms-lab/Video-MME", f"lmms-lab/Video-MME/{file}"):
+        found = ask(questions, HF_HUB_OFFLINE="1")
+        assert (found.returncode, json.loads(found.stdout)["questions"]) == (0, 6), found.stderr
+    empty = {"HF_HUB_CACHE": str(tmp_path / "empty")}
+    gone = ask("hub", **empty, HF_HUB_OFFLINE="1")
+    assert (gone.returncode, gone.stdout) == (3, "")
+    assert gone.stderr.startswith("lvctx: hub: neither here nor")
+    assert gone.stderr.count("\n") == 1
+    nowhere = ask("./no/such/file.json", **empty, HF_HUB_OFFLINE="1")
+    assert (nowhere.returncode, "no such file" in nowhere.stderr) == (3, True)
 
 
 # --- prompts and subtitles

@@ -61,13 +61,13 @@ def load(name: str) -> ModuleType:
 
 def runner(name: str) -> Callable[..., None]:
     """The `run` command of a benchmark."""
+    asked_for = "Questions as released: Parquet, JSON, JSONL, CSV, a folder of them, ORG/NAME/FILE of a hub dataset"
+    asked_for += ", or hub: lmms-lab/Video-MME." if name == "videomme" else "."
 
     def run(
         model: Annotated[str, typer.Option(help="VLM: directory or hub id.")],
         videos: Annotated[Path, typer.Option(help="Folder of the videos, or of the pictures.")],
-        questions: Annotated[
-            str, typer.Option(metavar="FILE", help="Questions as released: Parquet, JSON, JSONL, CSV.")
-        ],
+        questions: Annotated[str, typer.Option(metavar="FILE", help=asked_for)],
         out: Annotated[Path, typer.Option("-o", "--out", help="Results directory.")],
         frames: Annotated[
             int | None, typer.Option(help="Frames of a video, evenly spread. [default: 128]", min=1)
@@ -174,15 +174,27 @@ def runner(name: str) -> Callable[..., None]:
 
 
 def _find(bench: ModuleType, questions: str) -> Path:
-    if questions != "hub" or not hasattr(bench, "HUB"):
+    """A path, or the file of a dataset on the hub or in its cache: `hub`, ORG/NAME of it, or ORG/NAME/FILE of any."""
+    known: tuple[str, str] = getattr(bench, "HUB", ("", ""))
+    parts = questions.split("/", 2)
+    if questions in ("hub", known[0]) and known[0]:
+        repository, file = known
+    elif len(parts) < 3 or parts[0] in ("", ".", "..", "~") or Path(questions).exists():
         return Path(questions)
-    from huggingface_hub import hf_hub_download
+    else:
+        repository, file = f"{parts[0]}/{parts[1]}", parts[2]
+    from huggingface_hub import hf_hub_download, logging
 
-    repository, file = bench.HUB
+    logging.set_verbosity_error()  # its retries are many lines, and what came of them is one of ours
     try:
         return Path(hf_hub_download(repository, file, repo_type="dataset"))
     except Exception as e:  # whatever the hub client raises
-        raise InputError(f"the hub does not give it ({str(e).splitlines()[0]})", where=repository) from e
+        reason = str(e).strip().splitlines()[0]
+        raise InputError(
+            f"neither here nor a dataset's file that the hub would give ({reason})",
+            where=questions,
+            fix="check name and network, or download the questions and give the file",
+        ) from e
 
 
 def scorer(name: str) -> Callable[..., None]:
