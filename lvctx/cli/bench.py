@@ -24,7 +24,7 @@ from lvctx.cli.common import (
     say,
 )
 from lvctx.cli.encode_video import FrameModeChoice, parse_rate
-from lvctx.cli.vqa import HybridMode
+from lvctx.cli.vqa import DeviceMapOption, HybridMode, parse_device_map
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
 
 NAMES = {
@@ -97,6 +97,7 @@ def runner(name: str) -> Callable[..., None]:
         chunk: Annotated[int, typer.Option(help="Tokens of one forward (memory).", min=1)] = 2048,
         reuse: Annotated[bool, typer.Option(help="Read a video's frames once for all its questions.")] = True,
         device: Annotated[str, typer.Option(help="Where to run: cpu, cuda.")] = "cpu",
+        device_map: DeviceMapOption = None,
         recipe: RecipeOption = None,
         resume: ResumeOption = Resume.auto,
         force: ForceOption = False,
@@ -104,7 +105,7 @@ def runner(name: str) -> Callable[..., None]:
         quiet: QuietOption = False,
         verbose: VerboseOption = False,
     ) -> None:
-        rate = parse_rate(fps)
+        rate, spread = parse_rate(fps), parse_device_map(device_map)
         bench = load(name)
         if prompt not in bench.STYLES:
             raise UsageError(f"no prompt {prompt!r}", where="--prompt", fix=f"give one of {', '.join(bench.STYLES)}")
@@ -147,6 +148,7 @@ def runner(name: str) -> Callable[..., None]:
                 plan,
                 out,
                 device=device,
+                device_map=spread,
                 chunk=chunk,
                 reuse=reuse,
                 resume=resume.value,

@@ -17,7 +17,7 @@ from lvctx.bench.prefix import Positions, count_up
 from lvctx.bench.reader import Reader
 from lvctx.dist.ring import ALONE, Ring
 from lvctx.errors import InputError
-from lvctx.model.load import context_length, load_config, load_model, load_tokenizer
+from lvctx.model.load import DeviceMap, context_length, load_config, load_model, load_tokenizer
 from lvctx.model.vlm import VIDEO_TOKEN, chat_ids, embed_frames, image_grid, newline_embedding
 from lvctx.train.images import Encoding, embed_image
 from lvctx.vision.grids import GridRule
@@ -46,10 +46,22 @@ class Asker:
     longer = "extend the language model further"
     """What a user does whose prompts are too long."""
 
-    def __init__(self, path: Path, *, device: str, chunk: int, reuse: bool = True, ring: Ring = ALONE) -> None:
-        """Load the model and tokenizer of a resolved directory; the ranks of a `ring` read together."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str,
+        chunk: int,
+        reuse: bool = True,
+        ring: Ring = ALONE,
+        device_map: DeviceMap | None = None,
+    ) -> None:
+        """Load the model and tokenizer of a resolved directory; the ranks of a `ring` read together.
+
+        A `device_map` says where the model's modules are, in place of `device`.
+        """
         self.path = path
-        self.vlm = load_model(path, device=device)
+        self.vlm = load_model(path, device=device, device_map=device_map)
         self.tokenizer = load_tokenizer(path)
         self.context = context_length(self.vlm.config)
         self.reader = Reader(self.vlm, None, chunk=chunk, reuse=reuse, ring=ring)
@@ -78,7 +90,7 @@ class Asker:
         grids = [None if grid_F2 is None else grid_F2[i : i + BATCH] for i in parts]
         features = [features_FPD[i : i + BATCH] for i in parts]
         embedded = [embed_frames(self.vlm, batch, grid) for batch, grid in zip(features, grids, strict=True)]
-        return torch.cat([*embedded, newline_embedding(self.vlm)])
+        return torch.cat([*embedded, newline_embedding(self.vlm).to(embedded[0].device)])
 
     @torch.inference_mode()
     def image_block(self, image: Image.Image, *, alone: bool) -> torch.Tensor:

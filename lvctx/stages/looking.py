@@ -10,7 +10,7 @@ from PIL import Image
 from lvctx.artifacts.frames import read_frames
 from lvctx.artifacts.store import sha256_file
 from lvctx.errors import UsageError
-from lvctx.model.load import VLM_TYPE, load_config, resolve_model
+from lvctx.model.load import VLM_TYPE, DeviceMap, load_config, resolve_model
 from lvctx.model.qwen_vl import TIMED, TYPES
 from lvctx.stages.asker import Asker, image_encoding
 from lvctx.stages.encode import Encoder
@@ -40,7 +40,7 @@ class Look(Protocol):
     pictures: dict[str, Any]
     """What decides which pixels it sees of a picture."""
 
-    def open(self, path: Path, *, device: str, chunk: int, reuse: bool) -> Any:
+    def open(self, path: Path, *, device: str, device_map: DeviceMap | None, chunk: int, reuse: bool) -> Any:
         """The loaded model of a resolved directory, for `video` and `images`."""
 
     def video(self, asker: Any, file: Path) -> Watched:
@@ -90,9 +90,9 @@ class TowerLook:
         self.sampler = encoder.config.facts
         self.pictures = {"image_grid": images.grid, "grid_rule": images.rule}
 
-    def open(self, path: Path, *, device: str, chunk: int, reuse: bool) -> Asker:
+    def open(self, path: Path, *, device: str, device_map: DeviceMap | None, chunk: int, reuse: bool) -> Asker:
         """See `Look`."""
-        return Asker(path, device=device, chunk=chunk, reuse=reuse)
+        return Asker(path, device=device, chunk=chunk, reuse=reuse, device_map=device_map)
 
     def video(self, asker: Asker, file: Path) -> Watched:
         """See `Look`."""
@@ -119,9 +119,10 @@ class FilmLook:
         self.viewing, self.sampler = viewing, viewing.facts
         self.pictures = {"image_grid": "whole"}
 
-    def open(self, path: Path, *, device: str, chunk: int, reuse: bool) -> QwenAsker:
+    def open(self, path: Path, *, device: str, device_map: DeviceMap | None, chunk: int, reuse: bool) -> QwenAsker:
         """See `Look`."""
-        return QwenAsker(path, viewing=self.viewing, device=device, chunk=chunk, reuse=reuse)
+        options: dict[str, Any] = {"device": device, "device_map": device_map, "chunk": chunk, "reuse": reuse}
+        return QwenAsker(path, viewing=self.viewing, **options)
 
     def video(self, asker: QwenAsker, file: Path) -> Watched:
         """See `Look`."""

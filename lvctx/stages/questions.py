@@ -23,7 +23,7 @@ from lvctx.artifacts.store import fingerprint
 from lvctx.bench.choice import Sample
 from lvctx.bench.subtitles import read_subtitles
 from lvctx.errors import InputError, LvctxError
-from lvctx.model.load import load_config, resolve_model
+from lvctx.model.load import DeviceMap, load_config, resolve_model
 from lvctx.stages.looking import Look
 from lvctx.vision.images import open_image
 
@@ -122,6 +122,7 @@ def run_questions(
     out: Path,
     *,
     device: str,
+    device_map: DeviceMap | None,
     chunk: int,
     reuse: bool,
     resume: str,
@@ -130,7 +131,7 @@ def run_questions(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for every question as it is answered; rows that stand in `out/results.jsonl` are not asked again.
 
-    Raises InputError when `out` holds another run.
+    Raises InputError when `out` holds another run, MissingError for a `device_map` without accelerate.
     """
     results = out / "results.jsonl"
     if resume == "must" and not results.is_file():
@@ -151,7 +152,7 @@ def run_questions(
         total, done = len(plan.samples), len(plan.samples) - len(waiting)
         asker: Any = None
         for video, group in itertools.groupby(waiting, key=lambda s: s.video):
-            asker = asker or plan.look.open(plan.path, device=device, chunk=chunk, reuse=reuse)
+            asker = asker or plan.look.open(plan.path, device=device, device_map=device_map, chunk=chunk, reuse=reuse)
             for row in _ask_about(plan, asker, list(group)):
                 rows.append(row)
                 done += 1
