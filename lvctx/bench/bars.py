@@ -59,10 +59,13 @@ def draw_accuracy(scores: Sequence[dict[str, Any]], frames: Sequence[int] | None
     FigureCanvasAgg(figure)
     ax = figure.subplots()
     width = 0.9 / (len(scores) + 1)
-    for number, (name, points) in enumerate(accuracy_series(scores, frames, rule).items()):
+    series = accuracy_series(scores, frames, rule)
+    for number, (name, points) in enumerate(series.items()):
         xs, means = [p.x for p in points], [p.mean for p in points]
         reach = [[p.mean - p.low for p in points], [p.high - p.mean for p in points]]
         if frames:
+            # A little apart, so that no interval hides another.
+            xs = [x * 1.03 ** (number - (len(series) - 1) / 2) for x in xs]
             ax.errorbar(xs, means, yerr=reach, marker="o", markersize=4, capsize=2, linewidth=1.4, label=name)
         else:
             places = [x + (number + 0.5) / (len(scores) + 1) - 0.5 for x in xs]

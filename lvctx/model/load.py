@@ -105,13 +105,16 @@ def load_model(
 
     `dtype` is a torch dtype, or `auto` for the checkpoint's own; with a `device_map`, `device` does not count. Raises
     InputError for weights that do not fit the configuration, the map, or cannot be read; MissingError for a map without
-    accelerate.
+    accelerate, or a device that is not here.
     """
-    if device_map is not None and find_spec("accelerate") is None:
-        raise MissingError("a device map needs accelerate", where="--device-map", fix="pip install accelerate")
+    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    if device_map is None and device.startswith("cuda") and not torch.cuda.is_available():
+        raise MissingError("no CUDA device here", where=f"--device {device}", fix="--device cpu")
+    if device_map is not None and find_spec("accelerate") is None:
+        raise MissingError("a device map needs accelerate", where="--device-map", fix="pip install accelerate")
     config = config or load_config(path)
     kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     try:

@@ -170,7 +170,7 @@ def _ask_about(plan: Plan, asker: Any, samples: list[Sample]) -> Iterator[dict[s
     base = {s.id: {"key": plan.key(s), **plan.shown, **_described(s)} for s in samples}
     try:
         seen = _look(plan, asker, samples[0])
-    except LvctxError as e:
+    except (LvctxError, torch.OutOfMemoryError) as e:
         yield from ({**row, "error": str(e)} for row in base.values())
         return
     for sample in samples:
