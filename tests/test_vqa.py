@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mrope_models
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -169,6 +170,16 @@ def test_a_model_spread_by_accelerate_answers_the_same(
     flags = [part for q in QUESTIONS for part in ("--ask", q)]
     given = spread if spread == "auto" else tmp_path / "map.json"
     assert vqa(frames, "--model", vlm, "--device-map", given, *flags)[0] == asked
+
+
+@pytest.mark.nano
+def test_a_qwen_model_spread_by_accelerate_answers_the_same(nano: Any, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    mrope_models.save("qwen2_vl", tmp_path / "vlm")
+    spread = {"model.visual": "disk", "model.language_model": "disk", "lm_head": "cpu"}
+    (tmp_path / "map.json").write_text(json.dumps(spread))
+    ask = (nano.clips / "bikes.mp4", "--model", tmp_path / "vlm", "--ask", "What?", "--fps", 1, "--hybrid", "1,8,1")
+    assert vqa(*ask, "--device-map", tmp_path / "map.json")[0] == vqa(*ask)[0]
 
 
 def test_device_maps_that_are_none(vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
