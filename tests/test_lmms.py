@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from ast import literal_eval
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,16 @@ dataset_kwargs:
   data_files:
     test: {questions}
 test_split: test
-output_type: generate_until
+{kind}
 doc_to_visual: !function look.visual
 doc_to_text: !function look.text
 doc_to_target: answer
-generation_kwargs: {{max_new_tokens: 6, temperature: 0, do_sample: false}}
 process_results: !function look.results
 metric_list:
   - {{metric: right, aggregation: mean, higher_is_better: true}}
 """
+WRITES = "output_type: generate_until\ngeneration_kwargs: {max_new_tokens: 6, temperature: 0, do_sample: false}"
+CHOOSES = "output_type: multiple_choice\ndoc_to_choice: options"
 LOOK = """\
 from PIL import Image
 def visual(doc):
@@ -35,7 +37,7 @@ def visual(doc):
 def text(doc, kwargs=None):
     return doc["question"]
 def results(doc, said):
-    return {{"right": float(said[0].strip()[:1] == doc["answer"])}}
+    return {{"right": float(str(said[0]).strip()[:1] == doc["answer"])}}
 """
 
 
@@ -57,9 +59,9 @@ def vlm_dir(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFa
 QUESTIONS = Path(__file__).parent / "data" / "questions.json"
 
 
-def run_task(vlm_dir: Path, tmp_path: Path, visuals: str) -> dict[str, str]:
+def run_task(vlm_dir: Path, tmp_path: Path, visuals: str, kind: str = WRITES) -> dict[str, Any]:
     """What our model says under lmms-eval to every question, shown what the expression `visuals` makes of `doc`."""
-    (tmp_path / "tiny.yaml").write_text(TASK.format(questions=QUESTIONS))
+    (tmp_path / "tiny.yaml").write_text(TASK.format(questions=QUESTIONS, kind=kind))
     (tmp_path / "look.py").write_text(LOOK.format(visuals=visuals))
     out = tmp_path / "out"
     done = subprocess.run(
@@ -78,7 +80,7 @@ def run_task(vlm_dir: Path, tmp_path: Path, visuals: str) -> dict[str, str]:
     for line in log.read_text().splitlines():
         sample = json.loads(line)
         reply = sample["filtered_resps"]
-        said[sample["input"]] = reply[0] if isinstance(reply, list) else reply
+        said[sample["input"]] = reply[0] if isinstance(reply, list) and kind == WRITES else reply
     assert len(said) == 6
     return said
 
@@ -111,3 +113,17 @@ def test_lmms_eval_shows_our_model_pictures_as_it_was_taught(vlm_dir: Path, tmp_
     assert len(asker.block) == 2 * 4 + 1 + 4 * 4 + 1
     for question, reply in said.items():
         assert reply == asker.text(asker.reply(asker.ids(question), 6))
+
+
+def test_lmms_eval_asks_how_likely_each_option_is(vlm_dir: Path, tmp_path: Path) -> None:
+    from lvctx.stages.asker import Asker
+
+    Image.new("RGB", (48, 48), "red").save(tmp_path / "red.png")
+    said = run_task(vlm_dir, tmp_path, f"[Image.open({str(tmp_path / 'red.png')!r})]", CHOOSES)
+    asker = Asker(vlm_dir, device="cpu", chunk=2048)
+    asker.show_images([Image.open(tmp_path / "red.png").convert("RGB")])
+    for doc in json.loads(QUESTIONS.read_text()):
+        for option, found in zip(doc["options"], said[doc["question"]], strict=True):
+            answer = asker.tokenizer.encode(f" {option}", add_special_tokens=False)
+            score = asker.reader.score(np.array([*asker.ids(doc["question"]), *answer]), len(answer))
+            assert literal_eval(found) == (pytest.approx(score.log_prob, abs=1e-3), score.forced)
