@@ -70,12 +70,14 @@ def runner(name: str) -> Callable[..., None]:
         questions: Annotated[str, typer.Option(metavar="FILE", help=asked_for)],
         out: Annotated[Path, typer.Option("-o", "--out", help="Results directory.")],
         frames: Annotated[
-            int | None, typer.Option(help="Frames of a video, evenly spread. [default: 128]", min=1)
+            int | None, typer.Option(help="Frames of a video, evenly spread.", min=1, show_default="128, without --fps")
         ] = None,
         fps: Annotated[str | None, typer.Option(metavar="RATE|native", help="Or this many frames a second.")] = None,
         frame_mode: Annotated[
             FrameModeChoice | None,
-            typer.Option(help="Square by crop of the centre, pad with the mean colour, or squash. [default: crop]"),
+            typer.Option(
+                help="Square by crop of the centre, pad with the mean colour, or squash.", show_default="crop"
+            ),
         ] = None,
         hybrid: Annotated[
             str | None,
@@ -92,7 +94,7 @@ def runner(name: str) -> Callable[..., None]:
         ] = "official",
         max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.", min=1)] = 16,
         frames_dir: Annotated[
-            Path | None, typer.Option(help="Where the frames artifacts are kept and found. [default: OUT/frames]")
+            Path | None, typer.Option(help="Where the frames artifacts are kept and found.", show_default="OUT/frames")
         ] = None,
         chunk: Annotated[int, typer.Option(help="Tokens of one forward (memory).", min=1)] = 2048,
         reuse: Annotated[bool, typer.Option(help="Read a video's frames once for all its questions.")] = True,
