@@ -169,7 +169,7 @@ def vqa(
                 try:
                     if "error" in row:
                         raise InputError(str(row["error"]))
-                    own = asked or [str(row["question"])] if asked or row.get("question") else []
+                    own = asked or ([str(row["question"])] if row.get("question") else [])
                     if not own:
                         raise InputError("no question", where=path, fix="give --ask, or a `question` on its line")
                     for answer in watcher.ask(path, own, max_new_tokens=max_new_tokens, tell=ticker.show):
