@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -300,32 +298,27 @@ def hub_cache(cache: Path, repository: str, file: str) -> None:
 
 
 @pytest.mark.nano
-def test_questions_from_the_hub(vlm_dir: Path, tmp_path: Path) -> None:
+def test_questions_from_the_hub(vlm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's own client: what its cache holds is found without network, and what it does not is one line and 3."""
+    from huggingface_hub import constants
+
     file = "videomme/test-00000-of-00001.parquet"
     hub_cache(tmp_path / "cache", "lmms-lab/Video-MME", file)
-
-    def ask(questions: str, **env: str) -> subprocess.CompletedProcess[str]:
-        flags = ("--model", vlm_dir, "--videos", tmp_path, "--questions", questions, "-o", tmp_path / "out")
-        return subprocess.run(
-            [sys.executable, "-m", "lvctx", "videomme", "run", *map(str, flags), "--dry-run"],
-            env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), **env},
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            timeout=120,
-        )
-
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    flags = ("--model", vlm_dir, "--videos", tmp_path, "-o", tmp_path / "out", "--dry-run", "--questions")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     for questions in ("hub", "lmms-lab/Video-MME", f"lmms-lab/Video-MME/{file}"):
-        found = ask(questions, HF_HUB_OFFLINE="1")
-        assert (found.returncode, json.loads(found.stdout)["questions"]) == (0, 6), found.stderr
-    empty = {"HF_HUB_CACHE": str(tmp_path / "empty")}
-    gone = ask("hub", **empty, HF_HUB_OFFLINE="1")
-    assert (gone.returncode, gone.stdout) == (3, "")
+        found = run("videomme", "run", *flags, questions)
+        assert found.exit_code == 0, found.output
+        assert rows_of(found)[0]["questions"] == 6
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    gone = run("videomme", "run", *flags, "hub")
+    assert (gone.exit_code, gone.stdout) == (3, "")
     assert gone.stderr.startswith("lvctx: hub: neither here nor")
     assert gone.stderr.count("\n") == 1
-    nowhere = ask("./no/such/file.json", **empty, HF_HUB_OFFLINE="1")
-    assert (nowhere.returncode, "no such file" in nowhere.stderr) == (3, True)
+    nowhere = run("videomme", "run", *flags, "./no/such/file.json")
+    assert (nowhere.exit_code, "no such file" in nowhere.stderr) == (3, True)
 
 
 # --- prompts and subtitles
