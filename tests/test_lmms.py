@@ -3,36 +3,41 @@
 import json
 import subprocess
 import sys
+from ast import literal_eval
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 pytestmark = [pytest.mark.lmms, pytest.mark.nano]
 
 TASK = """\
-task: tiny_video
+task: tiny
 dataset_path: json
 dataset_kwargs:
   data_files:
     test: {questions}
 test_split: test
-output_type: generate_until
+{kind}
 doc_to_visual: !function look.visual
 doc_to_text: !function look.text
 doc_to_target: answer
-generation_kwargs: {{max_new_tokens: 6, temperature: 0, do_sample: false}}
 process_results: !function look.results
 metric_list:
   - {{metric: right, aggregation: mean, higher_is_better: true}}
 """
+WRITES = "output_type: generate_until\ngeneration_kwargs: {max_new_tokens: 6, temperature: 0, do_sample: false}"
+CHOOSES = "output_type: multiple_choice\ndoc_to_choice: options"
 LOOK = """\
+from PIL import Image
 def visual(doc):
-    return [{clips!r} + "/" + doc["videoID"] + ".mp4"]
+    return {visuals}
 def text(doc, kwargs=None):
     return doc["question"]
 def results(doc, said):
-    return {{"right": float(said[0].strip()[:1] == doc["answer"])}}
+    return {{"right": float(str(said[0]).strip()[:1] == doc["answer"])}}
 """
 
 
@@ -51,17 +56,18 @@ def vlm_dir(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFa
     return out
 
 
-def test_lmms_eval_runs_our_model_on_a_task_of_its_own(vlm_dir: Path, nano: Any, tmp_path: Path) -> None:
-    from lvctx.stages.vqa import Watcher
+QUESTIONS = Path(__file__).parent / "data" / "questions.json"
 
-    questions = Path(__file__).parent / "data" / "questions.json"
-    (tmp_path / "tiny_video.yaml").write_text(TASK.format(questions=questions))
-    (tmp_path / "look.py").write_text(LOOK.format(clips=str(nano.clips)))
+
+def run_task(vlm_dir: Path, tmp_path: Path, visuals: str, kind: str = WRITES) -> dict[str, Any]:
+    """What our model says under lmms-eval to every question, shown what the expression `visuals` makes of `doc`."""
+    (tmp_path / "tiny.yaml").write_text(TASK.format(questions=QUESTIONS, kind=kind))
+    (tmp_path / "look.py").write_text(LOOK.format(visuals=visuals))
     out = tmp_path / "out"
     done = subprocess.run(
         [
             *(sys.executable, "-m", "lmms_eval", "--model", "lvctx", "--device", "cpu", "--batch_size", "1"),
-            *("--model_args", f"pretrained={vlm_dir},frames=4", "--tasks", "tiny_video"),
+            *("--model_args", f"pretrained={vlm_dir},frames=4", "--tasks", "tiny"),
             *("--include_path", str(tmp_path), "--output_path", str(out), "--log_samples"),
         ],
         capture_output=True,
@@ -69,19 +75,55 @@ def test_lmms_eval_runs_our_model_on_a_task_of_its_own(vlm_dir: Path, nano: Any,
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    (log,) = out.rglob("*samples_tiny_video.jsonl")
-    samples = [json.loads(line) for line in log.read_text().splitlines()]
-    assert len(samples) == 6
-    from lvctx.stages.encode import Encoder
+    (log,) = out.rglob("*samples_tiny.jsonl")
+    said = {}
+    for line in log.read_text().splitlines():
+        sample = json.loads(line)
+        reply = sample["filtered_resps"]
+        said[sample["input"]] = reply[0] if isinstance(reply, list) and kind == WRITES else reply
+    assert len(said) == 6
+    return said
 
+
+def test_lmms_eval_shows_our_model_videos(vlm_dir: Path, nano: Any, tmp_path: Path) -> None:
+    from lvctx.stages.encode import Encoder
+    from lvctx.stages.vqa import Watcher
+
+    said = run_task(vlm_dir, tmp_path, f"[{str(nano.clips)!r} + '/' + doc['videoID'] + '.mp4']")
     watcher = Watcher(str(vlm_dir), device="cpu")
     for video in ("bikes", "bigbuckbunny"):
         encoder = Encoder.plan(str(vlm_dir), frames=4, device="cpu", dtype="float32")
         made = encoder.encode(nano.clips / f"{video}.mp4", tmp_path)
-        docs = [s for s in json.loads(questions.read_text()) if s["videoID"] == video]
-        for doc, answer in zip(
-            docs, watcher.ask(Path(made["path"]), [d["question"] for d in docs], max_new_tokens=6), strict=True
-        ):
-            (said,) = [s for s in samples if s["input"] == doc["question"]]
-            reply = said["filtered_resps"]
-            assert (reply[0] if isinstance(reply, list) else reply) == answer.text
+        asked = [doc["question"] for doc in json.loads(QUESTIONS.read_text()) if doc["videoID"] == video]
+        for answer in watcher.ask(Path(made["path"]), asked, max_new_tokens=6):
+            assert said[answer.question] == answer.text
+
+
+def test_lmms_eval_shows_our_model_pictures_as_it_was_taught(vlm_dir: Path, tmp_path: Path) -> None:
+    """UniRes: a picture of 2 x 1 tiles, then one of 2 x 2."""
+    from lvctx.stages.asker import Asker
+
+    rng = np.random.default_rng(0)
+    for name, size in (("wide", (48, 96, 3)), ("square", (96, 96, 3))):
+        Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    files = [str(tmp_path / f"{name}.png") for name in ("wide", "square")]
+    said = run_task(vlm_dir, tmp_path, f"[Image.open(name) for name in {files}]")
+    asker = Asker(vlm_dir, device="cpu", chunk=2048)
+    asker.show_images([Image.open(file).convert("RGB") for file in files])
+    assert len(asker.block) == 2 * 4 + 1 + 4 * 4 + 1
+    for question, reply in said.items():
+        assert reply == asker.text(asker.reply(asker.ids(question), 6))
+
+
+def test_lmms_eval_asks_how_likely_each_option_is(vlm_dir: Path, tmp_path: Path) -> None:
+    from lvctx.stages.asker import Asker
+
+    Image.new("RGB", (48, 48), "red").save(tmp_path / "red.png")
+    said = run_task(vlm_dir, tmp_path, f"[Image.open({str(tmp_path / 'red.png')!r})]", CHOOSES)
+    asker = Asker(vlm_dir, device="cpu", chunk=2048)
+    asker.show_images([Image.open(tmp_path / "red.png").convert("RGB")])
+    for doc in json.loads(QUESTIONS.read_text()):
+        for option, found in zip(doc["options"], said[doc["question"]], strict=True):
+            answer = asker.tokenizer.encode(f" {option}", add_special_tokens=False)
+            score = asker.reader.score(np.array([*asker.ids(doc["question"]), *answer]), len(answer))
+            assert literal_eval(found) == (pytest.approx(score.log_prob, abs=1e-3), score.forced)

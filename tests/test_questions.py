@@ -2,10 +2,13 @@
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import aligning
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +22,8 @@ from lvctx.bench.choice import Sample
 from lvctx.bench.subtitles import read_subtitles
 from lvctx.bench.videomme import prompt
 from lvctx.cli.app import app
+from lvctx.errors import InputError
+from lvctx.model.vlm import Grid
 
 DATA = Path(__file__).parent / "data"
 
@@ -75,6 +80,7 @@ class PlainModel:
     def __init__(self, path: Path) -> None:
         from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
 
+        self.path = path
         self.vlm = LlavaOnevisionForConditionalGeneration.from_pretrained(path).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(path)
 
@@ -83,13 +89,35 @@ class PlainModel:
         from lvctx.artifacts.frames import read_frames
         from lvctx.model.vlm import embed_frames, newline_embedding
 
+        film = read_frames(frames)
+        block = torch.cat([embed_frames(self.vlm, film.features, film.grid), newline_embedding(self.vlm)])
+        return self.answer_about(block, turns, count)
+
+    @torch.no_grad()
+    def picture_blocks(self, pictures: list[Image.Image], grid: Grid) -> torch.Tensor:
+        """What stock transformers' own image path (AnyRes) or video path embeds."""
+        from lvctx.train.images import Encoding
+        from lvctx.vision.images import Preprocess
+
+        config, preprocess = self.vlm.config, Preprocess.from_directory(self.path)
+        encoding = Encoding.of(config.vision_config, grid=grid, rule="code")
+        alone = len(pictures) == 1
+        tiles = [preprocess(encoding.tiles(p, alone=alone, background=preprocess.background)) for p in pictures]
+        if grid == "anyres":
+            sizes = torch.tensor([p.size[::-1] for p in pictures])
+            count = torch.tensor([len(pictures)])
+            seen = self.vlm.model.get_image_features(torch.stack(tiles), sizes, batch_num_images=count)
+            return torch.cat(list(seen.pooler_output))
+        return torch.cat([self.vlm.model.get_video_features(t[None]).pooler_output[0] for t in tiles])
+
+    @torch.no_grad()
+    def answer_about(self, block: torch.Tensor, turns: list[str], count: int) -> tuple[str, int]:
         messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
         messages[0]["content"] = "<video>" + turns[0]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         before, after = (torch.tensor(self.tokenizer.encode(t), dtype=torch.long) for t in text.split("<video>"))
         embed = self.vlm.get_input_embeddings()
-        seen = [embed_frames(self.vlm, read_frames(frames).features), newline_embedding(self.vlm)]
-        whole = torch.cat([embed(before), *seen, embed(after)])[None]
+        whole = torch.cat([embed(before), block, embed(after)])[None]
         mask = torch.ones(whole.shape[:2], dtype=torch.long)
         out = self.vlm.generate(inputs_embeds=whole, attention_mask=mask, do_sample=False, max_new_tokens=count)
         return self.tokenizer.decode(out[0], skip_special_tokens=True).strip(), whole.shape[1]
@@ -198,6 +226,28 @@ def test_a_broken_video_is_an_error_and_a_smaller_denominator(vlm_dir: Path, cli
 
 
 @pytest.mark.nano
+def test_frames_of_two_resolutions(vlm_dir: Path, clips: Path, tmp_path: Path) -> None:
+    """Of every three frames one has 4 tokens and two have 2, and the replies are plain generation's about these."""
+    out = tmp_path / "out"
+    done = run(*asked(vlm_dir, clips, out), "--hybrid", "3,4,2")
+    assert done.exit_code == 0, done.output
+    plain = PlainModel(vlm_dir)
+    samples = {s.id: s for s in videomme.samples(DATA / "questions.json")}
+    for row in rows_of(done):
+        assert (row["visual_tokens"], row["made_of"]["sampler"]["hybrid"]) == (2 * 4 + 4 * 2, [3, 4, 2])
+        frames = out / "frames" / f"{row['video']}.frames.safetensors"
+        text, tokens = plain.answer(frames, [prompt(samples[row["id"]], "official", None)], 6)
+        assert (row["response"], row["tokens"]) == (text, tokens)
+    for flags, words in (
+        (("--hybrid", "3,5,2"), "m is 4"),
+        (("--hybrid", "3,4,2", "--hybrid-mode", "image"), "drop --hybrid-mode"),
+        (("--fps", 1), "not both"),
+    ):
+        refused = run(*asked(vlm_dir, clips, tmp_path / "no"), *flags)
+        assert (refused.exit_code, words in refused.stderr) == (2, True), refused.stderr
+
+
+@pytest.mark.nano
 def test_a_prompt_too_long_is_an_error(vlm_dir: Path, clips: Path, tmp_path: Path) -> None:
     done = run(*asked(vlm_dir, clips, tmp_path / "out"), "--max-new-tokens", 2000)
     assert done.exit_code == 4
@@ -214,9 +264,61 @@ def test_questions_in_every_released_form_are_the_same(tmp_path: Path) -> None:
     rows = json.loads((DATA / "questions.json").read_text())
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    repository = tmp_path / "Video-MME"
+    (repository / "videomme").mkdir(parents=True)
+    (repository / ".cache").mkdir()
+    (repository / ".cache" / "other.json").write_text("{}")
+    shutil.copy(tmp_path / "q.parquet", repository / "videomme" / "test-00000-of-00001.parquet")
+    saved = datasets.Dataset.from_list(rows)
+    saved.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(test=saved).save_to_disk(tmp_path / "splits")
     expected = [(s.id, s.video, s.options, s.answer) for s in videomme.samples(DATA / "questions.json")]
-    for name in ("q.parquet", "q.jsonl"):
+    for name in ("q.parquet", "q.jsonl", "Video-MME", "saved", "splits"):
         assert [(s.id, s.video, s.options, s.answer) for s in videomme.samples(tmp_path / name)] == expected
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    (tmp_path / "bad.arrow").write_bytes(b"ARROW1")
+    for bad in ("bad.parquet", "bad.arrow"):
+        with pytest.raises(InputError, match=bad):
+            videomme.samples(tmp_path / bad)
+
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+def hub_cache(cache: Path, repository: str, file: str) -> None:
+    """The hub's own layout with the test's questions as `file`: a blob, a snapshot that links to it, the branch."""
+    rows = json.loads((DATA / "questions.json").read_text())
+    home = cache / f"datasets--{repository.replace('/', '--')}"
+    snapshot, blob = home / "snapshots" / REVISION / file, home / "blobs" / "b10b"
+    for folder in (snapshot.parent, blob.parent, home / "refs"):
+        folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), blob)
+    snapshot.symlink_to(os.path.relpath(blob, snapshot.parent))
+    (home / "refs" / "main").write_text(REVISION)
+
+
+@pytest.mark.nano
+def test_questions_from_the_hub(vlm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's own client: what its cache holds is found without network, and what it does not is one line and 3."""
+    from huggingface_hub import constants
+
+    file = "videomme/test-00000-of-00001.parquet"
+    hub_cache(tmp_path / "cache", "lmms-lab/Video-MME", file)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    flags = ("--model", vlm_dir, "--videos", tmp_path, "-o", tmp_path / "out", "--dry-run", "--questions")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for questions in ("hub", "lmms-lab/Video-MME", f"lmms-lab/Video-MME/{file}"):
+        found = run("videomme", "run", *flags, questions)
+        assert found.exit_code == 0, found.output
+        assert rows_of(found)[0]["questions"] == 6
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    gone = run("videomme", "run", *flags, "hub")
+    assert (gone.exit_code, gone.stdout) == (3, "")
+    assert gone.stderr.startswith("lvctx: hub: neither here nor")
+    assert gone.stderr.count("\n") == 1
+    nowhere = run("videomme", "run", *flags, "./no/such/file.json")
+    assert (nowhere.exit_code, "no such file" in nowhere.stderr) == (3, True)
 
 
 # --- prompts and subtitles
@@ -338,28 +440,84 @@ def test_nextqa_by_kind() -> None:
     assert found["by_kind"]["causal"]["strict"]["mean"] == 0.0
 
 
-@pytest.mark.nano
-def test_visual_haystacks_end_to_end(vlm_dir: Path, tmp_path: Path) -> None:
+def haystack(folder: Path, sizes: tuple[int, ...]) -> None:
+    """Noise in 0.png to 4.png, wide, and a question about so many of them."""
     rng = np.random.default_rng(0)
     for i in range(5):
-        Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (48, 96, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     questions = [
         {
             "conversations": [{"from": "human", "value": "Is there a dog?"}, {"from": "gpt", "value": answer}],
             "pos_image": ["0.png"],
             "neg_image": [f"{i}.png" for i in range(1, n)],
         }
-        for n, answer in ((2, "yes"), (5, "no"), (3, "no"))
+        for n, answer in zip(sizes, ("yes", "no", "no"), strict=False)
     ]
+    (folder / "q").mkdir()
+    (folder / "q" / "visual_haystack_2.json").write_text(json.dumps(questions))
+
+
+@pytest.mark.nano
+@pytest.mark.parametrize(
+    ("grid", "tokens"),
+    [
+        # The tower has 4 x 4 features a tile of 48 pixels, and a picture is two tiles wide: one picture, then three.
+        ("unires", (2 * 4 + 1, 3 * (2 * 4 + 1))),
+        ("anyres", (16 + 4 * (8 + 1), 3 * (16 + 1))),
+        ("single", (4 + 1, 3 * (4 + 1))),
+    ],
+)
+def test_pictures_are_shown_as_the_model_was_taught(
+    grid: Grid, tokens: tuple[int, int], vlm_dir: Path, tmp_path: Path
+) -> None:
+    """Replies and lengths are those of stock transformers' own image and video paths."""
+    from lvctx.model.load import load_config
+    from lvctx.train.images import Encoding
+
+    model = tmp_path / "vlm"
+    shutil.copytree(vlm_dir, model)
+    config = load_config(model)
+    Encoding.of(config.vision_config, grid=grid, rule="code").tell(config)
+    config.save_pretrained(model)
+    haystack(tmp_path, (1, 3))
+    where = ("--model", model, "--videos", tmp_path, "--questions", tmp_path / "q")
+    done = run("bench", "vhs", "run", *where, "--max-new-tokens", 4, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    plain = PlainModel(model)
+    for row, sample, count in zip(rows_of(done), vhs.samples(tmp_path / "q"), tokens, strict=True):
+        pictures = [Image.open(tmp_path / name).convert("RGB") for name in sample.images]
+        block = plain.picture_blocks(pictures, grid)
+        assert row["made_of"]["sampler"] == {"image_grid": grid, "grid_rule": "code"}
+        assert row["visual_tokens"] == len(block) == count
+        text, length = plain.answer_about(block, [vhs.prompt(sample, "official", None)], 4)
+        assert (row["response"], row["tokens"]) == (text, length)
+    assert run("bench", "vhs", "run", *where, "-o", tmp_path / "other", "--frames", 8).exit_code == 2
+
+
+@pytest.mark.nano
+def test_the_rule_of_unires_is_the_alignments(tiny_lm: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    from lvctx.stages.asker import image_encoding
+
+    aligning.draw(tmp_path)
+    data = aligning.write(tmp_path / "data.json", [aligning.talk("<image>What?", "red", image="0.png")])
+    aligning.align(data, tmp_path / "vlm", tiny_lm, tiny_tower, grid_rule="paper", steps=1)
+    assert image_encoding(tmp_path / "vlm").rule == "paper"
+    (tmp_path / "vlm" / "MANIFEST.json").unlink()
+    assert image_encoding(tmp_path / "vlm").rule == "code", "what export leaves says nothing of it"
+
+
+@pytest.mark.nano
+def test_visual_haystacks_end_to_end(vlm_dir: Path, tmp_path: Path) -> None:
+    haystack(tmp_path, (2, 5, 3))
+    questions = json.loads((tmp_path / "q" / "visual_haystack_2.json").read_text())
     questions[2]["neg_image"] = ["gone.png"]
-    (tmp_path / "q").mkdir()
     (tmp_path / "q" / "visual_haystack_2.json").write_text(json.dumps(questions))
     out = tmp_path / "out"
     where = ("--model", vlm_dir, "--videos", tmp_path, "--questions", tmp_path / "q", "-o", out)
     done = run("bench", "vhs", "run", *where, "--max-new-tokens", 4)
     assert done.exit_code == 4
     rows = rows_of(done)
-    assert [row.get("frames") for row in rows] == [2, 5, None]
+    assert [row.get("images") for row in rows] == [2, 5, None]
     assert "gone.png" in rows[2]["error"]
     assert rows_of(run("bench", "vhs", "score", out, "--json"))[0]["failed"] == 1
 

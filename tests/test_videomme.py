@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lvctx.bench.accuracy import accuracy, difference
+from lvctx.bench.bars import accuracy_series
 from lvctx.bench.choice import Reply, is_stuck, letter, signs_of_trouble, verdict
 from lvctx.bench.interval import clustered_mean
 from lvctx.bench.responses import read_responses
@@ -216,6 +218,76 @@ def test_a_report_of_two_files(tmp_path: Path) -> None:
     text = run("videomme", "score", files[0]).stdout
     assert "60 videos" in text
     assert "Life Record" in text
+
+
+def finish_run(folder: Path, frames: int, made: list[dict[str, Any]], failed: int = 0) -> Path:
+    """A run's directory as `run` leaves it, with the rows that scoring reads."""
+    folder.mkdir()
+    (folder / "responses.json").write_text(json.dumps(made))
+    rows = [{"key": str(i), "frames": frames, "response": "A"} for i in range(3 * len(made))]
+    rows += [{"key": f"x{i}", "error": "no video"} for i in range(failed)]
+    rows += rows[-failed:] if failed else []  # asked again in vain: still one question
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What gets drawn: the arguments of every call, which goes on as it would."""
+    from lvctx.bench import bars
+
+    calls, draw = [], bars.draw_accuracy
+    monkeypatch.setattr(bars, "draw_accuracy", lambda *given: (calls.append(given), draw(*given)))
+    return calls
+
+
+def test_several_runs_are_drawn_over_their_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given in no order; the points are worked out from the files' letters by hand."""
+    calls = drawn(monkeypatch)
+    files = {n: finish_run(tmp_path / f"{n}-frames", n, videos(30, n)) for n in (128, 8, 32)}
+    done = run("videomme", "score", *files.values(), "--rule", "lmms-eval", "--plot", tmp_path / "p.svg")
+    assert done.exit_code == 0, done.output
+    ((scores, frames, rule, target),) = calls
+    assert (frames, rule, target) == ([128, 8, 32], "lmms-eval", tmp_path / "p.svg")
+    lines = accuracy_series(scores, frames, rule)
+    assert list(lines) == ["short", "medium", "long", "all"]
+    for name, points in lines.items():
+        assert [p.x for p in points] == [8, 32, 128]
+        for point in points:
+            replies = read_responses(files[int(point.x)]).replies
+            right = [letter(r, rule) == r.answer for r in replies if name in ("all", r.groups["duration"])]
+            assert point.mean == pytest.approx(100 * sum(right) / len(right))
+            assert point.low < point.mean < point.high
+    picture = (tmp_path / "p.svg").read_text()
+    assert all(f">{word}<" in re.sub(r"<!-- (.*?) -->", r">\1<", picture) for word in ("frames", "128", "8", "medium"))
+
+
+def test_runs_of_as_many_frames_are_bars_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = drawn(monkeypatch)
+    files = [finish_run(tmp_path / name, 8, videos(30, seed)) for seed, name in enumerate("ab")]
+    only_short = [v for v in videos(30, 2) if v["duration"] == "short"]
+    (tmp_path / "responses.json").write_text(json.dumps(only_short))
+    files.append(tmp_path / "responses.json")
+    assert run("videomme", "score", *files, "--plot", tmp_path / "p.png").exit_code == 0
+    ((scores, frames, rule, _),) = calls
+    assert frames is None
+    bars = accuracy_series(scores, None, rule)
+    assert {name: [p.x for p in points] for name, points in bars.items()} == {
+        "a": [0, 1, 2, 3],
+        "b": [0, 1, 2, 3],
+        "responses": [0, 3],
+    }
+    assert bars["b"][3].mean == pytest.approx(100 * scores[1]["rules"]["official"]["mean"])
+
+
+def test_what_failed_is_told_and_files_called_alike_are_told_apart(tmp_path: Path) -> None:
+    for name, failed in (("a", 0), ("b", 2)):
+        finish_run(tmp_path / name, 8, videos(4, 0), failed)
+    files = [tmp_path / name / "responses.json" for name in "ab"]
+    rows = [json.loads(line) for line in run("videomme", "score", *files, "--json").stdout.splitlines()]
+    assert [row.get("failed") for row in rows] == [0, 2, None]
+    assert (rows[2]["first"], rows[2]["second"]) == tuple(map(str, files))
+    said = run("videomme", "score", tmp_path / "b").stdout
+    assert "12 questions about 4 videos, 2 more failed and are left out" in said
 
 
 @pytest.mark.alone

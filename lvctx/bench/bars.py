@@ -2,9 +2,48 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lvctx.artifacts.store import atomic_file
+
+WHOLE = "all"
+"""The group of all questions, beside the durations."""
+
+
+class Point(NamedTuple):
+    """One bar, or one point of a line; in %."""
+
+    x: float
+    """Number of frames, or which group of bars: 0 for the first."""
+    mean: float
+    low: float
+    high: float
+
+
+def groups_of(scores: Sequence[dict[str, Any]]) -> list[str]:
+    """Durations of any of the scores, and the whole."""
+    return [*dict.fromkeys(part for score in scores for part in score["by_duration"]), WHOLE]
+
+
+def accuracy_series(
+    scores: Sequence[dict[str, Any]], frames: Sequence[int] | None, rule: str
+) -> dict[str, list[Point]]:
+    """What `draw_accuracy` draws, by the names in its legend.
+
+    With `frames` a line for every duration over the number of frames, ascending; else bars for every file over the
+    durations. What has no accuracy is left out; an end of an interval that is not known is the mean.
+    """
+    parts = groups_of(scores)
+    found: dict[str, list[Point]] = {part: [] for part in parts} if frames else {s["file"]: [] for s in scores}
+    for number, score in enumerate(scores):
+        for place, part in enumerate(parts):
+            of_rules = score["rules"] if part == WHOLE else score["by_duration"].get(part, {})
+            e = of_rules.get(rule, {"mean": None})
+            if e["mean"] is not None:
+                ends = (e["mean"] if e[end] is None else e[end] for end in ("low", "high"))
+                values = [100 * value for value in (e["mean"], *ends)]
+                found[part if frames else score["file"]].append(Point(frames[number] if frames else place, *values))
+    return {name: sorted(points) for name, points in found.items()}
 
 
 def draw_accuracy(scores: Sequence[dict[str, Any]], frames: Sequence[int] | None, rule: str, target: Path) -> None:
@@ -16,40 +55,27 @@ def draw_accuracy(scores: Sequence[dict[str, Any]], frames: Sequence[int] | None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    parts = [*scores[0]["by_duration"], "all"]
-    groups = [
-        {**{d: s["by_duration"].get(d, {}).get(rule) for d in parts[:-1]}, "all": s["rules"][rule]} for s in scores
-    ]
     figure = Figure(figsize=(6.4, 3.6), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     ax = figure.subplots()
-    series = (
-        [(part, list(frames), [g[part] for g in groups]) for part in parts]
-        if frames
-        else [
-            (s["file"], [i + (k + 0.5) / (len(scores) + 1) - 0.5 for i in range(len(parts))], [g[p] for p in parts])
-            for k, (s, g) in enumerate(zip(scores, groups, strict=True))
-        ]
-    )
-    for name, places, estimates in series:
-        shown = sorted(
-            ((x, e) for x, e in zip(places, estimates, strict=True) if e and e["mean"] is not None), key=lambda p: p[0]
-        )
-        xs, means = [x for x, _ in shown], [100 * e["mean"] for _, e in shown]
-        reach = [
-            [100 * abs(e["mean"] - (e[end] if e[end] is not None else e["mean"])) for _, e in shown]
-            for end in ("low", "high")
-        ]
+    width = 0.9 / (len(scores) + 1)
+    series = accuracy_series(scores, frames, rule)
+    for number, (name, points) in enumerate(series.items()):
+        xs, means = [p.x for p in points], [p.mean for p in points]
+        reach = [[p.mean - p.low for p in points], [p.high - p.mean for p in points]]
         if frames:
+            # A little apart, so that no interval hides another.
+            xs = [x * 1.03 ** (number - (len(series) - 1) / 2) for x in xs]
             ax.errorbar(xs, means, yerr=reach, marker="o", markersize=4, capsize=2, linewidth=1.4, label=name)
         else:
-            ax.bar(xs, means, width=0.9 / (len(scores) + 1), yerr=reach, capsize=2, label=name, align="edge")
+            places = [x + (number + 0.5) / (len(scores) + 1) - 0.5 for x in xs]
+            ax.bar(places, means, width=width, yerr=reach, capsize=2, label=name, align="edge")
     if frames:
         ax.set_xscale("log", base=2)
         ax.set_xticks(sorted(set(frames)), [str(n) for n in sorted(set(frames))])
         ax.set_xlabel("frames", fontsize=8)
     else:
-        ax.set_xticks(range(len(parts)), parts)
+        ax.set_xticks(range(len(groups_of(scores))), groups_of(scores))
     ax.axhline(25, color="grey", linewidth=0.8, linestyle=":")
     ax.set_ylabel("accuracy, %", fontsize=8)
     ax.set_ylim(0, 100)

@@ -19,6 +19,7 @@ from torch import Tensor
 from lvctx.bench.cache import Kept, empty_cache
 from lvctx.dist.ring import ALONE, Ring
 from lvctx.dist.stripes import Stripe, held, last_rows, prepare
+from lvctx.model.load import device_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class PrefixScorer:
         self.positions, self.ring = positions, ring
         if ring.world > 1:
             prepare(self.lm)
-        self.device = self.embedding.weight.device
+        self.device = device_of(self.embedding)
         self.tokens_run = 0
         """Tokens that went through the model so far, on all ranks together."""
         self._empty()
@@ -98,7 +99,7 @@ class PrefixScorer:
         self._crop(min(common_prefix(self._held, ids_L), prompt - 1))
         try:
             hidden_AE = self._run(ids_L[len(self._held) : -1], keep=answer)
-            logits_AV = self.head(hidden_AE).float()
+            logits_AV = self.head(hidden_AE).float().to(self.device)
             wanted_A = torch.from_numpy(ids_L[prompt:].astype(np.int64)).to(self.device)
             picked_A = logits_AV.gather(1, wanted_A[:, None])[:, 0]
             written = self._write(prompt, logits_AV[0], write) if write else None

@@ -24,7 +24,7 @@ from lvctx.cli.common import (
     say,
 )
 from lvctx.cli.encode_video import FrameModeChoice, parse_rate
-from lvctx.cli.vqa import HybridMode
+from lvctx.cli.vqa import DeviceMapOption, HybridMode, parse_device_map
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
 
 NAMES = {
@@ -61,27 +61,27 @@ def load(name: str) -> ModuleType:
 
 def runner(name: str) -> Callable[..., None]:
     """The `run` command of a benchmark."""
+    asked_for = "Questions as released: Parquet, JSON, JSONL, CSV, a folder of them, ORG/NAME/FILE of a hub dataset"
+    asked_for += ", or hub: lmms-lab/Video-MME." if name == "videomme" else "."
 
     def run(
         model: Annotated[str, typer.Option(help="VLM: directory or hub id.")],
         videos: Annotated[Path, typer.Option(help="Folder of the videos, or of the pictures.")],
-        questions: Annotated[
-            str, typer.Option(metavar="FILE", help="Questions as released: Parquet, JSON, JSONL, CSV.")
-        ],
+        questions: Annotated[str, typer.Option(metavar="FILE", help=asked_for)],
         out: Annotated[Path, typer.Option("-o", "--out", help="Results directory.")],
         frames: Annotated[
-            int | None, typer.Option(help="Frames of a video, evenly spread. [default: 128]", min=1)
+            int | None, typer.Option(help="Frames of a video, evenly spread.", min=1, show_default="128, without --fps")
         ] = None,
         fps: Annotated[str | None, typer.Option(metavar="RATE|native", help="Or this many frames a second.")] = None,
         frame_mode: Annotated[
             FrameModeChoice | None,
-            typer.Option(help="Square by crop of the centre, pad with the mean colour, or squash. [default: crop]"),
+            typer.Option(
+                help="Square by crop of the centre, pad with the mean colour, or squash.", show_default="crop"
+            ),
         ] = None,
         hybrid: Annotated[
             str | None,
-            typer.Option(
-                metavar="L,M,S", help="Qwen-VL: of every L frames one of M tokens, the others of M/S. [1,240,1]"
-            ),
+            typer.Option(metavar="L,M,S", help="Of every L frames one of M tokens, the others of M/S. Default: all M."),
         ] = None,
         hybrid_mode: Annotated[
             HybridMode, typer.Option(help="Qwen-VL: groups of merged pairs, of images, or of frames.")
@@ -94,11 +94,12 @@ def runner(name: str) -> Callable[..., None]:
         ] = "official",
         max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.", min=1)] = 16,
         frames_dir: Annotated[
-            Path | None, typer.Option(help="Where the frames artifacts are kept and found. [default: OUT/frames]")
+            Path | None, typer.Option(help="Where the frames artifacts are kept and found.", show_default="OUT/frames")
         ] = None,
         chunk: Annotated[int, typer.Option(help="Tokens of one forward (memory).", min=1)] = 2048,
         reuse: Annotated[bool, typer.Option(help="Read a video's frames once for all its questions.")] = True,
         device: Annotated[str, typer.Option(help="Where to run: cpu, cuda.")] = "cpu",
+        device_map: DeviceMapOption = None,
         recipe: RecipeOption = None,
         resume: ResumeOption = Resume.auto,
         force: ForceOption = False,
@@ -106,12 +107,16 @@ def runner(name: str) -> Callable[..., None]:
         quiet: QuietOption = False,
         verbose: VerboseOption = False,
     ) -> None:
-        rate = parse_rate(fps)
+        rate, spread = parse_rate(fps), parse_device_map(device_map)
         bench = load(name)
         if prompt not in bench.STYLES:
             raise UsageError(f"no prompt {prompt!r}", where="--prompt", fix=f"give one of {', '.join(bench.STYLES)}")
         if subtitles is not None and name != "videomme":
             raise UsageError(f"{name} shows no subtitles", where="--subtitles")
+        if rate is not None and frames is not None:
+            raise UsageError("give --fps or --frames, not both")
+        if name == "vhs" and (rate, frames, frame_mode, hybrid) != (None,) * 4:
+            raise UsageError("vhs shows pictures, as the model was taught to", fix="drop what is for videos")
         from lvctx.stages.looking import find_look
         from lvctx.stages.questions import AskConfig, plan_questions, run_questions
         from lvctx.stages.qwen_asker import resolution
@@ -145,6 +150,7 @@ def runner(name: str) -> Callable[..., None]:
                 plan,
                 out,
                 device=device,
+                device_map=spread,
                 chunk=chunk,
                 reuse=reuse,
                 resume=resume.value,
@@ -172,15 +178,27 @@ def runner(name: str) -> Callable[..., None]:
 
 
 def _find(bench: ModuleType, questions: str) -> Path:
-    if questions != "hub" or not hasattr(bench, "HUB"):
+    """A path, or the file of a dataset on the hub or in its cache: `hub`, ORG/NAME of it, or ORG/NAME/FILE of any."""
+    known: tuple[str, str] = getattr(bench, "HUB", ("", ""))
+    parts = questions.split("/", 2)
+    if questions in ("hub", known[0]) and known[0]:
+        repository, file = known
+    elif len(parts) < 3 or parts[0] in ("", ".", "..", "~") or Path(questions).exists():
         return Path(questions)
-    from huggingface_hub import hf_hub_download
+    else:
+        repository, file = f"{parts[0]}/{parts[1]}", parts[2]
+    from huggingface_hub import hf_hub_download, logging
 
-    repository, file = bench.HUB
+    logging.set_verbosity_error()  # its retries are many lines, and what came of them is one of ours
     try:
         return Path(hf_hub_download(repository, file, repo_type="dataset"))
     except Exception as e:  # whatever the hub client raises
-        raise InputError(f"the hub does not give it ({str(e).splitlines()[0]})", where=repository) from e
+        reason = str(e).strip().splitlines()[0]
+        raise InputError(
+            f"neither here nor a dataset's file that the hub would give ({reason})",
+            where=questions,
+            fix="check name and network, or download the questions and give the file",
+        ) from e
 
 
 def scorer(name: str) -> Callable[..., None]:

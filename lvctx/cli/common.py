@@ -79,8 +79,8 @@ class Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """A command whose help does not repeat LVCTX_COMMAND_FLAG under every flag; the program's own help says it."""
         command: Any = super().get_command(ctx, cmd_name)
-        for parameter in command.params if command else ():
-            parameter.show_envvar = False
+        if command:
+            _hide_variables(command)
         return command
 
     def invoke(self, ctx: Any) -> Any:
@@ -106,6 +106,13 @@ class Commands(TyperGroup):
             raise typer.Exit(EXIT_READER_GONE) from None
         finally:
             signal.signal(signal.SIGTERM, previous)
+
+
+def _hide_variables(command: Any) -> None:
+    for parameter in command.params:
+        parameter.show_envvar = False
+    for below in getattr(command, "commands", {}).values():
+        _hide_variables(below)
 
 
 def _on_sigterm(signum: int, frame: FrameType | None) -> None:

@@ -82,7 +82,7 @@ def encode_video(
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the frames artifacts.")] = Path("frames"),
     fps: Annotated[
         str | None,
-        typer.Option(metavar="RATE|native", help="Frames a second by timestamp, or every frame. [default: 1]"),
+        typer.Option(metavar="RATE|native", help="Frames a second by timestamp, or every frame.", show_default="1"),
     ] = None,
     frames: Annotated[int | None, typer.Option(help="Or this many frames, evenly spread.", min=1)] = None,
     frame_mode: Annotated[

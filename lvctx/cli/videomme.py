@@ -1,6 +1,7 @@
 """`lvctx videomme run` and `score`: a model on Video-MME, and any responses file under the three scorers in use."""
 
 import csv
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,7 +75,10 @@ def score(
     for file, one in zip(files, read, strict=True):
         if not one.replies:
             raise InputError("no question with an answer", where=file)
-    scores = [videomme.score(one) for one in read]
+    if len({one.name for one in read}) < len(read):
+        read = [replace(one, name=str(file)) for one, file in zip(read, files, strict=True)]
+    runs = [_read_run(file) for file in files]
+    scores = [videomme.score(one) | {"failed": failed} for one, (_, failed) in zip(read, runs, strict=True)]
     versus: dict[str, Any] = {}
     if len(read) == 2:
         a, b = (one.replies for one in read)
@@ -84,8 +88,7 @@ def score(
     if plot is not None:
         from lvctx.bench.bars import draw_accuracy
 
-        counts = [_frames(file) for file in files]
-        known = [n for n in counts if n is not None]
+        known = [frames for frames, _ in runs if frames is not None]
         draw_accuracy(scores, known if len(set(known)) == len(files) > 1 else None, rule.value, plot)
     if as_json:
         for row in scores:
@@ -99,14 +102,18 @@ def score(
         _print_difference(read[0].name, read[1].name, versus)
 
 
-def _frames(path: Path) -> int | None:
-    """Frames of each video that a run of ours showed its model; None for other files and for runs by rate."""
+def _read_run(path: Path) -> tuple[int | None, int]:
+    """Frames of each video that a run of ours showed its model, and how many questions failed in it.
+
+    None and 0 for files of others; None for runs whose videos differ in frames.
+    """
     from lvctx.artifacts.rows import read_rows
 
-    results = (path if path.is_dir() else path.parent) / "results.jsonl"
-    rows = read_rows(results) if results.is_file() else []
-    found = {row["frames"] for row in rows if "frames" in row}
-    return int(found.pop()) if len(found) == 1 else None
+    folder = path.parent if path.name == "responses.json" else path
+    results = folder / "results.jsonl"
+    last = {row["key"]: row for row in read_rows(results)} if results.is_file() else {}
+    frames = {row["frames"] for row in last.values() if "frames" in row}
+    return frames.pop() if len(frames) == 1 else None, sum("error" in row for row in last.values())
 
 
 def _write_csv(target: Path, rows: list[dict[str, Any]]) -> None:
@@ -125,7 +132,9 @@ def _print(row: dict[str, Any], cells: list[dict[str, Any]], rule: str) -> None:
     console = Console()
     for warning in row["warnings"]:
         console.print(f"WARNING {row['file']}: {warning}", style="bold red", highlight=False)
-    console.print(f"{row['file']}: {row['questions']:,} questions about {row['videos']:,} videos", highlight=False)
+    left_out = f", {row['failed']:,} more failed and are left out" if row["failed"] else ""
+    asked = f"{row['questions']:,} questions about {row['videos']:,} videos"
+    console.print(f"{row['file']}: {asked}{left_out}", highlight=False)
     for what, count in row["overlooked"].items():
         console.print(f"  overlooked: {count:,} {what}", highlight=False)
     rules = Table("rule", box=None, pad_edge=False)

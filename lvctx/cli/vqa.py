@@ -1,7 +1,9 @@
 """`lvctx vqa`: encoded videos and questions in, answers out."""
 
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,9 +24,16 @@ from lvctx.cli.common import (
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
 
 if TYPE_CHECKING:
-    from lvctx.stages.vqa import Answer
+    from lvctx.stages.vqa import Answer, DeviceMap
 
 QwenOptions = "Video files with Qwen-VL models"
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MAP",
+        help="Spread the model over devices by accelerate: auto, balanced, sequential, or a JSON file of devices.",
+    ),
+]
 
 
 class HybridMode(StrEnum):
@@ -58,9 +67,15 @@ def vqa(
     model: Annotated[str, typer.Option(help="VLM: directory or hub id.")],
     frames: Annotated[
         list[str] | None,
-        typer.Argument(metavar="FRAMES...", help="Frames artifacts, or videos for a Qwen-VL model; - reads lines."),
+        typer.Argument(
+            metavar="FRAMES...",
+            help="Frames artifacts, or videos for a Qwen-VL model; - reads lines, which may hold a `question`.",
+        ),
     ] = None,
-    ask: Annotated[list[str] | None, typer.Option(help="A question; repeat for more.")] = None,
+    ask: Annotated[
+        list[str] | None,
+        typer.Option(help="A question; repeat for more. - reads lines: text, or JSON objects with a `question`."),
+    ] = None,
     chat: Annotated[
         bool, typer.Option(help="One conversation: questions of --ask, then lines of stdin, each seeing those before.")
     ] = False,
@@ -94,6 +109,7 @@ def vqa(
         ),
     ] = 1,
     device: Annotated[str, typer.Option(help="Where to run: cpu, cuda.")] = "cpu",
+    device_map: DeviceMapOption = None,
     recipe: RecipeOption = None,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -104,15 +120,18 @@ def vqa(
     from lvctx.stages.qwen_watch import open_watcher, viewing
     from lvctx.stages.vqa import LONG_PATIENCE, open_world
 
-    named = frames or ["-"]
+    named, asked = frames or ["-"], ask or []
+    listens = chat or "-" in asked
     if "-" in named and len(named) > 1:
         raise UsageError("- stands alone", fix="give frames artifacts or -")
     if named == ["-"] and sys.stdin.isatty():
         raise UsageError("no frames artifact", fix="name one, or pipe from lvctx encode-video")
-    if not ask and not chat:
+    if not asked and not chat and named != ["-"]:
         raise UsageError("no question", fix="give --ask or --chat")
-    if chat and (named == ["-"] or len(named) > 1):
-        raise UsageError("--chat is about one frames artifact", fix="name it; stdin is for questions")
+    if listens and (named == ["-"] or len(named) > 1):
+        raise UsageError("--chat and --ask - are about one frames artifact", fix="name it; stdin is for questions")
+    if device_map is not None and cp > 1:
+        raise UsageError("--device-map is for one process", fix="drop --cp")
     threshold = change if select == Select.adaptive else None
     seen = viewing(fps=fps, max_frames=max_frames, hybrid=hybrid, mode=hybrid_mode.value, threshold=threshold)
     opened = open_world(device=device, cp=cp, patience=LONG_PATIENCE)
@@ -120,24 +139,41 @@ def vqa(
         if world.dp > 1:
             raise UsageError(f"{world.size} processes for one video", fix=f"--cp {world.size}, or no torchrun")
         watcher = open_watcher(
-            model, viewing=seen, device=world.device, ring=world.ring, tell=lambda line: say(f"lvctx: {line}")
+            model,
+            viewing=seen,
+            device=world.device,
+            ring=world.ring,
+            device_map=parse_device_map(device_map),
+            tell=lambda line: say(f"lvctx: {line}"),
         )
-        if chat:
-            for answer in watcher.chat(
-                Path(named[0]), world.follow(_questions(ask or [])), max_new_tokens=max_new_tokens, tell=_stream(quiet)
-            ):
-                emit({"schema": schemas.ANSWER, "path": named[0], **_row(answer)})
-            return
         piped = named == ["-"]
+        ticker = Ticker(live=not quiet and len(named) == 1 and not piped and sys.stderr.isatty() and is_rank_zero())
+        if listens:
+            rows: deque[dict[str, Any]] = deque()
+
+            def questions() -> Iterator[str]:
+                for question, row in world.follow(_questions(asked, chat)):
+                    rows.append(row)
+                    yield question
+
+            converse = watcher.chat if chat else watcher.ask
+            for answer in converse(Path(named[0]), questions(), max_new_tokens=max_new_tokens, tell=ticker.show):
+                ticker.end()
+                emit({"schema": schemas.ANSWER, **rows.popleft(), "path": named[0], **_row(answer)})
+            return
         references = read_references(sys.stdin) if piped else ((Path(name), {}) for name in named)
         failed = 0
-        with progress("vqa", quiet=quiet) as report:
+        with progress("vqa", quiet=quiet or ticker.live) as report:
             for done, (path, row) in enumerate(world.follow(references), start=1):
                 passed = {k: v for k, v in row.items() if k not in ("schema", "sha256")} | {"path": str(path)}
                 try:
                     if "error" in row:
                         raise InputError(str(row["error"]))
-                    for answer in watcher.ask(path, ask or [], max_new_tokens=max_new_tokens):
+                    own = asked or ([str(row["question"])] if row.get("question") else [])
+                    if not own:
+                        raise InputError("no question", where=path, fix="give --ask, or a `question` on its line")
+                    for answer in watcher.ask(path, own, max_new_tokens=max_new_tokens, tell=ticker.show):
+                        ticker.end()
                         emit({"schema": schemas.ANSWER, **passed, **_row(answer)})
                 except InputError as e:
                     if len(named) == 1 and not piped:
@@ -150,36 +186,82 @@ def vqa(
         raise typer.Exit(EXIT_SAMPLES_FAILED)
 
 
+def parse_device_map(text: str | None) -> "DeviceMap | None":
+    """What --device-map says. Raises UsageError for a word that accelerate does not know and no file, InputError."""
+    if text is None or text in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return text
+    if not Path(text).is_file():
+        raise UsageError(
+            f"--device-map {text!r} is no file", fix="give auto, balanced, sequential or a JSON file of module: device"
+        )
+    try:
+        found = json.loads(Path(text).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise InputError(f"malformed JSON ({e})", where=text) from e
+    if not isinstance(found, dict):
+        raise InputError("not an object of modules and their devices", where=text)
+    return found
+
+
 def _row(answer: "Answer") -> dict[str, Any]:
     return {
-        "frames": answer.frames,
-        "seconds": answer.seconds,
+        "frames": len(answer.pts),
+        "seconds": [answer.pts[0], answer.pts[-1]],
+        "pts": answer.pts,
         "question": answer.question,
         "answer": answer.text,
         "tokens": answer.tokens,
     }
 
 
-def _questions(first: list[str]) -> Iterator[str]:
-    """Those of --ask, then one a line of stdin, with a prompt where a human types them."""
-    yield from first
-    human = sys.stdin.isatty()
+def _questions(asked: list[str], chat: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Those of --ask, a - among them standing for stdin's lines; a chat goes on with stdin's. With the line's row."""
+    for question in [*asked, *(["-"] if chat and "-" not in asked else [])]:
+        if question == "-":
+            yield from _lines()
+        else:
+            yield question, {}
+
+
+def _lines() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Questions on stdin's lines, text or JSON objects, with a prompt where a human types them."""
+    human, number = sys.stdin.isatty(), 0
     while True:
         if human:
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
+        number += 1
         if not line:
             return
-        if line.strip():
-            yield line.strip()
+        text = line.strip()
+        if not text.startswith("{"):
+            if text:
+                yield text, {}
+            continue
+        try:
+            row = json.loads(text)
+            yield str(row["question"]), {k: v for k, v in row.items() if k != "schema"}
+        except (ValueError, KeyError):
+            raise InputError("no JSON object with a `question`", where=f"stdin:{number}") from None
 
 
-def _stream(quiet: bool) -> Callable[[str], None]:
+class Ticker:
     """Shows an answer on a terminal's stderr as it grows."""
-    if quiet or not sys.stderr.isatty() or not is_rank_zero():
-        return lambda text: None
 
-    def show(text: str) -> None:
-        print(f"\r\033[K{text.splitlines()[-1] if text else ''}", end="", file=sys.stderr, flush=True)
+    def __init__(self, *, live: bool) -> None:
+        self.live, self._shown = live, ""
 
-    return show
+    def show(self, text: str) -> None:
+        """The answer so far."""
+        text = text.rstrip("\ufffd")  # the rest of a character is yet to come
+        if not self.live:
+            return
+        new = text.removeprefix(self._shown) if text.startswith(self._shown) else f"\n{text}"
+        print(new, end="", file=sys.stderr, flush=True)
+        self._shown = text
+
+    def end(self) -> None:
+        """The answer is whole."""
+        if self._shown:
+            print(file=sys.stderr, flush=True)
+        self._shown = ""

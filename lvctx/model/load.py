@@ -1,11 +1,12 @@
 """Find and load models and tokenizers: a local Hugging Face directory or a hub id, language model or VLM alike."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts.manifest import MANIFEST, read_manifest
-from lvctx.errors import InputError
+from lvctx.errors import InputError, MissingError
 
 VLM_TYPE = "llava_onevision"
 
@@ -88,22 +89,49 @@ def load_tokenizer(name: str | Path) -> Any:
         raise InputError(f"no usable tokenizer ({str(e).splitlines()[0]})", where=name) from e
 
 
-def load_model(path: Path, *, config: Any = None, dtype: Any = "auto", device: str = "cpu") -> Any:
+DeviceMap = str | dict[str, Any]
+"""Where a model's modules are, as accelerate takes it: `auto`, `balanced`, `sequential`, or devices by name."""
+
+
+def load_model(
+    path: Path,
+    *,
+    config: Any = None,
+    dtype: Any = "auto",
+    device: str = "cpu",
+    device_map: DeviceMap | None = None,
+) -> Any:
     """A language model, a LlavaOnevision VLM or a Qwen-VL model, in eval mode with SDPA attention.
 
-    `dtype` is a torch dtype, or `auto` for the checkpoint's own. Raises InputError for weights that do not fit the
-    configuration or cannot be read.
+    `dtype` is a torch dtype, or `auto` for the checkpoint's own; with a `device_map`, `device` does not count. Raises
+    InputError for weights that do not fit the configuration, the map, or cannot be read; MissingError for a map without
+    accelerate, or a device that is not here.
     """
+    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    if device_map is None and device.startswith("cuda") and not torch.cuda.is_available():
+        raise MissingError("no CUDA device here", where=f"--device {device}", fix="--device cpu")
+    if device_map is not None and find_spec("accelerate") is None:
+        raise MissingError("a device map needs accelerate", where="--device-map", fix="pip install accelerate")
     config = config or load_config(path)
     kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
     try:
-        model = kind.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa")
+        model = kind.from_pretrained(
+            path, config=config, dtype=dtype, attn_implementation="sdpa", device_map=device_map
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise InputError(f"cannot load the weights ({str(e).splitlines()[0]})", where=path) from e
-    return model.to(device).eval()
+    return (model if device_map is not None else model.to(device)).eval()
+
+
+def device_of(module: Any) -> Any:
+    """The torch device that a module computes on: where its weights are, or are brought to when it is called."""
+    import torch
+
+    hooked = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return next(module.parameters()).device if hooked is None else torch.device(hooked)
 
 
 def trained_length(path: Path) -> int:

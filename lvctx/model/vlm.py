@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lvctx.artifacts.store import write_json
 from lvctx.errors import InputError
 from lvctx.model.export import save_model
+from lvctx.model.load import device_of
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 Grid = Literal["unires", "anyres", "single"]
@@ -155,14 +156,15 @@ def embed_frames(vlm: Any, features_FPD: Tensor, grid_F2: Tensor | None = None) 
     The pool is 2x2, or the average that leaves each frame its `grid_F2` of rows and columns (hybrid resolution).
     """
     side = math.isqrt(features_FPD.shape[1])
-    parameter = vlm.model.multi_modal_projector.linear_1.weight
+    linear = vlm.model.multi_modal_projector.linear_1
+    parameter = linear.weight
     if features_FPD.shape[1:] != (side * side, parameter.shape[1]):
         raise InputError(
             f"features of shape {tuple(features_FPD.shape[1:])} a frame do not fit a projector that reads "
             f"{parameter.shape[1]} channels",
             fix="encode the video with this model's own tower",
         )
-    projected = vlm.model.multi_modal_projector(features_FPD.to(parameter.device, parameter.dtype))
+    projected = vlm.model.multi_modal_projector(features_FPD.to(device_of(linear), parameter.dtype))
     if grid_F2 is None:
         return vlm.model.apply_pooling(projected).flatten(0, 1)
     frames: list[Tensor] = [projected] * len(projected)

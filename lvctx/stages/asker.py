@@ -1,23 +1,41 @@
 """A loaded VLM that is shown something and asked about it: what prompts share, the frames above all, is read once.
 
-Suffixes: L tokens of a prompt, F frames, P features a frame, D tower width, R rows of a visual table, E model width.
+Suffixes: L tokens of a prompt, F frames, P features a frame, D tower width, N tokens of a block, R rows of a visual
+table, E model width.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
+from lvctx.artifacts.manifest import MANIFEST, read_manifest
 from lvctx.bench.prefix import Positions, count_up
 from lvctx.bench.reader import Reader
 from lvctx.dist.ring import ALONE, Ring
 from lvctx.errors import InputError
-from lvctx.model.load import context_length, load_model, load_tokenizer
-from lvctx.model.vlm import VIDEO_TOKEN, chat_ids, embed_frames, newline_embedding
+from lvctx.model.load import DeviceMap, context_length, load_config, load_model, load_tokenizer
+from lvctx.model.vlm import VIDEO_TOKEN, chat_ids, embed_frames, image_grid, newline_embedding
+from lvctx.train.images import Encoding, embed_image
+from lvctx.vision.grids import GridRule
+from lvctx.vision.images import Preprocess
 
 BATCH = 64
 """Frames that go through the projector at once: before its pooling a frame is four times its tokens."""
+
+
+def image_encoding(path: Path) -> Encoding:
+    """How `align` taught the VLM in a directory to read images: config.json's grid, the manifest's rule of UniRes.
+
+    Raises InputError where config.json names a grid that is none.
+    """
+    config = load_config(path)
+    made = read_manifest(path).get("config", {}) if (path / MANIFEST).is_file() else {}
+    rule: GridRule = "paper" if made.get("grid_rule") == "paper" else "code"
+    return Encoding.of(config.vision_config, grid=image_grid(config), rule=rule)
 
 
 class Asker:
@@ -28,9 +46,22 @@ class Asker:
     longer = "extend the language model further"
     """What a user does whose prompts are too long."""
 
-    def __init__(self, path: Path, *, device: str, chunk: int, reuse: bool = True, ring: Ring = ALONE) -> None:
-        """Load the model and tokenizer of a resolved directory; the ranks of a `ring` read together."""
-        self.vlm = load_model(path, device=device)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str,
+        chunk: int,
+        reuse: bool = True,
+        ring: Ring = ALONE,
+        device_map: DeviceMap | None = None,
+    ) -> None:
+        """Load the model and tokenizer of a resolved directory; the ranks of a `ring` read together.
+
+        A `device_map` says where the model's modules are, in place of `device`.
+        """
+        self.path = path
+        self.vlm = load_model(path, device=device, device_map=device_map)
         self.tokenizer = load_tokenizer(path)
         self.context = context_length(self.vlm.config)
         self.reader = Reader(self.vlm, None, chunk=chunk, reuse=reuse, ring=ring)
@@ -39,15 +70,38 @@ class Asker:
         ends = self.vlm.generation_config.eos_token_id
         self.stop = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
-    @torch.inference_mode()
     def show(self, features_FPD: torch.Tensor, grid_F2: torch.Tensor | None = None) -> None:
         """Take these tower features, pooled 2x2 or to these grids, as what is being talked about."""
+        self.show_blocks([self.video_block(features_FPD, grid_F2)])
+
+    def show_images(self, images: Sequence[Image.Image]) -> None:
+        """Take pictures (RGB, upright), one after the other, as what is being talked about."""
+        self.show_blocks([self.image_block(image, alone=len(images) == 1) for image in images])
+
+    def show_blocks(self, blocks_NE: Sequence[torch.Tensor]) -> None:
+        """Take blocks of embeddings, each a video's or a picture's, as what is being talked about."""
+        table_RE = torch.cat(list(blocks_NE))
+        self._take(table_RE, self.reader.vocabulary + np.arange(len(table_RE)), count_up)
+
+    @torch.inference_mode()
+    def video_block(self, features_FPD: torch.Tensor, grid_F2: torch.Tensor | None = None) -> torch.Tensor:
+        """Embeddings (N, E) of tower features, pooled 2x2 or to these grids, and of the newline that closes them."""
         parts = range(0, len(features_FPD), BATCH)
         grids = [None if grid_F2 is None else grid_F2[i : i + BATCH] for i in parts]
         features = [features_FPD[i : i + BATCH] for i in parts]
         embedded = [embed_frames(self.vlm, batch, grid) for batch, grid in zip(features, grids, strict=True)]
-        table_RE = torch.cat([*embedded, newline_embedding(self.vlm)])
-        self._take(table_RE, self.reader.vocabulary + np.arange(len(table_RE)), count_up)
+        return torch.cat([*embedded, newline_embedding(self.vlm).to(embedded[0].device)])
+
+    @torch.inference_mode()
+    def image_block(self, image: Image.Image, *, alone: bool) -> torch.Tensor:
+        """Embeddings (N, E) of a picture as in training: UniRes, AnyRes or one grid, `alone` among what is shown."""
+        encoding, preprocess = self._eyes
+        newline_E = newline_embedding(self.vlm)[0]
+        return embed_image(self.vlm, image, newline_E, encoding, preprocess, alone=alone, tower_grad=False)
+
+    @cached_property
+    def _eyes(self) -> tuple[Encoding, Preprocess]:
+        return image_encoding(self.path), Preprocess.from_directory(self.path)
 
     def _take(self, table_RE: torch.Tensor, block: np.ndarray, positions: Positions) -> None:
         """Talk about a block of ids, of which those beyond the vocabulary are rows of a table."""

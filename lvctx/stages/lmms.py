@@ -29,7 +29,7 @@ def manifest() -> ModelManifest:
 
 
 class Lvctx(lmms):
-    """A VLM directory or hub id. A video is `frames` frames evenly spread; pictures are shown one after the other."""
+    """A VLM directory or hub id. A video is `frames` frames evenly spread, a picture what `align` made of them."""
 
     is_simple = True
 
@@ -98,18 +98,25 @@ class Lvctx(lmms):
         return found
 
     def _show(self, visuals: list[Any]) -> None:
-        """Show a video's frames or pictures, unless they were shown last: then their keys and values still stand."""
+        """Show videos and pictures, unless they were shown last: then their keys and values still stand."""
         if self._shown is not None and self._shown == visuals:
             return
         self._shown = None
-        squares: list[Image.Image] = []
-        for visual in visuals:
-            if isinstance(visual, str | Path):
-                shots = [Image.fromarray(frame.image) for frame in read_frames(Path(visual), frames=self.frames)]
-            else:
-                shots = [visual.convert("RGB")]
-            squares += [self.tower.preprocess.square(shot, self.frame_mode) for shot in shots]
-        if not squares:
+        if not visuals:
             raise LvctxError("a question without anything to see")
-        self.asker.show(self.tower.see(squares))
+        pictures = sum(not isinstance(visual, str | Path) for visual in visuals)
+        self.asker.show_blocks(
+            [
+                self._video(Path(visual))
+                if isinstance(visual, str | Path)
+                else self.asker.image_block(visual.convert("RGB"), alone=pictures == 1)
+                for visual in visuals
+            ]
+        )
         self._shown = visuals
+
+    def _video(self, path: Path) -> torch.Tensor:
+        shots = (Image.fromarray(frame.image) for frame in read_frames(path, frames=self.frames))
+        return self.asker.video_block(
+            self.tower.see([self.tower.preprocess.square(shot, self.frame_mode) for shot in shots])
+        )

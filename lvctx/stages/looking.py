@@ -10,11 +10,12 @@ from PIL import Image
 from lvctx.artifacts.frames import read_frames
 from lvctx.artifacts.store import sha256_file
 from lvctx.errors import UsageError
-from lvctx.model.load import VLM_TYPE, load_config, resolve_model
+from lvctx.model.load import VLM_TYPE, DeviceMap, load_config, resolve_model
 from lvctx.model.qwen_vl import TIMED, TYPES
-from lvctx.stages.asker import Asker
+from lvctx.stages.asker import Asker, image_encoding
 from lvctx.stages.encode import Encoder
 from lvctx.stages.qwen_asker import QwenAsker, Viewing
+from lvctx.train.images import Encoding
 from lvctx.vision.decode import Rate
 from lvctx.vision.film import check_reachable
 from lvctx.vision.hybrid import Hybrid
@@ -35,9 +36,11 @@ class Look(Protocol):
     """A model's way to see."""
 
     sampler: dict[str, Any]
-    """What decides which pixels it sees."""
+    """What decides which pixels it sees of a video."""
+    pictures: dict[str, Any]
+    """What decides which pixels it sees of a picture."""
 
-    def open(self, path: Path, *, device: str, chunk: int, reuse: bool) -> Any:
+    def open(self, path: Path, *, device: str, device_map: DeviceMap | None, chunk: int, reuse: bool) -> Any:
         """The loaded model of a resolved directory, for `video` and `images`."""
 
     def video(self, asker: Any, file: Path) -> Watched:
@@ -57,11 +60,13 @@ def find_look(
     frames_dir: Path,
     device: str,
 ) -> Look:
-    """The way to see of a model; loads no weights. `frame_mode` is for towers that see squares, `hybrid` for Qwen-VL.
+    """The way to see of a model; loads no weights. `frame_mode` is for towers that see squares.
 
-    Raises UsageError for a model that cannot see, and for flags that it has no use for.
+    Raises UsageError for a model that cannot see, for a resolution that it cannot have, and for flags that it has no
+    use for.
     """
-    kind = load_config(resolve_model(model)).model_type
+    path = resolve_model(model)
+    kind = load_config(path).model_type
     if kind in TYPES + TIMED:
         if fps == "native" or frame_mode is not None:
             raise UsageError("Qwen-VL takes frames whole, at a rate", fix="drop --frame-mode; give --fps a number")
@@ -70,22 +75,24 @@ def find_look(
         return FilmLook(Viewing(fps=rate, frames=frames, hybrid=hybrid or Hybrid()))
     if kind != VLM_TYPE:
         raise UsageError(f"{model} is a {kind} model", fix="give a VLM that lvctx align wrote, or a Qwen2-VL")
-    if hybrid is not None:
-        raise UsageError(f"{model} has frames of one size", fix="drop --hybrid")
-    encoder = Encoder.plan(model, fps=fps, frames=frames, frame_mode=frame_mode or "crop", device=device)
-    return TowerLook(encoder, frames_dir)
+    if hybrid is not None and hybrid.mode != "pair":
+        raise UsageError(f"{model} merges no frames", fix="drop --hybrid-mode")
+    mode = frame_mode or "crop"
+    encoder = Encoder.plan(model, fps=fps, frames=frames, frame_mode=mode, hybrid=hybrid, device=device)
+    return TowerLook(encoder, frames_dir, image_encoding(path))
 
 
 class TowerLook:
-    """A tower's features of square frames, in artifacts that stay."""
+    """A tower's features of square frames, in artifacts that stay; pictures as `align` showed them."""
 
-    def __init__(self, encoder: Encoder, frames_dir: Path) -> None:
+    def __init__(self, encoder: Encoder, frames_dir: Path, images: Encoding) -> None:
         self.encoder, self.frames_dir = encoder, frames_dir
         self.sampler = encoder.config.facts
+        self.pictures = {"image_grid": images.grid, "grid_rule": images.rule}
 
-    def open(self, path: Path, *, device: str, chunk: int, reuse: bool) -> Asker:
+    def open(self, path: Path, *, device: str, device_map: DeviceMap | None, chunk: int, reuse: bool) -> Asker:
         """See `Look`."""
-        return Asker(path, device=device, chunk=chunk, reuse=reuse)
+        return Asker(path, device=device, chunk=chunk, reuse=reuse, device_map=device_map)
 
     def video(self, asker: Asker, file: Path) -> Watched:
         """See `Look`."""
@@ -95,14 +102,14 @@ class TowerLook:
         facts = {
             "video_sha256": frames.provenance["inputs"]["video"][:16],
             "frames": len(frames.pts),
+            "visual_tokens": len(asker.block) - 1,
             "corrupt_frames": made["corrupt_frames"],
         }
         return Watched(pts=frames.pts.tolist(), facts=facts)
 
     def images(self, asker: Asker, images: Sequence[Image.Image]) -> None:
         """See `Look`."""
-        square, mode = self.encoder.files.preprocess.square, self.encoder.config.frame_mode
-        asker.show(self.encoder.see([square(image, mode) for image in images]))
+        asker.show_images(images)
 
 
 class FilmLook:
@@ -110,10 +117,12 @@ class FilmLook:
 
     def __init__(self, viewing: Viewing) -> None:
         self.viewing, self.sampler = viewing, viewing.facts
+        self.pictures = {"image_grid": "whole"}
 
-    def open(self, path: Path, *, device: str, chunk: int, reuse: bool) -> QwenAsker:
+    def open(self, path: Path, *, device: str, device_map: DeviceMap | None, chunk: int, reuse: bool) -> QwenAsker:
         """See `Look`."""
-        return QwenAsker(path, viewing=self.viewing, device=device, chunk=chunk, reuse=reuse)
+        options: dict[str, Any] = {"device": device, "device_map": device_map, "chunk": chunk, "reuse": reuse}
+        return QwenAsker(path, viewing=self.viewing, **options)
 
     def video(self, asker: QwenAsker, file: Path) -> Watched:
         """See `Look`."""

@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.rows import RowLog
@@ -24,8 +23,9 @@ from lvctx.artifacts.store import fingerprint
 from lvctx.bench.choice import Sample
 from lvctx.bench.subtitles import read_subtitles
 from lvctx.errors import InputError, LvctxError
-from lvctx.model.load import load_config, resolve_model
+from lvctx.model.load import DeviceMap, load_config, resolve_model
 from lvctx.stages.looking import Look
+from lvctx.vision.images import open_image
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def plan_questions(bench: ModuleType, config: AskConfig, look: Look) -> Plan:
         "prompt": _hash(bench.prompt(probe, config.style, listing)),
         "style": config.style,
         "subtitles": config.subtitles is not None,
-        "sampler": look.sampler,
+        "sampler": look.pictures if any(s.images for s in samples) else look.sampler,
         "dtype": dtype,
         "max_new_tokens": config.max_new_tokens,
     }
@@ -122,6 +122,7 @@ def run_questions(
     out: Path,
     *,
     device: str,
+    device_map: DeviceMap | None,
     chunk: int,
     reuse: bool,
     resume: str,
@@ -130,7 +131,7 @@ def run_questions(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for every question as it is answered; rows that stand in `out/results.jsonl` are not asked again.
 
-    Raises InputError when `out` holds another run.
+    Raises InputError when `out` holds another run, MissingError for a `device_map` without accelerate.
     """
     results = out / "results.jsonl"
     if resume == "must" and not results.is_file():
@@ -151,7 +152,7 @@ def run_questions(
         total, done = len(plan.samples), len(plan.samples) - len(waiting)
         asker: Any = None
         for video, group in itertools.groupby(waiting, key=lambda s: s.video):
-            asker = asker or plan.look.open(plan.path, device=device, chunk=chunk, reuse=reuse)
+            asker = asker or plan.look.open(plan.path, device=device, device_map=device_map, chunk=chunk, reuse=reuse)
             for row in _ask_about(plan, asker, list(group)):
                 rows.append(row)
                 done += 1
@@ -169,7 +170,7 @@ def _ask_about(plan: Plan, asker: Any, samples: list[Sample]) -> Iterator[dict[s
     base = {s.id: {"key": plan.key(s), **plan.shown, **_described(s)} for s in samples}
     try:
         seen = _look(plan, asker, samples[0])
-    except LvctxError as e:
+    except (LvctxError, torch.OutOfMemoryError) as e:
         yield from ({**row, "error": str(e)} for row in base.values())
         return
     for sample in samples:
@@ -220,16 +221,9 @@ def _look(plan: Plan, asker: Any, sample: Sample) -> _Seen:
 
 
 def _look_at_images(plan: Plan, asker: Any, sample: Sample) -> _Seen:
-    images = []
-    for name in sample.images:
-        file = plan.config.videos / name
-        try:
-            with Image.open(file) as image:
-                images.append(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as e:
-            raise InputError(f"no readable image ({type(e).__name__})", where=file) from e
+    images = [open_image(plan.config.videos / name) for name in sample.images]
     plan.look.images(asker, images)
-    return _Seen(subtitles=None, facts={"frames": len(images)})
+    return _Seen(subtitles=None, facts={"images": len(images), "visual_tokens": len(asker.block)})
 
 
 def find_video(folder: Path, name: str) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lvctx.model.load import DeviceMap
 from lvctx.model.qwen_vl import TIMED
 from lvctx.positions.mrope_ids import Rules
 from lvctx.stages.asker import Asker
@@ -59,11 +60,20 @@ class QwenAsker(Asker):
 
     longer = "stretch the model with lvctx mrope-extend"
 
-    def __init__(self, path: Path, *, viewing: Viewing, device: str, chunk: int, reuse: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        viewing: Viewing,
+        device: str,
+        chunk: int,
+        reuse: bool = True,
+        device_map: DeviceMap | None = None,
+    ) -> None:
         """Load the model. Raises InputError if it cannot be loaded, UsageError for a resolution it cannot have."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-        super().__init__(path, device=device, chunk=chunk, reuse=reuse)
+        super().__init__(path, device=device, chunk=chunk, reuse=reuse, device_map=device_map)
         self.viewing = viewing
         self.rule = qwen_rule(path, self.tokenizer, viewing.hybrid)
         self.mark = self.rule.mark("video")

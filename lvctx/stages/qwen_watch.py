@@ -7,7 +7,7 @@ from typing import Any
 
 from lvctx.dist.ring import ALONE, Ring
 from lvctx.errors import InputError, UsageError
-from lvctx.model.load import load_config, load_tokenizer, resolve_model
+from lvctx.model.load import DeviceMap, load_config, load_tokenizer, resolve_model
 from lvctx.model.qwen_vl import TIMED, TYPES
 from lvctx.positions.mrope_ids import Rules
 from lvctx.stages.qwen_asker import QwenAsker, Viewing, viewing
@@ -37,31 +37,48 @@ def cost(model: str, *, frames: int, size: str, viewing: Viewing) -> Count:
 
 
 def open_watcher(
-    model: str, *, viewing: Viewing, device: str, tell: Callable[[str], None], ring: Ring = ALONE
+    model: str,
+    *,
+    viewing: Viewing,
+    device: str,
+    tell: Callable[[str], None],
+    ring: Ring = ALONE,
+    device_map: DeviceMap | None = None,
 ) -> Watcher:
     """Load a model that watches: Qwen-VL for video files, any other for frames artifacts.
 
     `tell` takes lines for people: what a video costs, before the model reads it. The ranks of a
-    `ring` watch together. Raises InputError and UsageError.
+    `ring` watch together, or a `device_map` says where the model's modules are. Raises InputError, UsageError, and
+    MissingError without accelerate.
     """
     if load_config(resolve_model(model)).model_type in TYPES + TIMED:
         if ring.world > 1:
             raise UsageError("--cp is for encoded frames", fix="let a Qwen-VL model watch in one process")
-        return QwenWatcher(model, viewing=viewing, device=device, tell=tell)
+        return QwenWatcher(model, viewing=viewing, device=device, tell=tell, device_map=device_map)
     if viewing != Viewing():
         raise UsageError(f"{model} is no Qwen-VL model and reads encoded frames as they are", fix="drop its flags")
-    return Watcher(model, device=device, ring=ring)
+    return Watcher(model, device=device, ring=ring, device_map=device_map)
 
 
 class QwenWatcher(Watcher):
     """A loaded Qwen-VL model that answers questions about video files; each is read once."""
 
-    def __init__(self, model: str, *, viewing: Viewing, device: str, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        viewing: Viewing,
+        device: str,
+        tell: Callable[[str], None],
+        device_map: DeviceMap | None = None,
+    ) -> None:
         """Load the model. Raises InputError if it cannot be loaded, UsageError for a resolution it cannot have."""
         self.tell = tell
-        self.asker: QwenAsker = QwenAsker(resolve_model(model), viewing=viewing, device=device, chunk=CHUNK)
+        self.asker: QwenAsker = QwenAsker(
+            resolve_model(model), viewing=viewing, device=device, chunk=CHUNK, device_map=device_map
+        )
 
-    def _watch(self, path: Path) -> tuple[int, tuple[float, float]]:
+    def _show(self, path: Path) -> tuple[float, ...]:
         film, _ = self.asker.watch(path)
         tokens = sum(block.tokens for block in film.blocks)
         self.tell(
@@ -71,4 +88,4 @@ class QwenWatcher(Watcher):
         last = self.asker.last_position(self.asker.ids(""))
         if tokens > self.asker.context:
             log.warning("%s: %d tokens, though positions end at %d", path, tokens, last)
-        return len(film.frames), (film.pts[0], film.pts[-1])
+        return tuple(film.pts)

@@ -1,18 +1,19 @@
 """Ask a vision-language model about encoded videos: frames in, greedy answers out (LongVA's prompt, section 4.1)."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lvctx.artifacts.frames import read_frames
 from lvctx.dist.mesh import LONG_PATIENCE, open_world
 from lvctx.dist.ring import ALONE, Ring
 from lvctx.errors import InputError, UsageError
-from lvctx.model.load import VLM_TYPE, load_config, resolve_model
+from lvctx.model.load import VLM_TYPE, DeviceMap, load_config, resolve_model
 from lvctx.stages.asker import Asker
 from lvctx.vision.tower import TowerFiles
 
-__all__ = ["LONG_PATIENCE", "Answer", "Watcher", "open_world"]
+__all__ = ["LONG_PATIENCE", "Answer", "DeviceMap", "Watcher", "open_world"]
 CHUNK = 2048
 """Tokens of one forward."""
 
@@ -25,58 +26,72 @@ class Answer:
     """What was asked."""
     text: str
     """Decoded answer without special tokens."""
-    frames: int
-    """Frames of the video it was shown."""
-    seconds: tuple[float, float]
-    """When the first and the last of them are on display."""
+    pts: tuple[float, ...]
+    """When each frame that it was shown is on display, in seconds."""
     tokens: int
     """Tokens of the whole prompt, visual ones included."""
+
+
+Tell = Callable[[str], None]
+"""Gets an answer's text as it grows."""
+
+
+def keep_quiet(text: str) -> None:
+    """Tells nobody."""
 
 
 class Watcher:
     """A loaded vision-language model that answers questions about frames artifacts."""
 
-    def __init__(self, model: str, *, device: str, ring: Ring = ALONE) -> None:
-        """Load the model; the ranks of a `ring` watch together.
+    def __init__(self, model: str, *, device: str, ring: Ring = ALONE, device_map: DeviceMap | None = None) -> None:
+        """Load the model; the ranks of a `ring` watch together, or a `device_map` says where its modules are.
 
-        Raises InputError if it cannot be loaded, UsageError if it cannot see.
+        Raises InputError if it cannot be loaded, UsageError if it cannot see, MissingError without accelerate.
         """
         path = resolve_model(model)
         if load_config(path).model_type != VLM_TYPE:
             raise UsageError(f"{model} is a language model and cannot see", fix="give a model that align wrote")
         self.tower = TowerFiles.find(path).fingerprint
-        self.asker = Asker(path, device=device, chunk=CHUNK, ring=ring)
+        self.asker = Asker(path, device=device, chunk=CHUNK, ring=ring, device_map=device_map)
 
-    def ask(self, path: Path, questions: Sequence[str], *, max_new_tokens: int) -> Iterator[Answer]:
-        """Greedy answers to each question about one video on its own; its frames are read once.
+    _watched: tuple[Any, tuple[float, ...]] = (None, ())
+    """What file was last shown, in which state, and when its frames are on display."""
+
+    def ask(
+        self, path: Path, questions: Iterable[str], *, max_new_tokens: int, tell: Tell = keep_quiet
+    ) -> Iterator[Answer]:
+        """Greedy answers to each question about one video on its own; its frames are read once, also in later calls.
 
         Raises InputError for a file that is no frames artifact, features of another tower, or a prompt longer than the
         model's context.
         """
-        frames, seconds = self._watch(path)
+        pts = self._watch(path)
         for question in questions:
-            yield self._answer(path, [question], frames, seconds, max_new_tokens)
+            yield self._answer(path, [question], pts, max_new_tokens, tell)
 
     def chat(
-        self,
-        path: Path,
-        questions: Iterable[str],
-        *,
-        max_new_tokens: int,
-        tell: Callable[[str], None] = lambda text: None,
+        self, path: Path, questions: Iterable[str], *, max_new_tokens: int, tell: Tell = keep_quiet
     ) -> Iterator[Answer]:
         """Greedy answers in one conversation: each turn sees those before it and runs only what is new.
 
-        `tell` gets an answer's text as it grows. Raises InputError as `ask` does.
+        Raises InputError as `ask` does.
         """
-        frames, seconds = self._watch(path)
+        pts = self._watch(path)
         turns: list[str] = []
         for question in questions:
-            answer = self._answer(path, [*turns, question], frames, seconds, max_new_tokens, tell)
+            answer = self._answer(path, [*turns, question], pts, max_new_tokens, tell)
             turns += [question, answer.text]
             yield answer
 
-    def _watch(self, path: Path) -> tuple[int, tuple[float, float]]:
+    def _watch(self, path: Path) -> tuple[float, ...]:
+        """Show a file, unless it was shown last: then its keys and values still stand. When its frames are."""
+        state = (path, path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+        if state is None or state != self._watched[0]:
+            self._watched = (None, ())  # what is half shown is nothing to go on from
+            self._watched = (state, self._show(path))
+        return self._watched[1]
+
+    def _show(self, path: Path) -> tuple[float, ...]:
         frames = read_frames(path)
         if frames.provenance["inputs"].get("tower") != self.tower:
             raise InputError("encoded by another tower", where=path, fix="encode the video with --model of this VLM")
@@ -84,17 +99,9 @@ class Watcher:
             self.asker.show(frames.features, frames.grid)
         except InputError as e:
             raise InputError(e.what, where=path, fix=e.fix) from None
-        return len(frames.pts), (float(frames.pts[0]), float(frames.pts[-1]))
+        return tuple(frames.pts.tolist())
 
-    def _answer(
-        self,
-        path: Path,
-        turns: list[str],
-        frames: int,
-        seconds: tuple[float, float],
-        max_new_tokens: int,
-        tell: Callable[[str], None] = lambda text: None,
-    ) -> Answer:
+    def _answer(self, path: Path, turns: list[str], pts: tuple[float, ...], max_new_tokens: int, tell: Tell) -> Answer:
         ids = self.asker.ids(*turns)
         said: list[int] = []
 
@@ -106,6 +113,4 @@ class Watcher:
             written = self.asker.reply(ids, max_new_tokens, heard)
         except InputError as e:
             raise InputError(e.what, where=path, fix=e.fix) from None
-        return Answer(
-            question=turns[-1], text=self.asker.text(written), frames=frames, seconds=seconds, tokens=len(ids)
-        )
+        return Answer(question=turns[-1], text=self.asker.text(written), pts=pts, tokens=len(ids))

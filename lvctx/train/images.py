@@ -20,7 +20,7 @@ from torch import Tensor
 from lvctx.model.vlm import Grid, embed_frames, frame_features
 from lvctx.vision.anyres import anyres_flatten, anyres_pinpoints, anyres_tiles, anyres_tokens, single_tiles
 from lvctx.vision.grids import GridRule, unires_grid, unires_tiles
-from lvctx.vision.images import Preprocess, image_size, open_image
+from lvctx.vision.images import Preprocess, image_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class Encoding:
 
 def embed_image(
     vlm: Any,
-    path: Path,
+    image: Image.Image,
     newline_E: Tensor,
     encoding: Encoding,
     preprocess: Preprocess,
@@ -81,8 +81,7 @@ def embed_image(
     alone: bool,
     tower_grad: bool,
 ) -> Tensor:
-    """The block (N, E) of an image file, `Encoding.tokens` long. Raises InputError for a file that cannot be read."""
-    image = open_image(path)
+    """The block (N, E) of an image (RGB, upright), `Encoding.tokens` long."""
     tiles = encoding.tiles(image, alone=alone, background=preprocess.background)
     with torch.set_grad_enabled(tower_grad and torch.is_grad_enabled()):
         features_GPD = frame_features(vlm, preprocess(tiles).to(vlm.device, vlm.model.vision_tower.dtype))

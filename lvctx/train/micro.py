@@ -22,7 +22,7 @@ from lvctx.model.loss import IGNORED, token_loss
 from lvctx.model.vlm import embed_frames, frame_features
 from lvctx.train.chat import Conversation, TokenSequence, encode_conversation
 from lvctx.train.images import Encoding, embed_image
-from lvctx.vision.images import Preprocess
+from lvctx.vision.images import Preprocess, open_image
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,9 @@ class Forward(nn.Module):
         alone = len(sample.images) == 1
         return [
             embed_image(
-                *(self.vlm, image, newline_E, self.encoding, self.preprocess), alone=alone, tower_grad=self.tower_grad
+                *(self.vlm, open_image(image), newline_E, self.encoding, self.preprocess),
+                alone=alone,
+                tower_grad=self.tower_grad,
             )
             for image in sample.images
         ]

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lvctx.model.load import device_of
 from lvctx.positions import mrope_ids
 from lvctx.positions.mrope_ids import Part, Text
 from lvctx.vision.film import part, patches
@@ -140,7 +141,7 @@ Take = Callable[[int, tuple[int, int]], Image.Image]
 @torch.inference_mode()
 def see(vlm: Any, processor: Any, reel: Reel, table_RE: Tensor, grids: Sequence[Grid], take: Take) -> None:
     """Fill the rows of these grids."""
-    side = reel.rule.factor
+    side, device = reel.rule.factor, device_of(vlm.model.visual)
     for (_, height, width), alike in groupby(grids, key=lambda grid: (None, grid.height, grid.width)):
         same = list(alike)
         for i in range(0, len(same), BATCH):
@@ -150,8 +151,8 @@ def see(vlm: Any, processor: Any, reel: Reel, table_RE: Tensor, grids: Sequence[
                 for number in (grid.pictures * reel.rule.merge)[: reel.rule.merge]
             ]
             rows, (down, across) = patches(frames, processor, merged=True)
-            sizes = torch.tensor([[len(frames) // reel.rule.merge, down, across]], device=vlm.device)
-            seen = vlm.model.get_video_features(rows.to(vlm.device), sizes)
+            sizes = torch.tensor([[len(frames) // reel.rule.merge, down, across]], device=device)
+            seen = vlm.model.get_video_features(rows.to(device), sizes)
             deep = getattr(seen, "deepstack_features", None) or []
             features = torch.cat([torch.cat(list(part)) for part in (seen.pooler_output, *deep)], dim=1)
             size = height * width
@@ -166,8 +167,9 @@ def empty_table(vlm: Any, reel: Reel) -> Tensor:
 
     Where the tower feeds layers beyond the first (Qwen3-VL's deepstack), what it has for them stands to the right.
     """
-    weight = vlm.get_input_embeddings().weight
-    width = weight.shape[1] * (1 + len(getattr(vlm.config.vision_config, "deepstack_visual_indexes", ())))
-    table_RE = torch.zeros(reel.rows, width, dtype=weight.dtype, device=vlm.device)
-    table_RE[[END, START], : weight.shape[1]] = weight[[reel.rule.end, reel.rule.start]].to(vlm.device)
+    embedding = vlm.get_input_embeddings()
+    own, device = embedding.weight.shape[1], device_of(embedding)
+    width = own * (1 + len(getattr(vlm.config.vision_config, "deepstack_visual_indexes", ())))
+    table_RE = torch.zeros(reel.rows, width, dtype=embedding.weight.dtype, device=device)
+    table_RE[[END, START], :own] = embedding(torch.tensor([reel.rule.end, reel.rule.start], device=device))
     return table_RE

@@ -1,0 +1,193 @@
+"""`lvctx vqa`: questions from everywhere, answers as they grow, models spread over devices."""
+
+import importlib.util
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mrope_models
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lvctx.artifacts.frames import read_frames
+from lvctx.cli.app import app
+from lvctx.cli.vqa import Ticker
+
+QUESTIONS = ["What is it?", "And where?", "Why do they ride?"]
+
+
+def vqa(*arguments: object, given: str = "", code: int = 0) -> tuple[list[dict[str, Any]], str]:
+    flags = ["vqa", *map(str, arguments), "--max-new-tokens", "5"]
+    done = CliRunner().invoke(app, flags, input=given, catch_exceptions=False)
+    assert done.exit_code == code, done.output
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+@pytest.fixture(scope="module")
+def vlm(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random VLM whose answers differ: weights ten times the usual."""
+    from transformers import CLIPVisionModel
+
+    from lvctx.model.load import load_model, load_tokenizer
+    from lvctx.model.vlm import assemble, save_vlm
+
+    out = tmp_path_factory.mktemp("vlm")
+    tokenizer, lm = load_tokenizer(tiny_lm), load_model(tiny_lm)
+    lm.config.max_position_embeddings = 2048
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in lm.model.layers.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    tower = CLIPVisionModel.from_pretrained(tiny_tower).eval()
+    save_vlm(assemble(lm, tower, tokenizer, where=tiny_lm, seed=0), tokenizer, tiny_tower, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def frames(vlm: Path, nano: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from lvctx.stages.encode import Encoder
+
+    encoder = Encoder.plan(str(vlm), frames=6, device="cpu")
+    return Path(encoder.encode(nano.clips / "bikes.mp4", tmp_path_factory.mktemp("frames"))["path"])
+
+
+@pytest.fixture(scope="module")
+def asked(vlm: Path, frames: Path) -> list[dict[str, Any]]:
+    return vqa(frames, "--model", vlm, *(part for q in QUESTIONS for part in ("--ask", q)))[0]
+
+
+@pytest.mark.nano
+def test_every_question_is_answered_and_every_frames_time_told(asked: list[dict[str, Any]], frames: Path) -> None:
+    assert [row["question"] for row in asked] == QUESTIONS
+    assert len({row["answer"] for row in asked}) > 1
+    pts = read_frames(frames).pts.tolist()
+    for row in asked:
+        assert (row["pts"], row["seconds"], row["frames"]) == (pts, [pts[0], pts[-1]], 6)
+
+
+@pytest.mark.nano
+def test_questions_on_lines(asked: list[dict[str, Any]], vlm: Path, frames: Path) -> None:
+    """Text or JSON, of which the other keys pass; each on its own, as if given by --ask, unless it is a chat."""
+    lines = [json.dumps({"id": 7, "question": QUESTIONS[1], "schema": "mine"}), "", QUESTIONS[2]]
+    given = "\n".join(lines) + "\n"
+    rows, _ = vqa(frames, "--model", vlm, "--ask", QUESTIONS[0], "--ask", "-", given=given)
+    assert [row.pop("id", None) for row in rows] == [None, 7, None]
+    assert rows == asked
+    chat, _ = vqa(frames, "--model", vlm, "--chat", "--ask", QUESTIONS[0], given=given)
+    assert [row.get("id") for row in chat] == [None, 7, None]
+    assert chat[0]["answer"] == asked[0]["answer"]
+    assert chat[1]["tokens"] > asked[1]["tokens"]
+    for bad in ("{", '{"text": 1}'):
+        assert "stdin:2" in vqa(frames, "--model", vlm, "--ask", "-", given=f"Hm?\n{bad}\n", code=3)[1]
+    assert "about one" in vqa(frames, frames, "--model", vlm, "--ask", "-", code=2)[1]
+
+
+@pytest.mark.nano
+def test_a_line_names_its_video_and_its_question(asked: list[dict[str, Any]], vlm: Path, frames: Path) -> None:
+    lines = [{"path": str(frames), "question": q, "id": i} for i, q in enumerate(QUESTIONS)]
+    given = "".join(json.dumps(line) + "\n" for line in [*lines, {"path": str(frames)}])
+    rows, said = vqa("-", "--model", vlm, given=given, code=4)
+    assert [(row["id"], row["answer"]) for row in rows[:3]] == [(i, row["answer"]) for i, row in enumerate(asked)]
+    assert "no question" in rows[3]["error"]
+    assert said.count("no question") == 1
+    over = [json.dumps(row) for row in rows[:1]]
+    again, _ = vqa("-", "--model", vlm, "--ask", QUESTIONS[1], given="\n".join(over))
+    assert again[0]["answer"] == asked[1]["answer"], "--ask wins over what an earlier answer brings along"
+
+
+@pytest.mark.nano
+def test_lines_about_one_video_share_its_frames(vlm: Path, frames: Path, tmp_path: Path) -> None:
+    from lvctx.stages.vqa import Watcher
+
+    watcher = Watcher(str(vlm), device="cpu")
+    copy = tmp_path / frames.name
+    shutil.copy(frames, copy)
+    run = []
+    for path in (copy, copy, frames, copy):
+        before = watcher.asker.reader.tokens_run
+        list(watcher.ask(path, QUESTIONS[:1], max_new_tokens=1))
+        run.append(watcher.asker.reader.tokens_run - before)
+    assert run[1] == 1
+    assert run[0] == run[2] == run[3] > 6 * 4
+    os.utime(copy, ns=(1, 1))
+    list(watcher.ask(copy, QUESTIONS[:1], max_new_tokens=1))
+    assert watcher.asker.reader.tokens_run == sum(run) + run[0], "a file that was written again is read again"
+
+
+@pytest.mark.nano
+def test_a_terminal_sees_the_answer_grow(asked: list[dict[str, Any]], vlm: Path, frames: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "lvctx", "vqa", frames, "--model", vlm, "--max-new-tokens", "5"]
+    for question in QUESTIONS[:2]:
+        command += ["--ask", question]
+    done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=120)
+    os.close(theirs)
+    seen = b""
+    try:
+        while part := os.read(ours, 4096):
+            seen += part
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(ours)
+    assert [json.loads(line)["answer"] for line in done.stdout.splitlines()] == [row["answer"] for row in asked[:2]]
+    shown = seen.decode().replace("\r\n", "\n")
+    assert shown.endswith("".join(row["answer"] + "\n" for row in asked[:2]))
+
+
+def test_only_what_is_new_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    ticker, parts = Ticker(live=True), []
+    for text in ("The", "The caf\ufffd", "The café", "The café is"):
+        ticker.show(text)
+        parts.append(capsys.readouterr().err)
+    ticker.end()
+    ticker.end()
+    assert [*parts, capsys.readouterr().err] == ["The", " caf", "é", " is", "\n"]
+    Ticker(live=False).show("The")
+    assert capsys.readouterr().err == ""
+
+
+# --- models spread over devices
+
+
+@pytest.mark.nano
+@pytest.mark.parametrize("spread", ["auto", "one", "disk"])
+def test_a_model_spread_by_accelerate_answers_the_same(
+    spread: str, asked: list[dict[str, Any]], vlm: Path, frames: Path, tmp_path: Path
+) -> None:
+    """`disk`: of most modules the weights are brought from the file whenever they are called."""
+    pytest.importorskip("accelerate")
+    parts = ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head")
+    maps = {"one": {"": "cpu"}, "disk": {"model.image_newline": "cpu"} | dict.fromkeys(parts, "disk")}
+    if spread != "auto":
+        (tmp_path / "map.json").write_text(json.dumps(maps[spread]))
+    flags = [part for q in QUESTIONS for part in ("--ask", q)]
+    given = spread if spread == "auto" else tmp_path / "map.json"
+    assert vqa(frames, "--model", vlm, "--device-map", given, *flags)[0] == asked
+
+
+@pytest.mark.nano
+def test_a_qwen_model_spread_by_accelerate_answers_the_same(nano: Any, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    mrope_models.save("qwen2_vl", tmp_path / "vlm")
+    spread = {"model.visual": "disk", "model.language_model": "disk", "lm_head": "cpu"}
+    (tmp_path / "map.json").write_text(json.dumps(spread))
+    ask = (nano.clips / "bikes.mp4", "--model", tmp_path / "vlm", "--ask", "What?", "--fps", 1, "--hybrid", "1,8,1")
+    assert vqa(*ask, "--device-map", tmp_path / "map.json")[0] == vqa(*ask)[0]
+
+
+def test_device_maps_that_are_none(vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = ("x.frames.safetensors", "--model", vlm, "--ask", "What?", "--device-map")
+    assert "is no file" in vqa(*ask, "everywhere", code=2)[1]
+    assert "one process" in vqa(*ask, "auto", "--cp", 2, code=2)[1]
+    (tmp_path / "list.json").write_text("[1]")
+    assert "not an object" in vqa(*ask, tmp_path / "list.json", code=3)[1]
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    assert importlib.util.find_spec("accelerate") is None
+    assert "pip install accelerate" in vqa(*ask, "auto", code=5)[1]
