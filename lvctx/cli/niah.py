@@ -126,7 +126,7 @@ def niah(
     score: Annotated[
         Scoring | None,
         typer.Option(
-            help="Teacher forcing, greedy generation, or both. [default: forced; generate for lists and when]"
+            help="Teacher forcing, greedy generation, or both.", show_default="forced; generate for lists and when"
         ),
     ] = None,
     training_length: Annotated[
@@ -141,13 +141,14 @@ def niah(
     threshold: ThresholdOption = 0.9,
     fps: Annotated[
         float | None,
-        typer.Option(help="Frames a second of a video file. [default: 1]", min=0.001, rich_help_panel=QwenOptions),
+        typer.Option(help="Frames a second of a video file.", min=0.001, rich_help_panel=QwenOptions, show_default="1"),
     ] = None,
     hybrid: Annotated[
         str | None,
         typer.Option(
             metavar="L,M,S",
-            help="Of every L frames one of M tokens, the others of M/S. [default: 1,240,1]",
+            help="Of every L frames one of M tokens, the others of M/S.",
+            show_default="1,240,1",
             rich_help_panel=QwenOptions,
         ),
     ] = None,
