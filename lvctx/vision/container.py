@@ -31,7 +31,7 @@ def check_whole(path: Path) -> None:
             end = _end_of_transport_stream(head, size)
     if end > size:
         raise InputError(
-            f"the video is cut short at {size:,} bytes", where=path, fix="get it again, or --allow-partial"
+            f"the video is cut short at {size:,} bytes", where=path, fix="get it again, or encode-video --allow-partial"
         )
 
 

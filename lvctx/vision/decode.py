@@ -192,7 +192,7 @@ def _read(job: "_Job", facts: dict[str, Any], tally: Tally) -> Iterator[Frame]:
 
 def _refuse_damage(job: "_Job", damaged: int, frames: int) -> None:
     if damaged > CORRUPT_LIMIT * frames and not job.allow_partial:
-        fix = "get the video again, or --allow-partial to take what there is"
+        fix = "get the video again, or encode-video --allow-partial takes what there is"
         raise InputError(f"{damaged} of {frames} decoded frames are damaged or missing", where=job.path, fix=fix)
 
 
