@@ -1,7 +1,7 @@
-# make setup | demo | transfer | test | test-slow | test-gpu | test-lmms | lint | tower | nano-start
+# make setup | demo | transfer | transfer-text | test | test-slow | test-gpu | test-lmms | lint | tower | nano-start
 PYTHON ?= python3
 
-.PHONY: setup fetch demo test test-slow test-gpu test-lmms lint tower nano-start transfer clean
+.PHONY: setup fetch demo test test-slow test-gpu test-lmms lint tower nano-start transfer transfer-text text-start clean
 
 setup: .venv/.ready
 
@@ -20,6 +20,9 @@ demo: setup           # the whole pipeline at nano scale
 
 transfer: setup       # long context transfer, measured: about 40 minutes on two cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile transfer
+
+transfer-text: setup  # the same for text needles, before and after training on text
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile transfer-text
 
 test: fetch           # everything but the slow proofs, a file a process; then what measures time, with nothing beside it
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
@@ -49,6 +52,9 @@ tower: fetch          # train the nano tower again from nothing (about 20 minute
 
 nano-start: setup     # train again from nothing what the demo's alignment starts from (about 20 minutes)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile nano-start
+
+text-start: setup     # train again from nothing what transfer-text starts from (about an hour)
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile text-start
 
 clean:
 	rm -rf runs
