@@ -1,4 +1,4 @@
-"""Adapters: what an alignment with LoRA trained, a few MB from which another alignment can start.
+"""Adapters: what a training with LoRA trained, a few MB from which another alignment can start.
 
 A file holds a projector, a LoRA, or both: `projector.*` and `lora.*`.
 """
@@ -20,8 +20,8 @@ ADAPTER = "adapter.safetensors"
 def save_adapter(target: Path, vlm: Any, wrapped: Any, provenance: Provenance) -> None:
     """Write the LoRA, and the projector where it was trained, in bfloat16."""
     parts = {"lora": lora_state(wrapped)}
-    projector = vlm.model.multi_modal_projector
-    if any(p.requires_grad for p in projector.parameters()):
+    projector = getattr(vlm.model, "multi_modal_projector", None)
+    if projector is not None and any(p.requires_grad for p in projector.parameters()):
         parts["projector"] = projector.state_dict()
     tensors = {f"{part}.{name}": t.bfloat16() for part, state in parts.items() for name, t in state.items()}
     save_tensors(target, tensors, provenance.to_metadata())

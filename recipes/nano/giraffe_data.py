@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 from draw_data import COLOR_NAMES, QUESTION
-from PIL import Image
 from photos import load_photos
+from PIL import Image
 
 from lvctx.vision.draw import SHAPES, draw_grids
 
@@ -94,7 +94,9 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--short", type=int, default=160, help="conversations")
     parser.add_argument("--long", type=int, default=200, help="conversations")
-    parser.add_argument("--photos", type=Path, nargs="*", default=[], help="images, folders, clips to cut pictures from")
+    parser.add_argument(
+        "--photos", type=Path, nargs="*", default=[], help="images, folders, clips to cut pictures from"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
@@ -106,7 +108,10 @@ def main() -> None:
             records = pool.map(draw_sample, jobs, chunksize=8)
             lines = "".join(json.dumps(record) + "\n" for record in records)
             (args.output / f"{kind}.jsonl").write_text(lines)
-            print(f"{kind}: {sum(len(r['images']) for r in records)} pictures, {time.monotonic() - start:.0f} s", flush=True)
+            print(
+                f"{kind}: {sum(len(r['images']) for r in records)} pictures, {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -187,10 +187,13 @@ def main() -> None:
 
     def check() -> None:
         for size in SIZES:
-            small = [torch.cat(column) for column in zip(
-                *(resize(p, c, size) for p, c in zip(tested[0].split(500), tested[2].split(500), strict=True)),
-                strict=True,
-            )]
+            small = [
+                torch.cat(column)
+                for column in zip(
+                    *(resize(p, c, size) for p, c in zip(tested[0].split(500), tested[2].split(500), strict=True)),
+                    strict=True,
+                )
+            ]
             print(f"held out, {size} px " + json.dumps(evaluate(seer, [small[0], tested[1], small[1]])), flush=True)
 
     fit(seer, tower.blocks, batch, check, steps=args.steps, lr=args.lr)

@@ -89,7 +89,8 @@ def build(lm: str, *, theta: float | None = None, context: int | None = None) ->
     like = [tokenizer.encode(word, add_special_tokens=False)[0] for word in DELIMITERS.values()]
     state["embed_tokens.weight"] = torch.cat([table_VE, table_VE[like], table_VE.mean(0).expand(len(PADS), -1)])
     missing, unexpected = vlm.model.language_model.load_state_dict(state, strict=False)
-    assert not unexpected and all(name.endswith("bias") for name in missing)
+    assert not unexpected
+    assert all(name.endswith("bias") for name in missing)
     for name, parameter in vlm.model.language_model.named_parameters():
         if name.endswith("bias"):
             parameter.data.zero_()
