@@ -23,8 +23,8 @@ from PIL import Image
 
 from lvctx.vision.draw import SHAPES, draw_grids
 
-LARGE = 112
-COST = {56: 6, 84: 11, 112: 18}
+LARGE = 96
+COST = {48: 6, 72: 11, 96: 18}
 """Side of a picture, pixels -> its tokens, with the delimiters."""
 BUDGET = {"short": (90, 300), "long": (260, 620)}
 """Least and most tokens of a conversation's pictures."""
@@ -36,12 +36,13 @@ def choose_sizes(rng: np.random.Generator, least: int, most: int) -> list[int]:
     """Sides of a conversation's pictures: half are small throughout, others of one size, or one in four is large."""
     style = rng.random()
     if style < 0.5:
-        pattern = [56]
+        pattern = [48]
     elif style < 0.75:
-        pattern = [int(rng.choice([84, 112]))]
+        pattern = [int(rng.choice([72, 96]))]
     else:
-        pattern = [112, 56, 56, 56]
-    budget, sizes = rng.uniform(least, most), []
+        pattern = [96, 48, 48, 48]
+    budget = rng.uniform(least, most)
+    sizes: list[int] = []
     while sum(COST[size] for size in sizes) < budget or len(sizes) < len(SHAPES):
         sizes.append(pattern[len(sizes) % len(pattern)])
     return sizes

@@ -1,10 +1,11 @@
-"""Train the eyes of the nano Qwen2-VL from nothing: its tower on drawn shapes, then its merger towards words.
+"""Train the eyes of the nano Qwen2-VL: its tower on drawn shapes, then its merger towards words.
 
-The tower learns as the CLIP-architecture one of `train_tower.py` does, from pictures of three sizes: 4, 9 and 16 visual
-tokens. Then each visual token of a picture is pulled towards the sum of the language model's embeddings of its colour
-and its shape, as `warm_projector.py` does.
+The tower begins with the layers of the CLIP-architecture one that `train_tower.py` trained from nothing (`make tower`)
+and learns as that did, now with rotary positions and from pictures of three sizes: 4, 9 and 16 visual tokens. Then each
+visual token of a picture is pulled towards the sum of the language model's embeddings of its colour and its shape, as
+`warm_projector.py` does.
 
-    python recipes/nano/giraffe_eyes.py --lm .cache/nano/lm --photos .cache/nano/photos -o eyes.safetensors
+    python recipes/nano/giraffe_eyes.py --lm LM --tower recipes/nano/tower --photos CLIP... -o eyes.safetensors
 
 Suffixes: B pictures, P patches, C channels of a patch, D tower width, T visual tokens, E language-model width.
 """
@@ -19,10 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from draw_data import COLOR_NAMES
-from giraffe_model import VISION
+from giraffe_model import PATCH, VISION
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from train_tower import MEAN, STD, Batch, Seer, augment, draw_many, evaluate, fit
+from transformers import CLIPVisionModel
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VisionTransformerPretrainedModel,
@@ -32,8 +34,8 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
 from lvctx.model.load import load_model, load_tokenizer, resolve_model
 from lvctx.vision.draw import SHAPES
 
-PATCH, MERGE = int(VISION["patch_size"]), 2
-SIZES = {56: 192, 84: 96, 112: 64}
+MERGE = 2
+SIZES = {48: 128, 72: 64, 96: 48}
 """Side of a picture, pixels -> pictures of a batch: about as many patches each time."""
 LARGEST = max(SIZES)
 WORDS_STEPS, WORDS_BATCH, WORDS_LR = 600, 64, 2e-3
@@ -108,6 +110,25 @@ class QwenSeer(Seer):
         return self.picture_head(patches_BPD).float(), self.patch_head(patches_BPD).float()
 
 
+@torch.no_grad()
+def take_layers(tower: Any, start: Path) -> None:
+    """Begin with the layers of a CLIPVisionModel up to hidden layer -2, without its positions and its class token."""
+    clip = CLIPVisionModel.from_pretrained(start, dtype=torch.float32)
+    patch = clip.embeddings.patch_embedding.weight[:, :, None].expand(-1, -1, 2, -1, -1)
+    # A normalisation follows there that Qwen2-VL lacks: about its scale, halved as a picture is given twice.
+    tower.patch_embed.proj.weight.copy_(patch / patch.flatten(1).norm(dim=1).mean() / 2**0.5)
+    for block, layer in zip(tower.blocks, clip.encoder.layers[:-1], strict=True):
+        attention = layer.self_attn
+        for name in ("weight", "bias"):
+            parts = [getattr(part, name) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
+            getattr(block.attn.qkv, name).copy_(torch.cat(parts))
+            getattr(block.attn.proj, name).copy_(getattr(attention.out_proj, name))
+            getattr(block.norm1, name).copy_(getattr(layer.layer_norm1, name))
+            getattr(block.norm2, name).copy_(getattr(layer.layer_norm2, name))
+            getattr(block.mlp.fc1, name).copy_(getattr(layer.mlp.fc1, name))
+            getattr(block.mlp.fc2, name).copy_(getattr(layer.mlp.fc2, name))
+
+
 def words_table(lm: str) -> tuple[Tensor, Tensor]:
     """Embeddings (shapes + 1, E) and (colours + 1, E); where nothing is shown the two sum to that of "nothing"."""
     tokenizer, model = load_tokenizer(lm), load_model(resolve_model(lm), dtype=torch.float32)
@@ -159,6 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--lm", required=True, help="language model: its input embeddings are the merger's targets")
+    parser.add_argument("--tower", type=Path, required=True, help="CLIP-architecture tower of train_tower.py")
     parser.add_argument("--photos", type=Path, nargs="*", default=[], help="images, folders, clips to draw on")
     parser.add_argument("--pictures", type=int, default=48_000, help="distinct training pictures")
     parser.add_argument("--steps", type=int, default=4200)
@@ -176,6 +198,7 @@ def main() -> None:
     width = load_model(resolve_model(args.lm)).config.hidden_size
     tower = Qwen2VisionTransformerPretrainedModel(Qwen2VLVisionConfig(**VISION, hidden_size=width))
     tower.merger.requires_grad_(False)
+    take_layers(tower, args.tower)
     seer = QwenSeer(tower)
 
     def batch(step: int) -> Batch:

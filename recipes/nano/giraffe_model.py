@@ -23,8 +23,12 @@ from lvctx.model.lora import ATTENTION, add_lora, load_lora_state, merge_lora
 DELIMITERS = {"<|vision_start|>": " [", "<|vision_end|>": "]"}
 """Tokens around an image, and the words whose embeddings they begin with."""
 PADS = ("<|image_pad|>", "<|video_pad|>")
-VISION = {"depth": 5, "embed_dim": 160, "num_heads": 2, "mlp_ratio": 4, "patch_size": 14, "hidden_act": "quick_gelu"}
-PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+PATCH = 12
+SIDE = 2 * PATCH
+"""Pixels of a visual token's side."""
+VISION = {"depth": 5, "embed_dim": 192, "num_heads": 3, "mlp_ratio": 4, "patch_size": PATCH, "hidden_act": "quick_gelu"}
+"""As `tower`, whose layers the eyes begin with."""
+PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "min_pixels": 4 * SIDE**2}
 TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message.role != 'system' %}"
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message.role }}\n"
@@ -37,8 +41,8 @@ TEMPLATE = (
 
 
 def processor() -> Any:
-    """Images of 56 pixels a side are 4 tokens, of 112 pixels 16."""
-    return Qwen2VLImageProcessorPil(patch_size=VISION["patch_size"], **PIXELS)
+    """Images of 48 pixels a side are 4 tokens, of 96 pixels 16."""
+    return Qwen2VLImageProcessorPil(patch_size=PATCH, **PIXELS)
 
 
 def build(lm: str, *, theta: float | None = None, context: int | None = None) -> tuple[Any, Any]:
