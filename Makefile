@@ -1,7 +1,7 @@
-# make setup | demo | transfer | test | test-slow | test-gpu | test-lmms | lint | tower | nano-start
+# make setup | demo | transfer | giraffe-nano | test | test-slow | test-gpu | test-lmms | lint | tower | nano-start | giraffe-nano-train
 PYTHON ?= python3
 
-.PHONY: setup fetch demo test test-slow test-gpu test-lmms lint tower nano-start transfer clean
+.PHONY: setup fetch demo test test-slow test-gpu test-lmms lint tower nano-start transfer giraffe-nano giraffe-nano-train clean
 
 setup: .venv/.ready
 
@@ -20,6 +20,9 @@ demo: setup           # the whole pipeline at nano scale
 
 transfer: setup       # long context transfer, measured: about 40 minutes on two cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile transfer
+
+giraffe-nano: setup   # M-RoPE++ and hybrid resolution, measured: about 20 minutes on two cores
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile giraffe-nano
 
 test: fetch           # everything but the slow proofs
 	.venv/bin/python -m pytest -m 'not slow and not gpu and not lmms'
@@ -46,6 +49,9 @@ tower: fetch          # train the nano tower again from nothing (about 20 minute
 
 nano-start: setup     # train again from nothing what the demo's alignment starts from (about 20 minutes)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile nano-start
+
+giraffe-nano-train: setup # train again what make giraffe-nano looks with (about 40 minutes)
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile giraffe-nano-train
 
 clean:
 	rm -rf runs
