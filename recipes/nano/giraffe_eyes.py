@@ -142,35 +142,42 @@ def words_table(lm: str) -> tuple[Tensor, Tensor]:
     return torch.stack([*shapes, nothing]), torch.stack([*colors, torch.zeros_like(nothing)])
 
 
-def teach_words(tower: Any, pictures: Tensor, covered: Tensor, labels: Tensor, lm: str, held_out: int) -> None:
-    """Train the merger; says how often the nearest word is the right one."""
+@torch.no_grad()
+def features(tower: Any, pictures: Tensor, covered: Tensor, size: int) -> Tensor:
+    """What the tower makes of pictures at a size: (B, P, D)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        small = resize(pictures, covered, size)[0].split(250)
+        return torch.cat([look(tower, cut((part.float() / 255 - MEAN) / STD)) for part in small])
+
+
+def teach_words(tower: Any, taught: list[Tensor], tested: list[Tensor], lm: str) -> None:
+    """Train the merger on some pictures; says how often the nearest word is the right one for others."""
     shapes, colors = words_table(lm)
+    pictures, labels, covered = taught
     targets_BE = shapes[labels[:, 0]] + colors[labels[:, 1]]
-    features = {}
-    for size in SIZES:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            small = resize(pictures, covered, size)[0].split(250)
-            features[size] = torch.cat([look(tower, cut((part.float() / 255 - MEAN) / STD)) for part in small])
+    seen = {size: features(tower, pictures, covered, size) for size in SIZES}
     optimizer = torch.optim.AdamW(tower.merger.parameters())
     for step in range(WORDS_STEPS):
         for group in optimizer.param_groups:
             group["lr"] = WORDS_LR * min(1, (step + 1) / 30) * (1 - step / WORDS_STEPS)
         loss = torch.zeros(())
         for size in SIZES:
-            pick = torch.randint(0, len(pictures) - held_out, (WORDS_BATCH,))
-            out_BTE = tower.merger(features[size][pick].float()).unflatten(0, (WORDS_BATCH, -1))
+            pick = torch.randint(0, len(pictures), (WORDS_BATCH,))
+            out_BTE = tower.merger(seen[size][pick].float()).unflatten(0, (WORDS_BATCH, -1))
             loss = loss + F.mse_loss(out_BTE, targets_BE[pick][:, None].expand_as(out_BTE)) / targets_BE.var()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    shown = labels[-held_out:, 0] < len(SHAPES)
+    pictures, labels, covered = tested
+    shown = labels[:, 0] < len(SHAPES)
     for size in SIZES:
         with torch.no_grad():
-            seen_BE = tower.merger(features[size][-held_out:].float()).unflatten(0, (held_out, -1)).mean(1)[shown]
+            patches_BPD = features(tower, pictures[shown], covered[shown], size).float()
+            seen_BE = tower.merger(patches_BPD).unflatten(0, (len(patches_BPD), -1)).mean(1)
         said = []
         for column, name, table in ((0, "shape", shapes), (1, "colour", colors)):
             words = F.normalize(table[:-1], dim=-1)
-            right = (F.normalize(seen_BE, dim=-1) @ words.T).argmax(1) == labels[-held_out:, column][shown]
+            right = (F.normalize(seen_BE, dim=-1) @ words.T).argmax(1) == labels[shown, column]
             said.append(f"{name} {right.float().mean():.3f}")
         print(f"held out, nearest word, {size} px: {', '.join(said)} of {int(shown.sum())}", flush=True)
 
@@ -182,8 +189,8 @@ def main() -> None:
     parser.add_argument("--lm", required=True, help="language model: its input embeddings are the merger's targets")
     parser.add_argument("--tower", type=Path, required=True, help="CLIP-architecture tower of train_tower.py")
     parser.add_argument("--photos", type=Path, nargs="*", default=[], help="images, folders, clips to draw on")
-    parser.add_argument("--pictures", type=int, default=48_000, help="distinct training pictures")
-    parser.add_argument("--steps", type=int, default=4200)
+    parser.add_argument("--pictures", type=int, default=20_000, help="distinct training pictures")
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
@@ -223,8 +230,7 @@ def main() -> None:
     check()
     tower.requires_grad_(False).eval()
     tower.merger.requires_grad_(True)
-    few = slice(0, 6000)
-    teach_words(tower, pictures[few], covered[few], labels[few], args.lm, held_out=min(500, args.pictures // 2))
+    teach_words(tower, [column[:6000] for column in (pictures, labels, covered)], tested, args.lm)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.bfloat16().contiguous() for name, tensor in tower.state_dict().items()}, str(args.out))
 
