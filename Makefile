@@ -21,7 +21,7 @@ demo: setup           # the whole pipeline at nano scale
 transfer: setup       # long context transfer, measured: about 40 minutes on two cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile transfer
 
-giraffe-nano: setup   # M-RoPE++ and hybrid resolution, measured: about 20 minutes on two cores
+giraffe-nano: setup   # M-RoPE++ and hybrid resolution, measured: about 20 minutes on two busy cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile giraffe-nano
 
 test: fetch           # everything but the slow proofs
@@ -50,7 +50,7 @@ tower: fetch          # train the nano tower again from nothing (about 20 minute
 nano-start: setup     # train again from nothing what the demo's alignment starts from (about 20 minutes)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile nano-start
 
-giraffe-nano-train: setup # train again what make giraffe-nano looks with (about 40 minutes)
+giraffe-nano-train: setup # train again what make giraffe-nano looks with (45 minutes)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile giraffe-nano-train
 
 clean:
