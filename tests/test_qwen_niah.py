@@ -20,7 +20,7 @@ from lvctx.bench.prefix import PrefixScorer, walk_order
 from lvctx.bench.qwen_eyes import QwenEyes
 from lvctx.bench.video_niah import Needle, VideoNiah
 from lvctx.model.vlm import chat_ids
-from lvctx.positions.mrope_ids import Rules, Text, positions
+from lvctx.positions.mrope_ids import Rules, Text, positions, positions_of_ids
 from lvctx.vision.film import pixels, shoot
 from lvctx.vision.hybrid import Hybrid
 
@@ -122,6 +122,42 @@ def test_grid_equals_plain_forwards(
     assert len(probabilities) > len(cells) // 2
     assert walker.tokens_run == tree_size(sequences)
     assert walker.tokens_run < 0.75 * alone.tokens_run
+
+
+@pytest.mark.parametrize("natural", [True, False])
+def test_pictures_apart_equal_a_plain_forward(
+    natural: bool, saved: dict[str, Path], hay: tuple[Path, list[np.ndarray]]
+) -> None:
+    """The other way: stock prompt of an image after the other, each through the model's own processor."""
+    folder, shots = hay
+    tokenizer, model = mrope_models.tokenizer(), opinionated("qwen2_vl")
+    hybrid = None if natural else Hybrid(tokens=8)
+    eyes = open_eyes(
+        saved["qwen2_vl"], name="m", tokenizer=tokenizer, files=[folder], fps=None, hybrid=hybrid, apart=True
+    )
+    assert isinstance(eyes, QwenEyes)
+    assert len(eyes.seconds) == 13  # an odd last one is a picture like the others
+    picture = np.random.default_rng(1).integers(0, 256, (90, 150, 3), dtype=np.uint8)
+    needle = Needle(image=Image.fromarray(picture), question="What?", answer="ab", subject="")
+    test = VideoNiah(tokenizer, [needle], layout=eyes.layout(13, 1), frames=13, chance=None, nested=True)
+    laid_out = [(cell, *test.sequence(cell)) for cell in test.cells([3, 7], [0, 0.5, 1], 1)]
+    walker = PrefixScorer(model, eyes.table(model, 13, [needle.image]), chunk=29, positions=eyes.positions)
+    size = (140, 84) if natural else (84, 56)  # by hand: 150 x 90 to multiples of 28; the largest of at most 8 tokens
+    tokens = size[0] * size[1] // 28**2
+    for cell, ids, answer in laid_out:
+        shown = [Image.fromarray(shot) for shot in shots[: cell.length]]
+        shown.insert(cell.position, needle.image)
+        own = eyes.processor(
+            images=[image.resize(size, resample=BICUBIC) for image in shown], do_resize=False, return_tensors="pt"
+        )
+        before, after = chat_ids(tokenizer, cell.question, mark="<|video_pad|>")
+        start, pad, end = tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"])
+        whole = [*before, *([start, *[pad] * tokens, end] * len(shown)), *after, *tokenizer.encode(cell.answer)]
+        found, _ = positions_of_ids(whole, Rules.of(model.config), images=own["image_grid_thw"].tolist())
+        assert torch.equal(eyes.positions(ids, 0)[:, 0], found)
+        with torch.inference_mode():
+            logits = forward(model, Prompt(ids=whole, positions=found, pixels=dict(own))).logits[0]
+        assert_same(walker.score(ids, answer), plain(logits, np.array(whole), answer))
 
 
 def test_writing_goes_on_after_the_films_time(saved: dict[str, Path], hay: tuple[Path, list[np.ndarray]]) -> None:

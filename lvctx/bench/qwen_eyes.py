@@ -4,12 +4,16 @@ The film with its needle is read as `vqa` reads a film: sampled at a rate, sized
 counted with the needle in it. Where two frames are merged a needle is shown for both, so that it has a grid to itself.
 A frame's time is its number in that film over the rate.
 
+Apart, every frame is an image by itself, of the size the model wants: delimiters around each, and positions that go on
+by its height or width (Visual Haystacks; GIRAFFE section 3.1). So positions grow much faster than in a film.
+
 Shapes: E width of the language model, R rows of the table.
 """
 
 import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ from lvctx.vision.hybrid import Hybrid
 from lvctx.vision.images import image_size, open_image
 from lvctx.vision.reel import Grid, Reel, empty_table, see
 from lvctx.vision.rules import qwen_rule
+from lvctx.vision.tokens import Block
 
 PICTURES = (".png", ".jpg", ".jpeg")
 """What is taken from a folder, in the order of names; `lvctx niah haystack` writes such."""
@@ -37,25 +42,38 @@ PICTURES = (".png", ".jpg", ".jpeg")
 class QwenEyes:
     """A Qwen-VL model's tower, and video files or folders of pictures."""
 
-    def __init__(self, path: Path, *, tokenizer: Any, files: Sequence[Path], fps: float, hybrid: Hybrid) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        tokenizer: Any,
+        files: Sequence[Path],
+        fps: float,
+        hybrid: Hybrid | None,
+        apart: bool = False,
+    ) -> None:
         """See `open_eyes`; nothing is decoded but the first frame of each file."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+        self.apart, self.natural = apart, apart and hybrid is None
+        hybrid = hybrid or Hybrid()
+        if apart and not self.natural:
+            hybrid = replace(hybrid, mode="image")
         if hybrid.mode == "literal" and not hybrid.uniform:
             raise UsageError("--hybrid-mode literal merges a needle with its neighbours", fix="pair, or image")
         check_reachable(hybrid)
         self.files, self.fps, self.hybrid = tuple(files), fps, hybrid
         self.rule = rule = qwen_rule(path, tokenizer, hybrid)
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        self.unit = 1 if hybrid.mode == "image" else rule.merge
+        self.unit = 1 if apart or hybrid.mode == "image" else rule.merge
         self.mark, config = rule.mark("video"), load_config(path)
         counted = [_count(file, fps) for file in self.files]
         width, height, _ = counted[0]
         self.size = (width, height)
         """Of the source's frames, in pixels."""
-        sizes = {tuple(block.grid[1:]) for block in rule.video(width, height, 2 * rule.merge)}
+        sizes = {block.grid[1:] for block in self._blocks(width, height, 2 * rule.merge)}
         for file, (across, down, _) in zip(self.files, counted, strict=True):
-            if {tuple(block.grid[1:]) for block in rule.video(across, down, 2 * rule.merge)} != sizes:
+            if {block.grid[1:] for block in self._blocks(across, down, 2 * rule.merge)} != sizes:
                 raise InputError(
                     f"{across} x {down} pixels beside {width} x {height}", where=file, fix="give one shape"
                 )
@@ -79,6 +97,11 @@ class QwenEyes:
             "tokens_per_second": seconds,
             "source_size": [width, height],
         }
+        if apart:
+            self.facts |= {"apart": True, "natural_size": self.natural}
+
+    def _blocks(self, width: int, height: int, pictures: int) -> list[Block]:
+        return self.rule.image(width, height) * pictures if self.natural else self.rule.video(width, height, pictures)
 
     def layout(self, frames: int, inserted: int) -> Layout:
         """See `Eyes.layout`: there is no bound."""
@@ -86,7 +109,13 @@ class QwenEyes:
 
     def ids(self, pictures: np.ndarray) -> np.ndarray:
         """See `Layout`."""
-        return self.reel.ids(pictures.tolist(), self.rule.video(*self.size, len(pictures)))
+        blocks = self._blocks(*self.size, len(pictures))
+        if not self.apart:
+            return self.reel.ids(pictures.tolist(), blocks)
+        # A needle has the size of the picture whose place it takes, as in a film.
+        return np.concatenate(
+            [self.reel.ids([number], [block]) for number, block in zip(pictures.tolist(), blocks, strict=True)]
+        )
 
     def table(self, model: Any, frames: int, images: Sequence[Image.Image]) -> torch.Tensor:
         """See `Eyes.table`: the grids of all sequences that were laid out. Frames are decoded once and not kept."""

@@ -155,6 +155,10 @@ def niah(
     hybrid_mode: Annotated[
         HybridMode, typer.Option(help="Groups of merged pairs, or of images.", rich_help_panel=QwenOptions)
     ] = HybridMode.pair,
+    apart: Annotated[
+        bool,
+        typer.Option("--apart", help="Pictures apart, as in Visual Haystacks: no film.", rich_help_panel=QwenOptions),
+    ] = False,
     chunk: Annotated[int, typer.Option(help="Tokens of one forward (memory).", min=1)] = 2048,
     reuse: Annotated[bool, typer.Option(help="Compute what cells share once.")] = True,
     kv: Annotated[
@@ -219,6 +223,7 @@ def niah(
         kept=kv.value,
         fps=fps,
         hybrid=resolution(hybrid, hybrid_mode.value),
+        apart=apart,
     )
     tried = [("theta", theta) for theta in (numbers("--rope-theta", rope_theta) if rope_theta else [])]
     for one in rope.split(",") if rope else []:

@@ -1,7 +1,7 @@
 """Train a stretched Qwen-VL model on long chat rows: its language model alone, by LoRA or whole (GIRAFFE, appendix E).
 
 The tower, the merger behind it and with LoRA the embeddings are frozen. What is written is what `mrope-extend` writes
-without training, except for the weights.
+without training, except for the weights, and beside them the LoRA by itself.
 
 Shapes: L tokens of a row, E width of the language model.
 """
@@ -27,6 +27,7 @@ from lvctx.dist.ring import Ring
 from lvctx.dist.shard import gather_into, shard_model, take_part
 from lvctx.dist.zigzag import shard
 from lvctx.errors import InputError, UsageError
+from lvctx.model.adapter import ADAPTER, save_adapter
 from lvctx.model.load import load_config, load_model, load_tokenizer
 from lvctx.model.lora import ATTENTION, add_lora, merge_lora
 from lvctx.model.loss import IGNORED, token_loss
@@ -260,7 +261,7 @@ def run_training(
 
 
 def _save_weights(vlm: Any, out: Path) -> list[str]:
-    """Write the weights alone, under the checkpoint's own names; the names of the files."""
+    """Write the weights alone, under the checkpoint's own names; the names of all files of weights."""
     whole = out / ".weights"
     shutil.rmtree(whole, ignore_errors=True)
     vlm.to(vlm.config.dtype or torch.bfloat16).save_pretrained(whole)
@@ -268,7 +269,7 @@ def _save_weights(vlm: Any, out: Path) -> list[str]:
     for name in names:
         (whole / name).replace(out / name)
     shutil.rmtree(whole)
-    return names
+    return [*names, ADAPTER] if (out / ADAPTER).is_file() else names
 
 
 def load_stretched(plan: Plan, device: str) -> Any:
@@ -342,6 +343,8 @@ def _train(
         gather_into(twin, vlm)
         vlm = twin
     if wrapped is not None:
+        if world.rank == 0:
+            save_adapter(out / ADAPTER, vlm, wrapped, plan.provenance)
         vlm.model.language_model = merge_lora(wrapped)
     return vlm
 

@@ -85,6 +85,8 @@ class NiahConfig:
     """Frames a second of a video file; None is 1, as V-NIAH's."""
     hybrid: Hybrid | None = None
     """Resolution of a video file's frames; None is uniform."""
+    apart: bool = False
+    """Every frame is a picture by itself, as in Visual Haystacks, instead of all being one film (Qwen-VL)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +187,7 @@ def plan_niah(config: NiahConfig) -> Plan:
             files=config.haystack,
             fps=config.fps,
             hybrid=config.hybrid,
+            apart=config.apart,
         )
         video = test = _video_test(config, eyes, tokenizer)
         layout = video.layout.facts

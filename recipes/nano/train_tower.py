@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from multiprocessing import Pool
 from pathlib import Path
 
@@ -114,10 +115,10 @@ def losses(
     return loss, torch.stack(right, 1)
 
 
-def make_optimizers(seer: Seer, lr: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(seer: nn.Module, layers: nn.ModuleList, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for the rest: in 200 steps further than AdamW alone."""
     trained = [p for p in seer.parameters() if p.requires_grad]
-    matrices = [p for p in seer.tower.encoder.layers.parameters() if p.requires_grad and p.ndim == 2]
+    matrices = [p for p in layers.parameters() if p.requires_grad and p.ndim == 2]
     inner = {id(p) for p in matrices}
     decayed = [p for p in trained if p.ndim > 1 and id(p) not in inner]
     plain = [p for p in trained if p.ndim < 2]
@@ -130,6 +131,46 @@ def make_optimizers(seer: Seer, lr: float) -> list[torch.optim.Optimizer]:
             fused=True,
         ),
     ]
+
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def fit(
+    seer: nn.Module,
+    layers: nn.ModuleList,
+    batch: Callable[[int], Batch],
+    check: Callable[[], None],
+    *,
+    steps: int,
+    lr: float,
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]] = losses,
+) -> None:
+    """Train on what `batch(step)` gives: pixels, labels, covered patches. `check` is called every 300 steps."""
+    optimizers = make_optimizers(seer, layers, lr)
+    warmup = max(1, steps // 20)
+
+    def factor(i: int) -> float:
+        return min((i + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, i - warmup) / (steps - warmup))))
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
+    start = time.monotonic()
+    for step in range(1, steps + 1):
+        given = batch(step)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, right = forward(seer, *given)
+        loss.backward()
+        nn.utils.clip_grad_norm_(seer.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        seer.zero_grad(set_to_none=True)
+        if step % 50 == 0 or step == steps:
+            shape, color = right.float().mean(0).tolist()
+            seconds = time.monotonic() - start
+            print(f"step {step} loss {loss:.3f} shape {shape:.3f} color {color:.3f} {seconds:.0f} s", flush=True)
+        if step % 300 == 0:
+            check()
 
 
 @torch.no_grad()
@@ -220,36 +261,21 @@ def main() -> None:
     seer.train()
     forward = torch.compile(losses) if args.compile else losses
 
-    optimizers = make_optimizers(seer, args.lr)
-    warmup = max(1, args.steps // 20)
-
-    def factor(i: int) -> float:
-        return min((i + 1) / warmup, 0.5 * (1 + math.cos(math.pi * max(0, i - warmup) / (args.steps - warmup))))
-
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
-    start = time.monotonic()
     order = torch.empty(0, dtype=torch.int64)
-    for step in range(1, args.steps + 1):
+
+    def batch(step: int) -> Batch:
+        nonlocal order
         if len(order) < args.batch:
             order = torch.randperm(len(pictures))
         pick, order = order[: args.batch], order[args.batch :]
         pixels, covered_BP = augment(pictures[pick], covered[pick], side)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss, right = forward(seer, pixels, labels[pick], covered_BP)
-        loss.backward()
-        nn.utils.clip_grad_norm_(seer.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-        seer.zero_grad(set_to_none=True)
-        if step % 50 == 0 or step == args.steps:
-            shape, color = right.float().mean(0).tolist()
-            seconds = time.monotonic() - start
-            print(f"step {step} loss {loss:.3f} shape {shape:.3f} color {color:.3f} {seconds:.0f} s", flush=True)
-        if step % 300 == 0:
-            print("held out " + json.dumps(evaluate(seer, held_out)), flush=True)
+        return pixels, labels[pick], covered_BP
 
-    print("held out " + json.dumps(evaluate(seer, held_out)), flush=True)
+    def check() -> None:
+        print("held out " + json.dumps(evaluate(seer, held_out)), flush=True)
+
+    fit(seer, tower.encoder.layers, batch, check, steps=args.steps, lr=args.lr, forward=forward)
+    check()
     centre(tower, held_out[0][:500])
     tower.to(torch.bfloat16).save_pretrained(args.output)
     CLIPImageProcessor(
