@@ -59,7 +59,13 @@ def register(app: typer.Typer) -> None:
 
 
 def align(
-    data: Annotated[Path, typer.Option(help="Conversations: LLaVA JSON or JSONL. For dpo: preference pairs.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Conversations in LLaVA's form, or for dpo preference pairs: JSON, JSONL, Parquet, a folder that "
+            "`datasets` saved, or a hub id. Pictures in the rows are written to --images."
+        ),
+    ],
     images: Annotated[Path, typer.Option(help="Folder that the image paths are relative to.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the aligned model.")],
     stage: Annotated[

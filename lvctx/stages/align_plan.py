@@ -13,6 +13,7 @@ from lvctx.errors import UsageError
 from lvctx.model.load import VLM_TYPE, load_config, load_tokenizer, resolve_model
 from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import VIDEO_TOKEN, Grid, add_visual_tokens, image_grid
+from lvctx.text.hub import hub_commit
 from lvctx.train.chat import Conversation, read_conversations
 from lvctx.train.images import Encoding
 from lvctx.train.micro import encode_sample
@@ -167,7 +168,7 @@ def plan_align(
     for image in sorted({i for row in rows for i in row[0].images}):
         pictures.update(f"{image.relative_to(images)}\0{image.stat().st_size}\n".encode())
     inputs = {k: fingerprint(p) for k, p in paths.items()}
-    inputs |= {"data": fingerprint(data), "images": pictures.hexdigest()}
+    inputs |= {"data": fingerprint(data) if data.exists() else hub_commit(str(data)), "images": pictures.hexdigest()}
     inputs |= {f"adapter-{i}": fingerprint(adapter) for i, adapter in enumerate(adapters)}
     return Plan(
         config=config,

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from lvctx.errors import InputError
 from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import IMAGE_TOKEN, VIDEO_TOKEN
+from lvctx.train.tables import is_table, read_table
 
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -51,7 +52,7 @@ class TokenSequence:
 
 
 def read_conversations(path: Path, images: Path) -> list[Conversation]:
-    """Every row of a LLaVA JSON or JSONL file; image paths are relative to `images`.
+    """Every row of a LLaVA JSON or JSONL file, or of a dataset; image paths are relative to `images`.
 
     Raises InputError naming file and row (or line) for malformed JSON, a missing image file, a number of `<image>`
     marks other than the number of images, an unknown role, or an answer that is empty or missing.
@@ -63,19 +64,19 @@ def read_conversations(path: Path, images: Path) -> list[Conversation]:
             raise InputError("no answer to learn from", where=where)
         return Conversation(where=where, images=find_images(row, messages, where, images), messages=messages)
 
-    return read_checked(path, check)
+    return read_checked(path, images, check)
 
 
 T = TypeVar("T")
 
 
-def read_checked(path: Path, check: Callable[[dict[str, Any], str], T]) -> list[T]:
-    """What `check(row, where)` makes of every row of a JSON list or a JSONL file.
+def read_checked(path: Path, images: Path, check: Callable[[dict[str, Any], str], T]) -> list[T]:
+    """What `check(row, where)` makes of every row of a JSON list, a JSONL file or a dataset (see `tables`).
 
     All rows are checked before the first bad one is raised, so that its InputError says how many there are.
     """
     found, bad = [], []
-    for row, where in _read(path):
+    for row, where in read_table(path, images) if is_table(path) else _read(path):
         try:
             if not isinstance(row, dict):
                 raise InputError("not a JSON object", where=where)

@@ -32,7 +32,7 @@ REFERENCE = "reference.jsonl"
 
 
 def read_pairs(path: Path, images: Path) -> list[tuple[Conversation, Conversation]]:
-    """Every row of a JSON or JSONL file of preferences, once ending in the chosen answer and once in the rejected one.
+    """Every row of a file or dataset of preferences, once ending in the chosen answer and once in the rejected one.
 
     Image paths are relative to `images`. Raises InputError naming file and row for what `read_conversations` refuses,
     and for answers that are no text, empty or the same.
@@ -57,7 +57,7 @@ def read_pairs(path: Path, images: Path) -> list[tuple[Conversation, Conversatio
 
         return end(chosen), end(rejected)
 
-    return read_checked(path, check)
+    return read_checked(path, images, check)
 
 
 def log_probs(hidden_TE: Tensor, head_VE: Tensor, labels_T: Tensor, micro: Sequence[Sample]) -> Tensor:
