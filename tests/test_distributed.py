@@ -23,10 +23,10 @@ from lvctx.dist.mesh import World, joined, make_world, told_to_all
 from lvctx.dist.shard import gather_into, shard_model, whole
 from lvctx.errors import InputError, Stopped
 from lvctx.model.lora import ATTENTION, add_lora
-from lvctx.stages.extend import RowLoss, shard_row
 from lvctx.train.activations import checkpoint_layers
 from lvctx.train.data import indices
 from lvctx.train.loop import Group, TrainConfig, train
+from lvctx.train.rows import RowLoss, shard_row
 
 
 def row(number: int) -> Tensor:

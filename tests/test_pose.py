@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from lvctx.cli.app import app
 from lvctx.dist.mesh import World
 from lvctx.positions.pose import skipped
-from lvctx.stages.extend import RowLoss, shard_row
+from lvctx.train.rows import RowLoss, shard_row
 
 
 @given(st.integers(1, 80), st.integers(0, 300), st.integers(0, 99))

@@ -21,7 +21,7 @@ from lvctx.dist.ring import Ring, blocks, ring_attention
 from lvctx.dist.zigzag import chunks_of, shard, unshard
 from lvctx.errors import InputError, UsageError
 from lvctx.model.loss import IGNORED
-from lvctx.stages.extend import RowLoss, shard_row
+from lvctx.train.rows import RowLoss, shard_row
 
 lengths, worlds = st.integers(1, 60), st.sampled_from([1, 2, 3, 4, 8])
 

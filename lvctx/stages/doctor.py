@@ -19,7 +19,7 @@ from lvctx.dist.mesh import World, joined, make_world, open_world, under_torchru
 from lvctx.errors import InputError
 from lvctx.model.load import context_length, load_config, load_model, resolve_model
 from lvctx.model.loss import IGNORED
-from lvctx.stages.extend import RowLoss, shard_row
+from lvctx.train.rows import RowLoss, shard_row
 
 TOLERANCE = 1e-5
 """Largest relative difference in float32; ring and full attention add up in different orders."""

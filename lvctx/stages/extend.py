@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.lock import only_writer
@@ -21,10 +21,8 @@ from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, write_ma
 from lvctx.artifacts.packed import PackedRows
 from lvctx.artifacts.store import fingerprint
 from lvctx.dist import attention, checkpoint
-from lvctx.dist.attention import Shard
 from lvctx.dist.mesh import World, open_world
-from lvctx.dist.shard import gather_into, shard_model, take_part
-from lvctx.dist.zigzag import shard
+from lvctx.dist.shard import gather_into, shard_model
 from lvctx.errors import InputError, UsageError
 from lvctx.model.adapter import ADAPTER, load_adapter, save_adapter
 from lvctx.model.export import copy_processors, model_files, save_model
@@ -38,13 +36,13 @@ from lvctx.model.load import (
     trained_length,
 )
 from lvctx.model.lora import ATTENTION, add_lora, lora_parameters, merge_lora
-from lvctx.model.loss import IGNORED, shift_labels, token_loss
 from lvctx.positions.choose import Scheme, choose
 from lvctx.positions.pose import skipped
 from lvctx.train.activations import checkpoint_layers
 from lvctx.train.data import indices
 from lvctx.train.loop import Group, TrainConfig, train
 from lvctx.train.plan import KINDS, flops, read_shape
+from lvctx.train.rows import RowLoss, shard_row
 
 log = logging.getLogger(__name__)
 
@@ -348,42 +346,3 @@ def _flops(plan: Plan) -> float | None:
         return None
     tokens = plan.rows_a_step * config.seq_len
     return flops(read_shape(raw, where=plan.model), config.seq_len, tokens, lora=bool(config.lora))
-
-
-class RowLoss(nn.Module):
-    """A language model (or a VLM's) and its loss as one module: sharded parameters are gathered in its forward."""
-
-    def __init__(self, lm: Any) -> None:
-        super().__init__()
-        self.lm = lm
-
-    def forward(self, ids: Tensor, labels: Tensor, positions: Tensor, **attention: Any) -> tuple[Tensor, int]:
-        """Summed loss and number of counted tokens of ids (B, L), with labels already shifted."""
-        decoder, head = self.lm.get_decoder(), self.lm.get_output_embeddings().weight
-        hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False, **attention).last_hidden_state
-        total, count = token_loss(hidden.flatten(0, 1), head, labels.flatten())
-        return take_part(total, hidden, head), count
-
-
-def shard_row(
-    ids_BL: Tensor, world: World, starts: tuple[int, ...] | None, positions_BL: Tensor | None = None
-) -> dict[str, Any]:
-    """This rank's part of rows, on its device, as `RowLoss` takes it. Labels are shifted before the row is cut.
-
-    `positions_BL` are those of the tokens where they do not count up from 0.
-    """
-    places_BL = torch.arange(ids_BL.shape[1])[None] if positions_BL is None else positions_BL
-    whole = {
-        "ids": (ids_BL, 0),
-        "labels": (shift_labels(ids_BL), IGNORED),
-        "positions": (places_BL, 0),
-    }
-    ring = world.ring
-    parts = {
-        name: shard(tensor, rank=ring.rank, world=ring.world, fill=fill).to(world.device)
-        for name, (tensor, fill) in whole.items()
-    }
-    if ring.world > 1 or starts is not None:
-        return parts | {"shard": Shard(ring=ring, starts=starts)}
-    # Without a mask, transformers takes a jump in the positions for the beginning of another document.
-    return parts if positions_BL is None else parts | {"attention_mask": torch.ones_like(parts["ids"])}
