@@ -26,7 +26,7 @@ transfer: setup       # long context transfer, measured: about 40 minutes on two
 transfer-text: setup  # the same for text needles, before and after training on text
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile transfer-text
 
-giraffe-nano: setup   # M-RoPE++ and hybrid resolution, measured: about 20 minutes on two busy cores
+giraffe-nano: setup   # M-RoPE++ and hybrid resolution, measured
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile giraffe-nano
 
 test: fetch           # everything but the slow proofs, a file a process; then what measures time, with nothing beside it
