@@ -54,7 +54,7 @@ def align(
         "data": data,
         "images": data.parent,
         "grid": None,
-        "grid_rule": "code",
+        "grid_rule": None,
         "steps": 3,
         "epochs": None,
         "batch": 3,

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -86,4 +87,41 @@ def tiny_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "do_convert_rgb": True,
     }
     (out / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The two and a random projector: a VLM that says nothing of sense, and hardly two things."""
+    from lvctx.model.load import load_model
+
+    return save_tiny_vlm(load_model(tiny_lm), tiny_lm, tiny_tower, tmp_path_factory.mktemp("tiny_vlm"))
+
+
+@pytest.fixture(scope="session")
+def loud_vlm(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose answers differ, as its weights are ten times the usual, and that reads 2,048 positions."""
+    import torch
+
+    from lvctx.model.load import load_model
+
+    lm = load_model(tiny_lm)
+    lm.config.max_position_embeddings = 2048
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in lm.model.layers.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    return save_tiny_vlm(lm, tiny_lm, tiny_tower, tmp_path_factory.mktemp("loud_vlm"))
+
+
+def save_tiny_vlm(lm: Any, tiny_lm: Path, tiny_tower: Path, out: Path) -> Path:
+    """Write a language model with the tiny tower and a random projector in front."""
+    from transformers import CLIPVisionModel
+
+    from lvctx.model.load import load_tokenizer
+    from lvctx.model.vlm import assemble, save_vlm
+
+    tokenizer, tower = load_tokenizer(tiny_lm), CLIPVisionModel.from_pretrained(tiny_tower).eval()
+    save_vlm(assemble(lm, tower, tokenizer, where=tiny_lm, seed=0), tokenizer, tiny_tower, out)
     return out

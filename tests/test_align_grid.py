@@ -15,7 +15,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionModel, LlavaOnevisionForConditionalGeneration
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from typer.testing import CliRunner
 
+from lvctx.cli.app import app
 from lvctx.errors import InputError
 from lvctx.model.load import load_config, load_model, load_tokenizer
 from lvctx.model.vlm import (
@@ -24,6 +26,7 @@ from lvctx.model.vlm import (
     embed_frames,
     frame_features,
     image_grid,
+    image_rule,
     newline_embedding,
     newline_id,
     save_vlm,
@@ -77,6 +80,22 @@ def test_tokens_are_those_written_by_hand_and_those_embedded(
         with torch.no_grad():  # masked_scatter would leave what does not fit: the blocks themselves are counted
             blocks = forward.blocks(sample)
         assert sum(len(block) for block in blocks) == tokens[name]
+
+
+def test_the_rule_of_unires_stays_with_the_model(tiny_lm: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    """Through the next stage, which is not told it again, a longer context, and export: config.json holds it."""
+    draw(tmp_path)
+    data = write(tmp_path / "data.json", [talk("<image>What?", "red", image="1.png")])
+    aligning.align(data, tmp_path / "a", tiny_lm, tiny_tower, grid_rule="paper", steps=1, batch=1)
+    plan = aligning.align(data, tmp_path / "b", None, None, init=str(tmp_path / "a"), steps=1, batch=1)
+    assert plan.config.grid_rule == "paper"
+    for command in (
+        f"extend-lm --model {tmp_path}/b --rope-theta 2e4 --steps 0 -o {tmp_path}/c -q",
+        f"export {tmp_path}/c --to hf -o {tmp_path}/d",
+    ):
+        done = CliRunner().invoke(app, command.split())
+        assert done.exit_code == 0, done.output
+    assert image_rule(load_config(tmp_path / "d")) == "paper"
 
 
 def make_forward(model: Any, tokenizer: Any, encoding: Encoding, path: Path) -> Forward:
@@ -208,8 +227,8 @@ def test_other_words_and_rows_that_cannot_be_packed_are_one_line(vlms: dict[Grid
         image_grid(config)
     tokenizer = load_tokenizer(vlms["anyres"])
     with pytest.raises(InputError, match=r"aligned with --grid anyres"):
-        find_rule(vlms["anyres"], tokenizer, hybrid=None, grid_rule="code")
-    assert find_rule(vlms["unires"], tokenizer, hybrid=None, grid_rule="code") is not None
+        find_rule(vlms["anyres"], tokenizer, hybrid=None)
+    assert find_rule(vlms["unires"], tokenizer, hybrid=None) is not None
 
 
 def test_one_grid_is_padded_to_a_square(tmp_path: Path, tiny_tower: Path) -> None:

@@ -6,28 +6,18 @@ from typing import Any
 import pytest
 import torch
 from mrope_models import save
-from safetensors.torch import load_file
-from transformers import CLIPVisionModel, LlavaOnevisionForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from transformers import LlavaOnevisionForConditionalGeneration
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app
-from lvctx.model.load import load_model, load_tokenizer
-from lvctx.model.vlm import assemble, save_vlm
 
 
 @pytest.fixture(scope="module")
-def vlm(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("vlm")
-    tokenizer, tower = load_tokenizer(tiny_lm), CLIPVisionModel.from_pretrained(tiny_tower).eval()
-    save_vlm(assemble(load_model(tiny_lm), tower, tokenizer, where=tiny_lm, seed=0), tokenizer, tiny_tower, out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def packed(vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed(tiny_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("text")
     (out / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
-    run(f"pack-text {out}/text.txt --tokenizer {vlm} --seq-len 64 --keep-short 1 -o {out}/packed")
+    run(f"pack-text {out}/text.txt --tokenizer {tiny_vlm} --seq-len 64 --keep-short 1 -o {out}/packed")
     return out / "packed"
 
 
@@ -42,26 +32,28 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("lora", [0, 4])
-def test_ntk_by_stages_trains_the_language_model_alone(vlm: Path, packed: Path, tmp_path: Path, lora: int) -> None:
+def test_ntk_by_stages_trains_the_language_model_alone(tiny_vlm: Path, packed: Path, tmp_path: Path, lora: int) -> None:
     """Twice as far, and again: base * factor ** (d / (d - 2)) each time, d = 16 (bloc97's NTK-aware rule)."""
-    command = f"extend-lm --model {vlm} --data {packed} --rope ntk --factor 2 --steps 2 --batch-tokens 64 --lr 1e-2"
+    command = (
+        f"extend-lm --model {tiny_vlm} --data {packed} --rope ntk --factor 2 --steps 2 --batch-tokens 64 --lr 1e-2"
+    )
     run(f"{command} --lora {lora} --stage context=1024 --stage context=2048 -o {tmp_path}/out")
     model = LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path / "out")
     text = model.config.text_config
     assert text.rope_parameters["rope_theta"] == pytest.approx(1e4 * 2 ** (16 / 14) * 2 ** (16 / 14))
     assert text.max_position_embeddings == 2048
-    old, new = weights(vlm), weights(tmp_path / "out")
+    old, new = weights(tiny_vlm), weights(tmp_path / "out")
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed
     assert all("language_model" in name or "lm_head" in name for name in changed)
     assert any("mlp" in name for name in changed) is (lora == 0)
     assert (tmp_path / "out" / "adapter.safetensors").is_file() is (lora > 0)
     for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (vlm / name).read_bytes()
+        assert (tmp_path / "out" / name).read_bytes() == (tiny_vlm / name).read_bytes()
 
 
-def test_the_adapter_alone_gives_the_same_model(vlm: Path, packed: Path, tmp_path: Path) -> None:
-    command = f"extend-lm --model {vlm} --rope yarn --factor 4 --lora 4"
+def test_the_adapter_alone_gives_the_same_model(tiny_vlm: Path, packed: Path, tmp_path: Path) -> None:
+    command = f"extend-lm --model {tiny_vlm} --rope yarn --factor 4 --lora 4"
     run(f"{command} --data {packed} --pose --steps 2 --batch-tokens 64 --lr 1e-2 -o {tmp_path}/trained")
     run(f"{command} --steps 0 --adapter {tmp_path}/trained/adapter.safetensors -o {tmp_path}/again")
     run(f"{command} --steps 0 -o {tmp_path}/plain")
@@ -69,8 +61,18 @@ def test_the_adapter_alone_gives_the_same_model(vlm: Path, packed: Path, tmp_pat
     assert any(not torch.equal(trained[name], plain[name]) for name in trained)
     for name in trained:  # the adapter is kept in bfloat16
         torch.testing.assert_close(again[name], trained[name], rtol=2**-7, atol=1e-4)
-    refused = run(f"extend-lm --model {vlm} --steps 0 --adapter {packed} -o {tmp_path}/x", code=2)
+    refused = run(f"extend-lm --model {tiny_vlm} --steps 0 --adapter {packed} -o {tmp_path}/x", code=2)
     assert "--lora" in str(refused.exception) + refused.output
+
+
+def test_an_adapter_that_does_not_fit_is_refused(tiny_lm: Path, tmp_path: Path) -> None:
+    """An alignment's projector means nothing to a language model, and stages would each start from the same LoRA."""
+    save_file({"projector.linear_1.weight": torch.zeros(2, 2)}, tmp_path / "projector.safetensors")
+    command = f"extend-lm --model {tiny_lm} --lora 4 --adapter {tmp_path}/projector.safetensors -o {tmp_path}/x"
+    refused = run(f"{command} --steps 0", code=3)
+    assert "projector" in str(refused.exception) + refused.output
+    refused = run(f"{command} --stage steps=0 --stage steps=0", code=2)
+    assert "--adapter" in str(refused.exception) + refused.output
 
 
 def test_three_axes_are_for_mrope_extend(tmp_path: Path) -> None:

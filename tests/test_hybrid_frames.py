@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPVisionModel
 from typer.testing import CliRunner
 
 from lvctx.artifacts.frames import read_frames
@@ -15,8 +14,8 @@ from lvctx.bench.eyes import LlavaEyes
 from lvctx.bench.video_niah import EvenFrames, MixedFrames
 from lvctx.cli.app import app
 from lvctx.errors import InputError
-from lvctx.model.load import load_model, load_tokenizer
-from lvctx.model.vlm import assemble, embed_frames, newline_embedding, save_vlm
+from lvctx.model.load import load_model
+from lvctx.model.vlm import embed_frames, newline_embedding
 from lvctx.vision.draw import draw_picture
 from lvctx.vision.tokens import pooling
 from lvctx.vision.tower import load_tower
@@ -29,20 +28,12 @@ def lvctx(*args: object) -> tuple[int, list[dict[str, Any]], str]:
 
 
 @pytest.fixture(scope="module")
-def vlm_dir(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("vlm")
-    tokenizer, tower = load_tokenizer(tiny_lm), CLIPVisionModel.from_pretrained(tiny_tower).eval()
-    save_vlm(assemble(load_model(tiny_lm), tower, tokenizer, where=tiny_lm, seed=0), tokenizer, tiny_tower, out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def film(vlm_dir: Path, nano: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def film(tiny_vlm: Path, nano: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Ten frames, uniform and with (L, m, s) = (3, 4, 2): 4 x 4 features become 2 x 2 or 1 x 2 tokens."""
     out, clip = tmp_path_factory.mktemp("film"), nano.clips / "bikes.mp4"
     found: dict[str, Any] = {"clip": clip}
     for name, more in (("plain", ()), ("same", ("--hybrid", "1,4,1")), ("mixed", ("--hybrid", "3,4,2"))):
-        code, rows, said = lvctx("encode-video", clip, "--model", vlm_dir, "--frames", 10, "-o", out / name, *more)
+        code, rows, said = lvctx("encode-video", clip, "--model", tiny_vlm, "--frames", 10, "-o", out / name, *more)
         assert code == 0, said
         found[name], found[f"{name} row"], found[f"{name} said"] = Path(rows[0]["path"]), rows[0], said
     return found
@@ -80,9 +71,9 @@ def test_clip_at_336_pools_to_exactly_a_third() -> None:
 
 @pytest.mark.parametrize(("hybrid", "words"), [("3,5,2", "m is 4"), ("3,4,3", "cannot be pooled"), ("3,4", "L,M,S")])
 def test_what_the_tower_cannot_do_is_refused(
-    hybrid: str, words: str, vlm_dir: Path, film: dict[str, Any], tmp_path: Path
+    hybrid: str, words: str, tiny_vlm: Path, film: dict[str, Any], tmp_path: Path
 ) -> None:
-    code, _, said = lvctx("encode-video", film["clip"], "--model", vlm_dir, "--hybrid", hybrid, "-o", tmp_path)
+    code, _, said = lvctx("encode-video", film["clip"], "--model", tiny_vlm, "--hybrid", hybrid, "-o", tmp_path)
     assert (code, words in said) == (2, True), said
 
 
@@ -96,8 +87,8 @@ def by_hand(vlm: Any, features_FPD: torch.Tensor, grids: list[tuple[int, int]]) 
     return torch.stack(rows)
 
 
-def test_frames_are_means_over_rectangles(vlm_dir: Path) -> None:
-    vlm = load_model(vlm_dir)
+def test_frames_are_means_over_rectangles(tiny_vlm: Path) -> None:
+    vlm = load_model(tiny_vlm)
     torch.manual_seed(0)
     features = torch.randn(5, 16, 32)
     grids = [(2, 2), (1, 2), (4, 4), (2, 1), (1, 2)]
@@ -132,15 +123,15 @@ def test_what_is_inserted_has_the_resolution_of_its_place() -> None:
     assert (same.ids(np.array([0, 4, 1, 5, 2])) == even.ids(np.array([0, 4, 1, 5, 2]))).all()
 
 
-def test_the_needle_tests_table_is_what_its_ids_mean(vlm_dir: Path, film: dict[str, Any]) -> None:
+def test_the_needle_tests_table_is_what_its_ids_mean(tiny_vlm: Path, film: dict[str, Any]) -> None:
     """Artifacts of both kinds, one after the other: every id looks up the token worked out by hand."""
-    eyes = LlavaEyes(vlm_dir, name="vlm", files=[film["mixed"], film["plain"]])
-    vlm = load_model(vlm_dir)
+    eyes = LlavaEyes(tiny_vlm, name="vlm", files=[film["mixed"], film["plain"]])
+    vlm = load_model(tiny_vlm)
     picture = draw_picture(np.random.default_rng(0), size=48, shape="star", color="red")
     frames, inserted = 13, [picture, picture.rotate(90)]
     with torch.no_grad():
         table = eyes.table(vlm, frames, inserted)
-        tower = load_tower(vlm_dir, dtype=vlm.dtype)
+        tower = load_tower(tiny_vlm, dtype=vlm.dtype)
         seen = tower.see([tower.preprocess.square(image, "crop") for image in inserted])
         features = torch.cat([read_frames(film["mixed"]).features, read_frames(film["plain"]).features])[:frames]
         grids = [(2, 2) if i >= 10 or HIGH[i] else (1, 2) for i in range(frames)]
@@ -153,16 +144,16 @@ def test_the_needle_tests_table_is_what_its_ids_mean(vlm_dir: Path, film: dict[s
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_vqa_and_niah_read_them(vlm_dir: Path, film: dict[str, Any], tmp_path: Path) -> None:
+def test_vqa_and_niah_read_them(tiny_vlm: Path, film: dict[str, Any], tmp_path: Path) -> None:
     read = {}
     for name in ("plain", "mixed"):
-        options = ("--model", vlm_dir, "--ask", "Why?", "--max-new-tokens", 1)
+        options = ("--model", tiny_vlm, "--ask", "Why?", "--max-new-tokens", 1)
         code, rows, said = lvctx("vqa", film[name], *options)
         assert code == 0, said
         read[name] = rows[0]["tokens"]
     assert read["plain"] - read["mixed"] == 10 * 4 - TOKENS
     grid = ("--lengths", "3,10", "--depths", "0,0.5,1", "--trials", 1)
-    code, rows, said = lvctx("niah", "--model", vlm_dir, "--frames", film["mixed"], *grid, "-o", tmp_path / "niah")
+    code, rows, said = lvctx("niah", "--model", tiny_vlm, "--frames", film["mixed"], *grid, "-o", tmp_path / "niah")
     assert code == 0, said
     assert len(rows) == 6
     assert not any("error" in row for row in rows)

@@ -41,25 +41,10 @@ def results(doc, said):
 """
 
 
-@pytest.fixture(scope="module")
-def vlm_dir(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("lmms_eval")
-    from transformers import CLIPVisionModel
-
-    from lvctx.model.load import load_model, load_tokenizer
-    from lvctx.model.vlm import assemble, save_vlm
-
-    out = tmp_path_factory.mktemp("vlm")
-    tokenizer = load_tokenizer(tiny_lm)
-    tower = CLIPVisionModel.from_pretrained(tiny_tower).eval()
-    save_vlm(assemble(load_model(tiny_lm), tower, tokenizer, where=tiny_lm, seed=0), tokenizer, tiny_tower, out)
-    return out
-
-
 QUESTIONS = Path(__file__).parent / "data" / "questions.json"
 
 
-def run_task(vlm_dir: Path, tmp_path: Path, visuals: str, kind: str = WRITES) -> dict[str, Any]:
+def run_task(tiny_vlm: Path, tmp_path: Path, visuals: str, kind: str = WRITES) -> dict[str, Any]:
     """What our model says under lmms-eval to every question, shown what the expression `visuals` makes of `doc`."""
     (tmp_path / "tiny.yaml").write_text(TASK.format(questions=QUESTIONS, kind=kind))
     (tmp_path / "look.py").write_text(LOOK.format(visuals=visuals))
@@ -67,7 +52,7 @@ def run_task(vlm_dir: Path, tmp_path: Path, visuals: str, kind: str = WRITES) ->
     done = subprocess.run(
         [
             *(sys.executable, "-m", "lmms_eval", "--model", "lvctx", "--device", "cpu", "--batch_size", "1"),
-            *("--model_args", f"pretrained={vlm_dir},frames=4", "--tasks", "tiny"),
+            *("--model_args", f"pretrained={tiny_vlm},frames=4", "--tasks", "tiny"),
             *("--include_path", str(tmp_path), "--output_path", str(out), "--log_samples"),
         ],
         capture_output=True,
@@ -85,21 +70,21 @@ def run_task(vlm_dir: Path, tmp_path: Path, visuals: str, kind: str = WRITES) ->
     return said
 
 
-def test_lmms_eval_shows_our_model_videos(vlm_dir: Path, nano: Any, tmp_path: Path) -> None:
+def test_lmms_eval_shows_our_model_videos(tiny_vlm: Path, nano: Any, tmp_path: Path) -> None:
     from lvctx.stages.encode import Encoder
     from lvctx.stages.vqa import Watcher
 
-    said = run_task(vlm_dir, tmp_path, f"[{str(nano.clips)!r} + '/' + doc['videoID'] + '.mp4']")
-    watcher = Watcher(str(vlm_dir), device="cpu")
+    said = run_task(tiny_vlm, tmp_path, f"[{str(nano.clips)!r} + '/' + doc['videoID'] + '.mp4']")
+    watcher = Watcher(str(tiny_vlm), device="cpu")
     for video in ("bikes", "bigbuckbunny"):
-        encoder = Encoder.plan(str(vlm_dir), frames=4, device="cpu", dtype="float32")
+        encoder = Encoder.plan(str(tiny_vlm), frames=4, device="cpu", dtype="float32")
         made = encoder.encode(nano.clips / f"{video}.mp4", tmp_path)
         asked = [doc["question"] for doc in json.loads(QUESTIONS.read_text()) if doc["videoID"] == video]
         for answer in watcher.ask(Path(made["path"]), asked, max_new_tokens=6):
             assert said[answer.question] == answer.text
 
 
-def test_lmms_eval_shows_our_model_pictures_as_it_was_taught(vlm_dir: Path, tmp_path: Path) -> None:
+def test_lmms_eval_shows_our_model_pictures_as_it_was_taught(tiny_vlm: Path, tmp_path: Path) -> None:
     """UniRes: a picture of 2 x 1 tiles, then one of 2 x 2."""
     from lvctx.stages.asker import Asker
 
@@ -107,20 +92,20 @@ def test_lmms_eval_shows_our_model_pictures_as_it_was_taught(vlm_dir: Path, tmp_
     for name, size in (("wide", (48, 96, 3)), ("square", (96, 96, 3))):
         Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(tmp_path / f"{name}.png")
     files = [str(tmp_path / f"{name}.png") for name in ("wide", "square")]
-    said = run_task(vlm_dir, tmp_path, f"[Image.open(name) for name in {files}]")
-    asker = Asker(vlm_dir, device="cpu", chunk=2048)
+    said = run_task(tiny_vlm, tmp_path, f"[Image.open(name) for name in {files}]")
+    asker = Asker(tiny_vlm, device="cpu", chunk=2048)
     asker.show_images([Image.open(file).convert("RGB") for file in files])
     assert len(asker.block) == 2 * 4 + 1 + 4 * 4 + 1
     for question, reply in said.items():
         assert reply == asker.text(asker.reply(asker.ids(question), 6))
 
 
-def test_lmms_eval_asks_how_likely_each_option_is(vlm_dir: Path, tmp_path: Path) -> None:
+def test_lmms_eval_asks_how_likely_each_option_is(tiny_vlm: Path, tmp_path: Path) -> None:
     from lvctx.stages.asker import Asker
 
     Image.new("RGB", (48, 48), "red").save(tmp_path / "red.png")
-    said = run_task(vlm_dir, tmp_path, f"[Image.open({str(tmp_path / 'red.png')!r})]", CHOOSES)
-    asker = Asker(vlm_dir, device="cpu", chunk=2048)
+    said = run_task(tiny_vlm, tmp_path, f"[Image.open({str(tmp_path / 'red.png')!r})]", CHOOSES)
+    asker = Asker(tiny_vlm, device="cpu", chunk=2048)
     asker.show_images([Image.open(tmp_path / "red.png").convert("RGB")])
     for doc in json.loads(QUESTIONS.read_text()):
         for option, found in zip(doc["options"], said[doc["question"]], strict=True):

@@ -40,7 +40,7 @@ def processor(saved: dict[str, Path]) -> Any:
 
 
 def rule_of(path: Path, **hybrid: Any) -> QwenRule:
-    rule = find_rule(path, mrope_models.tokenizer(), hybrid=vars(Hybrid(**hybrid)), grid_rule="code")
+    rule = find_rule(path, mrope_models.tokenizer(), hybrid=vars(Hybrid(**hybrid)))
     assert isinstance(rule, QwenRule)
     return rule
 

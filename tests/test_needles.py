@@ -1,5 +1,6 @@
 """What is hidden and asked: RULER's kinds, look-alikes, times, points that lengths share, repeated haystacks."""
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -176,7 +177,7 @@ def test_nested_and_looped_grids_score_like_plain_forwards(tiny_lm: Path, tokeni
         TextNiah(tokenizer, STORY[:420], distractors=1, seed=0).cells([400], [0], 1)
     cells = test.cells([200, 300, 400], [0, 0.5, 1], 1)
     sequences = [test.sequence(cell)[0] for cell in cells]
-    walker = PrefixScorer(model, chunk=64)
+    walker = PrefixScorer(copy.deepcopy(model), chunk=64)
     for i in walk_order(sequences):
         ids, answer = test.sequence(cells[i])
         with torch.no_grad():

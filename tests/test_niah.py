@@ -39,24 +39,10 @@ def essays(nano: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def vlm_dir(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import CLIPVisionModel
-
-    from lvctx.model.load import load_model, load_tokenizer
-    from lvctx.model.vlm import assemble, save_vlm
-
-    out = tmp_path_factory.mktemp("vlm")
-    tokenizer = load_tokenizer(tiny_lm)
-    tower = CLIPVisionModel.from_pretrained(tiny_tower).eval()
-    save_vlm(assemble(load_model(tiny_lm), tower, tokenizer, where=tiny_lm, seed=0), tokenizer, tiny_tower, out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def frames(vlm_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def frames(tiny_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from lvctx.vision.tower import load_tower
 
-    return encode(load_tower(vlm_dir, dtype=None), tmp_path_factory.mktemp("frames") / "a.frames.safetensors")
+    return encode(load_tower(tiny_vlm, dtype=None), tmp_path_factory.mktemp("frames") / "a.frames.safetensors")
 
 
 def encode(tower: Any, target: Path) -> Path:
@@ -244,9 +230,9 @@ def test_a_failing_cell_is_a_row_and_is_run_again(
     assert (grid.errors, grid.trials) == (0, [[2, 2]] * 3)
 
 
-def test_video(vlm_dir: Path, frames: Path, tmp_path: Path) -> None:
+def test_video(tiny_vlm: Path, frames: Path, tmp_path: Path) -> None:
     hay = ["--frames", frames, "--frames", frames]
-    arguments = ["niah", "--model", vlm_dir, *hay, "--lengths", "4,15", "--depths", "0,0.5,1"]
+    arguments = ["niah", "--model", tiny_vlm, *hay, "--lengths", "4,15", "--depths", "0,0.5,1"]
     done = run(*arguments, "--trials", 2, "-o", tmp_path / "a")
     assert done.exit_code == 0
     rows = results(tmp_path / "a")
@@ -262,20 +248,20 @@ def test_video(vlm_dir: Path, frames: Path, tmp_path: Path) -> None:
     assert plan["cache_bytes"] > 0
 
 
-def test_lengths_that_end_in_the_first_of_two_artifacts(vlm_dir: Path, frames: Path, tmp_path: Path) -> None:
-    arguments = ["niah", "--model", vlm_dir, "--lengths", "4", "--depths", "0.5", "--trials", 1]
+def test_lengths_that_end_in_the_first_of_two_artifacts(tiny_vlm: Path, frames: Path, tmp_path: Path) -> None:
+    arguments = ["niah", "--model", tiny_vlm, "--lengths", "4", "--depths", "0.5", "--trials", 1]
     assert run(*arguments, "--frames", frames, "--frames", frames, "-o", tmp_path / "two").exit_code == 0
     assert run(*arguments, "--frames", frames, "-o", tmp_path / "one").exit_code == 0
     two, one = results(tmp_path / "two"), results(tmp_path / "one")
     assert [r["log_prob"] for r in two] == [r["log_prob"] for r in one]
 
 
-def test_needles_of_a_folder(vlm_dir: Path, frames: Path, tmp_path: Path) -> None:
+def test_needles_of_a_folder(tiny_vlm: Path, frames: Path, tmp_path: Path) -> None:
     folder = tmp_path / "needles"
     folder.mkdir()
     Image.new("RGB", (60, 40), (255, 0, 0)).save(folder / "red.png")
     row = {"image": "red.png", "question": "What color is the flag?", "answer": "Red"}
-    arguments = ["niah", "--model", vlm_dir, "--frames", frames, "--lengths", 4, "--depths", 0, "--needles", folder]
+    arguments = ["niah", "--model", tiny_vlm, "--frames", frames, "--lengths", 4, "--depths", 0, "--needles", folder]
 
     def asked(lines: str, trials: int = 1) -> Any:
         (folder / "needles.jsonl").write_text(lines)
@@ -297,14 +283,14 @@ def test_needles_of_a_folder(vlm_dir: Path, frames: Path, tmp_path: Path) -> Non
 
 
 def test_bad_input_is_one_line(
-    tiny_lm: Path, tiny_tower: Path, vlm_dir: Path, frames: Path, essays: Path, tmp_path: Path
+    tiny_lm: Path, tiny_tower: Path, tiny_vlm: Path, frames: Path, essays: Path, tmp_path: Path
 ) -> None:
     from lvctx.vision.tower import load_tower
 
     def refused(code: int, said: str, *changes: object, video: bool = False) -> None:
         arguments = text_arguments(tiny_lm, essays, tmp_path / "out")
         if video:
-            arguments = ["niah", "--model", vlm_dir, "--frames", frames, "--lengths", 4, "-o", tmp_path / "out"]
+            arguments = ["niah", "--model", tiny_vlm, "--frames", frames, "--lengths", 4, "-o", tmp_path / "out"]
         done = run(*arguments, *changes)
         assert (done.exit_code, done.stderr.count("\n")) == (code, 1), done.stderr
         assert said in done.stderr

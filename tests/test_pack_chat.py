@@ -121,7 +121,6 @@ def pack(out: Path, given: dict[str, list[Path]], model: Path, media: Path, **o:
         "long_over": 1500,
         "video_fps": 2.0,
         "max_frames": 768,
-        "grid_rule": "code",
         "template": "chatml",
         "skip_malformed": False,
         "shard_tokens": 1 << 13,

@@ -1,5 +1,6 @@
 """Walking the tree of prefixes gives what plain stock forwards give, and runs every edge of the tree once."""
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,8 @@ def test_text_grid_equals_stock(kind: str, distractors: int, tiny_lm: Path, stor
     model = small_model(kind, len(tokenizer))
     test = TextNiah(tokenizer, story, distractors=distractors, seed=3)
     cells = test.cells([180, 240, 331], [0, 0.5, 1], 2)
-    walker = PrefixScorer(model, chunk=50)
-    alone = PrefixScorer(model, chunk=1000, reuse=False)
+    walker = PrefixScorer(copy.deepcopy(model), chunk=50)
+    alone = PrefixScorer(copy.deepcopy(model), chunk=1000, reuse=False)
     sequences = [test.sequence(cell)[0] for cell in cells]
     for cell in [cells[i] for i in walk_order(sequences)]:
         ids, answer = test.sequence(cell)
@@ -109,7 +110,7 @@ def test_video_grid_equals_the_stock_video_path(tiny_lm: Path, tiny_tower: Path)
     with torch.no_grad():
         hay, seen = (embed_frames(vlm, frame_features(vlm, pixels)) for pixels in (hay_F3SS, needles_N3SS))
         table = visual_table(hay, seen, newline_embedding(vlm))
-    walker = PrefixScorer(vlm, table, chunk=30)
+    walker = PrefixScorer(copy.deepcopy(vlm), table, chunk=30)
     cells = test.cells([4, 9, 12], [0, 0.5, 1], 2)
     sequences = [test.sequence(cell)[0] for cell in cells]
     for cell in [cells[i] for i in walk_order(sequences)]:
@@ -144,7 +145,7 @@ def test_any_sequences_in_any_order(
     opinionated: Any, sequences: list[list[int]], answer: int, chunk: int, write: int
 ) -> None:
     """The order decides the work, never the result: cropping back leaves nothing stale."""
-    walker = PrefixScorer(opinionated, chunk=chunk)
+    walker = PrefixScorer(copy.deepcopy(opinionated), chunk=chunk)
     for sequence in sequences:
         ids = np.array(sequence)
         assert_same(walker.score(ids, answer, write=write), plain_text(opinionated, ids, answer))
@@ -153,7 +154,7 @@ def test_any_sequences_in_any_order(
 def test_forced_is_greedy(opinionated: Any) -> None:
     """Greedy decoding begins with the answer exactly when every forced first choice matches; both are stock's."""
     rng = np.random.default_rng(0)
-    walker = PrefixScorer(opinionated, chunk=7)
+    walker = PrefixScorer(copy.deepcopy(opinionated), chunk=7)
     verdicts = []
     for _ in range(20):
         prompt = rng.integers(0, 40, 15)
@@ -169,7 +170,7 @@ def test_forced_is_greedy(opinionated: Any) -> None:
 
 
 def test_a_failed_forward_leaves_nothing_behind(opinionated: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    walker = PrefixScorer(opinionated, chunk=4)
+    walker = PrefixScorer(copy.deepcopy(opinionated), chunk=4)
     ids = np.arange(20)
     walker.score(ids, 2)
     layer = walker.lm.layers[1]

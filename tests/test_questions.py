@@ -23,6 +23,7 @@ from lvctx.bench.subtitles import read_subtitles
 from lvctx.bench.videomme import prompt
 from lvctx.cli.app import app
 from lvctx.errors import InputError
+from lvctx.model.load import load_config
 from lvctx.model.vlm import Grid
 
 DATA = Path(__file__).parent / "data"
@@ -37,27 +38,6 @@ def rows_of(done: Any) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def vlm_dir(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random VLM that reads 2,048 positions and has opinions: weights ten times the usual."""
-    from transformers import CLIPVisionModel
-
-    from lvctx.model.load import load_model, load_tokenizer
-    from lvctx.model.vlm import assemble, save_vlm
-
-    out = tmp_path_factory.mktemp("vlm")
-    tokenizer, lm = load_tokenizer(tiny_lm), load_model(tiny_lm)
-    lm.config.max_position_embeddings = 2048
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in lm.model.layers.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.2)
-    tower = CLIPVisionModel.from_pretrained(tiny_tower).eval()
-    save_vlm(assemble(lm, tower, tokenizer, where=tiny_lm, seed=0), tokenizer, tiny_tower, out)
-    return out
-
-
-@pytest.fixture(scope="module")
 def clips(nano: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("clips")
     (out / "below").mkdir()
@@ -67,9 +47,11 @@ def clips(nano: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(vlm_dir: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def finished(
+    loud_vlm: Path, clips: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
     out = tmp_path_factory.mktemp("run") / "out"
-    done = run(*asked(vlm_dir, clips, out))
+    done = run(*asked(loud_vlm, clips, out))
     assert done.exit_code == 0, done.output
     return out, rows_of(done)
 
@@ -123,18 +105,18 @@ class PlainModel:
         return self.tokenizer.decode(out[0], skip_special_tokens=True).strip(), whole.shape[1]
 
 
-def asked(vlm_dir: Path, clips: Path, out: Path, questions: Path = DATA / "questions.json") -> list[object]:
-    where = ["--model", vlm_dir, "--videos", clips, "--questions", questions, "-o", out]
+def asked(loud_vlm: Path, clips: Path, out: Path, questions: Path = DATA / "questions.json") -> list[object]:
+    where = ["--model", loud_vlm, "--videos", clips, "--questions", questions, "-o", out]
     return ["videomme", "run", *where, "--frames", 6, "--max-new-tokens", 6]
 
 
 @pytest.mark.nano
 def test_replies_are_those_of_plain_generation_and_say_all_that_decided_them(
-    finished: tuple[Path, list[dict[str, Any]]], vlm_dir: Path
+    finished: tuple[Path, list[dict[str, Any]]], loud_vlm: Path
 ) -> None:
     out, rows = finished
     assert [row["id"] for row in rows] == ["001-1", "001-2", "001-3", "002-1", "002-2", "002-3"]
-    plain = PlainModel(vlm_dir)
+    plain = PlainModel(loud_vlm)
     samples = {s.id: s for s in videomme.samples(DATA / "questions.json")}
     for row in rows:
         frames = out / "frames" / f"{row['video']}.frames.safetensors"
@@ -164,7 +146,7 @@ def test_the_official_file_is_exact_and_scored_as_it_stands(finished: tuple[Path
 
 
 @pytest.mark.nano
-def test_frames_are_read_once_for_three_questions(vlm_dir: Path, finished: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_frames_are_read_once_for_three_questions(loud_vlm: Path, finished: tuple[Path, list[dict[str, Any]]]) -> None:
     from lvctx.artifacts.frames import read_frames
     from lvctx.stages.asker import Asker
 
@@ -172,7 +154,7 @@ def test_frames_are_read_once_for_three_questions(vlm_dir: Path, finished: tuple
     samples = videomme.samples(DATA / "questions.json")[:3]
     replies = {}
     for reuse in (True, False):
-        asker = Asker(vlm_dir, device="cpu", chunk=50, reuse=reuse)
+        asker = Asker(loud_vlm, device="cpu", chunk=50, reuse=reuse)
         asker.show(read_frames(out / "frames" / "bikes.frames.safetensors").features)
         ids = [asker.ids(prompt(sample, "official", None)) for sample in samples]
         replies[reuse] = [asker.reply(one, 6) for one in ids]
@@ -187,30 +169,30 @@ def test_frames_are_read_once_for_three_questions(vlm_dir: Path, finished: tuple
 
 @pytest.mark.nano
 def test_a_run_goes_on_where_it_stopped_and_a_finished_one_does_nothing(
-    finished: tuple[Path, list[dict[str, Any]]], vlm_dir: Path, clips: Path, tmp_path: Path
+    finished: tuple[Path, list[dict[str, Any]]], loud_vlm: Path, clips: Path, tmp_path: Path
 ) -> None:
     out, _ = finished
     half = tmp_path / "half"
     half.mkdir()
     lines = (out / "results.jsonl").read_bytes().splitlines(keepends=True)
     (half / "results.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:40])
-    done = run(*asked(vlm_dir, clips, half), "--frames-dir", out / "frames")
+    done = run(*asked(loud_vlm, clips, half), "--frames-dir", out / "frames")
     assert [row["id"] for row in rows_of(done)] == ["001-3", "002-1", "002-2", "002-3"]
     assert (half / "responses.json").read_bytes() == (out / "responses.json").read_bytes()
-    assert rows_of(run(*asked(vlm_dir, clips, out))) == []
-    other = run(*asked(vlm_dir, clips, out), "--prompt", "lmms-eval")
+    assert rows_of(run(*asked(loud_vlm, clips, out))) == []
+    other = run(*asked(loud_vlm, clips, out), "--prompt", "lmms-eval")
     assert other.exit_code == 3
     assert "other prompt, style" in other.stderr
 
 
 @pytest.mark.nano
-def test_a_broken_video_is_an_error_and_a_smaller_denominator(vlm_dir: Path, clips: Path, tmp_path: Path) -> None:
+def test_a_broken_video_is_an_error_and_a_smaller_denominator(loud_vlm: Path, clips: Path, tmp_path: Path) -> None:
     broken = tmp_path / "clips"
     broken.mkdir()
     whole = (clips / "bigbuckbunny.mp4").read_bytes()
     (broken / "bigbuckbunny.mp4").write_bytes(whole[: len(whole) // 2])
     out = tmp_path / "out"
-    nothing = run(*asked(vlm_dir, broken, out))
+    nothing = run(*asked(loud_vlm, broken, out))
     assert nothing.exit_code == 4
     rows = rows_of(nothing)
     assert all("response" not in row for row in rows)
@@ -219,19 +201,19 @@ def test_a_broken_video_is_an_error_and_a_smaller_denominator(vlm_dir: Path, cli
     assert "0 of 6 questions answered" in nothing.stderr
     assert json.loads((out / "responses.json").read_text()) == []
     (broken / "bigbuckbunny.mp4").write_bytes(whole)
-    some = run(*asked(vlm_dir, broken, out))
+    some = run(*asked(loud_vlm, broken, out))
     assert some.exit_code == 4
     assert "3 of 6 questions answered" in some.stderr
     assert rows_of(run("videomme", "score", out, "--json"))[0]["questions"] == 3
 
 
 @pytest.mark.nano
-def test_frames_of_two_resolutions(vlm_dir: Path, clips: Path, tmp_path: Path) -> None:
+def test_frames_of_two_resolutions(loud_vlm: Path, clips: Path, tmp_path: Path) -> None:
     """Of every three frames one has 4 tokens and two have 2, and the replies are plain generation's about these."""
     out = tmp_path / "out"
-    done = run(*asked(vlm_dir, clips, out), "--hybrid", "3,4,2")
+    done = run(*asked(loud_vlm, clips, out), "--hybrid", "3,4,2")
     assert done.exit_code == 0, done.output
-    plain = PlainModel(vlm_dir)
+    plain = PlainModel(loud_vlm)
     samples = {s.id: s for s in videomme.samples(DATA / "questions.json")}
     for row in rows_of(done):
         assert (row["visual_tokens"], row["made_of"]["sampler"]["hybrid"]) == (2 * 4 + 4 * 2, [3, 4, 2])
@@ -243,13 +225,13 @@ def test_frames_of_two_resolutions(vlm_dir: Path, clips: Path, tmp_path: Path) -
         (("--hybrid", "3,4,2", "--hybrid-mode", "image"), "drop --hybrid-mode"),
         (("--fps", 1), "not both"),
     ):
-        refused = run(*asked(vlm_dir, clips, tmp_path / "no"), *flags)
+        refused = run(*asked(loud_vlm, clips, tmp_path / "no"), *flags)
         assert (refused.exit_code, words in refused.stderr) == (2, True), refused.stderr
 
 
 @pytest.mark.nano
-def test_a_prompt_too_long_is_an_error(vlm_dir: Path, clips: Path, tmp_path: Path) -> None:
-    done = run(*asked(vlm_dir, clips, tmp_path / "out"), "--max-new-tokens", 2000)
+def test_a_prompt_too_long_is_an_error(loud_vlm: Path, clips: Path, tmp_path: Path) -> None:
+    done = run(*asked(loud_vlm, clips, tmp_path / "out"), "--max-new-tokens", 2000)
     assert done.exit_code == 4
     assert "exceed the model's context of 2048" in rows_of(done)[0]["error"]
 
@@ -298,7 +280,7 @@ def hub_cache(cache: Path, repository: str, file: str) -> None:
 
 
 @pytest.mark.nano
-def test_questions_from_the_hub(vlm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_questions_from_the_hub(loud_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub's own client: what its cache holds is found without network, and what it does not is one line and 3."""
     from huggingface_hub import constants
 
@@ -306,7 +288,7 @@ def test_questions_from_the_hub(vlm_dir: Path, tmp_path: Path, monkeypatch: pyte
     hub_cache(tmp_path / "cache", "lmms-lab/Video-MME", file)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    flags = ("--model", vlm_dir, "--videos", tmp_path, "-o", tmp_path / "out", "--dry-run", "--questions")
+    flags = ("--model", loud_vlm, "--videos", tmp_path, "-o", tmp_path / "out", "--dry-run", "--questions")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     for questions in ("hub", "lmms-lab/Video-MME", f"lmms-lab/Video-MME/{file}"):
         found = run("videomme", "run", *flags, questions)
@@ -364,10 +346,10 @@ def test_subtitles_only_where_frames_are_and_bad_ones_counted(tmp_path: Path) ->
 
 
 @pytest.mark.nano
-def test_subtitles_of_a_run(vlm_dir: Path, clips: Path, tmp_path: Path) -> None:
+def test_subtitles_of_a_run(loud_vlm: Path, clips: Path, tmp_path: Path) -> None:
     (tmp_path / "srt").mkdir()
     (tmp_path / "srt" / "bikes.srt").write_text("1\n00:00:00,000 --> 00:00:01,000\nRide on.\n\n2\nbad\n")
-    done = run(*asked(vlm_dir, clips, tmp_path / "out"), "--subtitles", tmp_path / "srt")
+    done = run(*asked(loud_vlm, clips, tmp_path / "out"), "--subtitles", tmp_path / "srt")
     rows = rows_of(done)
     assert [(row["subtitle_lines"], row["bad_subtitles"]) for row in rows] == [(1, 1)] * 3 + [(0, 0)] * 3
 
@@ -468,14 +450,13 @@ def haystack(folder: Path, sizes: tuple[int, ...]) -> None:
     ],
 )
 def test_pictures_are_shown_as_the_model_was_taught(
-    grid: Grid, tokens: tuple[int, int], vlm_dir: Path, tmp_path: Path
+    grid: Grid, tokens: tuple[int, int], loud_vlm: Path, tmp_path: Path
 ) -> None:
     """Replies and lengths are those of stock transformers' own image and video paths."""
-    from lvctx.model.load import load_config
     from lvctx.train.images import Encoding
 
     model = tmp_path / "vlm"
-    shutil.copytree(vlm_dir, model)
+    shutil.copytree(loud_vlm, model)
     config = load_config(model)
     Encoding.of(config.vision_config, grid=grid, rule="code").tell(config)
     config.save_pretrained(model)
@@ -496,24 +477,23 @@ def test_pictures_are_shown_as_the_model_was_taught(
 
 @pytest.mark.nano
 def test_the_rule_of_unires_is_the_alignments(tiny_lm: Path, tiny_tower: Path, tmp_path: Path) -> None:
-    from lvctx.stages.asker import image_encoding
+    from lvctx.train.images import Encoding
 
     aligning.draw(tmp_path)
     data = aligning.write(tmp_path / "data.json", [aligning.talk("<image>What?", "red", image="0.png")])
     aligning.align(data, tmp_path / "vlm", tiny_lm, tiny_tower, grid_rule="paper", steps=1)
-    assert image_encoding(tmp_path / "vlm").rule == "paper"
     (tmp_path / "vlm" / "MANIFEST.json").unlink()
-    assert image_encoding(tmp_path / "vlm").rule == "code", "what export leaves says nothing of it"
+    assert Encoding.told(load_config(tmp_path / "vlm")).rule == "paper"
 
 
 @pytest.mark.nano
-def test_visual_haystacks_end_to_end(vlm_dir: Path, tmp_path: Path) -> None:
+def test_visual_haystacks_end_to_end(loud_vlm: Path, tmp_path: Path) -> None:
     haystack(tmp_path, (2, 5, 3))
     questions = json.loads((tmp_path / "q" / "visual_haystack_2.json").read_text())
     questions[2]["neg_image"] = ["gone.png"]
     (tmp_path / "q" / "visual_haystack_2.json").write_text(json.dumps(questions))
     out = tmp_path / "out"
-    where = ("--model", vlm_dir, "--videos", tmp_path, "--questions", tmp_path / "q", "-o", out)
+    where = ("--model", loud_vlm, "--videos", tmp_path, "--questions", tmp_path / "q", "-o", out)
     done = run("bench", "vhs", "run", *where, "--max-new-tokens", 4)
     assert done.exit_code == 4
     rows = rows_of(done)
@@ -540,9 +520,9 @@ def test_effective_length() -> None:
 
 
 @pytest.mark.nano
-def test_nextqa_runs_and_scores_from_the_command_line(vlm_dir: Path, clips: Path, tmp_path: Path) -> None:
+def test_nextqa_runs_and_scores_from_the_command_line(loud_vlm: Path, clips: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    where = ("--model", vlm_dir, "--videos", clips, "--questions", DATA / "nextqa.csv", "-o", out)
+    where = ("--model", loud_vlm, "--videos", clips, "--questions", DATA / "nextqa.csv", "-o", out)
     assert run("bench", "nextqa", "run", *where, "--frames", 4).exit_code == 0
     text = run("bench", "nextqa", "score", out).stdout
     assert "2 questions" in text
@@ -554,7 +534,7 @@ def test_nextqa_runs_and_scores_from_the_command_line(vlm_dir: Path, clips: Path
 
 
 @pytest.mark.nano
-def test_a_chat_keeps_what_it_has_read(finished: tuple[Path, list[dict[str, Any]]], vlm_dir: Path) -> None:
+def test_a_chat_keeps_what_it_has_read(finished: tuple[Path, list[dict[str, Any]]], loud_vlm: Path) -> None:
     """Each turn is what stock generation says of the whole conversation, and the frames run once."""
     from lvctx.stages.vqa import Watcher
 
@@ -562,23 +542,23 @@ def test_a_chat_keeps_what_it_has_read(finished: tuple[Path, list[dict[str, Any]
     questions = ["What is it?", "And where?", "Why do they ride?"]
     done = CliRunner().invoke(
         app,
-        ["vqa", str(frames), "--model", str(vlm_dir), "--chat", "--ask", questions[0], "--max-new-tokens", "5"],
+        ["vqa", str(frames), "--model", str(loud_vlm), "--chat", "--ask", questions[0], "--max-new-tokens", "5"],
         input="\n".join(["", *questions[1:]]) + "\n",
         catch_exceptions=False,
     )
     rows = rows_of(done)
     assert [row["question"] for row in rows] == questions
-    plain, turns = PlainModel(vlm_dir), list[str]()
+    plain, turns = PlainModel(loud_vlm), list[str]()
     for row in rows:
         turns.append(row["question"])
         assert plain.answer(frames, turns, 5) == (row["answer"], row["tokens"])
         turns.append(row["answer"])
     assert rows[2]["tokens"] > rows[1]["tokens"] > rows[0]["tokens"]
-    watcher = Watcher(str(vlm_dir), device="cpu")
+    watcher = Watcher(str(loud_vlm), device="cpu")
     heard: list[str] = []
     answers = list(watcher.chat(frames, questions, max_new_tokens=5, tell=heard.append))
     assert [a.text for a in answers] == [row["answer"] for row in rows]
     assert heard[-1] == answers[-1].text
     assert watcher.asker.reader.tokens_run < rows[2]["tokens"] + 3 * (5 + 5 + 1)
-    assert run("vqa", frames, "--model", vlm_dir).exit_code == 2
-    assert run("vqa", frames, frames, "--chat", "--model", vlm_dir).exit_code == 2
+    assert run("vqa", frames, "--model", loud_vlm).exit_code == 2
+    assert run("vqa", frames, frames, "--chat", "--model", loud_vlm).exit_code == 2

@@ -1,5 +1,6 @@
 """Needles for Qwen-VL: a cell scores like a stock forward over the film that it is, and what is shared is run once."""
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -94,8 +95,8 @@ def test_grid_equals_plain_forwards(
     cells = test.cells([4, 10, 14], [0, 0.5, 1], 2)
     sequences = [test.sequence(cell)[0] for cell in cells]
     table = eyes.table(model, count, [needle.image for needle in needles])
-    walker = PrefixScorer(model, table, chunk=29, positions=eyes.positions)
-    alone = PrefixScorer(model, table, reuse=False, positions=eyes.positions)
+    walker = PrefixScorer(copy.deepcopy(model), table, chunk=29, positions=eyes.positions)
+    alone = PrefixScorer(copy.deepcopy(model), table, reuse=False, positions=eyes.positions)
     rules = Rules.of(model.config)
     probabilities = set()
     for cell in [cells[i] for i in walk_order(sequences)]:
@@ -141,7 +142,9 @@ def test_pictures_apart_equal_a_plain_forward(
     needle = Needle(image=Image.fromarray(picture), question="What?", answer="ab", subject="")
     test = VideoNiah(tokenizer, [needle], layout=eyes.layout(13, 1), frames=13, chance=None, nested=True)
     laid_out = [(cell, *test.sequence(cell)) for cell in test.cells([3, 7], [0, 0.5, 1], 1)]
-    walker = PrefixScorer(model, eyes.table(model, 13, [needle.image]), chunk=29, positions=eyes.positions)
+    walker = PrefixScorer(
+        copy.deepcopy(model), eyes.table(model, 13, [needle.image]), chunk=29, positions=eyes.positions
+    )
     size = (140, 84) if natural else (84, 56)  # by hand: 150 x 90 to multiples of 28; the largest of at most 8 tokens
     tokens = size[0] * size[1] // 28**2
     for cell, ids, answer in laid_out:
@@ -170,7 +173,7 @@ def test_writing_goes_on_after_the_films_time(saved: dict[str, Path], hay: tuple
     needle = Needle(image=Image.new("RGB", (90, 90), (9, 9, 200)), question="What?", answer="a", subject="")
     test = VideoNiah(tokenizer, [needle], layout=eyes.layout(26, 1), frames=26, chance=None)
     ids, _ = test.sequence(test.cells([26], [0.5], 1)[0])
-    scorer = PrefixScorer(model, eyes.table(model, 26, [needle.image]), positions=eyes.positions)
+    scorer = PrefixScorer(copy.deepcopy(model), eyes.table(model, 26, [needle.image]), positions=eyes.positions)
     written = scorer.score(ids, 1, write=4).written
     assert written is not None
     for i in range(4):

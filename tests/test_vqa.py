@@ -12,7 +12,6 @@ from typing import Any
 
 import mrope_models
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from lvctx.artifacts.frames import read_frames
@@ -30,37 +29,16 @@ def vqa(*arguments: object, given: str = "", code: int = 0) -> tuple[list[dict[s
 
 
 @pytest.fixture(scope="module")
-def vlm(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random VLM whose answers differ: weights ten times the usual."""
-    from transformers import CLIPVisionModel
-
-    from lvctx.model.load import load_model, load_tokenizer
-    from lvctx.model.vlm import assemble, save_vlm
-
-    out = tmp_path_factory.mktemp("vlm")
-    tokenizer, lm = load_tokenizer(tiny_lm), load_model(tiny_lm)
-    lm.config.max_position_embeddings = 2048
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in lm.model.layers.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 0.2)
-    tower = CLIPVisionModel.from_pretrained(tiny_tower).eval()
-    save_vlm(assemble(lm, tower, tokenizer, where=tiny_lm, seed=0), tokenizer, tiny_tower, out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def frames(vlm: Path, nano: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def frames(loud_vlm: Path, nano: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from lvctx.stages.encode import Encoder
 
-    encoder = Encoder.plan(str(vlm), frames=6, device="cpu")
+    encoder = Encoder.plan(str(loud_vlm), frames=6, device="cpu")
     return Path(encoder.encode(nano.clips / "bikes.mp4", tmp_path_factory.mktemp("frames"))["path"])
 
 
 @pytest.fixture(scope="module")
-def asked(vlm: Path, frames: Path) -> list[dict[str, Any]]:
-    return vqa(frames, "--model", vlm, *(part for q in QUESTIONS for part in ("--ask", q)))[0]
+def asked(loud_vlm: Path, frames: Path) -> list[dict[str, Any]]:
+    return vqa(frames, "--model", loud_vlm, *(part for q in QUESTIONS for part in ("--ask", q)))[0]
 
 
 @pytest.mark.nano
@@ -73,40 +51,40 @@ def test_every_question_is_answered_and_every_frames_time_told(asked: list[dict[
 
 
 @pytest.mark.nano
-def test_questions_on_lines(asked: list[dict[str, Any]], vlm: Path, frames: Path) -> None:
+def test_questions_on_lines(asked: list[dict[str, Any]], loud_vlm: Path, frames: Path) -> None:
     """Text or JSON, of which the other keys pass; each on its own, as if given by --ask, unless it is a chat."""
     lines = [json.dumps({"id": 7, "question": QUESTIONS[1], "schema": "mine"}), "", QUESTIONS[2]]
     given = "\n".join(lines) + "\n"
-    rows, _ = vqa(frames, "--model", vlm, "--ask", QUESTIONS[0], "--ask", "-", given=given)
+    rows, _ = vqa(frames, "--model", loud_vlm, "--ask", QUESTIONS[0], "--ask", "-", given=given)
     assert [row.pop("id", None) for row in rows] == [None, 7, None]
     assert rows == asked
-    chat, _ = vqa(frames, "--model", vlm, "--chat", "--ask", QUESTIONS[0], given=given)
+    chat, _ = vqa(frames, "--model", loud_vlm, "--chat", "--ask", QUESTIONS[0], given=given)
     assert [row.get("id") for row in chat] == [None, 7, None]
     assert chat[0]["answer"] == asked[0]["answer"]
     assert chat[1]["tokens"] > asked[1]["tokens"]
     for bad in ("{", '{"text": 1}'):
-        assert "stdin:2" in vqa(frames, "--model", vlm, "--ask", "-", given=f"Hm?\n{bad}\n", code=3)[1]
-    assert "about one" in vqa(frames, frames, "--model", vlm, "--ask", "-", code=2)[1]
+        assert "stdin:2" in vqa(frames, "--model", loud_vlm, "--ask", "-", given=f"Hm?\n{bad}\n", code=3)[1]
+    assert "about one" in vqa(frames, frames, "--model", loud_vlm, "--ask", "-", code=2)[1]
 
 
 @pytest.mark.nano
-def test_a_line_names_its_video_and_its_question(asked: list[dict[str, Any]], vlm: Path, frames: Path) -> None:
+def test_a_line_names_its_video_and_its_question(asked: list[dict[str, Any]], loud_vlm: Path, frames: Path) -> None:
     lines = [{"path": str(frames), "question": q, "id": i} for i, q in enumerate(QUESTIONS)]
     given = "".join(json.dumps(line) + "\n" for line in [*lines, {"path": str(frames)}])
-    rows, said = vqa("-", "--model", vlm, given=given, code=4)
+    rows, said = vqa("-", "--model", loud_vlm, given=given, code=4)
     assert [(row["id"], row["answer"]) for row in rows[:3]] == [(i, row["answer"]) for i, row in enumerate(asked)]
     assert "no question" in rows[3]["error"]
     assert said.count("no question") == 1
     over = [json.dumps(row) for row in rows[:1]]
-    again, _ = vqa("-", "--model", vlm, "--ask", QUESTIONS[1], given="\n".join(over))
+    again, _ = vqa("-", "--model", loud_vlm, "--ask", QUESTIONS[1], given="\n".join(over))
     assert again[0]["answer"] == asked[1]["answer"], "--ask wins over what an earlier answer brings along"
 
 
 @pytest.mark.nano
-def test_lines_about_one_video_share_its_frames(vlm: Path, frames: Path, tmp_path: Path) -> None:
+def test_lines_about_one_video_share_its_frames(loud_vlm: Path, frames: Path, tmp_path: Path) -> None:
     from lvctx.stages.vqa import Watcher
 
-    watcher = Watcher(str(vlm), device="cpu")
+    watcher = Watcher(str(loud_vlm), device="cpu")
     copy = tmp_path / frames.name
     shutil.copy(frames, copy)
     run = []
@@ -122,9 +100,9 @@ def test_lines_about_one_video_share_its_frames(vlm: Path, frames: Path, tmp_pat
 
 
 @pytest.mark.nano
-def test_a_terminal_sees_the_answer_grow(asked: list[dict[str, Any]], vlm: Path, frames: Path) -> None:
+def test_a_terminal_sees_the_answer_grow(asked: list[dict[str, Any]], loud_vlm: Path, frames: Path) -> None:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "lvctx", "vqa", frames, "--model", vlm, "--max-new-tokens", "5"]
+    command = [sys.executable, "-m", "lvctx", "vqa", frames, "--model", loud_vlm, "--max-new-tokens", "5"]
     for question in QUESTIONS[:2]:
         command += ["--ask", question]
     done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=120)
@@ -159,7 +137,7 @@ def test_only_what_is_new_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.nano
 @pytest.mark.parametrize("spread", ["auto", "one", "disk"])
 def test_a_model_spread_by_accelerate_answers_the_same(
-    spread: str, asked: list[dict[str, Any]], vlm: Path, frames: Path, tmp_path: Path
+    spread: str, asked: list[dict[str, Any]], loud_vlm: Path, frames: Path, tmp_path: Path
 ) -> None:
     """`disk`: of most modules the weights are brought from the file whenever they are called."""
     pytest.importorskip("accelerate")
@@ -169,7 +147,7 @@ def test_a_model_spread_by_accelerate_answers_the_same(
         (tmp_path / "map.json").write_text(json.dumps(maps[spread]))
     flags = [part for q in QUESTIONS for part in ("--ask", q)]
     given = spread if spread == "auto" else tmp_path / "map.json"
-    assert vqa(frames, "--model", vlm, "--device-map", given, *flags)[0] == asked
+    assert vqa(frames, "--model", loud_vlm, "--device-map", given, *flags)[0] == asked
 
 
 @pytest.mark.nano
@@ -182,8 +160,8 @@ def test_a_qwen_model_spread_by_accelerate_answers_the_same(nano: Any, tmp_path:
     assert vqa(*ask, "--device-map", tmp_path / "map.json")[0] == vqa(*ask)[0]
 
 
-def test_device_maps_that_are_none(vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ask = ("x.frames.safetensors", "--model", vlm, "--ask", "What?", "--device-map")
+def test_device_maps_that_are_none(loud_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = ("x.frames.safetensors", "--model", loud_vlm, "--ask", "What?", "--device-map")
     assert "is no file" in vqa(*ask, "everywhere", code=2)[1]
     assert "one process" in vqa(*ask, "auto", "--cp", 2, code=2)[1]
     (tmp_path / "list.json").write_text("[1]")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lvctx.bench.cache import Kept, empty_cache
+from lvctx.dist.attention import is_windowed
 from lvctx.dist.ring import ALONE, Ring
 from lvctx.dist.stripes import Stripe, held, last_rows, prepare
 from lvctx.model.load import device_of
@@ -73,9 +74,10 @@ class PrefixScorer:
         self.head, self.embedding = model.lm_head, model.get_input_embeddings()
         self.visual_RE, self.chunk, self.reuse, self.kept = visual_RE, chunk, reuse, kept
         self.positions, self.ring = positions, ring
-        if ring.world > 1:
-            prepare(self.lm)
         self.device = device_of(self.embedding)
+        # On a CPU torch's flash kernel takes twice as long with a mask, which transformers gives it beside a cache.
+        if ring.world > 1 or (self.device.type == "cpu" and not is_windowed(self.lm.config)):
+            prepare(self.lm)
         self.tokens_run = 0
         """Tokens that went through the model so far, on all ranks together."""
         self._empty()

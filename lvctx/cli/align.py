@@ -86,7 +86,10 @@ def align(
             "(LLaVA-NeXT). single: one grid. Default: what --init says, else unires."
         ),
     ] = None,
-    grid_rule: Annotated[Rule, typer.Option(help="UniRes as the released code or as the paper.")] = Rule.code,
+    grid_rule: Annotated[
+        Rule | None,
+        typer.Option(help="UniRes as the released code or as the paper. Default: what --init says, else code."),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", min=1)] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data. Default: 1, dpo 3.")] = None,
     batch: Annotated[
@@ -133,7 +136,7 @@ def align(
         data=data,
         images=images,
         grid=grid.value if grid else None,
-        grid_rule=grid_rule.value,
+        grid_rule=grid_rule.value if grid_rule else None,
         steps=steps,
         epochs=epochs,
         batch=batch,

@@ -180,6 +180,8 @@ def extend_lm(
         make_plan = partial(make_plan, rope_theta=best(table))
         shown = ("base", "accuracy", "log_prob")
         found = {"search": {"lengths": lengths, "table": [{key: row[key] for key in shown} for row in table]}}
+    if adapter and stages:
+        raise UsageError("--adapter is where one run starts, and each stage starts from the one before", fix="drop one")
     flags = [parse_stage(stage) for stage in stages] if stages else [{}]
     plans = plan_stages(make_plan, flags, seed=seed)
     facts = {"original_context": plans[0].original_context, **asdict(plans[-1].config), **found}

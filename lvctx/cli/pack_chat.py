@@ -33,13 +33,6 @@ class Template(StrEnum):
     own = "own"
 
 
-class Rule(StrEnum):
-    """Which UniRes: the released code's or the paper's."""
-
-    code = "code"
-    paper = "paper"
-
-
 class Mode(StrEnum):
     """How hybrid resolution meets models that merge two frames."""
 
@@ -116,9 +109,6 @@ def pack_chat(
             rich_help_panel=Counting,
         ),
     ] = Mode.pair,
-    grid_rule: Annotated[
-        Rule, typer.Option(help="UniRes as the released code or as the paper.", rich_help_panel=Counting)
-    ] = Rule.code,
     skip_malformed: Annotated[
         bool, typer.Option("--skip-malformed", help="Leave out what is not right, and name it, instead of stopping.")
     ] = False,
@@ -155,7 +145,6 @@ def pack_chat(
         long_over=long_over,
         video_fps=video_fps,
         max_frames=max_frames,
-        grid_rule=grid_rule.value,
         template=template.value,
         skip_malformed=skip_malformed,
         shard_tokens=shard_tokens,

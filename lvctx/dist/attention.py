@@ -56,7 +56,8 @@ def is_windowed(config: Any) -> bool:
     """Whether a model reads keys through a sliding window, or not by plain attention at all: `_attend` does not."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return bool(windowed) or kinds != {"full_attention"}
+    latent = getattr(config, "kv_lora_rank", None)  # DeepSeek's: values are of another width than keys
+    return bool(windowed or latent) or kinds != {"full_attention"}
 
 
 def check_config(config: Any, *, where: object) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lvctx.dist.attention import check_config
-from lvctx.dist.kernels import choose_kernel
+from lvctx.dist.kernels import Kernel, choose_kernel
 from lvctx.dist.ring import Ring, merge
 
 NAME = "lvctx_stripes"
@@ -61,7 +61,7 @@ def held(length: int, ring: Ring) -> int:
 
 
 def prepare(lm: Any) -> None:
-    """Let a language model read in stripes: its forwards then need `stripe=`.
+    """Let a language model read in stripes: its forwards then need `stripe=`, unless one rank reads alone.
 
     Raises InputError for a model that reads its keys through a sliding window.
     """
@@ -91,20 +91,22 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    stripe: Stripe,
+    stripe: Stripe | None = None,
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention: q (B, H, L, D) of this rank's new tokens, k and v (B, K, S, D) of all it has.
 
-    Gives (B, L, H, D). Every rank must call it.
+    Gives (B, L, H, D). Every rank must call it; without `stripe` there is one.
     """
     assert attention_mask is None, "ranks know places, not masks"
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kernel = choose_kernel(query.device.type, query.dtype, query.shape[-1])
+    if stripe is None:
+        return _attend_alone(query, key, value, kernel, scale).transpose(1, 2), None
     ring, own, rows = stripe.ring, stripe.own, query.shape[2]
     before = held(stripe.first, ring)
     assert rows == max(own, 1) and key.shape[2] == before + rows
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kernel = choose_kernel(query.device.type, query.dtype, query.shape[-1])
     most = -(-stripe.count // ring.world)
     padded = F.pad(query, (0, 0, 0, most - rows)).contiguous()
     q_WBHMD = padded.new_empty(ring.world, *padded.shape)
@@ -131,3 +133,14 @@ def _attend(
     weights_WBHM = mine[..., -1].softmax(0)
     out_BHMD = (weights_WBHM[..., None] * mine[..., :-1]).sum(0)
     return out_BHMD[:, :, :rows].transpose(1, 2).to(query.dtype), None
+
+
+def _attend_alone(query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, scale: float) -> Tensor:
+    """One rank's (B, H, L, D): a causal square over the new tokens, and all of what stands before them."""
+    before = key.shape[2] - query.shape[2]
+    new, lse = kernel.forward(query, key[:, :, before:], value[:, :, before:], causal=True, scale=scale)
+    if not before:
+        return new
+    out = new.float()
+    merge(out, lse, *kernel.forward(query, key[:, :, :before], value[:, :, :before], causal=False, scale=scale))
+    return out.to(query.dtype)

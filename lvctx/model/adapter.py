@@ -40,6 +40,8 @@ def load_adapter(path: Path, vlm: Any, wrapped: Any) -> None:
         raise InputError("holds neither a projector nor a LoRA", where=path, fix=f"give an {ADAPTER} of align")
     try:
         if "projector" in parts:
+            if not hasattr(vlm.model, "multi_modal_projector"):
+                raise InputError("holds a projector, and the model sees nothing", fix="give the LoRA of an extend-lm")
             vlm.model.multi_modal_projector.load_state_dict(parts["projector"])
         if "lora" in parts:
             load_lora_state(wrapped, parts["lora"])

@@ -55,6 +55,11 @@ def image_grid(config: Any) -> Grid:
     raise InputError(f"config.json has image_grid {named!r}", fix=f"it is one of {', '.join(get_args(Grid))}")
 
 
+def image_rule(config: Any) -> Literal["code", "paper"]:
+    """Which rule of UniRes (`lvctx.vision.grids`) a VLM reads images by, from its configuration."""
+    return "paper" if getattr(config, "image_grid_rule", "code") == "paper" else "code"
+
+
 def tokens_per_frame(config: Any) -> int:
     """Language-model tokens of one frame or grid, from a LlavaOnevision configuration: 144 for CLIP ViT-L/14-336."""
     side = config.vision_config.image_size // config.vision_config.patch_size

@@ -123,7 +123,7 @@ def _train(
     def batch(step: int) -> list[list[Sample]]:
         nonlocal longest
         samples = [sample(number) for number in chosen(step)]
-        longest = max(longest, *(one.tokens for one in samples))
+        longest = max(longest, *(one.longest for one in samples))
         if all(label == IGNORED for one in samples for s in one.sequences for label in s.labels):
             raise InputError("a whole step without an answer left", where=samples[0].where, fix="raise --max-length")
         return pack_samples(samples, micro_tokens)

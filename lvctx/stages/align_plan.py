@@ -12,7 +12,7 @@ from lvctx.artifacts.store import fingerprint
 from lvctx.errors import UsageError
 from lvctx.model.load import VLM_TYPE, load_config, load_tokenizer, resolve_model
 from lvctx.model.loss import IGNORED
-from lvctx.model.vlm import VIDEO_TOKEN, Grid, add_visual_tokens, image_grid
+from lvctx.model.vlm import VIDEO_TOKEN, Grid, add_visual_tokens, image_grid, image_rule
 from lvctx.text.hub import hub_commit
 from lvctx.train.chat import Conversation, read_conversations
 from lvctx.train.images import Encoding
@@ -106,7 +106,7 @@ def plan_align(
     data: Path,
     images: Path,
     grid: Grid | None,
-    grid_rule: GridRule,
+    grid_rule: GridRule | None,
     steps: int | None,
     epochs: float | None,
     batch: int | None,
@@ -152,7 +152,7 @@ def plan_align(
     config = AlignConfig(
         stage=stage,
         grid=grid or (image_grid(started) if started is not None else "unires"),
-        grid_rule=grid_rule,
+        grid_rule=grid_rule or (image_rule(started) if started is not None else "code"),
         steps=steps or max(1, round((epochs or usual.epochs) * len(rows) / size)),
         batch=size,
         lr=rate,
@@ -202,6 +202,6 @@ def count_tokens(plan: Plan, report: Callable[[int, int, str], None]) -> dict[st
             tokens += len(sequence.ids)
             visual += sequence.ids.count(video)
             counted += sum(label != IGNORED for label in sequence.labels)
-        longest = max(longest, sample.tokens)
+        longest = max(longest, sample.longest)
         report(number + 1, len(plan.rows), "tokens")
     return {"tokens": tokens, "visual_tokens": visual, "counted_tokens": counted, "longest_sample": longest}

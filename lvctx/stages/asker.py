@@ -12,30 +12,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lvctx.artifacts.manifest import MANIFEST, read_manifest
 from lvctx.bench.prefix import Positions, count_up
 from lvctx.bench.reader import Reader
 from lvctx.dist.ring import ALONE, Ring
 from lvctx.errors import InputError
 from lvctx.model.load import DeviceMap, context_length, load_config, load_model, load_tokenizer
-from lvctx.model.vlm import VIDEO_TOKEN, chat_ids, embed_frames, image_grid, newline_embedding
+from lvctx.model.vlm import VIDEO_TOKEN, chat_ids, embed_frames, newline_embedding
 from lvctx.train.images import Encoding, embed_image
-from lvctx.vision.grids import GridRule
 from lvctx.vision.images import Preprocess
 
 BATCH = 64
 """Frames that go through the projector at once: before its pooling a frame is four times its tokens."""
-
-
-def image_encoding(path: Path) -> Encoding:
-    """How `align` taught the VLM in a directory to read images: config.json's grid, the manifest's rule of UniRes.
-
-    Raises InputError where config.json names a grid that is none.
-    """
-    config = load_config(path)
-    made = read_manifest(path).get("config", {}) if (path / MANIFEST).is_file() else {}
-    rule: GridRule = "paper" if made.get("grid_rule") == "paper" else "code"
-    return Encoding.of(config.vision_config, grid=image_grid(config), rule=rule)
 
 
 class Asker:
@@ -101,7 +88,7 @@ class Asker:
 
     @cached_property
     def _eyes(self) -> tuple[Encoding, Preprocess]:
-        return image_encoding(self.path), Preprocess.from_directory(self.path)
+        return Encoding.told(load_config(self.path)), Preprocess.from_directory(self.path)
 
     def _take(self, table_RE: torch.Tensor, block: np.ndarray, positions: Positions) -> None:
         """Talk about a block of ids, of which those beyond the vocabulary are rows of a table."""

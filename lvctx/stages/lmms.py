@@ -13,7 +13,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 
-from lvctx.errors import LvctxError
+from lvctx.errors import LvctxError, UsageError
 from lvctx.model.load import resolve_model
 from lvctx.stages.asker import Asker
 from lvctx.vision.decode import read_frames
@@ -89,8 +89,8 @@ class Lvctx(lmms):
         return found
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        """Tasks of several rounds are not supported."""
-        raise NotImplementedError("lvctx does not answer lmms-eval's tasks of several rounds")
+        """Raises UsageError: nothing here goes on from an answer."""
+        raise UsageError("lmms-eval's tasks of several rounds are not answered", fix="leave them out of --tasks")
 
     def _visuals(self, request: Any) -> list[Any]:
         _, _, visuals, doc_id, task, split = request.args

@@ -12,7 +12,7 @@ from lvctx.artifacts.store import sha256_file
 from lvctx.errors import UsageError
 from lvctx.model.load import VLM_TYPE, DeviceMap, load_config, resolve_model
 from lvctx.model.qwen_vl import TIMED, TYPES
-from lvctx.stages.asker import Asker, image_encoding
+from lvctx.stages.asker import Asker
 from lvctx.stages.encode import Encoder
 from lvctx.stages.qwen_asker import QwenAsker, Viewing
 from lvctx.train.images import Encoding
@@ -79,7 +79,7 @@ def find_look(
         raise UsageError(f"{model} merges no frames", fix="drop --hybrid-mode")
     mode = frame_mode or "crop"
     encoder = Encoder.plan(model, fps=fps, frames=frames, frame_mode=mode, hybrid=hybrid, device=device)
-    return TowerLook(encoder, frames_dir, image_encoding(path))
+    return TowerLook(encoder, frames_dir, Encoding.told(load_config(path)))
 
 
 class TowerLook:

@@ -208,7 +208,6 @@ def pack_samples(
         long_over=8192,
         video_fps=fps,
         max_frames=768,
-        grid_rule="code",
         template="chatml",
         skip_malformed=False,
         shard_tokens=1 << 24,

@@ -63,8 +63,6 @@ class ChatConfig:
     """Frames of a video beyond which they are spread evenly instead; Qwen2-VL 768."""
     hybrid: dict[str, Any] | None
     """`vision.hybrid.Hybrid` of videos, as JSON; None is uniform resolution at the model's usual tokens."""
-    grid_rule: str
-    """UniRes of a LlavaOnevision model: `code` or `paper`."""
     template: str
     """`chatml`, or `own`: the tokenizer's."""
     skip_malformed: bool
@@ -122,7 +120,7 @@ def plan_chat(
         tokenizer.chat_template = CHATML
     elif tokenizer.chat_template is None:
         raise InputError("no chat template", where=model, fix="--template chatml, or an instruct model")
-    rule = find_rule(path, tokenizer, hybrid=config.hybrid, grid_rule=config.grid_rule)
+    rule = find_rule(path, tokenizer, hybrid=config.hybrid)
     small = [path / name for name in ("tokenizer.json", "config.json", "preprocessor_config.json")]
     inputs = {"model": " ".join(sha256_file(p) for p in small if p.is_file())}
     inputs |= {kind: " ".join(map(sha256_file, paths)) for kind, paths in sources.items()}

@@ -31,7 +31,7 @@ def cost(model: str, *, frames: int, size: str, viewing: Viewing) -> Count:
     path = resolve_model(model)
     if load_config(path).model_type not in TYPES:
         raise InputError("only videos of Qwen2-VL and Qwen2.5-VL are counted", where=path, fix="drop --frames")
-    rule: Any = find_rule(path, load_tokenizer(path), hybrid=vars(viewing.hybrid), grid_rule="code")
+    rule: Any = find_rule(path, load_tokenizer(path), hybrid=vars(viewing.hybrid))
     seconds = Rules.of(load_config(path)).tokens_per_second
     return count(frames, width, height, rule, fps=viewing.fps, tokens_per_second=seconds)
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lvctx.model.vlm import Grid, embed_frames, frame_features
+from lvctx.model.vlm import Grid, embed_frames, frame_features, image_grid, image_rule
 from lvctx.vision.anyres import anyres_flatten, anyres_pinpoints, anyres_tiles, anyres_tokens, single_tiles
 from lvctx.vision.grids import GridRule, unires_grid, unires_tiles
 from lvctx.vision.images import Preprocess, image_size
@@ -42,6 +42,11 @@ class Encoding:
         tile = vision_config.image_size
         return cls(grid=grid, rule=rule, tile=tile, side=tile // vision_config.patch_size)
 
+    @classmethod
+    def told(cls, config: Any) -> Self:
+        """What `tell` said in a VLM's configuration. Raises InputError where it names a grid that is none."""
+        return cls.of(config.vision_config, grid=image_grid(config), rule=image_rule(config))
+
     def tokens(self, image: Path, *, alone: bool) -> int:
         """Tokens of an image's block, newlines included, from the file's header; `alone`: its sample has no other."""
         width, height = image_size(image)
@@ -61,8 +66,8 @@ class Encoding:
         return single_tiles(image, self.tile, "pad", background)
 
     def tell(self, config: Any) -> None:
-        """Say it in a VLM's configuration: for us as `image_grid`, for stock LlavaOnevision in its own terms."""
-        config.image_grid = self.grid
+        """Say it in a VLM's configuration: to us by our own keys, to stock LlavaOnevision in its own terms."""
+        config.image_grid, config.image_grid_rule = self.grid, self.rule
         if self.grid == "anyres":
             config.image_grid_pinpoints, config.vision_aspect_ratio = anyres_pinpoints(self.tile), "anyres_max_4"
         else:  # images go the way of videos, which knows neither

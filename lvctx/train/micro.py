@@ -45,6 +45,11 @@ class Sample:
         """Of all its sequences."""
         return sum(len(s.ids) for s in self.sequences)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest sequence: what the language model must have positions for."""
+        return max(len(s.ids) for s in self.sequences)
+
 
 def encode_sample(
     number: int, row: Sequence[Conversation], tokenizer: Any, encoding: Encoding, *, max_length: int
@@ -102,8 +107,8 @@ class Forward(nn.Module):
         self.vlm, self.encoding, self.preprocess = vlm, encoding, preprocess
         self.newline, self.tower_grad, self.device = newline, tower_grad, device
         lm = vlm.model.language_model
-        self.ours = not attention.is_windowed(lm.config)
-        """Sequences are kept apart by our attention, which costs what they cost; else by transformers' mask."""
+        self.ours = torch.device(device).type == "cpu" and not attention.is_windowed(lm.config)
+        """Sequences are kept apart by our attention, which costs what they cost, on CPU; else by transformers' mask."""
         if self.ours:
             attention.use(lm, where="")
 

@@ -8,12 +8,12 @@ from typing import Any
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import VLM_TYPE, load_config
 from lvctx.model.qwen_vl import TIMED, TYPES
-from lvctx.model.vlm import image_grid
+from lvctx.model.vlm import image_grid, image_rule
 from lvctx.vision.hybrid import Hybrid
 from lvctx.vision.tokens import LlavaRule, QwenRule, VisualRule, pooling
 
 
-def find_rule(path: Path, tokenizer: Any, *, hybrid: Mapping[str, Any] | None, grid_rule: Any) -> VisualRule | None:
+def find_rule(path: Path, tokenizer: Any, *, hybrid: Mapping[str, Any] | None) -> VisualRule | None:
     """The rule of a model directory (no weights needed), or None for a language model.
 
     `hybrid` are `Hybrid`'s values; None is uniform resolution: 240 tokens a grid for Qwen2-VL, the tower's own for
@@ -36,7 +36,7 @@ def find_rule(path: Path, tokenizer: Any, *, hybrid: Mapping[str, Any] | None, g
         pooling(side, resolution.ratio)
         placeholder = _id(tokenizer, "<video>", path)
         return LlavaRule(
-            placeholder=placeholder, tile=vision.image_size, side=side, grid_rule=grid_rule, hybrid=resolution
+            placeholder=placeholder, tile=vision.image_size, side=side, grid_rule=image_rule(config), hybrid=resolution
         )
     raise InputError(f"no rule for {family}", where=path, fix="--model takes Qwen2-VL, Qwen2.5-VL or LlavaOnevision")
 
