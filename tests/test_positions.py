@@ -23,6 +23,7 @@ SPECS = [
     RopeSpec(head_dim=64, theta=1e5, factor=2.5, original=8192),  # SmolLM2
     RopeSpec(head_dim=128, theta=1e6, factor=4.0, original=32768),  # Qwen2
     RopeSpec(head_dim=128, theta=1e4, factor=32.0, original=4096),  # Llama 2
+    RopeSpec(head_dim=64, theta=2.5e5, factor=8.0, original=8192, attention_factor=1.4),
 ]
 
 
@@ -63,7 +64,16 @@ def test_frequencies_are_the_formula_and_what_stock_transformers_computes(
     config.save_pretrained(tmp_path)
     stock = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path))
     torch.testing.assert_close(stock.inv_freq.double(), ours, rtol=2e-6, atol=0)
-    assert stock.attention_scaling == pytest.approx(yarn.attention_factor(spec) if module is yarn else 1.0, rel=1e-12)
+    expected = spec.attention_factor or 0.1 * math.log(spec.factor) + 1
+    assert stock.attention_scaling == pytest.approx(expected if module is yarn else 1.0, rel=1e-12)
+
+
+def test_a_sharper_attention_is_told_to_every_runtime() -> None:
+    """transformers reads the whole factor; vLLM and SGLang multiply their own 0.1 ln s + 1 by `attn_factor`."""
+    told = chosen(config(), "yarn", factor=8, attention_factor=1.4).rope_parameters
+    assert told["attention_factor"] == 1.4
+    assert told["attn_factor"] * (0.1 * math.log(8) + 1) == pytest.approx(1.4, rel=1e-12)
+    assert "attention_factor" not in chosen(config(**told), "yarn", factor=8).rope_parameters
 
 
 def test_yarns_attention_factor_is_the_published_one() -> None:
@@ -133,6 +143,7 @@ def test_another_kind_of_positions_is_refused_unless_replaced(caplog: pytest.Log
     [
         ("theta", {"factor": 2.0}, "--factor has no meaning"),
         ("none", {"theta": 1e6}, "keeps the base"),
+        ("ntk", {"factor": 2.0, "attention_factor": 1.4}, "--attention-factor has no meaning"),
         ("pi", {"context": 8192}, "stretches by 0.25"),
         ("yarn", {}, "stretches by 0"),
     ],
@@ -164,6 +175,7 @@ def test_extend_lm_writes_what_was_asked(tiny_lm: Path, tmp_path: Path) -> None:
         rope="yarn",
         rope_theta=None,
         factor=4.0,
+        attention_factor=None,
         context=None,
         seq_len=None,
         steps=0,

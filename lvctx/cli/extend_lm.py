@@ -70,6 +70,10 @@ def extend_lm(
         float | None,
         typer.Option(help="Times the pretrained length (pi, ntk, yarn). Default: up to --context.", min=1.0),
     ] = None,
+    attention_factor: Annotated[
+        float | None,
+        typer.Option(help="Sharper attention (yarn): cos and sin times this. Default: 0.1 ln(factor) + 1.", min=0.1),
+    ] = None,
     context: Annotated[
         int | None, typer.Option(help="Positions config.json promises. Default: the longer of model and rows.", min=2)
     ] = None,
@@ -139,6 +143,7 @@ def extend_lm(
         rope=rope.value,
         rope_theta=rope_theta,
         factor=factor,
+        attention_factor=attention_factor,
         context=context,
         seq_len=seq_len,
         steps=steps,

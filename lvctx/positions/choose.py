@@ -34,15 +34,22 @@ class Positions:
 
 
 def choose(
-    config: Any, *, scheme: Scheme, theta: float | None, factor: float | None, context: int | None, seq_len: int
+    config: Any,
+    *,
+    scheme: Scheme,
+    theta: float | None,
+    factor: float | None,
+    context: int | None,
+    seq_len: int,
+    attention_factor: float | None = None,
 ) -> Positions:
     """Positions of `scheme` for a model with this transformers configuration, trained on rows of `seq_len` (0: none).
 
     `none` keeps what the model has (direct extrapolation). `theta` makes them plain, with base `theta`. The others
     stretch: `factor` is relative to the length the model was pretrained on, so on a model that has the same scheme
     already (pi, yarn) the new factor replaces the old one; ntk leaves no trace but its base and starts from that.
-    Without a factor, `context` or the rows say how far. Raises UsageError for contradicting flags, InputError for a
-    model whose positions are of another kind.
+    Without a factor, `context` or the rows say how far. `attention_factor` is yarn's alone, and not kept from a former
+    stretch. Raises UsageError for contradicting flags, InputError for a model whose positions are of another kind.
     """
     old = dict(config.rope_parameters or {})
     if any(isinstance(value, dict) for value in old.values()):
@@ -50,6 +57,8 @@ def choose(
     kind, promised = old.get("rope_type", "default"), int(config.max_position_embeddings)
     if scheme in ("none", "theta") and factor is not None:
         raise UsageError(f"--factor has no meaning with --rope {scheme}", fix="choose --rope pi, ntk or yarn")
+    if scheme != "yarn" and attention_factor is not None:
+        raise UsageError(f"--attention-factor has no meaning with --rope {scheme}", fix="choose --rope yarn")
     if scheme == "none":
         if theta is not None:
             raise UsageError("--rope none keeps the base", fix="drop --rope-theta, or --rope theta")
@@ -74,7 +83,13 @@ def choose(
     factor = factor or (context or seq_len) / original
     if factor < 1:
         raise UsageError(f"--rope {scheme} stretches by {factor:g}", fix="give --factor, at least 1, or --context")
-    spec = RopeSpec(head_dim=rotating, theta=theta or old["rope_theta"], factor=factor, original=original)
+    spec = RopeSpec(
+        head_dim=rotating,
+        theta=theta or old["rope_theta"],
+        factor=factor,
+        original=original,
+        attention_factor=attention_factor,
+    )
     return Positions(
         rope_parameters=module.to_hf(spec) | kept, factor=factor, context=context or round(factor * original)
     )

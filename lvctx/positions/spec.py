@@ -15,3 +15,5 @@ class RopeSpec:
     """Times the pretrained length that pi, ntk and yarn stretch to; rope has no use for it."""
     original: int = 0
     """Pretrained length in tokens; yarn alone needs it."""
+    attention_factor: float | None = None
+    """What yarn multiplies cos and sin by; None: the paper's."""

@@ -34,15 +34,22 @@ def _channel(spec: RopeSpec, turns: float) -> float:
 
 
 def attention_factor(spec: RopeSpec) -> float:
-    """What cos and sin are multiplied by."""
+    """What cos and sin are multiplied by: what was asked for, else the paper's."""
+    return _published(spec) if spec.attention_factor is None else spec.attention_factor
+
+
+def _published(spec: RopeSpec) -> float:
     return 0.1 * math.log(spec.factor) + 1 if spec.factor > 1 else 1.0
 
 
 def to_hf(spec: RopeSpec) -> dict[str, Any]:
     """The `rope_parameters` of stock `yarn`.
 
-    Without `attention_factor` transformers and vLLM both compute the paper's.
+    Without `attention_factor` transformers and vLLM both compute the paper's. Of another, transformers reads the whole,
+    vLLM and SGLang what it is of the paper's (`attn_factor`).
     """
+    asked = spec.attention_factor
+    other = {} if asked is None else {"attention_factor": asked, "attn_factor": asked / _published(spec)}
     return {
         "rope_type": "yarn",
         "rope_theta": spec.theta,
@@ -50,4 +57,5 @@ def to_hf(spec: RopeSpec) -> dict[str, Any]:
         "original_max_position_embeddings": spec.original,
         "beta_fast": BETA_FAST,
         "beta_slow": BETA_SLOW,
+        **other,
     }

@@ -57,6 +57,8 @@ class ExtendConfig:
     """RoPE base; LongVA 1e9. With `ntk` the one that `rope_factor` stretches became."""
     rope_factor: float
     """Times the pretrained length; 1 for `theta` and `none`."""
+    attention_factor: float | None
+    """What `yarn` multiplies cos and sin by; None: its paper's 0.1 ln(factor) + 1."""
     context: int
     """Positions the new config.json promises, in tokens."""
     seq_len: int
@@ -118,6 +120,7 @@ def plan_extend(
     rope: Scheme,
     rope_theta: float | None,
     factor: float | None,
+    attention_factor: float | None,
     context: int | None,
     seq_len: int | None,
     steps: int,
@@ -144,7 +147,15 @@ def plan_extend(
         rows = PackedRows(data, seq_len=seq_len)
         _check_rows(rows, path, data)
     length = rows.seq_len if rows else 0
-    positions = choose(hf, scheme=rope, theta=rope_theta, factor=factor, context=context, seq_len=length)
+    positions = choose(
+        hf,
+        scheme=rope,
+        theta=rope_theta,
+        factor=factor,
+        context=context,
+        seq_len=length,
+        attention_factor=attention_factor,
+    )
     if positions.context < length:
         raise UsageError(
             f"rows of {length} are longer than the {positions.context} positions", fix="raise --context or --factor"
@@ -153,6 +164,7 @@ def plan_extend(
         rope=rope,
         rope_theta=positions.rope_parameters["rope_theta"],
         rope_factor=positions.factor,
+        attention_factor=attention_factor,
         context=positions.context,
         seq_len=length,
         steps=steps,
