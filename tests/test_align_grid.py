@@ -17,6 +17,7 @@ from transformers import CLIPVisionModel, LlavaOnevisionForConditionalGeneration
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from typer.testing import CliRunner
 
+from lvctx.artifacts.manifest import read_manifest
 from lvctx.cli.app import app
 from lvctx.errors import InputError
 from lvctx.model.load import load_config, load_model, load_tokenizer
@@ -96,6 +97,8 @@ def test_the_rule_of_unires_stays_with_the_model(tiny_lm: Path, tiny_tower: Path
         done = CliRunner().invoke(app, command.split())
         assert done.exit_code == 0, done.output
     assert image_rule(load_config(tmp_path / "d")) == "paper"
+    aligned, extended = (read_manifest(tmp_path / name)["longest_sample"] for name in "bc")
+    assert aligned == extended > 0
 
 
 def make_forward(model: Any, tokenizer: Any, encoding: Encoding, path: Path) -> Forward:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.lock import only_writer
-from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, write_manifest
+from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
 from lvctx.artifacts.packed import PackedRows
 from lvctx.artifacts.store import fingerprint
 from lvctx.dist import attention, checkpoint
@@ -249,6 +249,9 @@ def run_extend(
                 "context": plan.config.context,
                 "trained_length": longest,
             }
+            made = read_manifest(plan.model) if (plan.model / MANIFEST).is_file() else {}
+            if "longest_sample" in made:  # what a VLM was aligned on stays so
+                facts["longest_sample"] = made["longest_sample"]
             write_manifest(out, plan.provenance, model_files(out), **facts, **plan.found)
             checkpoint.remove(out)
         world.barrier()
