@@ -1,9 +1,9 @@
 # make setup | demo | transfer | transfer-text | giraffe-nano | test | test-slow | test-gpu | test-lmms | lint
 # make tower | nano-start | text-start | giraffe-nano-train: what was trained ahead, again
 PYTHON ?= python3
+RECIPES = transfer transfer-text transfer-anyres transfer-gpu giraffe-nano nano-start text-start giraffe-nano-train
 
-.PHONY: setup fetch demo transfer transfer-text giraffe-nano test test-slow test-gpu test-lmms lint \
-	tower nano-start text-start giraffe-nano-train clean
+.PHONY: setup fetch demo $(RECIPES) test test-slow test-gpu test-lmms lint tower clean
 
 setup: .venv/.ready
 
@@ -20,14 +20,13 @@ fetch: setup          # the demo's inputs: a small language model, essays, clips
 demo: setup           # the whole pipeline at nano scale
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile nano
 
-transfer: setup       # long context transfer, measured: about 40 minutes on two cores
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile transfer
-
-transfer-text: setup  # the same for text needles, before and after training on text
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile transfer-text
-
-giraffe-nano: setup   # M-RoPE++ and hybrid resolution, measured
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile giraffe-nano
+# transfer: long context transfer, measured, about 40 minutes on two cores. transfer-text: the same for text needles, before and after
+# training on text. transfer-anyres: with the other encoding of images, after nano-start and transfer. transfer-gpu: from nothing to 65,536
+# tokens, not run yet. giraffe-nano: M-RoPE++ and hybrid resolution, measured.
+# Trained again from nothing: nano-start, what the demo's alignments start from (about 40 minutes); text-start, what its text training
+# starts from (about an hour); giraffe-nano-train, what giraffe-nano looks with (45 minutes).
+$(RECIPES): setup
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile $@
 
 test: fetch           # everything but the slow proofs, a file a process; then what measures time, with nothing beside it
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
@@ -54,15 +53,6 @@ lint: setup
 tower: fetch          # train the nano tower again from nothing (about 20 minutes; --compile needs a C++ compiler)
 	.venv/bin/python recipes/nano/train_tower.py --compile -o recipes/nano/tower \
 		--photos .cache/nano/photos .cache/nano/clips/bigbuckbunny.mp4 .cache/nano/clips/carphone_pristine.mp4
-
-nano-start: setup     # train again from nothing what the demo's alignment starts from (about 20 minutes)
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile nano-start
-
-text-start: setup     # train again from nothing what transfer-text starts from (about an hour)
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile text-start
-
-giraffe-nano-train: setup # train again what make giraffe-nano looks with (45 minutes)
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile giraffe-nano-train
 
 clean:
 	rm -rf runs
