@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 
 from lvctx.artifacts.weights import read_weights, write_shard
 from lvctx.cli.app import app
+from lvctx.errors import UsageError
+from lvctx.model.llava import llava_config
 from lvctx.model.load import load_model
 from lvctx.model.vlm import assemble, save_vlm
 from lvctx.vision.images import Preprocess
@@ -323,6 +325,14 @@ def test_export_of_an_import_is_the_checkpoint(released: Path, tmp_path: Path) -
     assert {key: new.get(key) for key in old.keys() - others} == {key: old[key] for key in old.keys() - others}
     before = lvctx("export", tmp_path / "vlm", "--to", "llava", "-o", tmp_path / "llava")
     assert lvctx("export", tmp_path / "vlm", "--to", "llava", "-o", tmp_path / "llava") == before
+
+
+@pytest.mark.parametrize(("key", "value"), [("image_grid", "anyres"), ("image_grid_rule", "paper")])
+def test_images_that_released_code_would_read_otherwise(ours: Path, key: str, value: str) -> None:
+    config = json.loads((ours / "config.json").read_text())
+    assert llava_config(config, 100)["model_type"]
+    with pytest.raises(UsageError, match=value):
+        llava_config(config | {key: value}, 100)
 
 
 def test_export_to_hf_leaves_what_is_only_ours(released: Path, tiny_lm: Path, tmp_path: Path) -> None:

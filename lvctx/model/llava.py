@@ -169,6 +169,8 @@ def llava_config(config: Mapping[str, Any], tokenizer_length: int) -> dict[str, 
         )
     if config.get("image_grid", "unires") != "unires":
         raise UsageError(f"LongVA reads images by UniRes, not {config['image_grid']}", fix="--to hf")
+    if config.get("image_grid_rule", "code") != "code":
+        raise UsageError("LongVA's code reads images by its own rule, not the paper's", fix="--to hf")
     rope = text.get("rope_parameters", {})
     flat = {key: value for key, value in text.items() if key not in ("_name_or_path", "model_type", "architectures")}
     if rope:
