@@ -40,7 +40,7 @@ def _map_large_blocks() -> None:
     """Let freed tensors in host memory go back to the system, whatever is allocated after them.
 
     By itself glibc soon takes blocks of up to 32 MB from its heap, where the inputs that stay behind keep it from
-    giving back the insides between them: at 8,192 tokens that is more than all the rest.
+    giving back the insides between them: a step of 8,192 tokens of SmolLM2-135M held 6.0 GB instead of 2.6.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
