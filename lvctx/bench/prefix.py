@@ -75,7 +75,7 @@ class PrefixScorer:
         self.visual_RE, self.chunk, self.reuse, self.kept = visual_RE, chunk, reuse, kept
         self.positions, self.ring = positions, ring
         self.device = device_of(self.embedding)
-        # On a CPU torch's flash kernel takes twice as long with a mask, which transformers gives it beside a cache.
+        # Beside a cache transformers gives torch's kernel a mask: 1.4 to 1.9 times the time on a CPU.
         if ring.world > 1 or (self.device.type == "cpu" and not is_windowed(self.lm.config)):
             prepare(self.lm)
         self.tokens_run = 0
