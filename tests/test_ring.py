@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import DeepseekV3Config
 
 from lvctx.dist import attention
 from lvctx.dist.kernels import FlashCPU, Plain
@@ -295,6 +296,8 @@ def test_a_sliding_window_is_refused() -> None:
     attention.check_config(tiny_config("qwen2"), where="m")
     with pytest.raises(InputError, match="m: its attention has a sliding window"):
         attention.check_config(tiny_config("mistral", sliding_window=16), where="m")
+    with pytest.raises(InputError, match="latent keys"):
+        attention.check_config(DeepseekV3Config(), where="m")
 
 
 def test_a_run_of_one_refuses_context_parallelism() -> None:

@@ -52,24 +52,26 @@ def register() -> None:
     AttentionInterface.register(NAME, _attend)
 
 
-def is_windowed(config: Any) -> bool:
-    """Whether a model reads keys through a sliding window, or not by plain attention at all: `_attend` does not."""
+def is_plain(config: Any) -> bool:
+    """Whether every token sees all before it, with values as wide as keys: that is what `_attend` computes."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     latent = getattr(config, "kv_lora_rank", None)  # DeepSeek's: values are of another width than keys
-    return bool(windowed or latent) or kinds != {"full_attention"}
+    return not windowed and not latent and kinds == {"full_attention"}
 
 
 def check_config(config: Any, *, where: object) -> None:
-    """Raise InputError for a model with a sliding window: ranks that share a sequence do not read through one."""
-    if is_windowed(config):
+    """Raise InputError for a model with a sliding window or latent keys: ranks that share a sequence know neither."""
+    if not is_plain(config):
         raise InputError(
-            "its attention has a sliding window", where=where, fix="context parallelism is for models without one"
+            "its attention has a sliding window or latent keys",
+            where=where,
+            fix="context parallelism is for models with neither",
         )
 
 
 def use(lm: Any, *, where: object) -> None:
-    """Let a language model attend by `shard` from now on. Raises InputError for a sliding window."""
+    """Let a language model attend by `shard` from now on. Raises InputError where attention is not plain."""
     check_config(lm.config, where=where)
     register()
     lm.set_attn_implementation(NAME)

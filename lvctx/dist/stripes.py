@@ -63,7 +63,7 @@ def held(length: int, ring: Ring) -> int:
 def prepare(lm: Any) -> None:
     """Let a language model read in stripes: its forwards then need `stripe=`, unless one rank reads alone.
 
-    Raises InputError for a model that reads its keys through a sliding window.
+    Raises InputError for a model whose attention is not plain.
     """
     from transformers import AttentionInterface
 

@@ -46,7 +46,7 @@ def to_hf(spec: RopeSpec) -> dict[str, Any]:
     """The `rope_parameters` of stock `yarn`.
 
     Without `attention_factor` transformers and vLLM both compute the paper's. Of another, transformers reads the whole,
-    vLLM and SGLang what it is of the paper's (`attn_factor`).
+    vLLM and SGLang what it is of the paper's (`attn_factor`, which transformers warns that it does not know).
     """
     asked = spec.attention_factor
     other = {} if asked is None else {"attention_factor": asked, "attn_factor": asked / _published(spec)}

@@ -107,7 +107,7 @@ class Forward(nn.Module):
         self.vlm, self.encoding, self.preprocess = vlm, encoding, preprocess
         self.newline, self.tower_grad, self.device = newline, tower_grad, device
         lm = vlm.model.language_model
-        self.ours = torch.device(device).type == "cpu" and not attention.is_windowed(lm.config)
+        self.ours = torch.device(device).type == "cpu" and attention.is_plain(lm.config)
         """Sequences are kept apart by our attention, which costs what they cost, on CPU; else by transformers' mask."""
         if self.ours:
             attention.use(lm, where="")

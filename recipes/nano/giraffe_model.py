@@ -5,7 +5,7 @@ What stands in the directory is a stock `Qwen2VLForConditionalGeneration`: to te
 time, height and width as Qwen2-VL's 64 are.
 
     python recipes/nano/giraffe_model.py --lm .cache/nano/lm -o runs/giraffe/start --rope-theta 1e4 --context 1024 \
-        --eyes recipes/nano/giraffe/eyes.safetensors --adapter recipes/nano/giraffe/adapter.safetensors
+        --eyes recipes/nano/giraffe/eyes.safetensors --adapter recipes/nano/giraffe/short.safetensors
 """
 
 import argparse
