@@ -55,6 +55,7 @@ def align(
         "images": data.parent,
         "grid": None,
         "grid_rule": None,
+        "max_grids": None,
         "steps": 3,
         "epochs": None,
         "batch": 3,

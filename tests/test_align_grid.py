@@ -27,7 +27,6 @@ from lvctx.model.vlm import (
     embed_frames,
     frame_features,
     image_grid,
-    image_rule,
     newline_embedding,
     newline_id,
     save_vlm,
@@ -83,20 +82,36 @@ def test_tokens_are_those_written_by_hand_and_those_embedded(
         assert sum(len(block) for block in blocks) == tokens[name]
 
 
+def test_no_image_has_more_grids_than_asked_for(vlms: dict[Grid, Path], tmp_path: Path) -> None:
+    """A picture of 8 x 8 tiles: 64 grids where they are allowed, else as near 49 or 5 as a grid of its aspect comes."""
+    Image.new("RGB", (8 * 48, 8 * 48), "red").save(tmp_path / "large.png")
+    data = write(tmp_path / "data.json", [talk("<image>What?", "red", image="large.png")])
+    tokenizer, model = load_tokenizer(vlms["unires"]), load_model(vlms["unires"])
+    for most, grids in {64: 64, 49: 49, 5: 4}.items():
+        encoding = Encoding.of(model.config.vision_config, grid="unires", rule="code", max_grids=most)
+        assert encoding.tokens(tmp_path / "large.png", alone=True) == 4 * grids + 1
+        sample = encode_sample(0, tuple(read_conversations(data, tmp_path)), tokenizer, encoding, max_length=999)
+        with torch.no_grad():
+            (block,) = make_forward(model, tokenizer, encoding, vlms["unires"]).blocks(sample)
+        assert len(block) == 4 * grids + 1
+
+
 def test_the_rule_of_unires_stays_with_the_model(tiny_lm: Path, tiny_tower: Path, tmp_path: Path) -> None:
     """Through the next stage, which is not told it again, a longer context, and export: config.json holds it."""
     draw(tmp_path)
     data = write(tmp_path / "data.json", [talk("<image>What?", "red", image="1.png")])
-    aligning.align(data, tmp_path / "a", tiny_lm, tiny_tower, grid_rule="paper", steps=1, batch=1)
+    unires: Any = {"grid_rule": "paper", "max_grids": 64}
+    aligning.align(data, tmp_path / "a", tiny_lm, tiny_tower, **unires, steps=1, batch=1)
     plan = aligning.align(data, tmp_path / "b", None, None, init=str(tmp_path / "a"), steps=1, batch=1)
-    assert plan.config.grid_rule == "paper"
+    assert (plan.config.grid_rule, plan.config.max_grids) == ("paper", 64)
     for command in (
         f"extend-lm --model {tmp_path}/b --rope-theta 2e4 --steps 0 -o {tmp_path}/c -q",
         f"export {tmp_path}/c --to hf -o {tmp_path}/d",
     ):
         done = CliRunner().invoke(app, command.split())
         assert done.exit_code == 0, done.output
-    assert image_rule(load_config(tmp_path / "d")) == "paper"
+    told = Encoding.told(load_config(tmp_path / "d"))
+    assert (told.rule, told.max_grids) == ("paper", 64)
     aligned, extended = (read_manifest(tmp_path / name)["longest_sample"] for name in "bc")
     assert aligned == extended > 0
 

@@ -236,6 +236,8 @@ def test_llavas_grids() -> None:
     for size in ((640, 480), (336, 336), (4032, 3024)):
         columns, rows = unires_grid(*size, tile=336)
         assert rule.layout(rule.image(*size)).ids == [7] * (columns * rows * 144 + 1)
+    few = LlavaRule(placeholder=7, tile=336, side=24, max_grids=5, hybrid=Hybrid(tokens=144))
+    assert few.image(4032, 4032)[0].grid == (4, 12, 12)
     hybrid = LlavaRule(placeholder=7, tile=336, side=24, hybrid=Hybrid(group=4, tokens=144, ratio=3))
     assert [b.grid for b in hybrid.video(640, 480, 5)] == [(1, 12, 12), (3, 6, 8), (1, 12, 12)]
     assert len(hybrid.layout(hybrid.video(640, 480, 5)).ids) == 2 * 144 + 3 * 48 + 1

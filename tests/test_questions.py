@@ -468,7 +468,7 @@ def test_pictures_are_shown_as_the_model_was_taught(
     for row, sample, count in zip(rows_of(done), vhs.samples(tmp_path / "q"), tokens, strict=True):
         pictures = [Image.open(tmp_path / name).convert("RGB") for name in sample.images]
         block = plain.picture_blocks(pictures, grid)
-        assert row["made_of"]["sampler"] == {"image_grid": grid, "grid_rule": "code"}
+        assert row["made_of"]["sampler"] == {"image_grid": grid, "grid_rule": "code", "max_grids": 49}
         assert row["visual_tokens"] == len(block) == count
         text, length = plain.answer_about(block, [vhs.prompt(sample, "official", None)], 4)
         assert (row["response"], row["tokens"]) == (text, length)

@@ -82,13 +82,17 @@ def align(
     grid: Annotated[
         Encoding | None,
         typer.Option(
-            help="unires: at most 49 grids, each like a video's frame. anyres: a base and at most 4 grids "
+            help="unires: its grids, each like a video's frame. anyres: a base and at most 4 grids "
             "(LLaVA-NeXT). single: one grid. Default: what --init says, else unires."
         ),
     ] = None,
     grid_rule: Annotated[
         Rule | None,
         typer.Option(help="UniRes as the released code or as the paper. Default: what --init says, else code."),
+    ] = None,
+    max_grids: Annotated[
+        int | None,
+        typer.Option(help="UniRes's grids an image at most. Default: what --init says, else LongVA's 49.", min=2),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", min=1)] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data. Default: 1, dpo 3.")] = None,
@@ -137,6 +141,7 @@ def align(
         images=images,
         grid=grid.value if grid else None,
         grid_rule=grid_rule.value if grid_rule else None,
+        max_grids=max_grids,
         steps=steps,
         epochs=epochs,
         batch=batch,

@@ -178,8 +178,8 @@ def llava_config(config: Mapping[str, Any], tokenizer_length: int) -> dict[str, 
         flat["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
             flat["rope_scaling"] = rope
-    side = vision["image_size"]
-    grids = [[w * side, h * side] for w in range(1, 50) for h in range(1, 49 // w + 1) if w * h > 1]
+    side, most = vision["image_size"], config.get("image_max_grids", 49)
+    grids = [[w * side, h * side] for w in range(1, most + 1) for h in range(1, most // w + 1) if w * h > 1]
     return flat | {
         "architectures": [CLASSES[kind]],
         "model_type": next(name for name, lm in LANGUAGE.items() if lm == kind),

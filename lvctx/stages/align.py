@@ -29,7 +29,6 @@ from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import assemble, newline_id, save_vlm
 from lvctx.stages.align_plan import AlignConfig, Plan
 from lvctx.train.data import indices
-from lvctx.train.images import Encoding
 from lvctx.train.loop import Group, TrainConfig, train
 from lvctx.train.micro import Forward, Sample, answer_loss, encode_sample, pack_samples
 from lvctx.train.preference import REFERENCE, Preference, compute_reference
@@ -107,7 +106,7 @@ def _train(
     config = plan.config
     device = world.device
     vlm, tokenizer, pixels_from = _load(plan, "cpu" if world.mesh is not None else device)
-    encoding = Encoding.of(vlm.config.vision_config, grid=config.grid, rule=config.grid_rule)
+    encoding = config.encoding(vlm.config.vision_config)
     encoding.tell(vlm.config)
     trained, wrapped = _trained(vlm, config)
     for adapter in plan.adapters:
@@ -181,7 +180,7 @@ def _train(
 
 def _reference_run(plan: Plan) -> str:
     """Sixteen hex digits of what decides the starting model's log-probabilities."""
-    shown = {key: getattr(plan.config, key) for key in ("grid", "grid_rule", "max_length")}
+    shown = {key: getattr(plan.config, key) for key in ("grid", "grid_rule", "max_grids", "max_length")}
     decided = json.dumps({**plan.provenance.inputs, **shown}, sort_keys=True)
     return hashlib.sha256(decided.encode()).hexdigest()[:16]
 

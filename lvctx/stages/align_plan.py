@@ -18,7 +18,7 @@ from lvctx.train.chat import Conversation, read_conversations
 from lvctx.train.images import Encoding
 from lvctx.train.micro import encode_sample
 from lvctx.train.preference import read_pairs
-from lvctx.vision.grids import GridRule
+from lvctx.vision.grids import MAX_GRIDS, GridRule, image_max_grids
 from lvctx.vision.tower import TowerFiles
 
 Stage = Literal["projector", "full", "dpo"]
@@ -34,6 +34,8 @@ class AlignConfig:
     """How images become tokens; LongVA `unires`."""
     grid_rule: GridRule
     """UniRes as the released code (`code`) or as the paper's text (`paper`)."""
+    max_grids: int
+    """UniRes's grids an image at most; LongVA 49."""
     steps: int
     """Optimizer steps."""
     batch: int
@@ -54,6 +56,10 @@ class AlignConfig:
     """Tokens after which a sample is cut; LongVA 32,768."""
     seed: int
     """Order of the samples, projector's and LoRA's initialisation."""
+
+    def encoding(self, vision_config: Any) -> Encoding:
+        """How images become tokens of this tower."""
+        return Encoding.of(vision_config, grid=self.grid, rule=self.grid_rule, max_grids=self.max_grids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +113,7 @@ def plan_align(
     images: Path,
     grid: Grid | None,
     grid_rule: GridRule | None,
+    max_grids: int | None,
     steps: int | None,
     epochs: float | None,
     batch: int | None,
@@ -153,6 +160,7 @@ def plan_align(
         stage=stage,
         grid=grid or (image_grid(started) if started is not None else "unires"),
         grid_rule=grid_rule or (image_rule(started) if started is not None else "code"),
+        max_grids=max_grids or (image_max_grids(started) if started is not None else MAX_GRIDS),
         steps=steps or max(1, round((epochs or usual.epochs) * len(rows) / size)),
         batch=size,
         lr=rate,
@@ -194,7 +202,7 @@ def count_tokens(plan: Plan, report: Callable[[int, int, str], None]) -> dict[st
     if plan.lm is not None:
         add_visual_tokens(tokenizer, plan.lm)
     video = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-    encoding = Encoding.of(TowerFiles.find(tower_from).config, grid=plan.config.grid, rule=plan.config.grid_rule)
+    encoding = plan.config.encoding(TowerFiles.find(tower_from).config)
     tokens = visual = counted = longest = 0
     for number, row in enumerate(plan.rows):
         sample = encode_sample(number, row, tokenizer, encoding, max_length=plan.config.max_length)

@@ -88,7 +88,7 @@ class TowerLook:
     def __init__(self, encoder: Encoder, frames_dir: Path, images: Encoding) -> None:
         self.encoder, self.frames_dir = encoder, frames_dir
         self.sampler = encoder.config.facts
-        self.pictures = {"image_grid": images.grid, "grid_rule": images.rule}
+        self.pictures = {"image_grid": images.grid, "grid_rule": images.rule, "max_grids": images.max_grids}
 
     def open(self, path: Path, *, device: str, device_map: DeviceMap | None, chunk: int, reuse: bool) -> Asker:
         """See `Look`."""

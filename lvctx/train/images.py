@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lvctx.model.vlm import Grid, embed_frames, frame_features, image_grid, image_rule
 from lvctx.vision.anyres import anyres_flatten, anyres_pinpoints, anyres_tiles, anyres_tokens, single_tiles
-from lvctx.vision.grids import GridRule, unires_grid, unires_tiles
+from lvctx.vision.grids import MAX_GRIDS, GridRule, image_max_grids, unires_grid, unires_tiles
 from lvctx.vision.images import Preprocess, image_size
 
 
@@ -31,21 +31,24 @@ class Encoding:
     """Which of the three."""
     rule: GridRule
     """UniRes as the released code or as the paper."""
+    max_grids: int = MAX_GRIDS
+    """UniRes's grids an image at most."""
     tile: int
     """Pixels of a tower's side: 336 for CLIP ViT-L/14-336."""
     side: int
     """Features along a tile's side: 24."""
 
     @classmethod
-    def of(cls, vision_config: Any, *, grid: Grid, rule: GridRule) -> Self:
+    def of(cls, vision_config: Any, *, grid: Grid, rule: GridRule, max_grids: int = MAX_GRIDS) -> Self:
         """For a tower's configuration."""
         tile = vision_config.image_size
-        return cls(grid=grid, rule=rule, tile=tile, side=tile // vision_config.patch_size)
+        return cls(grid=grid, rule=rule, max_grids=max_grids, tile=tile, side=tile // vision_config.patch_size)
 
     @classmethod
     def told(cls, config: Any) -> Self:
         """What `tell` said in a VLM's configuration. Raises InputError where it names a grid that is none."""
-        return cls.of(config.vision_config, grid=image_grid(config), rule=image_rule(config))
+        rule, max_grids = image_rule(config), image_max_grids(config)
+        return cls.of(config.vision_config, grid=image_grid(config), rule=rule, max_grids=max_grids)
 
     def tokens(self, image: Path, *, alone: bool) -> int:
         """Tokens of an image's block, newlines included, from the file's header; `alone`: its sample has no other."""
@@ -54,20 +57,22 @@ class Encoding:
             if not alone:
                 return self.side**2 + 1
             return anyres_tokens(width, height, tile=self.tile, side=self.side)
-        tiles = math.prod(unires_grid(width, height, tile=self.tile, rule=self.rule)) if self.grid == "unires" else 1
+        tiles = 1
+        if self.grid == "unires":
+            tiles = math.prod(unires_grid(width, height, tile=self.tile, rule=self.rule, max_grids=self.max_grids))
         return tiles * math.ceil(self.side / 2) ** 2 + 1
 
     def tiles(self, image: Image.Image, *, alone: bool, background: tuple[int, int, int]) -> list[Image.Image]:
         """The squares that the tower reads."""
         if self.grid == "unires":
-            return unires_tiles(image, tile=self.tile, rule=self.rule)
+            return unires_tiles(image, tile=self.tile, rule=self.rule, max_grids=self.max_grids)
         if self.grid == "anyres" and alone:
             return anyres_tiles(image, self.tile)
         return single_tiles(image, self.tile, "pad", background)
 
     def tell(self, config: Any) -> None:
         """Say it in a VLM's configuration: to us by our own keys, to stock LlavaOnevision in its own terms."""
-        config.image_grid, config.image_grid_rule = self.grid, self.rule
+        config.image_grid, config.image_grid_rule, config.image_max_grids = self.grid, self.rule, self.max_grids
         if self.grid == "anyres":
             config.image_grid_pinpoints, config.vision_aspect_ratio = anyres_pinpoints(self.tile), "anyres_max_4"
         else:  # images go the way of videos, which knows neither

@@ -12,13 +12,18 @@ Both give tiles row by row, without base image and without newline tokens.
 import math
 from collections.abc import Iterable
 from functools import cache
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from PIL import Image
 
 GridRule = Literal["code", "paper"]
 MAX_GRIDS = 49
 """LongVA section 3.2."""
+
+
+def image_max_grids(config: Any) -> int:
+    """How many grids of UniRes a VLM reads an image as at most, from its configuration; LongVA's 49 if it says none."""
+    return int(getattr(config, "image_max_grids", MAX_GRIDS))
 
 
 def unires_grid(

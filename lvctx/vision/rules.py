@@ -9,6 +9,7 @@ from lvctx.errors import InputError, UsageError
 from lvctx.model.load import VLM_TYPE, load_config
 from lvctx.model.qwen_vl import TIMED, TYPES
 from lvctx.model.vlm import image_grid, image_rule
+from lvctx.vision.grids import image_max_grids
 from lvctx.vision.hybrid import Hybrid
 from lvctx.vision.tokens import LlavaRule, QwenRule, VisualRule, pooling
 
@@ -36,7 +37,12 @@ def find_rule(path: Path, tokenizer: Any, *, hybrid: Mapping[str, Any] | None) -
         pooling(side, resolution.ratio)
         placeholder = _id(tokenizer, "<video>", path)
         return LlavaRule(
-            placeholder=placeholder, tile=vision.image_size, side=side, grid_rule=image_rule(config), hybrid=resolution
+            placeholder=placeholder,
+            tile=vision.image_size,
+            side=side,
+            grid_rule=image_rule(config),
+            max_grids=image_max_grids(config),
+            hybrid=resolution,
         )
     raise InputError(f"no rule for {family}", where=path, fix="--model takes Qwen2-VL, Qwen2.5-VL or LlavaOnevision")
 

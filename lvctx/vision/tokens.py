@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from lvctx.errors import InputError, UsageError
-from lvctx.vision.grids import GridRule, unires_grid
+from lvctx.vision.grids import MAX_GRIDS, GridRule, unires_grid
 from lvctx.vision.hybrid import Hybrid, Run, runs
 
 Kind = Literal["image", "video"]
@@ -154,6 +154,8 @@ class LlavaRule:
     """Features along a side of the tower: 24."""
     grid_rule: GridRule = "code"
     """UniRes as the released code or as the paper."""
+    max_grids: int = MAX_GRIDS
+    """UniRes's grids an image at most."""
     hybrid: Hybrid
     """m is what 2 x 2 pooling gives (144); m/s comes from pooling s times more."""
 
@@ -163,7 +165,7 @@ class LlavaRule:
 
     def image(self, width: int, height: int) -> list[Block]:
         """One block: the UniRes tiles, row by row, as if they were frames."""
-        tiles = math.prod(unires_grid(width, height, tile=self.tile, rule=self.grid_rule))
+        tiles = math.prod(unires_grid(width, height, tile=self.tile, rule=self.grid_rule, max_grids=self.max_grids))
         return [Block("image", 1, (tiles, *self._pooled(2, 2)))]
 
     def video(self, width: int, height: int, frames: int) -> list[Block]:

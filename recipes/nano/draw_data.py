@@ -3,6 +3,7 @@
     OUT/images/*.png      every picture is (cols*S) x (rows*S) pixels, so UniRes cuts it into exactly cols*rows grids
     OUT/projector.json    few cells, most with a shape
     OUT/full.json         2 to 49 cells, log-uniform, most of them without a shape
+    OUT/large.json        49 to 320 cells, likewise
 
 Questions are about a shape's colour; where a picture holds several shapes, some are asked about and the others only
 distract. Cells without a shape are drawn clutter, or crops of photos (images, and single frames of clips, in no
@@ -26,7 +27,7 @@ from lvctx.vision.draw import COLORS, SHAPES, draw_grids
 
 COLOR_NAMES = list(COLORS)
 QUESTION = "Find the image with the {shape}. What color is the {shape}?"
-MAX_GRIDS = 49
+GRIDS = {"projector": (2, 4), "full": (2, 49), "large": (49, 320)}
 
 
 def choose_grid(rng: np.random.Generator, low: int, high: int) -> tuple[int, int]:
@@ -55,8 +56,8 @@ def turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
 def draw_sample(job: tuple[str, int, int, int, Path, tuple[Path, ...]]) -> dict[str, Any]:
     """Draw one picture, write it, and return its LLaVA record."""
     stage, index, seed, size, out, clips = job
-    rng = np.random.default_rng([seed, stage == "full", index])
-    cols, rows = choose_grid(rng, 2, 4 if stage == "projector" else MAX_GRIDS)
+    rng = np.random.default_rng([seed, list(GRIDS).index(stage), index])
+    cols, rows = choose_grid(rng, *GRIDS[stage])
     n = cols * rows
     filled = int(rng.integers(1, min(n, 4) + 1))
     places = rng.choice(n, filled, replace=False).tolist()
@@ -66,7 +67,7 @@ def draw_sample(job: tuple[str, int, int, int, Path, tuple[Path, ...]]) -> dict[
         for place, shape in zip(places, shapes, strict=True)
     }
     asked = [cells[place] for place in places]
-    if stage == "full" and rng.random() < 0.5:
+    if stage != "projector" and rng.random() < 0.5:
         asked = asked[: max(1, filled // 2)]
     pairs = [(QUESTION.format(shape=shape), color) for shape, color in asked]
     name = f"{stage}-{index:05d}.png"
@@ -76,11 +77,12 @@ def draw_sample(job: tuple[str, int, int, int, Path, tuple[Path, ...]]) -> dict[
 
 
 def main() -> None:
-    """Draw both stages' data."""
+    """Draw the data of all stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--projector", type=int, default=1000, help="pictures of the projector stage")
     parser.add_argument("--full", type=int, default=400, help="pictures of the full stage")
+    parser.add_argument("--large", type=int, default=0, help="larger ones, for `align --max-grids 320`")
     parser.add_argument("--photos", type=Path, nargs="*", default=[], help="images, folders, clips to cut cells from")
     parser.add_argument("--size", type=int, default=120, help="a cell's side: the tower's picture size, pixels")
     parser.add_argument("--seed", type=int, default=0)
@@ -89,7 +91,7 @@ def main() -> None:
     (args.output / "images").mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with Pool(args.workers) as pool:
-        for stage, count in (("projector", args.projector), ("full", args.full)):
+        for stage, count in (("projector", args.projector), ("full", args.full), ("large", args.large)):
             jobs = [(stage, i, args.seed, args.size, args.output, tuple(args.photos)) for i in range(count)]
             records = pool.map(draw_sample, jobs, chunksize=16)
             (args.output / f"{stage}.json").write_text(json.dumps(records, indent=1) + "\n")
