@@ -228,8 +228,11 @@ def test_the_directory_says_which_and_the_next_stage_goes_on_with_it(
     back = aligning.align(data, tmp_path / "back", None, None, **full, grid="single")
     assert count_tokens(back, lambda *_: None)["visual_tokens"] == 4 * 5
     assert image_grid(load_config(tmp_path / "back")) == "single"
-    longest = [aligning_longest(path) for path in (tmp_path / "first", tmp_path / "back")]
-    assert longest[0] - longest[1] == 16 + 8 * 9 - 5
+    single = aligning.align(data, tmp_path / "single", tiny_lm, tiny_tower, grid="single", steps=1)
+    assert single.config.grid == "single"
+    first_longest, back_longest, single_longest = (aligning_longest(tmp_path / n) for n in ("first", "back", "single"))
+    assert first_longest - single_longest == 16 + 8 * 9 - 5
+    assert back_longest == first_longest, "what it goes on from has seen it"
 
 
 def aligning_longest(path: Path) -> int:

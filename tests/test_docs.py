@@ -15,6 +15,7 @@ import pytest
 import typer.main
 from transformers import AutoTokenizer
 
+from lvctx.artifacts.store import sha256_file
 from lvctx.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +39,12 @@ def check(command: str, workshop: Path) -> str:
     done = run(command, workshop)
     assert done.returncode == 0, f"{command}\n{done.stderr}"
     return done.stdout
+
+
+def test_weights_trained_ahead_are_those_whose_hashes_are_written() -> None:
+    nano = ROOT / "recipes" / "nano"
+    written = dict(reversed(line.split("  ")) for line in (nano / "SHA256SUMS").read_text().splitlines())
+    assert written == {str(p.relative_to(ROOT)): sha256_file(p) for p in nano.rglob("*.safetensors")}
 
 
 @pytest.fixture(scope="module")

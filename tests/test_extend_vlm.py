@@ -1,5 +1,7 @@
 """extend-lm on the language model inside a VLM, and the LoRA that it keeps by itself."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from transformers import LlavaOnevisionForConditionalGeneration
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app
+from lvctx.model.load import trained_length
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,20 @@ def test_the_adapter_alone_gives_the_same_model(tiny_vlm: Path, packed: Path, tm
         torch.testing.assert_close(again[name], trained[name], rtol=2**-7, atol=1e-4)
     refused = run(f"extend-lm --model {tiny_vlm} --steps 0 --adapter {packed} -o {tmp_path}/x", code=2)
     assert "--lora" in str(refused.exception) + refused.output
+
+
+def test_how_long_it_was_trained_goes_with_the_adapter(tiny_vlm: Path, packed: Path, tmp_path: Path) -> None:
+    """A model trained to 32 tokens, then on rows of 64, by a run or by the LoRA that a run left."""
+    shutil.copytree(tiny_vlm, tmp_path / "vlm")
+    config = json.loads((tiny_vlm / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 32
+    (tmp_path / "vlm" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "vlm" / "MANIFEST.json").unlink(missing_ok=True)
+    command = f"extend-lm --model {tmp_path}/vlm --rope yarn --factor 4 --lora 4"
+    run(f"{command} --data {packed} --steps 1 --batch-tokens 64 -o {tmp_path}/trained")
+    run(f"{command} --steps 0 --adapter {tmp_path}/trained/adapter.safetensors -o {tmp_path}/again")
+    run(f"{command} --steps 0 -o {tmp_path}/plain")
+    assert [trained_length(tmp_path / name) for name in ("trained", "again", "plain")] == [64, 64, 32]
 
 
 def test_an_adapter_that_does_not_fit_is_refused(tiny_lm: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lvctx.artifacts.manifest import Provenance
 from lvctx.dist.mesh import World
 from lvctx.errors import InputError, Stopped, UsageError
+from lvctx.model.adapter import longest_sample
 from lvctx.model.load import load_tokenizer
 from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import VIDEO_TOKEN
@@ -315,6 +316,11 @@ def test_an_adapter_is_small_and_another_run_starts_from_it(
     assert old.keys() == new.keys()
     assert all(torch.equal(old[name], new[name]) for name in old)
     assert any(t.abs().sum() > 0 for name, t in old.items() if "lora_B" in name), "it had learned something"
+    write(tmp_path / "data.json", [talk("Say hi.", "hi")])
+    align(drawn, tmp_path / "short", tiny_lm, tiny_tower, **full, steps=1, batch=1)
+    alone = longest_sample(tmp_path / "short" / "adapter.safetensors")
+    align(drawn, tmp_path / "after", tiny_lm, tiny_tower, **full | still, batch=1, adapters=[first])
+    assert 0 < alone < longest_sample(first) == longest_sample(tmp_path / "after") == longest_sample(tmp_path / "b")
     assert first.stat().st_size < 0.1 * (tmp_path / "a" / "model.safetensors").stat().st_size
     with pytest.raises(InputError, match="another rank"):
         align(drawn, tmp_path / "c", tiny_lm, tiny_tower, **full | {"lora": 8}, adapters=[first])

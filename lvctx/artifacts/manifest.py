@@ -56,9 +56,9 @@ class Provenance:
             "seed": self.seed,
         }
 
-    def to_metadata(self) -> dict[str, str]:
-        """The safetensors metadata: the single key `lvctx` holding compact JSON."""
-        return {"lvctx": json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))}
+    def to_metadata(self, **facts: Any) -> dict[str, str]:
+        """The safetensors metadata: the single key `lvctx` holding compact JSON, with what was found on the way."""
+        return {"lvctx": json.dumps({**self.to_dict(), **facts}, sort_keys=True, separators=(",", ":"))}
 
 
 def read_provenance(path: Path) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lvctx.artifacts.manifest import Provenance
+from lvctx.artifacts.manifest import Provenance, read_provenance
 from lvctx.artifacts.store import read_safetensors_header, save_tensors
 from lvctx.errors import InputError
 from lvctx.model.lora import load_lora_state, lora_state
@@ -17,14 +17,19 @@ ADAPTER = "adapter.safetensors"
 """In the output of a run with LoRA: what it trained."""
 
 
-def save_adapter(target: Path, vlm: Any, wrapped: Any, provenance: Provenance) -> None:
-    """Write the LoRA, and the projector where it was trained, in bfloat16."""
+def save_adapter(target: Path, vlm: Any, wrapped: Any, provenance: Provenance, *, longest: int) -> None:
+    """Write the LoRA, and the projector where it was trained, in bfloat16; `longest`: see `longest_sample`."""
     parts = {"lora": lora_state(wrapped)}
     projector = getattr(vlm.model, "multi_modal_projector", None)
     if projector is not None and any(p.requires_grad for p in projector.parameters()):
         parts["projector"] = projector.state_dict()
     tensors = {f"{part}.{name}": t.bfloat16() for part, state in parts.items() for name, t in state.items()}
-    save_tensors(target, tensors, provenance.to_metadata())
+    save_tensors(target, tensors, provenance.to_metadata(longest_sample=longest))
+
+
+def longest_sample(path: Path) -> int:
+    """Tokens of the longest sequence that an adapter, or an aligned VLM, was trained on; 0 where it does not say."""
+    return int((read_provenance(path) or {}).get("longest_sample", 0))
 
 
 def load_adapter(path: Path, vlm: Any, wrapped: Any) -> None:

@@ -21,7 +21,7 @@ from lvctx.dist import checkpoint
 from lvctx.dist.mesh import World, open_world
 from lvctx.dist.shard import gather_into, shard_model
 from lvctx.errors import InputError
-from lvctx.model.adapter import ADAPTER, load_adapter, save_adapter
+from lvctx.model.adapter import ADAPTER, load_adapter, longest_sample, save_adapter
 from lvctx.model.export import model_files
 from lvctx.model.load import context_length, load_model, load_tokenizer, trained_length
 from lvctx.model.lora import ATTENTION, add_lora, merge_lora
@@ -70,7 +70,7 @@ def run_align(
 def _save(plan: Plan, out: Path, vlm: Any, tokenizer: Any, wrapped: Any, longest: int) -> None:
     """Write the trained VLM, and where there is LoRA the adapter."""
     if wrapped is not None:
-        save_adapter(out / ADAPTER, vlm, wrapped, plan.provenance)
+        save_adapter(out / ADAPTER, vlm, wrapped, plan.provenance, longest=longest)
         vlm.model.language_model = merge_lora(wrapped)
     vlm.to(vlm.config.dtype)
     pixels_from, source = plan.init or plan.tower, plan.init or plan.lm
@@ -111,7 +111,7 @@ def _train(
     trained, wrapped = _trained(vlm, config)
     for adapter in plan.adapters:
         load_adapter(adapter, vlm, wrapped)
-    longest = 0
+    longest = max([longest_sample(path) for path in (*plan.adapters, plan.init) if path is not None], default=0)
 
     def sample(number: int) -> Sample:
         return encode_sample(number, plan.rows[number], tokenizer, encoding, max_length=config.max_length)

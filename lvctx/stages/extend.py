@@ -17,14 +17,14 @@ from torch import Tensor
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.lock import only_writer
-from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
+from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, write_manifest
 from lvctx.artifacts.packed import PackedRows
 from lvctx.artifacts.store import fingerprint
 from lvctx.dist import attention, checkpoint
 from lvctx.dist.mesh import World, open_world
 from lvctx.dist.shard import gather_into, shard_model
 from lvctx.errors import InputError, UsageError
-from lvctx.model.adapter import ADAPTER, load_adapter, save_adapter
+from lvctx.model.adapter import ADAPTER, load_adapter, longest_sample, save_adapter
 from lvctx.model.export import copy_processors, model_files, save_model
 from lvctx.model.load import (
     context_length,
@@ -243,18 +243,21 @@ def run_extend(
         if world.rank == 0:
             save_model(model.to(_dtype(plan)), load_tokenizer(plan.model), out)
             copy_processors(plan.model, out)
-            longest = max(trained_length(plan.model), plan.config.seq_len)
             facts = {
                 "original_context": plan.original_context,
                 "context": plan.config.context,
-                "trained_length": longest,
+                "trained_length": max(trained_length(plan.model), _longest_row(plan)),
             }
-            made = read_manifest(plan.model) if (plan.model / MANIFEST).is_file() else {}
-            if "longest_sample" in made:  # what a VLM was aligned on stays so
-                facts["longest_sample"] = made["longest_sample"]
+            if aligned := longest_sample(plan.model):
+                facts["longest_sample"] = aligned
             write_manifest(out, plan.provenance, model_files(out), **facts, **plan.found)
             checkpoint.remove(out)
         world.barrier()
+
+
+def _longest_row(plan: Plan) -> int:
+    """Tokens of the longest row trained on, in this run or in the one that its LoRA goes on from."""
+    return max(plan.config.seq_len, longest_sample(plan.adapter) if plan.adapter else 0)
 
 
 def _dtype(plan: Plan) -> torch.dtype:
@@ -295,7 +298,7 @@ def _train(plan: Plan, out: Path, machine: Machine, world: World, report: Callab
             gather_into(twin, model)
             model = twin
     if wrapped is not None and world.rank == 0:
-        save_adapter(out / ADAPTER, model, wrapped, plan.provenance)
+        save_adapter(out / ADAPTER, model, wrapped, plan.provenance, longest=_longest_row(plan))
         merge_lora(wrapped)  # in place
     return model.eval() if model is not None else None
 

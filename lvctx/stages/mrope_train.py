@@ -343,7 +343,7 @@ def _train(
         vlm = twin
     if wrapped is not None:
         if world.rank == 0:
-            save_adapter(out / ADAPTER, vlm, wrapped, plan.provenance)
+            save_adapter(out / ADAPTER, vlm, wrapped, plan.provenance, longest=config.seq_len)
         vlm.model.language_model = merge_lora(wrapped)
     return vlm
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.manifest import MANIFEST, read_manifest
 from lvctx.artifacts.rows import RowLog, read_rows
 from lvctx.artifacts.store import fingerprint
 from lvctx.bench.cache import Kept
@@ -28,6 +27,7 @@ from lvctx.bench.video_niah import Question, VideoNiah, chance_of, drawn_needles
 from lvctx.dist.mesh import LONG_PATIENCE, World, open_world
 from lvctx.dist.ring import Ring
 from lvctx.errors import InputError, UsageError
+from lvctx.model.adapter import longest_sample
 from lvctx.model.load import context_length, load_config, load_model, load_tokenizer, resolve_model, trained_length
 from lvctx.positions.choose import SCHEMES, Scheme, choose
 from lvctx.text.needle import Task, read_haystack
@@ -198,7 +198,6 @@ def plan_niah(config: NiahConfig) -> Plan:
     if not cells:
         raise UsageError("no depth of these falls into any length")
     cells = [cells[i] for i in walk_order(test.sequence(cell)[0] for cell in cells)]
-    manifest = read_manifest(path) if (path / MANIFEST).is_file() else {}
     made_of = {
         "model": fingerprint(path)[:16],
         "haystack": _hash([fingerprint(p) for p in config.haystack]),
@@ -218,7 +217,7 @@ def plan_niah(config: NiahConfig) -> Plan:
         "kv": config.kept,
         "chance": test.chance,
         "trained_length": config.training_length or trained_length(path),
-        "longest_sample": int(manifest.get("longest_sample", 0)),
+        "longest_sample": longest_sample(path),
     }
     return Plan(
         config=config,
