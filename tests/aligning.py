@@ -56,6 +56,7 @@ def align(
         "grid": None,
         "grid_rule": None,
         "max_grids": None,
+        "pose": False,
         "steps": 3,
         "epochs": None,
         "batch": 3,

@@ -110,6 +110,10 @@ def align(
     lora: Annotated[int, typer.Option(help="Rank of LoRA on the LM in full and dpo; 0 trains all.", min=0)] = 0,
     beta: Annotated[float | None, typer.Option(help="Of dpo: how firmly to stay near --init. Default: 0.1.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens after which a sample is cut.", min=2)] = 32_768,
+    pose: Annotated[
+        bool,
+        typer.Option("--pose", help="Short samples stand for all of the LM's context: cut in two, moved apart (PoSE)."),
+    ] = False,
     micro_tokens: Annotated[int, typer.Option(help="Tokens of one forward (speed, memory).", min=1)] = 4096,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
     recipe: RecipeOption = None,
@@ -152,6 +156,7 @@ def align(
         lora=lora,
         beta=beta,
         max_length=max_length,
+        pose=pose,
         seed=seed,
     )
     facts = {"samples": len(plan.rows), **asdict(plan.config)}

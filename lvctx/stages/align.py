@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from lvctx.artifacts.lock import only_writer
@@ -30,7 +31,7 @@ from lvctx.model.vlm import assemble, newline_id, save_vlm
 from lvctx.stages.align_plan import AlignConfig, Plan
 from lvctx.train.data import indices
 from lvctx.train.loop import Group, TrainConfig, train
-from lvctx.train.micro import Forward, Sample, answer_loss, encode_sample, pack_samples
+from lvctx.train.micro import Forward, Sample, answer_loss, encode_sample, pack_samples, spread
 from lvctx.train.preference import REFERENCE, Preference, compute_reference
 from lvctx.vision.images import Preprocess
 from lvctx.vision.tower import load_vision_model
@@ -122,6 +123,9 @@ def _train(
     def batch(step: int) -> list[list[Sample]]:
         nonlocal longest
         samples = [sample(number) for number in chosen(step)]
+        if config.pose:
+            context = context_length(vlm.config)
+            samples = [spread(one, context, np.random.default_rng([config.seed, step, one.number])) for one in samples]
         longest = max(longest, *(one.longest for one in samples))
         if all(label == IGNORED for one in samples for s in one.sequences for label in s.labels):
             raise InputError("a whole step without an answer left", where=samples[0].where, fix="raise --max-length")
@@ -134,6 +138,7 @@ def _train(
         newline=newline_id(tokenizer),
         tower_grad=config.tower_lr > 0,
         device=device,
+        pose=config.pose,
     )
     shard_model(forward, vlm.model.language_model.get_submodule("layers"), world)
     groups = [Group(name=name, parameters=_parameters(parts), lr=lr) for name, parts, lr in trained]

@@ -54,6 +54,9 @@ class AlignConfig:
     """How far preferences may lead away from the starting model; LLaVA-Hound-DPO 0.1, 0 in the other stages."""
     max_length: int
     """Tokens after which a sample is cut; LongVA 32,768."""
+    pose: bool
+    """Samples are cut in two and spread over all of the language model's context (PoSE); LongVA's language model
+    learned every distance on text of full length."""
     seed: int
     """Order of the samples, projector's and LoRA's initialisation."""
 
@@ -124,6 +127,7 @@ def plan_align(
     lora: int,
     beta: float | None,
     max_length: int,
+    pose: bool,
     seed: int,
 ) -> Plan:
     """Check the inputs and resolve the defaults. Raises UsageError and InputError; loads no weights."""
@@ -135,6 +139,8 @@ def plan_align(
         raise UsageError("--stage dpo goes on from an aligned model", fix="give --init")
     if stage != "dpo" and beta is not None:
         raise UsageError("--beta goes with --stage dpo")
+    if stage == "dpo" and pose:
+        raise UsageError("--pose is for the stages projector and full", fix="drop it")
     if stage == "projector" and lora:
         raise UsageError("--lora trains the language model: it goes with --stage full")
     if steps is not None and epochs is not None:
@@ -170,6 +176,7 @@ def plan_align(
         lora=lora,
         beta=(BETA if beta is None else beta) if stage == "dpo" else 0.0,
         max_length=max_length,
+        pose=pose,
         seed=seed,
     )
     pictures = hashlib.sha256()

@@ -49,6 +49,8 @@ class TokenSequence:
     """Target under each position's hidden state (already shifted): -100 where it is not the assistant's word."""
     places: list[int] = field(default_factory=list)
     """Where each visual block begins."""
+    positions: list[int] | None = None
+    """Of the tokens, where they do not count up from 0."""
 
 
 def read_conversations(path: Path, images: Path) -> list[Conversation]:

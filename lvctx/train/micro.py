@@ -9,10 +9,11 @@ Shapes: T tokens of all sequences of a row, N visual tokens, E language-model wi
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from lvctx.dist import attention
 from lvctx.dist.shard import take_part
 from lvctx.model.loss import IGNORED, token_loss
 from lvctx.model.vlm import embed_frames, frame_features
+from lvctx.positions.pose import skipped
 from lvctx.train.chat import Conversation, TokenSequence, encode_conversation
 from lvctx.train.images import Encoding, embed_image
 from lvctx.vision.images import Preprocess, open_image
@@ -73,6 +75,12 @@ def encode_sample(
     return Sample(number=number, where=row[0].where, images=images, sequences=tuple(sequences))
 
 
+def spread(sample: Sample, context: int, rng: np.random.Generator) -> Sample:
+    """The sample with every sequence cut in two and moved apart over `context` positions (PoSE)."""
+    sequences = [replace(s, positions=skipped(len(s.ids), context, rng).tolist()) for s in sample.sequences]
+    return replace(sample, sequences=tuple(sequences))
+
+
 def pack_samples(samples: Sequence[Sample], micro_tokens: int) -> list[list[Sample]]:
     """Micro-batches of at most `micro_tokens` each, or one sample alone: each, longest first, where it first fits."""
     groups: list[list[Sample]] = []
@@ -100,17 +108,27 @@ class Forward(nn.Module):
     """A VLM and what is asked of it as one module: where parameters are sharded, they are gathered in it."""
 
     def __init__(
-        self, vlm: Any, *, encoding: Encoding, preprocess: Preprocess, newline: int, tower_grad: bool, device: str
+        self,
+        vlm: Any,
+        *,
+        encoding: Encoding,
+        preprocess: Preprocess,
+        newline: int,
+        tower_grad: bool,
+        device: str,
+        pose: bool = False,
     ) -> None:
-        """`newline` is the token of a line's end; `tower_grad` says whether the tower learns."""
+        """`newline` is the token of a line's end; `tower_grad` says whether the tower learns; `pose`, whether samples
+        are `spread`, for which a model's attention must be plain (InputError)."""
         super().__init__()
         self.vlm, self.encoding, self.preprocess = vlm, encoding, preprocess
         self.newline, self.tower_grad, self.device = newline, tower_grad, device
         lm = vlm.model.language_model
-        self.ours = torch.device(device).type == "cpu" and attention.is_plain(lm.config)
-        """Sequences are kept apart by our attention, which costs what they cost, on CPU; else by transformers' mask."""
+        self.ours = pose or (torch.device(device).type == "cpu" and attention.is_plain(lm.config))
+        """Sequences are kept apart by our attention, which costs what they cost, on CPU, and where positions jump, which
+        transformers takes for another sequence's beginning; else by transformers' mask."""
         if self.ours:
-            attention.use(lm, where="")
+            attention.use(lm, where=lm.config.name_or_path or lm.config.model_type)
 
     def forward(self, micro: Sequence[Sample], judge: Judge[T]) -> T:
         """What `judge` makes of a micro-batch."""
@@ -118,7 +136,8 @@ class Forward(nn.Module):
         lengths = [len(s.ids) for s in sequences]
         ids_T = torch.tensor([i for s in sequences for i in s.ids], device=self.device)
         labels_T = torch.tensor([i for s in sequences for i in s.labels], device=self.device)
-        positions_T = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
+        counted = [s.positions or range(len(s.ids)) for s in sequences]
+        positions_T = torch.tensor(list(chain.from_iterable(counted)), device=self.device)
         starts = attention.document_starts(list(accumulate(lengths[:-1])))
         is_visual_T = ids_T == vlm.config.video_token_id
         embeds_TE = vlm.get_input_embeddings()(ids_T.masked_fill(is_visual_T, 0))

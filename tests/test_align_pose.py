@@ -1,0 +1,122 @@
+"""`align --pose`: short samples spread over the language model's whole context.
+
+Shapes: T tokens of a micro-batch, L of a sample, E language-model width.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from aligning import align, draw, metrics, talk, write
+from transformers import CLIPVisionModel
+from typer.testing import CliRunner
+
+from lvctx.cli.app import app
+from lvctx.errors import InputError
+from lvctx.model.load import context_length, load_model, load_tokenizer
+from lvctx.model.vlm import VIDEO_TOKEN, assemble, newline_id
+from lvctx.train.chat import read_conversations
+from lvctx.train.images import Encoding
+from lvctx.train.micro import Forward, encode_sample, spread
+from lvctx.vision.images import Preprocess
+
+ROWS = [
+    talk("<image>What?", "red", image="1.png"),
+    talk("Hi.", "Hello there, how are you?"),
+    talk("<image><image>Which?", "the first", image=["0.png", "3.png"]),
+]
+
+
+def test_spread_samples_are_read_as_stock_transformers_reads_them_at_these_positions(
+    tiny_lm: Path, tiny_tower: Path, tmp_path: Path
+) -> None:
+    """Three in one row: neither the jumps nor the neighbours part a sample or join it to another."""
+    draw(tmp_path)
+    tokenizer, lm = load_tokenizer(tiny_lm), load_model(tiny_lm, dtype=torch.float32)
+    tower = CLIPVisionModel.from_pretrained(tiny_tower).eval()
+    vlm = assemble(lm, tower, tokenizer, where=tiny_lm, seed=0)
+    read = read_conversations(write(tmp_path / "data.json", ROWS), tmp_path)
+    encoding = Encoding.of(vlm.config.vision_config, grid="unires", rule="code")
+    context, rng = context_length(vlm.config), np.random.default_rng(5)
+    samples = [
+        spread(encode_sample(n, (row,), tokenizer, encoding, max_length=999), context, rng)
+        for n, row in enumerate(read)
+    ]
+    jumps = [int(np.diff(s.sequences[0].positions or []).max()) for s in samples]
+    assert all(jump > 1 for jump in jumps), "this seed moves all three apart"
+    forward = Forward(
+        vlm,
+        encoding=encoding,
+        preprocess=Preprocess.from_directory(tiny_tower),
+        newline=newline_id(tokenizer),
+        tower_grad=False,
+        device="cpu",
+        pose=True,
+    )
+    video = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+    with torch.no_grad():
+        ours_TE = forward(samples, lambda hidden, *_: hidden)
+        vlm.model.language_model.set_attn_implementation("eager")
+        truth = []
+        for sample in samples:
+            (sequence,) = sample.sequences
+            ids = torch.tensor(sequence.ids)
+            embeds_LE = vlm.get_input_embeddings()(ids.masked_fill(ids == video, 0))
+            if sample.images:
+                embeds_LE[ids == video] = torch.cat(forward.blocks(sample))
+            read_alone = vlm.model.language_model(
+                inputs_embeds=embeds_LE[None],
+                position_ids=torch.tensor([sequence.positions]),
+                attention_mask=torch.ones_like(ids)[None],
+                use_cache=False,
+            )
+            truth.append(read_alone.last_hidden_state[0])
+    torch.testing.assert_close(ours_TE, torch.cat(truth), rtol=1e-4, atol=1e-5)
+
+
+def test_every_step_draws_anew_and_the_same_seed_the_same(tiny_lm: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    draw(tmp_path)
+    data = write(tmp_path / "data.json", ROWS[:1])
+    for name, pose, lr in (("a", True, 0.0), ("b", True, 0.0), ("plain", False, 0.0)):
+        align(
+            data,
+            tmp_path / name,
+            tiny_lm,
+            tiny_tower,
+            stage="full",
+            pose=pose,
+            lr=lr,
+            projector_lr=1e-9,
+            batch=1,
+            lora=2,
+        )
+    losses = {name: [row["loss"] for row in metrics(tmp_path / name)] for name in ("a", "b", "plain")}
+    assert losses["a"] == losses["b"]
+    # One sample over and over, nothing learned to speak of: only its positions make a difference.
+    assert np.ptp(losses["plain"]) < 1e-6 < np.ptp(losses["a"])
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_a_sliding_window_is_refused_and_so_is_dpo(tiny_lm: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_lm)
+    tower = CLIPVisionModel.from_pretrained(tiny_tower).eval()
+    vlm = assemble(load_model(tiny_lm), tower, tokenizer, where=tiny_lm, seed=0)
+    encoding = Encoding.of(vlm.config.vision_config, grid="unires", rule="code")
+    vlm.model.language_model.config.sliding_window = 64
+    with pytest.raises(InputError, match="sliding window"):
+        Forward(
+            vlm,
+            encoding=encoding,
+            preprocess=Preprocess.from_directory(tiny_tower),
+            newline=newline_id(tokenizer),
+            tower_grad=False,
+            device="cpu",
+            pose=True,
+        )
+    done = CliRunner().invoke(
+        app, f"align --stage dpo --pose --init {tiny_lm} --data x --images {tmp_path} -o {tmp_path}/o".split()
+    )
+    assert done.exit_code == 2
+    assert "--pose" in done.stderr
