@@ -125,8 +125,8 @@ class Forward(nn.Module):
         self.newline, self.tower_grad, self.device = newline, tower_grad, device
         lm = vlm.model.language_model
         self.ours = pose or (torch.device(device).type == "cpu" and attention.is_plain(lm.config))
-        """Sequences are kept apart by our attention, which costs what they cost, on CPU, and where positions jump, which
-        transformers takes for another sequence's beginning; else by transformers' mask."""
+        """Sequences are kept apart by our attention, which costs what they cost, on CPU and where positions jump, which
+        transformers takes for the beginning of another; else by transformers' mask."""
         if self.ours:
             attention.use(lm, where=lm.config.name_or_path or lm.config.model_type)
 
