@@ -1,7 +1,7 @@
-# make setup | demo | transfer | transfer-text | giraffe-nano | test | test-slow | test-gpu | test-lmms | lint
+# make setup | demo | transfer | transfer-text | transfer-far | giraffe-nano | test | test-slow | test-gpu | test-lmms | lint
 # make tower | nano-start | text-start | giraffe-nano-train: what was trained ahead, again
 PYTHON ?= python3
-RECIPES = transfer transfer-text transfer-anyres transfer-gpu giraffe-nano nano-start text-start giraffe-nano-train
+RECIPES = transfer transfer-text transfer-far transfer-anyres transfer-gpu giraffe-nano nano-start text-start giraffe-nano-train
 
 .PHONY: setup fetch demo $(RECIPES) test test-slow test-gpu test-lmms lint tower clean
 
@@ -21,7 +21,7 @@ demo: setup           # the whole pipeline at nano scale
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile nano
 
 # transfer: long context transfer, measured, a quarter of an hour on two cores. transfer-text: the same for text needles, before and after
-# training on text. transfer-anyres: with the other encoding of images, after nano-start and transfer. transfer-gpu: from nothing to 65,536
+# training on text. transfer-far: both to 32,768 tokens. transfer-anyres: with the other encoding of images, after nano-start and transfer. transfer-gpu: from nothing to 65,536
 # tokens, not run yet. giraffe-nano: M-RoPE++ and hybrid resolution, measured.
 # Trained again from nothing: nano-start, what the demo's alignments start from (about 40 minutes); text-start, what its text training
 # starts from (about an hour); giraffe-nano-train, what giraffe-nano looks with (45 minutes).

@@ -45,6 +45,8 @@ def test_spread_samples_are_read_as_stock_transformers_reads_them_at_these_posit
     ]
     jumps = [int(np.diff(s.sequences[0].positions or []).max()) for s in samples]
     assert all(jump > 1 for jump in jumps), "this seed moves all three apart"
+    (whole,) = spread(samples[0], 5, rng).sequences
+    assert whole.positions == list(range(len(whole.ids))), "longer than the context: as it is"
     forward = Forward(
         vlm,
         encoding=encoding,

@@ -76,8 +76,10 @@ def encode_sample(
 
 
 def spread(sample: Sample, context: int, rng: np.random.Generator) -> Sample:
-    """The sample with every sequence cut in two and moved apart over `context` positions (PoSE)."""
-    sequences = [replace(s, positions=skipped(len(s.ids), context, rng).tolist()) for s in sample.sequences]
+    """The sample with every sequence cut in two and moved apart over `context` positions (PoSE), if it is shorter."""
+    sequences = [
+        replace(s, positions=skipped(len(s.ids), max(context, len(s.ids)), rng).tolist()) for s in sample.sequences
+    ]
     return replace(sample, sequences=tuple(sequences))
 
 
