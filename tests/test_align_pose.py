@@ -3,17 +3,17 @@
 Shapes: T tokens of a micro-batch, L of a sample, E language-model width.
 """
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from aligning import align, draw, metrics, talk, write
 from transformers import CLIPVisionModel
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app
-from lvctx.errors import InputError
 from lvctx.model.load import context_length, load_model, load_tokenizer
 from lvctx.model.vlm import VIDEO_TOKEN, assemble, newline_id
 from lvctx.train.chat import read_conversations
@@ -102,23 +102,16 @@ def test_every_step_draws_anew_and_the_same_seed_the_same(tiny_lm: Path, tiny_to
 
 
 def test_a_sliding_window_is_refused_and_so_is_dpo(tiny_lm: Path, tiny_tower: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(tiny_lm)
-    tower = CLIPVisionModel.from_pretrained(tiny_tower).eval()
-    vlm = assemble(load_model(tiny_lm), tower, tokenizer, where=tiny_lm, seed=0)
-    encoding = Encoding.of(vlm.config.vision_config, grid="unires", rule="code")
-    vlm.model.language_model.config.sliding_window = 64
-    with pytest.raises(InputError, match="sliding window"):
-        Forward(
-            vlm,
-            encoding=encoding,
-            preprocess=Preprocess.from_directory(tiny_tower),
-            newline=newline_id(tokenizer),
-            tower_grad=False,
-            device="cpu",
-            pose=True,
-        )
-    done = CliRunner().invoke(
-        app, f"align --stage dpo --pose --init {tiny_lm} --data x --images {tmp_path} -o {tmp_path}/o".split()
-    )
+    draw(tmp_path)
+    data = write(tmp_path / "data.json", ROWS)
+    windowed = shutil.copytree(tiny_lm, tmp_path / "windowed")
+    config = json.loads((windowed / "config.json").read_text())
+    (windowed / "config.json").write_text(json.dumps(config | {"sliding_window": 64}))
+    inputs = f"--data {data} --images {tmp_path} --steps 1 -o {tmp_path}/o -q"
+    done = CliRunner().invoke(app, f"align --pose --lm {windowed} --tower {tiny_tower} {inputs}".split())
+    assert done.exit_code == 3
+    assert "sliding window" in done.stderr
+    assert "drop --pose" in done.stderr
+    done = CliRunner().invoke(app, f"align --stage dpo --pose --init {tiny_lm} {inputs}".split())
     assert done.exit_code == 2
     assert "--pose" in done.stderr

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import Provenance
 from lvctx.artifacts.store import fingerprint
-from lvctx.errors import UsageError
+from lvctx.dist.attention import is_plain
+from lvctx.errors import InputError, UsageError
 from lvctx.model.load import VLM_TYPE, load_config, load_tokenizer, resolve_model
 from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import VIDEO_TOKEN, Grid, add_visual_tokens, image_grid, image_rule
@@ -158,6 +159,11 @@ def plan_align(
     started = load_config(paths["init"]) if init is not None else None
     if started is not None and started.model_type != VLM_TYPE:
         raise UsageError(f"--init {init} is no VLM", fix="start with --lm and --tower")
+    vlm_or_lm = started or load_config(paths["lm"])
+    if pose and not is_plain(vlm_or_lm.get_text_config()):
+        raise InputError(
+            "its attention has a sliding window or latent keys", where=paths.get("lm", init), fix="drop --pose"
+        )
     rows: Sequence[tuple[Conversation, ...]]
     rows = read_pairs(data, images) if stage == "dpo" else [(c,) for c in read_conversations(data, images)]
     size = batch or usual.batch
