@@ -31,6 +31,23 @@ def talk(*turns: str, **extra: Any) -> dict[str, Any]:
     return {"conversations": [{"from": roles[i % 2], "value": t} for i, t in enumerate(turns)], **extra}
 
 
+def make_forward(vlm: Any, tokenizer: Any, encoding: Any, pixels_from: Path, *, pose: bool = False) -> Any:
+    """A VLM ready for micro-batches, its tower frozen."""
+    from lvctx.model.vlm import newline_id
+    from lvctx.train.micro import Forward
+    from lvctx.vision.images import Preprocess
+
+    return Forward(
+        vlm,
+        encoding=encoding,
+        preprocess=Preprocess.from_directory(pixels_from),
+        newline=newline_id(tokenizer),
+        tower_grad=False,
+        device="cpu",
+        pose=pose,
+    )
+
+
 def align(
     data: Path,
     out: Path,

@@ -10,7 +10,7 @@ import aligning
 import numpy as np
 import pytest
 import torch
-from aligning import draw, talk, write
+from aligning import draw, make_forward, talk, write
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionModel, LlavaOnevisionForConditionalGeneration
@@ -28,13 +28,12 @@ from lvctx.model.vlm import (
     frame_features,
     image_grid,
     newline_embedding,
-    newline_id,
     save_vlm,
 )
 from lvctx.stages.align_plan import count_tokens
 from lvctx.train.chat import read_conversations
 from lvctx.train.images import Encoding
-from lvctx.train.micro import Forward, Sample, encode_sample
+from lvctx.train.micro import Sample, encode_sample
 from lvctx.vision.images import Preprocess, open_image
 from lvctx.vision.rules import find_rule
 
@@ -114,17 +113,6 @@ def test_the_rule_of_unires_stays_with_the_model(tiny_lm: Path, tiny_tower: Path
     assert (told.rule, told.max_grids) == ("paper", 64)
     aligned, extended = (read_manifest(tmp_path / name)["longest_sample"] for name in "bc")
     assert aligned == extended > 0
-
-
-def make_forward(model: Any, tokenizer: Any, encoding: Encoding, path: Path) -> Forward:
-    return Forward(
-        model,
-        encoding=encoding,
-        preprocess=Preprocess.from_directory(path),
-        newline=newline_id(tokenizer),
-        tower_grad=False,
-        device="cpu",
-    )
 
 
 @pytest.mark.parametrize("windowed", [False, True])

@@ -9,17 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from aligning import align, draw, metrics, talk, write
+from aligning import align, draw, make_forward, metrics, talk, write
 from transformers import CLIPVisionModel
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app
 from lvctx.model.load import context_length, load_model, load_tokenizer
-from lvctx.model.vlm import VIDEO_TOKEN, assemble, newline_id
+from lvctx.model.vlm import VIDEO_TOKEN, assemble
 from lvctx.train.chat import read_conversations
 from lvctx.train.images import Encoding
-from lvctx.train.micro import Forward, encode_sample, spread
-from lvctx.vision.images import Preprocess
+from lvctx.train.micro import encode_sample, spread
 
 ROWS = [
     talk("<image>What?", "red", image="1.png"),
@@ -47,15 +46,7 @@ def test_spread_samples_are_read_as_stock_transformers_reads_them_at_these_posit
     assert all(jump > 1 for jump in jumps), "this seed moves all three apart"
     (whole,) = spread(samples[0], 5, rng).sequences
     assert whole.positions == list(range(len(whole.ids))), "longer than the context: as it is"
-    forward = Forward(
-        vlm,
-        encoding=encoding,
-        preprocess=Preprocess.from_directory(tiny_tower),
-        newline=newline_id(tokenizer),
-        tower_grad=False,
-        device="cpu",
-        pose=True,
-    )
+    forward = make_forward(vlm, tokenizer, encoding, tiny_tower, pose=True)
     video = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
     with torch.no_grad():
         ours_TE = forward(samples, lambda hidden, *_: hidden)
