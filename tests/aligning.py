@@ -56,6 +56,7 @@ def align(
     *,
     report: Callable[[int, int, str], None] = lambda done, total, note: None,
     micro_tokens: int = 256,
+    device: str = "cpu",
     **changed: Any,
 ) -> Any:
     """Align in this process, images beside `data`; the plan."""
@@ -87,7 +88,7 @@ def align(
         "seed": 0,
     }
     plan = plan_align(**options | changed)
-    run_align(plan, out, resume="auto", force=False, micro_tokens=micro_tokens, device="cpu", report=report)
+    run_align(plan, out, resume="auto", force=False, micro_tokens=micro_tokens, device=device, report=report)
     return plan
 
 

