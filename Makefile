@@ -1,7 +1,7 @@
 # make setup | demo | transfer | transfer-text | transfer-far | giraffe-nano | test | test-slow | test-gpu | test-lmms | lint
 # make tower | nano-start | text-start | giraffe-nano-train: what was trained ahead, again
 PYTHON ?= python3
-RECIPES = transfer transfer-text transfer-far transfer-anyres transfer-gpu giraffe-nano nano-start text-start giraffe-nano-train
+RECIPES = transfer transfer-text transfer-far transfer-anyres transfer-64k transfer-gpu giraffe-nano nano-start text-start giraffe-nano-train
 
 .PHONY: setup fetch demo $(RECIPES) test test-slow test-gpu test-lmms lint tower clean
 

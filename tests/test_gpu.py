@@ -71,7 +71,8 @@ def test_the_flash_kernel_computes_a_block(queries: int, keys: int, causal: bool
     found = FlashCUDA().backward(*(x.to(CUDA) for x in (grad, q, k, v)), out, lse, **how)
     true = Plain().backward(grad.double(), q.double(), k.double(), v.double(), wanted, wanted_lse, **how)
     for mine, theirs in zip(found, true, strict=True):
-        assert float((mine.cpu().double() - theirs).norm() / theirs.norm()) < 1e-2
+        # Of one key alone queries and keys have no gradient: what is left there is rounding.
+        assert float((mine.cpu().double() - theirs).norm()) < 1e-2 * max(float(theirs.norm()), 1.0)
 
 
 def test_a_row_of_documents_and_its_gradients() -> None:
@@ -79,7 +80,7 @@ def test_a_row_of_documents_and_its_gradients() -> None:
     inputs = [draws(1, heads, 150, 64, seed=heads + i) for i, heads in enumerate((6, 2, 2))]
     found = []
     for device, kernel in (("cpu", Plain()), (CUDA, FlashCUDA())):
-        mine = [x.to(device).requires_grad_() for x in inputs]
+        mine = [x.to(device).detach().requires_grad_() for x in inputs]
         out = ring_attention(*mine, ring=ALONE, kernel=kernel, scale=0.125, starts=starts)
         out.backward(draws(*out.shape, seed=9).to(device))
         found.append([out.detach().cpu().float(), *(x.grad.cpu().float() for x in mine if x.grad is not None)])

@@ -21,6 +21,7 @@ from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, write_ma
 from lvctx.artifacts.packed import PackedRows
 from lvctx.artifacts.store import fingerprint
 from lvctx.dist import attention, checkpoint
+from lvctx.dist.kernels import cudnn_first
 from lvctx.dist.mesh import World, open_world
 from lvctx.dist.shard import gather_into, shard_model
 from lvctx.errors import InputError, UsageError
@@ -343,18 +344,19 @@ def _run_steps(
             positions = torch.from_numpy(skipped(config.seq_len, config.context, rng))[None]
         return row_loss(**shard_row(ids, world, starts, positions))
 
-    train(
-        groups=[Group(name="lm", parameters=lora_parameters(model), lr=config.lr)],
-        batch=batch,
-        loss=loss,
-        config=TrainConfig(steps=config.steps, schedule="constant", warmup=0.0, weight_decay=0.1),
-        out=out,
-        run=plan.provenance,
-        report=report,
-        world=world,
-        name=lambda drawn: f"row {drawn[0]}",
-        flops=_flops(plan),
-    )
+    with cudnn_first(world.device):  # all rows are of one length
+        train(
+            groups=[Group(name="lm", parameters=lora_parameters(model), lr=config.lr)],
+            batch=batch,
+            loss=loss,
+            config=TrainConfig(steps=config.steps, schedule="constant", warmup=0.0, weight_decay=0.1),
+            out=out,
+            run=plan.provenance,
+            report=report,
+            world=world,
+            name=lambda drawn: f"row {drawn[0]}",
+            flops=_flops(plan),
+        )
 
 
 def _flops(plan: Plan) -> float | None:

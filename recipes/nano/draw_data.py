@@ -15,6 +15,7 @@ order). The clip that a needle test uses as its haystack must not be among them.
 import argparse
 import json
 import math
+import os
 import time
 from multiprocessing import Pool
 from pathlib import Path
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, nargs="*", default=[], help="images, folders, clips to cut cells from")
     parser.add_argument("--size", type=int, default=120, help="a cell's side: the tower's picture size, pixels")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     (args.output / "images").mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
