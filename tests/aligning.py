@@ -57,6 +57,7 @@ def align(
     report: Callable[[int, int, str], None] = lambda done, total, note: None,
     micro_tokens: int = 256,
     device: str = "cpu",
+    checkpoint_activations: bool = True,
     **changed: Any,
 ) -> Any:
     """Align in this process, images beside `data`; the plan."""
@@ -88,7 +89,16 @@ def align(
         "seed": 0,
     }
     plan = plan_align(**options | changed)
-    run_align(plan, out, resume="auto", force=False, micro_tokens=micro_tokens, device=device, report=report)
+    run_align(
+        plan,
+        out,
+        resume="auto",
+        force=False,
+        micro_tokens=micro_tokens,
+        checkpoint_activations=checkpoint_activations,
+        device=device,
+        report=report,
+    )
     return plan
 
 

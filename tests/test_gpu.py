@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.skipif(CUDA == "cuda" and not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
 __all__ = ["essays", "here", "packed"]
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "1"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
 
 
 @pytest.fixture(scope="module")

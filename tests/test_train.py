@@ -261,6 +261,26 @@ def test_aligned_twice_same_bytes_and_micro_batches_do_not_matter_to_the_definit
     assert (tmp_path / "a" / "MANIFEST.json").read_bytes() == (tmp_path / "b" / "MANIFEST.json").read_bytes()
 
 
+def test_recomputed_layers_give_the_same_weights(
+    drawn: Path, tmp_path: Path, tiny_lm: Path, tiny_tower: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    passes, plain = [0], LlamaMLP.forward
+
+    def counted(self: LlamaMLP, x: Tensor) -> Tensor:
+        passes[-1] += 1
+        return plain(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", counted)
+    for name, recomputed in (("kept", False), ("recomputed", True)):
+        passes.append(0)
+        align(drawn, tmp_path / name, tiny_lm, tiny_tower, stage="full", lora=2, checkpoint_activations=recomputed)
+    assert passes[2] == 2 * passes[1] > 0
+    kept, recomputed_too = (weights(tmp_path / name) for name in ("kept", "recomputed"))
+    assert all(torch.equal(kept[name], recomputed_too[name]) for name in kept)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -115,6 +115,9 @@ def align(
         typer.Option("--pose", help="Short samples stand for all of the LM's context: cut in two, moved apart (PoSE)."),
     ] = False,
     micro_tokens: Annotated[int, typer.Option(help="Tokens of one forward (speed, memory).", min=1)] = 4096,
+    checkpoint_activations: Annotated[
+        bool, typer.Option(help="Recompute the LM's layers in the backward pass: less memory, a third more time.")
+    ] = True,
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
     recipe: RecipeOption = None,
     seed: SeedOption = 0,
@@ -165,5 +168,14 @@ def align(
             emit({"dry_run": True, "path": str(out), **facts, **count_tokens(plan, report)})
         return
     with progress(f"align {stage.value}", quiet=quiet) as report:
-        run_align(plan, out, resume=resume, force=force, micro_tokens=micro_tokens, device=device, report=report)
+        run_align(
+            plan,
+            out,
+            resume=resume,
+            force=force,
+            micro_tokens=micro_tokens,
+            checkpoint_activations=checkpoint_activations,
+            device=device,
+            report=report,
+        )
     emit({"schema": schemas.MODEL, "path": str(out), "sha256": sha256_file(out / MANIFEST), **facts})

@@ -111,7 +111,7 @@ def _attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kernel = choose_kernel(query.device.type, query.dtype, query.shape[-1])
     if stripe is None:
-        return _attend_alone(query, key, value, kernel, scale).transpose(1, 2), None
+        return attend_alone(query, key, value, kernel, scale).transpose(1, 2), None
     ring, own, rows = stripe.ring, stripe.own, query.shape[2]
     before = held(stripe.first, ring)
     assert rows == max(own, 1) and key.shape[2] == before + rows
@@ -143,7 +143,7 @@ def _attend(
     return out_BHMD[:, :, :rows].transpose(1, 2).to(query.dtype), None
 
 
-def _attend_alone(query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, scale: float) -> Tensor:
+def attend_alone(query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, scale: float) -> Tensor:
     """One rank's (B, H, L, D): a causal square over the new tokens, and all of what stands before them."""
     before = key.shape[2] - query.shape[2]
     new, lse = kernel.forward(query, key[:, :, before:], value[:, :, before:], causal=True, scale=scale)

@@ -29,6 +29,7 @@ from lvctx.model.lora import ATTENTION, add_lora, merge_lora
 from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import assemble, newline_id, save_vlm
 from lvctx.stages.align_plan import AlignConfig, Plan
+from lvctx.train.activations import checkpoint_layers
 from lvctx.train.data import indices
 from lvctx.train.loop import Group, TrainConfig, train
 from lvctx.train.micro import Forward, Sample, answer_loss, encode_sample, pack_samples, spread
@@ -46,10 +47,12 @@ def run_align(
     micro_tokens: int,
     device: str,
     report: Callable[[int, int, str], None],
+    checkpoint_activations: bool = True,
 ) -> None:
     """Train (or resume) and write the aligned VLM to `out`; nothing to do if it stands finished.
 
-    `micro_tokens` bounds the tokens of one forward; it changes speed and memory, not the result's definition.
+    `micro_tokens` bounds the tokens of one forward, and `checkpoint_activations` recomputes the language model's layers
+    in the backward pass; both change speed and memory, not the result's definition.
     """
     if is_finished(out, plan.provenance, resume=resume, force=force):
         return
@@ -62,7 +65,14 @@ def run_align(
             if resume == "never":
                 (out / REFERENCE).unlink(missing_ok=True)
         world.barrier()
-        trained = _train(plan, out, micro_tokens=micro_tokens, world=world, report=report)
+        trained = _train(
+            plan,
+            out,
+            micro_tokens=micro_tokens,
+            checkpoint_activations=checkpoint_activations,
+            world=world,
+            report=report,
+        )
         if world.rank == 0:
             _save(plan, out, *trained)
         world.barrier()
@@ -101,7 +111,13 @@ def _load(plan: Plan, device: str) -> tuple[Any, Any, Path]:
 
 
 def _train(
-    plan: Plan, out: Path, *, micro_tokens: int, world: World, report: Callable[[int, int, str], None]
+    plan: Plan,
+    out: Path,
+    *,
+    micro_tokens: int,
+    checkpoint_activations: bool,
+    world: World,
+    report: Callable[[int, int, str], None],
 ) -> tuple[Any, Any, Any, int]:
     """The trained VLM (on rank 0 if there are several), its tokenizer, its LoRA wrapper, and the longest sample."""
     config = plan.config
@@ -112,6 +128,8 @@ def _train(
     trained, wrapped = _trained(vlm, config)
     for adapter in plan.adapters:
         load_adapter(adapter, vlm, wrapped)
+    if checkpoint_activations:
+        checkpoint_layers(vlm.model.language_model, offload=False)
     longest = max([longest_sample(path) for path in (*plan.adapters, plan.init) if path is not None], default=0)
 
     def sample(number: int) -> Sample:
