@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lvctx.errors import InputError
-from lvctx.train.plan import DEVICES, Shape, Spread, flops, longest, memory, read_shape, remedies
+from lvctx.train.plan import DEVICES, Shape, Spread, flops, longest, memory, read_shape, remedies, rows_together
 
 QWEN2_7B = Path(__file__).parent / "configs" / "qwen2-7b.json"
 LLAMA2_7B = {
@@ -112,6 +112,10 @@ def test_what_is_said_to_help_helps() -> None:
     helps = remedies(qwen2(), spread, 224_000, A100)
     assert {"--checkpoint-activations", "--cp 8", "--offload", "--lora 16"} <= {flag for flag, _ in helps}
     assert all(peak < before for _, peak in helps)
+
+
+def test_rows_of_one_forward_are_whole_and_no_more_than_there_are() -> None:
+    assert [rows_together(1000, n, 5) for n in (1, 999, 1000, 2999, 3000, 99_000)] == [1, 1, 1, 2, 3, 5]
 
 
 def test_every_part_of_the_shards_is_the_whole_over_the_devices() -> None:

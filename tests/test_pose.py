@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,3 +73,32 @@ def test_each_epoch_spreads_a_row_anew_and_a_short_context_is_refused(tmp_path: 
     refused = run(app, [*extend, "--factor", "1", "--context", "64", "-o", f"{tmp_path}/short"])
     assert refused.exit_code == 2
     assert "--pose" in str(refused.exception) + refused.output
+
+
+@pytest.mark.parametrize("flags", ["--pose", "--no-checkpoint-activations", "--doc-mask"])
+def test_rows_read_together_teach_what_they_teach_one_by_one(
+    tmp_path: Path, tiny_lm: Path, monkeypatch: pytest.MonkeyPatch, flags: str
+) -> None:
+    read: list[int] = []
+    plain = RowLoss.forward
+
+    def counted(self: RowLoss, ids: torch.Tensor, *more: Any, **named: Any) -> Any:
+        read.append(len(ids))
+        return plain(self, ids, *more, **named)
+
+    monkeypatch.setattr(RowLoss, "forward", counted)
+    (tmp_path / "text.txt").write_text(" ".join(f"Fox {i} jumps over dog {7 * i}." for i in range(120)))
+    pack = f"pack-text {tmp_path}/text.txt --tokenizer {tiny_lm} --seq-len 64 --keep-short 1 -o {tmp_path}/packed -q"
+    assert CliRunner().invoke(app, pack.split()).exit_code == 0
+    given = f"extend-lm --model {tiny_lm} --data {tmp_path}/packed --rope yarn --context 4096 --steps 3 --lr 1e-3"
+    losses = {}
+    for tokens in (64, 200):
+        flags_here = f"{flags} --batch-tokens 320 --micro-tokens {tokens} -q -o {tmp_path}/{tokens}"
+        done = CliRunner().invoke(app, f"{given} {flags_here}".split())
+        assert done.exit_code == 0, done.output
+        lines = (tmp_path / str(tokens) / "metrics.jsonl").read_text().splitlines()
+        losses[tokens] = [json.loads(line)["loss"] for line in lines]
+    one_by_one = [1] * 5 * 3
+    assert read == one_by_one + (one_by_one if flags == "--doc-mask" else [3, 2] * 3)
+    assert losses[200] == pytest.approx(losses[64], rel=1e-3)  # rounding of bfloat16
+    assert losses[64][0] != losses[64][2]

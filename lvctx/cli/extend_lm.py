@@ -91,6 +91,9 @@ def extend_lm(
     pose: Annotated[
         bool, typer.Option("--pose", help="Short rows stand for all of --context: cut in two, moved apart (PoSE).")
     ] = False,
+    micro_tokens: Annotated[
+        int, typer.Option(help="Tokens of one forward, in whole rows, at least one (speed, memory).", min=1)
+    ] = 4096,
     cp: Annotated[int, typer.Option(help="Processes that share a row (context parallelism; torchrun).", min=1)] = 1,
     offload: Annotated[bool, typer.Option(help="Keep parameters and optimizer state in host memory.")] = False,
     offload_activations: Annotated[bool, typer.Option(help="Keep the layers' inputs in host memory.")] = False,
@@ -156,7 +159,9 @@ def extend_lm(
         pose=pose,
         seed=seed,
     )
-    machine = Machine(device=device, cp=cp, offload=offload, offload_activations=offload_activations)
+    machine = Machine(
+        device=device, cp=cp, offload=offload, offload_activations=offload_activations, micro_tokens=micro_tokens
+    )
     world = int(os.environ.get("WORLD_SIZE", 1))
     found: dict[str, Any] = {}
     if search_base:

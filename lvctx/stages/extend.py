@@ -42,7 +42,7 @@ from lvctx.positions.pose import skipped
 from lvctx.train.activations import checkpoint_layers
 from lvctx.train.data import indices
 from lvctx.train.loop import Group, TrainConfig, train
-from lvctx.train.plan import KINDS, flops, read_shape
+from lvctx.train.plan import KINDS, flops, read_shape, rows_together
 from lvctx.train.rows import RowLoss, shard_row
 
 log = logging.getLogger(__name__)
@@ -222,6 +222,8 @@ class Machine:
     """Keep parameters and optimizer state in host memory."""
     offload_activations: bool = False
     """Keep the layers' inputs in host memory between forward and backward."""
+    micro_tokens: int = 1
+    """Tokens of one forward, in whole rows and at least one; with `doc_mask` one row."""
 
 
 def run_extend(
@@ -329,19 +331,22 @@ def _run_steps(
     if plan.epochs > 1:
         log.warning("%d rows are few for %d steps: each is read %.1f times", len(rows), config.steps, plan.epochs)
 
-    def batch(step: int) -> Sequence[tuple[int, int]]:
-        """Rows of a step, each with the epoch that reads it."""
-        drawn = indices(step, batch=plan.rows_a_step, samples=len(rows), seed=config.seed)
-        return [(row, (step * plan.rows_a_step + n) // len(rows)) for n, row in enumerate(drawn)]
+    share = -(-plan.rows_a_step // world.dp)
+    together = 1 if config.doc_mask else rows_together(config.seq_len, machine.micro_tokens, share)
 
-    def loss(drawn: tuple[int, int]) -> tuple[Tensor, int]:
-        row, epoch = drawn
-        ids = torch.from_numpy(rows.row(row).astype("int64"))[None]
-        starts = attention.document_starts(rows.doc_starts(row).tolist()) if config.doc_mask else None
+    def batch(step: int) -> Sequence[Sequence[tuple[int, int]]]:
+        """Rows of a step, each with the epoch that reads it, by forward."""
+        drawn = indices(step, batch=plan.rows_a_step, samples=len(rows), seed=config.seed)
+        read = [(row, (step * plan.rows_a_step + n) // len(rows)) for n, row in enumerate(drawn)]
+        return [read[first : first + together] for first in range(0, len(read), together)]
+
+    def loss(micro: Sequence[tuple[int, int]]) -> tuple[Tensor, int]:
+        ids = torch.from_numpy(np.stack([rows.row(row) for row, _ in micro]).astype("int64"))
+        starts = attention.document_starts(rows.doc_starts(micro[0][0]).tolist()) if config.doc_mask else None
         positions = None
         if config.pose:
-            rng = np.random.default_rng([config.seed, epoch, row])
-            positions = torch.from_numpy(skipped(config.seq_len, config.context, rng))[None]
+            rngs = [np.random.default_rng([config.seed, epoch, row]) for row, epoch in micro]
+            positions = torch.from_numpy(np.stack([skipped(config.seq_len, config.context, rng) for rng in rngs]))
         return row_loss(**shard_row(ids, world, starts, positions))
 
     with cudnn_first(world.device):  # all rows are of one length
@@ -354,7 +359,7 @@ def _run_steps(
             run=plan.provenance,
             report=report,
             world=world,
-            name=lambda drawn: f"row {drawn[0]}",
+            name=lambda micro: ", ".join(f"row {row}" for row, _ in micro),
             flops=_flops(plan),
         )
 

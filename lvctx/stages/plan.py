@@ -18,6 +18,7 @@ from lvctx.train.plan import (
     memory,
     read_shape,
     remedies,
+    rows_together,
 )
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class PlanConfig:
     """Key of `train.plan.DEVICES`."""
     device_memory: int | None
     """Bytes of one device, where it is not the device's own."""
+    micro_tokens: int = 1
+    """Tokens of one forward, in whole rows and at least one."""
     mfu: float
     """Share of the device's peak that the model's own operations reach; LongVA's predecessor reports 0.28 to 0.38."""
 
@@ -61,7 +64,8 @@ def predict(config: PlanConfig) -> dict[str, Any]:
     shape = read_shape(read_config(config.model), where=config.model)
     known = DEVICES[config.device]
     device = replace(known, memory=config.device_memory or known.memory)
-    parts, peak, host = memory(shape, spread, config.seq_len, runtime=device.runtime)
+    together = rows_together(config.seq_len, config.micro_tokens, spread.rows)
+    parts, peak, host = memory(shape, spread, together * config.seq_len, runtime=device.runtime)
     tokens = rows * config.seq_len
     work = flops(shape, config.seq_len, tokens, lora=bool(spread.lora))
     speed = spread.world * device.flops * config.mfu
@@ -83,7 +87,7 @@ def predict(config: PlanConfig) -> dict[str, Any]:
         "mfu": config.mfu,
         "seconds_a_step": round(work / speed, 2) if speed else None,
         "hours": round(config.steps * work / speed / 3600, 2) if speed else None,
-        "helps": _helps(shape, spread, config.seq_len, device) if peak > device.memory else [],
+        "helps": _helps(shape, spread, together * config.seq_len, device) if peak > device.memory else [],
     }
 
 
@@ -113,6 +117,7 @@ def predict_extend(plan: "Plan", machine: "Machine", *, world: int) -> dict[str,
             ),
             device=name,
             device_memory=room,
+            micro_tokens=1 if config.doc_mask else machine.micro_tokens,
             mfu=0.35,
         )
     )

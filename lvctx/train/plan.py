@@ -157,6 +157,11 @@ class Spread:
     """As a plain forward has them; ours are made in chunks."""
 
 
+def rows_together(seq_len: int, micro_tokens: int, rows: int) -> int:
+    """Rows of one forward: as many whole ones as fit, at least one, at most the `rows` a device reads for a step."""
+    return max(1, min(micro_tokens // seq_len, rows))
+
+
 def memory(shape: Shape, spread: Spread, seq_len: int, *, runtime: int) -> tuple[dict[str, int], int, int]:
     """Bytes of one device by part, of its peak, and those that one device's process keeps on the host.
 
