@@ -22,7 +22,7 @@ demo: setup           # the whole pipeline at nano scale
 
 # transfer: long context transfer, measured, half an hour on two cores. transfer-text: the same for text needles, before and after
 # training on text. transfer-far: both to 32,768 tokens, an hour more. transfer-64k: both to 65,536 tokens on one GPU, minutes.
-# transfer-anyres: with the other encoding of images, after nano-start and transfer. transfer-gpu: from nothing, on one GPU, not run to its end.
+# transfer-anyres: with the other encoding of images, after transfer. transfer-gpu: from nothing, on one GPU, not run to its end.
 # giraffe-nano: M-RoPE++ and hybrid resolution, measured.
 # Trained again from nothing: nano-start, what the demo's alignments start from (about 40 minutes); text-start, what its text training
 # starts from (about an hour); giraffe-nano-train, what giraffe-nano looks with (45 minutes).
