@@ -65,6 +65,29 @@ def test_killed_writer_leaves_no_file_under_the_name(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["big.bin"]
 
 
+def test_what_a_killed_safetensors_leaves_is_removed_by_the_next_run(tmp_path: Path) -> None:
+    """It writes to a temporary file of a name of its own first."""
+    target, rounds = tmp_path / "big.safetensors", 0
+    script = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        import numpy as np
+        from lvctx.artifacts.store import save_tensors
+        big = {"a": np.zeros(40 << 20, np.float32)}
+        while True:
+            save_tensors(Path(sys.argv[1]), big, {})
+    """)
+    while rounds < 2:
+        child = subprocess.Popen([sys.executable, "-c", script, target])
+        while not any(p.is_file() for p in tmp_path.rglob(".tmp*")):
+            assert child.poll() is None
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        rounds += any(p.is_file() for p in tmp_path.rglob(".tmp*"))
+    save_tensors(target, {"a": np.zeros(3)}, {})
+    assert os.listdir(tmp_path) == ["big.safetensors"]
+
+
 def test_full_disk_is_one_line_and_leaves_nothing() -> None:
     target = Path("/dev/shm") / f"lvctx-test-{os.getpid()}"
     target.mkdir()

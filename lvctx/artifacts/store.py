@@ -40,6 +40,21 @@ def atomic_file(target: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def scratch(target: Path) -> Iterator[Path]:
+    """An empty directory `.NAME.saving` beside `target`, gone afterwards, for writers with temporary files of their own.
+
+    safetensors writes to a name of its choice first. What a killed one left there, the next run removes.
+    """
+    folder = target.with_name(f".{target.name}.saving")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def link_file(source: Path, target: Path) -> None:
     """Make `target` a hard link to `source`, or a copy where the file systems differ or one knows no links."""
     target.unlink(missing_ok=True)
@@ -89,12 +104,13 @@ def save_tensors(target: Path, tensors: Mapping[str, Any], metadata: Mapping[str
 
     Byte-identical for identical input as long as `metadata` has one key: safetensors keeps it in a hash map.
     """
-    with atomic_file(target) as partial:
+    with atomic_file(target) as partial, scratch(target) as folder:
         if all(hasattr(t, "__array_interface__") for t in tensors.values()):
             from safetensors.numpy import save_file
         else:
             from safetensors.torch import save_file
-        save_file(dict(tensors), str(partial), metadata=dict(metadata))
+        save_file(dict(tensors), str(folder / target.name), metadata=dict(metadata))
+        os.replace(folder / target.name, partial)
         # safetensors writes for its owner alone; who may read the directory may read what is in it.
         partial.chmod(target.parent.stat().st_mode & 0o666)
 

@@ -24,7 +24,6 @@ from torch.nn import functional as F
 from lvctx.dist.attention import check_config, is_plain
 from lvctx.dist.kernels import Kernel, Plain, choose_kernel
 from lvctx.dist.ring import Ring, merge
-from lvctx.model.load import device_of
 
 NAME = "lvctx_stripes"
 """What a model's `attn_implementation` has to be."""
@@ -61,10 +60,10 @@ def held(length: int, ring: Ring) -> int:
     return len(range(ring.rank, length, ring.world))
 
 
-def needs_no_mask(lm: Any) -> bool:
-    """Whether one rank alone is served by `prepare` too: flash kernels take the model's attention."""
+def needs_no_mask(lm: Any, device: torch.device) -> bool:
+    """Whether one rank alone is served by `prepare` too: flash kernels take the model's attention there."""
     head_dim = getattr(lm.config, "head_dim", None) or lm.config.hidden_size // lm.config.num_attention_heads
-    kernel = choose_kernel(device_of(lm).type, lm.dtype, head_dim)
+    kernel = choose_kernel(device.type, lm.dtype, head_dim)
     return is_plain(lm.config) and not isinstance(kernel, Plain)
 
 

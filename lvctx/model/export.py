@@ -1,10 +1,11 @@
 """Write a model as a plain Hugging Face directory that stock transformers and vLLM load."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from lvctx.artifacts.store import disk_error, is_disk_error
+from lvctx.artifacts.store import disk_error, is_disk_error, scratch
 
 
 def save_model(model: Any, tokenizer: Any, out: Path) -> None:
@@ -14,7 +15,10 @@ def save_model(model: Any, tokenizer: Any, out: Path) -> None:
     """
     forget_origin(model.config)
     try:
-        model.save_pretrained(out)
+        with scratch(out / "model") as folder:
+            model.save_pretrained(folder)
+            for path in folder.iterdir():
+                os.replace(path, out / path.name)
         save_tokenizer(tokenizer, model.config, out)
     except Exception as e:
         if is_disk_error(e):

@@ -6,7 +6,6 @@ without training, except for the weights, and beside them the LoRA by itself.
 Shapes: L tokens of a row, E width of the language model.
 """
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from lvctx.artifacts.chat import ChatRows
 from lvctx.artifacts.lock import only_writer
 from lvctx.artifacts.manifest import Provenance, is_finished
-from lvctx.artifacts.store import fingerprint
+from lvctx.artifacts.store import fingerprint, scratch
 from lvctx.dist import attention, checkpoint
 from lvctx.dist.attention import Shard
 from lvctx.dist.mesh import World, open_world
@@ -261,13 +260,11 @@ def run_training(
 
 def _save_weights(vlm: Any, out: Path) -> list[str]:
     """Write the weights alone, under the checkpoint's own names; the names of all files of weights."""
-    whole = out / ".weights"
-    shutil.rmtree(whole, ignore_errors=True)
-    vlm.to(vlm.config.dtype or torch.bfloat16).save_pretrained(whole)
-    names = sorted(p.name for p in whole.glob("model*.safetensors*"))
-    for name in names:
-        (whole / name).replace(out / name)
-    shutil.rmtree(whole)
+    with scratch(out / "model") as whole:
+        vlm.to(vlm.config.dtype or torch.bfloat16).save_pretrained(whole)
+        names = sorted(p.name for p in whole.glob("model*.safetensors*"))
+        for name in names:
+            (whole / name).replace(out / name)
     return [*names, ADAPTER] if (out / ADAPTER).is_file() else names
 
 
