@@ -42,7 +42,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch(target: Path) -> Iterator[Path]:
-    """An empty directory `.NAME.saving` beside `target`, gone afterwards, for writers with temporary files of their own.
+    """An empty directory `.NAME.saving` beside `target`, gone afterwards: for writers with their own temporary files.
 
     safetensors writes to a name of its choice first. What a killed one left there, the next run removes.
     """
