@@ -1,4 +1,5 @@
-# make setup | demo | transfer | transfer-text | transfer-far | giraffe-nano | test | test-slow | test-gpu | test-lmms | lint
+# make setup | demo | transfer | transfer-text | transfer-far | transfer-64k | giraffe-nano | lint
+# make test | test-slow | test-gpu | test-lmms
 # make tower | nano-start | text-start | giraffe-nano-train: what was trained ahead, again
 PYTHON ?= python3
 RECIPES = transfer transfer-text transfer-far transfer-anyres transfer-64k transfer-gpu giraffe-nano nano-start text-start giraffe-nano-train

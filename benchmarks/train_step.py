@@ -116,6 +116,7 @@ def predicted(arguments: argparse.Namespace, length: int) -> tuple[int, float]:
             model=arguments.model,
             seq_len=length,
             batch_tokens=length,
+            micro_tokens=length,
             steps=1,
             spread=Spread(),
             device="cpu" if arguments.device == "cpu" else "h200",

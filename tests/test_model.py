@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaOnevisionForConditionalGeneration
 
 from lvctx.errors import InputError
+from lvctx.model.export import save_model
 from lvctx.model.load import load_model, load_tokenizer, resolve_model
 from lvctx.model.loss import IGNORED, shift_labels, token_loss
 from lvctx.model.vlm import (
@@ -102,6 +103,20 @@ def test_saved_twice_same_bytes(tiny_lm: Path, tiny_tower: Path, tmp_path: Path)
     assert names == sorted(p.name for p in (tmp_path / "b").iterdir())
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_weights_of_another_run_do_not_stay_beside_new_ones(tiny_lm: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lm"
+    model = load_model(tiny_lm)
+    save_model(model, load_tokenizer(tiny_lm), out)
+    stale = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json")
+    for name in stale:
+        (out / name).write_text("of another run")
+    (out / "adapter.safetensors").write_text("not weights")
+    save_model(model, load_tokenizer(tiny_lm), out)
+    assert not any((out / name).exists() for name in stale)
+    assert (out / "adapter.safetensors").exists()
+    assert all(torch.equal(a, b) for a, b in zip(load_model(out).parameters(), model.parameters(), strict=True))
 
 
 def test_missing_shard_is_named(tiny_lm: Path, tmp_path: Path) -> None:

@@ -152,3 +152,13 @@ def test_the_command_needs_no_torch_and_refuses_what_cannot_fit() -> None:
     assert "it fits with --cp 4" in too_long.stderr.splitlines()[-1]
     assert plan(*eight, "--cp", 3).returncode == 2
     assert plan("--seq-len", 1024, "--device-memory", "lots").returncode == 2
+
+
+def test_rows_that_share_a_forward_share_its_memory() -> None:
+    """Activations grow with the tokens of a forward: four rows of 1,024 as one of 4,096; the model does not."""
+    one, four, long = (
+        json.loads(plan("--seq-len", length, "--batch-tokens", 4096, "--micro-tokens", tokens, "--lora", 8).stdout)
+        for length, tokens in ((1024, 1), (1024, 4096), (4096, 1))
+    )
+    assert four["bytes"]["activations"] == 4 * one["bytes"]["activations"] == long["bytes"]["activations"]
+    assert four["bytes"]["parameters"] == one["bytes"]["parameters"]

@@ -44,6 +44,9 @@ def plan(
     world: Annotated[int, typer.Option(help="Devices.", min=1)] = 1,
     cp: Annotated[int, typer.Option(help="Devices that share a row.", min=1)] = 1,
     batch_tokens: Annotated[int, typer.Option(help="Tokens a step, in whole rows.", min=1)] = 1_000_000,
+    micro_tokens: Annotated[
+        int, typer.Option(help="Tokens of one forward, in whole rows, at least one.", min=1)
+    ] = 4096,
     steps: Annotated[int, typer.Option(help="Optimizer steps.", min=1)] = 1000,
     lora: Annotated[int, typer.Option(help="Rank of LoRA on attention; 0 trains all parameters.", min=0)] = 0,
     checkpoint_activations: Annotated[bool, typer.Option(help="Layers are recomputed in the backward pass.")] = True,
@@ -65,6 +68,7 @@ def plan(
             model=model,
             seq_len=seq_len,
             batch_tokens=max(batch_tokens, seq_len),
+            micro_tokens=micro_tokens,
             steps=steps,
             spread=Spread(
                 world=world,

@@ -17,6 +17,8 @@ def save_model(model: Any, tokenizer: Any, out: Path) -> None:
     try:
         with scratch(out / "model") as folder:
             model.save_pretrained(folder)
+            for stale in out.glob("model*.safetensors*"):  # of a run whose weights were parted otherwise
+                stale.unlink()
             for path in folder.iterdir():
                 os.replace(path, out / path.name)
         save_tokenizer(tokenizer, model.config, out)

@@ -45,9 +45,9 @@ def run_align(
     resume: str,
     force: bool,
     micro_tokens: int,
+    checkpoint_activations: bool,
     device: str,
     report: Callable[[int, int, str], None],
-    checkpoint_activations: bool = True,
 ) -> None:
     """Train (or resume) and write the aligned VLM to `out`; nothing to do if it stands finished.
 

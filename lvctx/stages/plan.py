@@ -43,7 +43,7 @@ class PlanConfig:
     """Key of `train.plan.DEVICES`."""
     device_memory: int | None
     """Bytes of one device, where it is not the device's own."""
-    micro_tokens: int = 1
+    micro_tokens: int
     """Tokens of one forward, in whole rows and at least one."""
     mfu: float
     """Share of the device's peak that the model's own operations reach; LongVA's predecessor reports 0.28 to 0.38."""

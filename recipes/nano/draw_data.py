@@ -4,7 +4,6 @@
     OUT/projector.json    few cells, most with a shape
     OUT/full.json         2 to 49 cells, log-uniform, most of them without a shape
     OUT/large.json        49 to 320 cells, likewise
-    OUT/huge.json         320 to 640 cells, with more shapes, as every such picture costs minutes
 
 Questions are about a shape's colour; where a picture holds several shapes, some are asked about and the others only
 distract. Cells without a shape are drawn clutter, or crops of photos (images, and single frames of clips, in no
@@ -29,7 +28,7 @@ from lvctx.vision.draw import COLORS, SHAPES, draw_grids
 
 COLOR_NAMES = list(COLORS)
 QUESTION = "Find the image with the {shape}. What color is the {shape}?"
-GRIDS = {"projector": (2, 4), "full": (2, 49), "large": (49, 320), "huge": (320, 640)}
+GRIDS = {"projector": (2, 4), "full": (2, 49), "large": (49, 320)}
 
 
 def choose_grid(rng: np.random.Generator, low: int, high: int) -> tuple[int, int]:
@@ -61,7 +60,7 @@ def draw_sample(job: tuple[str, int, int, int, Path, tuple[Path, ...]]) -> dict[
     rng = np.random.default_rng([seed, list(GRIDS).index(stage), index])
     cols, rows = choose_grid(rng, *GRIDS[stage])
     n = cols * rows
-    filled = int(rng.integers(6, 11) if stage == "huge" else rng.integers(1, min(n, 4) + 1))
+    filled = int(rng.integers(1, min(n, 4) + 1))
     places = rng.choice(n, filled, replace=False).tolist()
     shapes = rng.permutation(len(SHAPES))[:filled]
     cells = {
@@ -85,7 +84,6 @@ def main() -> None:
     parser.add_argument("--projector", type=int, default=1000, help="pictures of the projector stage")
     parser.add_argument("--full", type=int, default=400, help="pictures of the full stage")
     parser.add_argument("--large", type=int, default=0, help="larger ones, for `align --max-grids 320`")
-    parser.add_argument("--huge", type=int, default=0, help="and larger, for `align --max-grids 640`")
     parser.add_argument("--photos", type=Path, nargs="*", default=[], help="images, folders, clips to cut cells from")
     parser.add_argument("--size", type=int, default=120, help="a cell's side: the tower's picture size, pixels")
     parser.add_argument("--seed", type=int, default=0)
