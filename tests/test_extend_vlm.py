@@ -82,6 +82,23 @@ def test_how_long_it_was_trained_goes_with_the_adapter(tiny_vlm: Path, packed: P
     assert [trained_length(tmp_path / name) for name in ("trained", "again", "plain")] == [64, 64, 32]
 
 
+def test_log_n_scaling_changes_the_attention_factor_alone(tiny_vlm: Path, packed: Path, tmp_path: Path) -> None:
+    """A stretched model read more sharply: the same weights, positions and lengths."""
+    command = f"extend-lm --model {tiny_vlm} --rope yarn --rope-theta 20000 --factor 4 --attention-factor 1.4 --lora 4"
+    run(f"{command} --data {packed} --steps 1 --batch-tokens 64 -o {tmp_path}/before")
+    command = f"extend-lm --model {tmp_path}/before --rope yarn --factor 4 --attention-factor 1.56"
+    run(f"{command} --steps 0 -o {tmp_path}/after")
+    before, after = (
+        LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path / name) for name in ("before", "after")
+    )
+    torch.testing.assert_close(after.state_dict(), before.state_dict(), rtol=0, atol=0)
+    rotary, sharper = (model.model.language_model.rotary_emb for model in (before, after))
+    torch.testing.assert_close(sharper.inv_freq, rotary.inv_freq, rtol=0, atol=0)
+    assert (rotary.attention_scaling, sharper.attention_scaling) == (1.4, 1.56)
+    assert trained_length(tmp_path / "after") == trained_length(tmp_path / "before")
+    assert after.config.text_config.max_position_embeddings == before.config.text_config.max_position_embeddings
+
+
 def test_an_adapter_that_does_not_fit_is_refused(tiny_lm: Path, tmp_path: Path) -> None:
     """An alignment's projector means nothing to a language model, and stages would each start from the same LoRA."""
     save_file({"projector.linear_1.weight": torch.zeros(2, 2)}, tmp_path / "projector.safetensors")
