@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -423,6 +424,18 @@ def test_labels_are_true_and_bytes_repeat(tmp_path: Path) -> None:
         assert label in drawn, label
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_fourth_panel_begins_a_new_line(tmp_path: Path) -> None:
+    sizes = {}
+    for panels in (3, 4, 6):
+        draw_heatmaps([build_grid(cells("video", {10: 1.0}), str(n)) for n in range(panels)], tmp_path / "a.svg")
+        found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', (tmp_path / "a.svg").read_text())
+        assert found
+        sizes[panels] = tuple(map(float, found.groups()))
+    assert sizes[6] == sizes[4]
+    assert sizes[4][0] == sizes[3][0]
+    assert sizes[4][1] > 1.5 * sizes[3][1]
 
 
 def test_report_needs_no_torch_and_rebuilds(tmp_path: Path) -> None:

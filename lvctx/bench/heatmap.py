@@ -11,6 +11,8 @@ from lvctx.bench.grid import THRESHOLD, Grid
 
 NOTHING = "#d9d9d9"
 """Colour of a cell in which nothing ran."""
+ABREAST = 3
+"""Panels that can still be read beside each other on a page."""
 
 
 def write_report(out: Path, grid: Grid, *, threshold: float = THRESHOLD) -> None:
@@ -22,13 +24,13 @@ def write_report(out: Path, grid: Grid, *, threshold: float = THRESHOLD) -> None
 
 
 def draw_heatmaps(grids: Sequence[Grid], target: Path, *, threshold: float = THRESHOLD) -> None:
-    """Draw runs side by side, one line of panels for each modality, to a .png or .svg."""
+    """Draw runs side by side, text above video and three panels a line, to a .png or .svg."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lines = [[g for g in grids if g.modality == m] for m in ("text", "video")]
-    lines = [line for line in lines if line]
+    kinds = [[g for g in grids if g.modality == m] for m in ("text", "video")]
+    lines = [kind[at : at + ABREAST] for kind in kinds for at in range(0, len(kind), ABREAST)]
     columns = max(map(len, lines))
     # Cells large enough for their number, panels wide enough for their title.
     width = max(4.0, 1.1 + 0.62 * max(len(g.lengths) for g in grids))
