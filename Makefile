@@ -2,7 +2,8 @@
 # make test | test-slow | test-gpu | test-lmms
 # make tower | nano-start | text-start | giraffe-nano-train: what was trained ahead, again
 PYTHON ?= python3
-RECIPES = transfer transfer-text transfer-far transfer-anyres transfer-64k transfer-gpu giraffe-nano nano-start text-start giraffe-nano-train
+RECIPES = transfer transfer-text transfer-far transfer-anyres transfer-no-text transfer-64k transfer-gpu giraffe-nano nano-start text-start \
+	giraffe-nano-train
 
 .PHONY: setup fetch demo $(RECIPES) test test-slow test-gpu test-lmms lint tower clean
 
@@ -23,7 +24,8 @@ demo: setup           # the whole pipeline at nano scale
 
 # transfer: long context transfer, measured, half an hour on two cores. transfer-text: the same for text needles, before and after
 # training on text. transfer-far: both to 32,768 tokens, an hour more. transfer-64k: both to 65,536 tokens on one GPU, minutes.
-# transfer-anyres: with the other encoding of images, after transfer. transfer-gpu: from nothing, on one GPU, not run to its end.
+# transfer-anyres: with the other encoding of images, transfer-no-text: without training on text, both after transfer. transfer-gpu: from
+# nothing, on one GPU, not run to its end.
 # giraffe-nano: M-RoPE++ and hybrid resolution, measured.
 # Trained again from nothing: nano-start, what the demo's alignments start from (about 40 minutes); text-start, what its text training
 # starts from (about an hour); giraffe-nano-train, what giraffe-nano looks with (45 minutes).
