@@ -40,7 +40,7 @@ READ = [
     ("I cannot tell", "", "", ""),
     ("Considering option A, I choose (B)", "C", "B", ""),
     ("the answer is (d)", "", "", ""),
-    ("Answer: B) Blue", "A", "B", ""),
+    ("Answer: B) Blue", "B", "B", ""),
     ("It is not A. The answer is C", "A", "C", ""),
     ("Both A and D", "B", "D", ""),
     ("D\nBecause B is wrong", "D", "D", "D"),
@@ -209,7 +209,7 @@ def test_a_report_of_two_files(tmp_path: Path) -> None:
     with open(tmp_path / "c.csv", newline="") as f:
         cells = list(csv.DictReader(f))
     whole = [c for c in cells if (c["duration"], c["domain"], c["task_type"]) == ("all", "all", "all")]
-    assert [float(c["mean"]) for c in whole[:3]] == [first["rules"][r]["mean"] for r in first["rules"]]
+    assert [float(c["mean"]) for c in whole[:4]] == [first["rules"][r]["mean"] for r in first["rules"]]
     leaves = [c for c in cells if "all" not in (c["duration"], c["domain"], c["task_type"]) and c["file"] == "a"]
     assert sum(int(c["counted"]) for c in leaves if c["rule"] == "strict") == 180
     short = accuracy([r for r in a if r.groups["duration"] == "short"], "official")

@@ -28,7 +28,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 break
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):  # the second: nested too deep
                 row = None
             if not isinstance(row, dict):
                 raise InputError("not a JSON object", where=f"{path}:{number}", fix="remove or mend the line")

@@ -1,12 +1,17 @@
 """Accuracy of replies under the rules of `choice`: whole, by group, and of two runs against each other. No torch."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from lvctx.artifacts.rows import read_rows
-from lvctx.bench.choice import RULES, Reply, letter, signs_of_trouble, verdict
+from lvctx.bench.choice import RULE_SOURCES, RULES, Reply, letter, signs_of_trouble, verdict
 from lvctx.bench.interval import Estimate, clustered_mean
+from lvctx.bench.textfile import check_unicode
 from lvctx.errors import InputError
 
 DURATIONS = ("short", "medium", "long")
@@ -47,25 +52,97 @@ def breakdown(replies: Sequence[Reply], groups: Sequence[str]) -> dict[str, Any]
             | {"parsed": sum(bool(letter(r, rule)) for r in replies) / max(len(replies), 1)}
             for rule in RULES
         },
+        "rule_sources": RULE_SOURCES,
     }
     for group in groups:
+        parts: dict[str, list[Reply]] = {value: [] for value in ordered(replies, group)}
+        for reply in replies:
+            parts[reply.groups[group]].append(reply)
         found[f"by_{group}"] = {
-            value: {rule: vars(accuracy([r for r in replies if r.groups[group] == value], rule)) for rule in RULES}
-            for value in ordered(replies, group)
+            value: {rule: vars(accuracy(part, rule)) for rule in RULES} for value, part in parts.items()
         }
     return found
 
 
-def read_run(directory: Path) -> tuple[list[dict[str, Any]], int]:
-    """Rows of a run's questions that were answered, and how many were not. Raises InputError where there is no run."""
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run's results, read."""
+
+    rows: list[dict[str, Any]]
+    """Rows of the questions that were answered and can be scored."""
+    failed: int
+    """Questions that were not answered."""
+    warnings: list[str]
+    """What was left out or read as empty, with the first question of each kind."""
+
+
+def read_run(directory: Path, bench: ModuleType) -> Run:
+    """Rows of a run of `bench`. Raises InputError where there is no such run, or a row is not what a run writes."""
     results = directory / "results.jsonl" if directory.is_dir() else directory
     if not results.is_file():
         raise InputError("no results.jsonl", where=directory, fix="give a directory that a run wrote")
-    last = {row["key"]: row for row in read_rows(results)}  # a question that failed and was asked again counts once
+    last = {}  # a question that failed and was asked again counts once
+    for number, row in enumerate(read_rows(results), start=1):
+        place = f"{results}:{number}"
+        if not isinstance(row.get("key"), str):
+            raise InputError("a row without its key", where=place, fix="give what a run wrote")
+        last[row["key"]] = row
+        if "error" not in row:
+            _check_row(row, bench, place)
     answered = [row for row in last.values() if "error" not in row]
     if not answered:
         raise InputError("no question was answered", where=directory)
-    return answered, len(last) - len(answered)
+    notes = Notes()
+    rows = []
+    for row in answered:
+        if not isinstance(row.get("response"), str):
+            notes.add(NO_TEXT, row["id"], row.get("response"))
+            row = {**row, "response": ""}
+        if row["answer"] in row["letters"] or (not row["letters"] and bench.FREE_ANSWERS):
+            rows.append(row)
+        else:
+            notes.add(NO_KEY, row["id"], row["answer"])
+    if not rows:
+        raise InputError(f"nothing can be scored: {notes.lines()[0]}", where=directory)
+    return Run(rows=rows, failed=len(last) - len(answered), warnings=notes.lines())
+
+
+def _check_row(row: Mapping[str, Any], bench: ModuleType, place: str) -> None:
+    if row.get("bench") != bench.NAME:
+        name = f"{row.get('bench')!s:.60}"
+        raise InputError(f"a run of {name}", where=place, fix=f"lvctx bench {name} score")
+    groups = row.get("groups")
+    fits = {name: isinstance(row.get(name), str) for name in ("id", "video", "answer", "letters")}
+    fits["letters"] = fits["letters"] and re.fullmatch("[A-Z]{0,26}", row["letters"]) is not None
+    fits["groups"] = isinstance(groups, dict) and all(isinstance(groups.get(name), str) for name in bench.GROUPS)
+    wrong = [name for name, fit in fits.items() if not fit]
+    if wrong:
+        raise InputError(f"no or another {', '.join(wrong)} than a run writes", where=place)
+    try:
+        check_unicode(row)
+    except ValueError as e:
+        raise InputError(str(e), where=place) from None
+
+
+NO_KEY = "questions have a key that is none of their options, and are left out"
+NO_TEXT = "responses are no text, and count as empty"
+
+
+class Notes:
+    """What a reader could not use, by kind: how often, and the first as an example."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def add(self, kind: str, name: str, value: object) -> None:
+        """Count one more of `kind`, found in the question `name`."""
+        self.counts[kind] += 1
+        self._first.setdefault(kind, f"{name}: {value!r:.60}")
+
+    def lines(self) -> list[str]:
+        """A line for each kind."""
+        return [f"{count:,} {kind} (first {self._first[kind]})" for kind, count in self.counts.items()]
 
 
 def reply_of(row: dict[str, Any]) -> Reply:

@@ -1,11 +1,14 @@
 """Multiple choice: a reply, the letter that each published scorer reads in it, and signs of a broken run. No torch.
 
-Three rules give one file three numbers, because they differ on replies that are not a bare letter:
+Four rules give one file four numbers, because they differ on replies that are not a bare letter:
 
-- `official`: Video-MME's own script. Stock phrases are cut out, then the first capital letter of an option anywhere in
-  the reply is the answer; a reply without one leaves the denominator.
-- `lmms-eval`: lmms-eval 0.7, `extract_mcq_answer`. Candidates by how they are written (alone at the start or end, after
-  "the answer is", in brackets, ...); the most telling form wins, the last of its kind. No letter: wrong.
+- `official`: Video-MME's own script, as it is now. Stock phrases are cut out, then the first capital letter of an
+  option anywhere in the reply is the answer; a reply without one leaves the denominator.
+- `official-2024`: the script as it was before it cut "Answer:", "Option:", "The correct answer" and "The correct
+  option". Numbers published until then rest on it.
+- `lmms-eval`: lmms-eval 0.7.3, `extract_mcq_answer` on the reply without its reasoning. Candidates by how they are
+  written (alone at the start or end, after "the answer is", in brackets, ...); the most telling form wins, the last of
+  its kind. No letter: wrong.
 - `strict`: the reply begins with the letter, alone or closed by punctuation. Anything else is wrong.
 """
 
@@ -14,9 +17,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
-RULES = ("official", "lmms-eval", "strict")
+RULES = ("official", "official-2024", "lmms-eval", "strict")
+RULE_SOURCES = {
+    "official": "Video-MME's eval_your_results.py as it is now: also cuts Answer:, Option:, The correct answer/option",
+    "official-2024": "Video-MME's eval_your_results.py as it was before it cut these four",
+    "lmms-eval": "lmms-eval 0.7.3, extract_mcq_answer after its removal of <think> and <analysis> blocks",
+    "strict": "the reply begins with the letter",
+}
+"""Whose rule each of `RULES` is, in which version."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +90,12 @@ def _read(rule: str, response: str, letters: str) -> str:
 def verdict(reply: Reply, rule: str) -> bool | None:
     """Right or wrong under a rule; None where the rule does not count the reply."""
     found = letter(reply, rule)
-    if not found and rule == "official":
+    if not found and rule.startswith("official"):
         return None
     return found == reply.answer
 
 
-OFFICIAL_PHRASES = (
+PHRASES_2024 = (
     "The best answer is",
     "The correct answer is",
     "The answer is",
@@ -94,15 +105,38 @@ OFFICIAL_PHRASES = (
     "The best option isThe correct option is",
     "Best answer:Best option:",
 )
+OFFICIAL_PHRASES = (*PHRASES_2024, "Answer:", "Option:", "The correct answer", "The correct option")
 
 
 def first_letter(text: str, letters: str, phrases: Sequence[str] = OFFICIAL_PHRASES) -> str:
-    """The first of `letters` in a reply once `phrases` are cut out, one after the other; empty where there is none."""
+    """The first of `letters` in a reply once `phrases` are cut out, one after the other; empty where there is none.
+
+    The script's other condition, more than ten words without a letter, finds nothing either.
+    """
     text = text.strip()
     for phrase in phrases:
         text = text.replace(phrase, "")
     found = re.search(f"[{letters}]", text)
     return found[0] if found else ""
+
+
+REASONING_TAGS = (("<think>", "</think>"), ("<analysis>", "</analysis>"))
+"""lmms-eval's default."""
+
+
+def without_reasoning(text: str) -> str:
+    """A reply without its reasoning blocks, as lmms-eval gives it to its scorers (`strip_reasoning_tags`).
+
+    Where only an end tag is left (the prompt held the start), what follows the last one is the reply. A block that is
+    never closed stays: its letters count.
+    """
+    for start, end in REASONING_TAGS:
+        # Only up to the last end tag, so that every start that is tried has an end: the time stays linear.
+        closed = text.rfind(end) + len(end) if end in text else 0
+        text = re.sub(f"{start}.*?{end}", "", text[:closed], flags=re.DOTALL) + text[closed:]
+        if end in text and start not in text:
+            text = text.rpartition(end)[2]
+    return text.strip()
 
 
 _NOUNS = ("answer", "correct answer", "best answer", "correct option", "best option", "choice", "correct choice")
@@ -115,9 +149,9 @@ LMMS_PHRASES = (
 
 
 def _lmms_eval(text: str, letters: str) -> str:
-    if not text.strip():
+    text = without_reasoning(text)
+    if not text:
         return ""
-    text = text.strip()
     for mark in ",.!?;:'\"":
         text = text.strip(mark)
     text = f" {text} "
@@ -144,7 +178,11 @@ def _strict(text: str, letters: str) -> str:
     return found[1] if found else ""
 
 
-_READERS = {"official": first_letter, "lmms-eval": _lmms_eval, "strict": _strict}
+def _official_2024(text: str, letters: str) -> str:
+    return first_letter(text, letters, PHRASES_2024)
+
+
+_READERS = {"official": first_letter, "official-2024": _official_2024, "lmms-eval": _lmms_eval, "strict": _strict}
 
 
 def signs_of_trouble(replies: Sequence[Reply]) -> list[str]:
@@ -154,11 +192,13 @@ def signs_of_trouble(replies: Sequence[Reply]) -> list[str]:
         return ["no reply at all"]
     empty = sum(not r.response.strip() for r in replies)
     stuck = sum(is_stuck(r.response) for r in replies)
-    said = [
-        f"{count:,} of {total:,} replies {what}"
-        for count, what in ((empty, "are empty"), (stuck, "repeat one token"))
-        if count
-    ]
+    reasoned = sum(any(tag in r.response for pair in REASONING_TAGS for tag in pair) for r in replies)
+    signs = (
+        (empty, "are empty"),
+        (stuck, "repeat one token"),
+        (reasoned, "hold reasoning in tags, which only the rule of lmms-eval removes"),
+    )
+    said = [f"{count:,} of {total:,} replies {what}" for count, what in signs if count]
     picked = Counter(letter(r, "official") for r in replies)
     del picked[""]
     if picked and total >= 8:
@@ -172,5 +212,17 @@ def signs_of_trouble(replies: Sequence[Reply]) -> list[str]:
 
 
 def is_stuck(text: str) -> bool:
-    """Whether a reply is one short piece over and over, as in `the the the the` or `!!!!!!!!`."""
-    return bool(re.fullmatch(r"\s*(\S{1,20}?)(?:\s*\1){3,}\s*", text))
+    """Whether a reply is one short piece over and over, as in `the the the the` or `!!!!!!!!`.
+
+    A piece is 1 to 20 characters without white space, at least four times; white space may stand between two pieces.
+    """
+    words = text.split()
+    solid = "".join(words)
+    ends = list(accumulate(map(len, words)))
+    return any(
+        len(solid) % size == 0
+        and len(solid) >= 4 * size
+        and solid == solid[:size] * (len(solid) // size)
+        and all(end % size == 0 for end in ends)
+        for size in range(1, 21)
+    )

@@ -1,21 +1,26 @@
 """LongVideoBench: referred reasoning over up to an hour, two to five options (Wu et al. 2024, arXiv:2407.15754).
 
-Where no letter can be read in a reply its scorer draws one at random. So does this one, from a seed and the question's
-id, and says how often: such a score is part luck. Subtitles are not shown (its scripts interleave them with frames).
+Where no letter can be read in a reply its scorer (in lmms-eval, so on replies without their reasoning) draws one at
+random. So does this one, from a seed and the question's id, and says how often: such a score is part luck. Subtitles
+are not shown (its scripts interleave them with frames).
 """
 
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from lvctx.bench.accuracy import accuracy, breakdown, reply_of
-from lvctx.bench.choice import Reply, Sample, first_letter, lettered
-from lvctx.bench.tables import need, read_questions
+from lvctx.bench.choice import Reply, Sample, first_letter, lettered, without_reasoning
+from lvctx.bench.tables import Row, check_options, has, letter_of, options_of, read_questions, text_of, where
+from lvctx.bench.values import plain
+from lvctx.errors import InputError
 
 NAME = "longvideobench"
 STYLES = ("official",)
+FREE_ANSWERS = False
 GROUPS = ("duration_group", "question_category", "topic_category")
 PHRASES = (
     *("The best answer is", "The correct answer is", "The answer is", "The answer"),
@@ -27,21 +32,31 @@ def samples(path: Path) -> list[Sample]:
     """Questions from lvb_val.json (`candidates`) or its Parquet (`option0`...); `correct_choice` counts from 0."""
     found = []
     for row in read_questions(path):
-        need(row, "id", "question", "correct_choice", "duration_group", "question_category")
-        options = row.get("candidates") or [row.get(f"option{i}") for i in range(5)]
-        options = [str(o) for o in options if o not in (None, "N/A")]
+        options = options_of(row, "candidates") if has(row, "candidates") else _columns(row)
         found.append(
             Sample(
-                id=str(row["id"]),
-                video=str(row.get("video_path") or row.get("video_id")),
-                question=str(row["question"]),
+                id=text_of(row, "id"),
+                video=text_of(row, "video_path", "video_id"),
+                question=text_of(row, "question"),
                 options=lettered(options),
-                answer=chr(65 + int(row["correct_choice"])),
-                groups={group: str(row.get(group, "unknown")) for group in GROUPS},
+                answer=letter_of(row, "correct_choice", len(options), indexed=True),
+                groups={
+                    **{group: text_of(row, group) for group in GROUPS[:2]},
+                    GROUPS[2]: plain(row.get(GROUPS[2])) or "unknown",
+                },
                 released=row,
             )
         )
     return found
+
+
+def _columns(row: Row) -> list[str]:
+    """Options from columns `option0` to `option4`; those that a question does not have hold N/A, or nothing."""
+    cells = [plain(row.get(f"option{i}")) or "" for i in range(5)]
+    options = list(takewhile(lambda cell: cell.strip() not in ("", "N/A"), cells))
+    if any(cell.strip() not in ("", "N/A") for cell in cells[len(options) :]):
+        raise InputError(f"option{len(options)} is missing, but a later one is not", where=where(row))
+    return check_options(row, options)
 
 
 def prompt(sample: Sample, style: str, subtitles: str | None) -> str:
@@ -54,7 +69,7 @@ def score(rows: Sequence[dict[str, Any]], *, seed: int = 0) -> dict[str, Any]:
     """Breakdown under the common rules, and `guessing`: its own rule, with the number of `guessed` replies."""
     replies = [reply_of(row) for row in rows]
     settled = [_settle(reply, seed) for reply in replies]
-    guessed = sum(not first_letter(r.response, "ABCDE", PHRASES) for r in replies)
+    guessed = sum(not _own_letter(reply) for reply in replies)
     own = vars(accuracy(settled, "strict"))
     by = {
         value: vars(accuracy([r for r in settled if r.groups["duration_group"] == value], "strict"))
@@ -66,7 +81,11 @@ def score(rows: Sequence[dict[str, Any]], *, seed: int = 0) -> dict[str, Any]:
     }
 
 
+def _own_letter(reply: Reply) -> str:
+    return first_letter(without_reasoning(reply.response), "ABCDE", PHRASES)
+
+
 def _settle(reply: Reply, seed: int) -> Reply:
     """The reply as the letter its own scorer takes it for."""
-    found = first_letter(reply.response, "ABCDE", PHRASES)
-    return replace(reply, response=found or random.Random(f"{seed}:{reply.id}").choice(reply.letters), letters="ABCDE")
+    found = _own_letter(reply) or random.Random(f"{seed}:{reply.id}").choice(reply.letters)
+    return replace(reply, response=found, letters="ABCDE")

@@ -4,17 +4,22 @@ Its M-Avg is a macro average over tasks in lmms-eval and pooled over questions i
 generation tasks are scored by a judging model elsewhere: their replies are exported in the form its scripts read.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts.store import write_json
 from lvctx.bench.accuracy import breakdown, reply_of
-from lvctx.bench.choice import RULES, Sample
-from lvctx.bench.tables import need, read_questions
+from lvctx.bench.choice import RULES, Sample, lettered
+from lvctx.bench.tables import Row, has, letter_of, options_of, read_questions, text_of, where
+from lvctx.bench.values import plain
+from lvctx.errors import InputError
 
 NAME = "mlvu"
 STYLES = ("official", "lmms-eval")
+GROUPS = ("task_type",)
+FREE_ANSWERS = True
 GENERATION = {"subPlot": "subplot_all.json", "summary": "summary_all.json"}
 """Generation tasks and the file that each one's judge reads."""
 LONGEST = 1000
@@ -22,31 +27,55 @@ LONGEST = 1000
 
 
 def samples(path: Path) -> list[Sample]:
-    """Questions from the released JSON files (one, or a folder), or lmms-eval's Parquet with its options inlined."""
+    """Questions from the released JSON files (one, or a folder), or lmms-eval's Parquet with its options inlined.
+
+    Raises InputError naming the row and what is wrong with it.
+    """
     found = []
     for number, row in enumerate(read_questions(path)):
-        need(row, "question", "answer")
-        task = str(row.get("question_type") or row.get("task_type") or Path(row["_file"]).stem.split("_", 1)[-1])
-        candidates = list(map(str, row.get("candidates") or ()))
-        answer = str(row["answer"])
-        if candidates:
-            answer = chr(65 + candidates.index(answer)) if answer in candidates else answer[:1]
+        question = text_of(row, "question")
+        task = plain(row.get("question_type")) or plain(row.get("task_type"))
+        task = task or Path(row["_file"]).stem.split("_", 1)[-1]
+        candidates = options_of(row, "candidates") if has(row, "candidates") else []
         inlined = not candidates and task not in GENERATION
+        letters = _letters_in(question) if inlined else lettered(candidates)
         found.append(
             Sample(
-                id=str(row.get("question_id") or f"{task}-{number}"),
-                video=str(row.get("video") or row.get("video_name")),
-                question=str(row["question"]),
-                options=tuple(f"({chr(65 + i)}) {c}" for i, c in enumerate(candidates))
-                if not inlined
-                else tuple("ABCD"),
-                answer=answer,
+                id=plain(row.get("question_id")) or f"{task}-{number}",
+                video=text_of(row, "video", "video_name"),
+                question=question,
+                options=letters if inlined else tuple(f"({chr(65 + i)}) {c}" for i, c in enumerate(candidates)),
+                answer=_answer(row, candidates, len(letters)),
                 groups={"task_type": task},
                 max_new_tokens=LONGEST if task in GENERATION else None,
                 released={**row, "_inlined": inlined},
             )
         )
     return found
+
+
+def _letters_in(question: str) -> tuple[str, ...]:
+    """The letters of the options that stand in a question's own text, each on its line; A to D where none are found."""
+    found = re.findall(r"^\(?([A-Z])[.):]", question, re.MULTILINE)
+    letters = [chr(65 + i) for i in range(len(found))]
+    return tuple(letters) if found == letters and len(found) > 1 else tuple("ABCD")
+
+
+def _answer(row: Row, candidates: Sequence[str], count: int) -> str:
+    """The letter of the right option: MLVU writes its text, others its letter. Generation tasks: the answer itself.
+
+    Raises InputError where it is no option, or several.
+    """
+    answer = text_of(row, "answer")
+    if not count:
+        return answer
+    for same in (str, str.strip, lambda text: text.strip().casefold()):
+        fits = [i for i, candidate in enumerate(candidates) if same(candidate) == same(answer)]
+        if len(fits) > 1:
+            raise InputError(f"answer {answer!r:.60} is several of its options", where=where(row))
+        if fits:
+            return chr(65 + fits[0])
+    return letter_of(row, "answer", count)
 
 
 WATCH = "Carefully watch this video and pay attention to every detail. Based on your observations, "
@@ -66,7 +95,7 @@ def prompt(sample: Sample, style: str, subtitles: str | None) -> str:
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Breakdown by task, and `m_avg` by rule: `macro` over tasks and `pooled` over questions; generation left out."""
     replies = [reply_of(row) for row in rows if row["letters"]]
-    found = breakdown(replies, ("task_type",))
+    found = breakdown(replies, GROUPS)
     tasks = found["by_task_type"].values()
     m_avg = {}
     for rule in RULES:

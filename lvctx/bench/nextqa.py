@@ -6,10 +6,13 @@ from typing import Any
 
 from lvctx.bench.accuracy import breakdown, reply_of
 from lvctx.bench.choice import Sample, lettered
-from lvctx.bench.tables import need, read_questions
+from lvctx.bench.tables import check_options, letter_of, read_questions, text_of
+from lvctx.bench.values import plain
 
 NAME = "nextqa"
 STYLES = ("official",)
+GROUPS = ("kind", "type")
+FREE_ANSWERS = False
 KINDS = {"C": "causal", "T": "temporal", "D": "descriptive"}
 
 
@@ -17,15 +20,17 @@ def samples(path: Path) -> list[Sample]:
     """Questions from the released CSV or its Parquet; `answer` counts from 0, and a question's id holds its video."""
     found = []
     for row in read_questions(path):
-        need(row, "video", "question", "answer", "qid", "type", *(f"a{i}" for i in range(5)))
+        options = check_options(row, [(plain(row.get(f"a{i}")) or "").strip() for i in range(5)])
+        kind = text_of(row, "type")
+        video = text_of(row, "video")
         found.append(
             Sample(
-                id=f"{row['video']}-{row['qid']}",
-                video=str(row["video"]),
-                question=str(row["question"]).strip(),
-                options=lettered([str(row[f"a{i}"]).strip() for i in range(5)]),
-                answer=chr(65 + int(row["answer"])),
-                groups={"kind": KINDS.get(str(row["type"])[:1], "unknown"), "type": str(row["type"])},
+                id=f"{video}-{text_of(row, 'qid')}",
+                video=video,
+                question=text_of(row, "question").strip(),
+                options=lettered(options),
+                answer=letter_of(row, "answer", len(options), indexed=True),
+                groups={"kind": KINDS.get(kind[:1], "unknown"), "type": kind},
                 released=row,
             )
         )
@@ -40,4 +45,4 @@ def prompt(sample: Sample, style: str, subtitles: str | None) -> str:
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Breakdown by kind of question and by its two-letter type."""
-    return breakdown([reply_of(row) for row in rows], ("kind", "type"))
+    return breakdown([reply_of(row) for row in rows], GROUPS)

@@ -5,7 +5,7 @@ A list of videos, each `{"video_id", "duration", "domain", "sub_category", "ques
 reads other names (`duration_category`, `video_category`, `video_subcategory`): both are understood.
 """
 
-import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts.store import write_json
+from lvctx.bench.accuracy import NO_KEY, NO_TEXT, Notes
 from lvctx.bench.choice import Reply, Sample
+from lvctx.bench.textfile import json_values, read_text
+from lvctx.bench.values import MOST_OPTIONS, key_letter, listed, plain
 from lvctx.errors import InputError
 
 GROUPS = ("duration", "domain", "sub_category", "task_type")
@@ -31,75 +34,109 @@ class Responses:
     """Questions that can be scored."""
     leniencies: dict[str, int]
     """What was overlooked -> how often: trailing commas, missing fields, questions left out."""
+    warnings: list[str]
+    """Of these, what may change a score: keys and responses that cannot be read, with the first of each kind."""
 
 
 def read_responses(path: Path) -> Responses:
     """Read a responses file, or that of a run's directory.
 
-    Raises InputError for a file that is not JSON even without its trailing commas, or not a list of videos.
+    One video a line is read too. Raises InputError for a file that is not JSON even without its trailing commas, not a
+    list of videos, or without any question that can be scored.
     """
     file = path / "responses.json" if path.is_dir() else path
     overlooked: Counter[str] = Counter()
-    videos = _parse(file, overlooked)
-    if not isinstance(videos, list) or not all(
-        isinstance(v, dict) and isinstance(v.get("questions"), list) for v in videos
-    ):
-        raise InputError("not a list of videos with questions", where=file, fix="give Video-MME's responses format")
+    notes = Notes()
     replies: list[Reply] = []
-    for number, video in enumerate(videos):
-        if video.get("missing") is True:
+    for number, video in enumerate(_videos(file, overlooked)):
+        if str(video.get("missing")).lower() in ("true", "1"):
             overlooked["videos marked missing, left out"] += 1
             continue
         of_video = {g: _field(video, g, overlooked) for g in GROUPS[:3]}
-        video_id = str(video.get("video_id") or number)
+        video_id = plain(video.get("video_id")) or str(number)
         overlooked["without video_id"] += "video_id" not in video
         for place, question in enumerate(video["questions"], start=1):
-            answer = str(question.get("answer") or "").strip().upper()[:1]
-            if not answer:
+            key, response = question.get("answer"), question.get("response")
+            name = plain(question.get("question_id")) or f"{video_id}-{place}"
+            if key is None or key == "":
                 overlooked["questions without answer, left out"] += 1
                 continue
-            if not isinstance(question.get("response"), str):
+            count = _count_options(question)
+            answer = key_letter(key, count)
+            if answer is None:
+                notes.add(NO_KEY, name, key)
+                continue
+            overlooked["answers in another form than their letter"] += answer != key
+            if response is None:
                 overlooked["questions without response, read as empty"] += 1
+            elif not isinstance(response, str):
+                notes.add(NO_TEXT, name, response)
             overlooked["without question_id"] += "question_id" not in question
             replies.append(
                 Reply(
-                    id=str(question.get("question_id") or f"{video_id}-{place}"),
+                    id=name,
                     video=video_id,
                     answer=answer,
-                    response=str(question.get("response") or ""),
+                    response=response if isinstance(response, str) else "",
+                    letters="".join(chr(65 + i) for i in range(max(count, 4))),
                     groups={**of_video, "task_type": _field(question, "task_type", overlooked)},
                 )
             )
+    if not replies:
+        raise InputError("; ".join(["no question with an answer", *notes.lines()]), where=file)
     twice = len(replies) - len({r.id for r in replies})
     overlooked["questions given twice, both counted"] += twice
-    name = path.name if path.is_dir() else path.stem
-    return Responses(name=name, replies=replies, leniencies={k: n for k, n in overlooked.items() if n})
+    name = os.fsencode(path.name if path.is_dir() else path.stem).decode("utf-8", "replace")
+    return Responses(
+        name=name,
+        replies=replies,
+        leniencies={k: n for k, n in (overlooked + notes.counts).items() if n},
+        warnings=notes.lines(),
+    )
 
 
-def _parse(file: Path, overlooked: Counter[str]) -> Any:
+def _count_options(question: Mapping[str, Any]) -> int:
+    """How many options a question has; Video-MME's four where it does not list them."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError("no such file", where=file, fix="give a responses file, or a directory with one") from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"cannot read ({e})", where=file) from e
-    try:
-        return json.loads(text)
+        count = len(listed(question.get("options")))
     except ValueError:
-        # A comma before a closing bracket; strings are matched as a whole, so a comma inside one stays.
-        mended = re.sub(r'("(?:\\.|[^"\\])*")|,(?=\s*[\]}])', lambda m: m[1] or "", text)
-        overlooked["trailing commas"] = len(text) - len(mended)
+        return 4
+    return count if 2 <= count <= MOST_OPTIONS else 4
+
+
+# A string as a whole, even one that is never closed, so that a comma inside it stays; else a comma before a bracket.
+_SPARE_COMMA = re.compile(r'("(?:[^"\\]|\\.)*+"?)|,(?=\s*+[\]}])', re.DOTALL)
+
+
+def _videos(file: Path, overlooked: Counter[str]) -> list[dict[str, Any]]:
     try:
-        return json.loads(mended)
-    except ValueError as e:
-        raise InputError(f"malformed JSON ({e})", where=file, fix="mend the file") from e
+        text = read_text(file)
+    except InputError as e:
+        raise InputError(e.what, where=file, fix=e.fix or "give a responses file, or a directory with one") from None
+    try:
+        videos = json_values(text)
+    except ValueError:
+        mended = _SPARE_COMMA.sub(lambda m: m[1] or "", text)
+        overlooked["trailing commas"] = len(text) - len(mended)
+        try:
+            videos = json_values(mended)
+        except ValueError as e:
+            raise InputError(f"malformed JSON ({e})", where=file, fix="mend the file") from e
+    if len(videos) == 1 and isinstance(videos[0], list):
+        videos = videos[0]
+    for number, video in enumerate(videos, start=1):
+        questions = video.get("questions") if isinstance(video, dict) else None
+        if not isinstance(questions, list) or not all(isinstance(q, dict) for q in questions):
+            where, fix = f"{file}, video {number}", "give Video-MME's responses format"
+            raise InputError("not a list of videos with questions", where=where, fix=fix)
+    return videos
 
 
 def _field(row: Mapping[str, Any], name: str, overlooked: Counter[str]) -> str:
-    value = row.get(name) or row.get(ALIASES.get(name, name))
+    value = plain(row.get(name)) or plain(row.get(ALIASES.get(name, name)))
     if not value:
         overlooked[f"without {name}"] += 1
-    return str(value or "unknown")
+    return value or "unknown"
 
 
 def write_responses(target: Path, answered: Iterable[tuple[Sample, str]]) -> None:
@@ -108,9 +145,9 @@ def write_responses(target: Path, answered: Iterable[tuple[Sample, str]]) -> Non
     for sample, response in answered:
         row = sample.released
         video = videos.setdefault(
-            str(row["video_id"]), {**{k: str(row[k]) for k in ("video_id", *GROUPS[:3])}, "questions": []}
+            row["video_id"], {"video_id": row["video_id"], **{k: sample.groups[k] for k in GROUPS[:3]}, "questions": []}
         )
-        said = {k: str(row[k]) for k in ("question_id", "task_type", "question")}
+        said = {"question_id": sample.id, "task_type": sample.groups["task_type"], "question": sample.question}
         video["questions"].append(
             {**said, "options": list(sample.options), "answer": sample.answer, "response": response}
         )

@@ -1,13 +1,24 @@
-"""SubRip subtitles as they are found: what can be read is kept, what cannot is counted. No torch."""
+"""Subtitles as they are found, SubRip or WebVTT: what can be read is kept, what cannot is counted. No torch.
+
+A cue is what stands between two lines of times, as FFmpeg's demuxer has it, so blank lines inside a cue are read, and
+cues without blank lines between them; the number on the line before the times is the cue's own.
+"""
 
 import html
 import re
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_TIME = r"(\d{1,3}):(\d{1,2}):(\d{1,2})[,.](\d{1,3})"
-_SPAN = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}")
+from lvctx.bench.textfile import encoding_of
+from lvctx.errors import InputError
+
+SUFFIXES = (".srt", ".vtt")
+_TIME = r"(-?)(?:(\d{1,4}):)?(\d{1,2}):(\d{1,2})(?:[,.:](\d{1,9}))?"
+_SPAN = re.compile(rf"\s*{_TIME}\s*-{{1,2}}>\s*{_TIME}")
+_TAG = re.compile(r"<[^<>\s][^<>]*>|\{\\[^{}]*\}")  # neither reaches over a second bracket: the time stays linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,40 +26,134 @@ class Subtitles:
     """A file's lines."""
 
     lines: tuple[tuple[float, float, str], ...]
-    """First second, last second, text without markup."""
+    """First second, last second, text without markup; in the order of time."""
     bad: int
-    """Blocks without a readable time, that end before they begin, or with bytes that are not UTF-8."""
+    """Cues without a readable time, that end before they begin, or with bytes that are not of the file's encoding."""
 
     def at(self, times: Iterable[float]) -> str:
-        """The lines on display at any of `times` (seconds), each once, in the order of the file, as Video-MME asks."""
-        moments = list(times)
-        return "\n".join(text for start, end, text in self.lines if any(start <= t < end for t in moments))
+        """The lines on display at any of `times` (seconds), each once, in the order of time, as Video-MME asks."""
+        moments = sorted(times)
+        after = ((bisect_left(moments, start), end, text) for start, end, text in self.lines)
+        return "\n".join(text for i, end, text in after if i < len(moments) and moments[i] < end)
+
+
+NONE = Subtitles(lines=(), bad=0)
+"""Those of a video in which nobody speaks."""
+
+
+def find_subtitles(folder: Path, stem: str) -> Path | None:
+    """The subtitle file of a video in a folder: `STEM.srt` or `.vtt`, `STEM.en.srt`, or that of one other language.
+
+    Raises InputError where several languages are there, none of them English.
+    """
+    tag = r"\.[A-Za-z]{2,3}(?:[-_.][A-Za-z0-9]+)*"
+    languages: dict[str, Path] = {}
+    for file in sorted(folder.iterdir(), key=lambda file: (file.suffix.lower(), file.name)):
+        rest = file.stem.removeprefix(stem).lower()
+        if file.suffix.lower() in SUFFIXES and file.stem.startswith(stem) and re.fullmatch(f"({tag})?", rest):
+            languages.setdefault(rest, file)
+    chosen = [languages[name] for name in sorted(languages) if not name or name.startswith(".en")]
+    if not chosen and len(languages) > 1:
+        names = ", ".join(sorted(file.name for file in languages.values()))
+        raise InputError(f"subtitles of several languages for one video ({names})", where=folder, fix="keep one")
+    return next(iter([*chosen, *languages.values()]), None)
 
 
 def read_subtitles(path: Path) -> Subtitles:
-    """Read a .srt file; one that does not exist has no lines, as for videos in which nobody speaks."""
-    if not path.is_file():
-        return Subtitles(lines=(), bad=0)
-    text = path.read_bytes().decode("utf-8-sig", errors="replace").replace("\r\n", "\n").replace("\r", "\n")
-    lines, bad = [], 0
-    for block in re.split(r"\n\s*\n", text):
-        if not block.strip():
-            continue
-        rows = block.strip("\n").split("\n")
-        place = next((i for i, row in enumerate(rows[:2]) if _SPAN.match(row)), None)
-        if place is None:
-            bad += 1
-            continue
-        found = _SPAN.match(rows[place])
-        assert found
-        h, m, s, ms, h2, m2, s2, ms2 = found.groups()
-        start, end = _seconds(h, m, s, ms), _seconds(h2, m2, s2, ms2)
-        said = html.unescape(re.sub(r"<[^>]*>|\{\\[^}]*\}", "", " ".join(rows[place + 1 :]))).strip()
-        bad += end <= start or "\ufffd" in said
-        if said and end > start:
-            lines.append((start, end, said))
-    return Subtitles(lines=tuple(lines), bad=bad)
+    """Read a .srt or .vtt file; one that does not exist has no lines, as for videos in which nobody speaks.
+
+    Raises InputError for a file that holds text but no cue (another format), or cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return NONE
+    except OSError as e:
+        raise InputError(f"cannot read ({e.strerror})", where=path) from e
+    text = data.decode(encoding_of(data), errors="replace").replace("\0", "")
+    rows = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    spans = [(i, found) for i, row in enumerate(rows) if (found := _SPAN.match(row))]
+    if not spans:
+        if text.strip() and not text.lstrip().startswith("WEBVTT"):
+            raise InputError("no subtitle in it", where=path, fix="give SubRip (.srt) or WebVTT (.vtt)")
+        return NONE
+    vtt = rows[0].startswith("WEBVTT")
+    numbers = [_number_before(rows, i) for i, _ in spans]
+    numbered = 2 * sum(number is not None for number in numbers) > len(numbers)
+    lines, bad = [], 0 if vtt else _count_unread(rows[: spans[0][0]])
+    for place, (i, found) in enumerate(spans):
+        last = place + 1 == len(spans)
+        between = rows[i + 1 : None if last else spans[place + 1][0]]
+        if vtt:
+            said = _until_blank(between)
+        else:
+            said, unread = _payload(between, numbers[place], numbered=numbered, last=last)
+            bad += unread
+        start, end = _seconds(found.groups()[:5]), _seconds(found.groups()[5:])
+        words = _without_markup(" ".join(said))
+        bad += end <= start or "\ufffd" in words
+        if words and end > start:
+            lines.append((start, end, words))
+    return Subtitles(lines=tuple(sorted(lines, key=lambda line: line[0])), bad=bad)
 
 
-def _seconds(hours: str, minutes: str, seconds: str, fraction: str) -> float:
-    return int(hours) * 3600 + int(minutes) * 60 + int(seconds) + int(fraction) / 10 ** len(fraction)
+def _number(row: str) -> int | None:
+    text = row.strip()
+    return int(text) if text.isdecimal() and len(text) < 10 else None
+
+
+def _number_before(rows: Sequence[str], at: int) -> int | None:
+    """The cue's number: the last line before its times that is not blank, if it is a number."""
+    for row in reversed(rows[max(0, at - 3) : at]):
+        if row.strip():
+            return _number(row)
+    return None
+
+
+def _chunks(rows: Sequence[str]) -> list[list[str]]:
+    """Rows between blank ones; a row of any white space is blank."""
+    chunks: list[list[str]] = [[]]
+    for row in rows:
+        if row.strip():
+            chunks[-1].append(row)
+        elif chunks[-1]:
+            chunks.append([])
+    return [chunk for chunk in chunks if chunk]
+
+
+def _count_unread(before: Sequence[str]) -> int:
+    """How many cues before the first readable one have no readable time."""
+    return sum(len(chunk) > 1 for chunk in _chunks(before))
+
+
+def _until_blank(rows: Sequence[str]) -> list[str]:
+    """WebVTT: a blank line ends the cue, and what follows are notes, styles and the next one's name."""
+    at = next((i for i, row in enumerate(rows) if not row.strip()), len(rows))
+    return list(rows[:at])
+
+
+def _payload(rows: Sequence[str], number: int | None, *, numbered: bool, last: bool) -> tuple[list[str], int]:
+    """A cue's own rows of those up to the next times, and how many cues among them have no readable time."""
+    chunks = _chunks(rows)
+    if numbered and not last and chunks and _number(chunks[-1][-1]) is not None:
+        del chunks[-1][-1]  # the next cue's
+    for i, chunk in enumerate(chunks[1:], start=1):
+        follows = numbered and number is not None and _number(chunk[0]) == number + 1
+        if follows and (last or len(chunk) > 1):
+            return [row for own in chunks[:i] for row in own], sum(
+                bool(c) and _number(c[0]) is not None for c in chunks[i:]
+            )
+    return [row for own in chunks for row in own], 0
+
+
+def _without_markup(text: str) -> str:
+    text = _TAG.sub("", text)
+    with suppress(ValueError):  # a character reference of thousands of digits
+        text = html.unescape(text)
+    return text.strip()
+
+
+def _seconds(parts: Sequence[str | None]) -> float:
+    sign, hours, minutes, seconds, fraction = (part or "" for part in parts)
+    whole = int(hours or 0) * 3600 + int(minutes) * 60 + int(seconds)
+    return (-1 if sign else 1) * (whole + (int(fraction) / 10 ** len(fraction) if fraction else 0))

@@ -1,22 +1,26 @@
 """Visual Haystacks, single needle: yes or no about one picture among many (Wu et al. 2024, arXiv:2407.13766).
 
 Chance is 50%. A reply is right where the right word is among its words, as in the authors' script. The effective length
-is the largest number of pictures with at least 60% right.
+is the largest number of pictures at which, and at all smaller ones, at least 60% are right.
 """
 
 import random
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from lvctx.bench.choice import Sample, is_stuck
 from lvctx.bench.interval import clustered_mean
-from lvctx.bench.tables import need, read_questions
+from lvctx.bench.tables import Row, read_questions, where
+from lvctx.bench.values import listed, plain
 from lvctx.errors import InputError
 
 NAME = "vhs"
 STYLES = ("official",)
+GROUPS = ("images",)
+FREE_ANSWERS = True
 THRESHOLD = 0.6
 
 
@@ -24,26 +28,50 @@ def samples(path: Path) -> list[Sample]:
     """Questions from visual_haystack_N.json files; pictures are shuffled, always the same way for the same question."""
     found = []
     for number, row in enumerate(read_questions(path)):
-        need(row, "conversations", "pos_image", "neg_image")
-        try:
-            question, answer = (str(turn["value"]) for turn in row["conversations"][:2])
-        except (KeyError, TypeError, ValueError):
-            raise InputError("no question and answer in `conversations`", where=row["_file"]) from None
+        question, answer = _turns(row)
         name = f"{Path(row['_file']).stem}-{number}"
-        images = [*row["pos_image"], *row["neg_image"]]
+        images = [*_images(row, "pos_image"), *_images(row, "neg_image")]
         random.Random(name).shuffle(images)
         found.append(
             Sample(
                 id=name,
                 video=name,
-                images=tuple(map(str, images)),
+                images=tuple(images),
                 question=question,
-                answer=answer.strip().lower(),
+                answer=answer,
                 groups={"images": str(len(images))},
                 released=row,
             )
         )
     return found
+
+
+def _turns(row: Row) -> tuple[str, str]:
+    """The question, and `yes` or `no`."""
+    turns = row.get("conversations")
+    turns = turns[:2] if isinstance(turns, list) else []
+    question, said = ([plain(turn.get("value")) for turn in turns if isinstance(turn, dict)] + [None, None])[:2]
+    if not question or not said:
+        raise InputError("no question and answer in `conversations`", where=where(row))
+    answer = said.strip().rstrip(".!").lower()
+    if answer not in ("yes", "no"):
+        raise InputError(f"the answer {said!r:.60} is neither yes nor no", where=where(row))
+    return question, answer
+
+
+def _images(row: Row, name: str) -> list[str]:
+    """File names in a column: a list, one written as text, or a single name."""
+    value = row.get(name)
+    if value is None:
+        raise InputError(f"a question without {name}", where=where(row), fix="give the questions as released")
+    if value in ([], "", "[]"):
+        return []
+    if isinstance(value, str) and not value.lstrip().startswith(("[", "(", "array(")) and "\n" not in value:
+        return [value]
+    try:
+        return listed(value)
+    except ValueError as e:
+        raise InputError(f"{name} cannot be read as a list ({e})", where=where(row)) from None
 
 
 def prompt(sample: Sample, style: str, subtitles: str | None) -> str:
@@ -53,6 +81,9 @@ def prompt(sample: Sample, style: str, subtitles: str | None) -> str:
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Accuracy by number of pictures, the share of replies that say yes or no, and the effective length."""
+    for row in rows:
+        if not re.fullmatch("[0-9]{1,9}", row["groups"]["images"]):
+            raise InputError(f"{row['groups']['images']!r:.60} pictures", where=f"question {row['id']}")
     said = [set(re.findall(r"[a-z]+", row["response"].lower())) for row in rows]
     right = [float(row["answer"] in words) for row, words in zip(rows, said, strict=True)]
     by = {}
@@ -60,11 +91,14 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         at = [i for i, row in enumerate(rows) if int(row["groups"]["images"]) == size]
         estimate = clustered_mean([right[i] for i in at], [rows[i]["id"] for i in at])
         by[str(size)] = {"words": vars(estimate) | {"parsed": sum(bool(said[i] & {"yes", "no"}) for i in at) / len(at)}}
-    good = [int(size) for size, e in by.items() if e["words"]["mean"] >= THRESHOLD]
+    good = list(takewhile(lambda size: by[size]["words"]["mean"] >= THRESHOLD, by))
     whole = vars(clustered_mean(right, [row["id"] for row in rows]))
     whole["parsed"] = sum(bool(words & {"yes", "no"}) for words in said) / len(rows)
     shares = {word: sum(word in words for words in said) / len(rows) for word in ("yes", "no")}
     warnings = [f"{share:.0%} of the replies say {word}" for word, share in shares.items() if share >= 0.9]
+    both = sum({"yes", "no"} <= words for words in said)
+    if both:
+        warnings.append(f"{both:,} replies say both yes and no: right whatever the answer, as in the authors' script")
     stuck = sum(is_stuck(row["response"]) for row in rows)
     return {
         "warnings": [*warnings, *([f"{stuck} replies repeat one token"] if stuck else [])],
@@ -72,5 +106,5 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "videos": len(rows),
         "rules": {"words": whole},
         "by_images": by,
-        "effective_length": max(good, default=0),
+        "effective_length": int(good[-1]) if good else 0,
     }

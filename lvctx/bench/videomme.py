@@ -13,7 +13,7 @@ from lvctx.artifacts.schemas import SCORE
 from lvctx.bench.accuracy import accuracy, breakdown, ordered
 from lvctx.bench.choice import RULES, Reply, Sample
 from lvctx.bench.responses import GROUPS, Responses, write_responses
-from lvctx.bench.tables import need, read_questions
+from lvctx.bench.tables import letter_of, options_of, read_questions, text_of, with_letters
 
 NAME = "videomme"
 HUB = ("lmms-lab/Video-MME", "videomme/test-00000-of-00001.parquet")
@@ -23,19 +23,19 @@ ALL = "all"
 
 
 def samples(path: Path) -> list[Sample]:
-    """Questions as released. Raises InputError naming what a row lacks."""
+    """Questions as released. Raises InputError naming the row and what it lacks."""
     found = []
     for row in read_questions(path):
-        need(row, "video_id", "question_id", "question", "options", "answer", *GROUPS)
+        options = with_letters(options_of(row, "options"))
         found.append(
             Sample(
-                id=str(row["question_id"]),
-                video=str(row.get("videoID") or row["video_id"]),
-                question=str(row["question"]),
-                options=tuple(map(str, row["options"])),
-                answer=str(row["answer"]),
-                groups={g: str(row[g]) for g in GROUPS},
-                released=row,
+                id=text_of(row, "question_id"),
+                video=text_of(row, "videoID", "video_id"),
+                question=text_of(row, "question"),
+                options=options,
+                answer=letter_of(row, "answer", len(options)),
+                groups={g: text_of(row, g) for g in GROUPS},
+                released={**row, "video_id": text_of(row, "video_id")},
             )
         )
     return found
@@ -66,8 +66,9 @@ def prompt(sample: Sample, style: str, subtitles: str | None) -> str:
 
 
 def score(responses: Responses) -> dict[str, Any]:
-    """Everything the report of one file says: warnings first, three rules, and breakdowns by every group."""
+    """Everything the report of one file says: warnings first, every rule, and breakdowns by every group."""
     found = breakdown(responses.replies, GROUPS)
+    found["warnings"] = [*responses.warnings, *found["warnings"]]
     return {"schema": SCORE, "file": responses.name, "overlooked": responses.leniencies, **found}
 
 
@@ -84,19 +85,10 @@ def cells(responses: Responses, rules: Sequence[str] = RULES) -> list[dict[str, 
     for reply in replies:
         for key in product(*((reply.groups[axis], ALL) for axis in axes)):
             bins.setdefault(key, []).append(reply)
-    wanted = product(*([*ordered(replies, axis), ALL] for axis in axes))
+    places = [{value: i for i, value in enumerate([*ordered(replies, axis), ALL])} for axis in axes]
     rows = []
-    for key in wanted:
-        if part := bins.get(key):
-            for rule in rules:
-                place = dict(zip(axes, key, strict=True))
-                rows.append(
-                    {
-                        "file": responses.name,
-                        **place,
-                        "rule": rule,
-                        "questions": len(part),
-                        **vars(accuracy(part, rule)),
-                    }
-                )
+    for key in sorted(bins, key=lambda key: [place[value] for place, value in zip(places, key, strict=True)]):
+        for rule in rules:
+            cell = {"file": responses.name, **dict(zip(axes, key, strict=True)), "rule": rule}
+            rows.append({**cell, "questions": len(bins[key]), **vars(accuracy(bins[key], rule))})
     return rows

@@ -1,6 +1,6 @@
 """`lvctx bench NAME run|score`: other benchmarks of long video on the engine of `videomme`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -214,11 +214,10 @@ def scorer(name: str) -> Callable[..., None]:
 
         bench = load(name)
         for run in runs:
-            rows, failed = read_run(run)
-            if rows[0]["bench"] != name:
-                raise InputError(f"a run of {rows[0]['bench']}", where=run, fix=f"lvctx bench {rows[0]['bench']} score")
-            found = bench.score(rows, seed=seed) if name == "longvideobench" else bench.score(rows)
-            found = {"schema": SCORE, "bench": name, "run": run.name, "failed": failed, **found}
+            read = read_run(run, bench)
+            found = bench.score(read.rows, seed=seed) if name == "longvideobench" else bench.score(read.rows)
+            found["warnings"] = [*read.warnings, *found["warnings"]]
+            found = {"schema": SCORE, "bench": name, "run": run.name, "failed": read.failed, **found}
             if as_json:
                 emit(found)
             else:
@@ -234,12 +233,12 @@ def _print(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names and groups are text of others: [x] and :x: are no markup
     for warning in found["warnings"]:
         console.print(f"WARNING {found['run']}: {warning}", style="bold red", highlight=False)
     left_out = f", {found['failed']:,} failed and left out" if found["failed"] else ""
     console.print(f"{found['run']}: {found['questions']:,} questions{left_out}", highlight=False)
-    rules = list(found["rules"])
+    rules = [rule for rule in found["rules"] if rule != "official-2024"]  # of Video-MME alone; --json has it
     table = Table("", box=None, pad_edge=False)
     for rule in rules:
         table.add_column(f"{rule}, %", justify="right")
@@ -250,6 +249,7 @@ def _print(found: dict[str, Any]) -> None:
     for average in ("macro", "pooled") if "m_avg" in found else ():
         table.add_row(f"M-Avg, {average}", *(percent(found["m_avg"][rule][average]) for rule in rules))
     console.print(table)
+    print_sources(console, rules)
     if "guessing" in found:
         own = found["guessing"]
         said = f"its own rule: {shown(own)}, {own['guessed']:,} replies guessed with seed {own['seed']}"
@@ -258,6 +258,15 @@ def _print(found: dict[str, Any]) -> None:
         console.print(f"effective length: {found['effective_length']:,} pictures (60% right)", highlight=False)
     if found.get("generated"):
         console.print(f"{found['generated']:,} generated answers, exported for their judge", highlight=False)
+
+
+def print_sources(console: Any, rules: Iterable[str]) -> None:
+    """Say which version of whose scorer each rule is."""
+    from lvctx.bench.choice import RULE_SOURCES
+
+    for rule in rules:
+        if rule in RULE_SOURCES:
+            console.print(f"{rule}: {RULE_SOURCES[rule]}", highlight=False)
 
 
 def percent(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""`lvctx videomme run` and `score`: a model on Video-MME, and any responses file under the three scorers in use."""
+"""`lvctx videomme run` and `score`: a model on Video-MME, and any responses file under the scorers in use."""
 
 import csv
 from dataclasses import replace
@@ -8,15 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from lvctx.cli.bench import interval, percent, runner
+from lvctx.cli.bench import interval, percent, print_sources, runner
 from lvctx.cli.common import VIDEO, emit, examples
-from lvctx.errors import InputError, UsageError
+from lvctx.errors import UsageError
 
 
 class Rule(StrEnum):
     """How a reply becomes a letter, and what happens to one without."""
 
     official = "official"
+    official_2024 = "official-2024"
     lmms_eval = "lmms-eval"
     strict = "strict"
 
@@ -58,10 +59,11 @@ def score(
         Path | None, typer.Option(help="Draw accuracy by duration, or by frames for several runs: .png or .svg.")
     ] = None,
 ) -> None:
-    """Score responses under three rules with 95% intervals clustered by video; of two files, also their difference.
+    """Score responses under four rules with 95% intervals clustered by video; of two files, also their difference.
 
-    official drops replies without a letter from the denominator, lmms-eval counts them wrong, strict wants the reply to
-    begin with the letter. No model and no torch is needed.
+    official is the authors' script as it is now, official-2024 as it was before; both drop replies without a letter
+    from the denominator. lmms-eval counts them wrong, strict wants the reply to begin with the letter. No model and no
+    torch is needed.
     """
     from lvctx.artifacts.schemas import SCORE
     from lvctx.bench import videomme
@@ -72,9 +74,6 @@ def score(
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise UsageError(f"--plot {plot}: .png or .svg is wanted")
     read = [read_responses(file) for file in files]
-    for file, one in zip(files, read, strict=True):
-        if not one.replies:
-            raise InputError("no question with an answer", where=file)
     if len({one.name for one in read}) < len(read):
         read = [replace(one, name=str(file)) for one, file in zip(read, files, strict=True)]
     runs = [_read_run(file) for file in files]
@@ -111,8 +110,8 @@ def _read_run(path: Path) -> tuple[int | None, int]:
 
     folder = path.parent if path.name == "responses.json" else path
     results = folder / "results.jsonl"
-    last = {row["key"]: row for row in read_rows(results)} if results.is_file() else {}
-    frames = {row["frames"] for row in last.values() if "frames" in row}
+    last = {str(row.get("key")): row for row in read_rows(results)} if results.is_file() else {}
+    frames = {row["frames"] for row in last.values() if isinstance(row.get("frames"), int)}
     return frames.pop() if len(frames) == 1 else None, sum("error" in row for row in last.values())
 
 
@@ -129,7 +128,7 @@ def _print(row: dict[str, Any], cells: list[dict[str, Any]], rule: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names and groups are text of others: [x] and :x: are no markup
     for warning in row["warnings"]:
         console.print(f"WARNING {row['file']}: {warning}", style="bold red", highlight=False)
     left_out = f", {row['failed']:,} more failed and are left out" if row["failed"] else ""
@@ -143,6 +142,7 @@ def _print(row: dict[str, Any], cells: list[dict[str, Any]], rule: str) -> None:
     for name, e in row["rules"].items():
         rules.add_row(name, percent(e["mean"]), interval(e), f"{e['counted']:,}", percent(e["parsed"]))
     console.print(rules)
+    print_sources(console, row["rules"])
     durations = [*row["by_duration"], "all"]
     found = {(c["domain"], c["task_type"], c["duration"]): c for c in cells}
     kinds = Table(
@@ -171,4 +171,4 @@ def _print_difference(first: str, second: str, versus: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     for name, e in versus.items():
         table.add_row(name, percent(e["mean"]), interval(e), f"{e['counted']:,}")
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)

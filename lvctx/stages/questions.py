@@ -4,11 +4,13 @@ Every question is a row of results.jsonl that carries all that decided it. A vid
 rows: a model is never asked about a video that it does not see.
 """
 
-import glob
 import hashlib
 import itertools
 import json
 import logging
+import os
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from lvctx.artifacts import schemas
 from lvctx.artifacts.rows import RowLog
 from lvctx.artifacts.store import fingerprint
 from lvctx.bench.choice import Sample
-from lvctx.bench.subtitles import read_subtitles
+from lvctx.bench.subtitles import NONE, find_subtitles, read_subtitles
 from lvctx.errors import InputError, LvctxError
 from lvctx.model.load import DeviceMap, load_config, resolve_model
 from lvctx.stages.looking import Look
@@ -29,7 +31,12 @@ from lvctx.vision.images import open_image
 
 log = logging.getLogger(__name__)
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".MP4")
+VIDEO_SUFFIXES = frozenset((
+    ".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".h264", ".h265", ".hevc", ".ivf", ".m1v",
+    ".m2t", ".m2ts", ".m2v", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mpv", ".mts",
+    ".mxf", ".nut", ".ogm", ".ogv", ".qt", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".wtv", ".y4m",
+))  # fmt: skip
+"""In lower case; those of FFmpeg's demuxers that users meet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +52,7 @@ class AskConfig:
     style: str
     """Which prompt; one of the benchmark's STYLES."""
     subtitles: Path | None
-    """Folder of .srt files named as the videos; None shows no subtitles."""
+    """Folder of .srt or .vtt files named as the videos; None shows no subtitles."""
     max_new_tokens: int
     """Longest reply; lmms-eval 16."""
 
@@ -90,9 +97,10 @@ def plan_questions(bench: ModuleType, config: AskConfig, look: Look) -> Plan:
     samples = bench.samples(config.questions)
     first = {name: i for i, name in reversed(list(enumerate(s.video for s in samples)))}
     samples = sorted(samples, key=lambda s: first[s.video])
-    twice = len(samples) - len({s.id for s in samples})
-    if twice:
-        raise InputError(f"{twice} question ids are given twice", where=config.questions)
+    counts = Counter(s.id for s in samples)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        first_one = f"{twice[0]!r:.60}"
+        raise InputError(f"{len(twice)} question ids are given twice, the first {first_one}", where=config.questions)
     probe = Sample(id="", video="", question="{question}", options=("{options}",), answer="")
     listing = None if config.subtitles is None else "{subtitles}"
     dtype = str(hf.dtype or torch.float32).removeprefix("torch.")
@@ -214,7 +222,8 @@ def _look(plan: Plan, asker: Any, sample: Sample) -> _Seen:
     facts = {"file": str(file), **watched.facts}
     if plan.config.subtitles is None:
         return _Seen(subtitles=None, facts=facts)
-    found = read_subtitles(plan.config.subtitles / f"{Path(sample.video).stem}.srt")
+    listing = find_subtitles(plan.config.subtitles, video_stem(sample.video))
+    found = read_subtitles(listing) if listing else NONE
     shown = found.at(watched.pts)
     said = {"subtitle_lines": shown.count("\n") + 1 if shown else 0, "bad_subtitles": found.bad}
     return _Seen(subtitles=shown, facts={**facts, **said})
@@ -226,16 +235,41 @@ def _look_at_images(plan: Plan, asker: Any, sample: Sample) -> _Seen:
     return _Seen(subtitles=None, facts={"images": len(images), "visual_tokens": len(asker.block)})
 
 
-def find_video(folder: Path, name: str) -> Path:
-    """The file called `name`, or `name` with a video's suffix, in `folder` or anywhere below it.
+def video_stem(name: str) -> str:
+    """A video's name without its folder and a video's suffix; other dots stay, as in `talk.part2`."""
+    stem, suffix = os.path.splitext(os.path.basename(name))
+    return stem if suffix.lower() in VIDEO_SUFFIXES else f"{stem}{suffix}"
 
-    Raises InputError where there is none.
+
+def find_video(folder: Path, name: str) -> Path:
+    """The file called `name` in `folder` or anywhere below it, hidden folders left out.
+
+    Next best is the same suffix in other case, then the same stem with any video's suffix. Of equals, those in the
+    folder that `name` says come first, then those directly in `folder`. Raises InputError where there is none, or where
+    two fit as well.
     """
-    wanted = [name] if Path(name).suffix in VIDEO_SUFFIXES else [f"{name}{suffix}" for suffix in VIDEO_SUFFIXES]
-    for one in wanted:
-        if (folder / one).is_file():
-            return folder / one
-    below = next((p for one in wanted for p in sorted(folder.rglob(glob.escape(Path(one).name)))), None)
-    if below is None:
+    name = unicodedata.normalize("NFC", name)  # macOS writes file names the other way
+    wanted, parents = os.path.basename(name), [part for part in Path(name).parts[:-1] if part not in ("/", "..")]
+    suffix = os.path.splitext(wanted)[1].lower()
+    ranked: dict[tuple[bool, int, bool], list[Path]] = {}
+    for at, folders, files in os.walk(folder):
+        folders[:] = [one for one in folders if not one.startswith(".")]
+        here = Path(at).relative_to(folder).parts
+        elsewhere = list(here[len(here) - len(parents) :]) != parents
+        for file in files:
+            called = unicodedata.normalize("NFC", file)
+            its = os.path.splitext(called)[1].lower()
+            if called == wanted:
+                fit = 0
+            elif its in VIDEO_SUFFIXES and video_stem(called) == video_stem(wanted):
+                fit = 1 if its == suffix else 2
+            else:
+                continue
+            ranked.setdefault((elsewhere, fit, bool(here)), []).append(Path(at, file))
+    if not ranked or not wanted:
         raise InputError(f"no video {name}", where=folder, fix="put it there; its questions count as failed")
-    return below
+    best = sorted(ranked[min(ranked)])
+    if len(best) > 1:
+        both = " and ".join(str(file.relative_to(folder)) for file in best[:2])
+        raise InputError(f"two videos for {name}: {both}", where=folder, fix="keep one; its questions count as failed")
+    return best[0]

@@ -1,0 +1,135 @@
+"""What question files hold in their cells: text, lists of options as text, keys of the right option. No torch."""
+
+import ast
+import json
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+MOST_OPTIONS = 26
+"""As many as there are letters."""
+
+
+def plain(value: Any) -> str | None:
+    """The text of a cell; a whole float as its integer (`3.0` is "3"). None for no value, NaN, lists and mappings."""
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return None
+    if value is None or isinstance(value, list | tuple | dict | set):
+        return None
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        return str(int(value)) if value.is_integer() else str(value)
+    return str(value)
+
+
+_KEY = re.compile(r"([A-Za-z])|[(\[]\s*([A-Za-z])\s*[)\]][.:]?(?:\s.*)?|([A-Za-z])[.):](?:\s.*)?", re.DOTALL)
+_INDEX = re.compile(r"\+?(\d{1,9})(?:\.0*)?")
+
+
+def key_letter(value: Any, count: int, *, indexed: bool = False) -> str | None:
+    """The letter of the right option, written `B`, `b`, `(B)`, `B.`, `B. text`; None for anything else.
+
+    Args:
+        value: The cell.
+        count: Number of options; a letter or index beyond them is None.
+        indexed: The format counts options from 0, so 1, `"1"` and `"1.0"` are B too.
+    """
+    text = "" if isinstance(value, bool) else (plain(value) or "").strip()
+    if indexed and (number := _INDEX.fullmatch(text)):
+        at = int(number[1])
+    elif written := _KEY.fullmatch(text):
+        at = ord((written[1] or written[2] or written[3]).upper()) - 65
+    else:
+        return None
+    return chr(65 + at) if at < count else None
+
+
+def labelled(options: Sequence[str]) -> bool:
+    """Whether options carry their letters: `A. first`, `(B) second`, ..."""
+    return all(re.match(rf"\(?{chr(65 + i)}[.):]", option) for i, option in enumerate(options[:MOST_OPTIONS]))
+
+
+def listed(value: Any) -> list[str]:
+    """The items of a cell that holds a list, or is the text of one.
+
+    Read are lists; mappings from letters; and as text JSON's and Python's lists, numpy's (no commas between items), one
+    item a line, and items that carry their letters. Raises ValueError that says what is wrong.
+    """
+    if isinstance(value, list | tuple):
+        items = [plain(item) for item in value]
+        if None in items:
+            raise ValueError("one of them has no text")
+        return [item for item in items if item is not None]
+    if isinstance(value, dict):
+        given = {key: item for key, item in value.items() if plain(item) is not None}
+        if list(given) != [chr(65 + i) for i in range(len(given))]:
+            raise ValueError("a mapping whose keys are not A, B, C, ...")
+        return listed(list(given.values()))
+    text = (plain(value) or "").strip()
+    if not text:
+        raise ValueError("none")
+    if wrapped := re.fullmatch(r"array\((\[.*\])(?:,\s*dtype=[^()]*)?\)", text, re.DOTALL):
+        text = wrapped[1]
+    if re.match(r"\[\s*(?:u?['\"]|[\d-])|\(\s*u?['\"]|[{]", text) and text[-1] in "])}":
+        parsed = _literal(text)
+        return _quoted(text[1:-1]) if parsed is None else listed(parsed)
+    if text[0] == "[" and text[-1] == "]":
+        text = text[1:-1]
+    return _lines(text)
+
+
+_ITEM = re.compile(r"""[\s,]*(?:u?('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|(-?\d+(?:\.\d+)?)(?=[\s,]|$))""", re.DOTALL)
+
+
+def _literal(text: str) -> list[Any] | dict[str, Any] | None:
+    """A JSON list, or a mapping of JSON or Python. None for others.
+
+    Python's own reader is no good for lists: it joins numpy's items, between which there is no comma.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        if text[0] != "{":
+            return None
+        try:
+            found = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            raise ValueError("text in braces that is no mapping") from None
+    return found if isinstance(found, list | dict) else None
+
+
+def _quoted(text: str) -> list[str]:
+    """Items in quotes, and numbers, with commas or white space between them."""
+    items, at, end = [], 0, len(text.rstrip(", \t\r\n"))
+    while at < end:
+        found = _ITEM.match(text, at)
+        if not found:
+            raise ValueError("text in brackets that is no list of quoted items")
+        try:
+            with warnings.catch_warnings(action="ignore"):  # about escapes that Python does not know
+                items.append(str(ast.literal_eval(found[1])) if found[1] else found[2])
+        except (ValueError, SyntaxError):  # a line break between the quotes, or a bad escape: as it is written
+            items.append(found[1][1:-1])
+        at = found.end()
+    return items
+
+
+def _lines(text: str) -> list[str]:
+    """Items that carry letters, each on a line (and the lines after it) or all on one; else one item a line."""
+    for before, between in ((r"(?:^|\n)[ \t]*", ""), (r"(?:^|(?<=[\s,;|]))", ",;|")):
+        starts = list(re.finditer(rf"{before}\(?([A-Z])[.):](?=\s)", text))
+        in_order = [start[1] for start in starts] == [chr(65 + i) for i in range(len(starts))]
+        if len(starts) > 1 and in_order and starts[0].start() == 0:
+            ends = [*(start.start() for start in starts[1:]), len(text)]
+            items = (text[start.start() : end].strip() for start, end in zip(starts, ends, strict=True))
+            return [item.rstrip(between).rstrip() for item in items]
+    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
+    if len(lines) < 2:
+        raise ValueError("text that is neither a list nor lines")
+    return lines
