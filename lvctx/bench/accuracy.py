@@ -124,8 +124,8 @@ def _check_row(row: Mapping[str, Any], bench: ModuleType, place: str) -> None:
         raise InputError(str(e), where=place) from None
 
 
-NO_KEY = "questions have a key that is none of their options, and are left out"
-NO_TEXT = "responses are no text, and count as empty"
+NO_KEY = "answers that are none of their question's options, left out"
+NO_TEXT = "responses that are no text, read as empty"
 
 
 class Notes:
@@ -142,7 +142,7 @@ class Notes:
 
     def lines(self) -> list[str]:
         """A line for each kind."""
-        return [f"{count:,} {kind} (first {self._first[kind]})" for kind, count in self.counts.items()]
+        return [f"{count:,} {kind}; the first is {self._first[kind]}" for kind, count in self.counts.items()]
 
 
 def reply_of(row: dict[str, Any]) -> Reply:

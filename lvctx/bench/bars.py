@@ -46,6 +46,11 @@ def accuracy_series(
     return {name: sorted(points) for name, points in found.items()}
 
 
+def _verbatim(name: str) -> str:
+    """A name of others as matplotlib shows it: dollar signs are no formula."""
+    return name.replace("$", r"\$")
+
+
 def draw_accuracy(scores: Sequence[dict[str, Any]], frames: Sequence[int] | None, rule: str, target: Path) -> None:
     """Draw scores (see `videomme.score`) under a rule to a .png or .svg, with 95% intervals.
 
@@ -66,16 +71,18 @@ def draw_accuracy(scores: Sequence[dict[str, Any]], frames: Sequence[int] | None
         if frames:
             # A little apart, so that no interval hides another.
             xs = [x * 1.03 ** (number - (len(series) - 1) / 2) for x in xs]
-            ax.errorbar(xs, means, yerr=reach, marker="o", markersize=4, capsize=2, linewidth=1.4, label=name)
+            ax.errorbar(
+                xs, means, yerr=reach, marker="o", markersize=4, capsize=2, linewidth=1.4, label=_verbatim(name)
+            )
         else:
             places = [x + (number + 0.5) / (len(scores) + 1) - 0.5 for x in xs]
-            ax.bar(places, means, width=width, yerr=reach, capsize=2, label=name, align="edge")
+            ax.bar(places, means, width=width, yerr=reach, capsize=2, label=_verbatim(name), align="edge")
     if frames:
         ax.set_xscale("log", base=2)
         ax.set_xticks(sorted(set(frames)), [str(n) for n in sorted(set(frames))])
         ax.set_xlabel("frames", fontsize=8)
     else:
-        ax.set_xticks(range(len(groups_of(scores))), groups_of(scores))
+        ax.set_xticks(range(len(groups_of(scores))), list(map(_verbatim, groups_of(scores))))
     ax.axhline(25, color="grey", linewidth=0.8, linestyle=":")
     ax.set_ylabel("accuracy, %", fontsize=8)
     ax.set_ylim(0, 100)

@@ -134,16 +134,18 @@ def _until_blank(rows: Sequence[str]) -> list[str]:
 
 def _payload(rows: Sequence[str], number: int | None, *, numbered: bool, last: bool) -> tuple[list[str], int]:
     """A cue's own rows of those up to the next times, and how many cues among them have no readable time."""
+    ends = [i for i, row in enumerate(rows) if row.strip()]
+    if numbered and not last and ends and _number(rows[ends[-1]]) is not None:
+        rows = rows[: ends[-1]]  # that number is the next cue's
     chunks = _chunks(rows)
-    if numbered and not last and chunks and _number(chunks[-1][-1]) is not None:
-        del chunks[-1][-1]  # the next cue's
-    for i, chunk in enumerate(chunks[1:], start=1):
-        follows = numbered and number is not None and _number(chunk[0]) == number + 1
-        if follows and (last or len(chunk) > 1):
-            return [row for own in chunks[:i] for row in own], sum(
-                bool(c) and _number(c[0]) is not None for c in chunks[i:]
-            )
-    return [row for own in chunks for row in own], 0
+    unread = [
+        i
+        for i, chunk in enumerate(chunks[1:], start=1)
+        if numbered and number is not None and _number(chunk[0]) == number + 1 and (last or len(chunk) > 1)
+    ]
+    own = chunks[: unread[0]] if unread else chunks
+    others = sum(_number(chunk[0]) is not None for chunk in chunks[len(own) :])
+    return [row for chunk in own for row in chunk], others
 
 
 def _without_markup(text: str) -> str:
