@@ -111,7 +111,21 @@ def test_options_without_letters_get_them(value: Any, expected: tuple[str, ...],
 @pytest.mark.parametrize(
     "value",
     [
-        *("", "yes", "[", "[]", "['a' b]", "['a', 'b'", "{'x': 1, 'y': 2}", "{1}", "A. x; C. y", "['a', ['b']]", "nan"),
+        *(
+            "",
+            "yes",
+            "[",
+            "[]",
+            "['a' b]",
+            "['a', 'b'",
+            "{'x': 1, 'y': 2}",
+            "{1}",
+            "A. x; C. y",
+            "['a', ['b']]",
+            "nan",
+            r"['\ud800' 'b']",
+            r'["\ud800", "b"]',
+        ),
         *([], ["a"], ["a", ""], ["a", None], ["a", ["b"]], [str(i) for i in range(27)], 3, None, {"x": "a", "y": "b"}),
     ],
 )

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from lvctx.bench.textfile import check_unicode
+
 MOST_OPTIONS = 26
 """As many as there are letters."""
 
@@ -71,7 +73,12 @@ def listed(value: Any) -> list[str]:
         if list(given) != [chr(65 + i) for i in range(len(given))]:
             raise ValueError("a mapping whose keys are not A, B, C, ...")
         return listed(list(given.values()))
-    text = (plain(value) or "").strip()
+    items = _items((plain(value) or "").strip())
+    check_unicode(items)
+    return items
+
+
+def _items(text: str) -> list[str]:
     if not text:
         raise ValueError("none")
     if wrapped := re.fullmatch(r"array\((\[.*\])(?:,\s*dtype=[^()]*)?\)", text, re.DOTALL):

@@ -87,7 +87,8 @@ def runner(name: str) -> Callable[..., None]:
             HybridMode, typer.Option(help="Qwen-VL: groups of merged pairs, of images, or of frames.")
         ] = HybridMode.pair,
         subtitles: Annotated[
-            Path | None, typer.Option(help="Folder of .srt files; only what is said at the sampled frames is shown.")
+            Path | None,
+            typer.Option(help="Folder of .srt or .vtt files; only what is said at the sampled frames is shown."),
         ] = None,
         prompt: Annotated[
             str, typer.Option(help="Whose wording: official, or as the help of the command says.")
@@ -193,7 +194,7 @@ def _find(bench: ModuleType, questions: str) -> Path:
     try:
         return Path(hf_hub_download(repository, file, repo_type="dataset"))
     except Exception as e:  # whatever the hub client raises
-        reason = str(e).strip().splitlines()[0]
+        reason = str(e).strip().split("\n")[0] or type(e).__name__
         raise InputError(
             f"neither here nor a dataset's file that the hub would give ({reason})",
             where=questions,
