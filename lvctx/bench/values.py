@@ -73,9 +73,9 @@ def listed(value: Any) -> list[str]:
         if list(given) != [chr(65 + i) for i in range(len(given))]:
             raise ValueError("a mapping whose keys are not A, B, C, ...")
         return listed(list(given.values()))
-    items = _items((plain(value) or "").strip())
-    check_unicode(items)
-    return items
+    written = _items((plain(value) or "").strip())
+    check_unicode(written)
+    return written
 
 
 def _items(text: str) -> list[str]:
