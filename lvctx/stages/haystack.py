@@ -169,7 +169,7 @@ def _film(frames: Iterator[np.ndarray], out: Path, side: int) -> None:
     """H.264 at one frame a second, scaled to `side`. Compressed: its pixels are near the hashed ones, not same."""
     import av
 
-    with atomic_file(out) as partial, av.open(str(partial), "w", format="mp4") as container:
+    with atomic_file(out) as partial, av.open(f"file:{partial}", "w", format="mp4") as container:
         stream: Any = container.add_stream("libx264", rate=1, options={"crf": "12", "threads": "1"})
         stream.width = stream.height = side
         stream.pix_fmt = "yuv420p"
