@@ -190,6 +190,13 @@ def mistaken(path: Path, wanted: str, *, fix: str = "", found: Sniffed | None = 
     return InputError(f"{found.phrase}, not {wanted}", where=path, fix=ADVICE.get(found.name, fix))
 
 
+def check_kind(path: Path, name: Name, wanted: str, *, fix: str) -> None:
+    """Raise `mistaken` for a path that is something else; a directory without a sign of its kind passes."""
+    found = sniff(path)
+    if found.name not in (name, "directory"):
+        raise mistaken(path, wanted, fix=fix, found=found)
+
+
 def encode_first(video: Path, model: str | None = None) -> str:
     """The command that makes a frames artifact of a video, as advice."""
     return f"run first: lvctx encode-video {shlex.quote(str(video))} --model {shlex.quote(model or 'VLM')} -o frames"

@@ -93,7 +93,7 @@ class LlavaEyes:
         tower = TowerFiles.find(path).fingerprint
         self.frames: list[Frames] = []
         for file in files:
-            one = read_frames(file)
+            one = read_frames(file, model=name)
             if one.provenance["inputs"].get("tower") != tower:
                 raise InputError("frames of another tower", where=file, fix=f"lvctx encode-video VIDEO --model {name}")
             self.frames.append(one)

@@ -48,6 +48,7 @@ class Watcher:
 
         Raises InputError if it cannot be loaded, UsageError if it cannot see, MissingError without accelerate.
         """
+        self.model = model
         path = resolve_model(model)
         if load_config(path).model_type != VLM_TYPE:
             raise UsageError(f"{model} is a language model and cannot see", fix="give a model that align wrote")
@@ -92,7 +93,7 @@ class Watcher:
         return self._watched[1]
 
     def _show(self, path: Path) -> tuple[float, ...]:
-        frames = read_frames(path)
+        frames = read_frames(path, model=self.model)
         if frames.provenance["inputs"].get("tower") != self.tower:
             raise InputError("encoded by another tower", where=path, fix="encode the video with --model of this VLM")
         try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import av
 
-from lvctx.artifacts.sniff import ADVICE, mistaken, sniff
+from lvctx.artifacts.sniff import ADVICE, Sniffed, mistaken, sniff
 from lvctx.errors import InputError, LvctxError
 from lvctx.vision.squares import MAX_PIXELS
 from lvctx.vision.truncation import find_truncation
@@ -73,8 +73,8 @@ DAMAGED = "get it again, or convert it with ffmpeg"
 def open_file(path: Path) -> Any:
     """A PyAV container of this file and no other. Raises what PyAV raises.
 
-    FFmpeg takes a colon in a name for the end of a protocol's and % for a pattern, and a playlist has it open the files and
-    addresses that it lists. So it gets a descriptor in place of a name, and may open nothing else.
+    FFmpeg takes what precedes a colon in a name for a protocol and % for a pattern, and a playlist makes it open the
+    files and addresses that it lists. So it gets a descriptor in place of a name, and may open nothing else.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -88,9 +88,7 @@ def open_video(path: Path) -> tuple[Any, Any]:
     try:
         container = open_file(path)
     except Exception as e:  # of every type, see decoder_errors
-        found = sniff(path)
-        if found.name not in ("video", "sound", "text", "other"):
-            raise mistaken(path, "a video", fix=OTHERS.get(found.name, "give a video file"), found=found) from e
+        found = _check_kind(path)
         what = "text, not a video" if found.name == "text" else "not a video"
         reason = getattr(e, "strerror", None) or str(e)
         raise InputError(f"{what} that FFmpeg can open ({reason})", where=path, fix="give a video file") from e
@@ -101,6 +99,7 @@ def open_video(path: Path) -> tuple[Any, Any]:
     streams = [s for s in container.streams.video if not s.disposition & cover and s.codec_context is not None]
     if not streams:
         container.close()
+        _check_kind(path)
         raise InputError("no video stream", where=path, fix="give a file with a picture")
     if streams[0].width * streams[0].height > MAX_PIXELS:
         container.close()
@@ -109,8 +108,16 @@ def open_video(path: Path) -> tuple[Any, Any]:
     return container, streams[0]
 
 
+def _check_kind(path: Path) -> Sniffed:
+    """What a file is that is no video; InputError where more can be said of it than what FFmpeg says."""
+    found = sniff(path)
+    if found.name not in ("video", "sound", "text", "other"):
+        raise mistaken(path, "a video", fix=OTHERS.get(found.name, "give a video file"), found=found)
+    return found
+
+
 OTHERS = {
-    "frames": "a Qwen-VL model and encode-video read the video itself; vqa and niah read this with a LlavaOnevision model",
+    "frames": "give the video itself; vqa and niah read this file with the LlavaOnevision model that encoded it",
     "json": "give a video file; lvctx encode-video - reads a list of paths from stdin",
 }
 """What to do about files of other kinds that are taken for videos."""

@@ -1,11 +1,11 @@
 """Whether a video file has been cut short, by the sizes that its container states. Nothing is decoded.
 
-A decoder plays what is left of a cut file without a word. But what follows the video (tags, trailers of cameras, padding)
-is no part of it, and recorders write sizes that are unknown or off by a header: so what counts is whether something that
-holds pictures, or says where they are, ends beyond the file.
+A decoder plays what is left of a cut file without a word. But tags, trailers of cameras and padding may follow the
+video, and recorders write sizes that are unknown or off by a header. So a file counts as cut where something that holds
+pictures, or the index of them, ends beyond it.
 
-Sources: ISO/IEC 14496-12 (boxes of MP4 and QuickTime), RFC 8794 and RFC 9559 (elements of Matroska), OpenDML 2.0 (chunks
-of AVI). A transport stream has no size; it may end anywhere.
+Sources: ISO/IEC 14496-12 (boxes of MP4 and QuickTime), RFC 8794 and RFC 9559 (elements of Matroska), OpenDML 2.0
+(chunks of AVI). A transport stream has no size; it may end anywhere.
 """
 
 import io
