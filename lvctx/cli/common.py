@@ -207,6 +207,10 @@ DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Check the inputs, print the plan, stop.", rich_help_panel=RunOptions),
 ]
+AllowPartialOption = Annotated[
+    bool,
+    typer.Option("--allow-partial", help="Take what can be decoded of cut or damaged videos; rows then say `partial`."),
+]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.", rich_help_panel=RunOptions)]
 VerboseOption = Annotated[
     bool,

@@ -30,6 +30,8 @@ class Answer:
     """When each frame that it was shown is on display, in seconds."""
     tokens: int
     """Tokens of the whole prompt, visual ones included."""
+    partial: bool = False
+    """Whether its video is cut short or damaged, and what is left of it was shown."""
 
 
 Tell = Callable[[str], None]
@@ -55,6 +57,8 @@ class Watcher:
         self.tower = TowerFiles.find(path).fingerprint
         self.asker = Asker(path, device=device, chunk=CHUNK, ring=ring, device_map=device_map)
 
+    partial = False
+    """Whether what was last shown is only what is left of a video."""
     _watched: tuple[Any, tuple[float, ...]] = (None, ())
     """What file was last shown, in which state, and when its frames are on display."""
 
@@ -94,6 +98,7 @@ class Watcher:
 
     def _show(self, path: Path) -> tuple[float, ...]:
         frames = read_frames(path, model=self.model)
+        self.partial = bool(frames.provenance.get("facts", {}).get("partial"))
         if frames.provenance["inputs"].get("tower") != self.tower:
             raise InputError("encoded by another tower", where=path, fix="encode the video with --model of this VLM")
         try:
@@ -114,4 +119,5 @@ class Watcher:
             written = self.asker.reply(ids, max_new_tokens, heard)
         except InputError as e:
             raise InputError(e.what, where=path, fix=e.fix) from None
-        return Answer(question=turns[-1], text=self.asker.text(written), pts=pts, tokens=len(ids))
+        text = self.asker.text(written)
+        return Answer(question=turns[-1], text=text, pts=pts, tokens=len(ids), partial=self.partial)

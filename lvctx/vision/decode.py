@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import av
 import numpy as np
@@ -302,3 +302,29 @@ def _decode(container: Any, stream: Any, tally: Tally) -> Iterator[Any]:
             tally.damaged += 1
     with contextlib.suppress(av.FFmpegError):
         yield from stream.decode(None)
+
+
+class Readable(NamedTuple):
+    """What can be read of a video."""
+
+    width: int
+    """Of an upright frame, in pixels."""
+    height: int
+    """Likewise."""
+    duration: float
+    """Seconds."""
+    frames: int
+    """Frames that `read_frames` gives with `allow_partial`."""
+    partial: bool
+    """Whether the video is cut short or damaged."""
+
+
+def count_readable(path: Path, *, fps: float | None = None, frames: int | None = None) -> Readable:
+    """Count what `read_frames` gives of a video that may be cut or damaged: only decoding all of it tells.
+
+    Raises as `read_frames` with `allow_partial`.
+    """
+    reader = read_frames(path, fps=fps, frames=frames, allow_partial=True)
+    count = sum(1 for _ in reader)
+    facts = reader.facts
+    return Readable(facts["width"], facts["height"], facts["duration"], count, facts.get("partial", False))
