@@ -58,9 +58,8 @@ def _endless(config: HaystackConfig, clips: Sequence[Path]) -> Iterator[np.ndarr
     for number in count():
         yield from scene(config.seed, number, config.side)
         if number < len(clips):
-            yield from (
-                frame.image for frame in read_frames(clips[number], fps=config.fps, allow_partial=config.allow_partial)
-            )
+            read = read_frames(clips[number], fps=config.fps, allow_partial=config.allow_partial)
+            yield from (frame.image for frame in read)
 
 
 def hash_frame(frame_HW3: np.ndarray) -> str:
