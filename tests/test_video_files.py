@@ -28,6 +28,7 @@ WAYS: dict[str, list[str]] = {
     "pieces.mp4": [*H264, "-movflags", "frag_keyframe+empty_moov+default_base_moof"],
     "plain.mkv": H264,
     "plain.avi": ["-c:v", "mpeg4", "-g", "12"],
+    "titled.avi": ["-c:v", "mpeg4", "-metadata", "title=A caf?"],
     "plain.ts": H264,
 }
 
@@ -73,6 +74,7 @@ WHOLE: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
     "text": ("pieces.mp4", lambda b: b + b"<!-- end of file, with thanks -->"),
     "a cut free box": ("fast.mp4", lambda b: b + struct.pack(">I", 500) + b"free" + bytes(100)),
     "mdat to the end of the file": ("fast.mp4", lambda b: put(b, b.index(b"mdat") - 4, bytes(4))),
+    "a title in Latin-1": ("titled.avi", lambda b: b.replace(b"A caf?", b"A caf\xe9")),
     "RIFF with its header": ("plain.avi", lambda b: resized(b, lambda n: n + 8)),
     "RIFF with a list's header": ("plain.avi", lambda b: resized(b, lambda n: n + 12)),
     "RIFF of size 0": ("plain.avi", lambda b: resized(b, lambda n: 0)),

@@ -70,7 +70,7 @@ class QwenEyes:
         self.mark, config = rule.mark("video"), load_config(path)
         self.allow_partial = allow_partial
         left = {file: count_readable(file, fps=fps) for file in self.files if allow_partial and not file.is_dir()}
-        counted = [left[file][:2] + (left[file].frames,) if file in left else _count(file, fps) for file in self.files]
+        counted = [(*left[file][:2], left[file].frames) if file in left else _count(file, fps) for file in self.files]
         partial = [str(file) for file in left if left[file].partial]
         width, height, _ = counted[0]
         self.size = (width, height)

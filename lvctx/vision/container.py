@@ -78,7 +78,9 @@ def open_file(path: Path) -> Any:
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return av.open("fd:", options={"fd": str(descriptor), "protocol_whitelist": "fd"})
+        options = {"fd": str(descriptor), "protocol_whitelist": "fd"}
+        # Titles and comments are often in another encoding than they should be, and are nothing to us.
+        return av.open("fd:", options=options, metadata_errors="replace")
     finally:
         os.close(descriptor)  # FFmpeg has its own copy
 
