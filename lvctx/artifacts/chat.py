@@ -23,6 +23,7 @@ from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import read_manifest
 from lvctx.artifacts.packed import map_tensors, shard_name
 from lvctx.artifacts.rows import read_rows
+from lvctx.artifacts.sniff import check_kind
 from lvctx.artifacts.store import atomic_file, save_tensors
 from lvctx.errors import InputError
 
@@ -52,6 +53,7 @@ class ChatRows:
     def __init__(self, directory: Path) -> None:
         """Check manifest and file sizes; maps nothing yet. Raises InputError for what is missing or changed."""
         self.directory = Path(directory)
+        check_kind(self.directory, "chat", "packed chat", fix="run lvctx pack-chat")
         self.manifest: dict[str, Any] = read_manifest(self.directory)
         if self.manifest.get("schema") != schemas.CHAT:
             raise InputError(f"not packed chat ({self.manifest.get('schema')})", where=directory, fix="run pack-chat")

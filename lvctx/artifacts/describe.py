@@ -7,6 +7,7 @@ from typing import Any
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import MANIFEST, read_manifest, read_provenance
 from lvctx.artifacts.rows import read_rows
+from lvctx.artifacts.sniff import encode_first, mistaken, sniff
 from lvctx.artifacts.store import read_safetensors_header
 from lvctx.errors import InputError
 
@@ -30,7 +31,7 @@ def describe(path: Path) -> dict[str, Any]:
     if (path / "results.jsonl").is_file():
         facts |= _describe_results(path)
     if len(facts) == 1:
-        raise InputError("neither an artifact of ours nor a model directory", where=path)
+        raise mistaken(path, "an artifact of ours or a model directory")
     return facts
 
 
@@ -64,6 +65,10 @@ def _describe_results(path: Path) -> dict[str, Any]:
 
 
 def _describe_file(path: Path) -> dict[str, Any]:
+    found = sniff(path)
+    if found.name not in ("frames", "tensors"):
+        fix = encode_first(path) if found.name == "video" else "info is about artifacts and model directories"
+        raise mistaken(path, "an artifact of ours", fix=fix, found=found)
     header = read_safetensors_header(path)
     tensors = {k: f"{v['dtype']} {v['shape']}" for k, v in sorted(header.items()) if k != "__metadata__"}
     return {

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import Provenance, read_provenance
+from lvctx.artifacts.sniff import encode_first, mistaken, sniff
 from lvctx.artifacts.store import atomic_file, read_safetensors_header
 from lvctx.errors import InputError
 
@@ -125,14 +126,18 @@ def write_frames(target: Path, features_FPD: "Tensor", pts: list[float], index: 
         writer.append(features_FPD, pts, index)
 
 
-def read_frames(path: Path) -> Frames:
-    """Open a frames artifact. Raises InputError for a file that is not a whole one."""
+def read_frames(path: Path, *, model: str | None = None) -> Frames:
+    """Open a frames artifact. Raises InputError for a file that is not a whole one; `model` is who wants to read it."""
     from safetensors import safe_open
 
+    found = sniff(path)
+    if found.name not in ("frames", "tensors"):
+        fix = encode_first(path, model) if found.name == "video" else "write one with lvctx encode-video"
+        raise mistaken(path, "a frames artifact", fix=fix, found=found)
     header = read_safetensors_header(path)
     provenance = read_provenance(path)
     if provenance is None or provenance.get("schema") not in KINDS:
-        raise InputError("not a frames artifact", where=path, fix="write one with lvctx encode-video")
+        raise mistaken(path, "a frames artifact", fix="write one with lvctx encode-video", found=found)
     missing = {"features", "pts", "index"} - header.keys()
     if missing:
         raise InputError(f"frames artifact without {', '.join(sorted(missing))}", where=path, fix="encode it again")

@@ -17,6 +17,7 @@ import numpy as np
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import read_manifest
+from lvctx.artifacts.sniff import check_kind
 from lvctx.artifacts.store import read_safetensors_header, save_tensors
 from lvctx.errors import InputError
 
@@ -59,9 +60,10 @@ class PackedRows:
         what is left at a row's end is not read. A larger one is refused: rows are not joined.
         """
         self.directory = Path(directory)
+        check_kind(self.directory, "packed", "packed text", fix="run lvctx pack-text")
         self.manifest: dict[str, Any] = read_manifest(self.directory)
         if self.manifest.get("schema") != schemas.PACKED:
-            raise InputError(f"not packed rows ({self.manifest.get('schema')})", where=directory, fix="run pack-text")
+            raise InputError(f"not packed text ({self.manifest.get('schema')})", where=directory, fix="run pack-text")
         for name, stored in self.manifest["files"].items():
             path = self.directory / name
             if not path.is_file() or path.stat().st_size != stored["bytes"]:

@@ -56,24 +56,27 @@ def open_eyes(
     fps: float | None,
     hybrid: Hybrid | None,
     apart: bool = False,
+    allow_partial: bool = False,
 ) -> Eyes:
     """The eyes of the model in directory `path`, which the user calls `name`, on a haystack of `files` in order.
 
-    `fps`, `hybrid` and `apart` are for models that read video files; None is a frame a second, and uniform resolution.
+    `fps`, `hybrid`, `apart` and `allow_partial` are for models that read video files; None is a frame a second, and
+    uniform resolution.
     Raises UsageError where the model cannot see or has no use for them, InputError for files that it cannot read.
     """
     kind = load_config(path).model_type
     if kind in TYPES + TIMED:
         from lvctx.bench.qwen_eyes import QwenEyes
 
-        options: dict[str, Any] = {"fps": fps or 1.0, "hybrid": hybrid, "apart": apart}
+        options: dict[str, Any] = {"fps": fps or 1.0, "hybrid": hybrid, "apart": apart, "allow_partial": allow_partial}
         return QwenEyes(path, tokenizer=tokenizer, files=files, **options)
     if kind != VLM_TYPE:
         raise UsageError(
             f"{name} is a language model and cannot see", fix="give a model that align wrote, or a Qwen2-VL"
         )
-    if fps is not None or hybrid is not None or apart:
-        raise UsageError(f"{name} reads encoded frames as they are", fix="drop --fps, --hybrid and --apart")
+    if fps is not None or hybrid is not None or apart or allow_partial:
+        flags = "--fps, --hybrid, --apart and --allow-partial"
+        raise UsageError(f"{name} reads encoded frames as they are", fix=f"drop {flags}")
     return LlavaEyes(path, name=name, files=files)
 
 
@@ -93,7 +96,7 @@ class LlavaEyes:
         tower = TowerFiles.find(path).fingerprint
         self.frames: list[Frames] = []
         for file in files:
-            one = read_frames(file)
+            one = read_frames(file, model=name)
             if one.provenance["inputs"].get("tower") != tower:
                 raise InputError("frames of another tower", where=file, fix=f"lvctx encode-video VIDEO --model {name}")
             self.frames.append(one)

@@ -27,7 +27,7 @@ from lvctx.errors import InputError, UsageError
 from lvctx.model.load import load_config
 from lvctx.model.qwen_vl import TIMED
 from lvctx.positions.mrope_ids import Rules
-from lvctx.vision.decode import count_at_rate, read_frames
+from lvctx.vision.decode import count_at_rate, count_readable, read_frames
 from lvctx.vision.film import check_reachable
 from lvctx.vision.hybrid import Hybrid
 from lvctx.vision.images import image_size, open_image
@@ -51,6 +51,7 @@ class QwenEyes:
         fps: float,
         hybrid: Hybrid | None,
         apart: bool = False,
+        allow_partial: bool = False,
     ) -> None:
         """See `open_eyes`; nothing is decoded but the first frame of each file."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -67,7 +68,10 @@ class QwenEyes:
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         self.unit = 1 if apart or hybrid.mode == "image" else rule.merge
         self.mark, config = rule.mark("video"), load_config(path)
-        counted = [_count(file, fps) for file in self.files]
+        self.allow_partial = allow_partial
+        left = {file: count_readable(file, fps=fps) for file in self.files if allow_partial and not file.is_dir()}
+        counted = [(*left[file][:2], left[file].frames) if file in left else _count(file, fps) for file in self.files]
+        partial = [str(file) for file in left if left[file].partial]
         width, height, _ = counted[0]
         self.size = (width, height)
         """Of the source's frames, in pixels."""
@@ -97,6 +101,8 @@ class QwenEyes:
             "tokens_per_second": seconds,
             "source_size": [width, height],
         }
+        if partial:
+            self.facts["partial"] = partial
         if apart:
             self.facts |= {"apart": True, "natural_size": self.natural}
 
@@ -126,7 +132,10 @@ class QwenEyes:
         background = tuple(round(255 * mean) for mean in self.processor.image_mean)
         # A picture becomes a frame of the source first, so that it keeps its shape as the frames keep theirs.
         inserted = [ImageOps.pad(image, self.size, color=background) for image in images]
-        shown = islice(chain.from_iterable(_frames(file, self.fps) for file in self.files), frames)
+        shown = islice(
+            chain.from_iterable(_frames(file, self.fps, allow_partial=self.allow_partial) for file in self.files),
+            frames,
+        )
         held: dict[int, Image.Image] = {}
         ready: list[Grid] = []
 
@@ -167,8 +176,8 @@ def _listed(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURES)
 
 
-def _frames(file: Path, fps: float) -> Iterator[Image.Image]:
+def _frames(file: Path, fps: float, *, allow_partial: bool) -> Iterator[Image.Image]:
     if file.is_dir():
         yield from map(open_image, _listed(file))
     else:
-        yield from (Image.fromarray(frame.image) for frame in read_frames(file, fps=fps))
+        yield from (Image.fromarray(frame.image) for frame in read_frames(file, fps=fps, allow_partial=allow_partial))

@@ -10,6 +10,7 @@ import typer
 
 from lvctx.cli.common import (
     VIDEO,
+    AllowPartialOption,
     DryRunOption,
     ForceOption,
     QuietOption,
@@ -86,6 +87,7 @@ def runner(name: str) -> Callable[..., None]:
         hybrid_mode: Annotated[
             HybridMode, typer.Option(help="Qwen-VL: groups of merged pairs, of images, or of frames.")
         ] = HybridMode.pair,
+        allow_partial: AllowPartialOption = False,
         subtitles: Annotated[
             Path | None,
             typer.Option(help="Folder of .srt or .vtt files; only what is said at the sampled frames is shown."),
@@ -116,7 +118,7 @@ def runner(name: str) -> Callable[..., None]:
             raise UsageError(f"{name} shows no subtitles", where="--subtitles")
         if rate is not None and frames is not None:
             raise UsageError("give --fps or --frames, not both")
-        if name == "vhs" and (rate, frames, frame_mode, hybrid) != (None,) * 4:
+        if name == "vhs" and (rate, frames, frame_mode, hybrid, allow_partial or None) != (None,) * 5:
             raise UsageError("vhs shows pictures, as the model was taught to", fix="drop what is for videos")
         from lvctx.stages.looking import find_look
         from lvctx.stages.questions import AskConfig, plan_questions, run_questions
@@ -137,6 +139,7 @@ def runner(name: str) -> Callable[..., None]:
             frames=count,
             frame_mode=frame_mode.value if frame_mode else None,
             hybrid=resolution(hybrid, hybrid_mode.value),
+            allow_partial=allow_partial,
             frames_dir=frames_dir or out / "frames",
             device=device,
         )

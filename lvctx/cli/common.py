@@ -50,7 +50,10 @@ def is_rank_zero() -> bool:
 def emit(row: dict[str, Any]) -> None:
     """Write one JSON line to stdout and flush it, so that the next command in a pipe can start on it."""
     if is_rank_zero():
-        sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+        line = json.dumps(row, ensure_ascii=False)
+        if not line.isprintable() and any("\ud800" <= c <= "\udfff" for c in line):
+            line = json.dumps(row)  # a file name that is not UTF-8 can only be escaped
+        sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
 
@@ -206,6 +209,10 @@ ForceOption = Annotated[
 DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Check the inputs, print the plan, stop.", rich_help_panel=RunOptions),
+]
+AllowPartialOption = Annotated[
+    bool,
+    typer.Option("--allow-partial", help="Take what can be decoded of cut or damaged videos; rows then say `partial`."),
 ]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.", rich_help_panel=RunOptions)]
 VerboseOption = Annotated[

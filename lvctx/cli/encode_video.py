@@ -14,6 +14,7 @@ import typer
 
 from lvctx.cli.common import (
     VIDEO,
+    AllowPartialOption,
     DryRunOption,
     ForceOption,
     QuietOption,
@@ -94,9 +95,7 @@ def encode_video(
     sampling: Annotated[
         SamplingChoice, typer.Option(help="keyframe takes the nearest key frames: fast, and off by up to seconds.")
     ] = SamplingChoice.exact,
-    allow_partial: Annotated[
-        bool, typer.Option("--allow-partial", help="Take what can be decoded of cut or damaged videos.")
-    ] = False,
+    allow_partial: AllowPartialOption = False,
     hybrid: Annotated[
         str | None,
         typer.Option(metavar="L,M,S", help="One of L frames has M tokens, the others M/S: 4,144,3. Default: all M."),

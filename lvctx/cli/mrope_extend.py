@@ -10,6 +10,7 @@ import typer
 
 from lvctx.cli.common import (
     VIDEO,
+    AllowPartialOption,
     DryRunOption,
     ForceOption,
     QuietOption,
@@ -101,6 +102,7 @@ def mrope_extend(
     media: Annotated[
         Path, typer.Option(help="Folder that the samples' paths are relative to.", rich_help_panel=TrainOptions)
     ] = Path("."),
+    allow_partial: AllowPartialOption = False,
     seq_len: Annotated[
         int | None,
         typer.Option(help="Tokens of a row. [the packed rows'; SCALE x length]", rich_help_panel=TrainOptions),
@@ -177,6 +179,8 @@ def mrope_extend(
             f"{counted.delimiters} delimiters, but positions end at {counted.last_position}"
         )
     train = None
+    if allow_partial and (data is None or data.is_dir()):
+        raise UsageError("--allow-partial is for videos of samples that are packed here", fix="give it to pack-chat")
     if stages and data is None:
         raise UsageError("--stage is for training", fix="give --data")
     if data is not None and not (dry_run and data.is_file()):
@@ -191,9 +195,14 @@ def mrope_extend(
                 raise UsageError("several processes train on packed chat", fix="lvctx pack-chat first")
             length = seq_len or plan.context
             with progress("mrope-extend, packing", quiet=quiet) as report:
-                data = pack_samples(
-                    data, out, model=model, media=media, seq_len=length, hybrid=asked, fps=fps, seed=seed, report=report
-                )
+                packing: dict[str, Any] = {
+                    "model": model,
+                    "media": media,
+                    "hybrid": asked,
+                    "fps": fps,
+                    "allow_partial": allow_partial,
+                }
+                data = pack_samples(data, out, seq_len=length, seed=seed, report=report, **packing)
         options: dict[str, Any] = {
             **stretch,
             "data": data,

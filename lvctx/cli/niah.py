@@ -9,6 +9,7 @@ import typer
 
 from lvctx.cli.common import (
     VIDEO,
+    AllowPartialOption,
     DryRunOption,
     ForceOption,
     QuietOption,
@@ -155,6 +156,7 @@ def niah(
     hybrid_mode: Annotated[
         HybridMode, typer.Option(help="Groups of merged pairs, or of images.", rich_help_panel=QwenOptions)
     ] = HybridMode.pair,
+    allow_partial: AllowPartialOption = False,
     apart: Annotated[
         bool,
         typer.Option("--apart", help="Pictures apart, as in Visual Haystacks: no film.", rich_help_panel=QwenOptions),
@@ -186,6 +188,8 @@ def niah(
         return
     if model is None or out is None or not lengths:
         raise UsageError("--model, --lengths and -o are needed", fix="see lvctx niah --help")
+    if allow_partial and modality is Modality.text:
+        raise UsageError("--allow-partial is for a haystack of video", fix="drop it")
     hay = haystack if modality is Modality.text else frames
     if not hay:
         raise UsageError(
@@ -224,6 +228,7 @@ def niah(
         fps=fps,
         hybrid=resolution(hybrid, hybrid_mode.value),
         apart=apart,
+        allow_partial=allow_partial,
     )
     tried = [("theta", theta) for theta in (numbers("--rope-theta", rope_theta) if rope_theta else [])]
     for one in rope.split(",") if rope else []:

@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-from lvctx.cli.common import ForceOption, QuietOption, Resume, ResumeOption, SeedOption, emit, progress
+from lvctx.cli.common import (
+    AllowPartialOption,
+    ForceOption,
+    QuietOption,
+    Resume,
+    ResumeOption,
+    SeedOption,
+    emit,
+    progress,
+)
 
 
 def haystack(
@@ -22,6 +31,7 @@ def haystack(
     pixels: Annotated[
         Path | None, typer.Option(help="A .pixels.txt that the frames must agree with.", exists=True, dir_okay=False)
     ] = None,
+    allow_partial: AllowPartialOption = False,
     batch: Annotated[int, typer.Option(help="Frames through the tower at once.", min=1)] = 64,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     seed: SeedOption = 0,
@@ -40,7 +50,12 @@ def haystack(
     encoder = None if model is None else Encoder.plan(model, frame_mode="pad", batch=batch, device=device)
     rate = parse_rate(fps)
     config = HaystackConfig(
-        frames=frames, seed=seed, side=side + side % 2, clips=tuple(clips or ()), fps=1.0 if rate is None else rate
+        frames=frames,
+        seed=seed,
+        side=side + side % 2,
+        clips=tuple(clips or ()),
+        fps=1.0 if rate is None else rate,
+        allow_partial=allow_partial,
     )
     with progress("niah haystack", quiet=quiet) as report:
         row = write_haystack(

@@ -8,6 +8,7 @@ import typer
 
 from lvctx.cli.common import (
     PIPELINE,
+    AllowPartialOption,
     DryRunOption,
     ForceOption,
     QuietOption,
@@ -109,6 +110,7 @@ def pack_chat(
             rich_help_panel=Counting,
         ),
     ] = Mode.pair,
+    allow_partial: AllowPartialOption = False,
     skip_malformed: Annotated[
         bool, typer.Option("--skip-malformed", help="Leave out what is not right, and name it, instead of stopping.")
     ] = False,
@@ -147,6 +149,7 @@ def pack_chat(
         max_frames=max_frames,
         template=template.value,
         skip_malformed=skip_malformed,
+        allow_partial=allow_partial,
         shard_tokens=shard_tokens,
         seed=seed,
     )

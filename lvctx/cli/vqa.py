@@ -12,6 +12,7 @@ import typer
 
 from lvctx.cli.common import (
     VIDEO,
+    AllowPartialOption,
     QuietOption,
     RecipeOption,
     VerboseOption,
@@ -101,6 +102,7 @@ def vqa(
     change: Annotated[
         float, typer.Option(help="adaptive: how much is a change, 0 to 1.", rich_help_panel=QwenOptions)
     ] = 0.1,
+    allow_partial: AllowPartialOption = False,
     cp: Annotated[
         int,
         typer.Option(
@@ -133,7 +135,14 @@ def vqa(
     if device_map is not None and cp > 1:
         raise UsageError("--device-map is for one process", fix="drop --cp")
     threshold = change if select == Select.adaptive else None
-    seen = viewing(fps=fps, max_frames=max_frames, hybrid=hybrid, mode=hybrid_mode.value, threshold=threshold)
+    seen = viewing(
+        fps=fps,
+        max_frames=max_frames,
+        hybrid=hybrid,
+        mode=hybrid_mode.value,
+        threshold=threshold,
+        allow_partial=allow_partial,
+    )
     opened = open_world(device=device, cp=cp, patience=LONG_PATIENCE)
     with opened as world:
         if world.dp > 1:
@@ -211,6 +220,7 @@ def _row(answer: "Answer") -> dict[str, Any]:
         "question": answer.question,
         "answer": answer.text,
         "tokens": answer.tokens,
+        **({"partial": True} if answer.partial else {}),
     }
 
 

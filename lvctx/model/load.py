@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts.manifest import MANIFEST, read_manifest
+from lvctx.artifacts.sniff import check_kind
 from lvctx.errors import InputError, MissingError
 
 VLM_TYPE = "llava_onevision"
@@ -18,7 +19,9 @@ def resolve_model(name: str | Path, *, weights: bool = True) -> Path:
     repository, no config.json, or a shard is missing.
     """
     path = Path(name)
-    if not path.is_dir():
+    if path.exists():
+        check_kind(path, "model", "a model directory", fix="give the directory that holds config.json, or a hub id")
+    else:
         path = _download(str(name), weights=weights)
     if not (path / "config.json").is_file():
         raise InputError("no config.json: not a model directory", where=path)

@@ -33,7 +33,7 @@ from lvctx.artifacts.store import read_safetensors_header, sha256_file
 from lvctx.dist.mesh import LONG_PATIENCE, World, open_world
 from lvctx.errors import LvctxError, MissingError, Stopped, UsageError
 from lvctx.vision.apart import Decoders, Request
-from lvctx.vision.container import check_exists, check_whole, probe
+from lvctx.vision.container import check_whole, probe
 from lvctx.vision.decode import Decoder, Rate, Sampling, count_at_rate
 from lvctx.vision.hybrid import Hybrid, hybrid_tokens
 from lvctx.vision.squares import FrameMode
@@ -44,7 +44,7 @@ __all__ = ["LONG_PATIENCE", "EncodeConfig", "Encoder", "Hybrid", "World", "open_
 log = logging.getLogger(__name__)
 Dtype = Literal["auto", "float32", "bfloat16"]
 Row = dict[str, Any]
-FACTS = ("duration", "source_frames", "time_error", "visual_tokens", "nominal_tokens")
+FACTS = ("duration", "source_frames", "time_error", "visual_tokens", "nominal_tokens", "partial")
 """What a row says of those in the artifact."""
 
 
@@ -172,6 +172,7 @@ class Encoder:
 
     def describe(self, video: Path, out: Path) -> dict[str, Any]:
         """What `encode` would do: the resolved options, the target, and the bytes that it predicts."""
+        check_whole(video, allow_partial=self.config.allow_partial)
         facts = probe(video)
         made = self.provenance(video)
         frames = self._expected_frames(facts)
@@ -227,7 +228,7 @@ class Encoder:
         Raises InputError for a video that cannot be read (see `decode.read_frames`); nothing is left under its name.
         """
         config, preprocess = self.config, self.files.preprocess
-        (check_exists if config.allow_partial else check_whole)(video)
+        check_whole(video, allow_partial=config.allow_partial)
         made = self.provenance(video)
         target = self.target(video, out, made.inputs["video"])
         if is_finished(target, made, resume=resume, force=force):

@@ -42,6 +42,8 @@ class HaystackConfig:
     """Videos; each is shown once, after a scene, while frames are left."""
     fps: Rate = 1.0
     """Frames a second that are taken of a clip."""
+    allow_partial: bool = False
+    """Whether a clip that is cut short or damaged is taken for what is left of it."""
 
 
 def haystack_frames(config: HaystackConfig) -> Iterator[np.ndarray]:
@@ -56,7 +58,8 @@ def _endless(config: HaystackConfig, clips: Sequence[Path]) -> Iterator[np.ndarr
     for number in count():
         yield from scene(config.seed, number, config.side)
         if number < len(clips):
-            yield from (frame.image for frame in read_frames(clips[number], fps=config.fps))
+            read = read_frames(clips[number], fps=config.fps, allow_partial=config.allow_partial)
+            yield from (frame.image for frame in read)
 
 
 def hash_frame(frame_HW3: np.ndarray) -> str:
@@ -82,8 +85,7 @@ def write_haystack(
     """
     if out.name.endswith(SUFFIX) != (encoder is not None):
         raise UsageError(f"-o {out}: --model and a name that ends in {SUFFIX} go together")
-    for clip in config.clips:
-        check_whole(clip)
+    cut = [str(clip) for clip in config.clips if not check_whole(clip, allow_partial=config.allow_partial)]
     made = Provenance(
         schema=schemas.FRAMES if encoder else schemas.HAYSTACK,
         command="niah haystack",
@@ -92,6 +94,7 @@ def write_haystack(
             "side": config.side,
             "fps": config.fps,
             "scenes": VERSION,
+            **({"allow_partial": True} if config.allow_partial else {}),
             **({"frame_mode": encoder.config.frame_mode, "dtype": encoder.config.dtype} if encoder else {}),
         },
         inputs={
@@ -126,7 +129,7 @@ def write_haystack(
         _save(checked(), out, made)
     with atomic_file(_pixels_of(out)) as partial:
         partial.write_text("".join(f"{digest}\n" for digest in seen), encoding="utf-8")
-    return _row(config, out)
+    return _row(config, out) | ({"partial": cut} if cut else {})
 
 
 def _pixels_of(out: Path) -> Path:
@@ -169,7 +172,7 @@ def _film(frames: Iterator[np.ndarray], out: Path, side: int) -> None:
     """H.264 at one frame a second, scaled to `side`. Compressed: its pixels are near the hashed ones, not same."""
     import av
 
-    with atomic_file(out) as partial, av.open(str(partial), "w", format="mp4") as container:
+    with atomic_file(out) as partial, av.open(f"file:{partial}", "w", format="mp4") as container:
         stream: Any = container.add_stream("libx264", rate=1, options={"crf": "12", "threads": "1"})
         stream.width = stream.height = side
         stream.pix_fmt = "yuv420p"

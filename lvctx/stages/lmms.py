@@ -29,7 +29,10 @@ def manifest() -> ModelManifest:
 
 
 class Lvctx(lmms):
-    """A VLM directory or hub id. A video is `frames` frames evenly spread, a picture what `align` made of them."""
+    """A VLM directory or hub id. A video is `frames` frames evenly spread, a picture what `align` made of them.
+
+    With `allow_partial` cut or damaged videos are taken for what can be decoded of them.
+    """
 
     is_simple = True
 
@@ -38,6 +41,7 @@ class Lvctx(lmms):
         pretrained: str,
         frames: int = 32,
         frame_mode: FrameMode = "crop",
+        allow_partial: bool = False,
         chunk: int = 2048,
         device: str | None = None,
         batch_size: int | str = 1,
@@ -54,6 +58,7 @@ class Lvctx(lmms):
         self.asker = Asker(path, device=place, chunk=int(chunk))
         self.tower: Tower = load_tower(path, dtype=self.asker.vlm.dtype, device=place)
         self.frames, self.frame_mode, self.device = int(frames), frame_mode, torch.device(place)
+        self.allow_partial = str(allow_partial).lower() in ("true", "1")
         self._shown: Any = None
 
     def generate_until(self, requests: list[Any]) -> list[str]:
@@ -116,7 +121,8 @@ class Lvctx(lmms):
         self._shown = visuals
 
     def _video(self, path: Path) -> torch.Tensor:
-        shots = (Image.fromarray(frame.image) for frame in read_frames(path, frames=self.frames))
+        read = read_frames(path, frames=self.frames, allow_partial=self.allow_partial)
+        shots = (Image.fromarray(frame.image) for frame in read)
         return self.asker.video_block(
             self.tower.see([self.tower.preprocess.square(shot, self.frame_mode) for shot in shots])
         )

@@ -57,6 +57,7 @@ def find_look(
     frames: int | None,
     frame_mode: FrameMode | None,
     hybrid: Hybrid | None,
+    allow_partial: bool,
     frames_dir: Path,
     device: str,
 ) -> Look:
@@ -72,13 +73,14 @@ def find_look(
             raise UsageError("Qwen-VL takes frames whole, at a rate", fix="drop --frame-mode; give --fps a number")
         check_reachable(hybrid or Hybrid())
         rate = Viewing.fps if fps is None else float(fps)
-        return FilmLook(Viewing(fps=rate, frames=frames, hybrid=hybrid or Hybrid()))
+        return FilmLook(Viewing(fps=rate, frames=frames, hybrid=hybrid or Hybrid(), allow_partial=allow_partial))
     if kind != VLM_TYPE:
         raise UsageError(f"{model} is a {kind} model", fix="give a VLM that lvctx align wrote, or a Qwen2-VL")
     if hybrid is not None and hybrid.mode != "pair":
         raise UsageError(f"{model} merges no frames", fix="drop --hybrid-mode")
     mode = frame_mode or "crop"
-    encoder = Encoder.plan(model, fps=fps, frames=frames, frame_mode=mode, hybrid=hybrid, device=device)
+    how: dict[str, Any] = {"frame_mode": mode, "hybrid": hybrid, "allow_partial": allow_partial}
+    encoder = Encoder.plan(model, fps=fps, frames=frames, device=device, **how)
     return TowerLook(encoder, frames_dir, Encoding.told(load_config(path)))
 
 
@@ -104,6 +106,7 @@ class TowerLook:
             "frames": len(frames.pts),
             "visual_tokens": len(asker.block) - 1,
             "corrupt_frames": made["corrupt_frames"],
+            **({"partial": True} if made.get("partial") else {}),
         }
         return Watched(pts=frames.pts.tolist(), facts=facts)
 
@@ -134,6 +137,7 @@ class FilmLook:
             "visual_tokens": sum(block.tokens for block in film.blocks),
             "frame_size": list(film.frames[0].size),
             "corrupt_frames": found.get("corrupt", 0),
+            **({"partial": True} if found.get("partial") else {}),
         }
         return Watched(pts=film.pts, facts=facts)
 

@@ -190,6 +190,7 @@ def pack_samples(
     seq_len: int,
     hybrid: Hybrid | None,
     fps: float,
+    allow_partial: bool = False,
     seed: int,
     report: Callable[[int, int, str], None],
 ) -> Path:
@@ -209,6 +210,7 @@ def pack_samples(
         max_frames=768,
         template="chatml",
         skip_malformed=False,
+        allow_partial=allow_partial,
         shard_tokens=1 << 24,
         seed=seed,
     )

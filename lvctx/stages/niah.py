@@ -85,6 +85,8 @@ class NiahConfig:
     """Frames a second of a video file; None is 1, as V-NIAH's."""
     hybrid: Hybrid | None = None
     """Resolution of a video file's frames; None is uniform."""
+    allow_partial: bool = False
+    """Whether a video file that is cut short or damaged is taken for what is left of it."""
     apart: bool = False
     """Every frame is a picture by itself, as in Visual Haystacks, instead of all being one film (Qwen-VL)."""
 
@@ -188,6 +190,7 @@ def plan_niah(config: NiahConfig) -> Plan:
             fps=config.fps,
             hybrid=config.hybrid,
             apart=config.apart,
+            allow_partial=config.allow_partial,
         )
         video = test = _video_test(config, eyes, tokenizer)
         layout = video.layout.facts

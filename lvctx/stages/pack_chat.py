@@ -67,6 +67,8 @@ class ChatConfig:
     """`chatml`, or `own`: the tokenizer's."""
     skip_malformed: bool
     """Leave out what is not right, and name it, instead of stopping."""
+    allow_partial: bool = False
+    """Whether a video that is cut short or damaged is taken for what is left of it; it is decoded to count that."""
     shard_tokens: int
     """Tokens after which a shard is closed."""
     seed: int
@@ -125,9 +127,17 @@ def plan_chat(
     inputs = {"model": " ".join(sha256_file(p) for p in small if p.is_file())}
     inputs |= {kind: " ".join(map(sha256_file, paths)) for kind, paths in sources.items()}
     provenance = Provenance(
-        schema=schemas.CHAT, command="pack-chat", config=asdict(config), inputs=inputs, seed=config.seed
+        schema=schemas.CHAT, command="pack-chat", config=_decided(config), inputs=inputs, seed=config.seed
     )
     return Plan(config=config, sources=sources, media=media, tokenizer=tokenizer, rule=rule, provenance=provenance)
+
+
+def _decided(config: ChatConfig) -> dict[str, Any]:
+    """The configuration as the manifest has it; what was packed before there was `allow_partial` stands as it is."""
+    decided = asdict(config)
+    if not config.allow_partial:
+        del decided["allow_partial"]
+    return decided
 
 
 def _shares(mix: Mapping[str, float] | None, sources: Mapping[str, Any]) -> dict[str, float]:
@@ -258,6 +268,8 @@ class _ChatPacker:
         if media.kind == "image":
             width, height = image_size(path)
             return {**facts, "width": width, "height": height}, rule.image(width, height)
+        if self.config.allow_partial:
+            return self._partial_facts(facts, path, rule)
         from lvctx.vision.decode import count_at_rate
 
         width, height, duration, frames = count_at_rate(path, self.config.video_fps)
@@ -265,6 +277,20 @@ class _ChatPacker:
         frames = min(frames, self.config.max_frames)
         facts |= {"width": width, "height": height, "duration": duration, "frames": frames}
         return {**facts, "fps": None if spread else self.config.video_fps}, rule.video(width, height, frames)
+
+    def _partial_facts(self, facts: dict[str, Any], path: Path, rule: VisualRule) -> tuple[dict[str, Any], list[Block]]:
+        """`_media_facts` of a video of which frames may be missing."""
+        from lvctx.vision.decode import count_readable
+
+        fps, most = self.config.video_fps, self.config.max_frames
+        count = count_readable(path, fps=fps)
+        spread = count.frames > most
+        if spread:
+            count = count_readable(path, frames=most)
+        facts |= {"width": count.width, "height": count.height, "duration": count.duration, "frames": count.frames}
+        facts |= {"fps": None if spread else fps, "partial": count.partial}
+        facts |= {"spread": most} if spread else {}
+        return facts, rule.video(count.width, count.height, count.frames)
 
     # Choosing
 

@@ -35,12 +35,15 @@ class Viewing:
     """Resolution; uniform at 240 tokens a grid by default."""
     threshold: float | None = None
     """Adaptive selection of high resolution: least difference from the last high frame, 0 to 1. None: by group."""
+    allow_partial: bool = False
+    """Whether a video that is cut short, or of which more than 1% is damaged, is taken for what is left of it."""
 
     @property
     def facts(self) -> dict[str, Any]:
         """What decides which pixels a model sees, for a row."""
         sampled = {"frames": self.frames} if self.frames else {"fps": self.fps, "max_frames": self.max_frames}
-        return {**sampled, **asdict(self.hybrid), "threshold": self.threshold, "positions": "mrope"}
+        facts = {**sampled, **asdict(self.hybrid), "threshold": self.threshold, "positions": "mrope"}
+        return facts | ({"allow_partial": True} if self.allow_partial else {})
 
 
 def resolution(text: str | None, mode: Mode) -> Hybrid | None:
@@ -87,12 +90,12 @@ class QwenAsker(Asker):
         """
         viewing = self.viewing
         if viewing.frames is None:
-            reader = read_frames(path, fps=viewing.fps)
+            reader = read_frames(path, fps=viewing.fps, allow_partial=viewing.allow_partial)
             film = self._shoot(islice(reader, viewing.max_frames + 1))
             if len(film.frames) <= viewing.max_frames:
                 self.show_film(film)
                 return film, reader.facts
-        reader = read_frames(path, frames=viewing.frames or viewing.max_frames)
+        reader = read_frames(path, frames=viewing.frames or viewing.max_frames, allow_partial=viewing.allow_partial)
         film = self._shoot(reader)
         self.show_film(film)
         return film, reader.facts

@@ -79,7 +79,8 @@ class QwenWatcher(Watcher):
         )
 
     def _show(self, path: Path) -> tuple[float, ...]:
-        film, _ = self.asker.watch(path)
+        film, facts = self.asker.watch(path)
+        self.partial = bool(facts.get("partial"))
         tokens = sum(block.tokens for block in film.blocks)
         self.tell(
             f"{path}: {len(film.frames)} frames in {len(film.runs)} runs, {tokens} visual tokens "

@@ -30,6 +30,8 @@ class Answer:
     """When each frame that it was shown is on display, in seconds."""
     tokens: int
     """Tokens of the whole prompt, visual ones included."""
+    partial: bool = False
+    """Whether its video is cut short or damaged, and what is left of it was shown."""
 
 
 Tell = Callable[[str], None]
@@ -48,12 +50,15 @@ class Watcher:
 
         Raises InputError if it cannot be loaded, UsageError if it cannot see, MissingError without accelerate.
         """
+        self.model = model
         path = resolve_model(model)
         if load_config(path).model_type != VLM_TYPE:
             raise UsageError(f"{model} is a language model and cannot see", fix="give a model that align wrote")
         self.tower = TowerFiles.find(path).fingerprint
         self.asker = Asker(path, device=device, chunk=CHUNK, ring=ring, device_map=device_map)
 
+    partial = False
+    """Whether what was last shown is only what is left of a video."""
     _watched: tuple[Any, tuple[float, ...]] = (None, ())
     """What file was last shown, in which state, and when its frames are on display."""
 
@@ -92,7 +97,8 @@ class Watcher:
         return self._watched[1]
 
     def _show(self, path: Path) -> tuple[float, ...]:
-        frames = read_frames(path)
+        frames = read_frames(path, model=self.model)
+        self.partial = bool(frames.provenance.get("facts", {}).get("partial"))
         if frames.provenance["inputs"].get("tower") != self.tower:
             raise InputError("encoded by another tower", where=path, fix="encode the video with --model of this VLM")
         try:
@@ -113,4 +119,5 @@ class Watcher:
             written = self.asker.reply(ids, max_new_tokens, heard)
         except InputError as e:
             raise InputError(e.what, where=path, fix=e.fix) from None
-        return Answer(question=turns[-1], text=self.asker.text(written), pts=pts, tokens=len(ids))
+        text = self.asker.text(written)
+        return Answer(question=turns[-1], text=text, pts=pts, tokens=len(ids), partial=self.partial)

@@ -87,8 +87,8 @@ class RowReader:
         path = self.media / item["path"]
         if item["kind"] == "image":
             return [open_image(path)], [0.0]
-        rate: dict[str, Any] = {"fps": item["fps"]} if item["fps"] else {"frames": item["frames"]}
-        shots = list(read_frames(path, **rate))
+        rate: dict[str, Any] = {"fps": item["fps"]} if item["fps"] else {"frames": item.get("spread", item["frames"])}
+        shots = list(read_frames(path, **rate, allow_partial=item.get("partial", False)))
         if len(shots) != item["frames"]:
             what = f"{len(shots)} frames, and {item['frames']} when it was packed"
             raise InputError(what, where=path, fix="run pack-chat again")

@@ -1,124 +1,128 @@
 """Video files from outside: are they whole, do they open, and what do their headers say. Nothing is decoded here."""
 
+import logging
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import av
 
-from lvctx.errors import InputError
+from lvctx.artifacts.sniff import ADVICE, Sniffed, mistaken, sniff
+from lvctx.errors import InputError, LvctxError
+from lvctx.vision.squares import MAX_PIXELS
+from lvctx.vision.truncation import find_truncation
 
-TS_PACKETS = (188, 192, 204)
-"""Sizes of a transport stream's packets: plain, with a Blu-ray time code before, with parity after."""
+log = logging.getLogger(__name__)
 
 
-def check_whole(path: Path) -> None:
-    """Raise InputError for a file that is missing or empty, or cut short: MP4, Matroska, AVI or a transport stream.
+def check_whole(path: Path, *, allow_partial: bool = False) -> bool:
+    """Whether a file is whole as far as its container tells. Raises InputError where there is none or it is empty.
 
-    A decoder plays what is left of a cut file without a word. The first three say how long they are; a transport stream
-    shows it only where the cut goes through a packet.
+    Also for one that has been cut short, unless `allow_partial`.
     """
     size = check_exists(path)
-    with open(path, "rb") as f:
-        head = f.read(1024)
-        if head[4:8] == b"ftyp":
-            end = _end_of_mp4(f, size)
-        elif head.startswith(b"\x1aE\xdf\xa3"):
-            end = _end_of_matroska(head)
-        elif head.startswith(b"RIFF"):
-            end = _end_of_riff(f, size)
-        else:
-            end = _end_of_transport_stream(head, size)
-    if end > size:
-        raise InputError(
-            f"the video is cut short at {size:,} bytes", where=path, fix="get it again, or encode-video --allow-partial"
-        )
+    cut = find_truncation(path)
+    if cut and not allow_partial:
+        fix = "get it again, or --allow-partial takes what is left" if cut.readable else "get it again"
+        raise InputError(f"the video is cut short at {size:,} bytes ({cut.why})", where=path, fix=fix)
+    return cut is None
 
 
 def check_exists(path: Path) -> int:
-    """Size of a file in bytes. Raises InputError where there is none or it is empty."""
-    if not path.exists():
-        raise InputError("no such video", where=path)
-    if not path.is_file():
-        raise InputError("not a file", where=path, fix="give a video file")
-    size = path.stat().st_size
-    if size == 0:
-        raise InputError("the file is empty", where=path, fix="download or copy it again")
-    return size
-
-
-def _end_of_mp4(f: BinaryIO, size: int) -> int:
-    """Where the first box ends that ends beyond `size`, or else `size`."""
-    at = 0
-    while at < size:
-        f.seek(at)
-        head = f.read(16)
-        length = int.from_bytes(head[:4], "big")
-        if length == 1:  # a 64-bit length follows the box's name
-            length = int.from_bytes(head[8:16], "big")
-        elif length == 0 and len(head) >= 8:  # the last box, up to the end of the file
-            return size
-        at += max(length, 8)
-    return at
-
-
-def _end_of_riff(f: BinaryIO, size: int) -> int:
-    """Where the last of an AVI's RIFF chunks ends (beyond a gigabyte there are several)."""
-    at = 0
-    while at < size:
-        f.seek(at)
-        head = f.read(8)
-        if not head.startswith(b"RIFF"[: len(head)]):
-            return size  # padding, or something a recorder put behind
-        length = int.from_bytes(head[4:], "little")
-        if length == 0:  # a recorder that never came back to fill it in
-            return size
-        at += 8 + length
-    return at
-
-
-def _end_of_transport_stream(head: bytes, size: int) -> int:
-    """The end of the last packet of `size` bytes, or `size` for what is no transport stream."""
-    for length in TS_PACKETS:
-        start = 4 if length == 192 else 0
-        marks = head[start::length]
-        if len(marks) >= 4 and set(marks) == {0x47}:
-            return -(-size // length) * length
-    return size
-
-
-def _end_of_matroska(head: bytes) -> int:
-    """Where the segment ends that follows the header; 0 where it does not say, as in a recorded live stream."""
-
-    def number(at: int) -> tuple[int, int]:
-        width = 9 - head[at].bit_length()  # as many bytes as the first has leading zeros, and one
-        value = int.from_bytes(head[at : at + width], "big") & ((1 << 7 * width) - 1)
-        return (0 if value == (1 << 7 * width) - 1 else value), at + width
-
+    """Size of a file in bytes. Raises InputError where there is none, it is empty or may not be read."""
     try:
-        length, at = number(4)
-        if head[at + length : at + length + 4] != b"\x18S\x80g":
-            return 0
-        length, at = number(at + length + 4)
-    except IndexError:
-        return 0
-    return at + length if length else 0
+        if path.exists() and not path.is_file():
+            what = f"{sniff(path).phrase}, " if path.is_dir() else ""
+            raise InputError(f"{what}not a file", where=path, fix="give a video file")
+        with open(path, "rb") as f:
+            size = f.seek(0, os.SEEK_END)
+    except FileNotFoundError:
+        fix = "download it first" if str(path).startswith(("http:/", "https:/")) else ""
+        raise InputError("no such video", where=path, fix=fix) from None
+    except LvctxError:
+        raise
+    except (OSError, ValueError) as e:  # no permission, a name that is too long, or with a zero byte
+        raise InputError(f"cannot be read ({getattr(e, 'strerror', None) or e})", where=path) from e
+    if size == 0:
+        raise InputError("the file is empty", where=path, fix=ADVICE["empty"])
+    return size
+
+
+@contextmanager
+def decoder_errors(path: Path) -> Iterator[None]:
+    """Turn whatever FFmpeg and PyAV raise over a file into one InputError that names it.
+
+    What a damaged file makes of them is of every type (OSError, ValueError, IndexError, MemoryError and others).
+    """
+    try:
+        yield
+    except LvctxError:
+        raise
+    except Exception as e:
+        log.info("%s: the decoder failed", path, exc_info=True)
+        reason = getattr(e, "strerror", None) or str(e) or "no reason given"
+        raise InputError(f"cannot be decoded ({type(e).__name__}: {reason})", where=path, fix=DAMAGED) from e
+
+
+DAMAGED = "get it again, or convert it with ffmpeg"
+"""What to do about a video that the decoder fails over."""
+
+
+def open_file(path: Path) -> Any:
+    """A PyAV container of this file and no other. Raises what PyAV raises.
+
+    FFmpeg takes what precedes a colon in a name for a protocol and % for a pattern, and a playlist makes it open the
+    files and addresses that it lists. So it gets a descriptor in place of a name, and may open nothing else.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        options = {"fd": str(descriptor), "protocol_whitelist": "fd"}
+        # Titles and comments are often in another encoding than they should be, and are nothing to us.
+        return av.open("fd:", options=options, metadata_errors="replace")
+    finally:
+        os.close(descriptor)  # FFmpeg has its own copy
 
 
 def open_video(path: Path) -> tuple[Any, Any]:
     """A container and its video stream, ready to decode on all cores. Raises InputError where there is none."""
     try:
-        container = av.open(str(path))
-    except (av.FFmpegError, OSError, ValueError) as e:
+        container = open_file(path)
+    except Exception as e:  # of every type, see decoder_errors
+        found = _check_kind(path)
+        what = "text, not a video" if found.name == "text" else "not a video"
         reason = getattr(e, "strerror", None) or str(e)
-        raise InputError(f"not a video that FFmpeg can open ({reason})", where=path) from e
+        raise InputError(f"{what} that FFmpeg can open ({reason})", where=path, fix="give a video file") from e
+    if container.format.name == "image2" or container.format.name.endswith("_pipe"):
+        container.close()
+        raise mistaken(path, "a video", fix="give a video; an animation in this format has to be converted first")
     cover = av.stream.Disposition.attached_pic
     streams = [s for s in container.streams.video if not s.disposition & cover and s.codec_context is not None]
     if not streams:
         container.close()
+        _check_kind(path)
         raise InputError("no video stream", where=path, fix="give a file with a picture")
+    if streams[0].width * streams[0].height > MAX_PIXELS:
+        container.close()
+        raise InputError(f"frames of more than {MAX_PIXELS:,} pixels", where=path, fix="scale the video down")
     streams[0].thread_type = "AUTO"
     return container, streams[0]
+
+
+def _check_kind(path: Path) -> Sniffed:
+    """What a file is that is no video; InputError where more can be said of it than what FFmpeg says."""
+    found = sniff(path)
+    if found.name not in ("video", "sound", "text", "other"):
+        raise mistaken(path, "a video", fix=OTHERS.get(found.name, "give a video file"), found=found)
+    return found
+
+
+OTHERS = {
+    "frames": "give the video itself; vqa and niah read this file with the LlavaOnevision model that encoded it",
+    "json": "give a video file; lvctx encode-video - reads a list of paths from stdin",
+}
+"""What to do about files of other kinds that are taken for videos."""
 
 
 def demux(container: Any, stream: Any) -> Iterator[Any]:
@@ -129,6 +133,9 @@ def demux(container: Any, stream: Any) -> Iterator[Any]:
             packet = next(packets)
         except (StopIteration, av.FFmpegError):
             return
+        except IndexError:
+            # PyAV flushes at the end every stream there is, and fails over one that began on the way.
+            return
         if packet.size:
             yield packet
 
@@ -137,7 +144,7 @@ def probe(path: Path) -> dict[str, Any]:
     """width, height and, as far as the container says, duration in seconds and average fps; nothing is decoded."""
     check_exists(path)
     container, stream = open_video(path)
-    with container:
+    with container, decoder_errors(path):
         if stream.duration is not None:
             duration = float(stream.duration * stream.time_base)
         else:

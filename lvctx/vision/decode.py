@@ -16,15 +16,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import av
 import numpy as np
 
 from lvctx.errors import InputError, UsageError
-from lvctx.vision.container import check_exists, check_whole, demux, open_video, probe
+from lvctx.vision.container import check_whole, decoder_errors, demux, open_video, probe
 from lvctx.vision.packets import PacketIndex, read_packets
 from lvctx.vision.planned import Converter, Prepare, Tally, read_planned
+from lvctx.vision.truncation import ends_inside_packet
 
 Rate = float | Literal["native"]
 """Frames a second, or every frame."""
@@ -65,13 +66,18 @@ class Shot:
 class FrameReader(Iterator[Frame]):
     """The frames asked for; once exhausted, `facts` says what was seen on the way."""
 
-    def __init__(self, frames: Iterator[Frame], facts: dict[str, Any]) -> None:
-        self._frames = frames
+    def __init__(self, frames: Iterator[Frame], facts: dict[str, Any], path: Path) -> None:
+        self._frames, self._path = frames, path
         self.facts = facts
-        """width, height, source_frames, duration (seconds), corrupt (damaged frames), decoder (with versions)."""
+        """width, height, source_frames, duration (seconds), corrupt (damaged frames), decoder (with versions);
+        and `partial`, true, for a video that is cut short or of which more than 1% is damaged."""
 
     def __next__(self) -> Frame:
-        return next(self._frames)
+        with decoder_errors(self._path):
+            frame = next(self._frames, None)
+        if frame is None:
+            raise StopIteration
+        return frame
 
 
 def read_frames(
@@ -98,13 +104,9 @@ def read_frames(
     """
     if sum(given is not None for given in (fps, frames, wanted)) != 1:
         raise UsageError("give either a rate or a number of frames")
-    if allow_partial:
-        check_exists(path)
-    else:
-        check_whole(path)
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = {} if check_whole(path, allow_partial=allow_partial) else {"partial": True}
     job = _Job(path, fps, frames, wanted, decoder, sampling, allow_partial, prepare, threads or (os.cpu_count() or 1))
-    return FrameReader(_read(job, facts, tally or Tally()), facts)
+    return FrameReader(_read(job, facts, tally or Tally()), facts, path)
 
 
 def choose(index: PacketIndex, fps: Rate | None, frames: int | None) -> list[int]:
@@ -183,16 +185,19 @@ def _read(job: "_Job", facts: dict[str, Any], tally: Tally) -> Iterator[Frame]:
                 yield Frame(index=number, pts=float(index.time(number)), image=image)
     if found == 0 or index is None:
         raise InputError("not one frame could be decoded", where=job.path)
-    _refuse_damage(job, tally.damaged, tally.decoded)
-    _refuse_damage(job, len(times) - found, len(times))
+    _check_damage(job, facts, tally.damaged, tally.decoded)
+    _check_damage(job, facts, len(times) - found, len(times))
     facts["source_frames"] = len(index)
     facts["duration"] = float(index.end * index.time_base - index.time(0))
     facts["corrupt"] = tally.damaged
 
 
-def _refuse_damage(job: "_Job", damaged: int, frames: int) -> None:
-    if damaged > CORRUPT_LIMIT * frames and not job.allow_partial:
-        fix = "get the video again, or encode-video --allow-partial takes what there is"
+def _check_damage(job: "_Job", facts: dict[str, Any], damaged: int, frames: int) -> None:
+    if damaged <= CORRUPT_LIMIT * frames or damaged <= ends_inside_packet(job.path):
+        return
+    facts["partial"] = True
+    if not job.allow_partial:
+        fix = "get the video again, or --allow-partial takes what there is"
         raise InputError(f"{damaged} of {frames} decoded frames are damaged or missing", where=job.path, fix=fix)
 
 
@@ -264,7 +269,7 @@ def _read_everything(job: _Job, facts: dict[str, Any], tally: Tally) -> Iterator
     if last is None:
         raise InputError("not one frame could be decoded", where=job.path)
     facts["corrupt"] = tally.damaged
-    _refuse_damage(job, tally.damaged, tally.decoded + tally.damaged)
+    _check_damage(job, facts, tally.damaged, tally.decoded + tally.damaged)
 
 
 def _shots(job: _Job, facts: dict[str, Any], tally: Tally) -> Iterator[Shot]:
@@ -297,3 +302,29 @@ def _decode(container: Any, stream: Any, tally: Tally) -> Iterator[Any]:
             tally.damaged += 1
     with contextlib.suppress(av.FFmpegError):
         yield from stream.decode(None)
+
+
+class Readable(NamedTuple):
+    """What can be read of a video."""
+
+    width: int
+    """Of an upright frame, in pixels."""
+    height: int
+    """Likewise."""
+    duration: float
+    """Seconds."""
+    frames: int
+    """Frames that `read_frames` gives with `allow_partial`."""
+    partial: bool
+    """Whether the video is cut short or damaged."""
+
+
+def count_readable(path: Path, *, fps: float | None = None, frames: int | None = None) -> Readable:
+    """Count what `read_frames` gives of a video that may be cut or damaged: only decoding all of it tells.
+
+    Raises as `read_frames` with `allow_partial`.
+    """
+    reader = read_frames(path, fps=fps, frames=frames, allow_partial=True)
+    count = sum(1 for _ in reader)
+    facts = reader.facts
+    return Readable(facts["width"], facts["height"], facts["duration"], count, facts.get("partial", False))

@@ -56,7 +56,8 @@ def read_with_decord(
     decord = require_decord()
     decord.logging.set_level(decord.logging.QUIET)
     try:
-        reader = decord.VideoReader(str(path), ctx=decord.cpu(0))
+        # A relative name with a colon in it would be taken for a protocol.
+        reader = decord.VideoReader(str(path.absolute()), ctx=decord.cpu(0))
         if len(reader) != len(index):
             raise InputError(f"decord counts {len(reader)} frames of {len(index)}", where=path, fix="--decoder auto")
         todo = iter(wanted)

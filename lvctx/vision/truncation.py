@@ -1,0 +1,164 @@
+"""Whether a video file has been cut short, by the sizes that its container states. Nothing is decoded.
+
+A decoder plays what is left of a cut file without a word. But tags, trailers of cameras and padding may follow the
+video, and recorders write sizes that are unknown or off by a header. So a file counts as cut where something that holds
+pictures, or the index of them, ends beyond it.
+
+Sources: ISO/IEC 14496-12 (boxes of MP4 and QuickTime), RFC 8794 and RFC 9559 (elements of Matroska), OpenDML 2.0
+(chunks of AVI). A transport stream has no size; it may end anywhere.
+"""
+
+import io
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+
+class Truncation(NamedTuple):
+    """What shows that a file has been cut short."""
+
+    why: str
+    """For people."""
+    readable: bool = True
+    """Whether what is left can be decoded."""
+
+
+def find_truncation(path: Path) -> Truncation | None:
+    """What shows that a video file has been cut short; None for a whole one, and where its container cannot tell."""
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        head = f.read(12)
+        if head[4:8] in MP4_HEADS:
+            return _cut_mp4(f, size)
+        if head.startswith(b"\x1aE\xdf\xa3"):
+            return _cut_matroska(f, size)
+        if head.startswith(b"RIFF"):
+            return _cut_riff(f, size)
+    return None
+
+
+MP4_HEADS = (b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"pnot")
+"""Boxes that a file begins with; those of old QuickTime have no ftyp."""
+MP4_MOVIE = (b"moov", b"mdat", b"moof", b"styp", b"sidx", b"ssix", b"prft", b"emsg", b"mfra")
+"""Boxes of pictures and fragments. All others (free, uuid, udta, and what is no box at all) may be cut or a trailer."""
+
+
+def _cut_mp4(f: BinaryIO, size: int) -> Truncation | None:
+    at, found = 0, []
+    while size - at >= 8:
+        f.seek(at)
+        head = f.read(16)
+        length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+        if length == 1:  # a 64-bit length follows the box's name
+            length = int.from_bytes(head[8:], "big")
+        elif length == 0:  # the last box, up to the end of the file
+            length = size - at
+        end = at + length
+        if end > size and kind in MP4_MOVIE:
+            return Truncation(f"its {kind.decode()} box ends at {end:,}", readable=b"moov" in found)
+        if length < 8 or end > size:
+            break  # no box of the movie: a trailer
+        found.append(kind)
+        at = end
+    if b"moov" not in found and b"meta" not in found:  # meta: pictures of HEIF
+        return Truncation("its index (moov box) is missing", readable=False)
+    data = [kind for kind in found if kind in (b"moof", b"mdat")]
+    if b"moov" in found and (not data or data[-1] == b"moof"):
+        return Truncation("its data (mdat box) is missing", readable=bool(data))
+    return None
+
+
+SEGMENT, SEEK_HEAD, SEEK, SEEK_POSITION = b"\x18S\x80g", b"\x11M\x9bt", b"M\xbb", b"S\xac"
+
+
+def _cut_matroska(f: BinaryIO, size: int) -> Truncation | None:
+    try:
+        _, length, at = _element(f, 0)
+        kind, length, start = _element(f, at + (length or 0))
+    except ValueError:
+        return None
+    if kind != SEGMENT or length is None or start + length <= size:
+        return None
+    cut = Truncation(f"its segment ends at {start + length:,}")
+    at, targets = start, [0]
+    try:
+        while at < size:
+            kind, length, inner = _element(f, at)
+            if kind == SEEK_HEAD and length is not None:
+                targets += _seek_positions(f, inner, inner + length)
+            at = inner + (length or 0)  # of unknown length, as of a live cluster: what is in it comes next
+    except ValueError:
+        return cut
+    # Where the last element ends with the file and nothing that is referred to is missing, the stated size is wrong.
+    return cut if at > size or start + max(targets) >= size else None
+
+
+def _element(f: BinaryIO, at: int) -> tuple[bytes, int | None, int]:
+    """Id, length (None: unknown) and place of the content of the EBML element at a place. Raises ValueError."""
+    f.seek(at)
+    head = f.read(12)
+    width = 9 - head[0].bit_length() if head else 9  # as many bytes as the first has leading zeros, and one
+    size = 9 - head[width].bit_length() if len(head) > width else 9
+    if width > 4 or size > 8 or len(head) < width + size:
+        raise ValueError("no EBML element")
+    unknown = (1 << 7 * size) - 1
+    length = int.from_bytes(head[width : width + size], "big") & unknown
+    return head[:width], None if length == unknown else length, at + width + size
+
+
+def _seek_positions(f: BinaryIO, at: int, end: int) -> list[int]:
+    """Where the elements are that a seek head lists, counted from the segment's content on."""
+    f.seek(at)
+    held = io.BytesIO(f.read(min(end - at, 1 << 16)))
+    found, place, whole = [], 0, len(held.getbuffer())
+    while place < whole:
+        kind, length, inner = _element(held, place)
+        if kind == SEEK_POSITION:
+            held.seek(inner)
+            found.append(int.from_bytes(held.read(length or 0), "big"))
+        place = inner if kind == SEEK else inner + (length or 0)
+    return found
+
+
+RIFF_PICTURES = (b"LIST", b"idx1", b"ANMF", b"VP8 ", b"VP8L")
+"""Chunks of AVI and WebP that hold pictures or say where they are."""
+SLACK = 12
+"""Bytes by which writers overstate a chunk: its own header, with the name of a list."""
+
+
+def _cut_riff(f: BinaryIO, size: int) -> Truncation | None:
+    """The RIFF chunks' own sizes are not looked at: they are wrong or unknown too often, and the chunks inside tell."""
+    at = 0
+    while size - at >= 12:
+        f.seek(at)
+        head = f.read(12)
+        kind, length = head[:4], int.from_bytes(head[4:8], "little")
+        if kind == b"RIFF":  # beyond a gigabyte there are several
+            at += 12
+            continue
+        if kind == b"LIST" and head[8:] == b"movi" and length in (0, 0xFFFFFFFF):
+            return None  # a recorder that never came back to fill it in
+        end = at + 8 + length
+        if end > size + SLACK:
+            name = "movi" if head[8:] == b"movi" else kind.decode("latin-1").strip()
+            return Truncation(f"its {name} chunk ends at {end:,}") if kind in RIFF_PICTURES else None
+        at = end + length % 2
+    return None
+
+
+TS_PACKETS = (188, 192, 204)
+"""Sizes of a transport stream's packets: plain, with a Blu-ray time code before, with parity after."""
+
+
+def ends_inside_packet(path: Path) -> bool:
+    """Whether this is a transport stream that ends within a packet, so that its last picture may be cut.
+
+    Recorders stop anywhere, and players show such files to the end.
+    """
+    with open(path, "rb") as f:
+        head = f.read(1024)
+        size = f.seek(0, io.SEEK_END)
+    for length in TS_PACKETS:
+        marks = head[4 if length == 192 else 0 :: length]
+        if len(marks) >= 4 and set(marks) == {0x47}:
+            return size % length > 0
+    return False
