@@ -95,7 +95,8 @@ class Fields:
         for path in self.source_paths():
             found = dig(record, path)
             if isinstance(found, str | int):
-                return str(found)
+                # JSON can spell a lone surrogate, which no manifest can hold.
+                return str(found).encode(errors="surrogatepass").decode(errors="replace")
         return UNNAMED
 
 
