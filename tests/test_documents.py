@@ -139,6 +139,8 @@ def test_sources_are_found_where_they_are_named(bpe: Path, tmp_path: Path) -> No
     (tmp_path / "b.jsonl").write_text(json.dumps({"doc": {"body": "x"}, "from": {"site": 7}}))
     found = read(corpus(tmp_path / "b.jsonl", text="doc.body", source="from.site"), bpe)
     assert found == [("x", "7", OK)]
+    (tmp_path / "d.jsonl").write_text('{"text": "x", "source": "\\ud800"}')
+    assert read(corpus(tmp_path / "d.jsonl"), bpe) == [("x", "���", OK)]
     path = write_parquet(tmp_path / "c.parquet", ["x", "y"], meta=[{"redpajama_set_name": "RedPajamaC4"}] * 2)
     assert [s for _, s, _ in read(corpus(path), bpe)] == ["RedPajamaC4"] * 2
 

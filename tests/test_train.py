@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import aligning
-import numpy as np
 import pytest
 import torch
 from aligning import draw, metrics, talk, write
 from hypothesis import given
 from hypothesis import strategies as st
+from killing import Toy
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from lvctx.artifacts.manifest import Provenance
-from lvctx.dist.mesh import World
 from lvctx.errors import InputError, Stopped, UsageError
 from lvctx.model.adapter import longest_sample
 from lvctx.model.load import load_tokenizer
@@ -30,7 +28,7 @@ from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import VIDEO_TOKEN
 from lvctx.train.chat import encode_conversation, read_conversations
 from lvctx.train.data import indices
-from lvctx.train.loop import Group, TrainConfig, train, uninterrupted
+from lvctx.train.loop import uninterrupted
 from lvctx.train.schedule import rate
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -50,36 +48,6 @@ def test_every_epoch_reads_every_sample_once(batch: int, samples: int, seed: int
     order = [i for step in range(steps) for i in indices(step, batch=batch, samples=samples, seed=seed)]
     for epoch in range(epochs + 1):
         assert sorted(order[epoch * samples : (epoch + 1) * samples]) == list(range(samples))
-
-
-class Toy:
-    """A regression whose every step can be watched, or interrupted."""
-
-    def __init__(self, out: Path, steps: int = 6, stop_at: int | None = None, *, lr: float = 0.1) -> None:
-        torch.manual_seed(0)
-        self.model = nn.Linear(3, 1)
-        self.out, self.steps, self.stop_at, self.lr = out, steps, stop_at, lr
-        self.calls = 0
-
-    def loss(self, sample: int) -> tuple[Tensor, int]:
-        self.calls += 1
-        if self.stop_at is not None and self.calls == self.stop_at:
-            raise Stopped
-        x = torch.from_numpy(np.random.default_rng(sample).normal(size=(sample + 1, 3)).astype("float32"))
-        return ((self.model(x) - x.sum(1, keepdim=True)) ** 2).sum(), len(x)
-
-    def run(self, seed: int = 0) -> list[Tensor]:
-        train(
-            groups=[Group(name="all", parameters=list(self.model.parameters()), lr=self.lr)],
-            batch=lambda step: indices(step, batch=2, samples=5, seed=0),
-            loss=self.loss,
-            config=TrainConfig(steps=self.steps, schedule="cosine", warmup=0.3, weight_decay=0.1, save_every=2),
-            out=self.out,
-            run=Provenance(schema="toy/1", command="toy", config={}, inputs={}, seed=seed),
-            report=lambda done, total, note: None,
-            world=World(device="cpu"),
-        )
-        return [p.detach().clone() for p in self.model.parameters()]
 
 
 @pytest.mark.parametrize("stop_at", range(1, 13))

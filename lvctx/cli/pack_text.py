@@ -49,7 +49,8 @@ def pack_text(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            metavar="INPUT...", help="Files (.jsonl, .parquet, text; .gz, .zst), folders, - or a datasets hub id."
+            metavar="INPUT...",
+            help="JSON, Parquet or text files (also .gz, .zst, .xz, .bz2), folders, - or a datasets hub id.",
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory of the packed rows.")],

@@ -31,7 +31,7 @@ def tracked(report: Report, tracker: Tracker | None, out: Path) -> Iterator[Repo
     def told(done: int, total: int, note: str) -> None:
         report(done, total, note)
         files = sorted(out.rglob("metrics.jsonl"), key=lambda p: p.stat().st_mtime_ns)
-        row = json.loads(files[-1].read_text(encoding="utf-8").splitlines()[-1])
+        row = json.loads(files[-1].read_bytes().rstrip(b"\n").rpartition(b"\n")[2])
         folder = files[-1].parent.relative_to(out).as_posix()
         values = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
         values |= {f"lr_{group}": rate for group, rate in row["lr"].items()}

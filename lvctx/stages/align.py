@@ -130,7 +130,6 @@ def _train(
         load_adapter(adapter, vlm, wrapped)
     if checkpoint_activations:
         checkpoint_layers(vlm.model.language_model, offload=False)
-    longest = max([longest_sample(path) for path in (*plan.adapters, plan.init) if path is not None], default=0)
 
     def sample(number: int) -> Sample:
         return encode_sample(number, plan.rows[number], tokenizer, encoding, max_length=config.max_length)
@@ -139,12 +138,10 @@ def _train(
         return indices(step, batch=config.batch, samples=len(plan.rows), seed=config.seed)
 
     def batch(step: int) -> list[list[Sample]]:
-        nonlocal longest
         samples = [sample(number) for number in chosen(step)]
         if config.pose:
             context = context_length(vlm.config)
             samples = [spread(one, context, np.random.default_rng([config.seed, step, one.number])) for one in samples]
-        longest = max(longest, *(one.longest for one in samples))
         if all(label == IGNORED for one in samples for s in one.sequences for label in s.labels):
             raise InputError("a whole step without an answer left", where=samples[0].where, fix="raise --max-length")
         return pack_samples(samples, micro_tokens)
@@ -173,7 +170,7 @@ def _train(
             report=report,
         )
         loss = partial(forward, judge=Preference(reference, config.beta))
-    train(
+    rows = train(
         groups=groups,
         batch=batch,
         loss=loss,
@@ -189,7 +186,10 @@ def _train(
         report=report,
         world=world,
         name=lambda micro: ", ".join(one.where for one in micro),
+        longest=lambda micro: max(one.longest for one in micro),
     )
+    before = [longest_sample(path) for path in (*plan.adapters, plan.init) if path is not None]
+    longest = max([*before, *(row.get("longest_sample", 0) for row in rows)], default=0)
     if world.mesh is not None:
         twin = _load(plan, "cpu")[0] if world.rank == 0 else None
         wrapped = None

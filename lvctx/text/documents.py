@@ -1,8 +1,9 @@
 """Documents from wherever they lie, as chunks of about a mebibyte that another process can tokenize.
 
-JSON lines and plain text (both also .gz and .zst), Parquet, folders of these, stdin (`-`), a dataset saved by
-`datasets` and one on the Hugging Face hub (`name` or `name@revision`), several at once and in the order given. A chunk
-carries raw bytes where it can: parsing and decoding are the tokenizing process's work, so that one reader feeds many.
+JSON lines, JSON arrays and plain text (all also compressed, see `unpack`), Parquet, folders of these, stdin (`-`), a
+dataset saved by `datasets` and one on the Hugging Face hub (`name` or `name@revision`), several at once and in the
+order given. A chunk carries raw bytes where it can: parsing and decoding are the tokenizing process's work, so that one
+reader feeds many.
 
 Chunk borders depend on the input alone, and every chunk knows the place it begins and ends at, so a run that was killed
 starts reading at the chunk it was in. Nothing is held beyond one chunk (for Parquet: one row group's pages).
@@ -10,25 +11,27 @@ starts reading at the chunk it was in. Nothing is held beyond one chunk (for Par
 
 import hashlib
 import io
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from lvctx.errors import InputError
 from lvctx.text.hub import hub_commit, no_dataset, open_dataset
+from lvctx.text.json_values import as_lines
 from lvctx.text.streams import (
     BROKEN,
-    MEBIBYTE,
     Part,
-    decompress,
     find_parts,
     open_stream,
     read_whole,
     sample,
     skip,
 )
+from lvctx.text.unpack import MEBIBYTE, check_text, unpack
 
 UNNAMED = "unnamed"
 """The source of documents that name none."""
@@ -59,6 +62,8 @@ class Chunk:
     """Name of each document where every one is a file of its own."""
     lines: bytes | None = None
     """Whole lines of JSON."""
+    elements: bool = False
+    """Whether the lines are made of the elements of an array or other values, which are then numbered from 0."""
     texts: tuple[bytes | str | None, ...] = ()
     """Documents, decoded or not; None where the record has no text."""
     sources: tuple[str, ...] = ()
@@ -66,7 +71,10 @@ class Chunk:
 
     def name(self, number: int) -> str:
         """How to call the `number`-th line or document in a message."""
-        return self.files[number] if self.files else f"{self.where}:{self.start.line + 1 + number}"
+        if self.files:
+            return self.files[number]
+        at = self.start.line + number
+        return f"{self.where}[{at}]" if self.elements else f"{self.where}:{at + 1}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +95,8 @@ class Fields:
         for path in self.source_paths():
             found = dig(record, path)
             if isinstance(found, str | int):
-                return str(found)
+                # JSON can spell a lone surrogate, which no manifest can hold.
+                return str(found).encode(errors="surrogatepass").decode(errors="replace")
         return UNNAMED
 
 
@@ -107,7 +116,7 @@ class Corpus:
         """Find the parts. `split` is for datasets. Raises InputError for what does not exist."""
         self.fields, self.split = fields, split
         self.parts = find_parts(inputs)
-        self._stdin: BinaryIO | None = None
+        self._stdin: io.BufferedReader | None = None
         self._base = [0]
         for part in self.parts:
             self._base.append(self._base[-1] + part.size)
@@ -138,19 +147,19 @@ class Corpus:
             else:
                 content = sample(Path(part.name))
             name, digest = Path(part.name).name, hashlib.sha256(content).hexdigest()
-            whole.update(f"{part.kind}\0{name}\0{part.size}\0{digest}\n".encode())
+            whole.update(os.fsencode(f"{part.kind}\0{name}\0{part.size}\0{digest}\n"))
         return whole.hexdigest()
 
     def _head(self) -> bytes:
         """The first mebibyte of stdin, unconsumed: `peek` waits for it because the buffer lies over another one."""
         try:
-            return bytes(self._open_stdin().peek(MEBIBYTE))
+            return self._open_stdin().peek(MEBIBYTE)
         except BROKEN as e:
             raise InputError(f"cannot read ({e})", where="stdin") from e
 
-    def _open_stdin(self) -> Any:
+    def _open_stdin(self) -> io.BufferedReader:
         if self._stdin is None:
-            self._stdin = io.BufferedReader(decompress(sys.stdin.buffer), MEBIBYTE)
+            self._stdin = unpack(sys.stdin.buffer, "stdin")
         return self._stdin
 
     def chunks(self, start: Place) -> Iterator[Chunk]:
@@ -169,8 +178,7 @@ class Corpus:
                 yield self._together(texts)
                 texts = []
             if part.kind == "lines":
-                with open_stream(part.name) as f:
-                    yield from self._lines(f, begin, part.name)
+                yield from self._lines(begin, part.name)
             elif part.kind == "stdin":
                 yield from self._read_stdin(begin)
             elif part.kind == "parquet":
@@ -195,22 +203,31 @@ class Corpus:
     def _read_stdin(self, begin: Place) -> Iterator[Chunk]:
         stream = self._open_stdin()
         if begin.at == 0 and not self._head().lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")):
-            text = stream.read()
+            try:
+                text = stream.read()
+            except BROKEN as e:
+                raise InputError(f"cannot read ({e})", where="stdin", fix="is it whole?") from e
+            check_text(text, "stdin")
             if text:
                 end = Place(begin.part + 1, 0, 0)
                 yield Chunk(start=begin, end=end, where="stdin", files=("stdin",), texts=(text,), sources=(UNNAMED,))
             return
-        yield from self._lines(stream, begin, "stdin")
+        yield from self._lines(begin, None)
 
-    def _lines(self, f: Any, begin: Place, name: str) -> Iterator[Chunk]:
+    def _lines(self, begin: Place, path: str | None) -> Iterator[Chunk]:
+        """Chunks of a file of JSON, or of stdin."""
         at, line = begin.at, begin.line
+        name = path or "stdin"
         try:
-            skip(f, at, seek=name != "stdin")
-            while blob := f.read(MEBIBYTE):
-                blob += f.readline()
-                count = blob.count(b"\n")
-                start, at, line = Place(begin.part, at, line), at + len(blob), line + count
-                yield Chunk(start=start, end=Place(begin.part, at, line), where=name, lines=blob)
+            with open_stream(path) if path else nullcontext(self._open_stdin()) as stream:
+                values = as_lines(stream, name)
+                f = values or stream
+                skip(f, at, seek=path is not None)
+                while blob := f.read(MEBIBYTE):
+                    blob += f.readline()
+                    start, at, line = Place(begin.part, at, line), at + len(blob), line + blob.count(b"\n")
+                    end = Place(begin.part, at, line)
+                    yield Chunk(start=start, end=end, where=name, lines=blob, elements=values is not None)
         except BROKEN as e:
             raise InputError(f"cannot read past line {line} ({e})", where=name, fix="is the file whole?") from e
 
@@ -219,7 +236,8 @@ class Corpus:
         import pyarrow.parquet as pq
 
         try:
-            with pq.ParquetFile(name) as file:
+            # Opened here, as pyarrow takes no name that is not UTF-8.
+            with open(name, "rb") as opened, pq.ParquetFile(opened) as file:
                 columns = file.schema_arrow.names
                 self._check_columns(columns, name)
                 text = self.fields.text if self.fields.text in columns else self.fields.text.split(".")[0]
@@ -234,9 +252,10 @@ class Corpus:
                 gather = _Gather(begin, name)
                 for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=wanted):
                     # Text as bytes: invalid UTF-8 is the decoder's to judge, and pyarrow would stop at it.
-                    plain = pa.types.is_string(batch[text].type) or pa.types.is_large_string(batch[text].type)
-                    binary = pa.large_binary() if pa.types.is_large_string(batch[text].type) else pa.binary()
-                    texts = (batch[text].cast(binary) if plain else batch[text]).to_pylist()
+                    kind = batch[text].type
+                    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+                    plain = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+                    texts = (batch[text].cast(pa.large_binary()) if plain else batch[text]).to_pylist()
                     others = batch.select([c for c in wanted if c != text]).to_pylist()
                     for value, other in zip(texts, others, strict=True):
                         row += 1
@@ -244,7 +263,9 @@ class Corpus:
                             value = value if plain else dig({text: value}, self.fields.text)
                             yield from gather.add(value, self.fields.source_of(other))
                 yield from gather.rest()
-        except (OSError, pa.ArrowException) as e:
+        except InputError:
+            raise
+        except Exception as e:  # what a damaged file makes pyarrow raise is not only its own errors
             raise InputError(f"not readable as Parquet ({e})", where=name) from e
 
     def _dataset(self, begin: Place, part: Part) -> Iterator[Chunk]:

@@ -1,17 +1,18 @@
-"""Where documents lie, and their bytes: decompressed by their first bytes, read from a place on, told by a sample."""
+"""Where documents lie, and their bytes: read from a place on, told by a sample."""
 
-import gzip
 import hashlib
 import io
+import os
+import stat
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from lvctx.errors import InputError
+from lvctx.text.unpack import MEBIBYTE, check_text, unpack
 
-MEBIBYTE = 1 << 20
 _WHOLE = 4 * MEBIBYTE
 BROKEN = (OSError, EOFError, zlib.error)
 """What reading a damaged or cut file raises."""
@@ -19,7 +20,9 @@ BROKEN = (OSError, EOFError, zlib.error)
 
 _LINES, _TEXTS = (".jsonl", ".ndjson", ".json"), (".txt", ".md", ".rst", ".text")
 _KNOWN = (*_LINES, *_TEXTS, ".parquet")
-_SQUEEZED = (".gz", ".zst")
+_READ = (".gz", ".zst", ".xz", ".bz2")
+_SQUEEZED = (*_READ, ".lz4", ".br", ".z", ".lz", ".lzma", ".lzo", ".sz", ".7z", ".zip", ".rar")
+"""What may follow a file's own suffix; what is not read is refused when the file is opened, not passed by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +47,29 @@ def find_parts(inputs: Sequence[str]) -> list[Part]:
     parts: list[Part] = []
     for name in inputs:
         path = Path(name)
+        found = None if name == "-" else _stat(path)
         if name == "-":
             parts.append(Part(kind="stdin", name=name, size=0))
-        elif path.is_dir():
+        elif found and stat.S_ISDIR(found.st_mode):
             parts += _folder(path)
-        elif path.exists():
-            parts.append(Part(kind=_kind(path), name=name, size=path.stat().st_size))
+        elif found and stat.S_ISREG(found.st_mode):
+            parts.append(Part(kind=_kind(path), name=name, size=found.st_size))
+        elif found:
+            raise InputError("a pipe or device: it can be read once only", where=name, fix="pipe it to -")
         elif path.suffix.lower() in (*_KNOWN, *_SQUEEZED) or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise InputError("no such file or folder", where=name)
         else:
             parts.append(Part(kind="hub", name=name, size=0))
     return parts
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as e:  # a name that is too long, a folder that may not be entered
+        raise InputError(f"cannot read ({getattr(e, 'strerror', None) or e})", where=path) from e
 
 
 def _folder(path: Path) -> list[Part]:
@@ -65,7 +80,7 @@ def _folder(path: Path) -> list[Part]:
     known = sorted(p for p in files if _extension(p) in _KNOWN and p.is_file())
     if not known:
         raise InputError(
-            "no documents in the folder", where=path, fix=f"it reads {' '.join(_KNOWN)}, also .gz and .zst"
+            "no documents in the folder", where=path, fix=f"it reads {' '.join(_KNOWN)}, also {' '.join(_READ)}"
         )
     return [Part(kind=_kind(p), name=str(p), size=p.stat().st_size) for p in known]
 
@@ -81,63 +96,29 @@ def _kind(path: Path) -> str:
 
 
 def read_whole(name: str) -> bytes:
-    """All of a file, decompressed, without a byte order mark. Raises InputError."""
+    """All of a text file, decompressed, without a byte order mark. Raises InputError, for what is no text too."""
     try:
         with open_stream(name) as f:
-            return f.read().removeprefix(b"\xef\xbb\xbf")
+            content = f.read().removeprefix(b"\xef\xbb\xbf")
     except BROKEN as e:
         raise InputError(f"cannot read ({e})", where=name, fix="is the file whole?") from e
+    check_text(content, name)
+    return content
 
 
-def open_stream(name: str) -> Any:
-    """A file open for reading, decompressed. Raises InputError where there is none or no right to read it."""
+def open_stream(name: str) -> io.BufferedReader:
+    """A file open for reading, decompressed and as UTF-8 (see `unpack`). Raises InputError for what is not read."""
+    if Path(name).suffix.lower() == ".br":
+        raise InputError("Brotli is not read, and nothing in a file shows it", where=name, fix="decompress it first")
     try:
-        raw = open(name, "rb")  # noqa: SIM115 (closed with what wraps it)
+        raw = open(name, "rb", buffering=0)  # noqa: SIM115 (closed with what wraps it)
     except OSError as e:
         raise InputError(f"cannot read ({e.strerror})", where=name) from e
-    return decompress(raw)
-
-
-def decompress(raw: Any) -> Any:
-    """Gzip or Zstandard undone if the content begins like it, whatever its name says; else `raw` itself."""
-    head = raw.peek(4)[:4]
-    if head[:2] == b"\x1f\x8b":
-        return gzip.GzipFile(fileobj=raw)
-    if head == b"\x28\xb5\x2f\xfd":
-        return io.BufferedReader(_Zstandard(raw), MEBIBYTE)
-    return raw
-
-
-class _Zstandard(io.RawIOBase):
-    """Zstandard frames, one after another. The package's own reader takes a cut file for a whole one."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
-
-        self._raw, self._new = raw, zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
-        self._frame, self._ready = self._new(), memoryview(b"")
-        self._error: type[Exception] = zstandard.ZstdError
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            rest = self._frame.unused_data if self._frame.eof else b""
-            data = rest or self._raw.read(1 << 17)
-            if not data:
-                if not self._frame.eof:
-                    raise EOFError("compressed data ends in the middle")
-                return 0
-            if self._frame.eof:
-                self._frame = self._new()
-            try:
-                self._ready = memoryview(self._frame.decompress(data))
-            except self._error as e:
-                raise OSError(str(e)) from e
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
+    try:
+        return unpack(raw, name)
+    except BaseException:
+        raw.close()
+        raise
 
 
 def skip(f: Any, count: int, *, seek: bool) -> None:

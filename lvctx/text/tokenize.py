@@ -127,7 +127,7 @@ class Encoder:
             text, source, wrong = "", UNNAMED, ""
             try:
                 record = json.loads(line)
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 wrong = f"malformed JSON ({e})"
             else:
                 found = record.get(self.fields.text) if isinstance(record, dict) else None

@@ -5,7 +5,9 @@ One process and many run the same lines: see `dist.mesh`.
 """
 
 import json
+import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lvctx.artifacts.manifest import Provenance
+from lvctx.artifacts.rows import read_rows, write_rows
 from lvctx.artifacts.store import disk_error, is_disk_error
 from lvctx.dist.checkpoint import Checkpoints
 from lvctx.dist.mesh import World
@@ -26,6 +29,8 @@ from lvctx.dist.shard import whole
 from lvctx.errors import InputError, Stopped
 from lvctx.train.meter import measure, note
 from lvctx.train.schedule import Schedule, rate
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +76,21 @@ def train(
     report: Callable[[int, int, str], None],
     world: World,
     name: Callable[[Any], str] = str,
+    longest: Callable[[Any], int] | None = None,
     flops: float | None = None,
-) -> None:
+) -> list[dict[str, Any]]:
     """Take `config.steps` optimizer steps and leave `out/metrics.jsonl` and the checkpoint of the last step.
+
+    Returns, on rank 0, the rows of metrics.jsonl: every step once, also those of earlier processes of this run. What a
+    manifest says of all steps is counted there.
 
     `batch(step)` gives the micro-batches of a global step, of which each data-parallel group takes its share; it must
     depend on the step alone. `loss(micro_batch)` gives the summed loss and the number of counted tokens, of this rank's
-    part where ranks share a sample; `name(micro_batch)` says which samples it holds; `flops` are a step's operations,
-    where they are known. `run` identifies the run: a checkpoint of another is refused. On SIGTERM or Ctrl-C the last
-    finished step is saved before the exception goes on, on every rank. Raises InputError on every rank when a loss or
-    the gradient is not finite, before the step is taken.
+    part where ranks share a sample; `name(micro_batch)` says which samples it holds and `longest(micro_batch)` how
+    many tokens the longest of them has; `flops` are a step's operations, where they are known. `run` identifies the
+    run: a checkpoint of another is refused. On SIGTERM or Ctrl-C the last finished step is saved before the exception
+    goes on, on every rank. Raises InputError on every rank when a loss or the gradient is not finite, before the step
+    is taken.
     """
     parameters = [p for g in groups for p in g.parameters]
     optimizer = torch.optim.AdamW(
@@ -103,7 +113,8 @@ def train(
                 factor = rate(step, steps=config.steps, schedule=config.schedule, warmup=config.warmup)
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * factor
-                mine = _share(batch(step), world)
+                micro_batches = batch(step)
+                mine = _share(micro_batches, world)
                 total, tokens = _accumulate(mine, loss, world, stopped)
                 for p in parameters:
                     if p.grad is not None:
@@ -117,10 +128,12 @@ def train(
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                     done = step + 1
-                lr = {g.name: pg["lr"] for g, pg in zip(groups, optimizer.param_groups, strict=True)}
-                took = measure(world, tokens=tokens, seconds=time.monotonic() - began, flops=flops)
-                row = {"step": done, "loss": mean, "tokens": tokens, "lr": lr, "norm": norm, **took}
-                write(row)
+                    lr = {g.name: pg["lr"] for g, pg in zip(groups, optimizer.param_groups, strict=True)}
+                    took = measure(world, tokens=tokens, seconds=time.monotonic() - began, flops=flops)
+                    row = {"step": done, "loss": mean, "tokens": tokens, "lr": lr, "norm": norm, **took}
+                    if longest is not None:
+                        row["longest_sample"] = max(longest(micro) for micro in micro_batches)
+                    write(row)  # before any checkpoint has the step
                 report(done, config.steps, note(row))
                 with uninterrupted():
                     checkpoints.poll()
@@ -133,6 +146,7 @@ def train(
                 if done:
                     save(wait=True)
             raise
+    return read_rows(out / "metrics.jsonl") if world.rank == 0 else []
 
 
 def _share(micro_batches: Sequence[Any], world: World) -> list[tuple[Any, bool]]:
@@ -235,25 +249,25 @@ def uninterrupted() -> Iterator[None]:
 
 @contextmanager
 def _open_metrics(path: Path, *, keep: int, speak: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Append rows to metrics.jsonl, dropping those past step `keep` that an interrupted run left.
+    """Append rows to metrics.jsonl, each durable at once, after dropping those past step `keep`.
 
-    One rank speaks; the others' rows go nowhere.
+    An interrupted run leaves such rows, and their steps are done again. One rank speaks; the others' rows go nowhere.
     """
     if not speak:
         yield lambda row: None
         return
-    kept = []
-    if path.exists() and keep:
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n") and json.loads(line)["step"] <= keep:
-                kept.append(line)
+    rows = read_rows(path) if path.exists() else []
+    kept = {row["step"]: row for row in rows if isinstance(row.get("step"), int) and row["step"] <= keep}
+    if len(kept) < keep:
+        log.warning("%s: %d of the %d steps done so far are missing", path, keep - len(kept), keep)
+    write_rows(path, kept.values())
     try:
-        with open(path, "w", encoding="utf-8") as f:
-            f.writelines(kept)
+        with open(path, "a", encoding="utf-8") as f:
 
             def write(row: dict[str, Any]) -> None:
                 f.write(json.dumps(row) + "\n")
                 f.flush()
+                os.fsync(f.fileno())
 
             yield write
     except OSError as e:

@@ -109,23 +109,28 @@ def compute_reference(
     world.barrier()
     with RowLog(path) as log:
         keys = {number: f"{run}-{number}" for number in sorted(set(numbers))}
-        missing = [number for number, key in keys.items() if key not in log]
-        missing = world.gather(missing)[0]  # another rank may be ahead and have written already
+        # Rank 0 decides what is missing: another one may be ahead and have written already.
+        missing = set(world.gather([number for number, key in keys.items() if key not in log])[0])
         done = len(keys) - len(missing)
         with torch.no_grad(), torch.autocast(torch.device(world.device).type, torch.bfloat16):
             # Pairs are read a window at a time: their order decides nothing, and not all fit in memory at once.
-            window = 64 * world.dp
-            for begin in range(0, len(missing), window):
-                groups = pack_samples([sample(n) for n in missing[begin : begin + window]], micro_tokens)
+            window, order = 64 * world.dp, list(keys)
+            for begin in range(0, len(order), window):
+                numbers = order[begin : begin + window]
+                if missing.isdisjoint(numbers):
+                    continue
+                # The same groups as in a run that was never stopped: what shares a forward decides the last bits.
+                groups = pack_samples([sample(n) for n in numbers], micro_tokens)
+                groups = [group for group in groups if any(one.number in missing for one in group)]
                 for first in range(0, len(groups), world.dp):
                     # Ranks compute in step; one without a group of its own computes another's and keeps it to itself.
                     at = first + world.dp_rank
                     micro = groups[min(at, len(groups) - 1)]
                     found = forward(micro, log_probs).tolist()
                     for one, (chosen, rejected) in zip(micro, found, strict=True):
-                        if at < len(groups):
+                        if at < len(groups) and one.number in missing:
                             log.append({"key": keys[one.number], "chosen": chosen, "rejected": rejected})
-                    done += sum(map(len, groups[first : first + world.dp]))
+                    done += sum(one.number in missing for group in groups[first : first + world.dp] for one in group)
                     report(done, len(keys), "reference")
     if world.mesh is not None:
         # Without a backward the root's parameters would stay gathered: what is loaded into them now would not be seen.

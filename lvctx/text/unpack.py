@@ -1,0 +1,205 @@
+"""What a file's first bytes say it is, whatever its name: compressed content is decompressed, UTF-16 and UTF-32 become
+UTF-8, and archives, unknown compressions and binary files are refused by name.
+
+gzip, Zstandard, xz and bzip2 are read, each with several members (frames, streams), with zeros as padding between and
+after them, and with Zstandard's skippable frames anywhere. A cut or damaged file and other bytes after the last member
+are errors: a part of a file is never taken for the whole. Zstandard's, lzma's and bz2's own readers do take it.
+"""
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lvctx.errors import InputError
+
+MEBIBYTE = 1 << 20
+_BLOCK = 1 << 17
+_LAYERS = 2
+"""Compressions inside one another that are undone: some downloads are compressed twice, a gzip quine without end."""
+
+_REFUSED = (
+    (0, b"\x04\x22\x4d\x18", "LZ4"),
+    (0, b"\x02\x21\x4c\x18", "LZ4"),
+    (0, b"PK\x03\x04", "a ZIP archive"),
+    (0, b"PK\x05\x06", "a ZIP archive"),
+    (0, b"PK\x07\x08", "a ZIP archive"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+    (0, b"Rar!\x1a\x07", "a RAR archive"),
+    (257, b"ustar", "a tar archive"),
+    (0, b"LZIP\x01", "lzip"),
+    (0, b"\x89LZO\x00", "lzop"),
+    (0, b"\x1f\x9d", "compress (.Z)"),
+    (0, b"\xff\x06\x00\x00sNaPpY", "Snappy"),
+    (0, b"PAR1\x15", "Parquet"),
+    (0, b"ARROW1\x00\x00", "Arrow"),
+    (0, b"%PDF-", "PDF"),
+    (0, b"\x89PNG\r\n\x1a\n", "a PNG image"),
+    (0, b"\xff\xd8\xff", "a JPEG image"),
+    (0, b"\x7fELF", "an ELF program"),
+)
+"""Offset, bytes there, and what they mean; from the formats' specifications and file(1)."""
+
+_NO_TEXT = re.compile(rb"[\x00-\x06\x0e-\x1a\x1c-\x1f\x7f]")
+"""Bytes that file(1) finds in no text of any 8-bit encoding."""
+
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+"""Byte order marks; UTF-32's little-endian one begins like UTF-16's."""
+
+
+def unpack(raw: Any, name: str) -> io.BufferedReader:
+    """The content of a binary stream as UTF-8 or what else it is, decompressed; peeking at it gives a whole mebibyte.
+
+    Raises InputError for a format that is not read, and OSError or EOFError, here or when reading, for damaged content.
+    """
+    stream = io.BufferedReader(raw, MEBIBYTE)
+    for layer in range(_LAYERS + 1):
+        pieces = _decompressed(stream)
+        if pieces is None:
+            break
+        if layer == _LAYERS:
+            raise InputError(f"compressed more than {_LAYERS} times", where=name, fix="decompress it first")
+        stream = io.BufferedReader(Pieces(pieces, stream), MEBIBYTE)
+    head = stream.peek(MEBIBYTE)
+    for offset, magic, kind in _REFUSED:
+        if head.startswith(magic, offset):
+            fix = "name it .parquet" if kind == "Parquet" else "give its content as text, JSON lines or Parquet"
+            raise InputError(f"the content is {kind}, which is not read here", where=name, fix=fix)
+    for mark, encoding in _MARKS:
+        if head.startswith(mark):
+            return io.BufferedReader(Pieces(_to_utf8(stream, encoding), stream), MEBIBYTE)
+    return stream
+
+
+def check_text(content: bytes, name: str) -> None:
+    """Raise InputError for what is no text: it holds a NUL, or is neither UTF-8 nor free of other control bytes.
+
+    Text in another 8-bit encoding passes: invalid UTF-8 is the tokenizer's to judge. A NUL betrays UTF-16 without a
+    byte order mark too, which would pass for UTF-8.
+    """
+    at = content.find(b"\0")
+    if at < 0 and (control := _NO_TEXT.search(content)):
+        try:
+            content.decode()
+        except UnicodeDecodeError:
+            at = control.start()
+    if at >= 0:
+        what = f"not text: byte {content[at]:#04x} at {at}"
+        raise InputError(what, where=name, fix="leave it out; UTF-16 needs its byte order mark")
+
+
+class Pieces(io.RawIOBase):
+    """A stream of pieces of bytes that a generator gives; closing it closes the stream they were made from."""
+
+    def __init__(self, pieces: Iterator[bytes], source: Any) -> None:
+        self._pieces, self._source, self._ready = pieces, source, memoryview(b"")
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill all of `buffer` unless the pieces end."""
+        filled = 0
+        while filled < len(buffer):
+            if not self._ready:
+                piece = next(self._pieces, None)
+                if piece is None:
+                    break
+                self._ready = memoryview(piece)
+            count = min(len(buffer) - filled, len(self._ready))
+            buffer[filled : filled + count], self._ready = self._ready[:count], self._ready[count:]
+            filled += count
+        return filled
+
+    def close(self) -> None:
+        """Close the source too."""
+        self._source.close()
+        super().close()
+
+
+def _decompressed(stream: io.BufferedReader) -> Iterator[bytes] | None:
+    """The decompressed content, or None where it does not begin like compressed content that is read."""
+    head = stream.peek(MEBIBYTE)[:10]
+    if head.startswith(b"\x1f\x8b"):
+        members = gzip.GzipFile(fileobj=stream)
+        return iter(lambda: members.read(_BLOCK), b"")
+    if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5):  # or skippable
+        return _zstandard(stream)
+    if head.startswith(b"\xfd7zXZ\x00"):
+        return _members(stream, lambda: _Bounded(lzma.LZMADecompressor(lzma.FORMAT_XZ)), (lzma.LZMAError,))
+    if re.match(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", head):
+        return _members(stream, lambda: _Bounded(bz2.BZ2Decompressor()), (OSError, ValueError))
+    return None
+
+
+def _zstandard(stream: io.BufferedReader) -> Iterator[bytes]:
+    import zstandard
+
+    new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+    return _members(stream, new, (zstandard.ZstdError,))
+
+
+class _Bounded:
+    """One of the standard library's decompressors that never gives more than a mebibyte at once."""
+
+    def __init__(self, decompressor: Any) -> None:
+        self._inner = decompressor
+
+    @property
+    def eof(self) -> bool:
+        return bool(self._inner.eof)
+
+    @property
+    def unused_data(self) -> bytes:
+        return bytes(self._inner.unused_data)
+
+    @property
+    def full(self) -> bool:
+        """Whether it has more to give without further input."""
+        return not (self._inner.needs_input or self._inner.eof)
+
+    def decompress(self, data: bytes) -> bytes:
+        return bytes(self._inner.decompress(data, MEBIBYTE))
+
+
+def _members(stream: io.BufferedReader, new: Callable[[], Any], errors: tuple[type[Exception], ...]) -> Iterator[bytes]:
+    """Decompressed members, one after another. Raises OSError for damage and EOFError for a cut file."""
+    member, data = new(), stream.read(_BLOCK)
+    while data:
+        try:
+            yield member.decompress(data)
+            while getattr(member, "full", False):
+                yield member.decompress(b"")
+        except errors as e:
+            raise OSError(str(e)) from e
+        if not member.eof:
+            data = stream.read(_BLOCK)
+            continue
+        data = member.unused_data or stream.read(_BLOCK)
+        while data and not (data := data.lstrip(b"\0")):
+            data = stream.read(_BLOCK)
+        if data:
+            member = new()
+    if not member.eof:
+        raise EOFError("compressed data ends in the middle")
+
+
+def _to_utf8(stream: io.BufferedReader, encoding: str) -> Iterator[bytes]:
+    """UTF-8 of text with a byte order mark; a lone surrogate becomes invalid UTF-8, which `--invalid` is about."""
+    decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+    try:
+        while block := stream.read(_BLOCK):
+            yield decoder.decode(block).encode("utf-8", "surrogatepass")
+        yield decoder.decode(b"", final=True).encode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as e:
+        raise OSError(f"not {encoding.upper()}, as its byte order mark says: {e.reason}") from e

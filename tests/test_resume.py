@@ -1,0 +1,164 @@
+"""Runs that are killed -9, wherever and however often: the log has every step once, the files are the whole run's."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import aligning
+import mrope_models
+import numpy as np
+import pytest
+from aligning import draw, metrics, talk, write
+from killing import Toy, process, start_server
+from PIL import Image
+from test_niah import run
+from test_pack_text import pack, write_lines
+
+from lvctx.artifacts.rows import RowLog, read_rows
+from lvctx.errors import InputError, Stopped
+from lvctx.train.preference import REFERENCE
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the trainings read; the longest sample of align comes in its first step."""
+    here = tmp_path_factory.mktemp("resume")
+    for name, path in (("lm", tiny_lm), ("tower", tiny_tower)):
+        shutil.copytree(path, here / name)
+    draw(here)
+    write(here / "data.json", [talk("<image>\nWhat?", "red " * (9 - 2 * i), image=f"{i}.png") for i in range(4)])
+    pairs = [{"prompt": "Say hi." * (i + 1), "chosen": "hi " * (i + 1), "rejected": "no"} for i in range(5)]
+    write(here / "pairs.json", pairs)
+    aligning.align(here / "data.json", here / "vlm", tiny_lm, tiny_tower, steps=1, batch=1)
+    write_lines(here / "text.jsonl", [{"text": f"{i} " * 200} for i in range(9)])
+    pack(here / "rows", here / "text.jsonl", tokenizer=tiny_lm)
+    mrope_models.save("qwen2_5_vl", here / "qwen")
+    Image.fromarray(np.zeros((70, 110, 3), np.uint8)).save(here / "a.png")
+    rows = [talk("<image>What?", "Dots." * (i + 1), image="a.png") for i in range(3)]
+    (here / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--interleaved", here / "chat.jsonl", "--media", here, "--long-share", 0, "--target-length", 100)
+    done = run("pack-chat", "--model", here / "qwen", *flags, "-o", here / "chat")
+    assert done.exit_code == 0, done.stderr
+    start_server()
+    return here
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """All files but the log, whose rows hold the clock."""
+    files = (p for p in sorted(out.rglob("*")) if p.is_file() and p.name != "metrics.jsonl")
+    return {str(p.relative_to(out)): p.read_bytes() for p in files if "checkpoint" not in p.parts}
+
+
+KILLS = {
+    "inside the first step after a stop, twice": [("stop", 3), ("step", 1), ("step", 1)],
+    "after rows that no checkpoint has": [("stop", 2), ("row", 2), ("step", 1)],
+    "before the log is rewritten and while the end is saved": [("stop", 3), ("rewrite", 1), ("save", 2)],
+    "when all steps are done": [("stop", 3), ("row", 2), ("end", 2)],
+    "before there is a checkpoint": [("row", 1), ("step", 2)],
+}
+
+
+@pytest.mark.parametrize("kind", ["extend", "align", "dpo", "mrope"])
+def test_a_training_killed_again_and_again_ends_as_if_it_never_was(kind: str, folder: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    process(kind, folder, whole)
+    assert [row["step"] for row in metrics(whole)] == [1, 2, 3, 4]
+    for number, blows in enumerate(KILLS.values()):
+        out = tmp_path / str(number)
+        for blow in blows:
+            process(kind, folder, out, blow)
+            assert not (out / "MANIFEST.json").exists()
+        process(kind, folder, out)
+        assert metrics(out) == metrics(whole), list(KILLS)[number]
+        assert contents(out) == contents(whole), list(KILLS)[number]
+
+
+@pytest.mark.parametrize(
+    ("place", "number"), [("step", 1), ("step", 2), ("step", 3), ("row", 1), ("row", 3), ("save", 1), ("save", 2)]
+)
+def test_a_kill_at_every_step_between_checkpoints(place: str, number: int, folder: Path, tmp_path: Path) -> None:
+    """Checkpoints every second step; every process comes `number` steps further or less before it is killed again."""
+    process("toy", folder, tmp_path / "whole")
+    out = tmp_path / "parts"
+    for blow in ((place, number), (place, number), ("step", 1)):
+        process("toy", folder, out, blow)
+    process("toy", folder, out)
+    assert [row["step"] for row in metrics(out)] == [1, 2, 3, 4, 5, 6]
+    assert metrics(out) == metrics(tmp_path / "whole")
+
+
+def test_the_reference_of_a_killed_run_has_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    """Killed between the rows of one forward: the pairs that are left are computed with the same company."""
+    process("dpo", folder, tmp_path / "whole")
+    for blow in (("reference", 2), ("reference", 1), ("reference", 2), ("step", 1)):
+        process("dpo", folder, tmp_path / "parts", blow)
+    process("dpo", folder, tmp_path / "parts")
+    whole, parts = ((tmp_path / name / REFERENCE).read_bytes() for name in ("whole", "parts"))
+    assert parts == whole
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_an_older_checkpoint_does_not_double_steps(tmp_path: Path) -> None:
+    """The newest was removed: the rows past the older one go, and come again once."""
+    expected = Toy(tmp_path / "whole")
+    expected.run()
+    with pytest.raises(Stopped):
+        Toy(tmp_path / "parts", stop_at=11).run()
+    newest = sorted((tmp_path / "parts" / "checkpoint").glob("step-*"))
+    assert [p.name for p in newest] == ["step-00000004", "step-00000005"]
+    shutil.rmtree(newest[-1])
+    with open(tmp_path / "parts" / "metrics.jsonl", "ab") as f:
+        f.write(b'{"step": 6, "loss"')  # a torn write
+    Toy(tmp_path / "parts").run()
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+
+
+def test_a_signal_between_a_step_and_its_row_loses_neither(tmp_path: Path) -> None:
+    """SIGTERM while parameters are changed is raised when that is done: by then the row is written, too."""
+    Toy(tmp_path / "whole").run()
+    toy = Toy(tmp_path / "parts")
+    held: list[int] = []
+
+    def hook(*_: Any) -> None:
+        held.append(1)
+        if len(held) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    import torch
+
+    handle = torch.optim.optimizer.register_optimizer_step_post_hook(hook)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            toy.run()
+    finally:
+        handle.remove()
+    assert [row["step"] for row in metrics(tmp_path / "parts")] == [1, 2, 3]
+    Toy(tmp_path / "parts").run()
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+
+
+def test_a_log_that_somebody_changed_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(Stopped):
+        Toy(tmp_path, stop_at=8).run()
+    path = tmp_path / "metrics.jsonl"
+    rows = path.read_text().split("\n")
+    path.write_text("\n".join([rows[0], *rows[2:]]))
+    with pytest.raises(Stopped):
+        Toy(tmp_path, stop_at=1).run()
+    assert "1 of the 3 steps done so far are missing" in caplog.text
+    path.write_text("\n".join(["nonsense", *rows]))
+    with pytest.raises(InputError, match=r"metrics\.jsonl:1: not a JSON object"):
+        Toy(tmp_path).run()
+
+
+def test_a_row_without_a_key_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for row in ("{}", '{"key": 5}', "[" * 100_000):
+        path.write_text('{"key": "a"}\n' + row + "\n")
+        with pytest.raises(InputError, match=r"rows\.jsonl:2: "):
+            RowLog(path).__enter__()
+    path.write_text('{"key": "a\\u2028"}\n{"key": "b"}\r\n{"torn')
+    assert [row["key"] for row in read_rows(path)] == ["a\u2028", "b"]
