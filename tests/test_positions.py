@@ -124,7 +124,8 @@ def test_a_stretched_model_is_stretched_from_its_pretrained_length() -> None:
     again = chosen(model, "yarn", context=65536)
     assert again.factor == 8.0
     assert again.rope_parameters["original_max_position_embeddings"] == 8192
-    assert chosen(config(rope_type="linear", factor=4.0), "pi", factor=8).context == 65536
+    linear = config(rope_type="linear", factor=4.0)
+    assert chosen(linear, "pi", factor=8, original=8192).context == 65536
     assert chosen(model, "none").rope_parameters == model.rope_parameters
 
 

@@ -6,7 +6,6 @@ differently there are side files (`positions/mrope_runtimes.py`).
 """
 
 import copy
-import json
 import math
 import shlex
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts import schemas
+from lvctx.artifacts.config import language_part, read_model_config
 from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
 from lvctx.artifacts.store import atomic_file, disk_error, fingerprint, is_disk_error, link_file, write_json
 from lvctx.errors import InputError, UsageError
@@ -107,14 +107,13 @@ def _made_by_us(path: Path) -> dict[str, Any] | None:
 
 def _stated_length(path: Path, model_type: str) -> int | None:
     raw = read_raw(path)
-    length = raw.get("text_config", raw).get("max_position_embeddings", raw.get("max_position_embeddings"))
+    length = language_part(raw).get("max_position_embeddings", raw.get("max_position_embeddings"))
     return None if model_type == "qwen2_5_vl" and length != RELEASED else length
 
 
 def read_raw(path: Path) -> dict[str, Any]:
     """config.json as it stands."""
-    raw: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return raw
+    return read_model_config(path)
 
 
 @dataclass(frozen=True, kw_only=True)
