@@ -154,9 +154,9 @@ def clip_config(shapes: Mapping[str, tuple[int, ...]], name: str, *, where: obje
 
 def llava_config(config: Mapping[str, Any], tokenizer_length: int) -> dict[str, Any]:
     """LLaVA's config.json from that of a VLM of ours. Raises UsageError for a model that has no form there."""
-    text, vision = config["text_config"], config["vision_config"]
-    kind = text["model_type"]
-    if vision["model_type"] != "clip_vision_model" or kind not in CLASSES:
+    text, vision = _value(config, "text_config", dict), _value(config, "vision_config", dict)
+    kind = _value(text, "model_type", str)
+    if _value(vision, "model_type", str) != "clip_vision_model" or kind not in CLASSES:
         raise UsageError(
             f"LLaVA's names are for a CLIP tower on {', '.join(CLASSES)}, not {vision['model_type']} on {kind}",
             fix="--to hf",
@@ -165,14 +165,14 @@ def llava_config(config: Mapping[str, Any], tokenizer_length: int) -> dict[str, 
         raise UsageError(f"LongVA reads images by UniRes, not {config['image_grid']}", fix="--to hf")
     if config.get("image_grid_rule", "code") != "code":
         raise UsageError("LongVA's code reads images by its own rule, not the paper's", fix="--to hf")
-    rope = text.get("rope_parameters", {})
+    rope = _value(text, "rope_parameters", dict) if "rope_parameters" in text else {}
     flat = {key: value for key, value in text.items() if key not in ("_name_or_path", "model_type", "architectures")}
     if rope:
         # transformers 4, for which LLaVA's code was written, looks here.
-        flat["rope_theta"] = rope["rope_theta"]
+        flat["rope_theta"] = _value(rope, "rope_theta", int, float)
         if rope.get("rope_type", "default") != "default":
             flat["rope_scaling"] = rope
-    side, most = vision["image_size"], config.get("image_max_grids", 49)
+    side, most = _value(vision, "image_size", int), config.get("image_max_grids", 49)
     tiles = config.get("image_grids") or [
         [w, h] for w in range(1, most + 1) for h in range(1, most // w + 1) if w * h > 1
     ]
@@ -182,10 +182,10 @@ def llava_config(config: Mapping[str, Any], tokenizer_length: int) -> dict[str, 
         "model_type": next(name for name, lm in LANGUAGE.items() if lm == kind),
         "torch_dtype": config.get("dtype"),
         "mm_vision_tower": CLIP_336 if is_clip_336(vision) else "tower",
-        "mm_hidden_size": vision["hidden_size"],
+        "mm_hidden_size": _value(vision, "hidden_size", int),
         "mm_projector_type": "mlp2x_gelu",
         "mm_resampler_type": None,
-        "mm_vision_select_layer": config["vision_feature_layer"],
+        "mm_vision_select_layer": _value(config, "vision_feature_layer", int),
         "mm_vision_select_feature": "patch",
         "mm_patch_merge_type": "unires",
         "image_aspect_ratio": "anyres",
@@ -197,6 +197,13 @@ def llava_config(config: Mapping[str, Any], tokenizer_length: int) -> dict[str, 
         "tokenizer_model_max_length": tokenizer_length,
         "tokenizer_padding_side": "right",
     }
+
+
+def _value(config: Mapping[str, Any], key: str, *types: type) -> Any:
+    """What config.json has under a key. Raises InputError for nothing, or another type."""
+    if type(config.get(key)) not in types:
+        raise InputError(f"config.json has {key} {str(config.get(key))[:40]}", fix="save the model again")
+    return config[key]
 
 
 def is_clip_336(vision: Mapping[str, Any]) -> bool:

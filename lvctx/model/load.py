@@ -82,11 +82,32 @@ def load_tokenizer(name: str | Path) -> Any:
 
 
 def load_image_processor(path: Path) -> Any:
-    """The image processor of a Qwen-VL directory. Raises InputError for a preprocessor_config.json that is unusable."""
+    """The image processor of a Qwen-VL directory, tried on a blank image.
+
+    Raises InputError for a preprocessor_config.json that is unusable, or whose patches are not the model's.
+    """
+    from PIL import Image
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    with library_errors("unusable preprocessor_config.json", where=path):
-        return Qwen2VLImageProcessorPil.from_pretrained(path)
+    where = path / "preprocessor_config.json"
+    with library_errors("unusable image processor", where=where):
+        processor: Any = Qwen2VLImageProcessorPil.from_pretrained(path)
+    vision = load_config(path).vision_config
+    for key, of_model in (
+        ("patch_size", vision.patch_size),
+        ("temporal_patch_size", vision.temporal_patch_size),
+        ("merge_size", vision.spatial_merge_size),
+    ):
+        if getattr(processor, key, None) != of_model:
+            raise InputError(f"{key} is {getattr(processor, key, None)!r}, the model's {of_model}", where=where)
+    with library_errors("unusable image processor", where=where):
+        side = processor.patch_size * processor.merge_size
+        blank = Image.new("RGB", (8, 8)).resize((side, side), resample=processor.resample)
+        rows = processor(images=[blank], do_resize=False, return_tensors="pt")["pixel_values"]
+        tuple(round(255 * mean) for mean in processor.image_mean)
+    if not bool(rows.isfinite().all()):
+        raise InputError(f"image_std is {processor.image_std}", where=where)
+    return processor
 
 
 DeviceMap = str | dict[str, Any]
@@ -138,7 +159,13 @@ def load_model(
             ignore_mismatched_sizes=True,  # they are named below
         )
     check_loaded(model, found, stored, path)
-    return (model if device_map is not None else model.to(device)).eval()
+    model = (model if device_map is not None else model.to(device)).eval()
+    with library_errors("the model cannot compute with this config.json", where=path), torch.no_grad():
+        # Many values are first used here: positions, attention's windows, scales. Two tokens cost next to nothing.
+        model.get_decoder()(
+            input_ids=torch.zeros(1, 2, dtype=torch.long, device=device_of(model.get_input_embeddings()))
+        )
+    return model
 
 
 def _stored(path: Path, config: Any) -> dict[str, int]:

@@ -90,7 +90,7 @@ def choose(
     module, own = SCHEMES[scheme]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kept = {key: old[key] for key in KEPT if key in old}
-    rotating = int(head_dim * _number(kept, "partial_rotary_factor", above=0.0, default=1.0))
+    rotating = int(head_dim * rope_number(kept, "partial_rotary_factor", above=0.0, default=1.0))
     if rotating < 4 or rotating % 2:
         raise InputError(f"{rotating} channels of a head rotate; an even number of at least 4 is wanted")
     if scheme == "theta":
@@ -113,7 +113,7 @@ def choose(
         raise UsageError(f"--rope {scheme} stretches by {factor:g}", fix="give --factor, at least 1, or --context")
     spec = RopeSpec(
         head_dim=rotating,
-        theta=theta or _number(old, "rope_theta", above=1.0),
+        theta=theta or rope_number(old, "rope_theta", above=1.0),
         factor=factor,
         original=original,
         attention_factor=attention_factor,
@@ -147,7 +147,7 @@ def _original(old: Mapping[str, Any], promised: int, *, known: bool) -> int:
         return stored
     if old.get("rope_type", "default") == "default" or known:
         return promised
-    factor = _number(old, "factor", above=0.0)
+    factor = rope_number(old, "factor", above=0.0)
     raise InputError(
         f"its {old['rope_type']} positions are stretched by {factor:g}, and config.json does not say whether "
         f"{promised} positions are the length before or after",
@@ -155,7 +155,7 @@ def _original(old: Mapping[str, Any], promised: int, *, known: bool) -> int:
     )
 
 
-def _number(parameters: Mapping[str, Any], key: str, *, above: float, default: float | None = None) -> float:
+def rope_number(parameters: Mapping[str, Any], key: str, *, above: float, default: float | None = None) -> float:
     """A number of the rope parameters. Raises InputError for anything else."""
     value = parameters.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:

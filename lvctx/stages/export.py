@@ -18,6 +18,7 @@ from lvctx.model.fit import check_shapes
 from lvctx.model.load import VLM_TYPE, context_length, load_config, resolve_model
 from lvctx.model.vlm import PIXELS_FILE, VLM_FILES, own_template
 from lvctx.stages.convert import Report, write_converted
+from lvctx.vision.grids import image_max_grids
 
 Format = Literal["hf", "llava"]
 TEMPLATE = "chat_template.jinja"
@@ -69,6 +70,7 @@ def _export_llava(source: Path, out: Path, *, resume: str, force: bool, report: 
     if config.model_type != VLM_TYPE:
         raise UsageError(f"{source} is a {config.model_type} model and has no form of LLaVA's", fix="--to hf")
     raw = read_model_config(source)
+    image_max_grids(config)
     flat = llava.llava_config(raw, context_length(config))
     wanted, _ = llava.expected(config.text_config, config.vision_config)
     wanted[llava.NEWLINE] = (config.text_config.hidden_size,)
