@@ -4,6 +4,9 @@ Everything here derives from `ValueError`, so library users can catch what they 
 is a bug of ours and exits 1 with its traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 EXIT_SAMPLES_FAILED = 4
 EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130
@@ -44,3 +47,36 @@ class Stopped(BaseException):
 
     Derives from `BaseException`, like `KeyboardInterrupt`: no `except Exception` of ours or of a library may eat it.
     """
+
+
+@contextmanager
+def library_errors(what: str, *, where: object = None, fix: str = "") -> Iterator[None]:
+    """Turn whatever a library raises while it reads a user's file into an InputError: `where: what (reason)`.
+
+    transformers, tokenizers and jinja raise anything on a file that they did not expect (TypeError, KeyError,
+    AssertionError, validation errors of their own, a panic of Rust code), so there is no list of types. The body has to
+    be the library's call alone: a mistake in our own code must stay a traceback. A package that is not installed is a
+    MissingError.
+    """
+    try:
+        yield
+    except LvctxError:
+        raise
+    except ImportError as e:
+        raise MissingError(f"{what} ({first_line(e)})", where=where, fix=fix) from e
+    except Exception as e:
+        raise InputError(f"{what} ({first_line(e)})", where=where, fix=fix) from e
+    except BaseException as e:
+        if (
+            type(e).__name__ != "PanicException"
+        ):  # what Rust code raises; no Exception, nor a class that we could import
+            raise
+        raise InputError(f"{what} ({first_line(e)})", where=where, fix=fix) from e
+
+
+def first_line(e: BaseException) -> str:
+    """An exception in a few words: the start of its text, after its type where the text alone says little."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [""]
+    text = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(":")
+    text = text if len(text) <= 200 else f"{text[:200]}..."
+    return text if " " in text and not isinstance(e, KeyError) else f"{type(e).__name__} {text}".strip()

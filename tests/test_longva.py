@@ -83,6 +83,73 @@ def stock_logits(model: Path, pixels: torch.Tensor, question: str) -> torch.Tens
         return vlm(input_ids=row, pixel_values_videos=pixels[None]).logits[0]
 
 
+def square(n: int) -> list[list[int]]:
+    """The released code's sizes in pixels for a tower of 48 px and at most n tiles."""
+    return [[48 * w, 48 * h] for w in range(1, n + 1) for h in range(1, n + 1) if 1 < w * h <= n]
+
+
+@pytest.mark.parametrize(
+    ("pinpoints", "grids"),
+    [
+        ([[48, 96], [96, 48], [96, 96], [144, 48], [48, 144]], ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))),
+        (square(5), 5),
+        (square(49), 49),
+        (None, 49),
+        ("[(48, 96), (96, 48)]", 2),
+        ("(1x1),...,(2x2)", ((1, 1), (1, 2), (2, 1), (2, 2))),
+    ],
+)
+def test_an_image_becomes_one_of_the_checkpoints_own_grids(
+    tokenizer: Any, tmp_path: Path, pinpoints: Any, grids: Any
+) -> None:
+    """As transformers' port of the released code chooses among them; and they go back as they came."""
+    from transformers import AutoConfig
+    from transformers.image_processing_utils import select_best_resolution
+
+    from lvctx.train.images import Encoding
+    from lvctx.vision.grids import unires_grid
+
+    lm, tower, projector = llava_models.parts(tokenizer)
+    tensors = llava_models.tensors_of(lm, tower, projector)
+    model = llava_models.write(tmp_path / "llava", tensors, lm, tokenizer, image_grid_pinpoints=pinpoints)
+    code, _, said = lvctx("import-longva", model, "-o", tmp_path / "vlm")
+    assert code == 0, said
+    encoding = Encoding.told(AutoConfig.from_pretrained(tmp_path / "vlm"))
+    assert encoding.max_grids == grids
+    listed = [(48 * w, 48 * h) for w, h in grids] if isinstance(grids, tuple) else [tuple(p) for p in square(grids)]
+    for width, height in ((48, 48), (200, 90), (90, 200), (500, 500), (1000, 100)):
+        best = select_best_resolution((height, width), [(h, w) for w, h in listed])
+        found = unires_grid(width, height, tile=48, max_grids=encoding.max_grids)
+        assert (found[1] * 48, found[0] * 48) == best
+    assert lvctx("export", tmp_path / "vlm", "--to", "llava", "-o", tmp_path / "back")[0] == 0
+    back = json.loads((tmp_path / "back" / "config.json").read_text())["image_grid_pinpoints"]
+    assert [tuple(pair) for pair in back] == listed
+
+
+@pytest.mark.parametrize("pinpoints", [[], "x", [[50, 96]], [[48]], [48], {"a": 1}, [["48", "96"]], 5])
+def test_pinpoints_that_are_none_are_refused(tokenizer: Any, tmp_path: Path, pinpoints: Any) -> None:
+    lm, tower, projector = llava_models.parts(tokenizer)
+    tensors = llava_models.tensors_of(lm, tower, projector)
+    model = llava_models.write(tmp_path / "llava", tensors, lm, tokenizer, image_grid_pinpoints=pinpoints)
+    code, _, said = lvctx("import-longva", model, "-o", tmp_path / "vlm")
+    assert code == 3
+    assert "image_grid_pinpoints is" in said
+
+
+def test_the_resampler_that_the_dpo_script_names_is_not_read(tokenizer: Any, tmp_path: Path) -> None:
+    lm, tower, projector = llava_models.parts(tokenizer)
+    tensors = llava_models.tensors_of(lm, tower, projector)
+    plain = llava_models.write(tmp_path / "plain", tensors, lm, tokenizer)
+    named = llava_models.write(tmp_path / "named", tensors, lm, tokenizer, mm_resampler_type="spatial_pool")
+    for model in (plain, named):
+        code, _, said = lvctx("import-longva", model, "-o", model.with_suffix(".vlm"))
+        assert code == 0, said
+    ours, other = (all_tensors(tmp_path / name) for name in ("plain.vlm", "named.vlm"))
+    assert all(torch.equal(ours[name], other[name]) for name in ours)
+    refused = llava_models.write(tmp_path / "other", tensors, lm, tokenizer, mm_resampler_type="perceiver")
+    assert lvctx("import-longva", refused, "-o", tmp_path / "no")[0] == 3
+
+
 def test_logits_are_those_of_the_released_code(released: Path, tokenizer: Any, tmp_path: Path) -> None:
     code, rows, said = lvctx("import-longva", released, "-o", tmp_path / "vlm")
     assert code == 0, said

@@ -124,7 +124,8 @@ def test_a_stretched_model_is_stretched_from_its_pretrained_length() -> None:
     again = chosen(model, "yarn", context=65536)
     assert again.factor == 8.0
     assert again.rope_parameters["original_max_position_embeddings"] == 8192
-    assert chosen(config(rope_type="linear", factor=4.0), "pi", factor=8).context == 65536
+    linear = config(rope_type="linear", factor=4.0)
+    assert chosen(linear, "pi", factor=8, original=8192).context == 65536
     assert chosen(model, "none").rope_parameters == model.rope_parameters
 
 
@@ -138,6 +139,25 @@ def test_another_kind_of_positions_is_refused_unless_replaced(caplog: pytest.Log
         chosen(config(full_attention={"rope_theta": 1e6}), "theta")
 
 
+def test_a_lower_base_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    chosen(config(), "theta", theta=1e6)
+    assert "lower" not in caplog.text
+    chosen(config(), "theta", theta=5e4)
+    assert "base 50000 is lower than the model's own 1e+06" in caplog.text
+
+
+def test_linear_positions_do_not_say_their_original_length() -> None:
+    """Chen et al. scale the pretrained length; max_position_embeddings of released configurations is either."""
+    linear = config(rope_type="linear", factor=4.0)
+    with pytest.raises(InputError, match="--original-length, 32768 or 8192"):
+        chosen(linear, "pi", context=65536)
+    assert chosen(linear, "pi", context=65536, original=32768).factor == 2.0
+    assert chosen(linear, "pi", context=65536, factor=8.0).context == 65536, "nothing depends on it"
+    known = config(rope_type="linear", factor=4.0, original_max_position_embeddings=4096)
+    assert chosen(known, "pi", context=65536).factor == 16.0
+    assert chosen(config(), "yarn", factor=4, original=8192).rope_parameters["original_max_position_embeddings"] == 8192
+
+
 @pytest.mark.parametrize(
     ("scheme", "asked", "message"),
     [
@@ -145,6 +165,8 @@ def test_another_kind_of_positions_is_refused_unless_replaced(caplog: pytest.Log
         ("none", {"theta": 1e6}, "keeps the base"),
         ("ntk", {"factor": 2.0, "attention_factor": 1.4}, "--attention-factor has no meaning"),
         ("pi", {"context": 8192}, "stretches by 0.25"),
+        ("theta", {"original": 8192}, "--original-length has no meaning"),
+        ("none", {"original": 8192}, "--original-length has no meaning"),
         ("yarn", {}, "stretches by 0"),
     ],
 )

@@ -230,6 +230,9 @@ def test_recipes_tables_are_flags() -> None:
         parsed = [parse_stage(",".join(f"{k}={v}" for k, v in stage.items())) for stage in table["stages"]]
         lengths = [stage["seq_len"] for stage in parsed]
         assert lengths == sorted(lengths)
+        bases = [stage["rope_theta"] for stage in parsed if "rope_theta" in stage]
+        assert bases == sorted(bases)
+        assert bases[0] >= {"easycontext-7b": 1e4, "giraffe-7b": 1e6}[name], "the base of the model it starts from"
         assert all(stage["batch_tokens"] % stage["seq_len"] == 0 for stage in parsed)
 
 

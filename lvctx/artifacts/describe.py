@@ -1,14 +1,17 @@
 """What an artifact or model directory holds, read from headers and manifests alone: no tensor is loaded."""
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts import schemas
+from lvctx.artifacts.config import language_part, read_model_config
 from lvctx.artifacts.manifest import MANIFEST, read_manifest, read_provenance
 from lvctx.artifacts.rows import read_rows
 from lvctx.artifacts.sniff import encode_first, mistaken, sniff
 from lvctx.artifacts.store import read_safetensors_header
+from lvctx.artifacts.weights import read_headers
 from lvctx.errors import InputError
 
 
@@ -80,34 +83,34 @@ def _describe_file(path: Path) -> dict[str, Any]:
 
 
 def _describe_model(path: Path) -> dict[str, Any]:
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    text = config.get("text_config", config)
-    parameters = size = 0
-    for shard in sorted(path.glob("model*.safetensors")):
-        for name, entry in read_safetensors_header(shard).items():
-            if name != "__metadata__":
-                count = 1
-                for n in entry["shape"]:
-                    count *= n
-                parameters += count
-        size += shard.stat().st_size
+    config = read_model_config(path)
+    text = language_part(config)
+    shards = read_headers(path)
+    architectures = config.get("architectures")
+    rope = text.get("rope_parameters") or {
+        **_object(text.get("rope_scaling")),
+        "rope_theta": text.get("rope_theta"),
+    }
     facts = {
-        "architecture": (config.get("architectures") or [config.get("model_type")])[0],
-        "parameters": parameters,
-        "bytes": size,
+        "architecture": architectures[0] if isinstance(architectures, list) and architectures else config["model_type"],
+        "parameters": sum(prod(entry["shape"]) for header in shards.values() for entry in header.values()),
+        "bytes": sum((path / shard).stat().st_size for shard in shards),
         "context": text.get("max_position_embeddings"),
-        "rope": text.get("rope_parameters")
-        or {**(text.get("rope_scaling") or {}), "rope_theta": text.get("rope_theta")},
+        "rope": rope,
         "layers": text.get("num_hidden_layers"),
         "hidden_size": text.get("hidden_size"),
         "vocabulary": text.get("vocab_size"),
     }
-    vision = config.get("vision_config")
-    if vision and "image_size" in vision:
-        side = vision["image_size"] // vision["patch_size"]
+    vision = _object(config.get("vision_config"))
+    image, patch = vision.get("image_size"), vision.get("patch_size")
+    if isinstance(image, int) and isinstance(patch, int) and 0 < patch <= image:
         facts["tower"] = {
             "architecture": vision.get("model_type"),
-            "image_size": vision["image_size"],
-            "tokens_per_frame": ((side + 1) // 2) ** 2,
+            "image_size": image,
+            "tokens_per_frame": ((image // patch + 1) // 2) ** 2,
         }
     return facts
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lvctx import __version__
-from lvctx.artifacts.store import read_safetensors_header, sha256_file, write_json
+from lvctx.artifacts.store import read_json, read_safetensors_header, sha256_file, write_json
 from lvctx.errors import InputError
 
 MANIFEST = "MANIFEST.json"
@@ -75,16 +75,16 @@ def read_provenance(path: Path) -> dict[str, Any] | None:
 def read_manifest(directory: Path) -> dict[str, Any]:
     """MANIFEST.json of a finished artifact directory. Raises InputError where there is none or it is not JSON."""
     path = directory / MANIFEST
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         raise InputError(
             f"no {MANIFEST}: not an artifact of ours, or unfinished",
             where=directory,
             fix="run its command again",
-        ) from None
-    except (OSError, ValueError) as e:
-        raise InputError(f"unreadable {MANIFEST} ({e})", where=directory, fix="write the artifact again") from e
+        )
+    try:
+        return read_json(path)
+    except InputError as e:
+        raise InputError(f"unreadable {MANIFEST} ({e.what})", where=directory, fix="write the artifact again") from e
 
 
 def write_manifest(directory: Path, provenance: Provenance, files: list[str], **facts: Any) -> None:

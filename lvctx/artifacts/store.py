@@ -18,6 +18,9 @@ from typing import Any
 
 from lvctx.errors import InputError
 
+LFS_POINTER = b"version "
+"""How the text file begins that stands for a large file in a Git repository which was cloned without Git LFS."""
+
 
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
@@ -99,6 +102,19 @@ def write_json(target: Path, value: Any) -> None:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises InputError where there is none, or it holds something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError("no such file", where=path) from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"not JSON ({e})", where=path) from e
+    if not isinstance(value, dict):
+        raise InputError(f"holds a JSON {type(value).__name__}, not an object", where=path)
+    return value
+
+
 def save_tensors(target: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     """Write torch tensors or numpy arrays (all of one kind) as one safetensors file with `metadata`.
 
@@ -124,6 +140,8 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as f:
             raw = f.read(8)
+            if raw == LFS_POINTER:
+                raise InputError("a Git LFS pointer, not the file itself", where=path, fix="run git lfs pull there")
             if len(raw) < 8:
                 raise broken
             (length,) = struct.unpack("<Q", raw)
@@ -132,12 +150,26 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
             header = json.loads(f.read(length))
     except FileNotFoundError:
         raise InputError("no such file", where=path) from None
-    except (OSError, ValueError) as e:
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as e:
         raise broken from e
+    if not isinstance(header, dict) or not all(_is_entry(v) for k, v in header.items() if k != "__metadata__"):
+        raise broken
     ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
     if path.stat().st_size != 8 + length + max(ends, default=0):
         raise broken
     return header
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a header's entry describes a tensor."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    return all(type(n) is int and n >= 0 for n in (*shape, *offsets)) and offsets[0] <= offsets[1]
 
 
 def sha256_file(path: Path) -> str:

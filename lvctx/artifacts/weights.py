@@ -13,10 +13,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lvctx.artifacts.store import atomic_file, read_safetensors_header, write_json
+from lvctx.artifacts.store import atomic_file, read_json, read_safetensors_header, write_json
 from lvctx.errors import InputError
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CHUNK = 1 << 24
 """Bytes read at once."""
 WIDTHS = {"BF16": 2, "F16": 2, "F32": 4}
@@ -40,33 +40,70 @@ class Weight:
         return prod(self.shape) * WIDTHS[self.dtype]
 
 
+def shard_names(directory: Path) -> list[str]:
+    """Names of the safetensors files that hold a model's weights: the single one, as in transformers, or the index's.
+
+    Raises InputError for an index that is not one, or leads out of the directory, and for files that are not there.
+    """
+    index = directory / INDEX
+    names = [SINGLE]
+    if not (directory / SINGLE).is_file() and index.is_file():
+        stored = read_json(index)
+        places, metadata = stored.get("weight_map"), stored.get("metadata", {})
+        if not isinstance(metadata, dict):
+            raise InputError(f"metadata is {json.dumps(metadata)[:40]}", where=index, fix="write {} there")
+        if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+            raise InputError("weight_map does not map tensors to files", where=index, fix="save the model again")
+        names = sorted(set(places.values()))
+        for name in names:
+            if "/" in name or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
+                raise InputError(f"{name!r} is no safetensors file of this directory", where=index, fix="correct it")
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise InputError(
+            f"missing {', '.join(missing[:8])}", where=directory, fix="download or save the model again (safetensors)"
+        )
+    return names
+
+
+def read_headers(directory: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Shards of a model directory, in order: file name -> tensor name -> its entry in the safetensors header.
+
+    Raises InputError for what `shard_names` refuses, a shard that is not whole, or a name that occurs twice.
+    """
+    shards: dict[str, dict[str, dict[str, Any]]] = {}
+    seen: set[str] = set()
+    for file in shard_names(directory):
+        header = read_safetensors_header(directory / file)
+        header.pop("__metadata__", None)
+        if twice := seen & header.keys():
+            raise InputError(f"{min(twice)} is in two shards", where=directory / file, fix="save the model again")
+        seen |= header.keys()
+        shards[file] = header
+    return shards
+
+
 def read_weights(directory: Path) -> dict[str, dict[str, Weight]]:
     """Shards of a resolved model directory, in order: file name -> name -> tensor.
 
-    Raises InputError for a shard that is not whole, a tensor of a type that no weight has, or a name that occurs twice.
+    Raises InputError for what `read_headers` refuses, and for a tensor of a type that no weight has.
     """
-    index = directory / INDEX
-    names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     shards: dict[str, dict[str, Weight]] = {}
-    seen: set[str] = set()
-    for file in names:
+    for file, header in read_headers(directory).items():
         path = directory / file
-        header = read_safetensors_header(path)
-        header.pop("__metadata__", None)
         with open(path, "rb") as f:
             data = 8 + int.from_bytes(f.read(8), "little")
         shards[file] = {}
         for name, entry in header.items():
             if entry["dtype"] not in WIDTHS:
                 raise InputError(f"{name} is {entry['dtype']}", where=path, fix="save the model in bfloat16")
-            if name in seen:
-                raise InputError(f"{name} is in two shards", where=path, fix="save the model again")
             begin, end = (data + offset for offset in entry["data_offsets"])
-            chunks = partial(_copied, path, begin, end)
-            shards[file][name] = Weight(dtype=entry["dtype"], shape=tuple(entry["shape"]), chunks=chunks)
-        seen |= shards[file].keys()
+            weight = Weight(
+                dtype=entry["dtype"], shape=tuple(entry["shape"]), chunks=partial(_copied, path, begin, end)
+            )
+            if end - begin != weight.size:
+                raise InputError(f"{name} has another size than its shape", where=path, fix="save the model again")
+            shards[file][name] = weight
     return shards
 
 
@@ -87,7 +124,7 @@ def write_weights(
     count = len(shards)
     names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     if count == 1:
-        names = ["model.safetensors"]
+        names = [SINGLE]
     for done, (name, shard) in enumerate(zip(names, shards, strict=True)):
         report(done, count, name)
         if not (out / name).exists():

@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 
 from lvctx.bench.video_niah import Layout
 from lvctx.errors import InputError, UsageError
-from lvctx.model.load import load_config
+from lvctx.model.load import load_config, load_image_processor
 from lvctx.model.qwen_vl import TIMED
 from lvctx.positions.mrope_ids import Rules
 from lvctx.vision.decode import count_at_rate, count_readable, read_frames
@@ -54,8 +54,6 @@ class QwenEyes:
         allow_partial: bool = False,
     ) -> None:
         """See `open_eyes`; nothing is decoded but the first frame of each file."""
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
         self.apart, self.natural = apart, apart and hybrid is None
         hybrid = hybrid or Hybrid()
         if apart and not self.natural:
@@ -65,7 +63,7 @@ class QwenEyes:
         check_reachable(hybrid)
         self.files, self.fps, self.hybrid = tuple(files), fps, hybrid
         self.rule = rule = qwen_rule(path, tokenizer, hybrid)
-        self.processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        self.processor = load_image_processor(path)
         self.unit = 1 if apart or hybrid.mode == "image" else rule.merge
         self.mark, config = rule.mark("video"), load_config(path)
         self.allow_partial = allow_partial

@@ -77,6 +77,14 @@ def extend_lm(
     context: Annotated[
         int | None, typer.Option(help="Positions config.json promises. Default: the longer of model and rows.", min=2)
     ] = None,
+    original_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Pretrained length in tokens (pi, ntk, yarn), where config.json does not have it. "
+            "Default: as config.json has it.",
+            min=2,
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps; 0 changes the base only.", min=0)] = 1000,
     batch_tokens: Annotated[int, typer.Option(help="Tokens a step, in whole rows.", min=1)] = 1_000_000,
     lr: Annotated[float, typer.Option(help="Learning rate (constant).", min=0.0)] = 1e-5,
@@ -148,6 +156,7 @@ def extend_lm(
         factor=factor,
         attention_factor=attention_factor,
         context=context,
+        original_length=original_length,
         seq_len=seq_len,
         steps=steps,
         batch_tokens=batch_tokens,

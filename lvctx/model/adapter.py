@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lvctx.artifacts.manifest import Provenance, read_provenance
 from lvctx.artifacts.store import read_safetensors_header, save_tensors
-from lvctx.errors import InputError
+from lvctx.errors import InputError, library_errors
+from lvctx.model.fit import check_shapes
 from lvctx.model.lora import load_lora_state, lora_state
 
 ADAPTER = "adapter.safetensors"
@@ -38,19 +39,22 @@ def load_adapter(path: Path, vlm: Any, wrapped: Any) -> None:
 
     read_safetensors_header(path)
     parts: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(path).items():
+    with library_errors("cannot read the adapter", where=path):
+        tensors = load_file(path)
+    for key, tensor in tensors.items():
         part, _, name = key.partition(".")
         parts.setdefault(part, {})[name] = tensor
     if not parts or not parts.keys() <= {"projector", "lora"}:
         raise InputError("holds neither a projector nor a LoRA", where=path, fix=f"give an {ADAPTER} of align")
-    try:
-        if "projector" in parts:
-            if not hasattr(vlm.model, "multi_modal_projector"):
-                raise InputError("holds a projector, and the model sees nothing", fix="give the LoRA of an extend-lm")
-            vlm.model.multi_modal_projector.load_state_dict(parts["projector"])
-        if "lora" in parts:
-            load_lora_state(wrapped, parts["lora"])
-    except InputError as e:
-        raise InputError(e.what, where=path, fix=e.fix) from None
-    except RuntimeError:
-        raise InputError("the projector is of another tower or language model", where=path) from None
+    if "projector" in parts:
+        projector = getattr(vlm.model, "multi_modal_projector", None)
+        if projector is None:
+            raise InputError(
+                "holds a projector, and the model sees nothing", where=path, fix="give the LoRA of an extend-lm"
+            )
+        wanted = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in parts["projector"].items()}
+        check_shapes(found, wanted, f"{path}, the projector")
+        projector.load_state_dict(parts["projector"])
+    if "lora" in parts:
+        load_lora_state(wrapped, parts["lora"], where=path)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from lvctx.errors import InputError, UsageError
+from lvctx.errors import InputError, UsageError, library_errors
+from lvctx.model.fit import DERIVED
 from lvctx.model.vlm import PIXELS
 
 LANGUAGE = {"llava_qwen": "qwen2", "llava_llama": "llama", "llava_mistral": "mistral"}
@@ -32,9 +33,6 @@ RENAMED = (
     ("model.", "language_model.model."),
 )
 """How LLaVA's names begin, and ours; the first that fits counts. transformers dropped a level of the tower's names."""
-DERIVED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
-"""Tensors of old checkpoints that are computed from the configuration."""
-
 CLIP = "openai/clip-vit-"
 CLIP_336 = f"{CLIP}large-patch14-336"
 CLIP_PIXELS = {
@@ -72,7 +70,7 @@ def expected(text: Any, vision: Any, *, tower: bool = True) -> tuple[dict[str, t
     """LLaVA's names and shapes of a language model with its projector and tower, and the `level` for `rename`."""
     from transformers import AutoModelForCausalLM, CLIPVisionModel
 
-    with torch.device("meta"):
+    with library_errors("no model can be built from its configuration"), torch.device("meta"):
         lm, seen = AutoModelForCausalLM.from_config(text), CLIPVisionModel(vision)
     wanted = {name: tuple(value.shape) for name, value in lm.state_dict().items()}
     if text.tie_word_embeddings:
@@ -90,24 +88,6 @@ def expected(text: Any, vision: Any, *, tower: bool = True) -> tuple[dict[str, t
     return wanted, "vision_model." if hasattr(seen, "vision_model") else ""
 
 
-def check_names(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: object) -> None:
-    """Raise InputError, naming them, for tensors that lack, that nothing knows, or that have another shape."""
-    lacking, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    other = sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
-    if lacking:
-        raise InputError(f"lacks {_listed(lacking)}", where=where, fix="download or save it again")
-    if unknown:
-        raise InputError(f"holds {_listed(unknown)}, which no model of this configuration has", where=where)
-    if other:
-        shapes = f"{list(found[other[0]])}, and the configuration wants {list(wanted[other[0]])}"
-        raise InputError(f"{_listed(other)}: {shapes}", where=where, fix="config.json is of another model")
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more
-
-
 def text_config(flat: Mapping[str, Any], *, context: int | None, where: object) -> Any:
     """The language model's configuration out of a LLaVA config.json. Raises InputError for one of another kind."""
     from transformers import CONFIG_MAPPING
@@ -117,33 +97,47 @@ def text_config(flat: Mapping[str, Any], *, context: int | None, where: object) 
         raise InputError(
             f"a {flat.get('model_type')} model is no LLaVA checkpoint", where=where, fix=f"known: {', '.join(LANGUAGE)}"
         )
-    for key, wanted in (
-        ("mm_patch_merge_type", "unires"),
-        ("mm_projector_type", "mlp2x_gelu"),
-        ("mm_vision_select_feature", "patch"),
-        ("mm_resampler_type", None),
+    for key, read in (
+        ("mm_patch_merge_type", ("unires",)),
+        ("mm_projector_type", ("mlp2x_gelu",)),
+        ("mm_vision_select_feature", ("patch",)),
+        # LongVA's DPO script passes spatial_pool, and its UniRes encoder reads neither: it pools 2x2 by itself.
+        ("mm_resampler_type", (None, "spatial_pool")),
     ):
-        if flat.get(key) != wanted:
-            raise InputError(f'{key} is "{flat.get(key)}"', where=where, fix=f'LongVA says "{wanted}"')
+        if flat.get(key) not in read:
+            raise InputError(f'{key} is "{flat.get(key)}"', where=where, fix=f'LongVA says "{read[0]}"')
     default = CONFIG_MAPPING[kind]()
     known = {*default.to_dict(), "rope_theta", "rope_scaling", "torch_dtype"}
     known -= {"architectures", "model_type", "_name_or_path", "transformers_version"}
     values = {key: copy.deepcopy(value) for key, value in flat.items() if key in known}
     if "rope_parameters" in values:
         values = {key: value for key, value in values.items() if key not in ("rope_theta", "rope_scaling")}
-    config = type(default).from_dict(values)
+    with library_errors("unreadable config.json", where=where):
+        config = type(default).from_dict(values)
     config.architectures = [CLASSES[kind].removeprefix("Llava").replace("Qwen", "Qwen2")]
     if context:
         config.max_position_embeddings = context
     return config
 
 
-def clip_config(shapes: Mapping[str, tuple[int, ...]], name: str) -> Any:
-    """The configuration of an OpenAI tower, whose heads are all 64 wide, from the shapes of its tensors."""
+def clip_config(shapes: Mapping[str, tuple[int, ...]], name: str, *, where: object) -> Any:
+    """The configuration of an OpenAI tower, whose heads are all 64 wide, from the shapes of its tensors.
+
+    Raises InputError where those tensors lack or have no such shape.
+    """
     from transformers import CLIPVisionConfig
 
+    decisive = {"embeddings.patch_embedding.weight": 4, "embeddings.position_embedding.weight": 2}
+    decisive["encoder.layers.0.mlp.fc1.weight"] = 2
+    for key, axes in decisive.items():
+        if TOWER + key not in shapes:
+            raise InputError(f"lacks {TOWER}{key}", where=where, fix="download or save it again")
+        if len(shapes[TOWER + key]) != axes or not all(shapes[TOWER + key]):
+            raise InputError(f"{TOWER}{key} has shape {list(shapes[TOWER + key])}", where=where)
     width, _, patch, _ = shapes[f"{TOWER}embeddings.patch_embedding.weight"]
     positions = shapes[f"{TOWER}embeddings.position_embedding.weight"][0]
+    if width % 64 or math.isqrt(positions - 1) < 1:
+        raise InputError(f"a tower of {width} channels and {positions} positions is none of OpenAI's", where=where)
     layers = {m[1] for key in shapes if (m := re.match(re.escape(TOWER) + r"encoder\.layers\.(\d+)\.", key))}
     config = CLIPVisionConfig(
         hidden_size=width,
@@ -160,9 +154,9 @@ def clip_config(shapes: Mapping[str, tuple[int, ...]], name: str) -> Any:
 
 def llava_config(config: Mapping[str, Any], tokenizer_length: int) -> dict[str, Any]:
     """LLaVA's config.json from that of a VLM of ours. Raises UsageError for a model that has no form there."""
-    text, vision = config["text_config"], config["vision_config"]
-    kind = text["model_type"]
-    if vision["model_type"] != "clip_vision_model" or kind not in CLASSES:
+    text, vision = _value(config, "text_config", dict), _value(config, "vision_config", dict)
+    kind = _value(text, "model_type", str)
+    if _value(vision, "model_type", str) != "clip_vision_model" or kind not in CLASSES:
         raise UsageError(
             f"LLaVA's names are for a CLIP tower on {', '.join(CLASSES)}, not {vision['model_type']} on {kind}",
             fix="--to hf",
@@ -171,24 +165,27 @@ def llava_config(config: Mapping[str, Any], tokenizer_length: int) -> dict[str, 
         raise UsageError(f"LongVA reads images by UniRes, not {config['image_grid']}", fix="--to hf")
     if config.get("image_grid_rule", "code") != "code":
         raise UsageError("LongVA's code reads images by its own rule, not the paper's", fix="--to hf")
-    rope = text.get("rope_parameters", {})
+    rope = _value(text, "rope_parameters", dict) if "rope_parameters" in text else {}
     flat = {key: value for key, value in text.items() if key not in ("_name_or_path", "model_type", "architectures")}
     if rope:
         # transformers 4, for which LLaVA's code was written, looks here.
-        flat["rope_theta"] = rope["rope_theta"]
+        flat["rope_theta"] = _value(rope, "rope_theta", int, float)
         if rope.get("rope_type", "default") != "default":
             flat["rope_scaling"] = rope
-    side, most = vision["image_size"], config.get("image_max_grids", 49)
-    grids = [[w * side, h * side] for w in range(1, most + 1) for h in range(1, most // w + 1) if w * h > 1]
+    side, most = _value(vision, "image_size", int), config.get("image_max_grids", 49)
+    tiles = config.get("image_grids") or [
+        [w, h] for w in range(1, most + 1) for h in range(1, most // w + 1) if w * h > 1
+    ]
+    grids = [[w * side, h * side] for w, h in tiles]
     return flat | {
         "architectures": [CLASSES[kind]],
         "model_type": next(name for name, lm in LANGUAGE.items() if lm == kind),
         "torch_dtype": config.get("dtype"),
         "mm_vision_tower": CLIP_336 if is_clip_336(vision) else "tower",
-        "mm_hidden_size": vision["hidden_size"],
+        "mm_hidden_size": _value(vision, "hidden_size", int),
         "mm_projector_type": "mlp2x_gelu",
         "mm_resampler_type": None,
-        "mm_vision_select_layer": config["vision_feature_layer"],
+        "mm_vision_select_layer": _value(config, "vision_feature_layer", int),
         "mm_vision_select_feature": "patch",
         "mm_patch_merge_type": "unires",
         "image_aspect_ratio": "anyres",
@@ -200,6 +197,13 @@ def llava_config(config: Mapping[str, Any], tokenizer_length: int) -> dict[str, 
         "tokenizer_model_max_length": tokenizer_length,
         "tokenizer_padding_side": "right",
     }
+
+
+def _value(config: Mapping[str, Any], key: str, *types: type) -> Any:
+    """What config.json has under a key. Raises InputError for nothing, or another type."""
+    if type(config.get(key)) not in types:
+        raise InputError(f"config.json has {key} {str(config.get(key))[:40]}", fix="save the model again")
+    return config[key]
 
 
 def is_clip_336(vision: Mapping[str, Any]) -> bool:

@@ -1,15 +1,22 @@
 """Find and load models and tokenizers: a local Hugging Face directory or a hub id, language model or VLM alike."""
 
-import json
+import copy
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from lvctx.artifacts.config import language_part, read_model_config
 from lvctx.artifacts.manifest import MANIFEST, read_manifest
 from lvctx.artifacts.sniff import check_kind
-from lvctx.errors import InputError, MissingError
+from lvctx.artifacts.weights import read_headers, shard_names
+from lvctx.errors import InputError, MissingError, first_line, library_errors
+from lvctx.model.fit import DERIVED, check_loaded
+from lvctx.positions.choose import check_rope
 
 VLM_TYPE = "llava_onevision"
+FLOATS = ("BF16", "F16", "F32", "F64")
+"""Types of weights that are not quantized, as safetensors names them."""
 
 
 def resolve_model(name: str | Path, *, weights: bool = True) -> Path:
@@ -27,14 +34,7 @@ def resolve_model(name: str | Path, *, weights: bool = True) -> Path:
         raise InputError("no config.json: not a model directory", where=path)
     if not weights:
         return path
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        shards = ["model.safetensors"]
-    missing = [shard for shard in shards if not (path / shard).is_file()]
-    if missing:
-        raise InputError(f"missing {', '.join(missing)}", where=path, fix="download or save the model again")
+    shard_names(path)
     return path
 
 
@@ -48,9 +48,10 @@ def _download(name: str, *, weights: bool) -> Path:
         patterns = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as e:
-        reason = str(e).splitlines()[0]
         raise InputError(
-            f"neither a directory nor a model the hub would give ({reason})", where=name, fix="check name and network"
+            f"neither a directory nor a model the hub would give ({first_line(e)})",
+            where=name,
+            fix="check name and network",
         ) from e
 
 
@@ -60,25 +61,18 @@ def read_config(name: str | Path) -> dict[str, Any]:
     A VLM's language model is what counts. Raises InputError.
     """
     path = Path(name)
-    if path.is_dir():
-        path = path / "config.json"
-    if not path.is_file():
-        path = _download(str(name), weights=False) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return config.get("text_config", config)
-    except (OSError, ValueError, AttributeError) as e:
-        raise InputError(f"unreadable config.json ({e})", where=path) from e
+    if not path.exists():
+        path = _download(str(name), weights=False)
+    return language_part(read_model_config(path))
 
 
 def load_config(path: Path) -> Any:
     """The transformers configuration of a resolved model directory."""
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as e:
-        raise InputError(f"unreadable config.json ({str(e).splitlines()[0]})", where=path) from e
+    read_model_config(path)
+    with library_errors("unreadable config.json", where=path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
 def load_tokenizer(name: str | Path) -> Any:
@@ -86,10 +80,37 @@ def load_tokenizer(name: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     path = resolve_model(name) if not (Path(name) / "tokenizer.json").is_file() else Path(name)
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as e:
-        raise InputError(f"no usable tokenizer ({str(e).splitlines()[0]})", where=name) from e
+    with library_errors("no usable tokenizer", where=name):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def load_image_processor(path: Path) -> Any:
+    """The image processor of a Qwen-VL directory, tried on a blank image.
+
+    Raises InputError for a preprocessor_config.json that is unusable, or whose patches are not the model's.
+    """
+    from PIL import Image
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    where = path / "preprocessor_config.json"
+    with library_errors("unusable image processor", where=where):
+        processor: Any = Qwen2VLImageProcessorPil.from_pretrained(path)
+    vision = load_config(path).vision_config
+    for key, of_model in (
+        ("patch_size", vision.patch_size),
+        ("temporal_patch_size", vision.temporal_patch_size),
+        ("merge_size", vision.spatial_merge_size),
+    ):
+        if getattr(processor, key, None) != of_model:
+            raise InputError(f"{key} is {getattr(processor, key, None)!r}, the model's {of_model}", where=where)
+    with library_errors("unusable image processor", where=where):
+        side = processor.patch_size * processor.merge_size
+        blank = Image.new("RGB", (8, 8)).resize((side, side), resample=processor.resample)
+        rows = processor(images=[blank], do_resize=False, return_tensors="pt")["pixel_values"]
+        tuple(round(255 * mean) for mean in processor.image_mean)
+    if not bool(rows.isfinite().all()):
+        raise InputError(f"image_std is {processor.image_std}", where=where)
+    return processor
 
 
 DeviceMap = str | dict[str, Any]
@@ -107,11 +128,10 @@ def load_model(
     """A language model, a LlavaOnevision VLM or a Qwen-VL model, in eval mode with SDPA attention.
 
     `dtype` is a torch dtype, or `auto` for the checkpoint's own; with a `device_map`, `device` does not count. Raises
-    InputError for weights that do not fit the configuration, the map, or cannot be read; MissingError for a map without
-    accelerate, or a device that is not here.
+    InputError for weights that do not fit the configuration tensor by tensor, the map, or cannot be read; MissingError
+    for a map without accelerate, a package that quantized weights need, or a device that is not here.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     if device_map is None and device.startswith("cuda") and not torch.cuda.is_available():
@@ -119,14 +139,73 @@ def load_model(
     if device_map is not None and find_spec("accelerate") is None:
         raise MissingError("a device map needs accelerate", where="--device-map", fix="pip install accelerate")
     config = config or load_config(path)
+    stored = _stored(path, config)
+    check_rope(config, path)
     kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
-    try:
-        model = kind.from_pretrained(
-            path, config=config, dtype=dtype, attn_implementation="sdpa", device_map=device_map
+    with library_errors("cannot load the model", where=path), torch.device("meta"):
+        described = sum(parameter.numel() for parameter in kind.from_config(copy.deepcopy(config)).parameters())
+    if quantization(config) is None and described > 4 * sum(stored.values()):
+        # Before transformers makes room for all that the configuration describes.
+        raise InputError(
+            f"config.json describes {described:,} parameters, the weights are {sum(stored.values()):,}", where=path
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        raise InputError(f"cannot load the weights ({str(e).splitlines()[0]})", where=path) from e
-    return (model if device_map is not None else model.to(device)).eval()
+    with library_errors("cannot load the model", where=path):
+        model, found = kind.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            device_map=device_map,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
+        )
+    check_loaded(model, found, stored, path)
+    model = (model if device_map is not None else model.to(device)).eval()
+    with library_errors("the model cannot compute with this config.json", where=path), torch.no_grad():
+        # Many values are first used here: positions, attention's windows, scales. Two tokens cost next to nothing.
+        model.get_decoder()(
+            input_ids=torch.zeros(1, 2, dtype=torch.long, device=device_of(model.get_input_embeddings()))
+        )
+    return model
+
+
+def _stored(path: Path, config: Any) -> dict[str, int]:
+    """Names in a checkpoint, and how many values each has. Raises InputError for values that are no plain numbers."""
+    if (path / "adapter_config.json").is_file():
+        raise InputError(
+            "holds a PEFT adapter (adapter_config.json)", where=path, fix="merge it into the weights first"
+        )
+    stored = {}
+    for file, header in read_headers(path).items():
+        for name, entry in header.items():
+            if quantization(config) is None and entry["dtype"] not in FLOATS and not DERIVED.search(name):
+                raise InputError(
+                    f"{name} is {entry['dtype']}, and config.json has no quantization_config",
+                    where=path / file,
+                    fix="give the model in bfloat16",
+                )
+            stored[name] = prod(entry["shape"])
+    return stored
+
+
+def quantization(config: Any) -> str | None:
+    """The method that a model's weights are quantized by, from its configuration; None where they are not."""
+    found = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if found is None:
+        return None
+    return str((found if isinstance(found, dict) else vars(found)).get("quant_method", "an unknown method"))
+
+
+def refuse_quantized(config: Any, where: object) -> None:
+    """Raise InputError for a model with quantized weights, which cannot be trained and saved as plain ones."""
+    if (method := quantization(config)) is not None:
+        raise InputError(
+            f"its weights are quantized ({method})", where=where, fix="give the checkpoint that was quantized"
+        )
 
 
 def device_of(module: Any) -> Any:
@@ -147,5 +226,8 @@ def trained_length(path: Path) -> int:
 
 
 def context_length(config: Any) -> int:
-    """Positions a language model or VLM says it can read."""
-    return int(config.get_text_config().max_position_embeddings)
+    """Positions a language model or VLM says it can read. Raises InputError where it does not say."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(length, int):
+        raise InputError("config.json has no max_position_embeddings", where=config.name_or_path or None)
+    return length

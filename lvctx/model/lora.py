@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lvctx.errors import InputError
+from lvctx.errors import InputError, library_errors
+from lvctx.model.fit import check_shapes
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Projections of an attention block, as Llama, Qwen2, Qwen3 and Mistral name them."""
@@ -20,7 +21,9 @@ def add_lora(model: Any, *, rank: int, targets: Sequence[str], seed: int) -> Any
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets)))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets))
+    with library_errors("LoRA finds no attention of a kind that it knows"):
+        wrapped = get_peft_model(model, config)
     for parameter in lora_parameters(wrapped):
         parameter.data = parameter.data.float()
     return wrapped
@@ -38,13 +41,16 @@ def lora_state(wrapped: Any) -> dict[str, Tensor]:
     return get_peft_model_state_dict(wrapped, save_embedding_layers=False)
 
 
-def load_lora_state(wrapped: Any, state: dict[str, Tensor]) -> None:
+def load_lora_state(wrapped: Any, state: dict[str, Tensor], *, where: object = None) -> None:
     """Start from saved tensors. Raises InputError when they are of another rank, other layers or another model."""
     from peft import set_peft_model_state_dict
 
-    wanted = {name: tensor.shape for name, tensor in lora_state(wrapped).items()}
-    if wanted != {name: tensor.shape for name, tensor in state.items()}:
-        raise InputError("the adapter is of another rank or another model", fix="give the --lora it was trained with")
+    wanted = {name: tuple(tensor.shape) for name, tensor in lora_state(wrapped).items()}
+    try:
+        check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, wanted, where)
+    except InputError as e:
+        what = f"the adapter is of another rank or another model: {e.what}"
+        raise InputError(what, where=where, fix="give the --lora it was trained with") from None
     set_peft_model_state_dict(wrapped, {name: tensor.float() for name, tensor in state.items()})
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lvctx.artifacts.store import write_json
 from lvctx.errors import InputError
+from lvctx.model.chat_template import render_chat
 from lvctx.model.export import save_model
 from lvctx.model.load import device_of
 
@@ -196,9 +197,12 @@ def chat_ids(tokenizer: Any, *turns: str, mark: str = VIDEO_TOKEN) -> tuple[list
     """
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     messages[0]["content"] = mark + turns[0]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = render_chat(tokenizer, messages, add_generation_prompt=True)
     ids = tokenizer.encode(text, add_special_tokens=False)
-    at = ids.index(tokenizer.convert_tokens_to_ids(mark))
+    placeholder = tokenizer.convert_tokens_to_ids(mark)
+    if placeholder not in ids:
+        raise InputError(f"its chat template drops {mark}", where=tokenizer.name_or_path or None)
+    at = ids.index(placeholder)
     return ids[:at], ids[at + 1 :]
 
 

@@ -11,7 +11,7 @@ from lvctx.artifacts.manifest import Provenance
 from lvctx.artifacts.store import fingerprint
 from lvctx.dist.attention import is_plain
 from lvctx.errors import InputError, UsageError
-from lvctx.model.load import VLM_TYPE, load_config, load_tokenizer, resolve_model
+from lvctx.model.load import VLM_TYPE, load_config, load_tokenizer, refuse_quantized, resolve_model
 from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import VIDEO_TOKEN, Grid, add_visual_tokens, image_grid, image_rule
 from lvctx.text.hub import hub_commit
@@ -19,7 +19,7 @@ from lvctx.train.chat import Conversation, read_conversations
 from lvctx.train.images import Encoding
 from lvctx.train.micro import encode_sample
 from lvctx.train.preference import read_pairs
-from lvctx.vision.grids import MAX_GRIDS, GridRule, image_max_grids
+from lvctx.vision.grids import MAX_GRIDS, GridRule, MaxGrids, image_max_grids
 from lvctx.vision.tower import TowerFiles
 
 Stage = Literal["projector", "full", "dpo"]
@@ -35,8 +35,8 @@ class AlignConfig:
     """How images become tokens; LongVA `unires`."""
     grid_rule: GridRule
     """UniRes as the released code (`code`) or as the paper's text (`paper`)."""
-    max_grids: int
-    """UniRes's grids an image at most; LongVA 49."""
+    max_grids: MaxGrids
+    """UniRes's grids an image at most, LongVA 49; or an imported model's own list of grids."""
     steps: int
     """Optimizer steps."""
     batch: int
@@ -160,6 +160,7 @@ def plan_align(
     if started is not None and started.model_type != VLM_TYPE:
         raise UsageError(f"--init {init} is no VLM", fix="start with --lm and --tower")
     vlm_or_lm = started or load_config(paths["lm"])
+    refuse_quantized(vlm_or_lm, paths.get("lm", paths.get("init")))
     if pose and not is_plain(vlm_or_lm.get_text_config()):
         raise InputError(
             "its attention has a sliding window or latent keys", where=paths.get("lm", init), fix="drop --pose"

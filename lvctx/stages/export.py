@@ -1,22 +1,24 @@
 """A model of ours as others want it: a plain Hugging Face directory, or the format in which LongVA was released."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from lvctx.artifacts import schemas
+from lvctx.artifacts.config import read_model_config
 from lvctx.artifacts.manifest import Provenance
-from lvctx.artifacts.store import disk_error, fingerprint, is_disk_error, link_file, sha256_file, write_json
+from lvctx.artifacts.store import disk_error, fingerprint, is_disk_error, link_file, read_json, sha256_file, write_json
 from lvctx.artifacts.weights import Weight, read_weights, write_weights
 from lvctx.errors import InputError, UsageError
 from lvctx.model import llava
 from lvctx.model.adapter import ADAPTER
 from lvctx.model.export import model_files
+from lvctx.model.fit import check_shapes
 from lvctx.model.load import VLM_TYPE, context_length, load_config, resolve_model
 from lvctx.model.vlm import PIXELS_FILE, VLM_FILES, own_template
 from lvctx.stages.convert import Report, write_converted
+from lvctx.vision.grids import image_max_grids
 
 Format = Literal["hf", "llava"]
 TEMPLATE = "chat_template.jinja"
@@ -67,14 +69,15 @@ def _export_llava(source: Path, out: Path, *, resume: str, force: bool, report: 
     config = load_config(source)
     if config.model_type != VLM_TYPE:
         raise UsageError(f"{source} is a {config.model_type} model and has no form of LLaVA's", fix="--to hf")
-    raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    raw = read_model_config(source)
+    image_max_grids(config)
     flat = llava.llava_config(raw, context_length(config))
     wanted, _ = llava.expected(config.text_config, config.vision_config)
     wanted[llava.NEWLINE] = (config.text_config.hidden_size,)
     stored = list(read_weights(source).values())
     names = llava.rename({name for shard in stored for name in shard}, to_llava=True)
     found = {names.get(name, name): weight.shape for shard in stored for name, weight in shard.items()}
-    llava.check_names(found, wanted, source)
+    check_shapes(found, wanted, source)
 
     def shards() -> list[Mapping[str, Weight]]:
         return [{names[name]: weight for name, weight in shard.items()} for shard in stored]
@@ -101,7 +104,7 @@ def _write_tower(source: Path, vision: dict[str, Any], shards: list[dict[str, We
     """What LLaVA's config.json does not say of the tower; its weights too where it is none that the hub has."""
     out.mkdir(exist_ok=True)
     write_json(out / "config.json", vision)
-    pixels = json.loads((source / PIXELS_FILE).read_text(encoding="utf-8"))
+    pixels = read_json(source / PIXELS_FILE)
     write_json(out / PIXELS_FILE, llava.pixels_of(pixels))
     if not llava.is_clip_336(vision):
         prefix = "vision_tower."

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.lock import only_writer
-from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, write_manifest
+from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
 from lvctx.artifacts.packed import PackedRows
 from lvctx.artifacts.store import fingerprint
 from lvctx.dist import attention, checkpoint
@@ -33,11 +33,12 @@ from lvctx.model.load import (
     load_model,
     load_tokenizer,
     read_config,
+    refuse_quantized,
     resolve_model,
     trained_length,
 )
 from lvctx.model.lora import ATTENTION, add_lora, lora_parameters, merge_lora
-from lvctx.positions.choose import Scheme, choose
+from lvctx.positions.choose import Scheme, check_rope, choose
 from lvctx.positions.pose import skipped
 from lvctx.train.activations import checkpoint_layers
 from lvctx.train.data import indices
@@ -98,6 +99,8 @@ class Plan:
     """Of the new config.json."""
     original_context: int
     """Positions the model says it can read before."""
+    original_length: int | None
+    """Pretrained length that `config.rope_factor` counts from; None where nothing is stretched."""
     provenance: Provenance
     """What identifies the run."""
     found: Mapping[str, Any] = field(default_factory=dict)
@@ -123,6 +126,7 @@ def plan_extend(
     factor: float | None,
     attention_factor: float | None,
     context: int | None,
+    original_length: int | None = None,
     seq_len: int | None,
     steps: int,
     batch_tokens: int,
@@ -138,7 +142,9 @@ def plan_extend(
     if adapter and not lora:
         raise UsageError("--adapter holds a LoRA: it goes with --lora")
     path = resolve_model(model)
-    hf = load_config(path).get_text_config()
+    whole = load_config(path)
+    refuse_quantized(whole, path)
+    hf = whole.get_text_config()
     if "mrope_section" in (hf.rope_parameters or {}):
         raise InputError("positions have three axes (M-RoPE)", where=path, fix="lvctx mrope-extend")
     rows = None
@@ -148,6 +154,8 @@ def plan_extend(
         rows = PackedRows(data, seq_len=seq_len)
         _check_rows(rows, path, data)
     length = rows.seq_len if rows else 0
+    if rope == "none":
+        check_rope(hf, path)
     positions = choose(
         hf,
         scheme=rope,
@@ -156,6 +164,7 @@ def plan_extend(
         context=context,
         seq_len=length,
         attention_factor=attention_factor,
+        original=_original(path, hf, original_length),
     )
     if positions.context < length:
         raise UsageError(
@@ -197,8 +206,24 @@ def plan_extend(
         adapter=adapter,
         rope_parameters=positions.rope_parameters,
         original_context=context_length(hf),
+        original_length=positions.original,
         provenance=provenance,
     )
+
+
+def _original(model: Path, config: Any, asked: int | None) -> int | None:
+    """The pretrained length where config.json does not say it: as `asked`, or as an earlier stretch of ours recorded.
+
+    Of a stretch that is a larger base (ntk) the next one starts from what that reaches. Raises UsageError where the
+    two differ.
+    """
+    recorded = read_manifest(model).get("original_length") if (model / MANIFEST).is_file() else None
+    if not isinstance(recorded, int):
+        return asked
+    if asked not in (None, recorded):
+        raise UsageError(f"--original-length {asked}, but {model / MANIFEST} has {recorded}", fix="drop it")
+    linear = (config.rope_parameters or {}).get("rope_type") == "linear"
+    return recorded if linear else None
 
 
 def _check_rows(rows: PackedRows, model: Path, data: Path) -> None:
@@ -251,6 +276,8 @@ def run_extend(
                 "context": plan.config.context,
                 "trained_length": max(trained_length(plan.model), _longest_row(plan)),
             }
+            if plan.original_length is not None:
+                facts["original_length"] = plan.original_length
             if aligned := longest_sample(plan.model):
                 facts["longest_sample"] = aligned
             write_manifest(out, plan.provenance, model_files(out), **facts, **plan.found)

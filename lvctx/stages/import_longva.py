@@ -5,7 +5,8 @@ that of the largest tensor that has to be made (none for LongVA-7B, whose vocabu
 of the model.
 """
 
-import json
+import ast
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor
 
 from lvctx.artifacts import schemas
+from lvctx.artifacts.config import read_model_config
 from lvctx.artifacts.manifest import Provenance
-from lvctx.artifacts.store import fingerprint
+from lvctx.artifacts.store import fingerprint, read_json
 from lvctx.artifacts.weights import WIDTHS, Weight, read_weights
 from lvctx.errors import InputError, UsageError
 from lvctx.model import llava
 from lvctx.model.export import forget_origin, save_tokenizer
+from lvctx.model.fit import DERIVED, check_shapes
 from lvctx.model.load import load_config, load_tokenizer, resolve_model
 from lvctx.model.vlm import (
     PIXELS_FILE,
@@ -34,6 +37,7 @@ from lvctx.model.vlm import (
     write_processors,
 )
 from lvctx.stages.convert import write_converted
+from lvctx.vision.grids import MAX_GRIDS, MaxGrids, grids_up_to, tell_grids
 from lvctx.vision.tower import load_vision_model
 
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
@@ -85,22 +89,25 @@ def plan_import(*, source: str, tower: str | None, context: int | None) -> Plan:
     config.json names. Raises InputError for a checkpoint that is incomplete, or holds what has no place in the result.
     """
     path = resolve_model(source)
-    flat = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    flat = read_model_config(path)
     text = llava.text_config(flat, context=context, where=path)
     stored = {name: weight for shard in read_weights(path).values() for name, weight in shard.items()}
     inside = any(name.startswith(llava.TOWER) for name in stored)
-    shapes = {name: weight.shape for name, weight in stored.items() if not llava.DERIVED.search(name)}
+    shapes = {name: weight.shape for name, weight in stored.items() if not DERIVED.search(name)}
     vision, pixels, tower_path = _tower(path, flat, tower, shapes if inside else None)
     tokenizer = load_tokenizer(path)
     add_visual_tokens(tokenizer, path)
     config = vlm_config(text, vision, tokenizer)
     config.vision_feature_layer = flat.get("mm_vision_select_layer", -2)
+    grids = read_pinpoints(flat.get("image_grid_pinpoints"), tile=vision.image_size, where=path)
+    if grids != MAX_GRIDS:
+        tell_grids(config, grids)
     side = vision.image_size // vision.patch_size
     if side % 2:
         raise InputError(f"{side} x {side} features cannot be pooled 2x2 without a rest", where=path)
     unread = {llava.NEWLINE, "lm_head.weight"} if text.tie_word_embeddings else {llava.NEWLINE}
     wanted, level = llava.expected(text, vision, tower=inside)
-    llava.check_names({name: shape for name, shape in shapes.items() if name not in unread}, wanted, path)
+    check_shapes({name: shape for name, shape in shapes.items() if name not in unread}, wanted, path)
     dropped = sorted(stored.keys() - wanted.keys())
     renamed = llava.rename(set(wanted), to_llava=False, level=level)
     shards = [
@@ -130,6 +137,40 @@ def plan_import(*, source: str, tower: str | None, context: int | None) -> Plan:
     )
 
 
+def read_pinpoints(pinpoints: Any, *, tile: int, where: object) -> MaxGrids:
+    """The grids that `image_grid_pinpoints` of a LLaVA config.json allows an image; LongVA's 49 where there are none.
+
+    They are sizes in pixels (width, height) in a list, or in its text, or a range of grids written as
+    "(1x1),...,(6x6)". A list that is LongVA's own for some number of tiles becomes that number. Raises InputError for
+    anything else, and for a size that is no multiple of the tower's.
+    """
+    if pinpoints is None:
+        return MAX_GRIDS
+    wrong = InputError(
+        f"image_grid_pinpoints is {str(pinpoints)[:60]!r}", where=where, fix=f"give sizes that {tile} px divide"
+    )
+    if isinstance(pinpoints, str):
+        corners = [(int(w), int(h)) for w, h in re.findall(r"\((\d{1,4})x(\d{1,4})\)", pinpoints)]
+        if corners:
+            (left, top), (right, bottom) = corners[0], corners[-1]
+            pinpoints = [[w * tile, h * tile] for w in range(left, right + 1) for h in range(top, bottom + 1)]
+        else:
+            try:
+                pinpoints = ast.literal_eval(pinpoints)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                raise wrong from None
+    if not isinstance(pinpoints, list | tuple) or not pinpoints:
+        raise wrong
+    for pair in pinpoints:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise wrong
+        if not all(type(n) is int and n > 0 and n % tile == 0 for n in pair):
+            raise wrong
+    grids = [(w // tile, h // tile) for w, h in pinpoints]
+    most = max(w * h for w, h in grids)
+    return most if grids == grids_up_to(most) else tuple(grids)
+
+
 def _tower(
     path: Path, flat: Mapping[str, Any], tower: str | None, shapes: Mapping[str, tuple[int, ...]] | None
 ) -> tuple[Any, Mapping[str, Any], Path | None]:
@@ -138,7 +179,7 @@ def _tower(
     if tower is None and (path / "tower" / "config.json").is_file():
         directory = path / "tower"
     elif tower is None and shapes is not None and named.startswith(llava.CLIP):
-        return llava.clip_config(shapes, named), llava.CLIP_PIXELS, None
+        return llava.clip_config(shapes, named, where=path), llava.CLIP_PIXELS, None
     else:
         try:
             directory = resolve_model(tower or named, weights=shapes is None)
@@ -150,7 +191,7 @@ def _tower(
         raise InputError(f"a {config.model_type} model is no CLIP tower", where=directory, fix="give --tower")
     if not (directory / PIXELS_FILE).is_file():
         raise InputError(f"no {PIXELS_FILE}", where=directory, fix="copy it from where the tower came from")
-    pixels = json.loads((directory / PIXELS_FILE).read_text(encoding="utf-8"))
+    pixels = read_json(directory / PIXELS_FILE)
     return config, llava.pixels_of(pixels), directory
 
 
@@ -186,7 +227,7 @@ def _shards(plan: Plan) -> list[Mapping[str, Weight]]:
             {
                 prefix + name.removeprefix("vision_model."): _made(value)
                 for name, value in state.items()
-                if not llava.DERIVED.search(name)
+                if not DERIVED.search(name)
             }
         )
     return shards

@@ -6,7 +6,6 @@ differently there are side files (`positions/mrope_runtimes.py`).
 """
 
 import copy
-import json
 import math
 import shlex
 import shutil
@@ -16,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts import schemas
+from lvctx.artifacts.config import language_part, read_model_config
 from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
 from lvctx.artifacts.store import atomic_file, disk_error, fingerprint, is_disk_error, link_file, write_json
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import load_config, resolve_model
+from lvctx.positions.choose import rope_number
 from lvctx.positions.mrope import Method, Mrope, Stretch, to_hf
 from lvctx.positions.mrope_pp import Ramp
 from lvctx.positions.mrope_runtimes import llama_cpp, sglang, vllm
@@ -68,17 +69,21 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    rope = text.rope_parameters
+    rope = getattr(text, "rope_parameters", None)
+    if not isinstance(rope, dict):
+        raise InputError(f"rope_parameters is {rope!r}", where=path / "config.json", fix="correct it")
     interleaved = config.model_type == "qwen3_vl"
-    sections = tuple(rope.get("mrope_section") or ((24, 20, 20) if interleaved else (16, 24, 24)))
-    if len(sections) != 3 or sum(sections) != head_dim // 2:
+    stored = rope.get("mrope_section") or ([24, 20, 20] if interleaved else [16, 24, 24])
+    sections = tuple(stored) if isinstance(stored, list | tuple) else (0,)
+    whole = len(sections) == 3 and all(type(n) is int and n > 0 for n in sections)
+    if not whole or sum(sections) != head_dim // 2:
         raise InputError(
-            f"mrope_section {list(sections)} does not sum to {head_dim // 2}, half of the head's {head_dim} channels",
+            f"mrope_section {stored} does not sum to {head_dim // 2}, half of the head's {head_dim} channels",
             where=path / "config.json",
             fix="correct it; Qwen2-VL has [16, 24, 24]",
         )
     ours = _made_by_us(path)
-    theta = ours["theta"] if ours else rope["rope_theta"]
+    theta = ours["theta"] if ours else rope_number(rope, "rope_theta", above=1.0)
     mrope = Mrope(head_dim=head_dim, theta=theta, sections=sections, interleaved=interleaved)
     kind, length, words = rope.get("rope_type", "default"), _stated_length(path, config.model_type), ""
     if ours:
@@ -86,7 +91,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         words = f"by {ours['factor']:g} with {ours['method']}"
     elif kind != "default":
         length = rope.get("original_max_position_embeddings")
-        words = f"by {rope['factor']:g} with {kind}" if "factor" in rope else f"with {kind}"
+        words = f"by {rope_number(rope, 'factor', above=0.0):g} with {kind}" if "factor" in rope else f"with {kind}"
     stretch = Stretch(**{key: ours[key] for key in ("method", "ramp", "factor", "original")}) if ours else None
     return Checkpoint(
         path=path,
@@ -107,14 +112,13 @@ def _made_by_us(path: Path) -> dict[str, Any] | None:
 
 def _stated_length(path: Path, model_type: str) -> int | None:
     raw = read_raw(path)
-    length = raw.get("text_config", raw).get("max_position_embeddings", raw.get("max_position_embeddings"))
+    length = language_part(raw).get("max_position_embeddings", raw.get("max_position_embeddings"))
     return None if model_type == "qwen2_5_vl" and length != RELEASED else length
 
 
 def read_raw(path: Path) -> dict[str, Any]:
     """config.json as it stands."""
-    raw: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    return raw
+    return read_model_config(path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from lvctx.dist.shard import gather_into, shard_model, take_part
 from lvctx.dist.zigzag import shard
 from lvctx.errors import InputError, UsageError
 from lvctx.model.adapter import ADAPTER, save_adapter
-from lvctx.model.load import load_config, load_model, load_tokenizer
+from lvctx.model.load import load_config, load_image_processor, load_model, load_tokenizer
 from lvctx.model.lora import ATTENTION, add_lora, merge_lora
 from lvctx.model.loss import IGNORED, token_loss
 from lvctx.model.qwen_vl import TYPES
@@ -297,8 +297,6 @@ def _train(
     report: Callable[[int, int, str], None],
 ) -> Any:
     """The trained model; on ranks other than 0, None."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
     config, rows, path = training.config, training.rows, plan.checkpoint.path
     if config.batch < world.dp:
         raise UsageError(f"--batch {config.batch} for {world.dp} data-parallel groups", fix="raise it or --cp")
@@ -313,7 +311,7 @@ def _train(
     shard_model(chat_loss, lm.layers, world, offload=machine.offload)
     parameters = [p for p in chat_loss.parameters() if p.requires_grad] if world.mesh is not None else parameters
     rule = qwen_rule(path, load_tokenizer(path), Hybrid(**(rows.manifest["config"]["hybrid"] or {})))
-    processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+    processor = load_image_processor(path)
     per_second = Rules.of(vlm.config).tokens_per_second
     reader = RowReader(rows, training.media, rule, processor, tokens_per_second=per_second)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 
 from lvctx.artifacts.store import atomic_file
+from lvctx.errors import library_errors
 from lvctx.model.load import load_config, resolve_model
 from lvctx.positions.mrope import METHODS, Mrope, Stretch, attention_factor, inv_freq
 from lvctx.positions.mrope_pp import Ramp
@@ -74,7 +75,9 @@ def verify(model: str | Path) -> Verified:
     checkpoint = read_checkpoint(resolve_model(model))
     kind = checkpoint.model_type
     module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
-    rotary = getattr(module, CLASSES[kind])(load_config(checkpoint.path).get_text_config())
+    config = load_config(checkpoint.path).get_text_config()
+    with library_errors("transformers cannot compute its positions", where=checkpoint.path):
+        rotary = getattr(module, CLASSES[kind])(config)
     stock = rotary.inv_freq.double()
     plain = Stretch(method="none", ramp="index", factor=1.0, original=checkpoint.length or checkpoint.promised)
     stretch = checkpoint.stretch or (None if checkpoint.stretched else plain)

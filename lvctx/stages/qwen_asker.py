@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lvctx.model.load import DeviceMap
+from lvctx.model.load import DeviceMap, load_image_processor
 from lvctx.model.qwen_vl import TIMED
 from lvctx.positions.mrope_ids import Rules
 from lvctx.stages.asker import Asker
@@ -74,13 +74,11 @@ class QwenAsker(Asker):
         device_map: DeviceMap | None = None,
     ) -> None:
         """Load the model. Raises InputError if it cannot be loaded, UsageError for a resolution it cannot have."""
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
         super().__init__(path, device=device, chunk=chunk, reuse=reuse, device_map=device_map)
         self.viewing = viewing
         self.rule = qwen_rule(path, self.tokenizer, viewing.hybrid)
         self.mark = self.rule.mark("video")
-        self.processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+        self.processor = load_image_processor(path)
         self.tokens_per_second = Rules.of(self.vlm.config).tokens_per_second
 
     def watch(self, path: Path) -> tuple[Film, dict[str, Any]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lvctx.errors import InputError
+from lvctx.model.chat_template import render_chat
 from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import IMAGE_TOKEN, VIDEO_TOKEN
 from lvctx.train.tables import is_table, read_table
@@ -192,8 +193,8 @@ def encode_messages(
             continue
         if i == 0:
             raise InputError("the first turn is the assistant's", where=where)
-        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-        text = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        before = render_chat(tokenizer, messages[:i], add_generation_prompt=True)
+        text = render_chat(tokenizer, messages[: i + 1])
         if not text.startswith(before):
             raise InputError("the chat template rewrites earlier turns", where=where)
         end = len(text.rstrip("\n"))  # the template's line break after the end-of-turn token is not the model's to say

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lvctx.model.vlm import Grid, embed_frames, frame_features, image_grid, image_rule
 from lvctx.vision.anyres import anyres_flatten, anyres_pinpoints, anyres_tiles, anyres_tokens, single_tiles
-from lvctx.vision.grids import MAX_GRIDS, GridRule, image_max_grids, unires_grid, unires_tiles
+from lvctx.vision.grids import MAX_GRIDS, GridRule, MaxGrids, image_max_grids, tell_grids, unires_grid, unires_tiles
 from lvctx.vision.images import Preprocess, image_size
 
 
@@ -31,15 +31,15 @@ class Encoding:
     """Which of the three."""
     rule: GridRule
     """UniRes as the released code or as the paper."""
-    max_grids: int = MAX_GRIDS
-    """UniRes's grids an image at most."""
+    max_grids: MaxGrids = MAX_GRIDS
+    """UniRes's grids an image at most, or these grids alone."""
     tile: int
     """Pixels of a tower's side: 336 for CLIP ViT-L/14-336."""
     side: int
     """Features along a tile's side: 24."""
 
     @classmethod
-    def of(cls, vision_config: Any, *, grid: Grid, rule: GridRule, max_grids: int = MAX_GRIDS) -> Self:
+    def of(cls, vision_config: Any, *, grid: Grid, rule: GridRule, max_grids: MaxGrids = MAX_GRIDS) -> Self:
         """For a tower's configuration."""
         tile = vision_config.image_size
         return cls(grid=grid, rule=rule, max_grids=max_grids, tile=tile, side=tile // vision_config.patch_size)
@@ -72,7 +72,8 @@ class Encoding:
 
     def tell(self, config: Any) -> None:
         """Say it in a VLM's configuration: to us by our own keys, to stock LlavaOnevision in its own terms."""
-        config.image_grid, config.image_grid_rule, config.image_max_grids = self.grid, self.rule, self.max_grids
+        config.image_grid, config.image_grid_rule = self.grid, self.rule
+        tell_grids(config, self.max_grids)
         if self.grid == "anyres":
             config.image_grid_pinpoints, config.vision_aspect_ratio = anyres_pinpoints(self.tile), "anyres_max_4"
         else:  # images go the way of videos, which knows neither

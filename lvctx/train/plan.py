@@ -111,12 +111,18 @@ def read_shape(config: Mapping[str, Any], *, where: object) -> Shape:
     kind = config.get("model_type")
     if kind not in KINDS:
         raise InputError(f"no plan for a model of type {kind}", where=where, fix=f"it knows {', '.join(KINDS)}")
-    try:
-        hidden, inner, heads = (int(config[k]) for k in ("hidden_size", "intermediate_size", "num_attention_heads"))
-        layers, vocab = int(config["num_hidden_layers"]), int(config["vocab_size"])
-    except KeyError as e:
-        raise InputError(f"config.json lacks {e}", where=where) from None
-    key_heads, dim = int(config.get("num_key_value_heads") or heads), int(config.get("head_dim") or hidden // heads)
+
+    def size(key: str, default: int | None = None) -> int:
+        value = default if config.get(key) is None else config[key]
+        if value is None:
+            raise InputError(f"config.json lacks {key}", where=where)
+        if type(value) is not int or value < 1:
+            raise InputError(f"{key} is {value!r}", where=where, fix="correct config.json")
+        return value
+
+    hidden, inner, heads = (size(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
+    layers, vocab = size("num_hidden_layers"), size("vocab_size")
+    key_heads, dim = size("num_key_value_heads", heads), size("head_dim", hidden // heads)
     biased = kind == "qwen2" or bool(config.get("attention_bias"))
     extra = dim * (heads + 2 * key_heads) if biased else 0
     extra += hidden if biased and kind != "qwen2" else 0  # the output projection's

@@ -16,30 +16,64 @@ from typing import Any, Literal, get_args
 
 from PIL import Image
 
+from lvctx.errors import InputError
+
 GridRule = Literal["code", "paper"]
 MAX_GRIDS = 49
 """LongVA section 3.2."""
 
 
-def image_max_grids(config: Any) -> int:
-    """How many grids of UniRes a VLM reads an image as at most, from its configuration; LongVA's 49 if it says none."""
-    return int(getattr(config, "image_max_grids", MAX_GRIDS))
+MaxGrids = int | tuple[tuple[int, int], ...]
+"""Which grids an image may become: all of up to so many tiles, or these alone (columns, rows)."""
+
+
+def image_max_grids(config: Any) -> MaxGrids:
+    """Which grids of UniRes a VLM reads an image as, from its configuration; up to LongVA's 49 tiles if it has none.
+
+    `image_max_grids` is a number; `image_grids` lists the grids of an imported model whose own list is another. Raises
+    InputError for other values.
+    """
+    grids, most = getattr(config, "image_grids", None), getattr(config, "image_max_grids", MAX_GRIDS)
+    if grids is not None:
+        pairs = grids if isinstance(grids, list) and grids else [None]
+        if not all(isinstance(p, list | tuple) and len(p) == 2 and all(_is_count(n) for n in p) for p in pairs):
+            raise InputError(f"config.json has image_grids {str(grids)[:80]}", fix="a list of [columns, rows]")
+        return tuple((p[0], p[1]) for p in grids)
+    if not _is_count(most):
+        raise InputError(f"config.json has image_max_grids {most!r}", fix="a number of at least 1")
+    return int(most)
+
+
+def tell_grids(config: Any, grids: MaxGrids) -> None:
+    """Write them into a VLM's configuration, where `image_max_grids` reads them."""
+    if isinstance(grids, int):
+        config.image_max_grids = grids
+        if hasattr(config, "image_grids"):
+            config.image_grids = None
+    else:
+        config.image_grids = [list(grid) for grid in grids]
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= 10_000
 
 
 def unires_grid(
-    width: int, height: int, *, tile: int, rule: GridRule = "code", max_grids: int = MAX_GRIDS
+    width: int, height: int, *, tile: int, rule: GridRule = "code", max_grids: MaxGrids = MAX_GRIDS
 ) -> tuple[int, int]:
     """Columns and rows of tiles for an image of `width` x `height` pixels: 640 x 480 at tile 336 gives (2, 2)."""
     assert rule in get_args(GridRule)
     assert min(width, height, tile) > 0
     if rule == "code":
-        return best_grid(width, height, tile, _candidates(max_grids))
-    return _grid_of_paper(width, height, tile, max_grids)
+        return best_grid(width, height, tile, grids_up_to(max_grids) if isinstance(max_grids, int) else max_grids)
+    most = max_grids if isinstance(max_grids, int) else max(map(math.prod, max_grids))
+    return _grid_of_paper(width, height, tile, most)
 
 
 @cache
-def _candidates(max_grids: int) -> list[tuple[int, int]]:
-    return [(w, h) for w in range(1, max_grids + 1) for h in range(1, max_grids // w + 1) if w * h > 1]
+def grids_up_to(max_grids: int) -> list[tuple[int, int]]:
+    """The released code's grids (columns, rows) of at most so many tiles, in its order."""
+    return [(w, h) for w in range(1, max_grids + 1) for h in range(1, max_grids // w + 1) if w * h > 1] or [(1, 1)]
 
 
 def best_grid(width: int, height: int, tile: int, grids: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -66,7 +100,7 @@ def _grid_of_paper(width: int, height: int, tile: int, max_grids: int) -> tuple[
 
 
 def unires_tiles(
-    image: Image.Image, tile: int, rule: GridRule = "code", *, max_grids: int = MAX_GRIDS
+    image: Image.Image, tile: int, rule: GridRule = "code", *, max_grids: MaxGrids = MAX_GRIDS
 ) -> list[Image.Image]:
     """The image's tiles of `tile` x `tile` pixels (RGB), row by row; their number is the product of `unires_grid`.
 

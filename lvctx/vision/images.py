@@ -3,7 +3,6 @@
 Suffixes: N images; H, W pixels down and across; 3 the RGB channels; S the side that the tower reads.
 """
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from lvctx.errors import InputError
+from lvctx.artifacts.config import read_model_config
+from lvctx.artifacts.store import read_json
+from lvctx.errors import InputError, library_errors
 from lvctx.vision.squares import MAX_PIXELS, FrameMode, square
 
 
@@ -99,18 +100,23 @@ class Preprocess:
         """Read it from a tower's, CLIP's, SigLIP's or VLM's directory. Raises InputError where it is not told."""
         pixels = _read_json(path / "preprocessor_config.json")
         if not pixels:
-            pixels = _read_json(path / "processor_config.json").get("image_processor", {})
-        if "image_mean" not in pixels or "image_std" not in pixels:
+            pixels = _read_json(path / "processor_config.json").get("image_processor") or {}
+        if not isinstance(pixels, dict) or "image_mean" not in pixels or "image_std" not in pixels:
             raise InputError(
                 "no preprocessor_config.json with image_mean and image_std",
                 where=path,
                 fix="copy it from where the tower came from",
             )
-        config = _read_json(path / "config.json")
-        size = config.get("vision_config", config).get("image_size", 224)  # 224: what both families default to
-        red, green, blue = (float(m) for m in pixels["image_mean"])
-        r, g, b = (float(s) for s in pixels["image_std"])
-        return cls(size=int(size), mean=(red, green, blue), std=(r, g, b))
+        config = read_model_config(path)
+        size = (config.get("vision_config") or config).get("image_size", 224)  # 224: what both families default to
+        if not isinstance(size, int) or size < 1:
+            raise InputError(f"image_size is {size!r}", where=path / "config.json")
+        with library_errors("image_mean and image_std are not three numbers each", where=path):
+            red, green, blue = (float(m) for m in pixels["image_mean"])
+            r, g, b = (float(s) for s in pixels["image_std"])
+        if not min(r, g, b) > 0:
+            raise InputError(f"image_std is {pixels['image_std']}", where=path)
+        return cls(size=size, mean=(red, green, blue), std=(r, g, b))
 
     @property
     def background(self) -> tuple[int, int, int]:
@@ -134,9 +140,4 @@ class Preprocess:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as e:
-        raise InputError(f"unreadable ({e})", where=path) from e
+    return read_json(path) if path.exists() else {}

@@ -1,10 +1,10 @@
 """Which rule counts a model's visual tokens: read from its configuration, its tokenizer and its preprocessor's file."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lvctx.artifacts.store import read_json
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import VLM_TYPE, load_config
 from lvctx.model.qwen_vl import TIMED, TYPES
@@ -54,15 +54,20 @@ def qwen_rule(path: Path, tokenizer: Any, hybrid: Hybrid) -> QwenRule:
     if config.model_type in TIMED and hybrid.mode != "pair":
         raise UsageError(f"--hybrid-mode {hybrid.mode}: {config.model_type} reads pairs of frames", fix="drop it")
     file = path / "preprocessor_config.json"
-    pixels = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    size = pixels.get("size", {})
+    pixels = read_json(file) if file.is_file() else {}
+    stated = pixels.get("size")
+    size: dict[str, Any] = stated if isinstance(stated, dict) else {}
+    least = pixels.get("min_pixels") or size.get("shortest_edge", QwenRule.min_pixels)
+    most = pixels.get("max_pixels") or size.get("longest_edge", QwenRule.max_pixels)
+    if not (isinstance(least, int) and isinstance(most, int) and 0 < least <= most):
+        raise InputError(f"images of {least!r} to {most!r} pixels", where=file, fix="correct min_pixels and max_pixels")
     return QwenRule(
         start=_id(tokenizer, "<|vision_start|>", path),
         end=_id(tokenizer, "<|vision_end|>", path),
         pads={"image": _id(tokenizer, "<|image_pad|>", path), "video": _id(tokenizer, "<|video_pad|>", path)},
         hybrid=hybrid,
-        min_pixels=pixels.get("min_pixels") or size.get("shortest_edge", QwenRule.min_pixels),
-        max_pixels=pixels.get("max_pixels") or size.get("longest_edge", QwenRule.max_pixels),
+        min_pixels=least,
+        max_pixels=most,
         factor=vision.patch_size * vision.spatial_merge_size,
         merge=vision.temporal_patch_size,
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from lvctx.errors import InputError, UsageError
-from lvctx.vision.grids import MAX_GRIDS, GridRule, unires_grid
+from lvctx.vision.grids import MAX_GRIDS, GridRule, MaxGrids, unires_grid
 from lvctx.vision.hybrid import Hybrid, Run, runs
 
 Kind = Literal["image", "video"]
@@ -154,8 +154,8 @@ class LlavaRule:
     """Features along a side of the tower: 24."""
     grid_rule: GridRule = "code"
     """UniRes as the released code or as the paper."""
-    max_grids: int = MAX_GRIDS
-    """UniRes's grids an image at most."""
+    max_grids: MaxGrids = MAX_GRIDS
+    """UniRes's grids an image at most, or these grids alone."""
     hybrid: Hybrid
     """m is what 2 x 2 pooling gives (144); m/s comes from pooling s times more."""
 

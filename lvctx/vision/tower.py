@@ -7,6 +7,7 @@ tower's tensors are read. The features are those of one hidden layer, by default
 Suffixes: N images, P patches, D tower width, S side in pixels.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -22,7 +23,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lvctx.artifacts.store import read_safetensors_header
-from lvctx.errors import InputError
+from lvctx.artifacts.weights import read_headers
+from lvctx.errors import InputError, library_errors
+from lvctx.model.fit import DERIVED, check_shapes
 from lvctx.model.load import load_config, resolve_model
 from lvctx.vision.images import Preprocess
 
@@ -66,6 +69,11 @@ class TowerFiles:
                 where=path,
                 fix="give a CLIPVisionModel, CLIP, SigLIP or LlavaOnevision directory or hub id",
             )
+        for key in ("image_size", "patch_size"):
+            if not (isinstance(value := getattr(config, key), int) and value > 0):
+                raise InputError(f"{key} of the vision tower is {value!r}", where=path, fix="correct config.json")
+        if config.image_size < config.patch_size:
+            raise InputError(f"images of {config.image_size} px hold no patch of {config.patch_size}", where=path)
         clip = config.model_type == "clip_vision_model"
         layer = getattr(whole, "vision_feature_layer", -2 if clip else -1)
         drop_cls = getattr(whole, "vision_feature_select_strategy", "default" if clip else "full") == "default"
@@ -120,12 +128,7 @@ class TowerFiles:
 
     def _tensors(self) -> dict[str, tuple[Path, str]]:
         """The tower's tensors: name inside the tower -> (file, name in the file)."""
-        index = self.path / "model.safetensors.index.json"
-        if index.is_file():
-            weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        else:
-            weights = dict.fromkeys(read_safetensors_header(self.path / "model.safetensors"), "model.safetensors")
-            weights.pop("__metadata__", None)
+        weights = {name: file for file, header in read_headers(self.path).items() for name in header}
         nested = {key for key in weights if re.search(r"(^|\.)(vision_tower|vision_model)\.", key)}
         found = {}
         for key in nested or weights:
@@ -135,26 +138,32 @@ class TowerFiles:
         return found
 
     def load(self, dtype: Any) -> nn.Module:
-        """The whole transformers model in eval mode, on the CPU. Raises InputError when its tensors do not fit."""
-        from safetensors import SafetensorError, safe_open
+        """The whole transformers model in eval mode, on the CPU. Raises InputError when its tensors do not fit.
+
+        Only the tower's own tensors are held to its configuration: a full CLIP's or a VLM's other parts are not read. A
+        SigLIP tower may come without its pooling head, which no feature here goes through; then it is built without.
+        """
+        from safetensors import safe_open
         from transformers import CLIPVisionModel, SiglipVisionModel
 
-        kind = CLIPVisionModel if self.config.model_type == "clip_vision_model" else SiglipVisionModel
-        with torch.device("meta"):
-            model = kind(self.config)
-        inner = getattr(model, "vision_model", model)  # a level that transformers dropped on the way to 5.23
+        tensors = self._tensors()
+        config = copy.deepcopy(self.config)
+        siglip = config.model_type == "siglip_vision_model"
+        if siglip and not any(name.startswith("head.") for name in tensors):
+            config.vision_use_head = False
+        with library_errors("cannot build the tower", where=self.path), torch.device("meta"):
+            model: nn.Module = (SiglipVisionModel if siglip else CLIPVisionModel)(config)
+        inner: Any = getattr(model, "vision_model", model)  # a level that transformers dropped on the way to 5.23
+        headers = read_headers(self.path)
+        found = {name: tuple(headers[file.name][key]["shape"]) for name, (file, key) in tensors.items()}
+        wanted = {n: tuple(t.shape) for n, t in inner.state_dict().items() if not DERIVED.search(n)}
+        check_shapes(found, wanted, f"{self.path}, the vision tower")
         state = {}
-        try:
-            for name, (file, key) in self._tensors().items():
+        with library_errors("cannot load the tower", where=self.path):
+            for name, (file, key) in tensors.items():
                 with safe_open(file, "pt") as f:
                     state[name] = f.get_tensor(key).to(dtype)
-            missing = [
-                n for n in inner.load_state_dict(state, strict=False, assign=True).missing_keys if "head" not in n
-            ]
-        except (OSError, RuntimeError, SafetensorError) as e:
-            raise InputError(f"cannot load the tower ({' '.join(str(e).split())[:200]})", where=self.path) from e
-        if missing:
-            raise InputError(f"the tower lacks {missing[0]} and {len(missing) - 1} more", where=self.path)
+            inner.load_state_dict(state, strict=False, assign=True)
         embeddings = inner.embeddings
         positions = embeddings.position_embedding.weight.shape[0]
         embeddings.position_ids = torch.arange(positions)[None]  # the one buffer, which no checkpoint has

@@ -1,0 +1,49 @@
+"""A model's config.json as stored: read and checked before any library interprets it."""
+
+from pathlib import Path
+from typing import Any
+
+from lvctx.artifacts.store import read_json
+from lvctx.errors import InputError
+
+CONFIG = "config.json"
+PARTS = ("text_config", "vision_config")
+"""Keys under which a VLM's config.json has the configurations of its language model and vision tower."""
+
+SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "depth"), 1_024),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads", "head_dim"), 65_536),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "embed_dim", "out_hidden_size"), 1 << 22),
+    "vocab_size": 1 << 26,
+    "max_position_embeddings": 10**12,
+}
+"""Keys that hold whole numbers of at least 1, and bounds that no model comes near: libraries allocate that much."""
+
+
+def read_model_config(directory: Path) -> dict[str, Any]:
+    """config.json of a model directory, or that file itself, as stored.
+
+    Raises InputError for a missing file, for JSON that is no model's configuration, and for sizes that no model has.
+    """
+    path = directory if directory.is_file() else directory / CONFIG
+    raw = read_json(path)
+    if not isinstance(raw.get("model_type"), str) or not raw["model_type"]:
+        raise InputError("no model_type: not the config.json of a model", where=path)
+    parts = {"": raw}
+    for name in PARTS:
+        if not isinstance(raw.get(name, {}), dict | None):
+            raise InputError(f"{name} is not a JSON object", where=path)
+        parts[f"{name}."] = raw.get(name) or {}
+    for name, part in parts.items():
+        for key, most in SIZES.items():
+            values = part.get(key)
+            for value in values if isinstance(values, list) else [values]:
+                if value is not None and not (type(value) is int and 1 <= value <= most):
+                    raise InputError(f"{name}{key} is {value!r}", where=path, fix=f"it has to be 1 to {most:,}")
+    return raw
+
+
+def language_part(raw: dict[str, Any]) -> dict[str, Any]:
+    """The language model's part of a config.json: that of a VLM, or all of it."""
+    part: dict[str, Any] = raw.get("text_config") or raw
+    return part

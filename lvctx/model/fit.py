@@ -1,0 +1,80 @@
+"""Whether a checkpoint's tensors are those that its model has: every load in the project ends in this check.
+
+transformers draws what a checkpoint lacks at random and drops what the model does not have, with a warning at most.
+Tied weights need not be stored twice, and buffers that old checkpoints hold are computed from the configuration.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lvctx.errors import InputError
+
+Shape = tuple[int, ...]
+DERIVED = re.compile(r"(rotary_emb\.inv_freq|position_ids|attention\.masked_bias)$")
+"""Buffers in old checkpoints that are computed from the configuration."""
+LAYER = re.compile(r"(.*\.)?(?:layers|blocks|h)\.(\d+)\.(.*)")
+"""A tensor of one of many layers: what holds them, number, name inside."""
+
+
+def check_names(
+    missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple[str, Shape, Shape]], where: object
+) -> None:
+    """Raise InputError, naming them, for tensors that lack, that nothing reads, or that have another shape.
+
+    `mismatched` are names with the stored shape and the model's.
+    """
+    problems, wrong = [], sorted(mismatched)
+    if lacking := sorted(missing):
+        problems.append(f"lacks {listed(lacking)}")
+    if unknown := sorted(name for name in unexpected if not DERIVED.search(name)):
+        problems.append(f"holds {listed(unknown)}, which no model of this configuration has")
+    if wrong:
+        stored, wanted = (list(shape) for shape in wrong[0][1:])
+        problems.append(f"{listed([name for name, _, _ in wrong])}: {stored}, and the configuration wants {wanted}")
+    if problems:
+        fix = "download or save it again" if problems[0].startswith("lacks") and not unknown else ""
+        raise InputError(
+            "; ".join(problems), where=where, fix=fix or "is config.json of another model? (num_hidden_layers, names)"
+        )
+
+
+def check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where: object) -> None:
+    """`check_names` by the shapes of what is stored and of what the model has."""
+    both = found.keys() & wanted.keys()
+    mismatched = [(name, tuple(found[name]), tuple(wanted[name])) for name in both if found[name] != wanted[name]]
+    check_names(wanted.keys() - found.keys(), found.keys() - wanted.keys(), mismatched, where)
+
+
+def check_loaded(model: Any, found: Mapping[str, Any], stored: Iterable[str], where: object) -> None:
+    """`check_names` after `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)`.
+
+    Some of transformers' classes ignore tensors by name (`_keys_to_ignore_on_load_unexpected`): heads for multi-token
+    prediction, which it does not compute. Among them may be a whole layer that num_hidden_layers does not count; so one
+    that is built like the model's own layers is looked for in `stored`, the names in the checkpoint.
+    """
+    mismatched = [(name, tuple(a), tuple(b)) for name, a, b in found["mismatched_keys"]]
+    unexpected = set(found["unexpected_keys"]) | _uncounted_layers(model, stored)
+    check_names(found["missing_keys"], unexpected, mismatched, where)
+
+
+def _uncounted_layers(model: Any, stored: Iterable[str]) -> set[str]:
+    """Stored tensors of layers that the model has not, where each has a counterpart in a layer of the model."""
+    patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    own: dict[str, set[str]] = {}
+    for name in model.state_dict() if patterns else ():
+        if match := LAYER.fullmatch(name):
+            own.setdefault(match[2], set()).add(match[3])
+    ignored: dict[str, dict[str, str]] = {}
+    for name in stored:
+        match = LAYER.fullmatch(name)
+        if match and match[2] not in own and any(pattern.search(name) for pattern in patterns):
+            ignored.setdefault(match[2], {})[match[3]] = name
+    alike = [layer for layer in ignored.values() if any(layer.keys() <= names for names in own.values())]
+    return {name for layer in alike for name in layer.values()}
+
+
+def listed(names: list[str]) -> str:
+    """The first eight, and how many more."""
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
