@@ -68,7 +68,9 @@ PHI3 = """\
 {% else %}{{ eos_token }}{% endif %}"""
 GEMMA3 = """\
 {{ bos_token }}{% set first = '' %}{% set turns = messages %}
-{%- if messages[0].role == 'system' %}{% set first = messages[0].content + '\\n\\n' %}{% set turns = messages[1:] %}{% endif %}
+{%- if messages[0].role == 'system' %}
+{%- set first = messages[0].content + '\\n\\n' %}{% set turns = messages[1:] %}
+{%- endif %}
 {%- for m in turns %}
 {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}
 {{- '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + (first if loop.first else '') }}
@@ -76,26 +78,34 @@ GEMMA3 = """\
 {%- endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
 MISTRAL = """\
 {%- set ns = namespace(first='', turns=messages) %}
-{%- if messages[0].role == 'system' %}{% set ns.first = messages[0].content + '\\n\\n' %}{% set ns.turns = messages[1:] %}{% endif %}
+{%- if messages[0].role == 'system' %}
+{%- set ns.first = messages[0].content + '\\n\\n' %}{% set ns.turns = messages[1:] %}
+{%- endif %}
 {{- bos_token }}
 {%- for m in ns.turns %}
 {%- if m.role == 'user' %}{{ '[INST] ' + (ns.first if loop.PLACE else '') + m.content + '[/INST]' }}
 {%- else %}{{ ' ' + m.content + eos_token }}{% endif %}
 {%- endfor %}"""
 SMOLVLM = """\
-<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}{{ ':' if m['content'][0]['type'] == 'image' else ': ' }}
-{%- for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>
+<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}
+{{- ':' if m['content'][0]['type'] == 'image' else ': ' }}
+{%- for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}
+{%- elif part['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>
 {% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
 GENERATION = QWEN25.replace(
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n",
-    "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
     "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}",
 )
 LAST_TWO = QWEN25.replace("for m in messages", "for m in messages[-2:]")
 DROPS_SYSTEM = (
     "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 )
-NO_MARKERS = "{% for m in messages %}{{ m.role | upper }}: {{ m.content }}\n\n{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+NO_MARKERS = (
+    "{% for m in messages %}{{ m.role | upper }}: {{ m.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
 VICUNA = (
     "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} "
     "{% else %}ASSISTANT: {{ m.content }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
@@ -176,7 +186,8 @@ TWO = ("What is red?", "red", "And blue?", "a color.")
     [
         pytest.param(
             QWEN25,
-            "<|im_start|>system\nYou are Qwen.<|im_end|>\n<|im_start|>user\nWhat is red?<|im_end|>\n<|im_start|>assistant\n"
+            "<|im_start|>system\nYou are Qwen.<|im_end|>\n<|im_start|>user\nWhat is red?<|im_end|>\n"
+            "<|im_start|>assistant\n"
             "«red<|im_end|>»\n<|im_start|>user\nAnd blue?<|im_end|>\n<|im_start|>assistant\n«a color.<|im_end|>»\n",
             id="Qwen2.5",
         ),
@@ -202,7 +213,8 @@ TWO = ("What is red?", "red", "And blue?", "a color.")
         ),
         pytest.param(
             GEMMA3,
-            "<|begin_of_text|><start_of_turn>user\nWhat is red?<end_of_turn>\n<start_of_turn>model\n«red<end_of_turn>»\n"
+            "<|begin_of_text|><start_of_turn>user\nWhat is red?<end_of_turn>\n"
+            "<start_of_turn>model\n«red<end_of_turn>»\n"
             "<start_of_turn>user\nAnd blue?<end_of_turn>\n<start_of_turn>model\n«a color.<end_of_turn>»\n",
             id="Gemma 3",
         ),
@@ -220,7 +232,8 @@ TWO = ("What is red?", "red", "And blue?", "a color.")
         ),
         pytest.param(
             GENERATION,
-            "<|im_start|>system\nYou are Qwen.<|im_end|>\n<|im_start|>user\nWhat is red?<|im_end|>\n<|im_start|>assistant\n"
+            "<|im_start|>system\nYou are Qwen.<|im_end|>\n<|im_start|>user\nWhat is red?<|im_end|>\n"
+            "<|im_start|>assistant\n"
             "«red<|im_end|>»\n<|im_start|>user\nAnd blue?<|im_end|>\n<|im_start|>assistant\n«a color.<|im_end|>»\n",
             id="generation marks",
         ),
@@ -259,11 +272,13 @@ def test_mistrals_answer_begins_with_a_token_that_holds_the_space() -> None:
     [
         (
             QWEN25,
-            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«red<|im_end|>»\n",
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+            "<|im_start|>assistant\n«red<|im_end|>»\n",
         ),
         (
             GEMMA3,
-            "<|begin_of_text|><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\n«red<end_of_turn>»\n",
+            "<|begin_of_text|><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n"
+            "<start_of_turn>model\n«red<end_of_turn>»\n",
         ),
         (MISTRAL.replace("PLACE", "last"), "<|begin_of_text|>[INST] Hi[/INST]« red<|endoftext|>»"),
         (
@@ -305,16 +320,15 @@ def test_reasoning_in_the_last_answer_is_the_models_own_and_dropped_from_earlier
         (THINKING, TWO, None, "rewrites earlier turns"),
         (ALWAYS_SHUT, TWO, None, "rewrites earlier turns"),
         (DROPS_SYSTEM, TWO[:2], "Be brief.", "leaves out or repeats a turn of the system"),
-        (GEMMA3, (*TWO[:1], "red", "", ""), None, ""),
-        (QWEN25.replace("m.content", "(m.content | replace('red', 'green'))"), TWO[:2], None, ""),
+        (QWEN25.replace("m.content", "(m.content | replace('red', 'green'))"), TWO[:2], None, "rewrites an answer"),
+        (QWEN3, ("What?", "red</think></think>"), None, "rewrites an answer"),
+        (QWEN25.replace("m.content", "m.content[:12]"), TWO[:2], None, "chat template"),
         ("{% for m in messages %}{{ m.role }}{% endfor %}", TWO[:2], None, "leaves out what the user writes"),
         ("{{ messages[0].content.nothing.there }}", TWO[:2], None, "refuses this conversation"),
         ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", TWO[:2], None, "refuses this conversation"),
     ],
 )
 def test_what_a_template_cannot_teach_is_refused(template: str, turns: Any, system: str | None, what: str) -> None:
-    if not what:
-        return
     with pytest.raises(InputError, match=what) as caught:
         learn(template, *turns, system=system)
     assert "d.json[3]" in str(caught.value) or "leaves out what" in what or "refuses" in what
@@ -539,10 +553,13 @@ def test_learned_are_the_answers_and_their_ends_or_the_row_is_refused(
     end, tokenizer = FAMILIES[name][1], TOKENIZERS[name]
     flat = [text for user, answer in turns for text in (f"U{user}U", answer)]
     messages = [*messages_of(*flat, system=system and f"U{system}U"), *([{"role": "user", "content": "U"}] * tail)]
+    refused = ""
     try:
         sequence = encode_messages(messages, tokenizer, [], where="here")
     except InputError as e:
-        assert str(e).startswith("here: the chat template"), e
+        refused = str(e)
+    if refused:
+        assert refused.startswith("here: the chat template")
         return
     parts = re.findall(r"«(.*?)»", read(tokenizer, sequence), re.DOTALL)
     assert len(parts) == len(turns)

@@ -236,16 +236,14 @@ class ChatEncoder:
         text = self._generated(turns, where) if generated else self._marked(turns, where)
         plain, at, _ = self._unmarked(text)
         for i in [number for kind, number in at if kind == "s" and not generated]:
-            before, opened = at["s", i], at.get(("o", i))
-            if opened is None:  # an earlier turn's reasoning, for instance, is dropped with the beginning
-                own, written = (
-                    ("".join(t.split())) for t in (self._unmarked(turns[i][1])[0], plain[before : at["c", i]])
-                )
-                if not own.endswith(written):
-                    raise InputError("the chat template rewrites an answer", where=where)
-            elif plain[before:opened].strip():
-                # What the template writes before an answer's own words belongs to the prompt: an empty <think> block.
+            opened = at.get(("o", i))
+            # What the template writes before an answer's own words belongs to the prompt: an empty <think> block. Where
+            # the beginning is gone, the template has dropped it, as reasoning is from earlier turns.
+            if opened is not None and plain[at["s", i] : opened].strip():
                 at["s", i] = opened
+            own, written = self._unmarked(turns[i][1])[0], plain[at["s", i] : at["c", i]]
+            if not "".join(own.split()).endswith("".join(written.split())):
+                raise InputError("the chat template rewrites an answer", where=where)
         return self._tokens(text, at, where)
 
     def _generated(self, turns: Sequence[tuple[str, str]], where: str | None) -> str:
