@@ -188,7 +188,8 @@ def plan_align(
     )
     pictures = hashlib.sha256()
     for image in sorted({i for row in rows for i in row[0].images}):
-        pictures.update(f"{image.relative_to(images)}\0{image.stat().st_size}\n".encode())
+        named = image.relative_to(images) if image.is_relative_to(images) else image
+        pictures.update(f"{named}\0{image.stat().st_size}\n".encode(errors="surrogateescape"))
     inputs = {k: fingerprint(p) for k, p in paths.items()}
     inputs |= {"data": fingerprint(data) if data.exists() else hub_commit(str(data)), "images": pictures.hexdigest()}
     inputs |= {f"adapter-{i}": fingerprint(adapter) for i, adapter in enumerate(adapters)}

@@ -64,7 +64,7 @@ def conversation(sample: ChatSample, folder: Path) -> Conversation:
         raise InputError("a video", where=sample.where, fix="samples are text and images")
     images = tuple(folder / media.path for media in sample.media)
     for image in images:
-        if not image.is_file():
+        if not _is_file(image):
             raise InputError(f"no such image {image}", where=sample.where, fix="check --images, or remove the row")
     mark = Visual(VIDEO_TOKEN)
     messages = tuple(
@@ -72,6 +72,13 @@ def conversation(sample: ChatSample, folder: Path) -> Conversation:
         for role, parts in sample.turns
     )
     return Conversation(where=sample.where, images=images, messages=messages)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except ValueError:  # no name that a file can have
+        return False
 
 
 def encode_conversation(

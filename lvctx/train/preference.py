@@ -71,8 +71,8 @@ def _turns(row: dict[str, Any], where: str) -> tuple[list[Any], Any, Any]:
     if inside[0] != inside[1]:
         raise InputError("`chosen` and `rejected` begin with different prompts", where=where)
     turns = _as_turns(row.get("prompt"), "human") or row.get("conversations") or inside[0]
-    if not isinstance(turns, list):
-        raise InputError("no list of `conversations`", where=where)
+    if not isinstance(turns, list) or not turns:
+        raise InputError("no list of `conversations`, or text or messages in `prompt`", where=where)
     if inside[0] and not (turns == inside[0] or _last_text(turns) == _last_text(inside[0])):
         raise InputError("`chosen` begins with another prompt than the row's own", where=where)
     # Messages inside the answers may say more than a prompt of one text: what came before it.
