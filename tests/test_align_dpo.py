@@ -191,7 +191,10 @@ def test_the_reference_is_computed_once_and_a_stopped_run_ends_with_the_same_byt
         ({"prompt": "x", "chosen": "a"}, "`chosen` and `rejected` have to be text"),
         ({"prompt": "x", "chosen": " ", "rejected": "b"}, "`chosen` and `rejected` have to be text"),
         ({"prompt": "x", "chosen": "a", "rejected": "a "}, "are the same"),
-        ({"prompt": "x", "chosen": "a", "rejected": "b <image>"}, "1 <image> marks for 0 images"),
+        (
+            {"prompt": "<image>", "chosen": "a", "rejected": "b <image>", "image": "0.png"},
+            "2 <image> marks for 1 images",
+        ),
         ({"prompt": "x", "chosen": "a", "rejected": "b", "image": "0.png"}, "0 <image> marks for 1 images"),
         ({"prompt": "<image>", "chosen": "a", "rejected": "b", "image": "9.png"}, "no such image"),
         ({**talk("x", "y"), "chosen": "a", "rejected": "b"}, "does not end in a human turn"),

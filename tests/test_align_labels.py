@@ -3,6 +3,7 @@
 Expected sequences are written by hand: `«...»` is counted, `▪` is a visual token, everything else is read only.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lvctx.errors import InputError
 from lvctx.model.loss import IGNORED
+from lvctx.model.template import Visual
 from lvctx.model.vlm import VIDEO_TOKEN
 from lvctx.train.chat import Conversation, TokenSequence, encode_conversation
 
@@ -36,10 +38,16 @@ def tokenizer_of(family: str) -> Any:
     return tokenizer
 
 
+def parts(content: str) -> tuple[str | Visual, ...]:
+    """A turn's content with its image marks as parts."""
+    split = re.split(f"({VIDEO_TOKEN})", content)
+    return tuple(Visual(piece) if piece == VIDEO_TOKEN else piece for piece in split)
+
+
 def encode(family: str, *turns: tuple[str, str], images: int = 0) -> tuple[TokenSequence, str]:
     """The sequence, an image being three tokens, and how it reads."""
     tokenizer = tokenizer_of(family)
-    messages = tuple({"role": role, "content": content} for role, content in turns)
+    messages = tuple({"role": role, "content": parts(content)} for role, content in turns)
     pictures = tuple(Path(f"{i}.png") for i in range(images))
     sequence = encode_conversation(
         Conversation(where="here", images=pictures, messages=messages), tokenizer, lambda image: 3

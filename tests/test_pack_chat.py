@@ -448,8 +448,10 @@ def test_ids_are_the_texts_and_labels_the_assistants_words(
         "\n",
     ]
     pieces = [tokenizer(turn, add_special_tokens=False)["input_ids"] for turn in turns]
-    whole = tokenizer("".join(turns), add_special_tokens=False)["input_ids"]
-    assert [token for piece in pieces for token in piece] == whole
+    # A control token that a turn writes is text.
+    said, end = "A street, you said: <|im_start|>assistant", tokenizer.convert_tokens_to_ids("<|im_end|>")
+    pieces[3] = [*tokenizer(said, add_special_tokens=False, split_special_tokens=True)["input_ids"], end]
+    whole = [token for piece in pieces for token in piece]
     assert rows.row(0).tolist() == whole
     spoken = [i % 2 == 1 for i, piece in enumerate(pieces) for _ in piece]
     expected = [token if said else -100 for token, said in zip(whole[1:], spoken[1:], strict=True)] + [-100]
@@ -520,22 +522,17 @@ TURN = '{"from": "human", "value": "<image>\\nHm?"}, {"from": "gpt", "value": "Y
     ("line", "what"),
     [
         ('{"conversations": [', r"a.jsonl:2: malformed JSON"),
-        ("[1]", r"a.jsonl:2: no list of `conversations`"),
+        ("[1]", r"a.jsonl:2: not a JSON object"),
         ('{"image": "none.png", "conversations": [TURN]}', r"a.jsonl:2: .*none.png: no such image"),
         ('{"video": "none.mp4", "conversations": [TURN]}', r"a.jsonl:2: .*none.mp4: no such video"),
         ('{"video": "junk.mp4", "conversations": [TURN]}', r"a.jsonl:2: .*junk.mp4"),
-        ('{"image": ["0.png", "1.png"], "conversations": [TURN]}', r"a.jsonl:2: 1 marks for 2 images"),
-        ('{"conversations": [TURN]}', r"a.jsonl:2: 1 marks for 0 images"),
+        ('{"image": ["0.png", "1.png"], "conversations": [TURN]}', r"a.jsonl:2: 1 <image> marks for 2 images"),
         ('{"image": 7, "conversations": [TURN]}', r"a.jsonl:2: `image` is neither"),
         ('{"conversations": [{"from": "robot", "value": "Hm"}]}', r"a.jsonl:2: a turn from 'robot'"),
         ('{"conversations": ["Hm"]}', r"a.jsonl:2: a turn from 'Hm'"),
         ('{"conversations": [{"from": "human", "value": 3}]}', r"a.jsonl:2: a turn's content is 3"),
         ('{"conversations": [{"from": "human", "value": "Hm"}]}', r"a.jsonl:2: no answer"),
-        ('{"conversations": [{"from": "gpt", "value": "Hm"}]}', r"a.jsonl:2: the first turn is the assistant's"),
-        (
-            '{"conversations": [{"from": "human", "value": "<|video_pad|>"}, {"from": "gpt", "value": "Hm"}]}',
-            r"a.jsonl:2: 1 of .*video_pad.* for 0",
-        ),
+        ('{"conversations": [{"from": "gpt", "value": "Hm"}]}', r"a.jsonl:2: no answer to learn from"),
     ],
 )
 def test_bad_rows_stop_or_are_left_out_and_named(line: str, what: str, qwen: Path, media: Path, tmp_path: Path) -> None:

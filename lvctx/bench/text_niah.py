@@ -49,7 +49,9 @@ class TextNiah:
         self.chance = 1 / 9_000_000 if self.forcible else None
         self.spare = 2 if self.forcible else 16
         self._prefix = tokenizer(PREFIX).input_ids  # with the bos of tokenizers that add one
-        self._hay = np.array(tokenizer(haystack, add_special_tokens=False).input_ids, dtype=np.int64)
+        # A special token that a book writes is text.
+        hay = tokenizer(haystack, add_special_tokens=False, split_special_tokens=True).input_ids
+        self._hay = np.array(hay, dtype=np.int64)
         self._ends = sentence_ends(tokenizer, self._hay)
         self._others = [
             (self._ids(NEEDLE.format(city=c, number=n)), f) for c, n, f in draw_distractors(seed, distractors)

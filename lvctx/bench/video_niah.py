@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lvctx.bench.niah import Cell, begins_with, first_number, insertion_points, splice
 from lvctx.errors import InputError, UsageError
-from lvctx.model.vlm import VIDEO_TOKEN, chat_ids
+from lvctx.model.vlm import VIDEO_TOKEN, answer_ids, chat_ids
 from lvctx.vision.draw import COLORS, SHAPES, draw_picture
 from lvctx.vision.images import open_image
 
@@ -205,6 +205,7 @@ class VideoNiah:
         self._spread = self._longest = 0
         self._places = np.random.default_rng([seed, 1 << 20, 1 << 20]).random(len(lookalikes))
         self._chat = functools.cache(lambda question: chat_ids(tokenizer, question, mark=layout.mark))
+        self._asking = functools.cache(lambda question, answer: answer_ids(tokenizer, question, answer, layout.mark))
         for needle in needles:
             if not self._ids(needle.answer):
                 raise InputError(f"the answer {needle.answer!r} is no token of this model", fix="change the needle")
@@ -260,8 +261,8 @@ class VideoNiah:
 
     def sequence(self, cell: Cell) -> tuple[np.ndarray, int]:
         """See `Niah.sequence`."""
-        before, after = self._chat(cell.question)
-        answer, unit = self._ids(cell.answer), self.layout.unit
+        before, after, answer = self._asking(cell.question, cell.answer)
+        unit = self.layout.unit
         hay = np.resize(np.arange(self._frames), cell.length)
         # Look-alikes stand where all lengths have them if they are to share what they read.
         spread = self._spread if self.nested else cell.length

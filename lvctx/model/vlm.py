@@ -9,7 +9,7 @@ Shapes: F frames, P features a frame, T = (sqrt(P)/2)^2 tokens a frame, D tower 
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from lvctx.artifacts.store import write_json
 from lvctx.errors import InputError
-from lvctx.model.chat_template import render_chat
 from lvctx.model.export import save_model
 from lvctx.model.load import device_of
+from lvctx.model.template import ChatEncoder, Visual, chat_encoder
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 Grid = Literal["unires", "anyres", "single"]
@@ -45,6 +45,15 @@ FLATTEN_ANYRES = FLATTEN_CONTENT.replace(
     "'<image>' if part['type'] == 'image' else '<video>' if part['type'] == 'video'",
 )
 """The same where an image goes stock LlavaOnevision's own way."""
+
+FLATTEN = {
+    (anyres, parts): text.replace("'content': turn.text", "'content': [{'type': 'text', 'text': turn.text}]")
+    if parts
+    else text
+    for anyres, text in ((False, FLATTEN_CONTENT), (True, FLATTEN_ANYRES))
+    for parts in (False, True)
+}
+"""Whether images go stock LlavaOnevision's own way, and whether the language model's template wants parts itself."""
 
 
 def image_grid(config: Any) -> Grid:
@@ -193,17 +202,32 @@ def newline_embedding(vlm: Any) -> Tensor:
 def chat_ids(tokenizer: Any, *turns: str, mark: str = VIDEO_TOKEN) -> tuple[list[int], list[int]]:
     """Token ids before and after the visual block of a chat that ends where the answer begins.
 
-    `turns` are the user's, the reply, the user's next, ...; `mark` is the token that stands for the block.
+    `turns` are the user's, the reply, the user's next, ...; `mark` is the token that stands for the block. The answer
+    follows what it follows in training, an empty `<think>` block included where the template writes one.
     """
-    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-    messages[0]["content"] = mark + turns[0]
-    text = render_chat(tokenizer, messages, add_generation_prompt=True)
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    placeholder = tokenizer.convert_tokens_to_ids(mark)
-    if placeholder not in ids:
-        raise InputError(f"its chat template drops {mark}", where=tokenizer.name_or_path or None)
-    at = ids.index(placeholder)
-    return ids[:at], ids[at + 1 :]
+    chat = chat_encoder(tokenizer).prompt(_messages(turns, mark))
+    return chat.ids[: chat.visual[0]], chat.ids[chat.visual[0] + 1 :]
+
+
+def answer_ids(
+    tokenizer: Any, question: str, answer: str, mark: str = VIDEO_TOKEN
+) -> tuple[list[int], list[int], list[int]]:
+    """`chat_ids` of a question, and the ids of its answer, as a training sequence has them.
+
+    A chat template that training would refuse gives the prompt that it has, and the answer encoded alone.
+    """
+    try:
+        chat = chat_encoder(tokenizer).encode(_messages((question, answer), mark), own_marks=False)
+    except InputError:
+        return *chat_ids(tokenizer, question, mark=mark), list(tokenizer(answer, add_special_tokens=False).input_ids)
+    at, ids, words = chat.visual[0], chat.ids, chat.answers[-1]
+    return ids[:at], ids[at + 1 : words.first], ids[words.first : words.end]
+
+
+def _messages(turns: Sequence[str], mark: str) -> list[dict[str, Any]]:
+    first, *rest = turns
+    contents = [(Visual(mark), first), *rest]
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 def save_vlm(vlm: Any, tokenizer: Any, tower_dir: Path, out: Path) -> None:
@@ -219,13 +243,16 @@ def save_vlm(vlm: Any, tokenizer: Any, tower_dir: Path, out: Path) -> None:
 
 def flatten_content(tokenizer: Any, grid: Grid) -> None:
     """Let the chat template take messages in parts, as processors send them."""
-    flatten = FLATTEN_ANYRES if grid == "anyres" else FLATTEN_CONTENT
-    tokenizer.chat_template = flatten + own_template(tokenizer.chat_template)
+    own = own_template(tokenizer.get_chat_template())
+    wants_parts = ChatEncoder(tokenizer, own).wants_parts
+    tokenizer.chat_template = FLATTEN[grid == "anyres", wants_parts] + own
 
 
 def own_template(template: str) -> str:
     """A VLM's chat template without what `flatten_content` put before it: its language model's."""
-    return template.removeprefix(FLATTEN_CONTENT).removeprefix(FLATTEN_ANYRES)
+    for flatten in FLATTEN.values():
+        template = template.removeprefix(flatten)
+    return template
 
 
 PIXELS_FILE = "preprocessor_config.json"

@@ -15,7 +15,7 @@ from lvctx.model.load import VLM_TYPE, load_config, load_tokenizer, refuse_quant
 from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import VIDEO_TOKEN, Grid, add_visual_tokens, image_grid, image_rule
 from lvctx.text.hub import hub_commit
-from lvctx.train.chat import Conversation, read_conversations
+from lvctx.train.chat import Conversation, encode_conversation, read_conversations
 from lvctx.train.images import Encoding
 from lvctx.train.micro import encode_sample
 from lvctx.train.preference import read_pairs
@@ -167,6 +167,7 @@ def plan_align(
         )
     rows: Sequence[tuple[Conversation, ...]]
     rows = read_pairs(data, images) if stage == "dpo" else [(c,) for c in read_conversations(data, images)]
+    _check_template(rows, paths.get("init") or paths["lm"], new="lm" in paths)
     size = batch or usual.batch
     rate = usual.lr if lr is None else lr
     config = AlignConfig(
@@ -188,7 +189,8 @@ def plan_align(
     )
     pictures = hashlib.sha256()
     for image in sorted({i for row in rows for i in row[0].images}):
-        pictures.update(f"{image.relative_to(images)}\0{image.stat().st_size}\n".encode())
+        named = image.relative_to(images) if image.is_relative_to(images) else image
+        pictures.update(f"{named}\0{image.stat().st_size}\n".encode(errors="surrogateescape"))
     inputs = {k: fingerprint(p) for k, p in paths.items()}
     inputs |= {"data": fingerprint(data) if data.exists() else hub_commit(str(data)), "images": pictures.hexdigest()}
     inputs |= {f"adapter-{i}": fingerprint(adapter) for i, adapter in enumerate(adapters)}
@@ -201,6 +203,16 @@ def plan_align(
         rows=rows,
         provenance=Provenance(schema=schemas.MODEL, command="align", config=asdict(config), inputs=inputs, seed=seed),
     )
+
+
+def _check_template(rows: Sequence[tuple[Conversation, ...]], path: Path, *, new: bool) -> None:
+    """Raise InputError where the chat template cannot write a row; rows with the same roles are one to it."""
+    tokenizer = load_tokenizer(path)
+    if new:
+        add_visual_tokens(tokenizer, path)
+    roles = {tuple(m["role"] for m in one.messages): (one, len(row) > 1) for row in reversed(rows) for one in row}
+    for one, last_only in roles.values():
+        encode_conversation(one, tokenizer, lambda image: 1, last_only=last_only)
 
 
 def count_tokens(plan: Plan, report: Callable[[int, int, str], None]) -> dict[str, Any]:

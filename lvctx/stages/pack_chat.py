@@ -20,15 +20,18 @@ from lvctx.artifacts import schemas
 from lvctx.artifacts.chat import lines_name, write_chat_shard, write_lines
 from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
 from lvctx.artifacts.packed import shard_name
-from lvctx.artifacts.store import disk_error, is_disk_error, sha256_file
+from lvctx.artifacts.store import disk_error, fingerprint, is_disk_error, sha256_file
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import load_tokenizer, resolve_model
 from lvctx.model.loss import IGNORED
+from lvctx.model.template import Visual, chat_encoder
 from lvctx.text.bestfit import best_fit_decreasing
 from lvctx.text.blend import choose, largest_blend
+from lvctx.text.hub import hub_commit
 from lvctx.text.pack import BINS, bin_names, uniform
 from lvctx.train.chat import CHATML, encode_messages
 from lvctx.train.samples import ChatSample, Media, check_row, read_rows
+from lvctx.train.tables import is_table
 from lvctx.vision.images import image_size
 from lvctx.vision.rules import find_rule
 from lvctx.vision.tokens import Block, VisualRule
@@ -111,7 +114,7 @@ def plan_chat(
         raise UsageError("no samples", fix=f"give one of {', '.join('--' + k for k in KINDS)}")
     for paths in sources.values():
         for path in paths:
-            if not path.is_file():
+            if not path.is_file() and not is_table(path):
                 raise InputError("no such file", where=path)
     config = ChatConfig(mix=_shares(mix, sources), hybrid=dict(hybrid) if hybrid else None, **options)
     path = resolve_model(model, weights=False)
@@ -122,10 +125,11 @@ def plan_chat(
         tokenizer.chat_template = CHATML
     elif tokenizer.chat_template is None:
         raise InputError("no chat template", where=model, fix="--template chatml, or an instruct model")
+    chat_encoder(tokenizer)
     rule = find_rule(path, tokenizer, hybrid=config.hybrid)
     small = [path / name for name in ("tokenizer.json", "config.json", "preprocessor_config.json")]
     inputs = {"model": " ".join(sha256_file(p) for p in small if p.is_file())}
-    inputs |= {kind: " ".join(map(sha256_file, paths)) for kind, paths in sources.items()}
+    inputs |= {kind: " ".join(map(_identify, paths)) for kind, paths in sources.items()}
     provenance = Provenance(
         schema=schemas.CHAT, command="pack-chat", config=_decided(config), inputs=inputs, seed=config.seed
     )
@@ -138,6 +142,11 @@ def _decided(config: ChatConfig) -> dict[str, Any]:
     if not config.allow_partial:
         del decided["allow_partial"]
     return decided
+
+
+def _identify(path: Path) -> str:
+    """Of a file or a folder the hash, of a dataset on the hub the commit."""
+    return fingerprint(path) if path.exists() else hub_commit(str(path))
 
 
 def _shares(mix: Mapping[str, float] | None, sources: Mapping[str, Any]) -> dict[str, float]:
@@ -203,7 +212,7 @@ class _ChatPacker:
 
     def _read(self, kind: str, path: Path, tokens: Any, lines: Any) -> None:
         where = None
-        for where, row in read_rows(path):
+        for where, row in read_rows(path, self.plan.media):
             try:
                 sample = check_row(row, where)
                 if kind == "text" and sample.media:
@@ -231,10 +240,10 @@ class _ChatPacker:
         rule = self.plan.rule
         if rule is None and sample.media:
             raise InputError("the model cannot see", where=sample.where, fix="--model takes a vision-language model")
-        messages: list[dict[str, str]] = []
+        messages: list[dict[str, Any]] = []
         media = []
         for role, parts in sample.turns:
-            content = ""
+            content: list[str | Visual] = []
             for part in parts:
                 if isinstance(part, Media):
                     assert rule is not None
@@ -244,16 +253,12 @@ class _ChatPacker:
                         fix = "mend it or --media, or --skip-malformed"
                         raise InputError(f"{e.where}: {e.what}", where=sample.where, fix=fix) from e
                     media.append((facts, blocks, rule.layout(blocks)))
-                    content += rule.mark(part.kind)
+                    content.append(Visual(rule.mark(part.kind)))
                 else:
-                    content += part
+                    content.append(part)
             messages.append({"role": role, "content": content})
         sequence = encode_messages(
-            messages,
-            self.plan.tokenizer,
-            [layout.ids for _, _, layout in media],
-            marks=set(rule.marks) if rule else set(),
-            where=sample.where,
+            messages, self.plan.tokenizer, [layout.ids for _, _, layout in media], where=sample.where
         )
         references = []
         for place, (facts, blocks, layout) in zip(sequence.places, media, strict=True):

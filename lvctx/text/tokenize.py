@@ -65,23 +65,42 @@ class Encoder:
     """A loaded tokenizer that turns chunks into tokens."""
 
     def __init__(self, content: str, *, separator: int, fields: Fields, policy: Policy) -> None:
-        """`content` is the JSON of `tokenizers`; its own truncation and padding are switched off."""
+        """`content` is the JSON of `tokenizers`; its own truncation and padding are switched off.
+
+        Special tokens and the separator are text where a document has them, encoded as any other.
+        """
         from tokenizers import Tokenizer
 
         self.tokenizer = Tokenizer.from_str(content)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.separator, self.fields, self.policy = separator, fields, policy
+        added = self.tokenizer.get_added_tokens_decoder()
+        if separator in added:
+            self.tokenizer.add_special_tokens([added[separator]])
+        self.tokenizer.encode_special_tokens = True
+        special = {i: token.content for i, token in added.items() if token.special or i == separator}
+        unknown = set(self._ids("\ufdd0"))  # a character that no vocabulary has
+        self._leaks = {i for i, text in special.items() if i in self._ids(text)} - unknown
+        """Special tokens that are pieces of the vocabulary too (Unigram's), so that no text has their letters."""
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode(self, chunk: Chunk) -> Tokens:
         """Tokenize a chunk. Raises InputError naming the line or file that is not right."""
-        texts, sources, status = self._parse(chunk) if chunk.lines is not None else self._decode(chunk)
+        texts, sources, status, numbers = self._parse(chunk) if chunk.lines is not None else self._decode(chunk)
         starts = np.zeros(len(texts) + 1, np.int64)
         try:
             encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except (UnicodeEncodeError, TypeError):  # a lone surrogate, which JSON can spell and UTF-8 cannot
-            texts = [self._without_surrogates(t, chunk, i, status) for i, t in enumerate(texts)]
+            texts = [self._without_surrogates(t, chunk, numbers[i], i, status) for i, t in enumerate(texts)]
             encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for i, found in enumerate(encodings) if self._leaks else ():
+            for token in sorted(self._leaks.intersection(found.ids))[:1]:
+                what = f"{self.tokenizer.id_to_token(token)} in the text, which this tokenizer cannot write as text"
+                texts[i], status[i] = self._malformed(what, chunk, numbers[i])
+                encodings[i] = self.tokenizer.encode("", add_special_tokens=False)
         np.cumsum([len(e) + 1 for e in encodings], out=starts[1:])
         ids = np.empty(starts[-1], np.int32)
         for start, encoding in zip(starts.tolist(), encodings, strict=False):
@@ -94,7 +113,7 @@ class Encoder:
         state = np.array(status, np.uint8)
         return Tokens(chunk=bare, ids=ids, starts=starts, status=state, names=tuple(names), codes=codes)
 
-    def _decode(self, chunk: Chunk) -> tuple[list[str], list[str], list[int]]:
+    def _decode(self, chunk: Chunk) -> tuple[list[str], list[str], list[int], list[int]]:
         texts, status = [], []
         for number, text in enumerate(chunk.texts):
             state = OK
@@ -104,9 +123,10 @@ class Encoder:
                 text, state = self._malformed("the text is null", chunk, number)
             texts.append(text)
             status.append(state)
-        return texts, list(chunk.sources), status
+        return texts, list(chunk.sources), status, list(range(len(texts)))
 
-    def _parse(self, chunk: Chunk) -> tuple[list[str], list[str], list[int]]:
+    def _parse(self, chunk: Chunk) -> tuple[list[str], list[str], list[int], list[int]]:
+        """Texts, sources, what became of each, and its line in the chunk, from 0."""
         blob = chunk.lines or b""
         if chunk.start.at == 0:
             blob = blob.removeprefix(b"\xef\xbb\xbf")
@@ -115,7 +135,7 @@ class Encoder:
             lines += blob.decode().split("\n")
         except UnicodeDecodeError:
             lines += blob.split(b"\n")
-        texts, sources, status = [], [], []
+        texts, sources, status, numbers = [], [], [], []
         for number, line in enumerate(lines):
             if not line or line.isspace():
                 continue
@@ -144,7 +164,8 @@ class Encoder:
             texts.append(text)
             sources.append(source)
             status.append(state)
-        return texts, sources, status
+            numbers.append(number)
+        return texts, sources, status, numbers
 
     def _no_text(self, record: Any) -> str:
         if isinstance(record, list):
@@ -168,11 +189,11 @@ class Encoder:
                 raise InputError(f"invalid UTF-8 at byte {e.start}", where=chunk.name(number)) from e
             return ("", SKIPPED) if self.policy.invalid == "skip" else (raw.decode(errors="replace"), REPAIRED)
 
-    def _without_surrogates(self, text: str, chunk: Chunk, number: int, status: list[int]) -> str:
+    def _without_surrogates(self, text: str, chunk: Chunk, number: int, i: int, status: list[int]) -> str:
         try:
             text.encode()
         except UnicodeEncodeError:
-            text, status[number] = self._to_text(text.encode(errors="surrogatepass"), chunk, number)
+            text, status[i] = self._to_text(text.encode(errors="surrogatepass"), chunk, number)
         return text
 
 

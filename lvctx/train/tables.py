@@ -17,30 +17,39 @@ ROWS = 256
 """Rows in memory with their pictures."""
 
 
+FILES = (".json", ".jsonl", ".ndjson", ".gz", ".zst")
+"""How files of rows are named; a hub id never is."""
+
+
 def is_table(path: Path) -> bool:
     """Whether this is a dataset rather than a JSON or JSONL file, there or not."""
-    named = not path.is_absolute() and len(path.parts) == 2 and path.suffix not in (".json", ".jsonl")
+    named = not path.is_absolute() and len(path.parts) == 2 and path.suffix not in FILES
     return path.suffix == ".parquet" or path.is_dir() or (named and not path.exists())
 
 
-def read_table(path: Path, images: Path) -> list[tuple[dict[str, Any], str]]:
-    """Every row, and how errors name it; pictures in `image` or `images` are written to the folder `images`.
+def read_table(path: Path, images: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every row after how errors name it; pictures in `image` or `images` are written to the folder `images`.
 
     Raises InputError where there is no such dataset or it cannot be read.
     """
-    rows: list[tuple[dict[str, Any], str]] = []
+    number = 0
+    batches = _batches(path)
+    while (batch := _next(batches, path)) is not None:
+        for row in batch:
+            for key in ("image", "images"):
+                if row.get(key) is not None:
+                    row[key] = _name(row[key], images)
+            yield f"{path}[{number}]", row
+            number += 1
+
+
+def _next(batches: Iterator[list[dict[str, Any]]], path: Path) -> list[dict[str, Any]] | None:
     try:
-        for batch in _batches(path):
-            for row in batch:
-                for key in ("image", "images"):
-                    if row.get(key) is not None:
-                        row[key] = _name(row[key], images)
-                rows.append((row, f"{path}[{len(rows)}]"))
+        return next(batches, None)
     except InputError:
         raise
     except Exception as e:  # whatever the hub client and the dataset's own reader raise
         raise no_dataset(str(path), e) from e
-    return rows
 
 
 def _batches(path: Path) -> Iterator[list[dict[str, Any]]]:

@@ -1,0 +1,377 @@
+"""Conversations as tokens: a tokenizer's chat template, and which of the tokens are an assistant's answer.
+
+A template may write a turn differently once others follow it, so nothing is measured on one rendering and applied to
+another. The conversation is rendered once, whole, with marks around what every turn contains; the answers are where
+their marks are. What comes out is refused where the template changes what it wrote before: every prompt for an answer
+has to be the beginning of the whole.
+
+Control tokens written inside a turn (`<|im_end|>`, `<image>` where there is no image) are text, encoded as such: only
+the template and `Visual` parts make control tokens. These are the tokenizer's special tokens, and its other added
+tokens that the template writes around turns.
+"""
+
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from lvctx.errors import InputError
+
+_SIGN, _END = "\ufdd0", "\ufdd1"
+"""Around our marks: characters that Unicode keeps out of text ("noncharacters")."""
+_MARK = f"{_SIGN}([a-z])([0-9]+){_END}"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Visual(NamedTuple):
+    """Part of a turn: an image or a video, by the special token that stands for it."""
+
+    token: str
+
+
+Content = str | Sequence[str | Visual]
+"""What a turn contains: text, or text and images in their order."""
+Message = Mapping[str, Any]
+"""`role` and `content` (`Content`)."""
+
+
+class Answer(NamedTuple):
+    """Tokens of an answer: `[first, end)` are its words, `[end, closed)` what ends its turn."""
+
+    first: int
+    end: int
+    closed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatTokens:
+    """A conversation."""
+
+    ids: list[int]
+    """Token ids; an image or a video is one token."""
+    visual: list[int]
+    """Where the tokens of images and videos are, in order."""
+    answers: list[Answer]
+    """The assistant's, in order."""
+
+
+def mark(kind: str, number: int) -> str:
+    """o, c: a turn's content begins, ends. s, e: an answer's tokens begin, end. v, t: a visual token, one as text."""
+    return f"{_SIGN}{kind}{number}{_END}"
+
+
+def chat_encoder(tokenizer: Any) -> "ChatEncoder":
+    """The encoder of a tokenizer and its present chat template. Raises InputError where it has none."""
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError:
+        raise InputError("no chat template", where=tokenizer.name_or_path, fix="use an instruct model") from None
+    return _chat_encoder(tokenizer, template, len(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def _chat_encoder(tokenizer: Any, template: str, size: int) -> "ChatEncoder":
+    return ChatEncoder(tokenizer, template)
+
+
+class ChatEncoder:
+    """A tokenizer and a chat template."""
+
+    def __init__(self, tokenizer: Any, template: str) -> None:
+        """Raises InputError for a tokenizer without a fast form, or a template that leaves out what the user writes."""
+        self.tokenizer, self.template = tokenizer, template
+        self.marks_answers = _GENERATION.search(template) is not None
+        """Whether the template says itself what is learned: transformers' `return_assistant_tokens_mask`."""
+        self.wants_parts = False
+        """Whether the template reads lists of parts alone (SmolVLM's), so that text has to be such a list."""
+        self._find_form()
+        added = {token.content: (i, token) for i, token in tokenizer.added_tokens_decoder.items()}
+        try:
+            around = self._render([("user", "x"), ("assistant", "x"), ("user", "x")])
+        except InputError:
+            around = ""
+        self._ids = {
+            text: i for text, (i, token) in added.items() if token.special or (text.strip() and text in around)
+        }
+        """Control tokens: text to id."""
+        texts = "|".join(map(re.escape, sorted(self._ids, key=len, reverse=True))) or "(?!)"
+        self._control, self._scan = re.compile(texts), re.compile(f"{_MARK}|({texts})")
+        self._closing = re.compile(rf"\s*(?:{texts})")
+        self._content = {i: text for text, i in self._ids.items()}
+        self._encoder, self._alias = self._plain_encoder({i: added[text][1] for text, i in self._ids.items()})
+
+    def _plain_encoder(self, controls: Mapping[int, Any]) -> tuple[Any, dict[int, int]]:
+        """The tokenizer with control tokens under other names, their own being text; and which of its ids are which."""
+        from tokenizers import AddedToken, Tokenizer
+
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise InputError("its tokenizer has no fast form", where=self.tokenizer.name_or_path)
+        stored = json.loads(backend.to_str())
+        # Without a post-processor offsets include white space. Only special tokens can be read as text.
+        stored |= {"post_processor": None, "truncation": None, "padding": None}
+        for token in stored["added_tokens"]:
+            token["special"] = token["id"] in controls
+        encoder = Tokenizer.from_str(json.dumps(stored))
+        encoder.encode_special_tokens = True
+        alias: dict[int, int] = {}
+        for i, token in controls.items():
+            flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip")}
+            encoder.add_tokens([AddedToken(mark("k", i), normalized=False, special=False, **flags)])
+            number = encoder.token_to_id(mark("k", i))
+            assert number is not None
+            alias[number] = i
+        return encoder, alias
+
+    def _find_form(self) -> None:
+        refusal: InputError | None = None
+        for self.wants_parts in (False, True):
+            try:
+                if mark("o", 0) in self._render([("user", mark("o", 0))]):
+                    return
+            except InputError as e:
+                refusal = refusal or e
+        raise refusal or InputError(
+            "the chat template leaves out what the user writes", where=self.tokenizer.name_or_path, fix="use another"
+        )
+
+    # Text
+
+    def _render(self, turns: Sequence[tuple[str, str]], *, prompt: bool = False, where: str | None = None) -> str:
+        return self._render_spans(turns, prompt=prompt, where=where)[0]
+
+    def _render_spans(
+        self, turns: Sequence[tuple[str, str]], *, prompt: bool = False, where: str | None = None
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The template's text, and what it marks as generated: what `apply_chat_template` does before it encodes."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        messages = [{"role": r, "content": [{"type": "text", "text": t}] if self.wants_parts else t} for r, t in turns]
+        try:
+            (text,), spans = render_jinja_template(
+                [messages],
+                chat_template=self.template,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=self.marks_answers,
+                **self.tokenizer.special_tokens_map,
+            )
+        except Exception as e:  # a template is a program: it raises what it likes
+            reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+            raise InputError(
+                f"the chat template refuses this conversation ({reason})", where=where or self.tokenizer.name_or_path
+            ) from e
+        return text, spans[0] if spans else []
+
+    def _written(self, message: Message, where: str | None) -> tuple[str, str]:
+        """A turn's role and text, every control token and image in it a mark."""
+        content = message["content"]
+        text = ""
+        for is_visual, run in groupby([content] if isinstance(content, str) else content, _is_visual):
+            if is_visual:
+                text += "".join(mark("v", self._id(part.token, where)) for part in run)
+                continue
+            words = "".join(run)
+            check_text(words, where)
+            text += self._control.sub(lambda found: mark("t", self._ids[found[0]]), words)
+        # White space around an answer may melt into one token with the template's, which is no model's to say.
+        return message["role"], text.strip() if message["role"] == "assistant" else text
+
+    def _id(self, token: str, where: str | None) -> int:
+        if token not in self._ids:
+            raise InputError(f"{token} is no special token of this tokenizer", where=where)
+        return self._ids[token]
+
+    def _marked(self, turns: Sequence[tuple[str, str]], where: str | None) -> str:
+        """The conversation with marks around each turn's content, before each answer, and after what ends its turn."""
+        wrapped = [(role, _wrap(text, i)) for i, (role, text) in enumerate(turns)]
+        text = self._render(wrapped, where=where)
+        answers = [i for i, (role, _) in enumerate(turns) if role == "assistant"]
+        if not answers:
+            raise InputError("no answer to learn from", where=where)
+        starts = {i: self._render(wrapped[:i], prompt=True, where=where) for i in answers}
+        if not all(text.startswith(start) for start in starts.values()):
+            raise InputError("the chat template rewrites earlier turns", where=where, fix="use one that only appends")
+        for i, (role, content) in enumerate(turns):
+            opened, closed = text.count(mark("o", i)), text.count(mark("c", i))
+            if content.strip() and (closed != 1 or opened > 1 if role == "assistant" else not (opened and closed)):
+                raise InputError(f"the chat template leaves out or repeats a turn of the {role}", where=where)
+        if re.sub(f"{_SIGN}[oc][0-9]+{_END}", "", text) != self._render(turns, where=where):
+            raise InputError("the chat template reads what a turn begins or ends with", where=where)
+        ends = [text.index(mark("c", i)) + len(mark("c", i)) for i in answers]
+        counts = self._closings([_rest(text, end) for end in ends])
+        inserted = [(end + count, mark("e", i)) for end, count, i in zip(ends, counts, answers, strict=True)]
+        inserted += [(len(starts[i]), mark("s", i)) for i in answers]
+        return _insert(text, inserted)
+
+    def _closings(self, rests: list[str]) -> list[int]:
+        """How much of what follows each answer ends its turn: a control token, or what follows each of them.
+
+        What comes after the last answer alone ends the conversation, not a turn; what comes after the earlier ones
+        alone begins the next turn.
+        """
+        *_, last = found = [self._closing.match(rest) for rest in rests]
+        if last:
+            return [len(one[0]) if one and one[0].strip() == last[0].strip() else 0 for one in found]
+        lines = [re.split(f"{self._control.pattern}|\n", rest, maxsplit=1)[0] for rest in rests]
+        shared = len(_shared(lines).rstrip())
+        # Text stops no generation, so a control token after it at the very end is learned as well.
+        stop = self._closing.match(rests[-1], shared)
+        return [*[shared] * (len(rests) - 1), stop.end() if stop else shared]
+
+    # Tokens
+
+    def encode(self, messages: Sequence[Message], *, where: str | None = None, own_marks: bool = True) -> ChatTokens:
+        """A conversation that ends in an answer; with `own_marks`, what the template marks as generated is learned.
+
+        Answers are stripped. Raises InputError where the template rewrites, leaves out or refuses turns.
+        """
+        if not messages or messages[0]["role"] == "assistant":
+            raise InputError("the first turn is the assistant's", where=where)
+        turns = [self._written(message, where) for message in messages]
+        generated = own_marks and self.marks_answers
+        text = self._generated(turns, where) if generated else self._marked(turns, where)
+        plain, at, _ = self._unmarked(text)
+        for i in [number for kind, number in at if kind == "s" and not generated]:
+            opened = at.get(("o", i))
+            # What the template writes before an answer's own words belongs to the prompt: an empty <think> block. Where
+            # the beginning is gone, the template has dropped it, as reasoning is from earlier turns.
+            if opened is not None and plain[at["s", i] : opened].strip():
+                at["s", i] = opened
+            own, written = self._unmarked(turns[i][1])[0], plain[at["s", i] : at["c", i]]
+            if not "".join(own.split()).endswith("".join(written.split())):
+                raise InputError("the chat template rewrites an answer", where=where)
+        return self._tokens(text, at, where)
+
+    def _generated(self, turns: Sequence[tuple[str, str]], where: str | None) -> str:
+        """The conversation with marks around what the template marks as generated."""
+        text, spans = self._render_spans(turns, where=where)
+        if not spans:
+            raise InputError("the chat template marks nothing as generated", where=where)
+        marks = [(begin, mark("s", i)) for i, (begin, _) in enumerate(spans)]
+        return _insert(text, [*marks, *((end, mark("c", i) + mark("e", i)) for i, (_, end) in enumerate(spans))])
+
+    def prompt(self, messages: Sequence[Message]) -> ChatTokens:
+        """What stands before an answer to the last of the messages, as `encode` has it.
+
+        That is the template's generation prompt, and what else it writes before an answer that has no reasoning.
+        """
+        turns = [self._written(message, None) for message in messages]
+        text = self._render(turns, prompt=True)
+        try:
+            known, found, _ = self._render([*turns, ("assistant", mark("o", 0))]).partition(mark("o", 0))
+        except InputError:
+            known, found = "", ""
+        if found and known.startswith(text) and known[len(text) :].strip():
+            text = known
+        return self._tokens(text, {}, None)
+
+    def _unmarked(self, text: str) -> tuple[str, dict[tuple[str, int], int], list[int]]:
+        """The text to encode, where the marks were in it, and ids of the control tokens that stand for images."""
+        pieces: list[str] = []
+        at: dict[tuple[str, int], int] = {}
+        visual: list[int] = []
+        length = done = 0
+        for found in self._scan.finditer(text):
+            kind, number = found[1], int(found[2] or 0)
+            piece = mark("k", self._ids[found[3]]) if found[3] else ""
+            if kind == "t":
+                piece = self._content[number]
+            elif kind == "v":
+                piece = mark("k", number)
+                visual.append(number)
+            pieces += [text[done : found.start()], piece]
+            length += len(pieces[-2])
+            if kind in ("o", "c", "s", "e"):
+                at[kind, number] = length
+            length += len(piece)
+            done = found.end()
+        return "".join([*pieces, text[done:]]), at, visual
+
+    def _tokens(self, text: str, at: Mapping[tuple[str, int], int], where: str | None) -> ChatTokens:
+        plain, _, expected = self._unmarked(text)
+        if plain.count(_SIGN) != len(re.findall(_MARK, plain)):
+            raise InputError("the chat template takes a turn's text apart", where=where)
+        encoded = self._encoder.encode(plain, add_special_tokens=False)
+        leaked = set(encoded.ids) & (self._content.keys() - {self.tokenizer.unk_token_id})
+        if leaked:
+            token = self._content[min(leaked)]
+            raise InputError(f"{token} in the text, which this tokenizer cannot write as text", where=where)
+        ids = [self._alias.get(i, i) for i in encoded.ids]
+        visual = [place for place, i in enumerate(ids) if i in set(expected)]
+        if [ids[place] for place in visual] != expected:
+            raise InputError("the chat template moves or repeats images", where=where)
+        places = _Places(plain, encoded.offsets)
+        numbers = [number for kind, number in at if kind == "s"]
+        answers = []
+        for i in numbers:
+            first, closed = places.tokens(at["s", i], at["e", i])
+            answers.append(Answer(first, places.tokens(at["s", i], at["c", i])[1], closed))
+        return ChatTokens(ids=ids, visual=visual, answers=answers)
+
+
+class _Places:
+    """Offsets of tokens in a text."""
+
+    def __init__(self, text: str, offsets: Sequence[tuple[int, int]]) -> None:
+        self.text, self.offsets = text, offsets
+        self._stops = [stop for _, stop in offsets]
+
+    def tokens(self, begin: int, end: int) -> tuple[int, int]:
+        """The tokens of `text[begin:end]`; one that reaches beyond it is among them if that is white space."""
+        first = bisect_left(self._stops, begin)
+        while first < len(self.offsets) and not self._inside(first, begin, end) and self.offsets[first][0] < end:
+            first += 1
+        last = first
+        while last < len(self.offsets) and self._inside(last, begin, end):
+            last += 1
+        return first, last
+
+    def _inside(self, token: int, begin: int, end: int) -> bool:
+        start, stop = self.offsets[token]
+        if start == stop:
+            return begin <= start < end
+        beyond = self.text[start:begin] + self.text[end:stop]
+        return stop > begin and start < end and not beyond.strip()
+
+
+def _is_visual(part: str | Visual) -> bool:
+    return isinstance(part, Visual)
+
+
+def check_text(text: str, where: str | None) -> None:
+    """Raises InputError for text that no file of Unicode text can hold: a lone surrogate, or our own marks."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError("half a character (a lone surrogate) in the text", where=where) from None
+    if _SIGN in text:
+        raise InputError("U+FDD0 in the text, which Unicode keeps out of text", where=where)
+
+
+def _wrap(text: str, i: int) -> str:
+    """Marks around a text, inside its outer white space, which templates strip."""
+    core = text.strip()
+    return text.replace(core, mark("o", i) + core + mark("c", i), 1) if core else text
+
+
+def _shared(texts: Sequence[str]) -> str:
+    """What all of them begin with."""
+    lowest, highest = min(texts), max(texts)
+    return lowest[: next((i for i, (a, b) in enumerate(zip(lowest, highest, strict=False)) if a != b), len(lowest))]
+
+
+def _rest(text: str, begin: int) -> str:
+    """What follows, up to the next mark."""
+    return text[begin:].partition(_SIGN)[0]
+
+
+def _insert(text: str, marks: Sequence[tuple[int, str]]) -> str:
+    pieces, done = [], 0
+    for at, inserted in sorted(marks, key=lambda one: one[0]):
+        pieces += [text[done:at], inserted]
+        done = at
+    return "".join([*pieces, text[done:]])
