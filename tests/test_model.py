@@ -112,10 +112,11 @@ def test_weights_of_another_run_do_not_stay_beside_new_ones(tiny_lm: Path, tmp_p
     stale = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json")
     for name in stale:
         (out / name).write_text("of another run")
-    (out / "adapter.safetensors").write_text("not weights")
+    (out / "adapter").mkdir()
+    (out / "adapter" / "adapter_model.safetensors").write_text("not weights")
     save_model(model, load_tokenizer(tiny_lm), out)
     assert not any((out / name).exists() for name in stale)
-    assert (out / "adapter.safetensors").exists()
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
     assert all(torch.equal(a, b) for a, b in zip(load_model(out).parameters(), model.parameters(), strict=True))
 
 

@@ -22,7 +22,7 @@ from lvctx.dist import checkpoint
 from lvctx.dist.mesh import World, open_world
 from lvctx.dist.shard import gather_into, shard_model
 from lvctx.errors import InputError
-from lvctx.model.adapter import ADAPTER, load_adapter, longest_sample, save_adapter
+from lvctx.model.adapter import load_adapter, longest_sample, save_adapter
 from lvctx.model.export import model_files
 from lvctx.model.load import context_length, load_model, load_tokenizer, trained_length
 from lvctx.model.lora import ATTENTION, add_lora, merge_lora
@@ -81,7 +81,7 @@ def run_align(
 def _save(plan: Plan, out: Path, vlm: Any, tokenizer: Any, wrapped: Any, longest: int) -> None:
     """Write the trained VLM, and where there is LoRA the adapter."""
     if wrapped is not None:
-        save_adapter(out / ADAPTER, vlm, wrapped, plan.provenance, longest=longest)
+        save_adapter(out, vlm, wrapped, plan.provenance, longest=longest)
         vlm.model.language_model = merge_lora(wrapped)
     vlm.to(vlm.config.dtype)
     pixels_from, source = plan.init or plan.tower, plan.init or plan.lm

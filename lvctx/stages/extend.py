@@ -25,7 +25,7 @@ from lvctx.dist.kernels import cudnn_first
 from lvctx.dist.mesh import World, open_world
 from lvctx.dist.shard import gather_into, shard_model
 from lvctx.errors import InputError, UsageError
-from lvctx.model.adapter import ADAPTER, load_adapter, longest_sample, save_adapter
+from lvctx.model.adapter import load_adapter, longest_sample, save_adapter
 from lvctx.model.export import copy_processors, model_files, save_model
 from lvctx.model.load import (
     context_length,
@@ -301,7 +301,7 @@ def _train(plan: Plan, out: Path, machine: Machine, world: World, report: Callab
             gather_into(twin, model)
             model = twin
     if wrapped is not None and world.rank == 0:
-        save_adapter(out / ADAPTER, model, wrapped, plan.provenance, longest=_longest_row(plan))
+        save_adapter(out, model, wrapped, plan.provenance, longest=_longest_row(plan))
         merge_lora(wrapped)  # in place
     return model.eval() if model is not None else None
 
