@@ -38,7 +38,7 @@ def save_adapter(out: Path, model: Any, wrapped: Any, provenance: Provenance, *,
     decoder = wrapped.get_base_model()
     place = next(name for name, module in model.named_modules() if module is decoder)
     tensors = {f"{ROOT}{place}.{name.removeprefix(ROOT)}": tensor for name, tensor in lora_state(wrapped).items()}
-    projector = getattr(model.model, PROJECTOR, None)
+    projector: Any = getattr(model.model, PROJECTOR, None)
     trained = projector is not None and any(p.requires_grad for p in projector.parameters())
     if trained:
         tensors |= {f"{ROOT}model.{PROJECTOR}.{name}": tensor for name, tensor in projector.state_dict().items()}

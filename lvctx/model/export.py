@@ -8,6 +8,7 @@ from typing import Any
 
 from lvctx.artifacts.store import disk_error, is_disk_error, scratch
 from lvctx.model.adapter import ADAPTER
+from lvctx.model.card import CARD
 
 
 def save_model(model: Any, tokenizer: Any, out: Path) -> None:
@@ -56,14 +57,16 @@ def save_tokenizer(tokenizer: Any, config: Any, out: Path) -> None:
 
 
 def copy_processors(source: Path, out: Path) -> None:
-    """Take over a VLM's processors' files, which come with no weights and no tokenizer."""
-    for path in source.glob("*processor*.json"):
+    """Take over a VLM's processors' files, which come with no weights and no tokenizer, and a model's card."""
+    (out / CARD).unlink(missing_ok=True)
+    for path in (*source.glob("*processor*.json"), *source.glob(CARD)):
         shutil.copyfile(path, out / path.name)
 
 
 def model_files(out: Path) -> list[str]:
     """Names of the files of a saved model directory and its adapter: everything but our own log and manifest."""
     ours = {"MANIFEST.json", "metrics.jsonl", "search.jsonl"}
-    files = [path for folder in (out, out / ADAPTER) if folder.is_dir() for path in folder.iterdir() if path.is_file()]
+    folders = [folder for folder in (out, out / ADAPTER, out / "sglang") if folder.is_dir()]
+    files = [path for folder in folders for path in folder.iterdir() if path.is_file() and not path.is_symlink()]
     names = (path.relative_to(out).as_posix() for path in files if not path.name.startswith("."))
     return sorted(name for name in names if name not in ours)

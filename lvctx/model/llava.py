@@ -31,7 +31,7 @@ RENAMED = (
     ("lm_head.", "language_model.lm_head."),
     ("model.", "language_model.model."),
 )
-"""How LLaVA's names begin, and ours; the first that fits counts. transformers dropped a level of the tower's names."""
+"""How LLaVA's names begin, and ours; the first that fits counts. See `lvctx.model.export.tower_names`."""
 DERIVED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 """Tensors of old checkpoints that are computed from the configuration."""
 
@@ -55,21 +55,20 @@ SHAPE_336 = {
 """Of the tower that LLaVA-1.5 and LongVA look with."""
 
 
-def rename(names: Mapping[str, Any] | set[str], *, to_llava: bool, level: str = "") -> dict[str, str]:
-    """Old name -> new name, unknown ones left out; `level` is what this transformers puts before the tower's names."""
+def rename(names: Mapping[str, Any] | set[str], *, to_llava: bool) -> dict[str, str]:
+    """Old name -> new name, unknown ones left out."""
     found = {}
     for name in names:
         for llava, stock in RENAMED:
             old, new = (stock, llava) if to_llava else (llava, stock)
             if name.startswith(old):
-                new = f"vision_tower.{level}" if new == "vision_tower.vision_model." else new
                 found[name] = new + name[len(old) :]
                 break
     return found
 
 
-def expected(text: Any, vision: Any, *, tower: bool = True) -> tuple[dict[str, tuple[int, ...]], str]:
-    """LLaVA's names and shapes of a language model with its projector and tower, and the `level` for `rename`."""
+def expected(text: Any, vision: Any, *, tower: bool = True) -> dict[str, tuple[int, ...]]:
+    """LLaVA's names and shapes of a language model with its projector and tower."""
     from transformers import AutoModelForCausalLM, CLIPVisionModel
 
     with torch.device("meta"):
@@ -87,7 +86,7 @@ def expected(text: Any, vision: Any, *, tower: bool = True) -> tuple[dict[str, t
             for name, value in seen.state_dict().items()
             if not DERIVED.search(name)
         }
-    return wanted, "vision_model." if hasattr(seen, "vision_model") else ""
+    return wanted
 
 
 def check_names(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: object) -> None:

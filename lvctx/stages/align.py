@@ -29,6 +29,7 @@ from lvctx.model.lora import ATTENTION, add_lora, merge_lora
 from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import assemble, newline_id, save_vlm
 from lvctx.stages.align_plan import AlignConfig, Plan
+from lvctx.stages.side_files import write_side_files
 from lvctx.train.activations import checkpoint_layers
 from lvctx.train.data import indices
 from lvctx.train.loop import Group, TrainConfig, train
@@ -88,6 +89,7 @@ def _save(plan: Plan, out: Path, vlm: Any, tokenizer: Any, wrapped: Any, longest
     assert pixels_from is not None
     assert source is not None
     save_vlm(vlm, tokenizer, pixels_from, out)
+    write_side_files(out)
     facts = {
         "context": context_length(vlm.config),
         "trained_length": trained_length(source),

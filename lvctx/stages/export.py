@@ -68,7 +68,7 @@ def _export_llava(source: Path, out: Path, *, resume: str, force: bool, report: 
         raise UsageError(f"{source} is a {config.model_type} model and has no form of LLaVA's", fix="--to hf")
     raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
     flat = llava.llava_config(raw, context_length(config))
-    wanted, _ = llava.expected(config.text_config, config.vision_config)
+    wanted = llava.expected(config.text_config, config.vision_config)
     wanted[llava.NEWLINE] = (config.text_config.hidden_size,)
     stored = list(read_weights(source).values())
     names = llava.rename({name for shard in stored for name in shard}, to_llava=True)

@@ -39,6 +39,7 @@ from lvctx.model.load import (
 from lvctx.model.lora import ATTENTION, add_lora, lora_parameters, merge_lora
 from lvctx.positions.choose import Scheme, choose
 from lvctx.positions.pose import skipped
+from lvctx.stages.side_files import write_side_files
 from lvctx.train.activations import checkpoint_layers
 from lvctx.train.data import indices
 from lvctx.train.loop import Group, TrainConfig, train
@@ -246,6 +247,7 @@ def run_extend(
         if world.rank == 0:
             save_model(model.to(_dtype(plan)), load_tokenizer(plan.model), out)
             copy_processors(plan.model, out)
+            write_side_files(out)
             facts = {
                 "original_context": plan.original_context,
                 "context": plan.config.context,
