@@ -35,6 +35,9 @@ RENAMED = (
 DERIVED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 """Tensors of old checkpoints that are computed from the configuration."""
 
+CONFIG_5 = "config.5.0.0.json"
+"""Named in config.json under `configuration_files`, as transformers has it for a file that later versions read."""
+
 CLIP = "openai/clip-vit-"
 CLIP_336 = f"{CLIP}large-patch14-336"
 CLIP_PIXELS = {
@@ -171,12 +174,14 @@ def llava_config(config: Mapping[str, Any], tokenizer_length: int) -> dict[str, 
     if config.get("image_grid_rule", "code") != "code":
         raise UsageError("LongVA's code reads images by its own rule, not the paper's", fix="--to hf")
     rope = text.get("rope_parameters", {})
-    flat = {key: value for key, value in text.items() if key not in ("_name_or_path", "model_type", "architectures")}
+    left = ("_name_or_path", "model_type", "architectures", "rope_parameters")
+    flat = {key: value for key, value in text.items() if key not in left}
     if rope:
         # transformers 4, for which LLaVA's code was written, looks here.
         flat["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
             flat["rope_scaling"] = rope
+            flat["configuration_files"] = [CONFIG_5]
     side, most = vision["image_size"], config.get("image_max_grids", 49)
     grids = [[w * side, h * side] for w in range(1, most + 1) for h in range(1, most // w + 1) if w * h > 1]
     return flat | {
@@ -199,6 +204,15 @@ def llava_config(config: Mapping[str, Any], tokenizer_length: int) -> dict[str, 
         "tokenizer_model_max_length": tokenizer_length,
         "tokenizer_padding_side": "right",
     }
+
+
+def config_for_5(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The same configuration for `CONFIG_5`, which transformers 5 reads in place of config.json.
+
+    Of a model type that it does not know, such as LLaVA's, it cannot read `rope_scaling` of YaRN.
+    """
+    changed = {key: value for key, value in flat.items() if key not in ("rope_theta", "rope_scaling")}
+    return {**changed, "rope_parameters": flat["rope_scaling"]}
 
 
 def is_clip_336(vision: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from lvctx.artifacts.store import disk_error, fingerprint, is_disk_error, link_f
 from lvctx.artifacts.weights import Weight, read_weights, write_weights
 from lvctx.errors import InputError, UsageError
 from lvctx.model import llava
+from lvctx.model.card import CARD
 from lvctx.model.export import model_files
 from lvctx.model.load import VLM_TYPE, context_length, load_config, resolve_model
 from lvctx.model.vlm import PIXELS_FILE, VLM_FILES, own_template
@@ -80,13 +81,15 @@ def _export_llava(source: Path, out: Path, *, resume: str, force: bool, report: 
 
     def finish() -> dict[str, Any]:
         _write_tower(source, raw["vision_config"], stored, out / "tower")
-        not_there = {"config.json", TEMPLATE, PIXELS_FILE, *VLM_FILES}
+        not_there = {"config.json", CARD, TEMPLATE, PIXELS_FILE, *VLM_FILES}
         for name in model_files(source):
             if "/" not in name and name not in not_there and not name.startswith("model"):
                 shutil.copyfile(source / name, out / name)
         if (source / TEMPLATE).is_file():
             template = (source / TEMPLATE).read_text(encoding="utf-8")
             (out / TEMPLATE).write_text(own_template(template), encoding="utf-8")
+        if llava.CONFIG_5 in flat.get("configuration_files", ()):
+            write_json(out / llava.CONFIG_5, llava.config_for_5(flat))
         write_json(out / "config.json", flat)
         return {"context": context_length(config)}
 

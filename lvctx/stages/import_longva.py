@@ -34,6 +34,7 @@ from lvctx.model.vlm import (
     write_processors,
 )
 from lvctx.stages.convert import write_converted
+from lvctx.stages.side_files import write_side_files
 from lvctx.vision.tower import load_vision_model
 
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
@@ -202,6 +203,7 @@ def _finish(plan: Plan, out: Path) -> dict[str, Any]:
     save_tokenizer(plan.tokenizer, plan.config, out)
     write_processors(plan.config, plan.pixels, out)
     write_vision_section(plan.config, out)
+    write_side_files(out)
     return plan.facts
 
 
