@@ -178,7 +178,7 @@ def test_the_reference_is_computed_once_and_a_stopped_run_ends_with_the_same_byt
     assert "reference" not in counted, "nothing was computed again"
     assert (out / REFERENCE).read_bytes() == (tmp_path / "whole" / REFERENCE).read_bytes()
     assert metrics(out) == metrics(tmp_path / "whole")
-    for name in ("model.safetensors", "adapter.safetensors"):
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     keys = [json.loads(line)["key"] for line in (out / REFERENCE).read_text().splitlines()]
     assert len(set(keys)) == 4

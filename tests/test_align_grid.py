@@ -161,14 +161,14 @@ def test_training_sees_what_stock_transformers_sees_on_the_saved_model(
         ours = model.lm_head(hidden_LE)
 
     stock = LlavaOnevisionForConditionalGeneration.from_pretrained(vlms[grid]).eval()
-    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": "What?"}]
+    kind = "image" if grid == "anyres" else "video"
+    content = [{"type": kind} for _ in images] + [{"type": "text", "text": "What?"}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     alone = len(images) == 1
     for image in images:
-        mark = "<image>" if grid == "anyres" else "<video>"
-        text = text.replace(mark, "◇" * encoding.tokens(tmp_path / image, alone=alone), 1)
-    pieces = text.replace("◇", "<image>" if grid == "anyres" else "<video>")
+        text = text.replace(f"<{kind}>", "◇" * encoding.tokens(tmp_path / image, alone=alone), 1)
+    pieces = text.replace("◇", f"<{kind}>")
     ids = torch.tensor([tokenizer.encode(pieces, add_special_tokens=False)])
     pictures = [open_image(tmp_path / image) for image in images]
     preprocess = Preprocess.from_directory(vlms[grid])

@@ -50,7 +50,7 @@ def test_ntk_by_stages_trains_the_language_model_alone(tiny_vlm: Path, packed: P
     assert changed
     assert all("language_model" in name or "lm_head" in name for name in changed)
     assert any("mlp" in name for name in changed) is (lora == 0)
-    assert (tmp_path / "out" / "adapter.safetensors").is_file() is (lora > 0)
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file() is (lora > 0)
     for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tiny_vlm / name).read_bytes()
 
@@ -58,7 +58,7 @@ def test_ntk_by_stages_trains_the_language_model_alone(tiny_vlm: Path, packed: P
 def test_the_adapter_alone_gives_the_same_model(tiny_vlm: Path, packed: Path, tmp_path: Path) -> None:
     command = f"extend-lm --model {tiny_vlm} --rope yarn --factor 4 --lora 4"
     run(f"{command} --data {packed} --pose --steps 2 --batch-tokens 64 --lr 1e-2 -o {tmp_path}/trained")
-    run(f"{command} --steps 0 --adapter {tmp_path}/trained/adapter.safetensors -o {tmp_path}/again")
+    run(f"{command} --steps 0 --adapter {tmp_path}/trained/adapter -o {tmp_path}/again")
     run(f"{command} --steps 0 -o {tmp_path}/plain")
     trained, again, plain = (weights(tmp_path / name) for name in ("trained", "again", "plain"))
     assert any(not torch.equal(trained[name], plain[name]) for name in trained)
@@ -77,7 +77,7 @@ def test_how_long_it_was_trained_goes_with_the_adapter(tiny_vlm: Path, packed: P
     (tmp_path / "vlm" / "MANIFEST.json").unlink(missing_ok=True)
     command = f"extend-lm --model {tmp_path}/vlm --rope yarn --factor 4 --lora 4"
     run(f"{command} --data {packed} --steps 1 --batch-tokens 64 -o {tmp_path}/trained")
-    run(f"{command} --steps 0 --adapter {tmp_path}/trained/adapter.safetensors -o {tmp_path}/again")
+    run(f"{command} --steps 0 --adapter {tmp_path}/trained/adapter -o {tmp_path}/again")
     run(f"{command} --steps 0 -o {tmp_path}/plain")
     assert [trained_length(tmp_path / name) for name in ("trained", "again", "plain")] == [64, 64, 32]
 
@@ -101,7 +101,7 @@ def test_log_n_scaling_changes_the_attention_factor_alone(tiny_vlm: Path, packed
 
 def test_an_adapter_that_does_not_fit_is_refused(tiny_lm: Path, tmp_path: Path) -> None:
     """An alignment's projector means nothing to a language model, and stages would each start from the same LoRA."""
-    save_file({"projector.linear_1.weight": torch.zeros(2, 2)}, tmp_path / "projector.safetensors")
+    save_file({"multi_modal_projector.linear_1.weight": torch.zeros(2, 2)}, tmp_path / "projector.safetensors")
     command = f"extend-lm --model {tiny_lm} --lora 4 --adapter {tmp_path}/projector.safetensors -o {tmp_path}/x"
     refused = run(f"{command} --steps 0", code=3)
     assert "projector" in str(refused.exception) + refused.output

@@ -23,6 +23,7 @@ from lvctx.errors import UsageError
 from lvctx.model.llava import llava_config
 from lvctx.model.load import load_model
 from lvctx.model.vlm import assemble, save_vlm
+from lvctx.stages.side_files import write_side_files
 from lvctx.vision.images import Preprocess
 
 
@@ -358,6 +359,7 @@ def ours(tiny_lm: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
     fresh = AutoTokenizer.from_pretrained(tiny_lm)
     vlm = assemble(load_model(tiny_lm), tower.float(), fresh, where=tiny_lm, seed=0)
     save_vlm(vlm, fresh, out / "tower", out / "vlm")
+    write_side_files(out / "vlm")
     return out / "vlm"
 
 
@@ -376,6 +378,27 @@ def test_import_of_an_export_is_the_model_itself(ours: Path, tmp_path: Path) -> 
     assert {p.name for p in (tmp_path / "vlm").iterdir()} == names | {"MANIFEST.json"}
     for name in names:
         assert (tmp_path / "vlm" / name).read_bytes() == (ours / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("scheme", ["yarn --factor 4 --attention-factor 1.4", "pi --factor 2"])
+def test_scaled_positions_go_there_and_back(ours: Path, tmp_path: Path, scheme: str) -> None:
+    """Where transformers 4 looks for them in config.json, where transformers 5 does in a file of its own."""
+    assert (
+        lvctx("extend-lm", "--model", ours, "--rope", *scheme.split(), "--steps", "0", "-o", tmp_path / "long")[0] == 0
+    )
+    assert lvctx("export", tmp_path / "long", "--to", "llava", "-o", tmp_path / "llava")[0] == 0
+    wanted = json.loads((tmp_path / "long" / "config.json").read_text())["text_config"]["rope_parameters"]
+    flat = json.loads((tmp_path / "llava" / "config.json").read_text())
+    assert (flat["rope_theta"], flat["rope_scaling"]) == (wanted["rope_theta"], wanted)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "llava")
+    assert tokenizer.encode("Hello.") == AutoTokenizer.from_pretrained(ours).encode("Hello.")
+    code, _, said = lvctx("import-longva", tmp_path / "llava", "-o", tmp_path / "back")
+    assert code == 0, said
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert back["text_config"]["rope_parameters"] == wanted
+    before, after = all_tensors(tmp_path / "long"), all_tensors(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_export_of_an_import_is_the_checkpoint(released: Path, tmp_path: Path) -> None:

@@ -76,9 +76,16 @@ def test_chat_is_longvas_prompt_with_the_newline_inside_the_visual_block(vlm_dir
 
 def test_template_takes_parts_as_processors_send_them(vlm_dir: Path) -> None:
     tokenizer = load_tokenizer(vlm_dir)
-    parts = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Why?"}]}]
-    plain = [{"role": "user", "content": "<video>Why?"}]
-    assert tokenizer.apply_chat_template(parts, tokenize=False) == tokenizer.apply_chat_template(plain, tokenize=False)
+    parts = [
+        {"type": "video"},
+        {"type": "audio", "audio": "a.wav"},
+        {"type": "image"},
+        {"type": "text", "text": "Why?"},
+    ]
+    in_parts, plain = ([{"role": "user", "content": content}] for content in (parts, "<video><image>Why?"))
+    assert tokenizer.apply_chat_template(in_parts, tokenize=False) == tokenizer.apply_chat_template(
+        plain, tokenize=False
+    )
 
 
 def test_grown_rows_are_the_mean_and_the_rest_is_untouched(tiny_lm: Path, vlm_dir: Path) -> None:
@@ -112,10 +119,11 @@ def test_weights_of_another_run_do_not_stay_beside_new_ones(tiny_lm: Path, tmp_p
     stale = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json")
     for name in stale:
         (out / name).write_text("of another run")
-    (out / "adapter.safetensors").write_text("not weights")
+    (out / "adapter").mkdir()
+    (out / "adapter" / "adapter_model.safetensors").write_text("not weights")
     save_model(model, load_tokenizer(tiny_lm), out)
     assert not any((out / name).exists() for name in stale)
-    assert (out / "adapter.safetensors").exists()
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
     assert all(torch.equal(a, b) for a, b in zip(load_model(out).parameters(), model.parameters(), strict=True))
 
 

@@ -13,9 +13,10 @@ from test_cli import fails, lvctx
 
 from lvctx.errors import InputError, UsageError
 from lvctx.positions.mrope_pp import MropeSpec, betas, inv_freq
-from lvctx.positions.mrope_runtimes import llama_cpp, sglang, vllm
-from lvctx.stages.mrope import plan_mrope, read_checkpoint, run_mrope, with_rope
+from lvctx.positions.runtimes import llama_cpp, sglang, vllm
+from lvctx.stages.mrope import plan_mrope, read_checkpoint, run_mrope
 from lvctx.stages.mrope_verify import verify
+from lvctx.stages.side_files import with_rope
 
 QWEN2 = {"head_dim": 128, "theta": 1e6, "sections": (16, 24, 24)}
 
@@ -207,7 +208,8 @@ def test_side_files_say_the_same_to_other_runtimes(s: float, attn: float, qwen2:
 def test_what_other_runtimes_cannot_do_is_said(qwen2: Path, tmp_path: Path) -> None:
     out = extend(qwen2, tmp_path / "out", ramp="wavelength")
     rope = json.loads((out / "config.json").read_text())["text_config"]["rope_parameters"]
-    assert vllm(rope, context=1) is sglang(rope) is llama_cpp(rope, architecture="qwen2vl") is None
+    assert vllm(rope, model_type="qwen2_vl", context=1) is sglang(rope) is None
+    assert llama_cpp(rope, model_type="qwen2_vl", context=1) is None
     assert "vLLM: cannot" in (out / "README.md").read_text()
     assert not (out / "vllm.json").exists()
 

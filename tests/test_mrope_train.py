@@ -177,12 +177,12 @@ def test_only_the_language_model_changes_and_a_stopped_run_goes_on(here: Path, t
     assert config["text_config"]["rope_parameters"] == plan.rope
     manifest = read_manifest(tmp_path / "whole")
     assert manifest["config"]["training"]["lora"] == 4
-    assert {"model.safetensors", "adapter.safetensors", "vllm.json"} <= manifest["files"].keys()
+    assert {"model.safetensors", "adapter/adapter_model.safetensors", "vllm.json"} <= manifest["files"].keys()
     load_model(tmp_path / "whole")
-    lora = load_file(tmp_path / "whole" / "adapter.safetensors")
+    lora = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
     assert len(lora) == 2 * len(changed)
     for name in changed:  # alpha is twice the rank
-        of = "lora.base_model.model." + name[name.index("layers.") :].removesuffix("weight")
+        of = "base_model.model.model.language_model." + name[name.index("layers.") :].removesuffix("weight")
         added = 2 * lora[of + "lora_B.weight"].float() @ lora[of + "lora_A.weight"].float()
         torch.testing.assert_close(whole[name] - before[name], added, rtol=0.02, atol=1e-4)
 

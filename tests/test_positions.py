@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from lvctx.errors import InputError, UsageError
 from lvctx.positions import ntk, pi, rope, yarn
 from lvctx.positions.choose import choose
+from lvctx.positions.runtimes import sglang
 from lvctx.positions.spec import RopeSpec
 
 SPECS = [
@@ -69,10 +70,13 @@ def test_frequencies_are_the_formula_and_what_stock_transformers_computes(
 
 
 def test_a_sharper_attention_is_told_to_every_runtime() -> None:
-    """transformers reads the whole factor; vLLM and SGLang multiply their own 0.1 ln s + 1 by `attn_factor`."""
+    """transformers and vLLM read the whole factor; SGLang multiplies its own 0.1 ln s + 1 by `attn_factor`."""
     told = chosen(config(), "yarn", factor=8, attention_factor=1.4).rope_parameters
     assert told["attention_factor"] == 1.4
-    assert told["attn_factor"] * (0.1 * math.log(8) + 1) == pytest.approx(1.4, rel=1e-12)
+    assert "attn_factor" not in told, "transformers warns about a key that it does not know"
+    elsewhere = sglang(told)
+    assert elsewhere is not None
+    assert elsewhere["attn_factor"] * (0.1 * math.log(8) + 1) == pytest.approx(1.4, rel=1e-12)
     assert "attention_factor" not in chosen(config(**told), "yarn", factor=8).rope_parameters
 
 

@@ -297,16 +297,17 @@ def test_an_adapter_is_small_and_another_run_starts_from_it(
     """At rate 0 the second run changes nothing, so what it started from is what it writes."""
     full = {"stage": "full", "lora": 4, "lr": 1e-2}
     align(drawn, tmp_path / "a", tiny_lm, tiny_tower, **full)
-    first = tmp_path / "a" / "adapter.safetensors"
+    first = tmp_path / "a" / "adapter" / "adapter_model.safetensors"
+    assert longest_sample(first.parent) == longest_sample(first)
     still = {"lr": 0.0, "projector_lr": 1e-30, "steps": 1}
     align(drawn, tmp_path / "b", tiny_lm, tiny_tower, **full | still, adapters=[first])
-    old, new = load_file(first), load_file(tmp_path / "b" / "adapter.safetensors")
+    old, new = load_file(first), load_file(tmp_path / "b" / "adapter" / "adapter_model.safetensors")
     assert old.keys() == new.keys()
     assert all(torch.equal(old[name], new[name]) for name in old)
     assert any(t.abs().sum() > 0 for name, t in old.items() if "lora_B" in name), "it had learned something"
     write(tmp_path / "data.json", [talk("Say hi.", "hi")])
     align(drawn, tmp_path / "short", tiny_lm, tiny_tower, **full, steps=1, batch=1)
-    alone = longest_sample(tmp_path / "short" / "adapter.safetensors")
+    alone = longest_sample(tmp_path / "short" / "adapter" / "adapter_model.safetensors")
     align(drawn, tmp_path / "after", tiny_lm, tiny_tower, **full | still, batch=1, adapters=[first])
     assert 0 < alone < longest_sample(first) == longest_sample(tmp_path / "after") == longest_sample(tmp_path / "b")
     assert first.stat().st_size < 0.1 * (tmp_path / "a" / "model.safetensors").stat().st_size
@@ -320,15 +321,15 @@ def test_a_frozen_projector_stays_out_of_the_adapter_and_the_later_adapter_wins(
     """A LoRA trained under one projector, then run under another: each part comes from its own file."""
     full = {"stage": "full", "lora": 4}
     align(drawn, tmp_path / "both", tiny_lm, tiny_tower, **full)
-    both = tmp_path / "both" / "adapter.safetensors"
+    both = tmp_path / "both" / "adapter" / "adapter_model.safetensors"
     align(drawn, tmp_path / "lora", tiny_lm, tiny_tower, **full, projector_lr=0.0, adapters=[both])
-    lora = tmp_path / "lora" / "adapter.safetensors"
-    assert {name.split(".")[0] for name in load_file(lora)} == {"lora"}
-    given = load_file(both)["projector.linear_1.weight"].float()
+    lora = tmp_path / "lora" / "adapter" / "adapter_model.safetensors"
+    assert all("lora_" in name for name in load_file(lora))
+    given = load_file(both)["base_model.model.model.multi_modal_projector.linear_1.weight"].float()
     assert torch.equal(weights(tmp_path / "lora")["multi_modal_projector.linear_1.weight"], given)
     still = {"lr": 0.0, "projector_lr": 1e-30, "steps": 1}
     align(drawn, tmp_path / "end", tiny_lm, tiny_tower, **full | still, adapters=[both, lora])
-    end, want = load_file(tmp_path / "end" / "adapter.safetensors"), load_file(both) | load_file(lora)
+    end, want = load_file(tmp_path / "end" / "adapter" / "adapter_model.safetensors"), load_file(both) | load_file(lora)
     assert end.keys() == want.keys()
     assert all(torch.equal(end[name], want[name]) for name in want)
 

@@ -6,13 +6,13 @@ Several processes may append to one file, each its own keys.
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lvctx.artifacts.store import disk_error, is_disk_error
+from lvctx.artifacts.store import atomic_file, disk_error, is_disk_error
 from lvctx.errors import InputError
 
 
@@ -28,12 +28,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 break
             try:
                 row = json.loads(line)
-            except (ValueError, RecursionError):  # the second: nested too deep
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
                 raise InputError("not a JSON object", where=f"{path}:{number}", fix="remove or mend the line")
             rows.append(row)
     return rows
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Make these the rows of a JSONL file: it has all of them or, until then, what it had before."""
+    with atomic_file(path) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 class RowLog:
@@ -47,7 +53,11 @@ class RowLog:
         self._file = open(path, "w+b" if fresh else "a+b")  # noqa: SIM115 (closed in __exit__)
         with self._locked():
             # An error is no result: it stays in the file, and its key may be written again.
-            self.rows = {row["key"]: row for row in read_rows(path) if "error" not in row}
+            for number, row in enumerate(read_rows(path), start=1):
+                if not isinstance(row.get("key"), str):
+                    raise InputError("a row without a key", where=f"{path}:{number}", fix="remove the line")
+                if "error" not in row:
+                    self.rows[row["key"]] = row
 
     @contextmanager
     def _locked(self) -> Iterator[None]:

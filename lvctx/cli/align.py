@@ -77,7 +77,7 @@ def align(
     init: Annotated[str | None, typer.Option(help="VLM to go on from, instead of --lm and --tower.")] = None,
     adapter: Annotated[
         list[Path] | None,
-        typer.Option(help="adapter.safetensors of an earlier run with --lora, to start from; the later wins."),
+        typer.Option(help="adapter/ of an earlier run with --lora, to start from; the later one wins."),
     ] = None,
     grid: Annotated[
         Encoding | None,

@@ -90,7 +90,7 @@ def extend_lm(
     lr: Annotated[float, typer.Option(help="Learning rate (constant).", min=0.0)] = 1e-5,
     lora: Annotated[int, typer.Option(help="Rank of LoRA on attention; 0 trains all parameters.", min=0)] = 0,
     adapter: Annotated[
-        Path | None, typer.Option(help="LoRA to start from: adapter.safetensors of such a run; with --lora.")
+        Path | None, typer.Option(help="LoRA to start from: adapter/ of an earlier run; with --lora.")
     ] = None,
     checkpoint_activations: Annotated[
         bool, typer.Option(help="Recompute layers in the backward pass to save memory.")

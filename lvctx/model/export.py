@@ -2,10 +2,13 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts.store import disk_error, is_disk_error, scratch
+from lvctx.model.adapter import ADAPTER
+from lvctx.model.card import CARD
 
 
 def save_model(model: Any, tokenizer: Any, out: Path) -> None:
@@ -16,7 +19,7 @@ def save_model(model: Any, tokenizer: Any, out: Path) -> None:
     forget_origin(model.config)
     try:
         with scratch(out / "model") as folder:
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, state_dict=tower_names(model.state_dict()))
             for stale in out.glob("model*.safetensors*"):  # of a run whose weights were parted otherwise
                 stale.unlink()
             for path in folder.iterdir():
@@ -26,6 +29,18 @@ def save_model(model: Any, tokenizer: Any, out: Path) -> None:
         if is_disk_error(e):
             raise disk_error(e, out) from e
         raise
+
+
+TOWER = "vision_tower."
+
+
+def tower_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's tensors, a CLIP or SigLIP tower's under `vision_tower.vision_model.`, which every runtime reads.
+
+    transformers 5.19 dropped that level from its own names and reads both; vLLM 0.32 reads no other.
+    """
+    nested = f"{TOWER}vision_model."
+    return {name if nested in name else name.replace(TOWER, nested): tensor for name, tensor in state.items()}
 
 
 def forget_origin(config: Any) -> None:
@@ -42,12 +57,16 @@ def save_tokenizer(tokenizer: Any, config: Any, out: Path) -> None:
 
 
 def copy_processors(source: Path, out: Path) -> None:
-    """Take over a VLM's processors' files, which come with no weights and no tokenizer."""
-    for path in source.glob("*processor*.json"):
+    """Take over a VLM's processors' files, which come with no weights and no tokenizer, and a model's card."""
+    (out / CARD).unlink(missing_ok=True)
+    for path in (*source.glob("*processor*.json"), *source.glob(CARD)):
         shutil.copyfile(path, out / path.name)
 
 
 def model_files(out: Path) -> list[str]:
-    """Names of the files of a saved model directory: everything but our own log and manifest."""
+    """Names of the files of a saved model directory and its adapter: everything but our own log and manifest."""
     ours = {"MANIFEST.json", "metrics.jsonl", "search.jsonl"}
-    return sorted(p.name for p in out.iterdir() if p.is_file() and p.name not in ours and not p.name.startswith("."))
+    folders = [folder for folder in (out, out / ADAPTER, out / "sglang") if folder.is_dir()]
+    files = [path for folder in folders for path in folder.iterdir() if path.is_file() and not path.is_symlink()]
+    names = (path.relative_to(out).as_posix() for path in files if not path.name.startswith("."))
+    return sorted(name for name in names if name not in ours)

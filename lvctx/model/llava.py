@@ -32,7 +32,11 @@ RENAMED = (
     ("lm_head.", "language_model.lm_head."),
     ("model.", "language_model.model."),
 )
-"""How LLaVA's names begin, and ours; the first that fits counts. transformers dropped a level of the tower's names."""
+"""How LLaVA's names begin, and ours; the first that fits counts. See `lvctx.model.export.tower_names`."""
+
+CONFIG_5 = "config.5.0.0.json"
+"""Named in config.json under `configuration_files`, as transformers has it for a file that later versions read."""
+
 CLIP = "openai/clip-vit-"
 CLIP_336 = f"{CLIP}large-patch14-336"
 CLIP_PIXELS = {
@@ -53,21 +57,20 @@ SHAPE_336 = {
 """Of the tower that LLaVA-1.5 and LongVA look with."""
 
 
-def rename(names: Mapping[str, Any] | set[str], *, to_llava: bool, level: str = "") -> dict[str, str]:
-    """Old name -> new name, unknown ones left out; `level` is what this transformers puts before the tower's names."""
+def rename(names: Mapping[str, Any] | set[str], *, to_llava: bool) -> dict[str, str]:
+    """Old name -> new name, unknown ones left out."""
     found = {}
     for name in names:
         for llava, stock in RENAMED:
             old, new = (stock, llava) if to_llava else (llava, stock)
             if name.startswith(old):
-                new = f"vision_tower.{level}" if new == "vision_tower.vision_model." else new
                 found[name] = new + name[len(old) :]
                 break
     return found
 
 
-def expected(text: Any, vision: Any, *, tower: bool = True) -> tuple[dict[str, tuple[int, ...]], str]:
-    """LLaVA's names and shapes of a language model with its projector and tower, and the `level` for `rename`."""
+def expected(text: Any, vision: Any, *, tower: bool = True) -> dict[str, tuple[int, ...]]:
+    """LLaVA's names and shapes of a language model with its projector and tower."""
     from transformers import AutoModelForCausalLM, CLIPVisionModel
 
     with library_errors("no model can be built from its configuration"), torch.device("meta"):
@@ -85,7 +88,7 @@ def expected(text: Any, vision: Any, *, tower: bool = True) -> tuple[dict[str, t
             for name, value in seen.state_dict().items()
             if not DERIVED.search(name)
         }
-    return wanted, "vision_model." if hasattr(seen, "vision_model") else ""
+    return wanted
 
 
 def text_config(flat: Mapping[str, Any], *, context: int | None, where: object) -> Any:
@@ -166,12 +169,14 @@ def llava_config(config: Mapping[str, Any], tokenizer_length: int) -> dict[str, 
     if config.get("image_grid_rule", "code") != "code":
         raise UsageError("LongVA's code reads images by its own rule, not the paper's", fix="--to hf")
     rope = _value(text, "rope_parameters", dict) if "rope_parameters" in text else {}
-    flat = {key: value for key, value in text.items() if key not in ("_name_or_path", "model_type", "architectures")}
+    left = ("_name_or_path", "model_type", "architectures", "rope_parameters")
+    flat = {key: value for key, value in text.items() if key not in left}
     if rope:
         # transformers 4, for which LLaVA's code was written, looks here.
         flat["rope_theta"] = _value(rope, "rope_theta", int, float)
         if rope.get("rope_type", "default") != "default":
             flat["rope_scaling"] = rope
+            flat["configuration_files"] = [CONFIG_5]
     side, most = _value(vision, "image_size", int), config.get("image_max_grids", 49)
     tiles = config.get("image_grids") or [
         [w, h] for w in range(1, most + 1) for h in range(1, most // w + 1) if w * h > 1
@@ -204,6 +209,15 @@ def _value(config: Mapping[str, Any], key: str, *types: type) -> Any:
     if type(config.get(key)) not in types:
         raise InputError(f"config.json has {key} {str(config.get(key))[:40]}", fix="save the model again")
     return config[key]
+
+
+def config_for_5(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The same configuration for `CONFIG_5`, which transformers 5 reads in place of config.json.
+
+    Of a model type that it does not know, such as LLaVA's, it cannot read `rope_scaling` of YaRN.
+    """
+    changed = {key: value for key, value in flat.items() if key not in ("rope_theta", "rope_scaling")}
+    return {**changed, "rope_parameters": flat["rope_scaling"]}
 
 
 def is_clip_336(vision: Mapping[str, Any]) -> bool:

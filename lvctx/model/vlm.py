@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lvctx.artifacts.store import write_json
 from lvctx.errors import InputError
+from lvctx.model.card import write_vision_section
 from lvctx.model.export import save_model
 from lvctx.model.load import device_of
 from lvctx.model.template import ChatEncoder, Visual, chat_encoder
@@ -32,28 +33,17 @@ FLATTEN_CONTENT = """\
 {%- set turn = namespace(text='') -%}
 {%- if m['content'] is string -%}{%- set turn.text = m['content'] -%}
 {%- else -%}{%- for part in m['content'] -%}
-{%- set turn.text = turn.text + ('<video>' if part['type'] in ('image', 'video') else part['text']) -%}
+{%- if part['type'] in ('image', 'video') -%}{%- set turn.text = turn.text + '<' + part['type'] + '>' -%}
+{%- elif part['type'] == 'text' -%}{%- set turn.text = turn.text + part['text'] -%}{%- endif -%}
 {%- endfor -%}{%- endif -%}
 {%- set flat.messages = flat.messages + [{'role': m['role'], 'content': turn.text}] -%}
 {%- endfor -%}
 {%- set messages = flat.messages -%}
 """
-"""Goes before a language model's own chat template: parts become one string, and an image is a video of its grids."""
+"""Goes before a language model's own chat template: parts become one string; those of other types are left out."""
 
-FLATTEN_ANYRES = FLATTEN_CONTENT.replace(
-    "'<video>' if part['type'] in ('image', 'video')",
-    "'<image>' if part['type'] == 'image' else '<video>' if part['type'] == 'video'",
-)
-"""The same where an image goes stock LlavaOnevision's own way."""
-
-FLATTEN = {
-    (anyres, parts): text.replace("'content': turn.text", "'content': [{'type': 'text', 'text': turn.text}]")
-    if parts
-    else text
-    for anyres, text in ((False, FLATTEN_CONTENT), (True, FLATTEN_ANYRES))
-    for parts in (False, True)
-}
-"""Whether images go stock LlavaOnevision's own way, and whether the language model's template wants parts itself."""
+FLATTEN_PARTS = FLATTEN_CONTENT.replace("'content': turn.text", "'content': [{'type': 'text', 'text': turn.text}]")
+"""The same for a template that takes lists of parts alone."""
 
 
 def image_grid(config: Any) -> Grid:
@@ -236,23 +226,22 @@ def save_vlm(vlm: Any, tokenizer: Any, tower_dir: Path, out: Path) -> None:
     `tower_dir` is where the tower's preprocessor_config.json is.
     """
     set_newline(vlm, tokenizer)
-    flatten_content(tokenizer, image_grid(vlm.config))
+    flatten_content(tokenizer)
     save_model(vlm, tokenizer, out)
     write_processors(vlm.config, json.loads((tower_dir / PIXELS_FILE).read_text(encoding="utf-8")), out)
+    write_vision_section(vlm.config, out)
 
 
-def flatten_content(tokenizer: Any, grid: Grid) -> None:
+def flatten_content(tokenizer: Any) -> None:
     """Let the chat template take messages in parts, as processors send them."""
     own = own_template(tokenizer.get_chat_template())
-    wants_parts = ChatEncoder(tokenizer, own).wants_parts
-    tokenizer.chat_template = FLATTEN[grid == "anyres", wants_parts] + own
+    flatten = FLATTEN_PARTS if ChatEncoder(tokenizer, own).wants_parts else FLATTEN_CONTENT
+    tokenizer.chat_template = flatten + own
 
 
 def own_template(template: str) -> str:
     """A VLM's chat template without what `flatten_content` put before it: its language model's."""
-    for flatten in FLATTEN.values():
-        template = template.removeprefix(flatten)
-    return template
+    return template.removeprefix(FLATTEN_CONTENT).removeprefix(FLATTEN_PARTS)
 
 
 PIXELS_FILE = "preprocessor_config.json"
@@ -264,16 +253,24 @@ PIXELS = ("do_normalize", "do_rescale", "rescale_factor", "image_mean", "image_s
 def write_processors(config: Any, pixels: Mapping[str, Any], out: Path) -> None:
     """Write the processors' files of a VLM; `pixels` is what its tower's `PIXELS_FILE` says."""
     vision = config.vision_config
-    size = {"height": vision.image_size, "width": vision.image_size}
-    kept = {key: pixels[key] for key in PIXELS if key in pixels} | {"do_resize": True, "size": size}
+    square = {"height": vision.image_size, "width": vision.image_size}
+    kept = {key: pixels[key] for key in PIXELS if key in pixels} | {"do_resize": True}
     drop_cls = config.vision_feature_select_strategy == "default"
     files = {
         PIXELS_FILE: {
             "image_processor_type": "LlavaOnevisionImageProcessor",
             "image_grid_pinpoints": config.image_grid_pinpoints,
             **kept,
+            "size": square,
         },
-        VLM_FILES[1]: {"video_processor_type": "LlavaOnevisionVideoProcessor", **kept},
+        # A frame's short side is resized and its centre cut out, as `encode-video` does.
+        VLM_FILES[1]: {
+            "video_processor_type": "LlavaOnevisionVideoProcessor",
+            **kept,
+            "size": {"shortest_edge": vision.image_size},
+            "do_center_crop": True,
+            "crop_size": square,
+        },
         VLM_FILES[0]: {
             "processor_class": "LlavaOnevisionProcessor",
             "num_image_tokens": (vision.image_size // vision.patch_size) ** 2 + drop_cls,

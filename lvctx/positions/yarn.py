@@ -45,11 +45,10 @@ def _published(spec: RopeSpec) -> float:
 def to_hf(spec: RopeSpec) -> dict[str, Any]:
     """The `rope_parameters` of stock `yarn`.
 
-    Without `attention_factor` transformers and vLLM both compute the paper's. Of another, transformers reads the whole,
-    vLLM and SGLang what it is of the paper's (`attn_factor`, which transformers warns that it does not know).
+    Without `attention_factor` every runtime computes the paper's. transformers and vLLM from 0.31 on read another one
+    here; for the runtimes that do not there are side files (`lvctx/positions/runtimes.py`).
     """
-    asked = spec.attention_factor
-    other = {} if asked is None else {"attention_factor": asked, "attn_factor": asked / _published(spec)}
+    other = {} if spec.attention_factor is None else {"attention_factor": spec.attention_factor}
     return {
         "rope_type": "yarn",
         "rope_theta": spec.theta,

@@ -22,13 +22,14 @@ from lvctx.dist import checkpoint
 from lvctx.dist.mesh import World, open_world
 from lvctx.dist.shard import gather_into, shard_model
 from lvctx.errors import InputError
-from lvctx.model.adapter import ADAPTER, load_adapter, longest_sample, save_adapter
+from lvctx.model.adapter import load_adapter, longest_sample, save_adapter
 from lvctx.model.export import model_files
 from lvctx.model.load import context_length, load_model, load_tokenizer, trained_length
 from lvctx.model.lora import ATTENTION, add_lora, merge_lora
 from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import assemble, newline_id, save_vlm
 from lvctx.stages.align_plan import AlignConfig, Plan
+from lvctx.stages.side_files import write_side_files
 from lvctx.train.activations import checkpoint_layers
 from lvctx.train.data import indices
 from lvctx.train.loop import Group, TrainConfig, train
@@ -81,13 +82,14 @@ def run_align(
 def _save(plan: Plan, out: Path, vlm: Any, tokenizer: Any, wrapped: Any, longest: int) -> None:
     """Write the trained VLM, and where there is LoRA the adapter."""
     if wrapped is not None:
-        save_adapter(out / ADAPTER, vlm, wrapped, plan.provenance, longest=longest)
+        save_adapter(out, vlm, wrapped, plan.provenance, longest=longest)
         vlm.model.language_model = merge_lora(wrapped)
     vlm.to(vlm.config.dtype)
     pixels_from, source = plan.init or plan.tower, plan.init or plan.lm
     assert pixels_from is not None
     assert source is not None
     save_vlm(vlm, tokenizer, pixels_from, out)
+    write_side_files(out)
     facts = {
         "context": context_length(vlm.config),
         "trained_length": trained_length(source),

@@ -79,7 +79,7 @@ class Plan:
     init: Path | None
     """VLM to go on from, instead of the two."""
     adapters: tuple[Path, ...]
-    """What earlier alignments trained (`ADAPTER`), to start from; the later wins."""
+    """What earlier alignments trained (`lvctx.model.adapter`), to start from; the later wins."""
     rows: Sequence[tuple[Conversation, ...]]
     """Training samples: a conversation, or two of which the first has the preferred answer."""
     provenance: Provenance

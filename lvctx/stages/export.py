@@ -12,7 +12,7 @@ from lvctx.artifacts.store import disk_error, fingerprint, is_disk_error, link_f
 from lvctx.artifacts.weights import Weight, read_weights, write_weights
 from lvctx.errors import InputError, UsageError
 from lvctx.model import llava
-from lvctx.model.adapter import ADAPTER
+from lvctx.model.card import CARD
 from lvctx.model.export import model_files
 from lvctx.model.fit import check_shapes
 from lvctx.model.load import VLM_TYPE, context_length, load_config, resolve_model
@@ -41,7 +41,7 @@ def export_model(model: str, to: Format, out: Path, *, resume: str, force: bool,
 
 def _export_hf(source: Path, out: Path, *, force: bool) -> None:
     """Link or copy a model's files, config.json last; what stands there already is compared and left."""
-    names = sorted((name for name in model_files(source) if name != ADAPTER), key="config.json".__eq__)
+    names = sorted((name for name in model_files(source) if "/" not in name), key="config.json".__eq__)
     try:
         out.mkdir(parents=True, exist_ok=True)
         standing = {name for name in names if (out / name).exists() and _same(source / name, out / name)}
@@ -72,7 +72,7 @@ def _export_llava(source: Path, out: Path, *, resume: str, force: bool, report: 
     raw = read_model_config(source)
     image_max_grids(config)
     flat = llava.llava_config(raw, context_length(config))
-    wanted, _ = llava.expected(config.text_config, config.vision_config)
+    wanted = llava.expected(config.text_config, config.vision_config)
     wanted[llava.NEWLINE] = (config.text_config.hidden_size,)
     stored = list(read_weights(source).values())
     names = llava.rename({name for shard in stored for name in shard}, to_llava=True)
@@ -84,13 +84,15 @@ def _export_llava(source: Path, out: Path, *, resume: str, force: bool, report: 
 
     def finish() -> dict[str, Any]:
         _write_tower(source, raw["vision_config"], stored, out / "tower")
-        not_there = {"config.json", ADAPTER, TEMPLATE, PIXELS_FILE, *VLM_FILES}
+        not_there = {"config.json", CARD, TEMPLATE, PIXELS_FILE, *VLM_FILES}
         for name in model_files(source):
-            if name not in not_there and not name.startswith("model"):
+            if "/" not in name and name not in not_there and not name.startswith("model"):
                 shutil.copyfile(source / name, out / name)
         if (source / TEMPLATE).is_file():
             template = (source / TEMPLATE).read_text(encoding="utf-8")
             (out / TEMPLATE).write_text(own_template(template), encoding="utf-8")
+        if llava.CONFIG_5 in flat.get("configuration_files", ()):
+            write_json(out / llava.CONFIG_5, llava.config_for_5(flat))
         write_json(out / "config.json", flat)
         return {"context": context_length(config)}
 

@@ -25,7 +25,7 @@ from lvctx.dist.kernels import cudnn_first
 from lvctx.dist.mesh import World, open_world
 from lvctx.dist.shard import gather_into, shard_model
 from lvctx.errors import InputError, UsageError
-from lvctx.model.adapter import ADAPTER, load_adapter, longest_sample, save_adapter
+from lvctx.model.adapter import load_adapter, longest_sample, save_adapter
 from lvctx.model.export import copy_processors, model_files, save_model
 from lvctx.model.load import (
     context_length,
@@ -40,6 +40,7 @@ from lvctx.model.load import (
 from lvctx.model.lora import ATTENTION, add_lora, lora_parameters, merge_lora
 from lvctx.positions.choose import Scheme, check_rope, choose
 from lvctx.positions.pose import skipped
+from lvctx.stages.side_files import write_side_files
 from lvctx.train.activations import checkpoint_layers
 from lvctx.train.data import indices
 from lvctx.train.loop import Group, TrainConfig, train
@@ -271,6 +272,7 @@ def run_extend(
         if world.rank == 0:
             save_model(model.to(_dtype(plan)), load_tokenizer(plan.model), out)
             copy_processors(plan.model, out)
+            write_side_files(out)
             facts = {
                 "original_context": plan.original_context,
                 "context": plan.config.context,
@@ -328,7 +330,7 @@ def _train(plan: Plan, out: Path, machine: Machine, world: World, report: Callab
             gather_into(twin, model)
             model = twin
     if wrapped is not None and world.rank == 0:
-        save_adapter(out / ADAPTER, model, wrapped, plan.provenance, longest=_longest_row(plan))
+        save_adapter(out, model, wrapped, plan.provenance, longest=_longest_row(plan))
         merge_lora(wrapped)  # in place
     return model.eval() if model is not None else None
 

@@ -23,6 +23,7 @@ from lvctx.artifacts.store import fingerprint, read_json
 from lvctx.artifacts.weights import WIDTHS, Weight, read_weights
 from lvctx.errors import InputError, UsageError
 from lvctx.model import llava
+from lvctx.model.card import write_vision_section
 from lvctx.model.export import forget_origin, save_tokenizer
 from lvctx.model.fit import DERIVED, check_shapes
 from lvctx.model.load import load_config, load_tokenizer, resolve_model
@@ -30,13 +31,13 @@ from lvctx.model.vlm import (
     PIXELS_FILE,
     add_visual_tokens,
     flatten_content,
-    image_grid,
     newline_id,
     tokens_per_frame,
     vlm_config,
     write_processors,
 )
 from lvctx.stages.convert import write_converted
+from lvctx.stages.side_files import write_side_files
 from lvctx.vision.grids import MAX_GRIDS, MaxGrids, grids_up_to, tell_grids
 from lvctx.vision.tower import load_vision_model
 
@@ -63,8 +64,6 @@ class Plan:
     """The checkpoint's tensors under our names."""
     dropped: list[str]
     """Names of what is not carried over: computed from the configuration, tied, or read by nothing."""
-    level: str
-    """What this transformers puts before the tower's names."""
     rows: int
     """Of the embedding: those of the checkpoint, or more where the placeholders found no room."""
     provenance: Provenance
@@ -106,10 +105,10 @@ def plan_import(*, source: str, tower: str | None, context: int | None) -> Plan:
     if side % 2:
         raise InputError(f"{side} x {side} features cannot be pooled 2x2 without a rest", where=path)
     unread = {llava.NEWLINE, "lm_head.weight"} if text.tie_word_embeddings else {llava.NEWLINE}
-    wanted, level = llava.expected(text, vision, tower=inside)
+    wanted = llava.expected(text, vision, tower=inside)
     check_shapes({name: shape for name, shape in shapes.items() if name not in unread}, wanted, path)
     dropped = sorted(stored.keys() - wanted.keys())
-    renamed = llava.rename(set(wanted), to_llava=False, level=level)
+    renamed = llava.rename(set(wanted), to_llava=False)
     shards = [
         {renamed[name]: weight for name, weight in shard.items() if name in wanted}
         for shard in read_weights(path).values()
@@ -129,7 +128,6 @@ def plan_import(*, source: str, tower: str | None, context: int | None) -> Plan:
         tower=None if inside else tower_path,
         shards=shards,
         dropped=dropped,
-        level=level,
         rows=rows,
         provenance=Provenance(
             schema=schemas.MODEL, command="import-longva", config={"context": context}, inputs=made_of
@@ -222,10 +220,9 @@ def _shards(plan: Plan) -> list[Mapping[str, Weight]]:
         shards.append(made)
     if plan.tower is not None:
         state = load_vision_model(plan.tower, dtype=plan.config.dtype).state_dict()
-        prefix = f"vision_tower.{plan.level}"
         shards.append(
             {
-                prefix + name.removeprefix("vision_model."): _made(value)
+                "vision_tower.vision_model." + name.removeprefix("vision_model."): _made(value)
                 for name, value in state.items()
                 if not DERIVED.search(name)
             }
@@ -243,9 +240,11 @@ def _finish(plan: Plan, out: Path) -> dict[str, Any]:
         from transformers import GenerationConfig
 
         GenerationConfig.from_model_config(plan.config.text_config).save_pretrained(out)
-    flatten_content(plan.tokenizer, image_grid(plan.config))
+    flatten_content(plan.tokenizer)
     save_tokenizer(plan.tokenizer, plan.config, out)
     write_processors(plan.config, plan.pixels, out)
+    write_vision_section(plan.config, out)
+    write_side_files(out)
     return plan.facts
 
 

@@ -2,12 +2,10 @@
 
 The authors' released code replaces a class that Qwen2-VL does not use. Here M-RoPE++ is written in terms that stock
 transformers has, so that any program that loads the checkpoint computes it; for programs that read those terms
-differently there are side files (`positions/mrope_runtimes.py`).
+differently there are side files (`stages/side_files.py`).
 """
 
-import copy
 import math
-import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,17 +15,18 @@ from typing import Any
 from lvctx.artifacts import schemas
 from lvctx.artifacts.config import language_part, read_model_config
 from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
-from lvctx.artifacts.store import atomic_file, disk_error, fingerprint, is_disk_error, link_file, write_json
+from lvctx.artifacts.store import disk_error, fingerprint, is_disk_error, link_file, write_json
 from lvctx.errors import InputError, UsageError
+from lvctx.model.card import CARD
 from lvctx.model.load import load_config, resolve_model
 from lvctx.positions.choose import rope_number
 from lvctx.positions.mrope import Method, Mrope, Stretch, to_hf
 from lvctx.positions.mrope_pp import Ramp
-from lvctx.positions.mrope_runtimes import llama_cpp, sglang, vllm
+from lvctx.stages.side_files import SGLANG, SIDE_FILES, with_rope, write_side_files
 
 COMMAND = "mrope-extend"
-ARCHITECTURES = {"qwen2_vl": "qwen2vl", "qwen2_5_vl": "qwen2vl", "qwen3_vl": "qwen3vl"}
-"""M-RoPE model types, and llama.cpp's names for them."""
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Model types with M-RoPE."""
 
 RELEASED = 32_768
 """Pretrained length of the released Qwen2-VL and Qwen2.5-VL; the latter's config.json promises 128,000."""
@@ -45,7 +44,7 @@ class Checkpoint:
     path: Path
     """Resolved directory."""
     model_type: str
-    """One of `ARCHITECTURES`."""
+    """One of `MODEL_TYPES`."""
     mrope: Mrope
     """As pretrained, also where the checkpoint is stretched already."""
     stretch: Stretch | None
@@ -61,7 +60,7 @@ class Checkpoint:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read a resolved directory. Raises InputError for a model without M-RoPE or with sections that do not fit."""
     config = load_config(path)
-    if config.model_type not in ARCHITECTURES:
+    if config.model_type not in MODEL_TYPES:
         raise InputError(
             f"{config.model_type} has no M-RoPE",
             where=path,
@@ -111,14 +110,9 @@ def _made_by_us(path: Path) -> dict[str, Any] | None:
 
 
 def _stated_length(path: Path, model_type: str) -> int | None:
-    raw = read_raw(path)
+    raw = read_model_config(path)
     length = language_part(raw).get("max_position_embeddings", raw.get("max_position_embeddings"))
     return None if model_type == "qwen2_5_vl" and length != RELEASED else length
-
-
-def read_raw(path: Path) -> dict[str, Any]:
-    """config.json as it stands."""
-    return read_model_config(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +193,7 @@ def write_checkpoint(
     source = plan.checkpoint.path
     try:
         out.mkdir(parents=True, exist_ok=True)
-        linked = [name for name in _kept(source) if name not in ("config.json", "README.md")]
+        linked = [name for name in _kept(source) if name not in ("config.json", CARD)]
         if weights is not None:
             linked = [name for name in linked if ".safetensors" not in name]
         for name in linked:
@@ -210,10 +204,15 @@ def write_checkpoint(
         if is_disk_error(e):
             raise disk_error(e, out) from e
         raise
-    raw = read_raw(source)
-    write_json(out / "config.json", with_rope(raw, plan.rope, plan.context))
-    written = ["config.json", "README.md", *_write_side_files(plan, raw, out, linked)]
-    original = plan.stretch.original
+    write_json(out / "config.json", with_rope(read_model_config(source), plan.rope, plan.context))
+    (out / CARD).unlink(missing_ok=True)
+    if (source / CARD).is_file():
+        shutil.copyfile(source / CARD, out / CARD)
+    stretch, original = plan.stretch, plan.stretch.original
+    what = f"{stretch.method} ({stretch.ramp})" if stretch.method == "mrope++" else stretch.method
+    trained = "trained at these positions" if "training" in plan.provenance.config else "unchanged"
+    title = f"{what}, {stretch.factor:g} x {original:,} = {plan.context:,} tokens; weights {trained}."
+    written = ["config.json", CARD, *write_side_files(out, title)]
     facts = {"context": plan.context, "original_length": original, "trained_length": max(original, trained_length)}
     write_manifest(out, plan.provenance, [*linked, *written], **facts)
 
@@ -225,81 +224,10 @@ def clear(out: Path) -> None:
         (out / MANIFEST).unlink()
         for name in names:
             (out / name).unlink(missing_ok=True)
-        shutil.rmtree(out / "sglang", ignore_errors=True)
+        shutil.rmtree(out / SGLANG, ignore_errors=True)
 
 
 def _kept(source: Path) -> list[str]:
     """Names of a model directory's files; manifest and log of its own making stay behind."""
     names = (p.name for p in source.iterdir() if p.is_file() and not p.name.startswith("."))
     return sorted(name for name in names if name not in (MANIFEST, "metrics.jsonl", *SIDE_FILES))
-
-
-def with_rope(raw: dict[str, Any], rope: dict[str, Any], context: int) -> dict[str, Any]:
-    """config.json with other positions and nothing else changed, in the style that it has.
-
-    transformers 5 writes `text_config.rope_parameters`; released checkpoints are flat and say `rope_scaling`, with the
-    base beside it, which older programs look for there.
-    """
-    new = copy.deepcopy(raw)
-    text = new.get("text_config")
-    text = text if text is not None else new
-    for place in {id(p): p for p in (new, text)}.values():
-        for key in ("rope_scaling", "rope_parameters"):
-            if key in place:
-                place[key] = dict(rope)
-        if "rope_theta" in place:
-            place["rope_theta"] = rope["rope_theta"]
-        if "max_position_embeddings" in place:
-            place["max_position_embeddings"] = context
-    if "rope_scaling" not in text and "rope_parameters" not in text:
-        text["rope_parameters"] = dict(rope)
-    text["max_position_embeddings"] = context
-    return new
-
-
-HEADING = "## Positions\n"
-SIDE_FILES = ("vllm.json", "llama.cpp.txt")
-"""Beside them the folder sglang/: SGLang's overrides on the command line do not reach the language model's part."""
-
-
-def _write_side_files(plan: Plan, raw: dict[str, Any], out: Path, linked: list[str]) -> list[str]:
-    """Files for other runtimes, and README.md with a line on each. Returns the names of all but README.md."""
-    rope, context = plan.rope, plan.context
-    names = []
-    cannot = "cannot compute these positions: it drops the sections of this rope_type"
-    enough = "reads config.json as it is"
-    lines = dict.fromkeys(("transformers", "vLLM", "SGLang"), enough)
-    lines["llama.cpp"] = f"cannot compute these positions: it has no flag for {rope['rope_type']}"
-    overrides = vllm(rope, context=context)
-    if overrides:
-        write_json(out / "vllm.json", overrides)
-        names.append("vllm.json")
-        lines["vLLM"] = f'`vllm serve {out.name} --hf-overrides "$(cat {out.name}/vllm.json)"`'
-    for_sglang = sglang(rope)
-    if for_sglang not in (None, rope):
-        folder = out / "sglang"
-        folder.mkdir(exist_ok=True)
-        write_json(folder / "config.json", with_rope(raw, for_sglang, context))
-        for name in linked:
-            (folder / name).unlink(missing_ok=True)
-            (folder / name).symlink_to(Path("..") / name)
-        names.append("sglang/config.json")
-        lines["SGLang"] = f"`python -m sglang.launch_server --model-path {out.name}/sglang`"
-    if overrides is None:
-        lines["vLLM"] = lines["SGLang"] = cannot
-    flags = llama_cpp(rope, architecture=ARCHITECTURES[plan.checkpoint.model_type])
-    if flags:
-        with atomic_file(out / "llama.cpp.txt") as partial:
-            partial.write_text(shlex.join(flags) + "\n", encoding="utf-8")
-        names.append("llama.cpp.txt")
-        lines["llama.cpp"] = f"`llama-server -m THE_UNSTRETCHED.gguf -c {context} $(cat {out.name}/llama.cpp.txt)`"
-    readme = plan.checkpoint.path / "README.md"
-    card = readme.read_text(encoding="utf-8").split(HEADING)[0].rstrip() if readme.is_file() else ""
-    card += "\n\n" if card else ""
-    stretch = plan.stretch
-    what = f"{stretch.method} ({stretch.ramp})" if stretch.method == "mrope++" else stretch.method
-    weights = "trained at these positions" if "training" in plan.provenance.config else "unchanged"
-    card += f"{HEADING}\n{what}, {stretch.factor:g} x {stretch.original:,} = {context:,} tokens; weights {weights}.\n\n"
-    with atomic_file(out / "README.md") as partial:
-        partial.write_text(card + "".join(f"- {name}: {line}\n" for name, line in lines.items()), encoding="utf-8")
-    return names

@@ -267,7 +267,7 @@ def _save_weights(vlm: Any, out: Path) -> list[str]:
         names = sorted(p.name for p in whole.glob("model*.safetensors*"))
         for name in names:
             (whole / name).replace(out / name)
-    return [*names, ADAPTER] if (out / ADAPTER).is_file() else names
+    return [*names, *(f"{ADAPTER}/{p.name}" for p in sorted((out / ADAPTER).glob("adapter_*")))]
 
 
 def load_stretched(plan: Plan, device: str) -> Any:
@@ -340,7 +340,7 @@ def _train(
         vlm = twin
     if wrapped is not None:
         if world.rank == 0:
-            save_adapter(out / ADAPTER, vlm, wrapped, plan.provenance, longest=config.seq_len)
+            save_adapter(out, vlm, wrapped, plan.provenance, longest=config.seq_len)
         vlm.model.language_model = merge_lora(wrapped)
     return vlm
 

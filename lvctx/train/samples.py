@@ -104,7 +104,8 @@ def read_rows(path: Path, media: Path) -> Iterator[tuple[str, Any]]:
                 yield from ((f"{path}[{i}]", row) for i, row in enumerate(json.loads(f.read())))
                 return
             # Lines end in "\n" alone: a string may hold U+2028 and U+0085 as they are.
-            for number, line in enumerate(io.TextIOWrapper(f, wide, newline="\n") if wide else f, start=1):
+            lines: Any = io.TextIOWrapper(f, wide, newline="\n") if wide else f
+            for number, line in enumerate(lines, start=1):
                 if number == 1 and not wide:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():

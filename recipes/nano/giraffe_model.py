@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from lvctx.model.adapter import load_adapter
 from lvctx.model.load import load_model, load_tokenizer, resolve_model
-from lvctx.model.lora import ATTENTION, add_lora, load_lora_state, merge_lora
+from lvctx.model.lora import ATTENTION, add_lora, merge_lora
 
 DELIMITERS = {"<|vision_start|>": " [", "<|vision_end|>": "]"}
 """Tokens around an image, and the words whose embeddings they begin with."""
@@ -116,10 +117,9 @@ def main() -> None:
     if args.eyes:
         vlm.model.visual.load_state_dict(load_file(args.eyes))
     for file in args.adapter:
-        state = {name.removeprefix("lora."): tensor for name, tensor in load_file(file).items()}
-        rank = next(tensor for name, tensor in state.items() if "lora_A" in name).shape[0]
+        rank = next(tensor for name, tensor in load_file(file).items() if "lora_A" in name).shape[0]
         wrapped = add_lora(vlm.model.language_model, rank=rank, targets=ATTENTION, seed=0)
-        load_lora_state(wrapped, state)
+        load_adapter(file, vlm, wrapped)
         vlm.model.language_model = merge_lora(wrapped)
     vlm.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

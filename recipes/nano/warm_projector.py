@@ -77,7 +77,7 @@ def main() -> None:
         right = [names[n] == words[place] for n, words in pairs if len(words) > 1]
         print(f"held out, nearest {name} word: {sum(right) / len(right):.3f} of {len(right)}")
     parts = {"linear_1": first, "linear_2": second}
-    tensors = {f"projector.{n}.{k}": v for n, part in parts.items() for k, v in part.state_dict().items()}
+    tensors = {f"multi_modal_projector.{n}.{k}": v for n, part in parts.items() for k, v in part.state_dict().items()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, str(args.out))
 
