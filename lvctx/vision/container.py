@@ -106,7 +106,10 @@ def _end_of_matroska(head: bytes) -> int:
 
 
 def open_video(path: Path) -> tuple[Any, Any]:
-    """A container and its video stream, ready to decode on all cores. Raises InputError where there is none."""
+    """A container and its video stream, of several the one that the ffmpeg program takes, ready to decode on all cores.
+
+    Raises InputError where there is none.
+    """
     try:
         container = av.open(str(path))
     except (av.FFmpegError, OSError, ValueError) as e:
@@ -117,8 +120,19 @@ def open_video(path: Path) -> tuple[Any, Any]:
     if not streams:
         container.close()
         raise InputError("no video stream", where=path, fix="give a file with a picture")
-    streams[0].thread_type = "AUTO"
-    return container, streams[0]
+    stream = max(streams, key=_preference)  # the first of equals
+    stream.thread_type = "AUTO"
+    return container, stream
+
+
+def _preference(stream: Any) -> int:
+    """What the ffmpeg program chooses a video stream by (fftools/ffmpeg_mux_init.c, `map_auto_video`).
+
+    The largest picture, and a stream that is marked as default counts as five million pixels more. One without a
+    packet is the last choice: there it looks at what it read, here counts what the container says.
+    """
+    default = bool(stream.disposition & av.stream.Disposition.default)
+    return int(stream.width) * int(stream.height) + 5_000_000 * default + 100_000_000 * (stream.frames > 0)
 
 
 def demux(container: Any, stream: Any) -> Iterator[Any]:

@@ -22,6 +22,7 @@ import av
 import numpy as np
 
 from lvctx.errors import InputError, UsageError
+from lvctx.vision.clock import Clock, in_order
 from lvctx.vision.container import check_exists, check_whole, demux, open_video, probe
 from lvctx.vision.packets import PacketIndex, read_packets
 from lvctx.vision.planned import Converter, Prepare, Tally, read_planned
@@ -271,23 +272,22 @@ def _shots(job: _Job, facts: dict[str, Any], tally: Tally) -> Iterator[Shot]:
     """Every frame in the order of presentation."""
     container, stream = open_video(job.path)
     stream.codec_context.thread_count = 0 if job.threads > 1 else 1
+    tick = Fraction(stream.time_base)
     first = last = Fraction(0)
     with container:
-        for frame in _decode(container, stream, tally):
-            stamp = frame.pts if frame.pts is not None else frame.dts
-            if stamp is None:
-                raise InputError("frames without timestamps", where=job.path, fix="put it into an MP4 or MKV first")
-            pts = stamp * Fraction(stream.time_base)
-            first = pts if tally.decoded == 0 else first
-            last = pts + (frame.duration or 0) * Fraction(stream.time_base)
+        for frame, start, end in in_order(_decode(container, stream, tally), stream):
+            first = start * tick if tally.decoded == 0 else first
+            last = end * tick
             tally.damaged += bool(frame.is_corrupt)
-            yield Shot(index=tally.decoded, pts=pts, end=last, data=frame)
+            yield Shot(index=tally.decoded, pts=start * tick, end=last, data=frame)
             tally.decoded += 1
     facts["source_frames"], facts["duration"] = tally.decoded, float(last - first)
 
 
 def _decode(container: Any, stream: Any, tally: Tally) -> Iterator[Any]:
+    clock = Clock(container, stream)
     for packet in demux(container, stream):
+        clock.mend(packet)
         tally.packets += 1
         try:
             yield from packet.decode()
