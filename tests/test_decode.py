@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from lvctx.errors import InputError, UsageError
 from lvctx.vision.container import probe
-from lvctx.vision.decode import Shot, read_frames, sample, spread
+from lvctx.vision.decode import read_frames
+from lvctx.vision.sampling import Shot, sample, spread
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 H264 = ["-c:v", "libx264", "-bf", "3", "-g", "20", "-pix_fmt", "yuv420p"]

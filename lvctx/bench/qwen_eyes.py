@@ -27,7 +27,7 @@ from lvctx.errors import InputError, UsageError
 from lvctx.model.load import load_config
 from lvctx.model.qwen_vl import TIMED
 from lvctx.positions.mrope_ids import Rules
-from lvctx.vision.decode import count_at_rate, read_frames
+from lvctx.vision.decode import count_frames, read_frames
 from lvctx.vision.film import check_reachable
 from lvctx.vision.hybrid import Hybrid
 from lvctx.vision.images import image_size, open_image
@@ -52,7 +52,7 @@ class QwenEyes:
         hybrid: Hybrid | None,
         apart: bool = False,
     ) -> None:
-        """See `open_eyes`; nothing is decoded but the first frame of each file."""
+        """See `open_eyes`; of a file the first frame is decoded, and all where its packets do not tell how many."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         self.apart, self.natural = apart, apart and hybrid is None
@@ -155,8 +155,8 @@ def _by_size(grids: list[Grid]) -> list[Grid]:
 def _count(file: Path, fps: float) -> tuple[int, int, int]:
     """Width, height and number of frames of a video or a folder of pictures."""
     if not file.is_dir():
-        width, height, _, frames = count_at_rate(file, fps)
-        return width, height, frames
+        count = count_frames(file, fps=fps)
+        return count.width, count.height, count.frames
     pictures = _listed(file)
     if not pictures:
         raise InputError("no picture in it", where=file, fix=f"put {' or '.join(PICTURES)} there")

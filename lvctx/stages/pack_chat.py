@@ -258,13 +258,14 @@ class _ChatPacker:
         if media.kind == "image":
             width, height = image_size(path)
             return {**facts, "width": width, "height": height}, rule.image(width, height)
-        from lvctx.vision.decode import count_at_rate
+        from lvctx.vision.decode import count_frames
 
-        width, height, duration, frames = count_at_rate(path, self.config.video_fps)
-        spread = frames > self.config.max_frames
-        frames = min(frames, self.config.max_frames)
-        facts |= {"width": width, "height": height, "duration": duration, "frames": frames}
-        return {**facts, "fps": None if spread else self.config.video_fps}, rule.video(width, height, frames)
+        count = count_frames(path, fps=self.config.video_fps)
+        spread = count.frames > self.config.max_frames
+        frames = min(count.frames, self.config.max_frames)
+        facts |= {"width": count.width, "height": count.height, "duration": count.duration, "frames": frames}
+        facts["fps"] = None if spread else self.config.video_fps
+        return facts, rule.video(count.width, count.height, frames)
 
     # Choosing
 

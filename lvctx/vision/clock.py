@@ -35,7 +35,7 @@ class Clock:
             edited = container.format.name.startswith("mov,")
             ahead = AHEAD_ELSEWHERE / stream.time_base
             self._back = ahead if edited else BACK_ELSEWHERE / stream.time_base
-        self._ahead, self._frame = float(ahead), _frame_ticks(stream)
+        self._ahead, self._frame = float(ahead), frame_ticks(stream)
         self._last = self._due = 0
         self._started = False
         self.jumps = 0
@@ -72,7 +72,7 @@ def in_order(frames: Iterable[Any], stream: Any) -> Iterator[Timed]:
 
     Stamps of frames near each other are sorted. A frame without follows when the one before it is over, as in ffmpeg.
     """
-    a_frame = _frame_ticks(stream)
+    a_frame = frame_ticks(stream)
     held: deque[tuple[Any, bool]] = deque()
     stamps: list[int] = []
     before: Timed | None = None
@@ -95,7 +95,7 @@ def in_order(frames: Iterable[Any], stream: Any) -> Iterator[Timed]:
         yield (before := leave())
 
 
-def _frame_ticks(stream: Any) -> int:
+def frame_ticks(stream: Any) -> int:
     """How long a frame is shown where nothing says it: 0 if the rate is not known either."""
     rate = stream.average_rate or stream.guessed_rate
     return int(1 / Fraction(rate) / Fraction(stream.time_base)) if rate else 0

@@ -123,6 +123,7 @@ def read_packets(path: Path) -> PacketIndex | None:
         entry_dts: dict[int, int] = {}
         reorders, clock = stream.codec_context.has_b_frames, Clock(container, stream)
         end, latest = 0, -(1 << 63)
+        highest = latest  # of all, latest only of those that are shown
         for packet in demux(container, stream):
             jumps = clock.jumps
             clock.mend(packet)
@@ -132,7 +133,7 @@ def read_packets(path: Path) -> PacketIndex | None:
             layer = 0
             if codec == "h264":
                 found, backward = _look_at_h264(units(packet, size), bare=not size)
-                if backward and packet.pts > latest:
+                if backward and packet.pts > highest:
                     return None  # a picture between others is stamped as if it came after all of them
                 flag |= found
             elif codec == "hevc":
@@ -146,6 +147,7 @@ def read_packets(path: Path) -> PacketIndex | None:
                 entry_dts[len(pts)] = packet.pts if packet.dts is None else packet.dts
             if not flag & HIDDEN and packet.pts > latest:
                 latest, end = packet.pts, packet.pts + (packet.duration or 0)
+            highest = max(highest, packet.pts)
             pts.append(packet.pts)
             flags.append(flag)
             layers.append(layer)
