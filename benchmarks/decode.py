@@ -17,8 +17,9 @@ from pathlib import Path
 import av
 import decord
 
-from lvctx.vision.decode import choose, read_frames
+from lvctx.vision.decode import read_frames
 from lvctx.vision.packets import read_packets
+from lvctx.vision.sampling import choose
 
 CHUNK = 32
 """Frames of one get_batch: all at once would hold them all."""

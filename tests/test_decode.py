@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from lvctx.errors import InputError, UsageError
 from lvctx.vision.container import probe
-from lvctx.vision.decode import Shot, read_frames, sample, spread
+from lvctx.vision.decode import read_frames
+from lvctx.vision.sampling import Shot, sample, spread
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 H264 = ["-c:v", "libx264", "-bf", "3", "-g", "20", "-pix_fmt", "yuv420p"]
@@ -68,6 +69,8 @@ COPIES: dict[str, list[object]] = {
     "turned90.mp4": ["-display_rotation", "90", "-i", "constant.mp4", "-c", "copy"],
     "turned180.mp4": ["-display_rotation", "180", "-i", "constant.mp4", "-c", "copy"],
     "turned270.mp4": ["-display_rotation", "270", "-i", "constant.mp4", "-c", "copy"],
+    "mirrored.mp4": ["-display_hflip", "-i", "constant.mp4", "-c", "copy"],
+    "two.mkv": ["-i", "constant.mp4", "-map", "0", "-map", "0", "-c", "copy"],
     "edit_list.mp4": ["-ss", "0.5", "-i", "constant.mp4", "-c", "copy"],
 }
 
@@ -231,6 +234,9 @@ def test_decord_where_asked(make: Make) -> None:
         ("old.avi", "codec"),
         ("av1.mp4", "codec"),
         ("edit_list.mp4", "edit"),
+        ("stream.ts", "seeks"),
+        ("mirrored.mp4", "mirrors"),
+        ("two.mkv", "several"),
     ):
         with pytest.raises(InputError, match=word):
             list(read_frames(video(make, name), fps=1, decoder="decord"))

@@ -16,8 +16,9 @@ import pytest
 
 from lvctx.errors import InputError
 from lvctx.vision.apart import Decoders, Request
-from lvctx.vision.decode import choose, read_frames
+from lvctx.vision.decode import read_frames
 from lvctx.vision.packets import ENTRY, SPARE, read_packets
+from lvctx.vision.sampling import choose
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 H264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-bf", "3"]

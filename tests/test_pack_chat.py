@@ -22,7 +22,7 @@ from lvctx.errors import InputError, UsageError
 from lvctx.stages.pack_chat import SHARES, plan_chat, run_chat
 from lvctx.text.bestfit import best_fit_decreasing
 from lvctx.text.blend import choose, largest_blend
-from lvctx.vision.decode import count_at_rate, read_frames
+from lvctx.vision.decode import count_frames, read_frames
 from lvctx.vision.grids import unires_grid
 from lvctx.vision.hybrid import Hybrid, hybrid_tokens, runs
 from lvctx.vision.tokens import LlavaRule, QwenRule, pooling, smart_resize
@@ -251,10 +251,10 @@ def test_llavas_grids() -> None:
 @pytest.mark.parametrize("fps", [2, 1, 3.7])
 def test_frames_counted_are_frames_read(nano: Nano, fps: float) -> None:
     for clip in ("bikes.mp4", "bigbuckbunny.mp4"):
-        width, height, _, frames = count_at_rate(nano.clips / clip, fps)
+        count = count_frames(nano.clips / clip, fps=fps)
         seen = [frame.image.shape for frame in read_frames(nano.clips / clip, fps=fps)]
-        assert frames == len(seen)
-        assert set(seen) == {(height, width, 3)}
+        assert count.frames == len(seen)
+        assert set(seen) == {(count.height, count.width, 3)}
 
 
 # Choosing and packing

@@ -27,7 +27,7 @@ from lvctx.errors import InputError, UsageError
 from lvctx.model.load import load_config, load_image_processor
 from lvctx.model.qwen_vl import TIMED
 from lvctx.positions.mrope_ids import Rules
-from lvctx.vision.decode import count_at_rate, count_readable, read_frames
+from lvctx.vision.decode import Count, count_frames, read_frames
 from lvctx.vision.film import check_reachable
 from lvctx.vision.hybrid import Hybrid
 from lvctx.vision.images import image_size, open_image
@@ -53,7 +53,7 @@ class QwenEyes:
         apart: bool = False,
         allow_partial: bool = False,
     ) -> None:
-        """See `open_eyes`; nothing is decoded but the first frame of each file."""
+        """See `open_eyes`; of a file the first frame is decoded, and all where its packets do not tell how many."""
         self.apart, self.natural = apart, apart and hybrid is None
         hybrid = hybrid or Hybrid()
         if apart and not self.natural:
@@ -67,19 +67,19 @@ class QwenEyes:
         self.unit = 1 if apart or hybrid.mode == "image" else rule.merge
         self.mark, config = rule.mark("video"), load_config(path)
         self.allow_partial = allow_partial
-        left = {file: count_readable(file, fps=fps) for file in self.files if allow_partial and not file.is_dir()}
-        counted = [(*left[file][:2], left[file].frames) if file in left else _count(file, fps) for file in self.files]
-        partial = [str(file) for file in left if left[file].partial]
-        width, height, _ = counted[0]
+        counted = [_count(file, fps, allow_partial=allow_partial) for file in self.files]
+        partial = [str(file) for file, count in zip(self.files, counted, strict=True) if count.partial]
+        width, height = counted[0].width, counted[0].height
         self.size = (width, height)
         """Of the source's frames, in pixels."""
         sizes = {block.grid[1:] for block in self._blocks(width, height, 2 * rule.merge)}
-        for file, (across, down, _) in zip(self.files, counted, strict=True):
+        for file, one in zip(self.files, counted, strict=True):
+            across, down = one.width, one.height
             if {block.grid[1:] for block in self._blocks(across, down, 2 * rule.merge)} != sizes:
                 raise InputError(
                     f"{across} x {down} pixels beside {width} x {height}", where=file, fix="give one shape"
                 )
-        count = sum(frames for _, _, frames in counted) // self.unit * self.unit
+        count = sum(one.frames for one in counted) // self.unit * self.unit
         self.seconds = np.arange(count) / fps
         self.image_size = min(width, height)
         seconds = Rules.of(config).tokens_per_second
@@ -159,15 +159,15 @@ def _by_size(grids: list[Grid]) -> list[Grid]:
     return sorted(grids, key=lambda grid: grid[1:])
 
 
-def _count(file: Path, fps: float) -> tuple[int, int, int]:
-    """Width, height and number of frames of a video or a folder of pictures."""
+def _count(file: Path, fps: float, *, allow_partial: bool) -> Count:
+    """Size and number of frames of a video or a folder of pictures."""
     if not file.is_dir():
-        width, height, _, frames = count_at_rate(file, fps)
-        return width, height, frames
+        return count_frames(file, fps=fps, allow_partial=allow_partial)
     pictures = _listed(file)
     if not pictures:
         raise InputError("no picture in it", where=file, fix=f"put {' or '.join(PICTURES)} there")
-    return *image_size(pictures[0]), len(pictures)
+    width, height = image_size(pictures[0])
+    return Count(frames=len(pictures), exact=True, width=width, height=height, duration=len(pictures) / fps)
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -183,9 +183,9 @@ def counted(encoder: Any, videos: Iterator[tuple[Path, dict[str, Any]]]) -> Iter
     """The videos, each once its tokens are told."""
     for video, row in videos:
         with suppress(LvctxError):  # its own turn will say it
-            frames, tokens = encoder.count(video)
-            shown, nominal = tokens["visual_tokens"], tokens["nominal_tokens"]
-            say(f"lvctx: {video}: {frames} frames, {shown:,} visual tokens (nominal {nominal:,}) and a newline")
+            frames, exact, tokens = encoder.count(video)
+            shown, nominal, about = tokens["visual_tokens"], tokens["nominal_tokens"], "" if exact else "about "
+            say(f"lvctx: {video}: {about}{frames} frames, {shown:,} visual tokens (nominal {nominal:,}) and a newline")
         yield video, row
 
 
@@ -193,7 +193,10 @@ def plans(encoder: Any, videos: Iterator[tuple[Path, dict[str, Any]]], out: Path
     """What would be done with each video: video, row, plan or error."""
     for video, row in videos:
         try:
-            yield video, row, {"dry_run": True, **encoder.describe(video, out)}
+            plan = encoder.describe(video, out)
+            if plan["about"]:
+                say(f"lvctx: {video}: about {plan['expected_frames']} frames; only decoding would tell")
+            yield video, row, {"dry_run": True, **plan}
         except LvctxError as e:
             yield video, row, e
 

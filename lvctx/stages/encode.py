@@ -34,7 +34,7 @@ from lvctx.dist.mesh import LONG_PATIENCE, World, open_world
 from lvctx.errors import LvctxError, MissingError, Stopped, UsageError
 from lvctx.vision.apart import Decoders, Request
 from lvctx.vision.container import check_whole, probe
-from lvctx.vision.decode import Decoder, Rate, Sampling, count_at_rate
+from lvctx.vision.decode import Count, Decoder, Rate, Sampling, count_frames
 from lvctx.vision.hybrid import Hybrid, hybrid_tokens
 from lvctx.vision.squares import FrameMode
 from lvctx.vision.tokens import pooling
@@ -171,30 +171,37 @@ class Encoder:
         return out / f"{name}{SUFFIX}"
 
     def describe(self, video: Path, out: Path) -> dict[str, Any]:
-        """What `encode` would do: the resolved options, the target, and the bytes that it predicts."""
-        check_whole(video, allow_partial=self.config.allow_partial)
+        """What `encode` would do: the resolved options, the target, and the bytes that it predicts.
+
+        `about`: the frames, and so the bytes, are near; only decoding would tell.
+        """
         facts = probe(video)
         made = self.provenance(video)
-        frames = self._expected_frames(facts)
-        size = frames * self.files.patches_per_frame * self.files.width * 2
+        count = self._count(video)
+        size = count.frames * self.files.patches_per_frame * self.files.width * 2
         return {
             "video": str(video),
             "path": str(self.target(video, out, made.inputs["video"])),
             **self.config.facts,
             **facts,
+            "duration": count.duration,
             "device": self.device,
-            "expected_frames": frames,
+            "expected_frames": count.frames,
+            "about": not count.exact,
             "expected_bytes": size,
-            **self.tokens(frames),
+            **self.tokens(count.frames),
         }
 
-    def count(self, video: Path) -> tuple[int, dict[str, int]]:
-        """Frames that a video will have, from its container and first frame, and their `tokens`. Raises InputError."""
-        if isinstance(self.config.fps, float):
-            frames = count_at_rate(video, self.config.fps)[3]
-        else:
-            frames = self._expected_frames(probe(video))
-        return frames, self.tokens(frames)
+    def count(self, video: Path) -> tuple[int, bool, dict[str, int]]:
+        """Frames that a video will have, whether exactly, and their `tokens`. Raises InputError."""
+        count = self._count(video)
+        return count.frames, count.exact, self.tokens(count.frames)
+
+    def _count(self, video: Path) -> Count:
+        config = self.config
+        return count_frames(
+            video, fps=config.fps, frames=config.frames, decode=False, allow_partial=config.allow_partial
+        )
 
     def tokens(self, frames: int) -> dict[str, int]:
         """Visual tokens of so many frames of hybrid resolution, as they will be and by L, m, s; else nothing."""
@@ -234,7 +241,7 @@ class Encoder:
         if is_finished(target, made, resume=resume, force=force):
             log.info("%s: finished already", target)
             return _row(video, target)
-        total = self._expected_frames(probe(video))
+        total = self._rough_total(video)
         request = Request(
             path=str(video),
             fps=config.fps,
@@ -301,9 +308,11 @@ class Encoder:
                 self.close()
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _expected_frames(self, facts: dict[str, Any]) -> int:
+    def _rough_total(self, video: Path) -> int:
+        """For progress, which must not read the file first."""
         if self.config.frames is not None:
             return self.config.frames
+        facts = probe(video)
         rate = facts["source_fps"] if self.config.fps == "native" else self.config.fps
         return max(1, math.ceil(facts["duration"] * rate))
 

@@ -273,29 +273,19 @@ class _ChatPacker:
         if media.kind == "image":
             width, height = image_size(path)
             return {**facts, "width": width, "height": height}, rule.image(width, height)
-        if self.config.allow_partial:
-            return self._partial_facts(facts, path, rule)
-        from lvctx.vision.decode import count_at_rate
+        from lvctx.vision.decode import count_frames
 
-        width, height, duration, frames = count_at_rate(path, self.config.video_fps)
-        spread = frames > self.config.max_frames
-        frames = min(frames, self.config.max_frames)
-        facts |= {"width": width, "height": height, "duration": duration, "frames": frames}
-        return {**facts, "fps": None if spread else self.config.video_fps}, rule.video(width, height, frames)
-
-    def _partial_facts(self, facts: dict[str, Any], path: Path, rule: VisualRule) -> tuple[dict[str, Any], list[Block]]:
-        """`_media_facts` of a video of which frames may be missing."""
-        from lvctx.vision.decode import count_readable
-
-        fps, most = self.config.video_fps, self.config.max_frames
-        count = count_readable(path, fps=fps)
+        fps, most, partial = self.config.video_fps, self.config.max_frames, self.config.allow_partial
+        count = count_frames(path, fps=fps, allow_partial=partial)
         spread = count.frames > most
-        if spread:
-            count = count_readable(path, frames=most)
-        facts |= {"width": count.width, "height": count.height, "duration": count.duration, "frames": count.frames}
-        facts |= {"fps": None if spread else fps, "partial": count.partial}
-        facts |= {"spread": most} if spread else {}
-        return facts, rule.video(count.width, count.height, count.frames)
+        frames = min(count.frames, most)
+        if spread and partial:  # some of those may be missing
+            frames = count_frames(path, frames=most, allow_partial=True).frames
+        facts |= {"width": count.width, "height": count.height, "duration": count.duration, "frames": frames}
+        facts["fps"] = None if spread else fps
+        if partial:
+            facts |= {"partial": count.partial} | ({"spread": most} if spread else {})
+        return facts, rule.video(count.width, count.height, frames)
 
     # Choosing
 

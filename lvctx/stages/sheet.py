@@ -9,7 +9,8 @@ from lvctx.artifacts.frames import KINDS
 from lvctx.artifacts.manifest import read_provenance
 from lvctx.artifacts.store import atomic_file, sha256_file
 from lvctx.errors import InputError
-from lvctx.vision.decode import read_frames, spread
+from lvctx.vision.decode import read_frames
+from lvctx.vision.sampling import spread
 
 MOST, COLUMNS, WIDTH, LABEL = 64, 8, 192, 14
 """Pictures on a sheet (of more frames some are left out, evenly), columns, pixels of a picture and of its line."""

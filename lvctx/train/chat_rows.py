@@ -88,10 +88,13 @@ class RowReader:
         if item["kind"] == "image":
             return [open_image(path)], [0.0]
         rate: dict[str, Any] = {"fps": item["fps"]} if item["fps"] else {"frames": item.get("spread", item["frames"])}
-        shots = list(read_frames(path, **rate, allow_partial=item.get("partial", False)))
+        reader = read_frames(path, **rate, allow_partial=item.get("partial", False))
+        shots = list(reader)
         if len(shots) != item["frames"]:
             what = f"{len(shots)} frames, and {item['frames']} when it was packed"
-            raise InputError(what, where=path, fix="run pack-chat again")
+            damaged = reader.facts["corrupt"]
+            fix = f"{damaged} are damaged: convert the video, then pack-chat" if damaged else "run pack-chat again"
+            raise InputError(what, where=path, fix=fix)
         return [Image.fromarray(shot.image) for shot in shots], [shot.pts for shot in shots]
 
 

@@ -86,7 +86,10 @@ def open_file(path: Path) -> Any:
 
 
 def open_video(path: Path) -> tuple[Any, Any]:
-    """A container and its video stream, ready to decode on all cores. Raises InputError where there is none."""
+    """A container and its video stream, of several the one that the ffmpeg program takes, ready to decode on all cores.
+
+    Raises InputError where there is none.
+    """
     try:
         container = open_file(path)
     except Exception as e:  # of every type, see decoder_errors
@@ -103,11 +106,22 @@ def open_video(path: Path) -> tuple[Any, Any]:
         container.close()
         _check_kind(path)
         raise InputError("no video stream", where=path, fix="give a file with a picture")
-    if streams[0].width * streams[0].height > MAX_PIXELS:
+    stream = max(streams, key=_preference)  # the first of equals
+    if stream.width * stream.height > MAX_PIXELS:
         container.close()
         raise InputError(f"frames of more than {MAX_PIXELS:,} pixels", where=path, fix="scale the video down")
-    streams[0].thread_type = "AUTO"
-    return container, streams[0]
+    stream.thread_type = "AUTO"
+    return container, stream
+
+
+def _preference(stream: Any) -> int:
+    """What the ffmpeg program chooses a video stream by (fftools/ffmpeg_mux_init.c, `map_auto_video`).
+
+    The largest picture, and a stream that is marked as default counts as five million pixels more. One without a
+    packet is the last choice: there it looks at what it read, here counts what the container says.
+    """
+    default = bool(stream.disposition & av.stream.Disposition.default)
+    return int(stream.width) * int(stream.height) + 5_000_000 * default + 100_000_000 * (stream.frames > 0)
 
 
 def _check_kind(path: Path) -> Sniffed:

@@ -9,26 +9,26 @@ frames need is decoded (`planned.py`); elsewhere the video is read front to back
 """
 
 import contextlib
-import math
+import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import av
 import numpy as np
 
 from lvctx.errors import InputError, UsageError
+from lvctx.vision.clock import Clock, frame_ticks, in_order
 from lvctx.vision.container import check_whole, decoder_errors, demux, open_video, probe
 from lvctx.vision.packets import PacketIndex, read_packets
 from lvctx.vision.planned import Converter, Prepare, Tally, read_planned
+from lvctx.vision.sampling import Rate, Shot, choose, due_ticks, nearest_key_frames, sample, spread
 from lvctx.vision.truncation import ends_inside_packet
 
-Rate = float | Literal["native"]
-"""Frames a second, or every frame."""
 Decoder = Literal["auto", "decord", "pyav"]
 Sampling = Literal["exact", "keyframe"]
 """`keyframe` takes for each sampled frame the key frame shown nearest to it: other pictures, a fraction of the time."""
@@ -47,20 +47,6 @@ class Frame:
     """Presentation timestamp in seconds, as FFmpeg says it: the first frame's need not be 0."""
     image: np.ndarray
     """uint8 (H, W, 3), RGB, upright."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shot:
-    """A frame of the source that is not converted yet: what sampling decides on."""
-
-    index: int
-    """As in `Frame`."""
-    pts: Fraction
-    """Exact seconds."""
-    end: Fraction
-    """When the next frame is due; equal to `pts` where the container does not say."""
-    data: Any = field(default=None, repr=False)
-    """The decoder's own frame."""
 
 
 class FrameReader(Iterator[Frame]):
@@ -109,46 +95,121 @@ def read_frames(
     return FrameReader(_read(job, facts, tally or Tally()), facts, path)
 
 
-def choose(index: PacketIndex, fps: Rate | None, frames: int | None) -> list[int]:
-    """Numbers of the frames to take, ascending, by the rules above; a frame may be taken several times."""
-    if frames is not None:
-        return spread(len(index), frames)
-    if fps == "native":
-        return list(range(len(index)))
-    pts_F = index.pts_N[index.packet_F]
-    first, last = int(pts_F[0]), int(pts_F[-1])
-    step = 1 / Fraction(fps).limit_denominator(100_000) / index.time_base  # type: ignore[arg-type]
-    count = max(math.ceil((index.end - first) / step), (last - first) // step + 1)
-    due = [first + k * step.numerator // step.denominator for k in range(count)]
-    return (np.searchsorted(pts_F, due, "right") - 1).tolist()
+@dataclass(frozen=True, kw_only=True)
+class Count:
+    """What a sampling finds in a video."""
+
+    frames: int
+    """Frames that `read_frames` gives, if none is damaged."""
+    exact: bool
+    """False: about so many, as only decoding would tell."""
+    width: int
+    """Pixels across once upright; where nothing was decoded as the container says, before a turn."""
+    height: int
+    """Pixels down, likewise."""
+    duration: float
+    """Seconds from the first frame to the end of the last."""
+    partial: bool = False
+    """Whether the video is cut short or damaged; known only where it was decoded."""
 
 
-def nearest_key_frames(index: PacketIndex, wanted: list[int]) -> tuple[list[int], dict[str, float]]:
-    """For every wanted frame the key frame shown nearest to it (the earlier of two); mean and max error in seconds."""
-    pts_F, keys = index.pts_N[index.packet_F], index.key_frames
-    after = np.searchsorted(keys, wanted).clip(1, max(1, len(keys) - 1))
-    left, right = keys[after - 1], keys[np.minimum(after, len(keys) - 1)]
-    off_left, off_right = abs(pts_F[left] - pts_F[wanted]), abs(pts_F[right] - pts_F[wanted])
-    taken = np.where(off_left <= off_right, left, right)
-    off = np.minimum(off_left, off_right) * float(index.time_base)
-    return taken.tolist(), {"mean": round(float(off.mean()), 6), "max": round(float(off.max()), 6)}
+def count_frames(
+    path: Path,
+    *,
+    fps: Rate | None = None,
+    frames: int | None = None,
+    decode: bool = True,
+    allow_partial: bool = False,
+) -> Count:
+    """How many frames `read_frames` gives, by the packets; the first frame is decoded for its size.
 
-
-def count_at_rate(path: Path, fps: float) -> tuple[int, int, float, int]:
-    """Width and height once upright, duration in seconds, and how many frames `read_frames` gives at a rate `fps`.
-
-    Only the first frame is decoded where the container says its duration; else all are. Raises as `read_frames`.
+    Where packets do not tell (see `packets.py`), and with `allow_partial`, everything is decoded, or without `decode`
+    nothing at all and the count is near. Raises as `read_frames`.
     """
-    reader = read_frames(path, fps=fps, decoder="pyav")
-    first = next(reader, None)
+    check_whole(path, allow_partial=allow_partial)
+    job = _Job(path, fps, frames, None, "pyav", "exact", allow_partial, None, os.cpu_count() or 1)
+    with decoder_errors(path):
+        if allow_partial and decode:
+            return _count_readable(job)
+        index = read_packets(path)
+        wanted = choose(index, fps, frames) if index is not None else []
+        if index is None or index.stretches(sorted(set(wanted))) is None:
+            return _count_all(job) if decode else _count_about(job)
+        duration = float(index.end * index.time_base - index.time(0))
+        facts = probe(path)
+        width, height = facts["width"], facts["height"]
+        if decode:
+            height, width = _upright_size(job, index, wanted)
+        # What cannot be decoded is left out then.
+        return Count(frames=len(wanted), exact=not allow_partial, width=width, height=height, duration=duration)
+
+
+def _count_readable(job: "_Job") -> Count:
+    reader = read_frames(job.path, fps=job.fps, frames=job.frames, allow_partial=True)
+    found = sum(1 for _ in reader)
+    facts = reader.facts
+    return Count(
+        frames=found,
+        exact=True,
+        width=facts["width"],
+        height=facts["height"],
+        duration=facts["duration"],
+        partial=facts.get("partial", False),
+    )
+
+
+def _upright_size(job: "_Job", index: PacketIndex, wanted: list[int]) -> tuple[int, int]:
+    """Height and width of the first of the wanted frames that can be decoded."""
+    for some in (wanted[:1], sorted(set(wanted))):
+        stretches = index.stretches(some) or []
+        read: Any = read_planned(job.path, index, stretches, prepare=None, threads=job.threads, tally=Tally())
+        with contextlib.closing(read):
+            for _, size, _ in read:
+                return size
+    raise InputError("not one frame could be decoded", where=job.path)
+
+
+def _count_all(job: "_Job") -> Count:
+    facts: dict[str, Any] = {}
+    tally = Tally()
+    shots = _shots(job, facts, tally)
+    first = next(shots, None)
     if first is None:
-        raise InputError("not one frame could be decoded", where=path)
-    height, width = first.image.shape[:2]
-    duration = float(probe(path)["duration"])
-    if duration <= 0:
-        frames = 1 + sum(1 for _ in reader)
-        return width, height, float(reader.facts["duration"]), frames
-    return width, height, duration, max(1, math.ceil(round(duration * fps, 4)))
+        raise InputError("not one frame could be decoded", where=job.path)
+    (height, width), _ = Converter(None)(first.data)
+    taken = sum(1 for _ in sample(itertools.chain([first], shots), fps=job.fps))
+    _check_damage(job, facts, tally.damaged, tally.decoded + tally.damaged)
+    return Count(
+        frames=taken if job.frames is None else job.frames,
+        exact=True,
+        width=width,
+        height=height,
+        duration=facts["duration"],
+    )
+
+
+def _count_about(job: "_Job") -> Count:
+    container, stream = open_video(job.path)
+    with container:
+        clock, a_frame = Clock(container, stream), frame_ticks(stream)
+        spans: list[tuple[int, int]] = []
+        for packet in demux(container, stream):
+            clock.mend(packet)
+            if not packet.is_discard:
+                stamp = packet.dts if packet.pts is None else packet.pts
+                start = stamp if stamp is not None else spans[-1][1] if spans else 0
+                spans.append((start, start + (packet.duration or a_frame)))
+        tick, width, height = Fraction(stream.time_base), stream.width, stream.height
+    if not spans:
+        raise InputError("not one frame could be decoded", where=job.path)
+    first, last, end = min(spans)[0], max(spans)[0], max(end for _, end in spans)
+    if job.frames is not None:
+        frames = job.frames
+    else:
+        frames = len(spans) if job.fps == "native" else len(due_ticks(first, last, end, tick, job.fps))
+    duration = float((end - first) * tick)
+    exact = job.frames is not None and not job.allow_partial
+    return Count(frames=frames, exact=exact, width=width, height=height, duration=duration)
 
 
 def _read(job: "_Job", facts: dict[str, Any], tally: Tally) -> Iterator[Frame]:
@@ -201,42 +262,6 @@ def _check_damage(job: "_Job", facts: dict[str, Any], damaged: int, frames: int)
         raise InputError(f"{damaged} of {frames} decoded frames are damaged or missing", where=job.path, fix=fix)
 
 
-def sample(shots: Iterable[Shot], *, fps: Rate | None, wanted: Iterable[int] = ()) -> Iterator[Shot]:
-    """The shots to take, in order: at the rate `fps`, or where `fps` is None those numbered in ascending `wanted`.
-
-    A shot that stays on display over several sampling times is taken several times.
-    """
-    if fps is None:
-        todo = iter(wanted)
-        want = next(todo, None)
-        for shot in shots:
-            while want == shot.index:
-                yield shot
-                want = next(todo, None)
-        return
-    if fps == "native":
-        yield from shots
-        return
-    step = 1 / Fraction(fps).limit_denominator(100_000)
-    shown: Shot | None = None
-    due = Fraction(0)
-    for shot in shots:
-        if shown is None:
-            due = shot.pts
-        while shown is not None and due < shot.pts:
-            yield shown
-            due += step
-        shown = shot
-    while shown is not None and (due < shown.end or due == shown.pts):
-        yield shown
-        due += step
-
-
-def spread(count: int, frames: int) -> list[int]:
-    """Numbers of `frames` frames evenly spread over `count`, both ends included: LongVA's linspace, rounded down."""
-    return np.linspace(0, count - 1, frames, dtype=int).tolist()
-
-
 @dataclass(frozen=True)
 class _Job:
     """The arguments of `read_frames`."""
@@ -276,23 +301,22 @@ def _shots(job: _Job, facts: dict[str, Any], tally: Tally) -> Iterator[Shot]:
     """Every frame in the order of presentation."""
     container, stream = open_video(job.path)
     stream.codec_context.thread_count = 0 if job.threads > 1 else 1
+    tick = Fraction(stream.time_base)
     first = last = Fraction(0)
     with container:
-        for frame in _decode(container, stream, tally):
-            stamp = frame.pts if frame.pts is not None else frame.dts
-            if stamp is None:
-                raise InputError("frames without timestamps", where=job.path, fix="put it into an MP4 or MKV first")
-            pts = stamp * Fraction(stream.time_base)
-            first = pts if tally.decoded == 0 else first
-            last = pts + (frame.duration or 0) * Fraction(stream.time_base)
+        for frame, start, end in in_order(_decode(container, stream, tally), stream):
+            first = start * tick if tally.decoded == 0 else first
+            last = end * tick
             tally.damaged += bool(frame.is_corrupt)
-            yield Shot(index=tally.decoded, pts=pts, end=last, data=frame)
+            yield Shot(index=tally.decoded, pts=start * tick, end=last, data=frame)
             tally.decoded += 1
     facts["source_frames"], facts["duration"] = tally.decoded, float(last - first)
 
 
 def _decode(container: Any, stream: Any, tally: Tally) -> Iterator[Any]:
+    clock = Clock(container, stream)
     for packet in demux(container, stream):
+        clock.mend(packet)
         tally.packets += 1
         try:
             yield from packet.decode()
@@ -302,29 +326,3 @@ def _decode(container: Any, stream: Any, tally: Tally) -> Iterator[Any]:
             tally.damaged += 1
     with contextlib.suppress(av.FFmpegError):
         yield from stream.decode(None)
-
-
-class Readable(NamedTuple):
-    """What can be read of a video."""
-
-    width: int
-    """Of an upright frame, in pixels."""
-    height: int
-    """Likewise."""
-    duration: float
-    """Seconds."""
-    frames: int
-    """Frames that `read_frames` gives with `allow_partial`."""
-    partial: bool
-    """Whether the video is cut short or damaged."""
-
-
-def count_readable(path: Path, *, fps: float | None = None, frames: int | None = None) -> Readable:
-    """Count what `read_frames` gives of a video that may be cut or damaged: only decoding all of it tells.
-
-    Raises as `read_frames` with `allow_partial`.
-    """
-    reader = read_frames(path, fps=fps, frames=frames, allow_partial=True)
-    count = sum(1 for _ in reader)
-    facts = reader.facts
-    return Readable(facts["width"], facts["height"], facts["duration"], count, facts.get("partial", False))

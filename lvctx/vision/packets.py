@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lvctx.vision.clock import Clock
 from lvctx.vision.container import demux, open_video
 
 PLANNED = ("h264", "hevc", "vp9", "av1")
@@ -61,6 +62,8 @@ class PacketIndex:
     """Entry -> the tick to seek to."""
     end: int
     """Tick at which the last frame is over."""
+    jumps: bool = False
+    """Whether the clock jumps: then times are other than the packets' own, and seeking by them leads nowhere."""
 
     def __len__(self) -> int:
         """Frames."""
@@ -104,7 +107,8 @@ class PacketIndex:
 
 
 def read_packets(path: Path) -> PacketIndex | None:
-    """The index of a video; None where packets do not tell all: other codecs, times missing or given twice.
+    """The index of a video; None where packets do not tell all: other codecs, times missing, given twice or in
+    another order than the pictures'.
 
     Raises InputError for what is no video.
     """
@@ -117,31 +121,45 @@ def read_packets(path: Path) -> PacketIndex | None:
         size = _length_size(codec, stream.codec_context.extradata or b"")
         pts, flags, layers = array("q"), array("B"), array("B")
         entry_dts: dict[int, int] = {}
+        reorders, clock = stream.codec_context.has_b_frames, Clock(container, stream)
         end, latest = 0, -(1 << 63)
+        highest = latest  # of all, latest only of those that are shown
         for packet in demux(container, stream):
+            jumps = clock.jumps
+            clock.mend(packet)
             if packet.pts is None:
                 return None
             flag = HIDDEN if packet.is_discard else 0
             layer = 0
             if codec == "h264":
-                flag |= _look_at_h264(units(packet, size), bare=not size)
+                found, backward = _look_at_h264(units(packet, size), bare=not size)
+                if backward and packet.pts > highest:
+                    return None  # a picture between others is stamped as if it came after all of them
+                flag |= found
             elif codec == "hevc":
                 found, layer = _look_at_hevc(units(packet, size), bare=not size)
                 flag |= found
             elif packet.is_keyframe:
                 flag |= ENTRY
+            if clock.jumps > jumps and not flag & ENTRY:
+                return None  # a recording that begins with pictures which cannot be decoded
             if flag & ENTRY:
                 entry_dts[len(pts)] = packet.pts if packet.dts is None else packet.dts
             if not flag & HIDDEN and packet.pts > latest:
                 latest, end = packet.pts, packet.pts + (packet.duration or 0)
+            highest = max(highest, packet.pts)
             pts.append(packet.pts)
             flags.append(flag)
             layers.append(layer)
     pts_N, flags_N, layers_N = np.array(pts), np.array(flags), np.array(layers)
     shown = np.flatnonzero(~flags_N & HIDDEN)
     packet_F = shown[np.argsort(pts_N[shown], kind="stable")]
-    if len(shown) == 0 or 0 not in entry_dts or pts_N[packet_F[0]] < pts_N[0] or (np.diff(pts_N[packet_F]) == 0).any():
+    if len(shown) == 0 or 0 not in entry_dts or (np.diff(pts_N[packet_F]) == 0).any():
         return None
+    if not _ordered(pts_N, np.fromiter(entry_dts, np.int64), codec):
+        return None
+    if codec == "hevc" and reorders and len(pts_N) > 1 and (np.diff(pts_N) > 0).all():
+        return None  # stamps in the order of decoding, as an AVI has them
     flags_N[layers_N < layers_N.max()] &= ~np.uint8(SPARE)
     return PacketIndex(
         codec=codec,
@@ -151,7 +169,17 @@ def read_packets(path: Path) -> PacketIndex | None:
         packet_F=packet_F,
         entry_dts=entry_dts,
         end=end,
+        jumps=clock.jumps > 0,
     )
+
+
+def _ordered(pts_N: np.ndarray, entries_E: np.ndarray, codec: str) -> bool:
+    """Whether no time before an entry reaches beyond it and, in H.264, none after it is earlier: so do decoders."""
+    before = np.maximum.accumulate(pts_N)[entries_E[1:] - 1]
+    after = np.minimum.accumulate(pts_N[::-1])[::-1][entries_E]
+    behind = after < pts_N[entries_E]
+    # Pictures that lead an entry are shown before it, except in H.264; nothing leads the first.
+    return bool((before < pts_N[entries_E[1:]]).all()) and not (behind if codec == "h264" else behind[:1]).any()
 
 
 def _length_size(codec: str, extradata: bytes) -> int:
@@ -176,16 +204,19 @@ def units(packet: Any, size: int) -> Iterator[tuple[int, int]]:
         at += 3
 
 
-def _look_at_h264(found: Iterator[tuple[int, int]], *, bare: bool) -> int:
-    kinds, used = set(), 0
-    for head, _ in found:
+def _look_at_h264(found: Iterator[tuple[int, int]], *, bare: bool) -> tuple[int, bool]:
+    """Flags, and whether the picture refers to later ones: its first slice is of type B."""
+    kinds, used, backward = set(), 0, False
+    for head, second in found:
         kinds.add(head & 31)
         if head & 31 in (1, 2, 5):
             used |= head >> 5 & 3
+            # Exponential Golomb codes: first_mb_in_slice 0 is 1, slice_type B is 010 or 00111.
+            backward |= second >> 4 == 0b1010 or second >> 2 == 0b100111
     # Where parameters travel with the pictures, an entry is one that brings its own.
     if 5 in kinds and (7 in kinds or not bare):
-        return ENTRY
-    return SPARE if kinds & {1, 2} and not used and not kinds & {5, 7, 8} else 0
+        return ENTRY, backward
+    return (SPARE if kinds & {1, 2} and not used and not kinds & {5, 7, 8} else 0), backward
 
 
 def _look_at_hevc(found: Iterator[tuple[int, int]], *, bare: bool) -> tuple[int, int]:

@@ -3,15 +3,39 @@
 So a rotated, 10-bit or full-range video looks as it does there, to the bit.
 """
 
+import math
+import struct
 from fractions import Fraction
 from typing import Any
 
 import av
 import numpy as np
 
-_TURNS = {90: (("transpose", "cclock"),), -90: (("transpose", "clock"),)}
-_TURNS |= dict.fromkeys((180, -180), (("hflip",), ("vflip",)))  # type: ignore[arg-type]
-"""Rotation in degrees, counter-clockwise, that a frame asks for -> FFmpeg's filters."""
+Filters = tuple[tuple[str, ...], ...]
+"""Name and arguments of FFmpeg's filters, in order."""
+
+
+def upright(matrix: bytes | None) -> Filters:
+    """The filters that the ffmpeg program inserts for a display matrix (nine int32, by rows): turns and flips.
+
+    After `configure_input_video_filter` of fftools/ffmpeg_filter.c and `av_display_rotation_get` of libavutil.
+    """
+    if matrix is None:
+        return ()
+    a, b, _, c, d = struct.unpack("=5i", matrix[:20])
+    across, down = math.hypot(a, c), math.hypot(b, d)
+    if not across or not down:
+        return ()
+    theta = math.floor(math.degrees(math.atan2(b / down, a / across)) + 0.5) % 360
+    if theta == 90:
+        return (("transpose", "cclock_flip" if c > 0 else "clock"),)
+    if theta == 180:
+        return (("hflip",),) * (a < 0) + (("vflip",),) * (d < 0)
+    if theta == 270:
+        return (("transpose", "clock_flip" if c < 0 else "cclock"),)
+    if theta > 1:
+        return (("rotate", f"{theta}*PI/180"),)
+    return (("vflip",),) * (d < 0)
 
 
 class Picture:
@@ -23,19 +47,21 @@ class Picture:
 
     def rgb(self, frame: Any) -> np.ndarray:
         """uint8 (H, W, 3), turned upright."""
-        kind = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range, frame.rotation)
+        found = frame.side_data.get("DISPLAYMATRIX")
+        matrix = None if found is None else bytes(found)
+        kind = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range, matrix)
         if kind != self._kind:
-            self._kind, self._graph = kind, self._build(frame)
+            self._kind, self._graph = kind, self._build(frame, upright(matrix))
         self._graph.push(frame)
         return self._graph.pull().to_ndarray()
 
     @staticmethod
-    def _build(frame: Any) -> Any:
+    def _build(frame: Any, turns: Filters) -> Any:
         graph = av.filter.Graph()
         nodes = [
             graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000))
         ]
-        nodes += [graph.add(*turn) for turn in _TURNS.get(frame.rotation, ())]
+        nodes += [graph.add(*turn) for turn in turns]
         nodes += [graph.add("format", "rgb24"), graph.add("buffersink")]
         graph.link_nodes(*nodes).configure()
         return graph

@@ -194,6 +194,8 @@ class _StretchReader:
             if not flags_N[number] & SPARE or int(pts_N[number]) in wanted:
                 if not flags_N[number] & HIDDEN:
                     yield int(pts_N[number])
+                if self.index.jumps:
+                    packet.pts = int(pts_N[number])
                 try:
                     yield from packet.decode()
                 except av.EOFError:
@@ -208,7 +210,10 @@ class _StretchReader:
 
     def _go_to(self, start: int) -> None:
         """Make packet `start`, an entry, the next one of `self.packets`."""
-        if not self.at <= start <= self.at + NEAR:
+        if self.index.jumps:
+            if start < self.at:
+                self._reopen()
+        elif not self.at <= start <= self.at + NEAR:
             self._seek(start)
         while self.at < start:
             next(self.packets)
@@ -233,5 +238,8 @@ class _StretchReader:
             if number <= start:
                 self.packets, self.at = itertools.chain([packet], packets), number
                 return
+        self._reopen()
+
+    def _reopen(self) -> None:
         self.container.close()
         self._open()
