@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -296,6 +297,51 @@ def test_separator(bpe: Path, tmp_path: Path, separator: str, found: int) -> Non
     source = write_lines(tmp_path / "a.jsonl", make_documents(60, seed=4))
     rows = pack(tmp_path / "out", source, tokenizer=bpe, separator=separator)
     assert rows.row(0)[0] == rows.manifest["separator"]["id"] == found
+
+
+@pytest.mark.parametrize("separator", ["auto", "</s>", "|"])
+def test_special_tokens_that_a_document_writes_are_text(bpe: Path, tmp_path: Path, separator: str) -> None:
+    """As `split_special_tokens` has it: the separators alone are control tokens. `|` is an added token, not special."""
+    from tokenizers import Tokenizer
+
+    loaded = Tokenizer.from_file(str(bpe / "tokenizer.json"))
+    loaded.add_tokens(["|"])
+    shutil.copytree(bpe, tmp_path / "tokenizer")
+    loaded.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    texts = ["the <|endoftext|> of </s>", "</s><|endoftext|> a | b", "<|endoftext|>"] * 30
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    rows = pack(tmp_path / "out", source, tokenizer=tmp_path / "tokenizer", separator=separator, keep_short=1.0)
+    controls = {0, 1, rows.manifest["separator"]["id"]}
+    ids = np.concatenate([rows.row(i) for i in range(len(rows))]).tolist()
+    assert {i for i in ids if i in controls} == {rows.manifest["separator"]["id"]}
+    assert sum(i in controls for i in ids) == sum(len(rows.doc_starts(i)) for i in range(len(rows)))
+    first = ids[1 : ids.index(ids[0], 1)]
+    loaded.no_truncation()
+    assert "".join(loaded.id_to_token(i) for i in first).replace("Ġ", " ") == texts[0]
+
+
+def test_a_special_token_that_no_text_can_spell_is_named(tmp_path: Path) -> None:
+    """Unigram has `</s>` among its pieces."""
+    from tokenizers import Tokenizer, models
+
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in "<>/sabcdefghijklmnopqrtuvwxyz ")]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.add_special_tokens(["<unk>", "</s>"])
+    (tmp_path / "unigram").mkdir()
+    tokenizer.save(str(tmp_path / "unigram" / "tokenizer.json"))
+    options: dict[str, Any] = {"tokenizer": tmp_path / "unigram", "separator": "</s>", "seq_len": 4, "keep_short": 1.0}
+    lines = '{"text": "the book É"}\n\n{"text": "ends </s> here"}\n{"text": "<unk> a book"}\n'
+    (tmp_path / "a.jsonl").write_text(lines)
+    with pytest.raises(InputError, match=r"a\.jsonl:3: </s> in the text, which this tokenizer cannot write as text"):
+        pack(tmp_path / "out", tmp_path / "a.jsonl", **options)
+    rows = pack(tmp_path / "out", tmp_path / "a.jsonl", skip_malformed=True, **options)
+    assert rows.manifest["sources"]["unreadable"]["malformed"] == 1
+
+
+def test_a_lone_surrogate_is_named_by_its_line(bpe: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n\n{"text": "\\ud83d"}\n')
+    with pytest.raises(InputError, match=r"a\.jsonl:4: invalid UTF-8"):
+        pack(tmp_path / "out", tmp_path / "a.jsonl", tokenizer=bpe, invalid="error")
 
 
 def test_wrong_numbers_are_told_before_anything_is_read(bpe: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def align(
     data: Annotated[
         Path,
         typer.Option(
-            help="Conversations in LLaVA's form, or for dpo preference pairs: JSON, JSONL, Parquet, a folder that "
+            help="LLaVA rows or OpenAI messages, or for dpo preference pairs: JSON, JSONL, Parquet, a folder that "
             "`datasets` saved, or a hub id. Pictures in the rows are written to --images."
         ),
     ],
@@ -129,8 +129,12 @@ def align(
 ) -> None:
     """Teach a language model to see with single images: the projector first, then the whole model or LoRA.
 
-    Stage dpo then reads JSONL rows of "image" (or "images", or neither), "prompt" (or "conversations"), "chosen" and
-    "rejected".
+    Answers and the end of their turn are learned, or what the chat template marks as generated; a template that
+    rewrites earlier turns is refused. A special token that a turn writes (<|im_end|>), and <image> in a row without one,
+    is text. A turn of the assistant's before the first question is left out.
+
+    Stage dpo then reads rows of "image" (or "images", or neither), "prompt" (or "conversations"), "chosen" and
+    "rejected", each text or messages.
     """
     from lvctx.artifacts import schemas
     from lvctx.artifacts.manifest import MANIFEST

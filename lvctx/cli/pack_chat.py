@@ -24,7 +24,11 @@ from lvctx.cli.common import (
 )
 from lvctx.errors import UsageError
 
-Sources, Recipe, Counting = "Samples (LLaVA rows or OpenAI messages, JSON or JSONL; repeatable)", "Recipe", "Counting"
+Sources, Recipe, Counting = (
+    "Samples (LLaVA rows or OpenAI messages: JSON, JSONL, Parquet, datasets; repeatable)",
+    "Recipe",
+    "Counting",
+)
 
 
 class Template(StrEnum):
@@ -124,6 +128,10 @@ def pack_chat(
     verbose: VerboseOption = False,
 ) -> None:
     """Mix chat samples with text, images and videos to shares, and concatenate them to long rows; none is cut.
+
+    Answers and the end of their turn are learned, or what the template marks as generated; a template that rewrites
+    earlier turns is refused. A special token that a turn writes (<|im_end|>), and <image> or <video> in a row without
+    one, is text. A turn of the assistant's before the first question is left out.
 
     A run that was stopped begins again: it keeps no partial result.
     """

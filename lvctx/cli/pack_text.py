@@ -117,7 +117,11 @@ def pack_text(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Pack documents into token rows of one length: long ones all, short ones seldom, sources at their shares."""
+    """Pack documents into token rows of one length: long ones all, short ones seldom, sources at their shares.
+
+    A special token that a document writes (<|endoftext|>) is text. A tokenizer that cannot write it as text (Unigram
+    with it among its pieces) makes the document malformed.
+    """
     import os
     from dataclasses import asdict
 
