@@ -77,7 +77,7 @@ def test_a_training_killed_again_and_again_ends_as_if_it_never_was(kind: str, fo
 
 @pytest.mark.parametrize(("place", "number"), [("step", 5), ("row", 5), ("save", 3)])
 def test_a_kill_between_checkpoints(place: str, number: int, tmp_path: Path) -> None:
-    """Checkpoints every second step; the first process makes one at least, two more do not come to the end of a step."""
+    """Checkpoints every second step; the first process makes one, two more do not come to the end of a step."""
     for blow in ((place, number), ("step", 1), ("step", 1)):
         process("toy", tmp_path, tmp_path / "parts", blow)
     for name in ("parts", "whole"):
