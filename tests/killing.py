@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,6 +15,11 @@ from unittest import mock
 import aligning
 import numpy as np
 import torch
+import torch._dynamo
+import transformers.models.clip.modeling_clip
+import transformers.models.llama.modeling_llama
+import transformers.models.llava_onevision.modeling_llava_onevision
+import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
 from torch import Tensor, nn
 
 from lvctx.artifacts.manifest import Provenance
@@ -102,21 +108,17 @@ def _train(kind: str, folder: Path, out: Path, blow: tuple[str, int] | None) -> 
         os._exit(75)
 
 
-def start_server() -> None:
-    """Python 3.11's fork server looks for what it imports ahead on PYTHONPATH alone."""
-    from multiprocessing import forkserver
-
+def process(kind: str, folder: Path, out: Path, blow: tuple[str, int]) -> None:
+    """A process of a run that ends by a blow."""
     FORKS.set_forkserver_preload([__name__])
+    # Python 3.11's fork server looks on PYTHONPATH alone for what it imports ahead.
     paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
         forkserver.ensure_running()
-
-
-def process(kind: str, folder: Path, out: Path, blow: tuple[str, int] | None = None) -> None:
     child = FORKS.Process(target=_train, args=(kind, folder, out, blow))
     child.start()
     child.join()
-    assert child.exitcode == (0 if blow is None else 75 if blow[0] == "stop" else -signal.SIGKILL), (kind, blow)
+    assert child.exitcode == (75 if blow[0] == "stop" else -signal.SIGKILL), (kind, blow)
 
 
 def _toy(folder: Path, out: Path) -> None:

@@ -83,7 +83,7 @@ def unpack(raw: Any, name: str) -> io.BufferedReader:
 def check_text(content: bytes, name: str) -> None:
     """Raise InputError for what is no text: it holds a NUL, or is neither UTF-8 nor free of other control bytes.
 
-    Text in another 8-bit encoding passes: invalid UTF-8 is the tokenizer's to judge. A NUL betrays UTF-16 without a
+    Text in another 8-bit encoding passes: invalid UTF-8 is the tokenizer's to judge. A NUL shows UTF-16 without a
     byte order mark too, which would pass for UTF-8.
     """
     at = content.find(b"\0")
