@@ -27,15 +27,14 @@ class Clock:
     """Shifts the times of a stream's packets, taken in the order of the file, so that they go on where they jump."""
 
     def __init__(self, container: Any, stream: Any) -> None:
-        self._back: float
+        tick, self._frame = Fraction(stream.time_base), frame_ticks(stream)
         if container.format.flags & av.format.Flags.ts_discont.value:
-            ahead, self._back = AHEAD / stream.time_base, BACK / stream.time_base
+            self._ahead, self._back = int(AHEAD / tick), int(BACK / tick)
         else:
-            # An edit list may show a part twice, or decode again what leads to a part.
-            edited = container.format.name.startswith("mov,")
-            ahead = AHEAD_ELSEWHERE / stream.time_base
-            self._back = ahead if edited else BACK_ELSEWHERE / stream.time_base
-        self._ahead, self._frame = float(ahead), frame_ticks(stream)
+            self._ahead, self._back = int(AHEAD_ELSEWHERE / tick), int(BACK_ELSEWHERE / tick)
+            if container.format.name.startswith("mov,"):
+                self._back = self._ahead  # an edit list may decode again what leads to a part
+        self._apart = max(self._ahead, REORDERED * self._frame)
         self._last = self._due = 0
         self._started = False
         self.jumps = 0
@@ -45,16 +44,17 @@ class Clock:
 
     def mend(self, packet: Any) -> None:
         """Set the times of the next packet."""
-        if packet.dts is None:
+        dts, pts = packet.dts, packet.pts
+        if dts is None:
             return
-        dts = packet.dts + self.offset
+        dts += self.offset
         if self._started and (abs(dts - self._due) > self._ahead or dts + self._back < self._last):
             self.jumps, self.offset, dts = self.jumps + 1, self.offset + self._due - dts, self._due
         if self.offset:
             packet.dts = dts
-            if packet.pts is not None:
-                packet.pts += self.offset
-        if packet.pts is not None and abs(packet.pts - dts) > max(self._ahead, REORDERED * self._frame):
+            if pts is not None:
+                packet.pts = pts = pts + self.offset
+        if pts is not None and abs(pts - dts) > self._apart:
             packet.pts = None  # of another recording than its neighbours
         self._started, self._last, self._due = True, dts, dts + (packet.duration or self._frame)
 
@@ -89,7 +89,8 @@ def in_order(frames: Iterable[Any], stream: Any) -> Iterator[Timed]:
         held.append((frame, stamp is not None))
         if stamp is not None:
             heapq.heappush(stamps, stamp)
-        if len(held) > REORDERED:
+        # Where no frame is ever held back none can be stamped out of order; decoders may learn it on the way.
+        if len(held) > (REORDERED if stream.codec_context.has_b_frames else 0):
             yield (before := leave())
     while held:
         yield (before := leave())
