@@ -91,9 +91,14 @@ def skeleton(kind: str) -> Any:
 
 def save(kind: str, out: Path) -> Path:
     """A checkpoint directory as transformers writes it, with tokenizer and image processor."""
+    build(kind).save_pretrained(out)
+    return save_processors(kind, out)
+
+
+def save_processors(kind: str, out: Path) -> Path:
+    """Tokenizer and image processor of such a checkpoint."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    build(kind).save_pretrained(out)
     tokenizer().save_pretrained(out)
     Qwen2VLImageProcessorPil(patch_size=config(kind).vision_config.patch_size).save_pretrained(out)
     return out

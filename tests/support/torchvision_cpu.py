@@ -26,8 +26,8 @@ def install() -> Path | None:
     return folder
 
 
-def use() -> None:
-    """Make `import torchvision` work in this process; `install` has to have run."""
+def use(folder: Path | None = None) -> None:
+    """Make `import torchvision` work here: that in `folder`, or in the folder of the variable TORCHVISION."""
     import torch
 
     try:
@@ -38,7 +38,7 @@ def use() -> None:
         library = torch.library.Library("torchvision", "FRAGMENT")
         for op in ("nms", "qnms"):
             library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        sys.path.append(os.environ["TORCHVISION"])
+        sys.path.append(str(folder or os.environ["TORCHVISION"]))
         import torchvision
 
         torchvision.library = library  # the definitions live as long as the object that made them
