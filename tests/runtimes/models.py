@@ -148,11 +148,13 @@ def compute(path: Path) -> dict[str, Any]:
     ids = rng.integers(0, 250, LONG).tolist()
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-        grown = list(ids)
+        grown, likely = list(ids), []
         for _ in range(NEW):
-            grown.append(int(model(input_ids=torch.tensor([grown])).logits[0, -1].argmax()))
+            best = model(input_ids=torch.tensor([grown])).logits[0, -1].log_softmax(-1).max(-1)
+            grown.append(int(best.indices))
+            likely.append(float(best.values))
     chosen = logits[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-    return {"ids": ids, "logprobs": chosen.tolist(), "greedy": grown[LONG:]}
+    return {"ids": ids, "logprobs": chosen.tolist(), "greedy": grown[LONG:], "greedy_logprobs": likely}
 
 
 def show(path: Path, out: Path) -> dict[str, Any]:
