@@ -149,7 +149,7 @@ def load_model(
         raise InputError(
             f"config.json describes {described:,} parameters, the weights are {sum(stored.values()):,}", where=path
         )
-    with library_errors("cannot load the model", where=path):
+    with library_errors("cannot load the weights", where=path):
         model, found = kind.from_pretrained(
             path,
             config=config,
@@ -162,13 +162,19 @@ def load_model(
             ignore_mismatched_sizes=True,  # they are named below
         )
     check_loaded(model, found, stored, path)
-    model = (model if device_map is not None else model.to(device)).eval()
-    with library_errors("the model cannot compute with this config.json", where=path), torch.no_grad():
-        # Many values are first used here: positions, attention's windows, scales. Two tokens cost next to nothing.
-        model.get_decoder()(
-            input_ids=torch.zeros(1, 2, dtype=torch.long, device=device_of(model.get_input_embeddings()))
-        )
-    return model
+    return (model if device_map is not None else model.to(device)).eval()
+
+
+def try_forward(model: Any, where: object) -> None:
+    """Run a loaded model on two tokens. Raises InputError where its configuration makes it fail.
+
+    Many values of a config.json are used in no other place: positions, attention's windows, scales.
+    """
+    import torch
+
+    device = device_of(model.get_input_embeddings())
+    with library_errors("the model cannot compute with this config.json", where=where), torch.no_grad():
+        model.get_decoder()(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
 
 
 def _stored(path: Path, config: Any) -> dict[str, int]:
@@ -178,7 +184,11 @@ def _stored(path: Path, config: Any) -> dict[str, int]:
             "holds a PEFT adapter (adapter_config.json)", where=path, fix="merge it into the weights first"
         )
     stored = {}
-    for file, header in read_headers(path).items():
+    try:
+        headers = read_headers(path)
+    except InputError as e:
+        raise InputError(f"cannot load the weights ({e.what})", where=e.where, fix=e.fix) from None
+    for file, header in headers.items():
         for name, entry in header.items():
             if quantization(config) is None and entry["dtype"] not in FLOATS and not DERIVED.search(name):
                 raise InputError(

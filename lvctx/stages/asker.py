@@ -16,7 +16,7 @@ from lvctx.bench.prefix import Positions, count_up
 from lvctx.bench.reader import Reader
 from lvctx.dist.ring import ALONE, Ring
 from lvctx.errors import InputError
-from lvctx.model.load import DeviceMap, context_length, load_config, load_model, load_tokenizer
+from lvctx.model.load import DeviceMap, context_length, load_config, load_model, load_tokenizer, try_forward
 from lvctx.model.vlm import VIDEO_TOKEN, chat_ids, embed_frames, newline_embedding
 from lvctx.train.images import Encoding, embed_image
 from lvctx.vision.images import Preprocess
@@ -49,6 +49,7 @@ class Asker:
         """
         self.path = path
         self.vlm = load_model(path, device=device, device_map=device_map)
+        try_forward(self.vlm, path)
         self.tokenizer = load_tokenizer(path)
         self.context = context_length(self.vlm.config)
         self.reader = Reader(self.vlm, None, chunk=chunk, reuse=reuse, ring=ring)

@@ -36,6 +36,7 @@ from lvctx.model.load import (
     refuse_quantized,
     resolve_model,
     trained_length,
+    try_forward,
 )
 from lvctx.model.lora import ATTENTION, add_lora, lora_parameters, merge_lora
 from lvctx.positions.choose import Scheme, check_rope, choose
@@ -305,6 +306,7 @@ def _load(plan: Plan, device: str, dtype: torch.dtype | None = None) -> tuple[An
     text = hf.get_text_config()
     text.rope_parameters, text.max_position_embeddings = plan.rope_parameters, config.context
     model = load_model(plan.model, config=hf, dtype=dtype or _dtype(plan), device=device).requires_grad_(False)
+    try_forward(model, plan.model)
     decoder = model.get_decoder()
     if not config.lora:
         decoder.requires_grad_(True)

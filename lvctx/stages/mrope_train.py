@@ -27,7 +27,7 @@ from lvctx.dist.shard import gather_into, shard_model, take_part
 from lvctx.dist.zigzag import shard
 from lvctx.errors import InputError, UsageError
 from lvctx.model.adapter import ADAPTER, save_adapter
-from lvctx.model.load import load_config, load_image_processor, load_model, load_tokenizer
+from lvctx.model.load import load_config, load_image_processor, load_model, load_tokenizer, try_forward
 from lvctx.model.lora import ATTENTION, add_lora, merge_lora
 from lvctx.model.loss import IGNORED, token_loss
 from lvctx.model.qwen_vl import TYPES
@@ -275,7 +275,9 @@ def load_stretched(plan: Plan, device: str) -> Any:
     config = load_config(plan.checkpoint.path)
     text = config.get_text_config()
     text.rope_parameters, text.max_position_embeddings = plan.rope, plan.context
-    return load_model(plan.checkpoint.path, config=config, device=device)
+    vlm = load_model(plan.checkpoint.path, config=config, device=device)
+    try_forward(vlm, plan.checkpoint.path)
+    return vlm
 
 
 def adapt(vlm: Any, config: TrainingConfig) -> tuple[list[nn.Parameter], Any]:

@@ -28,7 +28,15 @@ from lvctx.dist.mesh import LONG_PATIENCE, World, open_world
 from lvctx.dist.ring import Ring
 from lvctx.errors import InputError, UsageError
 from lvctx.model.adapter import longest_sample
-from lvctx.model.load import context_length, load_config, load_model, load_tokenizer, resolve_model, trained_length
+from lvctx.model.load import (
+    context_length,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    trained_length,
+    try_forward,
+)
 from lvctx.positions.choose import SCHEMES, Scheme, choose
 from lvctx.text.needle import Task, read_haystack
 from lvctx.vision.hybrid import Hybrid
@@ -359,6 +367,7 @@ def load_scorer(plan: Plan, *, device: str, chunk: int, reuse: bool, ring: Ring)
     if longest > context:
         log.warning("up to %d positions are read by a model that promises %d", longest, context)
     model = load_model(plan.path, config=_with_rope(load_config(plan.path), plan.config.rope), device=device)
+    try_forward(model, plan.path)
     table = None
     if plan.eyes is not None:
         assert isinstance(plan.test, VideoNiah)

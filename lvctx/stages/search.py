@@ -16,7 +16,7 @@ from lvctx.artifacts import schemas
 from lvctx.artifacts.rows import RowLog
 from lvctx.bench.prefix import PrefixScorer
 from lvctx.errors import UsageError
-from lvctx.model.load import load_config, load_model
+from lvctx.model.load import load_config, load_model, try_forward
 from lvctx.positions.choose import choose
 from lvctx.stages.niah import NiahConfig, plan_niah
 from lvctx.stages.niah import Plan as NiahPlan
@@ -87,6 +87,8 @@ def run_search(
     with RowLog(out / "search.jsonl", fresh=force) as rows:
         waiting = [base for base in search.bases if search.key(base) not in rows]
         model = load_model(search.niah.path, device=device) if waiting else None
+        if model is not None:
+            try_forward(model, search.niah.path)
         for done, base in enumerate(waiting, start=len(search.bases) - len(waiting) + 1):
             row = {"schema": schemas.BASE, "key": search.key(base), "base": base, **_try_base(search, model, base)}
             rows.append(row)

@@ -115,7 +115,7 @@ def read_shape(config: Mapping[str, Any], *, where: object) -> Shape:
     def size(key: str, default: int | None = None) -> int:
         value = default if config.get(key) is None else config[key]
         if value is None:
-            raise InputError(f"config.json lacks {key}", where=where)
+            raise InputError(f"config.json lacks {key!r}", where=where)
         if type(value) is not int or value < 1:
             raise InputError(f"{key} is {value!r}", where=where, fix="correct config.json")
         return value
