@@ -127,11 +127,11 @@ def check_row(row: Any, where: str) -> ChatSample:
     if not isinstance(turns, list):
         raise InputError("no list of `conversations` or `messages`", where=where)
     given = [(role_of(turn, where), turn) for turn in turns]
-    if not any(role == "assistant" for role, _ in given[_asked(given) :]):
-        raise InputError("no answer to learn from", where=where)
     media = _RowMedia(row, where)
     checked = [(role, tuple(media.parts(first(turn, "value", "content")))) for role, turn in _kept(given)]
     checked = [*_system(row, checked, where), *checked]
+    if not any(role == "assistant" for role, _ in checked):
+        raise InputError("no answer to learn from", where=where)
     media.check()
     last = max(i for i, (role, _) in enumerate(checked) if role == "assistant")
     for role, parts in checked:
