@@ -275,7 +275,7 @@ def test_quantized_weights_are_3_to_train_and_5_without_their_package(lm: Path, 
     code, said, _ = broken.lvctx("extend-lm", "--model", model, "--steps", 0, "-q", "-o", tmp_path / "out")
     assert code == 3
     assert "quantized (gptq)" in said
-    with pytest.raises((MissingError, InputError), match="cannot (load|read)"):
+    with pytest.raises((MissingError, InputError), match=r"cannot (load|read)"):
         load_model(model)
 
 
