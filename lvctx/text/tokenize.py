@@ -79,7 +79,7 @@ class Encoder:
         if separator in added:
             self.tokenizer.add_special_tokens([added[separator]])
         self.tokenizer.encode_special_tokens = True
-        special = {i: token.content for i, token in added.items() if token.special or i == separator}
+        special = {i: token.content for i, token in added.items() if token.special}
         unknown = set(self._ids("\ufdd0"))  # a character that no vocabulary has
         self._leaks = {i for i, text in special.items() if i in self._ids(text)} - unknown
         """Special tokens that are pieces of the vocabulary too (Unigram's), so that no text has their letters."""
