@@ -12,7 +12,6 @@ What the assistant says before anybody asks is left out, as LLaVA does. Files ar
 """
 
 import codecs
-import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -27,13 +26,6 @@ from lvctx.train.tables import is_table, read_table
 from lvctx.vision.tokens import Kind
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_WIDE = {
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-"""How a file begins that is not in UTF-8; UTF-32's mark begins like UTF-16's."""
 
 
 class Media(NamedTuple):
@@ -98,15 +90,12 @@ def read_rows(path: Path, media: Path) -> Iterator[tuple[str, Any]]:
         raise InputError("no such file", where=path)
     try:
         with open_stream(str(path)) as f:
-            head = f.peek(64)[:64]
-            wide = next((name for sign, name in _WIDE.items() if head.startswith(sign)), None)
-            if head.decode(wide or "utf-8-sig", "ignore").lstrip().startswith("["):
+            if f.peek(64)[:64].removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
                 yield from ((f"{path}[{i}]", row) for i, row in enumerate(json.loads(f.read())))
                 return
             # Lines end in "\n" alone: a string may hold U+2028 and U+0085 as they are.
-            lines: Any = io.TextIOWrapper(f, wide, newline="\n") if wide else f
-            for number, line in enumerate(lines, start=1):
-                if number == 1 and not wide:
+            for number, line in enumerate(f, start=1):
+                if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     where = f"{path}:{number}"
