@@ -385,9 +385,9 @@ def _with_rope(config: Any, rope: tuple[str, float] | None) -> Any:
             raise UsageError(f"--rope {scheme} is unknown", fix=f"one of {', '.join(SCHEMES)}, then : and a number")
         if number < 1:
             raise UsageError(f"--rope {scheme}:{number:g} is less than 1")
-        text = config.get_text_config()
+        text, length = config.get_text_config(), context_length(config)
         theta, factor = (number, None) if scheme == "theta" else (None, number)
-        chosen = choose(text, scheme=cast(Scheme, scheme), theta=theta, factor=factor, context=None, seq_len=0)
+        chosen = choose(text, scheme=cast(Scheme, scheme), theta=theta, factor=factor, context=length, seq_len=0)
         text.rope_parameters = chosen.rope_parameters
     return config
 
