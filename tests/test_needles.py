@@ -117,6 +117,17 @@ def test_lookalikes_of_a_folder(tmp_path: Path) -> None:
     assert len(lookalikes) == 1
 
 
+def test_a_list_of_needles_is_read_by_line_feeds_alone(tmp_path: Path) -> None:
+    """JSON strings may hold other line separators; a byte order mark and blank lines are no rows (RFC 8259, section 7)."""
+    Image.new("RGB", (48, 48)).save(tmp_path / "a.png")
+    row = json.dumps({"image": "a.png", "question": "What\u2028is\x85it?", "answer": "A"}, ensure_ascii=False)
+    (tmp_path / "n.jsonl").write_text(f"\ufeff{row}\r\n\n{row}\n", encoding="utf-8")
+    assert [needle.question for needle in read_needles(tmp_path)[0]] == ["What\u2028is\x85it?"] * 2
+    (tmp_path / "n.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match=r"n\.jsonl"):
+        read_needles(tmp_path)
+
+
 def test_when_is_between_the_neighbours(seeing: Any) -> None:
     """Two artifacts after each other: 4 frames half a second apart from 10 s on, then 36 a second apart."""
     pts = [10 + np.arange(4) / 2, 100 + np.arange(36.0)]

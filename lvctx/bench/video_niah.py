@@ -89,13 +89,19 @@ def read_needles(folder: Path) -> tuple[list[Needle], list[Needle]]:
     if len(lists) != 1:
         raise InputError(f"{len(lists)} .jsonl files", where=folder, fix="a needle folder has one, and its images")
     needles: tuple[list[Needle], list[Needle]] = ([], [])
-    for number, line in enumerate(lists[0].read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = lists[0].read_text(encoding="utf-8-sig").split("\n")  # strings may hold U+2028 and U+0085
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"cannot read ({e})", where=lists[0]) from e
+    for number, line in enumerate(lines, start=1):
         where = f"{lists[0]}:{number}"
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             image, is_distractor = folder / row["image"], row.get("distractor") is True
             question, answer = ("", "") if is_distractor else (str(row["question"]), str(row["answer"]))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(
                 "not an object with image, question and answer", where=where, fix="mend the line"
             ) from None
