@@ -118,7 +118,7 @@ def test_lookalikes_of_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_list_of_needles_is_read_by_line_feeds_alone(tmp_path: Path) -> None:
-    """JSON strings may hold other line separators; a byte order mark and blank lines are no rows (RFC 8259, section 7)."""
+    """JSON strings may hold other line separators; a byte order mark and blank lines are no rows."""
     Image.new("RGB", (48, 48)).save(tmp_path / "a.png")
     row = json.dumps({"image": "a.png", "question": "What\u2028is\x85it?", "answer": "A"}, ensure_ascii=False)
     (tmp_path / "n.jsonl").write_text(f"\ufeff{row}\r\n\n{row}\n", encoding="utf-8")
