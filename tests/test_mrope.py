@@ -124,7 +124,7 @@ def test_weights_are_links_and_nothing_else_changes(qwen2: Path, tmp_path: Path)
     readme = (out / "README.md").read_text()
     assert readme.startswith("---\nlicense: apache-2.0")
     for name in ("vllm.json", "sglang", "llama.cpp.txt"):
-        assert readme.count(f"out/{name}") == 1
+        assert readme.count(f"DIR/{name}") == 1
     assert (out / "sglang" / "model.safetensors").samefile(qwen2 / "model.safetensors")
     (qwen2 / "README.md").unlink()
 

@@ -41,14 +41,14 @@ def write_side_files(out: Path, title: str | None = None) -> list[str]:
         nested = "text_config" in raw and "text_config" not in overrides
         write_json(out / VLLM, {"text_config": overrides} if nested else overrides)
         names.append(VLLM)
-        command = f'`vllm serve {out.name} --hf-overrides "$(cat {out.name}/{VLLM})"`'
+        command = f'`vllm serve DIR --hf-overrides "$(cat DIR/{VLLM})"`'
         lines["vLLM"] = (
             f"{command}; without it vLLM computes other frequencies, silently (run with 0.32)"
             if sections
             else f"0.31 and later read config.json as it is; before that {command}"
         )
     elif rope["rope_type"] == "linear" and not sections:
-        lines["vLLM"] = f"`vllm serve {out.name} --max-model-len {context}` (its default is {rope['factor']:g} x that)"
+        lines["vLLM"] = f"`vllm serve DIR --max-model-len {context}` (its default is {rope['factor']:g} x that)"
     elif sections and rope["rope_type"] == "yarn" and overrides is not None:
         lines["vLLM"] = "0.32 and later read config.json as it is; earlier versions place the ramp elsewhere"
 
@@ -61,12 +61,14 @@ def write_side_files(out: Path, title: str | None = None) -> list[str]:
             if name not in ("config.json", "README.md", "MANIFEST.json", "metrics.jsonl"):
                 (folder / name).symlink_to(Path("..") / name)
         names.append(f"{SGLANG}/config.json")
-        lines["SGLang"] = f"`python -m sglang.launch_server --model-path {out.name}/{SGLANG}`"
+        lines["SGLang"] = f"`python -m sglang.launch_server --model-path DIR/{SGLANG}`"
     if overrides is None:
         lines["vLLM"] = lines["SGLang"] = "cannot compute these positions: it drops the sections of this rope_type"
 
     lines["llama.cpp"] = _for_llama_cpp(out, rope, model_type, context, names)
-    body = f"{title or _title(rope, context)}\n\n" + "".join(f"- {name}: {line}\n" for name, line in lines.items())
+    # Without the directory's name, so that the same model has the same bytes anywhere.
+    listed = "".join(f"- {name}: {line}\n" for name, line in lines.items())
+    body = f"{title or _title(rope, context)} DIR is this directory.\n\n{listed}"
     write_section(out, "Positions", body)
     return names
 
@@ -90,8 +92,8 @@ def _for_llama_cpp(out: Path, rope: dict[str, Any], model_type: str, context: in
         with atomic_file(out / LLAMA_CPP) as partial:
             partial.write_text(shlex.join(flags) + "\n", encoding="utf-8")
         names.append(LLAMA_CPP)
-    which = "THE_UNEXTENDED" if "mrope_section" in rope else out.name
-    more = f" $(cat {out.name}/{LLAMA_CPP})" if flags else ""
+    which = "THE_UNEXTENDED" if "mrope_section" in rope else "DIR"
+    more = f" $(cat DIR/{LLAMA_CPP})" if flags else ""
     return f"`llama-server -m {which}.gguf -c {context}{more}`"
 
 
