@@ -1,11 +1,11 @@
 # make setup | demo | transfer | transfer-text | transfer-far | transfer-64k | giraffe-nano | lint
-# make test | test-slow | test-gpu | test-lmms
+# make test | test-slow | test-gpu | test-lmms | test-runtimes
 # make tower | nano-start | text-start | giraffe-nano-train: what was trained ahead, again
 PYTHON ?= python3
 RECIPES = transfer transfer-text transfer-far transfer-anyres transfer-no-text transfer-64k transfer-gpu giraffe-nano nano-start text-start \
 	giraffe-nano-train
 
-.PHONY: setup fetch demo $(RECIPES) test test-slow test-gpu test-lmms lint tower clean
+.PHONY: setup fetch demo $(RECIPES) test test-slow test-gpu test-lmms test-runtimes lint tower clean
 
 setup: .venv/.ready
 
@@ -48,6 +48,11 @@ test-lmms: fetch      # the plug-in under the real lmms-eval, in an environment 
 	.venv-lmms/bin/python -m pip install --disable-pip-version-check -q -e . \
 		pytest pytest-timeout hypothesis lmms-eval==0.7.3
 	.venv-lmms/bin/python -m pytest -rs tests/test_lmms.py
+
+test-runtimes: setup  # tiny models of every kind in vLLM, in an environment of its own (.venv-vllm): docs/runtimes.md
+	OMP_NUM_THREADS=1 .venv/bin/python tests/runtimes/models.py runs/runtimes
+	tests/runtimes/vllm.sh runs/runtimes
+	.venv/bin/python tests/runtimes/table.py runs/runtimes/*.jsonl -o docs/runtimes.md
 
 lint: setup
 	.venv/bin/ruff check .

