@@ -13,9 +13,9 @@ HEAD = """\
 # What is written, in other runtimes
 
 Tiny random models of every kind that lvctx writes were loaded by each runtime in float32 on a CPU and compared with
-what lvctx computes: the largest difference of a log-probability over a prompt of 900 tokens, whether {new} greedy tokens
-are equal, and for VLMs whether the greedy answers of stock transformers about an image and a video are. A model passes
-below 0.001. `make test-runtimes` makes this table; {date}.
+what lvctx computes: the largest difference of a log-probability over a prompt of 900 tokens, whether {new} greedy
+tokens are equal, and for VLMs whether the greedy answers of stock transformers about an image and a video are. A model
+passes below 0.001. `make test-runtimes` makes this table; {date}.
 
 """
 
