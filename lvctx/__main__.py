@@ -1,5 +1,6 @@
 """`python -m lvctx` and the `lvctx` script: the same program, also what torchrun launches."""
 
+import gc
 import os
 import warnings
 
@@ -10,8 +11,12 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # What is imported lives as long as the program: looking for garbage in it only delays the first line of output.
+    gc.disable()
     from lvctx.cli.app import app
 
+    gc.freeze()
+    gc.enable()
     app()
 
 

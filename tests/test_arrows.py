@@ -80,11 +80,11 @@ def test_no_pickle() -> None:
 
 @pytest.mark.alone
 def test_help_answers_at_once_without_torch() -> None:
-    """The contract says 0.3 s; up to twenty tries keep a busy machine from failing what it did not break."""
+    """The contract says 0.3 s; the best of five keeps a busy machine from failing what it did not break."""
     code = "import sys; sys.argv = ['lvctx', '--help']\nfrom lvctx.__main__ import main\n"
     code += "try: main()\nfinally: print('TORCH' if 'torch' in sys.modules else 'LIGHT')"
-    times: list[float] = []
-    while len(times) < 20 and min(times, default=1.0) >= 0.3:
+    times = []
+    for _ in range(5):
         began = time.monotonic()
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         times.append(time.monotonic() - began)

@@ -77,7 +77,7 @@ def align(
     init: Annotated[str | None, typer.Option(help="VLM to go on from, instead of --lm and --tower.")] = None,
     adapter: Annotated[
         list[Path] | None,
-        typer.Option(help="adapter.safetensors of an earlier run with --lora, to start from; the later wins."),
+        typer.Option(help="adapter/ of an earlier run with --lora, to start from; the later one wins."),
     ] = None,
     grid: Annotated[
         Encoding | None,
@@ -130,8 +130,8 @@ def align(
     """Teach a language model to see with single images: the projector first, then the whole model or LoRA.
 
     Answers and the end of their turn are learned, or what the chat template marks as generated; a template that
-    rewrites earlier turns is refused. A special token that a turn writes (<|im_end|>), and <image> in a row without
-    one, is text. A turn of the assistant's before the first question is left out.
+    rewrites earlier turns is refused. The text of a special token in a turn (<|im_end|>), and <image> in a row
+    without images, is encoded as plain text. An assistant turn before the first question is left out.
 
     Stage dpo then reads rows of "image" (or "images", or neither), "prompt" (or "conversations"), "chosen" and
     "rejected", each text or messages.

@@ -117,7 +117,9 @@ def pack_text(
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Pack documents into token rows of one length: long ones all, short ones seldom, sources at their shares.
+    """Tokenize documents and pack them into rows of one length.
+
+    Keeps all long documents, subsamples short ones, and preserves the proportions of the sources.
 
     A special token that a document writes (<|endoftext|>) is text. A tokenizer that cannot write it as text (Unigram
     with it among its pieces) makes the document malformed.
