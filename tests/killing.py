@@ -23,7 +23,7 @@ import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
 from torch import Tensor, nn
 
 from lvctx.artifacts.manifest import Provenance
-from lvctx.dist.mesh import World
+from lvctx.dist.context import ParallelContext
 from lvctx.errors import Stopped
 from lvctx.train import loop, preference
 from lvctx.train.data import indices
@@ -55,7 +55,7 @@ class Toy:
             out=self.out,
             run=Provenance(schema="toy/1", command="toy", config={}, inputs={}, seed=seed),
             report=lambda done, total, note: None,
-            world=World(device="cpu"),
+            world=ParallelContext(device="cpu"),
         )
         return [p.detach().clone() for p in self.model.parameters()]
 

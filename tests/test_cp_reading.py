@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from lvctx.bench.prefix import PrefixScorer, Score, walk_order
 from lvctx.bench.reader import Reader
 from lvctx.bench.text_niah import TextNiah
-from lvctx.dist.mesh import World, joined, make_world
+from lvctx.dist.context import ParallelContext, joined, make_context
 from lvctx.dist.stripes import Stripe, _attend, held, prepare
 from lvctx.errors import InputError
 from lvctx.model.load import load_model, load_tokenizer
@@ -55,7 +55,7 @@ def essays(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- attention
 
 
-def check_attention(world: World) -> None:
+def check_attention(world: ParallelContext) -> None:
     """Appended and cut in every way: torch's own attention over the whole, of which each rank computes its tokens."""
     for dtype, off in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2)):
         for chunks in ([5, 1, 1, 1, 7, 8, 3], [16, 2, 13, 4], [64]):
@@ -79,7 +79,7 @@ def check_attention(world: World) -> None:
 # --- a grid
 
 
-def check_grid(world: World, kind: str, vocabulary: int, walked: list[tuple[np.ndarray, int, Score]]) -> None:
+def check_grid(world: ParallelContext, kind: str, vocabulary: int, walked: list[tuple[np.ndarray, int, Score]]) -> None:
     scorer = PrefixScorer(small_model(kind, vocabulary), chunk=37, ring=world.ring)
     for ids, answer, stock in walked:
         ours = scorer.score(ids, answer)
@@ -90,7 +90,7 @@ def check_grid(world: World, kind: str, vocabulary: int, walked: list[tuple[np.n
     assert scorer.tokens_run == tree_size([ids for ids, _, _ in walked]), "together they run every edge once"
 
 
-def check_any_order(world: World) -> None:
+def check_any_order(world: ParallelContext) -> None:
     """Short sequences, so that some ranks have no token of a forward; words written; every kind of cache."""
     rng = np.random.default_rng(1)
     stock, model = small_model("llama", 40), small_model("llama", 40)
@@ -109,7 +109,7 @@ def check_any_order(world: World) -> None:
     assert together.write(ids[:11], 6, set()) == alone.write(ids[:11], 6, set())
 
 
-def read(plan: Plan, out: Path, world: World) -> None:
+def read(plan: Plan, out: Path, world: ParallelContext) -> None:
     options: dict[str, Any] = {"chunk": 50, "reuse": True, "resume": "auto", "force": False}
     for _ in run_niah(plan, out, world=world, report=lambda done, total, note: None, **options):
         pass
@@ -119,12 +119,12 @@ def reading_checks(rank: int, ranks: int, store: Path, grids: dict[str, Any], vo
     torch.set_num_threads(1)
     with joined(store / "store", rank=rank, size=ranks):
         for cp in (2, 4):
-            world = make_world(device="cpu", cp=cp)
+            world = make_context(device="cpu", cp=cp)
             check_attention(world)
             check_any_order(world)
             for kind, walked in grids.items():
                 check_grid(world, kind, vocabulary, walked)
-        read(plan, store / "together", make_world(device="cpu", cp=2))
+        read(plan, store / "together", make_context(device="cpu", cp=2))
 
 
 def same_rows(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
@@ -162,7 +162,7 @@ def test_two_and_four_ranks_read_as_one(tiny_lm: Path, essays: Path, tmp_path: P
         seed=0,
     )
     plan = plan_niah(config)
-    read(plan, tmp_path / "alone", World(device="cpu"))
+    read(plan, tmp_path / "alone", ParallelContext(device="cpu"))
     start(reading_checks, tmp_path, grids, len(tokenizer), plan, ranks=4)
     same_rows(results(tmp_path / "together"), results(tmp_path / "alone"))
     assert (tmp_path / "together" / "heatmap.png").is_file()

@@ -19,8 +19,8 @@ from torch import Tensor
 from lvctx.artifacts.lock import only_writer
 from lvctx.artifacts.manifest import Provenance
 from lvctx.dist import attention
-from lvctx.dist.mesh import World, joined, make_world, told_to_all
-from lvctx.dist.shard import gather_into, shard_model, whole
+from lvctx.dist.context import ParallelContext, joined, make_context, propagate_errors
+from lvctx.dist.fsdp import full_tensor, gather_into, shard_model
 from lvctx.errors import InputError, Stopped
 from lvctx.model.lora import ATTENTION, add_lora
 from lvctx.train.activations import checkpoint_layers
@@ -34,7 +34,7 @@ def row(number: int) -> Tensor:
 
 
 def train_tiny(
-    out: Path, world: World, *, steps: int = 4, stop: tuple[int, int] | None = None, bad: int | None = None
+    out: Path, world: ParallelContext, *, steps: int = 4, stop: tuple[int, int] | None = None, bad: int | None = None
 ) -> Any:
     """Three rows a step, so that two data-parallel groups cannot share them evenly; the trained model.
 
@@ -81,7 +81,7 @@ def steps_saved(out: Path) -> list[str]:
     return sorted(p.name for p in (out / "checkpoint").iterdir())
 
 
-def check_resume_is_bitwise(out: Path, world: World) -> None:
+def check_resume_is_bitwise(out: Path, world: ParallelContext) -> None:
     train_tiny(out / "whole", world)
     with pytest.raises(Stopped):
         train_tiny(out / "parts", world, stop=(1, 5))
@@ -92,13 +92,13 @@ def check_resume_is_bitwise(out: Path, world: World) -> None:
     assert steps_saved(out / "parts") == ["step-00000003", "step-00000004"], "the newest two stay"
 
 
-def check_nothing_to_save_yet(out: Path, world: World) -> None:
+def check_nothing_to_save_yet(out: Path, world: ParallelContext) -> None:
     with pytest.raises(Stopped):
         train_tiny(out / "early", world, stop=(0, 1))
     assert not (out / "early" / "checkpoint").exists()
 
 
-def check_a_bad_loss_stops_all(out: Path, world: World) -> None:
+def check_a_bad_loss_stops_all(out: Path, world: ParallelContext) -> None:
     """In step 0 the rows are shared as 1st and 3rd to rank 0, 2nd to rank 1."""
     rows = indices(0, batch=3, samples=7, seed=0)
     with pytest.raises(InputError, match=rf"step 0: rank 1: loss (inf|nan) on row {rows[1]}; gradient norm"):
@@ -106,16 +106,16 @@ def check_a_bad_loss_stops_all(out: Path, world: World) -> None:
     assert metrics(out / "bad") == []
 
 
-def fail_or_wait(world: World) -> None:
+def fail_or_wait(world: ParallelContext) -> None:
     if world.rank == 1:
         raise InputError("no such shard", where="packed")
     world.barrier()
 
 
-def check_an_error_is_told(world: World) -> None:
+def check_an_error_is_told(world: ParallelContext) -> None:
     """Rank 1 fails and goes away, rank 0 waits for it: both end at once with the error of rank 1."""
     began = time.monotonic()
-    with pytest.raises(InputError, match="packed: no such shard") as caught, told_to_all():
+    with pytest.raises(InputError, match="packed: no such shard") as caught, propagate_errors():
         fail_or_wait(world)
     assert caught.value.exit_code == 3
     assert str(caught.value).startswith("rank 1: ") == (world.rank == 0)
@@ -125,16 +125,16 @@ def check_an_error_is_told(world: World) -> None:
 def two(rank: int, out: Path) -> None:
     torch.set_num_threads(1)
     with joined(out / "store2", rank=rank, size=2):
-        world = make_world(device="cpu", cp=1)
+        world = make_context(device="cpu", cp=1)
         check_resume_is_bitwise(out, world)
         check_nothing_to_save_yet(out, world)
         check_a_bad_loss_stops_all(out, world)
         with pytest.raises(Stopped):
-            train_tiny(out / "handed", make_world(device="cpu", cp=2), stop=(0, 4))
+            train_tiny(out / "handed", make_context(device="cpu", cp=2), stop=(0, 4))
         check_an_error_is_told(world)
 
 
-def check_sharded_gradients(world: World) -> None:
+def check_sharded_gradients(world: ParallelContext) -> None:
     """FSDP over 2 x 2 in float32: the mean over ranks, times ranks, is stock transformers' gradient."""
     attention.register()
     lm = tiny_model("qwen2", tie_word_embeddings=True)
@@ -148,10 +148,10 @@ def check_sharded_gradients(world: World) -> None:
     total.backward()
     for name, p in lm.named_parameters():
         truth = expected[0][name] + expected[1][name]
-        assert (whole(p.grad) * world.size - truth).norm() / truth.norm() < 1e-5, name
+        assert (full_tensor(p.grad) * world.size - truth).norm() / truth.norm() < 1e-5, name
 
 
-def check_lora_comes_back_whole(world: World) -> None:
+def check_lora_comes_back_whole(world: ParallelContext) -> None:
     """LoRA sharded, changed on every rank, and gathered into an unsharded twin on rank 0."""
 
     def make() -> Any:
@@ -179,7 +179,7 @@ def check_lora_comes_back_whole(world: World) -> None:
 def four(rank: int, out: Path) -> None:
     torch.set_num_threads(1)
     with joined(out / "store4", rank=rank, size=4):
-        world = make_world(device="cpu", cp=2)
+        world = make_context(device="cpu", cp=2)
         check_sharded_gradients(world)
         check_lora_comes_back_whole(world)
         train_tiny(out / "handed", world, steps=4)
@@ -187,7 +187,7 @@ def four(rank: int, out: Path) -> None:
 
 def test_ranks_train_stop_resume_and_fail_together(tmp_path: Path) -> None:
     """One run handed from 1 process to 2 to 4 and back to 1, beside one that stays where it is."""
-    alone = World(device="cpu")
+    alone = ParallelContext(device="cpu")
     train_tiny(tmp_path / "alone", alone, steps=5)
     with pytest.raises(Stopped):
         train_tiny(tmp_path / "handed", alone, stop=(0, 5))

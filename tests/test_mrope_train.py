@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lvctx.artifacts.chat import ChatRows
 from lvctx.artifacts.manifest import read_manifest
 from lvctx.dist import attention
-from lvctx.dist.mesh import World, joined, make_world
+from lvctx.dist.context import ParallelContext, joined, make_context
 from lvctx.model.load import load_model
 from lvctx.positions.mrope_ids import Grids, Part, Text, positions
 from lvctx.stages.mrope import plan_mrope
@@ -111,12 +111,14 @@ def test_the_loss_is_the_stock_models(here: Path) -> None:
     with torch.no_grad():
         logits = model(input_ids=torch.from_numpy(ids)[None], position_ids=found[:, None], **seen).logits[0]
         expected = F.cross_entropy(logits.double(), row.labels_L, reduction="sum")
-        total, count = ChatLoss(model, World(device="cpu").ring)(**shard_chat(row, World(device="cpu")))
+        total, count = ChatLoss(model, ParallelContext(device="cpu").ring)(
+            **shard_chat(row, ParallelContext(device="cpu"))
+        )
     assert count == int((row.labels_L >= 0).sum()) > 20
     assert float(total) == pytest.approx(float(expected), rel=1e-5)
 
 
-def gradients(vlm: Any, row: ChatRow, world: World) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(vlm: Any, row: ChatRow, world: ParallelContext) -> tuple[float, dict[str, torch.Tensor]]:
     vlm.zero_grad(set_to_none=True)
     total, _ = ChatLoss(vlm, world.ring)(**shard_chat(row, world))
     total.backward()
@@ -129,9 +131,9 @@ def _compare(rank: int, here: Path, size: int) -> None:
     vlm = load_model(here / "model", dtype=torch.float32)
     options = {k: v for k, v in FLAGS.items() if k in TrainingConfig.__dataclass_fields__}
     adapt(vlm, TrainingConfig(**{**options, "seq_len": 400, "lora": 0}))
-    expected, truth = gradients(vlm, row, World(device="cpu"))
+    expected, truth = gradients(vlm, row, ParallelContext(device="cpu"))
     with joined(here / f"store-{size}", rank=rank, size=size):
-        world = make_world(device="cpu", cp=size)
+        world = make_context(device="cpu", cp=size)
         attention.register()
         vlm.model.language_model.set_attn_implementation(attention.NAME)
         part, found = gradients(vlm, row, world)

@@ -13,7 +13,7 @@ from test_ring import reference, tiny_model
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app
-from lvctx.dist.mesh import World
+from lvctx.dist.context import ParallelContext
 from lvctx.positions.pose import skipped
 from lvctx.train.rows import RowLoss, shard_row
 
@@ -47,7 +47,7 @@ def test_a_jump_does_not_part_the_row_into_documents() -> None:
     positions = torch.arange(23)[None] + 70 * (torch.arange(23) >= 9)
     truth, gradients = reference(lm, ids, ids, None, positions)
     lm.zero_grad(set_to_none=True)
-    total, count = RowLoss(lm)(**shard_row(ids, World(device="cpu"), None, positions))
+    total, count = RowLoss(lm)(**shard_row(ids, ParallelContext(device="cpu"), None, positions))
     total.backward()
     assert count == 22
     assert total.item() == pytest.approx(truth, rel=1e-5)

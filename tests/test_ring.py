@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from transformers import DeepseekV3Config
 
 from lvctx.dist import attention
+from lvctx.dist.context import ParallelContext, joined, make_context
 from lvctx.dist.kernels import FlashCPU, Plain
-from lvctx.dist.mesh import World, joined, make_world
 from lvctx.dist.ring import Ring, blocks, ring_attention
 from lvctx.dist.zigzag import chunks_of, shard, unshard
 from lvctx.errors import InputError, UsageError
@@ -136,7 +136,7 @@ CASES = [
 ]
 
 
-def check_models(world: World) -> None:
+def check_models(world: ParallelContext) -> None:
     attention.register()
     for kind, length, starts, changed in CASES:
         lm = tiny_model(kind, **changed)
@@ -163,7 +163,7 @@ def check_models(world: World) -> None:
             assert off < 1e-5, f"{case}: {name} off by {off:.1e}"
 
 
-def check_kernels_in_half_precision(world: World) -> None:
+def check_kernels_in_half_precision(world: ParallelContext) -> None:
     """bfloat16 blocks merged in float32: as near to the truth as one bfloat16 kernel over the whole sequence."""
     torch.manual_seed(2)
     whole = [torch.randn(1, h, 48, 16).bfloat16() for h in (4, 2, 2, 4)]
@@ -233,7 +233,7 @@ def flash_attn_modules() -> dict[str, ModuleType]:
     return {"flash_attn": package, "flash_attn.flash_attn_interface": interface}
 
 
-def check_package(world: World) -> None:
+def check_package(world: ParallelContext) -> None:
     """The real ring-flash-attn gives what our ring gives, through the same integration.
 
     In bfloat16, as it is used: in float32 its gradient buffers alias what they add to (0.1.8).
@@ -262,7 +262,7 @@ def check_package(world: World) -> None:
 
 def check_refusals() -> None:
     with pytest.raises(UsageError, match="--cp 3 does not divide the run's 4 processes; start it with"):
-        make_world(device="cpu", cp=3)
+        make_context(device="cpu", cp=3)
 
 
 def all_checks(rank: int, store: Path) -> None:
@@ -270,7 +270,7 @@ def all_checks(rank: int, store: Path) -> None:
     with joined(store, rank=rank, size=4):
         check_refusals()
         for cp in (1, 2, 4):
-            world = make_world(device="cpu", cp=cp)
+            world = make_context(device="cpu", cp=cp)
             assert (world.dp, world.dp_rank) == (4 // cp, rank // cp)
             check_models(world)
             check_kernels_in_half_precision(world)
@@ -285,10 +285,10 @@ def test_loss_and_every_gradient_are_those_of_full_attention(tmp_path: Path) -> 
 
 def test_one_process_is_the_identity() -> None:
     ids = torch.arange(9)[None]
-    given = shard_row(ids, World(device="cpu"), None)
+    given = shard_row(ids, ParallelContext(device="cpu"), None)
     assert "shard" not in given
     assert torch.equal(given["ids"], ids)
-    check_models(World(device="cpu"))
+    check_models(ParallelContext(device="cpu"))
 
 
 def test_a_sliding_window_is_refused() -> None:
@@ -302,4 +302,4 @@ def test_a_sliding_window_is_refused() -> None:
 
 def test_a_run_of_one_refuses_context_parallelism() -> None:
     with pytest.raises(UsageError, match=r"--cp 2 does not divide the run's 1 process;.*torchrun"):
-        make_world(device="cpu", cp=2)
+        make_context(device="cpu", cp=2)

@@ -30,7 +30,7 @@ from lvctx.cli.common import (
 from lvctx.errors import EXIT_SAMPLES_FAILED, LvctxError, UsageError
 
 if TYPE_CHECKING:
-    from lvctx.stages.encode import World
+    from lvctx.stages.encode import ParallelContext
 
 
 class FrameModeChoice(StrEnum):
@@ -122,7 +122,7 @@ def encode_video(
         raise UsageError("give either --model or --tower")
     rate = parse_rate(fps)
     from lvctx.artifacts import schemas
-    from lvctx.stages.encode import LONG_PATIENCE, Encoder, Hybrid, open_world
+    from lvctx.stages.encode import SHARED_WORK_TIMEOUT, Encoder, Hybrid, open_context
 
     encoder = Encoder.plan(
         str(model or tower),
@@ -139,7 +139,7 @@ def encode_video(
     )
     done = 0
     failures: list[LvctxError] = []
-    opened = open_world(device=encoder.device, cp=1, patience=LONG_PATIENCE)
+    opened = open_context(device=encoder.device, cp=1, timeout=SHARED_WORK_TIMEOUT)
     with opened as world, progress("encode-video", quiet=quiet or dry_run or jobs > 1) as report:
         encoder.device = world.device
 
@@ -163,7 +163,7 @@ def encode_video(
 
 
 def shared_out(
-    videos: Iterator[Any], encode: Callable[[Iterator[Any]], Iterator[Any]], world: "World"
+    videos: Iterator[Any], encode: Callable[[Iterator[Any]], Iterator[Any]], world: "ParallelContext"
 ) -> Iterator[Any]:
     """`encode` over all videos in their order: as they are done, or at the end where several processes share them."""
     if world.size == 1:

@@ -203,7 +203,7 @@ def niah(
 
     from lvctx.bench.grid import read_grid
     from lvctx.bench.heatmap import draw_heatmaps
-    from lvctx.stages.niah import LONG_PATIENCE, NiahConfig, open_world, plan_niah, run_niah
+    from lvctx.stages.niah import SHARED_WORK_TIMEOUT, NiahConfig, open_context, plan_niah, run_niah
     from lvctx.stages.qwen_asker import resolution
 
     config = NiahConfig(
@@ -241,7 +241,7 @@ def niah(
             emit({"dry_run": True, "path": str(target), **plan.shown, **plan.facts(cp)})
         return
     failed = 0
-    opened = open_world(device=device, cp=cp, patience=LONG_PATIENCE)
+    opened = open_context(device=device, cp=cp, timeout=SHARED_WORK_TIMEOUT)
     with opened as world, progress(f"niah {modality.value}", quiet=quiet) as tell:
         for target, plan in plans.items():
             for row in run_niah(

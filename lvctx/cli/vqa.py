@@ -120,7 +120,7 @@ def vqa(
     from lvctx.artifacts import schemas
     from lvctx.artifacts.stream import read_references
     from lvctx.stages.qwen_watch import open_watcher, viewing
-    from lvctx.stages.vqa import LONG_PATIENCE, open_world
+    from lvctx.stages.vqa import SHARED_WORK_TIMEOUT, open_context
 
     named, asked = frames or ["-"], ask or []
     listens = chat or "-" in asked
@@ -143,7 +143,7 @@ def vqa(
         threshold=threshold,
         allow_partial=allow_partial,
     )
-    opened = open_world(device=device, cp=cp, patience=LONG_PATIENCE)
+    opened = open_context(device=device, cp=cp, timeout=SHARED_WORK_TIMEOUT)
     with opened as world:
         if world.dp > 1:
             raise UsageError(f"{world.size} processes for one video", fix=f"--cp {world.size}, or no torchrun")

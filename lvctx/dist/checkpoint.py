@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 
 from lvctx.artifacts.manifest import Provenance, differences
 from lvctx.artifacts.store import disk_error, fsync_directory, is_disk_error
-from lvctx.dist.mesh import World
+from lvctx.dist.context import ParallelContext
 from lvctx.errors import InputError
 
 FOLDER, RUN = "checkpoint", "run.json"
@@ -32,7 +32,7 @@ KEEP = 2
 class Checkpoints:
     """The checkpoints of one run's output. Every rank calls every method at the same point of the run."""
 
-    def __init__(self, out: Path, run: Provenance, world: World) -> None:
+    def __init__(self, out: Path, run: Provenance, world: ParallelContext) -> None:
         """Clear away what a killed writer left. Raises InputError where another run's checkpoint stands."""
         self.folder, self.run, self.world = out / FOLDER, run, world
         self._pending: tuple[int, Future[Any]] | None = None

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from lvctx.artifacts.lock import only_writer
 from lvctx.artifacts.manifest import MANIFEST, is_finished, write_manifest
 from lvctx.dist import checkpoint
-from lvctx.dist.mesh import World, open_world
-from lvctx.dist.shard import gather_into, shard_model
+from lvctx.dist.context import ParallelContext, open_context
+from lvctx.dist.fsdp import gather_into, shard_model
 from lvctx.errors import InputError
 from lvctx.model.adapter import load_adapter, longest_sample, save_adapter
 from lvctx.model.export import model_files
@@ -57,7 +57,7 @@ def run_align(
     """
     if is_finished(out, plan.provenance, resume=resume, force=force):
         return
-    with open_world(device=device) as world, ExitStack() as held:
+    with open_context(device=device) as world, ExitStack() as held:
         if world.rank == 0:
             held.enter_context(only_writer(out))
             if force or resume == "never":
@@ -118,7 +118,7 @@ def _train(
     *,
     micro_tokens: int,
     checkpoint_activations: bool,
-    world: World,
+    world: ParallelContext,
     report: Callable[[int, int, str], None],
 ) -> tuple[Any, Any, Any, int]:
     """The trained VLM (on rank 0 if there are several), its tokenizer, its LoRA wrapper, and the longest sample."""

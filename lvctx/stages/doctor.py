@@ -15,7 +15,7 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from lvctx.dist import attention
-from lvctx.dist.mesh import World, joined, make_world, open_world, under_torchrun
+from lvctx.dist.context import ParallelContext, joined, make_context, open_context, under_torchrun
 from lvctx.errors import InputError
 from lvctx.model.load import context_length, load_config, load_model, resolve_model
 from lvctx.model.loss import IGNORED
@@ -58,7 +58,7 @@ def diagnose(*, model: str, cp: int, length: int, device: str, seed: int) -> lis
     if length > context_length(config):
         raise InputError(f"{length} tokens are more than its {context_length(config)}", where=path, fix="--length")
     if under_torchrun() or cp == 1:
-        with open_world(device=device, cp=cp) as world:
+        with open_context(device=device, cp=cp) as world:
             return _compare(path, world, length, seed)
     with tempfile.TemporaryDirectory() as folder:
         results = multiprocessing.get_context("spawn").SimpleQueue()
@@ -72,19 +72,19 @@ def diagnose(*, model: str, cp: int, length: int, device: str, seed: int) -> lis
 def _one_of(rank: int, folder: Path, path: Path, cp: int, length: int, seed: int, results: Any) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // cp))
     with joined(folder / "store", rank=rank, size=cp):
-        found = _compare(path, make_world(device="cpu", cp=cp), length, seed)
+        found = _compare(path, make_context(device="cpu", cp=cp), length, seed)
     if rank == 0:
         results.put([asdict(f) for f in found])
 
 
-def _compare(path: Path, world: World, length: int, seed: int) -> list[Finding]:
+def _compare(path: Path, world: ParallelContext, length: int, seed: int) -> list[Finding]:
     attention.register()
     lm = load_model(path, dtype=torch.float32, device=world.device)
     row_loss = RowLoss(lm)
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, lm.config.vocab_size, (1, length), generator=draw)
     seams = {0, 1, length // 3, length // 2, length - length // 5, length - 1}
-    alone = World(device=world.device)
+    alone = ParallelContext(device=world.device)
     found = []
     for starts in (None, tuple(sorted(seams))):
         expected_loss, expected = _run(row_loss, alone, ids, starts, ring=False)
@@ -111,7 +111,7 @@ def _compare(path: Path, world: World, length: int, seed: int) -> list[Finding]:
 
 
 def _run(
-    row_loss: RowLoss, world: World, ids: Tensor, starts: tuple[int, ...] | None, *, ring: bool
+    row_loss: RowLoss, world: ParallelContext, ids: Tensor, starts: tuple[int, ...] | None, *, ring: bool
 ) -> tuple[float, dict[str, Tensor]]:
     """Summed loss and gradients of this rank's part; every seventh target does not count."""
     lm = row_loss.lm

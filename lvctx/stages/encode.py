@@ -30,7 +30,7 @@ from lvctx.artifacts import schemas
 from lvctx.artifacts.frames import SUFFIX, open_frames
 from lvctx.artifacts.manifest import Provenance, is_finished, read_provenance
 from lvctx.artifacts.store import read_safetensors_header, sha256_file
-from lvctx.dist.mesh import LONG_PATIENCE, World, open_world
+from lvctx.dist.context import SHARED_WORK_TIMEOUT, ParallelContext, open_context
 from lvctx.errors import LvctxError, MissingError, Stopped, UsageError
 from lvctx.vision.apart import Decoders, Request
 from lvctx.vision.container import check_whole, probe
@@ -40,7 +40,15 @@ from lvctx.vision.squares import FrameMode
 from lvctx.vision.tokens import pooling
 from lvctx.vision.tower import Tower, TowerFiles
 
-__all__ = ["LONG_PATIENCE", "EncodeConfig", "Encoder", "Hybrid", "World", "open_world", "share_videos"]
+__all__ = [
+    "SHARED_WORK_TIMEOUT",
+    "EncodeConfig",
+    "Encoder",
+    "Hybrid",
+    "ParallelContext",
+    "open_context",
+    "share_videos",
+]
 log = logging.getLogger(__name__)
 Dtype = Literal["auto", "float32", "bfloat16"]
 Row = dict[str, Any]

@@ -21,9 +21,9 @@ from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_man
 from lvctx.artifacts.packed import PackedRows
 from lvctx.artifacts.store import fingerprint
 from lvctx.dist import attention, checkpoint
+from lvctx.dist.context import ParallelContext, open_context
+from lvctx.dist.fsdp import gather_into, shard_model
 from lvctx.dist.kernels import cudnn_first
-from lvctx.dist.mesh import World, open_world
-from lvctx.dist.shard import gather_into, shard_model
 from lvctx.errors import InputError, UsageError
 from lvctx.model.adapter import load_adapter, longest_sample, save_adapter
 from lvctx.model.export import copy_processors, model_files, save_model
@@ -262,7 +262,7 @@ def run_extend(
     """
     if is_finished(out, plan.provenance, resume=resume, force=force):
         return
-    with open_world(device=machine.device, cp=machine.cp, sharded=machine.offload) as world, ExitStack() as held:
+    with open_context(device=machine.device, cp=machine.cp, sharded=machine.offload) as world, ExitStack() as held:
         if world.rank == 0:
             held.enter_context(only_writer(out))
             if force or resume == "never":
@@ -319,7 +319,9 @@ def _load(plan: Plan, device: str, dtype: torch.dtype | None = None) -> tuple[An
     return model, wrapped
 
 
-def _train(plan: Plan, out: Path, machine: Machine, world: World, report: Callable[[int, int, str], None]) -> Any:
+def _train(
+    plan: Plan, out: Path, machine: Machine, world: ParallelContext, report: Callable[[int, int, str], None]
+) -> Any:
     """The model to save, trained if there are rows; on ranks other than 0, None."""
     config, rows = plan.config, plan.data
     # Sharding makes float32 of what it keeps; before it, each rank holds the model in its own dtype.
@@ -343,7 +345,7 @@ def _run_steps(
     model: Any,
     out: Path,
     machine: Machine,
-    world: World,
+    world: ParallelContext,
     report: Callable[[int, int, str], None],
 ) -> None:
     """Train `model` in place."""

@@ -21,9 +21,9 @@ from lvctx.artifacts.manifest import Provenance, is_finished
 from lvctx.artifacts.store import fingerprint, scratch
 from lvctx.dist import attention, checkpoint
 from lvctx.dist.attention import Shard
-from lvctx.dist.mesh import World, open_world
+from lvctx.dist.context import ParallelContext, open_context
+from lvctx.dist.fsdp import gather_into, keep_in_graph, shard_model
 from lvctx.dist.ring import Ring
-from lvctx.dist.shard import gather_into, shard_model, take_part
 from lvctx.dist.zigzag import shard
 from lvctx.errors import InputError, UsageError
 from lvctx.model.adapter import ADAPTER, save_adapter
@@ -246,7 +246,7 @@ def run_training(
     plan, training = run.plan, run.training
     if is_finished(out, plan.provenance, resume=resume, force=force):
         return
-    with open_world(device=machine.device, cp=machine.cp, sharded=machine.offload) as world, ExitStack() as held:
+    with open_context(device=machine.device, cp=machine.cp, sharded=machine.offload) as world, ExitStack() as held:
         if world.rank == 0:
             held.enter_context(only_writer(out))
             if force or resume == "never":
@@ -295,7 +295,7 @@ def _train(
     training: Training,
     out: Path,
     machine: Machine,
-    world: World,
+    world: ParallelContext,
     report: Callable[[int, int, str], None],
 ) -> Any:
     """The trained model; on ranks other than 0, None."""
@@ -377,10 +377,10 @@ class ChatLoss(nn.Module):
         ).last_hidden_state
         head = self.vlm.lm_head.weight
         total, count = token_loss(hidden.flatten(0, 1), head, labels.flatten())
-        return take_part(total, hidden, head), count
+        return keep_in_graph(total, hidden, head), count
 
 
-def shard_chat(row: ChatRow, world: World) -> Mapping[str, Any]:
+def shard_chat(row: ChatRow, world: ParallelContext) -> Mapping[str, Any]:
     """A row as `ChatLoss` takes it on this rank: its part of labels and positions, and all pixels.
 
     Every rank of a row embeds all of it and then keeps its part: a tower's work is small beside a long row's.

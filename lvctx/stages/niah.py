@@ -24,7 +24,7 @@ from lvctx.bench.niah import Cell, Niah
 from lvctx.bench.prefix import PrefixScorer, Score, common_prefix, count_up, walk_order
 from lvctx.bench.text_niah import TextNiah
 from lvctx.bench.video_niah import Question, VideoNiah, chance_of, drawn_needles, read_needles
-from lvctx.dist.mesh import LONG_PATIENCE, World, open_world
+from lvctx.dist.context import SHARED_WORK_TIMEOUT, ParallelContext, open_context
 from lvctx.dist.ring import Ring
 from lvctx.errors import InputError, UsageError
 from lvctx.model.adapter import longest_sample
@@ -41,7 +41,7 @@ from lvctx.positions.choose import SCHEMES, Scheme, choose
 from lvctx.text.needle import Task, read_haystack
 from lvctx.vision.hybrid import Hybrid
 
-__all__ = ["LONG_PATIENCE", "NiahConfig", "Plan", "open_world", "plan_niah", "run_niah"]
+__all__ = ["SHARED_WORK_TIMEOUT", "NiahConfig", "Plan", "open_context", "plan_niah", "run_niah"]
 log = logging.getLogger(__name__)
 Scoring = Literal["forced", "generate", "both"]
 
@@ -278,7 +278,7 @@ def run_niah(
     plan: Plan,
     out: Path,
     *,
-    world: World,
+    world: ParallelContext,
     chunk: int,
     reuse: bool,
     resume: str,

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts.frames import read_frames
-from lvctx.dist.mesh import LONG_PATIENCE, open_world
+from lvctx.dist.context import SHARED_WORK_TIMEOUT, open_context
 from lvctx.dist.ring import ALONE, Ring
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import VLM_TYPE, DeviceMap, load_config, resolve_model
 from lvctx.stages.asker import Asker
 from lvctx.vision.tower import TowerFiles
 
-__all__ = ["LONG_PATIENCE", "Answer", "DeviceMap", "Watcher", "open_world"]
+__all__ = ["SHARED_WORK_TIMEOUT", "Answer", "DeviceMap", "Watcher", "open_context"]
 CHUNK = 2048
 """Tokens of one forward."""
 

@@ -1,7 +1,7 @@
 """The training loop: batches by global step, one loss over all counted tokens, resumable at every step.
 
 Trained parameters are kept in float32 and computed with in bfloat16 (autocast); frozen ones stay as they were loaded.
-One process and many run the same lines: see `dist.mesh`.
+One process and many run the same lines: see `dist.context`.
 """
 
 import json
@@ -24,8 +24,8 @@ from lvctx.artifacts.manifest import Provenance
 from lvctx.artifacts.rows import read_rows, write_rows
 from lvctx.artifacts.store import disk_error, is_disk_error
 from lvctx.dist.checkpoint import Checkpoints
-from lvctx.dist.mesh import World
-from lvctx.dist.shard import whole
+from lvctx.dist.context import ParallelContext
+from lvctx.dist.fsdp import full_tensor
 from lvctx.errors import InputError, Stopped
 from lvctx.train.meter import measure, note
 from lvctx.train.schedule import Schedule, rate
@@ -74,7 +74,7 @@ def train(
     out: Path,
     run: Provenance,
     report: Callable[[int, int, str], None],
-    world: World,
+    world: ParallelContext,
     name: Callable[[Any], str] = str,
     longest: Callable[[Any], int] | None = None,
     flops: float | None = None,
@@ -119,7 +119,7 @@ def train(
                 for p in parameters:
                     if p.grad is not None:
                         p.grad /= tokens / world.size  # sharded gradients are means over the ranks
-                norm = whole(torch.nn.utils.clip_grad_norm_(parameters, config.clip)).item()
+                norm = full_tensor(torch.nn.utils.clip_grad_norm_(parameters, config.clip)).item()
                 sums = world.sum([total])
                 mean = sums[0] / tokens
                 if not (math.isfinite(mean) and math.isfinite(norm)):
@@ -149,7 +149,7 @@ def train(
     return read_rows(out / "metrics.jsonl") if world.rank == 0 else []
 
 
-def _share(micro_batches: Sequence[Any], world: World) -> list[tuple[Any, bool]]:
+def _share(micro_batches: Sequence[Any], world: ParallelContext) -> list[tuple[Any, bool]]:
     """This rank's micro-batches, and whether each counts.
 
     Ranks compute in step, so where the number does not divide, some compute one more that does not count.
@@ -162,7 +162,7 @@ def _share(micro_batches: Sequence[Any], world: World) -> list[tuple[Any, bool]]
 def _accumulate(
     micro_batches: Sequence[tuple[Any, bool]],
     loss: Callable[[Any], tuple[Tensor, int]],
-    world: World,
+    world: ParallelContext,
     stopped: Callable[[], None],
 ) -> tuple[float, int]:
     """Backward through each micro-batch's summed loss: this rank's sum of losses and all ranks' counted tokens.
@@ -184,7 +184,7 @@ def _accumulate(
     return total, tokens
 
 
-def _refuse(step: int, total: float, norm: float, samples: list[str], out: Path, world: World) -> NoReturn:
+def _refuse(step: int, total: float, norm: float, samples: list[str], out: Path, world: ParallelContext) -> NoReturn:
     """Raise what every rank knows of a step whose loss or gradient is not finite."""
     found = world.gather((total, samples))
     bad = [(r, t, s) for r, (t, s) in enumerate(found) if not math.isfinite(t)]
@@ -199,7 +199,7 @@ def _refuse(step: int, total: float, norm: float, samples: list[str], out: Path,
 
 
 @contextmanager
-def _stop(world: World) -> Iterator[Callable[[], None]]:
+def _stop(world: ParallelContext) -> Iterator[Callable[[], None]]:
     """A function that raises on every rank once a signal has come to any of them.
 
     Alone, a signal raises by itself, wherever it finds the process. Among others that would leave them waiting, so

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from lvctx.dist.mesh import World
+from lvctx.dist.context import ParallelContext
 from lvctx.train.plan import DEVICES, GIB, known_device
 
 
-def measure(world: World, *, tokens: int, seconds: float, flops: float | None) -> dict[str, Any]:
+def measure(world: ParallelContext, *, tokens: int, seconds: float, flops: float | None) -> dict[str, Any]:
     """Columns of metrics.jsonl for a step of `tokens` over all ranks; `flops` are its operations (`train.plan.flops`).
 
     `memory_bytes` is this rank's largest so far: what torch allocated on the GPU, on a CPU the process's resident set.

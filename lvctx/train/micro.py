@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lvctx.dist import attention
-from lvctx.dist.shard import take_part
+from lvctx.dist.fsdp import keep_in_graph
 from lvctx.model.loss import IGNORED, token_loss
 from lvctx.model.vlm import embed_frames, frame_features
 from lvctx.positions.pose import skipped
@@ -103,7 +103,7 @@ Judge = Callable[[Tensor, Tensor, Tensor, Sequence[Sample]], T]
 def answer_loss(hidden_TE: Tensor, head_VE: Tensor, labels_T: Tensor, micro: Sequence[Sample]) -> tuple[Tensor, int]:
     """Summed cross-entropy of the counted tokens, and their number."""
     total, count = token_loss(hidden_TE, head_VE, labels_T)
-    return take_part(total, hidden_TE, head_VE), count
+    return keep_in_graph(total, hidden_TE, head_VE), count
 
 
 class Forward(nn.Module):

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lvctx.artifacts.rows import RowLog
-from lvctx.dist.mesh import World
-from lvctx.dist.shard import take_part
+from lvctx.dist.context import ParallelContext
+from lvctx.dist.fsdp import keep_in_graph
 from lvctx.errors import InputError
 from lvctx.model.loss import token_loss
 from lvctx.train.chat import Conversation, conversation
@@ -119,7 +119,7 @@ class Preference:
         """Summed loss, and the number of pairs."""
         ours_M2 = log_probs(hidden_TE, head_VE, labels_T, micro)
         total = preference_loss(ours_M2, ours_M2.new_tensor([self.reference[s.number] for s in micro]), self.beta)
-        return take_part(total, hidden_TE, head_VE), len(micro)
+        return keep_in_graph(total, hidden_TE, head_VE), len(micro)
 
 
 def compute_reference(
@@ -130,7 +130,7 @@ def compute_reference(
     path: Path,
     run: str,
     micro_tokens: int,
-    world: World,
+    world: ParallelContext,
     report: Callable[[int, int, str], None],
 ) -> dict[int, tuple[float, float]]:
     """Log-probabilities of these pairs under the model as it stands, kept in `path` row by row.

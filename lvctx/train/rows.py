@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lvctx.dist.attention import Shard
-from lvctx.dist.mesh import World
-from lvctx.dist.shard import take_part
+from lvctx.dist.context import ParallelContext
+from lvctx.dist.fsdp import keep_in_graph
 from lvctx.dist.zigzag import shard
 from lvctx.model.loss import IGNORED, shift_labels, token_loss
 
@@ -27,11 +27,11 @@ class RowLoss(nn.Module):
         decoder, head = self.lm.get_decoder(), self.lm.get_output_embeddings().weight
         hidden = decoder(input_ids=ids, position_ids=positions, use_cache=False, **attention).last_hidden_state
         total, count = token_loss(hidden.flatten(0, 1), head, labels.flatten())
-        return take_part(total, hidden, head), count
+        return keep_in_graph(total, hidden, head), count
 
 
 def shard_row(
-    ids_BL: Tensor, world: World, starts: tuple[int, ...] | None, positions_BL: Tensor | None = None
+    ids_BL: Tensor, world: ParallelContext, starts: tuple[int, ...] | None, positions_BL: Tensor | None = None
 ) -> dict[str, Any]:
     """This rank's part of rows, on its device, as `RowLoss` takes it. Labels are shifted before the row is cut.
 

@@ -1,4 +1,4 @@
-"""The ranks of a run: data parallel x context parallel on one DeviceMesh, and what they tell each other.
+"""The ranks of a run: data parallel x context parallel on one DeviceMesh, their collectives, and their errors.
 
 Ranks of a CP group see the same sample, each a part of it; DP groups see different ones. Alone, all of this is the
 identity, so one process runs the same code as eight GPUs.
@@ -24,21 +24,21 @@ from lvctx.errors import EXIT_INTERRUPTED, EXIT_STOPPED, InputError, LvctxError,
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-PATIENCE = timedelta(minutes=10)
-"""How long a rank waits for another: longer than a first step at the longest sequences, far below torch's 30 minutes."""
-LONG_PATIENCE = timedelta(days=7)
-"""Likewise where ranks share out independent work: as long as another's share may take, or a human's next question.
-torchrun ends all when one dies."""
+STEP_TIMEOUT = timedelta(minutes=10)
+"""Timeout of a collective in training: longer than a first step at the longest sequences, far below torch's 30 minutes."""
+SHARED_WORK_TIMEOUT = timedelta(days=7)
+"""Timeout where ranks share out independent work: as long as the largest share takes, or a person's next question.
+torchrun ends all processes when one dies."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
+class ParallelContext:
     """All ranks of a run, seen from one of them."""
 
     device: str
     """Where this rank computes, e.g. `cuda:3`."""
     rank: int = 0
-    """0-based; rank 0 writes and speaks."""
+    """0-based; rank 0 writes files and output."""
     size: int = 1
     """Number of ranks: dp x cp."""
     cp: int = 1
@@ -108,8 +108,8 @@ class World:
         self.sum([0.0])
 
 
-def make_world(*, device: str, cp: int, patience: timedelta = PATIENCE) -> World:
-    """The world of an initialised process group, or of one process alone.
+def make_context(*, device: str, cp: int, timeout: timedelta = STEP_TIMEOUT) -> ParallelContext:
+    """The context of an initialised process group, or of one process alone.
 
     Raises UsageError where `cp` does not divide the number of processes.
     """
@@ -120,28 +120,29 @@ def make_world(*, device: str, cp: int, patience: timedelta = PATIENCE) -> World
             fix=f"start it with `torchrun --nproc-per-node {cp} -m lvctx ...`",
         )
     if not dist.is_initialized():
-        return World(device=device)
+        return ParallelContext(device=device)
     kind = torch.device(device).type
     groups = init_device_mesh(kind, (size // cp, cp), mesh_dim_names=("dp", "cp"))
     ring = Ring(rank=groups.get_local_rank("cp"), world=cp, group=groups["cp"].get_group())
     mesh: DeviceMesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
-    control, saving = (dist.new_group(backend="gloo", timeout=patience) for _ in range(2))
-    return World(
+    control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    return ParallelContext(
         device=device, rank=dist.get_rank(), size=size, cp=cp, ring=ring, mesh=mesh, control=control, saving=saving
     )
 
 
 @contextmanager
-def open_world(
-    *, device: str, cp: int = 1, sharded: bool = False, patience: timedelta = PATIENCE
-) -> Iterator[World]:
-    """The world torchrun started this process in, or this process alone; closed at the end.
+def open_context(
+    *, device: str, cp: int = 1, sharded: bool = False, timeout: timedelta = STEP_TIMEOUT
+) -> Iterator[ParallelContext]:
+    """The process group that torchrun started this process in, or this process alone; closed at the end.
 
-    `sharded` makes a process group, and so a mesh, for one process too. `patience` is how long a rank waits for another.
+    `device` may be `auto` (`resolve_device`). `sharded` makes a process group, and so a mesh, for one process too. `timeout` is how long a rank waits for another.
     An error on one rank ends the others with that error: they see it in place of a lost connection.
     """
+    device = resolve_device(device)
     if not under_torchrun() and not sharded:
-        yield make_world(device=device, cp=cp)
+        yield make_context(device=device, cp=cp)
         return
     backend = "gloo"
     if torch.device(device).type == "cuda":
@@ -149,16 +150,25 @@ def open_world(
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     if under_torchrun():
-        dist.init_process_group(backend, timeout=patience)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with told_to_all():
-            yield make_world(device=device, cp=cp, patience=patience)
+        with propagate_errors():
+            yield make_context(device=device, cp=cp, timeout=timeout)
     finally:
         # Closing talks to ranks that may be gone; what ended this run matters more than how its connections end.
         with suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def resolve_device(device: str) -> str:
+    """`device` itself; for `auto`, `cuda` if there is one, else `mps`, else `cpu`."""
+    if device != "auto":
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def under_torchrun() -> bool:
@@ -177,8 +187,8 @@ def joined(store: Path, *, rank: int, size: int) -> Iterator[None]:
 
 
 @contextmanager
-def told_to_all() -> Iterator[None]:
-    """Let the first rank that fails say why; ranks that fail because it went away raise its error instead of theirs."""
+def propagate_errors() -> Iterator[None]:
+    """Raise the error of the first rank that failed on every rank, in place of the lost connections that follow it."""
     store = dist.distributed_c10d._get_default_store()
     try:
         yield

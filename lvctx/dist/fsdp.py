@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lvctx.dist.mesh import World
+from lvctx.dist.context import ParallelContext
 
 
 def shard_model(
     model: nn.Module,
     layers: Iterable[nn.Module],
-    world: World,
+    world: ParallelContext,
     *,
     offload: bool = False,
     compute: torch.dtype = torch.bfloat16,
@@ -38,12 +38,12 @@ def shard_model(
         fully_shard(part, mesh=world.mesh, mp_policy=precision, offload_policy=where)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor of a sharded one (every rank must ask), any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def take_part(total: Tensor, *tensors: Tensor) -> Tensor:
+def keep_in_graph(total: Tensor, *tensors: Tensor) -> Tensor:
     """`total` as it is, with `tensors` in its graph, for their gradient of zero.
 
     A rank's part of a row may hold no counted token. It must still go through the backward pass, where the others wait
@@ -57,6 +57,6 @@ def gather_into(target: nn.Module | None, model: nn.Module) -> None:
     """Copy the parameters of a sharded model into its unsharded twin, one at a time; other ranks give None and help."""
     into = dict(target.named_parameters(remove_duplicate=False)) if target is not None else {}
     for name, parameter in model.named_parameters():
-        full = whole(parameter.detach())
+        full = full_tensor(parameter.detach())
         if target is not None:
             into[name].copy_(full)
