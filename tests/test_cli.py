@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lvctx import __version__
-from lvctx.cli.common import ORDER
+from lvctx.cli.app import MODULES
 
 LVCTX = [sys.executable, "-m", "lvctx"]
 
@@ -42,7 +42,7 @@ def test_version_and_help() -> None:
     assert lvctx("--version").stdout == f"lvctx {__version__}\n"
     text = lvctx("--help").stdout
     listed = re.findall(r"^│ ([a-z][a-z-]*)  ", text, re.M)
-    assert listed == list(ORDER), "as the pipeline runs"
+    assert listed == list(MODULES), "as the pipeline runs"
     assert "--install-completion" in text
 
 
@@ -109,11 +109,11 @@ def test_a_closed_pipe_is_141_and_silent(tmp_path: Path) -> None:
     """`lvctx ... | head -1`: the reader leaves after one line; what was written stays."""
     code = textwrap.dedent("""
         import typer
-        from lvctx.cli import app as program, common
+        from lvctx.cli import app as program, output
         @program.app.command("flood")
         def flood() -> None:
             while True:
-                common.emit({"line": "x" * 1000})
+                output.emit({"line": "x" * 1000})
         program.app()
     """)
     child = subprocess.Popen(

@@ -12,14 +12,13 @@ from typing import Any
 import llava_models
 import mrope_models
 import pytest
-import typer.main
 from transformers import AutoTokenizer
 
 from lvctx.artifacts.store import sha256_file
-from lvctx.cli.app import app
+from lvctx.cli.app import MODULES, load_command
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = {name: load_command(name) for name in MODULES}
 SUBCOMMANDS = {f"{n} {m}": s for n, c in COMMANDS.items() for m, s in getattr(c, "commands", {}).items()}
 HELPS = {**COMMANDS, **SUBCOMMANDS}
 EXAMPLES = {name: re.findall(r"^lvctx .*|^.*\| lvctx .*", c.epilog or "", re.M) for name, c in HELPS.items()}

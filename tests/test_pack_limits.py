@@ -150,11 +150,12 @@ def test_a_mix_that_is_none_is_told(text: str, what: str, tmp_path: Path) -> Non
 PEAK = """
 import resource, sys
 from pathlib import Path
-from lvctx.stages.pack import plan_pack, run_pack
+from lvctx.stages.pack_text import plan_pack_text, run_pack_text
+from lvctx.stages.pack_text_config import PackTextConfig
 if __name__ == "__main__":
-    plan = plan_pack([sys.argv[1]], tokenizer=sys.argv[2], separator="auto", mix=sys.argv[4], seq_len=4096,
-                     shard_tokens=1 << 18)
-    run_pack(plan, Path(sys.argv[3]), workers=1, report=lambda done, total, note: None)
+    config = PackTextConfig(inputs=(sys.argv[1],), tokenizer=sys.argv[2], out=Path(sys.argv[3]), mix=sys.argv[4],
+                            seq_len=4096, shard_tokens=1 << 18, workers=1)
+    run_pack_text(plan_pack_text(config), report=lambda done, total, note: None)
     print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 """
 

@@ -19,7 +19,8 @@ from conftest import Nano
 from lvctx.artifacts.manifest import read_manifest
 from lvctx.artifacts.packed import PackedRows
 from lvctx.errors import InputError, UsageError
-from lvctx.stages.pack import plan_pack, run_pack
+from lvctx.stages.pack_text import plan_pack_text, run_pack_text
+from lvctx.stages.pack_text_config import PackTextConfig
 from lvctx.text import documents, tokenize
 from lvctx.text.pack import uniform
 
@@ -79,8 +80,16 @@ def pack(
     """Run the stage; `o` are its options over small defaults."""
     options: dict[str, Any] = {"seq_len": 64, "min_long": 100, "keep_short": 0.3, "shard_tokens": 1024, **o}
     run = {key: options.pop(key) for key in ("resume", "force") if key in options}
-    plan = plan_pack([str(i) for i in inputs], tokenizer=str(tokenizer), separator=separator, mix=mix, **options)
-    run_pack(plan, out, workers=workers, report=lambda done, total, note: None, **run)
+    config = PackTextConfig(
+        inputs=tuple(str(i) for i in inputs),
+        out=out,
+        tokenizer=str(tokenizer),
+        separator=separator,
+        mix=mix,
+        workers=workers,
+        **options,
+    )
+    run_pack_text(plan_pack_text(config), report=lambda done, total, note: None, **run)
     return PackedRows(out)
 
 

@@ -1,21 +1,119 @@
-"""The program: its commands in the order the pipeline runs."""
+"""The program: its commands, loaded when they are asked for, and the exit code of every way a command can end."""
 
-from typing import Annotated
+import errno
+import os
+import signal
+import sys
+import traceback
+from importlib import import_module
+from types import FrameType
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from lvctx import __version__
-from lvctx.cli.common import Commands
+from lvctx.cli.output import say
+from lvctx.errors import EXIT_INTERRUPTED, EXIT_READER_GONE, EXIT_STOPPED, LvctxError, Stopped
+
+COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
+    "Training": {
+        "pack-text": ("prepare", "Tokenize documents and pack them into fixed-length rows."),
+        "extend-lm": ("extend_lm", "Extend the context of a language model: new RoPE base, training on long rows."),
+        "align": ("align", "Train a language model to process images, with a vision tower and a projector."),
+        "pack-chat": ("pack_chat", "Mix chat samples with text, images and videos and pack them into long rows."),
+    },
+    "Video and evaluation": {
+        "encode-video": ("encode_video", "Sample videos and store the vision tower's features of their frames."),
+        "mrope-extend": ("mrope_extend", "Extend the context of a Qwen-VL model with M-RoPE++."),
+        "niah": ("niah", "Needle-in-a-haystack test over context lengths and needle depths."),
+        "vqa": ("vqa", "Answer questions about videos."),
+        "videomme": ("videomme", "Video-MME: run a model on its questions, and score it."),
+        "bench": ("bench", "Other benchmarks of long video: run a model on their questions, and score it."),
+    },
+    "Utilities": {
+        "import-longva": ("import_longva", "Convert a released LongVA checkpoint for transformers and vLLM."),
+        "export": ("export", "Write a model in the format that another program reads."),
+        "info": ("info", "Show what a model directory or artifact is, what made it and what is in it."),
+        "plan": ("plan", "Predict the memory and time of a training run from config.json alone."),
+        "doctor": ("doctor", "Check that context parallelism is exact with a model on this machine."),
+    },
+}
+"""Panel of the help -> command -> (module of `lvctx.cli`, one line of help); those of the pipeline come first."""
+
+MODULES = {name: module for commands in COMMANDS.values() for name, (module, _) in commands.items()}
+"""Command -> module, in the order of the help."""
+
+
+def load_command(name: str) -> Any:
+    """Import a command's module and build the command, or the group, with all its options."""
+    module = import_module(f"lvctx.cli.{MODULES[name]}")
+    if hasattr(module, "register"):  # commands whose options are still written by hand
+        from lvctx.cli.common import hide_variables
+
+        by_hand = typer.Typer(add_completion=False)
+        by_hand.callback()(lambda: None)
+        module.register(by_hand)
+        command: Any = typer.main.get_command(by_hand).commands[name]  # type: ignore[attr-defined]
+        hide_variables(command)
+        return command
+    from lvctx.cli.options import build
+
+    return build(name)
+
+
+class Program(TyperGroup):
+    """The group of all commands: turns every way a command can end into one line and an exit code (see `errors`)."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for panel, commands in COMMANDS.items():
+            for name, (_, line) in commands.items():
+                self.add_command(TyperCommand(name=name, help=line, rich_help_panel=panel))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Load the command that was asked for; until then a command is its name and one line of help."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load_command(name) if name in MODULES else command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        previous = signal.signal(signal.SIGTERM, _on_sigterm)
+        try:
+            return super().invoke(ctx)
+        except LvctxError as e:
+            say(f"lvctx: {e}")
+            raise typer.Exit(e.exit_code) from e
+        except Stopped:
+            say("lvctx: stopped by a signal; run the same command again to continue")
+            raise typer.Exit(EXIT_STOPPED) from None
+        except KeyboardInterrupt:
+            say("lvctx: interrupted; run the same command again to continue")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except OSError as e:
+            if e.errno != errno.EPIPE:
+                say(traceback.format_exc())
+                raise typer.Exit(1) from e
+            # The reader is gone. Python would fail once more when it flushes stdout on exit: give it nowhere to.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(EXIT_READER_GONE) from None
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _on_sigterm(signum: int, frame: FrameType | None) -> None:
+    raise Stopped
+
 
 app = typer.Typer(
     name="lvctx",
-    cls=Commands,
+    cls=Program,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"auto_envvar_prefix": "LVCTX", "help_option_names": ["-h", "--help"]},
-    help="Long-context video understanding as unix steps. Text teaches a language model to read far; images teach "
-    "it to see; then it can watch an hour of video. "
-    "A flag's value is looked for on the command line, then in LVCTX_COMMAND_FLAG, then in --recipe, then its default.",
+    help="Extend a language model's context on text, align it with images, evaluate it on hour-long video. "
+    "The value of a flag is taken from the command line, else from the variable LVCTX_COMMAND_FLAG, else from "
+    "--recipe, else it is the default.",
 )
 
 
@@ -32,31 +130,3 @@ def root(
     ] = False,
 ) -> None:
     """Options of the program itself."""
-
-
-def _register() -> None:
-    from lvctx.cli import (
-        align,
-        bench,
-        doctor,
-        encode_video,
-        export,
-        extend_lm,
-        import_longva,
-        info,
-        mrope_extend,
-        niah,
-        pack_chat,
-        pack_text,
-        plan,
-        videomme,
-        vqa,
-    )
-
-    teach = (pack_text, pack_chat, extend_lm, align, import_longva, export)
-    watch = (encode_video, mrope_extend, niah, vqa, videomme, bench)
-    for module in (*teach, *watch, plan, doctor, info):
-        module.register(app)
-
-
-_register()

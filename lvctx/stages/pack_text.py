@@ -11,10 +11,10 @@ whole one; since every decision is a function of seed and place, its bytes are t
 import itertools
 import json
 import logging
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,9 @@ import numpy as np
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
 from lvctx.artifacts.packed import read_state, shard_name, write_shard
+from lvctx.config import hashed_fields
 from lvctx.errors import InputError, UsageError
+from lvctx.stages.pack_text_config import PackTextConfig
 from lvctx.stages.spool import Spool, part_name
 from lvctx.text import mix as mixes
 from lvctx.text.documents import UNNAMED, Corpus, Fields, Place
@@ -35,49 +37,19 @@ Report = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackConfig:
-    """What decides the rows, besides tokenizer and documents."""
+class PackTextJob:
+    """A checked configuration with what was resolved from it."""
 
-    seq_len: int
-    """Tokens of a row; LongVA 224,000."""
-    tokens: int | None = None
-    """Tokens to pack, separators counted; None packs as many as the mix allows."""
-    min_long: int = 4096
-    """Documents with more tokens are all kept."""
-    keep_short: float = 0.1
-    """Probability to keep a shorter one."""
-    mix: dict[str, float] | str = mixes.AUTO
-    """Shares of sources summing to 1, or the name of a rule; see `text.mix`."""
-    separator: int
-    """Token id before each document."""
-    keep_tail: bool = False
-    """Keep the last, partial row, filled up with separators."""
-    shard_tokens: int = 1 << 24
-    """Tokens of a shard, rounded down to whole rows; 2^24 is 64 MiB, and what a killed run redoes at most."""
-    text_field: str = "text"
-    """Field of a record that holds the document."""
-    source_field: str | None = None
-    """Field that names its source; None looks at the usual places."""
-    split: str = "train"
-    """Split of a dataset."""
-    invalid: str = "replace"
-    """Invalid UTF-8: `replace`, `skip` the document, or `error`."""
-    skip_malformed: bool = False
-    """Leave malformed records out instead of stopping."""
-    seed: int = 0
-    """Which short documents are kept."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A checked run."""
-
-    config: PackConfig
-    """With every default resolved."""
+    config: PackTextConfig
+    """As given."""
+    mix: dict[str, float] | str
+    """Proportions of the sources, summing to 1, or the name of a rule; see `text.mix`."""
     corpus: Corpus
     """The input."""
     tokenizer: TokenizerFile
-    """Loaded and with its separator."""
+    """Loaded, with the separator that goes before each document."""
+    workers: int
+    """Tokenizer processes."""
     provenance: Provenance
     """What identifies the run."""
 
@@ -86,48 +58,62 @@ class Plan:
         """Rows of a full shard."""
         return max(1, self.config.shard_tokens // self.config.seq_len)
 
+    def describe(self) -> dict[str, Any]:
+        """What a run would read and write, for a dry run."""
+        kinds = [part.kind for part in self.corpus.parts]
+        return {
+            "path": str(self.config.out),
+            **self.provenance.config,
+            "separator_token": self.tokenizer.separator_token,
+            "inputs": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+            "input_bytes": self.corpus.size,
+            "output_bytes": 4 * self.config.tokens if self.config.tokens else None,
+            "workers": self.workers,
+        }
 
-def plan_pack(inputs: Sequence[str], *, tokenizer: str, separator: str, mix: str, **options: Any) -> Plan:
-    """Check inputs and resolve defaults; `options` are PackConfig's. Raises UsageError and InputError."""
-    shares = mixes.load_mix(mix)
-    if options["seq_len"] < 2:
-        raise UsageError(f"--seq-len {options['seq_len']} is less than 2", fix="a row needs two tokens to learn from")
-    if options.get("tokens") is not None and options["tokens"] < options["seq_len"]:
-        raise UsageError(f"--tokens {options['tokens']} is less than one row of {options['seq_len']}", fix="raise it")
-    found = find_tokenizer(tokenizer, separator)
-    config = PackConfig(mix=shares, separator=found.separator, **options)
+
+def plan_pack_text(config: PackTextConfig) -> PackTextJob:
+    """Check the inputs and resolve the defaults. Raises UsageError and InputError."""
+    mix = mixes.load_mix(config.mix)
+    if config.seq_len < 2:
+        raise UsageError(f"--seq-len {config.seq_len} is less than 2", fix="a row needs two tokens to learn from")
+    if config.tokens is not None and config.tokens < config.seq_len:
+        raise UsageError(f"--tokens {config.tokens} is less than one row of {config.seq_len}", fix="raise it")
+    tokenizer = find_tokenizer(config.tokenizer, config.separator)
     fields = Fields(text=config.text_field, source=config.source_field)
-    corpus = Corpus(inputs, fields=fields, split=config.split)
+    corpus = Corpus(config.inputs, fields=fields, split=config.split)
     provenance = Provenance(
         schema=schemas.PACKED,
         command="pack-text",
-        config=asdict(config),
-        inputs={"tokenizer": found.sha256, "documents": corpus.fingerprint()},
+        config={**hashed_fields(config), "mix": mix, "separator": tokenizer.separator},
+        inputs={"tokenizer": tokenizer.sha256, "documents": corpus.fingerprint()},
         seed=config.seed,
     )
-    return Plan(config=config, corpus=corpus, tokenizer=found, provenance=provenance)
+    workers = config.workers or len(os.sched_getaffinity(0))
+    return PackTextJob(
+        config=config, mix=mix, corpus=corpus, tokenizer=tokenizer, workers=workers, provenance=provenance
+    )
 
 
-def run_pack(
-    plan: Plan, out: Path, *, workers: int, resume: str = "auto", force: bool = False, report: Report
-) -> dict[str, Any]:
-    """Write (or finish) the packed directory and return its manifest; nothing to do if it stands finished."""
-    if not is_finished(out, plan.provenance, resume=resume, force=force):
-        _Packer(plan, out, workers=workers, report=report).run(resume=resume, force=force)
+def run_pack_text(job: PackTextJob, *, resume: str = "auto", force: bool = False, report: Report) -> dict[str, Any]:
+    """Write the packed directory, or continue it, and return its manifest; a finished one is left as it is."""
+    out = job.config.out
+    if not is_finished(out, job.provenance, resume=resume, force=force):
+        _Packer(job, report).run(resume=resume, force=force)
     return read_manifest(out)
 
 
 class _Packer:
     """One run: the state that moves on, and the two ways through it."""
 
-    def __init__(self, plan: Plan, out: Path, *, workers: int, report: Report) -> None:
-        self.plan, self.config, self.out, self.workers, self.report = plan, plan.config, out, workers, report
-        self.rule = LengthRule(min_long=plan.config.min_long, keep_short=plan.config.keep_short, seed=plan.config.seed)
+    def __init__(self, job: PackTextJob, report: Report) -> None:
+        self.job, self.config, self.out, self.report = job, job.config, job.config.out, report
+        self.rule = LengthRule(min_long=job.config.min_long, keep_short=job.config.keep_short, seed=job.config.seed)
         self.ledger = Ledger()
-        self.mix: dict[str, float] | str = plan.config.mix
+        self.mix: dict[str, float] | str = job.mix
         self.budgets: dict[str, int] = {}
         self.shards = 0
-        self.buffer = ShardBuffer(rows=plan.shard_rows, seq_len=plan.config.seq_len)
+        self.buffer = ShardBuffer(rows=job.shard_rows, seq_len=job.config.seq_len)
 
     def run(self, *, resume: str, force: bool) -> None:
         """Pack from where an unfinished run stood, or from the beginning."""
@@ -135,7 +121,7 @@ class _Packer:
             (self.out / MANIFEST).unlink(missing_ok=True)
         fresh = force or resume == "never"
         parts = [] if fresh else self._standing(part_name, rows=None)
-        shards = [] if fresh else self._standing(shard_name, rows=self.plan.shard_rows)
+        shards = [] if fresh else self._standing(shard_name, rows=self.job.shard_rows)
         spool = Spool(self.out, parts, part_tokens=self.config.shard_tokens, metadata=self._metadata)
         if shards and shards[-1]["spooled"] and not spool.complete:
             shards = []  # somebody removed the parts they came from
@@ -169,20 +155,20 @@ class _Packer:
             if names:
                 self._resolve_mix(names)
                 return itertools.chain(first, stream)
-        raise InputError("no documents in the input", where=", ".join(p.name for p in self.plan.corpus.parts[:3]))
+        raise InputError("no documents in the input", where=", ".join(p.name for p in self.job.corpus.parts[:3]))
 
     def _needs_spool(self) -> bool:
         return self.mix == mixes.KEEP or (isinstance(self.mix, dict) and self.config.tokens is None)
 
     def _tokens(self, start: Sequence[int]) -> Generator[Tokens, None, None]:
         """Tokenized chunks from a place on."""
-        corpus, config = self.plan.corpus, self.config
+        corpus, config = self.job.corpus, self.config
         stream = tokenize(
             corpus.chunks(Place(*start)),
-            self.plan.tokenizer,
+            self.job.tokenizer,
             fields=corpus.fields,
             policy=Policy(invalid=config.invalid, skip_malformed=config.skip_malformed),
-            workers=self.workers,
+            workers=self.job.workers,
         )
         with closing(stream):
             for tokens in stream:
@@ -205,7 +191,7 @@ class _Packer:
                 what = f"source {name!r} is not" if name != UNNAMED else "documents that name no source are not"
                 fix = "--mix none, --mix keep or a --mix file that has it"
                 raise InputError(f"{what} in the mix (which has {', '.join(self.mix)})", where=where, fix=fix)
-            if self.config.mix == mixes.AUTO and self.mix == mixes.NONE and name not in (UNNAMED, UNREADABLE):
+            if self.job.mix == mixes.AUTO and self.mix == mixes.NONE and name not in (UNNAMED, UNREADABLE):
                 what = f"source {name!r} after documents that name none"
                 raise InputError(what, where=where, fix="say --mix none, --mix keep or a --mix file")
 
@@ -288,7 +274,7 @@ class _Packer:
         self.buffer.clear()
 
     def _metadata(self, state: dict[str, Any]) -> dict[str, str]:
-        whole = {**self.plan.provenance.to_dict(), "state": {**state, "ledger": self.ledger.to_dict()}}
+        whole = {**self.job.provenance.to_dict(), "state": {**state, "ledger": self.ledger.to_dict()}}
         return {"lvctx": json.dumps(whole, sort_keys=True, separators=(",", ":"))}
 
     # Beginning and ending
@@ -300,7 +286,7 @@ class _Packer:
             stored = read_state(self.out / name(number))
             if stored is None or (rows is not None and stored["state"]["rows"] < rows):
                 return states
-            if stored["config_hash"] != self.plan.provenance.config_hash:
+            if stored["config_hash"] != self.job.provenance.config_hash:
                 log.warning("%s: starting over: the unfinished output there is of another run", self.out)
                 return []
             states.append(stored["state"])
@@ -323,9 +309,9 @@ class _Packer:
             )
         tail = self.buffer.used % config.seq_len
         if tail and config.keep_tail:
-            filler = np.full(config.seq_len - tail, config.separator, np.int32)
+            filler = np.full(config.seq_len - tail, self.job.tokenizer.separator, np.int32)
             self.buffer.put(filler, begins=True)
-        full, rest = self.plan.shard_rows, self.buffer.used // config.seq_len
+        full, rest = self.job.shard_rows, self.buffer.used // config.seq_len
         shard_rows = [full] * self.shards + ([rest] if rest else [])
         if not shard_rows:
             raise InputError(
@@ -341,10 +327,10 @@ class _Packer:
             "shard_rows": shard_rows,
             "tokens": ledger.packed() - (0 if config.keep_tail else tail),
             "tail": {"tokens": tail, "kept": bool(tail and config.keep_tail)},
-            "tokenizer": {"sha256": self.plan.tokenizer.sha256, "vocabulary": self.plan.tokenizer.vocabulary},
-            "separator": {"id": config.separator, "token": self.plan.tokenizer.separator_token},
+            "tokenizer": {"sha256": self.job.tokenizer.sha256, "vocabulary": self.job.tokenizer.vocabulary},
+            "separator": {"id": self.job.tokenizer.separator, "token": self.job.tokenizer.separator_token},
             "length_bins": bin_names(),
             "sources": ledger.report(self.mix if isinstance(self.mix, dict) else {}, self.budgets),
         }
-        write_manifest(self.out, self.plan.provenance, [shard_name(i) for i in range(len(shard_rows))], **facts)
+        write_manifest(self.out, self.job.provenance, [shard_name(i) for i in range(len(shard_rows))], **facts)
         self._remove_all_but({shard_name(i) for i in range(len(shard_rows))})
