@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lvctx.device import resolve_device
 from lvctx.dist.ring import Ring
 from lvctx.errors import EXIT_INTERRUPTED, EXIT_STOPPED, InputError, LvctxError, Stopped, UsageError
 
@@ -137,7 +138,7 @@ def open_context(
 ) -> Iterator[ParallelContext]:
     """The process group that torchrun started this process in, or this process alone; closed at the end.
 
-    `device` may be `auto` (`resolve_device`). `sharded` makes a process group, and so a mesh, for one process too. `timeout` is how long a rank waits for another.
+    `device` may be `auto` (`lvctx.device`). `sharded` makes a process group, and so a mesh, for one process too. `timeout` is how long a rank waits for another.
     An error on one rank ends the others with that error: they see it in place of a lost connection.
     """
     device = resolve_device(device)
@@ -160,15 +161,6 @@ def open_context(
         # Closing talks to ranks that may be gone; what ended this run matters more than how its connections end.
         with suppress(RuntimeError):
             dist.destroy_process_group()
-
-
-def resolve_device(device: str) -> str:
-    """`device` itself; for `auto`, `cuda` if there is one, else `mps`, else `cpu`."""
-    if device != "auto":
-        return device
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def under_torchrun() -> bool:

@@ -10,6 +10,7 @@ from lvctx.artifacts.config import language_part, read_model_config
 from lvctx.artifacts.manifest import MANIFEST, read_manifest
 from lvctx.artifacts.sniff import check_kind
 from lvctx.artifacts.weights import read_headers, shard_names
+from lvctx.device import resolve_device
 from lvctx.errors import InputError, MissingError, first_line, library_errors
 from lvctx.model.fit import DERIVED, check_loaded
 from lvctx.positions.choose import check_rope
@@ -127,15 +128,16 @@ def load_model(
 ) -> Any:
     """A language model, a LlavaOnevision VLM or a Qwen-VL model, in eval mode with SDPA attention.
 
-    `dtype` is a torch dtype, or `auto` for the checkpoint's own; with a `device_map`, `device` does not count. Raises
-    InputError for weights that do not fit the configuration tensor by tensor, the map, or cannot be read; MissingError
-    for a map without accelerate, a package that quantized weights need, or a device that is not here.
+    `dtype` is a torch dtype, or `auto` for the checkpoint's own. `device` may be `auto` (`lvctx.device`) and is not
+    used with a `device_map`. Raises InputError for weights that do not fit the configuration tensor by tensor, do not
+    fit the map, or cannot be read; MissingError for a map without accelerate, a package that quantized weights need,
+    or a device that is not here.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    if device_map is None and device.startswith("cuda") and not torch.cuda.is_available():
-        raise MissingError("no CUDA device here", where=f"--device {device}", fix="--device cpu")
+    if device_map is None:
+        device = resolve_device(device)
     if device_map is not None and find_spec("accelerate") is None:
         raise MissingError("a device map needs accelerate", where="--device-map", fix="pip install accelerate")
     config = config or load_config(path)

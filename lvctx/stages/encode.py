@@ -30,8 +30,9 @@ from lvctx.artifacts import schemas
 from lvctx.artifacts.frames import SUFFIX, open_frames
 from lvctx.artifacts.manifest import Provenance, is_finished, read_provenance
 from lvctx.artifacts.store import read_safetensors_header, sha256_file
+from lvctx.device import Dtype, resolve_device, resolve_dtype
 from lvctx.dist.context import SHARED_WORK_TIMEOUT, ParallelContext, open_context
-from lvctx.errors import LvctxError, MissingError, Stopped, UsageError
+from lvctx.errors import LvctxError, Stopped, UsageError
 from lvctx.vision.apart import Decoders, Request
 from lvctx.vision.container import check_whole, probe
 from lvctx.vision.decode import Count, Decoder, Rate, Sampling, count_frames
@@ -50,7 +51,6 @@ __all__ = [
     "share_videos",
 ]
 log = logging.getLogger(__name__)
-Dtype = Literal["auto", "float32", "bfloat16"]
 Row = dict[str, Any]
 FACTS = ("duration", "source_frames", "time_error", "visual_tokens", "nominal_tokens", "partial")
 """What a row says of those in the artifact."""
@@ -126,10 +126,7 @@ class Encoder:
             from lvctx.vision.decord import require_decord
 
             require_decord()
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise MissingError("no CUDA device here", where=f"--device {device}", fix="--device cpu")
+        device = resolve_device(device)
         config = EncodeConfig(
             fps=1.0 if fps is None and frames is None else fps,
             frames=frames,
@@ -138,7 +135,7 @@ class Encoder:
             sampling=sampling,
             allow_partial=allow_partial,
             batch=batch,
-            dtype=dtype if dtype != "auto" else "bfloat16" if _fast_bfloat16(device) else "float32",
+            dtype=resolve_dtype(dtype, device),
             hybrid=None if hybrid is None or hybrid.uniform else hybrid,
         )
         files = TowerFiles.find(name)
@@ -362,10 +359,3 @@ def _row(video: Path, target: Path) -> dict[str, Any]:
         **{key: made["facts"][key] for key in FACTS if key in made["facts"]},
         "corrupt_frames": made["facts"].get("corrupt", 0),
     }
-
-
-def _fast_bfloat16(device: str) -> bool:
-    if device != "cpu":
-        return True
-    # Without such instructions a CPU emulates bfloat16, several times slower than float32.
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())

@@ -1,0 +1,32 @@
+"""What `auto` means for --device and --dtype. torch is imported when one of them is resolved."""
+
+from typing import Literal
+
+from lvctx.errors import MissingError
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+def resolve_device(device: str) -> str:
+    """`device` itself; for `auto`, `cuda` if there is one, else `mps`, else `cpu`.
+
+    Raises MissingError for a CUDA device where there is none.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise MissingError("no CUDA device here", where=f"--device {device}", fix="--device auto")
+    return device
+
+
+def resolve_dtype(dtype: Dtype, device: str) -> Literal["float32", "bfloat16"]:
+    """`dtype` itself; for `auto`, `bfloat16` if a resolved device computes it natively, else `float32`."""
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    # A CPU without such instructions emulates bfloat16, several times slower than float32.
+    native = device != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if native else "float32"
