@@ -18,7 +18,8 @@ from lvctx.model.load import load_tokenizer
 from lvctx.model.loss import IGNORED
 from lvctx.model.template import Visual
 from lvctx.model.vlm import VIDEO_TOKEN
-from lvctx.stages.pack_chat import plan_chat, run_chat
+from lvctx.stages.pack_chat import plan_pack_chat, run_pack_chat
+from lvctx.stages.pack_chat_config import PackChatConfig
 from lvctx.train.chat import read_conversations
 from lvctx.train.preference import read_pairs
 from lvctx.train.samples import Media, check_row
@@ -263,18 +264,10 @@ def test_a_pair_is_named(row: Any, what: str, tmp_path: Path) -> None:
 
 
 def pack(out: Path, kind: str, data: Path, model: Path, media: Path, **options: Any) -> ChatRows:
-    plan = plan_chat(
-        {kind: [data]},
-        model=str(model),
-        media=media,
-        mix=None,
-        hybrid=None,
-        **{
-            **{"target_length": 4096, "tokens": None, "long_share": 0.0, "long_over": 100, "video_fps": 2.0},
-            **{"max_frames": 8, "template": "own", "skip_malformed": False, "shard_tokens": 4096, "seed": 0, **options},
-        },
-    )
-    run_chat(plan, out, report=lambda done, total, note: None)
+    options = {"long_share": 0.0, "max_frames": 8, "template": "own", "shard_tokens": 4096, **options}
+    sources: dict[str, Any] = {kind: (data,)}
+    config = PackChatConfig(out=out, model=str(model), media=media, target_length=4096, **sources, **options)
+    run_pack_chat(plan_pack_chat(config), on_progress=lambda done, total, note: None)
     return ChatRows(out)
 
 

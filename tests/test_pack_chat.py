@@ -19,7 +19,8 @@ from PIL import Image
 
 from lvctx.artifacts.chat import ChatRows
 from lvctx.errors import InputError, UsageError
-from lvctx.stages.pack_chat import SHARES, plan_chat, run_chat
+from lvctx.stages.pack_chat import SHARES, plan_pack_chat, run_pack_chat
+from lvctx.stages.pack_chat_config import PackChatConfig
 from lvctx.text.bestfit import best_fit_decreasing
 from lvctx.text.blend import choose, largest_blend
 from lvctx.vision.decode import count_frames, read_frames
@@ -113,23 +114,17 @@ def sources(folder: Path) -> dict[str, list[Path]]:
 
 def pack(out: Path, given: dict[str, list[Path]], model: Path, media: Path, **o: Any) -> ChatRows:
     options: dict[str, Any] = {
-        "mix": None,
-        "hybrid": {"group": 4, "tokens": 24, "ratio": 3, "mode": "pair"},
+        "hybrid": "4,24,3",
         "target_length": 4096,
-        "tokens": None,
         "long_share": 0.15,
         "long_over": 1500,
-        "video_fps": 2.0,
-        "max_frames": 768,
-        "template": "chatml",
-        "skip_malformed": False,
         "shard_tokens": 1 << 13,
-        "seed": 0,
         **o,
     }
     run = {key: options.pop(key) for key in ("resume", "force") if key in options}
-    plan = plan_chat(given, model=str(model), media=media, **options)
-    run_chat(plan, out, report=lambda done, total, note: None, **run)
+    sources = {kind: tuple(paths) for kind, paths in given.items()}
+    config = PackChatConfig(out=out, model=str(model), media=media, **sources, **options)
+    run_pack_chat(plan_pack_chat(config), on_progress=lambda done, total, note: None, **run)
     return ChatRows(out)
 
 
@@ -417,7 +412,7 @@ def test_ids_are_the_texts_and_labels_the_assistants_words(
     }
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     given = {"interleaved": [tmp_path / "a.jsonl"]}
-    hybrid = {"group": 4, "tokens": 24, "ratio": 3, "mode": "pair"} if family == "qwen" else None
+    hybrid = "4,24,3" if family == "qwen" else None
     rows = pack(tmp_path / "out", given, model, media, long_share=0, target_length=9000, hybrid=hybrid)
     frames = len(list(read_frames(media / "bikes.mp4", fps=2)))
     if family == "qwen":

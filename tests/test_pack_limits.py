@@ -155,7 +155,7 @@ from lvctx.stages.pack_text_config import PackTextConfig
 if __name__ == "__main__":
     config = PackTextConfig(inputs=(sys.argv[1],), tokenizer=sys.argv[2], out=Path(sys.argv[3]), mix=sys.argv[4],
                             seq_len=4096, shard_tokens=1 << 18, workers=1)
-    run_pack_text(plan_pack_text(config), report=lambda done, total, note: None)
+    run_pack_text(plan_pack_text(config), on_progress=lambda done, total, note: None)
     print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 """
 

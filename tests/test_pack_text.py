@@ -89,7 +89,7 @@ def pack(
         workers=workers,
         **options,
     )
-    run_pack_text(plan_pack_text(config), report=lambda done, total, note: None, **run)
+    run_pack_text(plan_pack_text(config), on_progress=lambda done, total, note: None, **run)
     return PackedRows(out)
 
 

@@ -21,7 +21,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "pack-text": ("prepare", "Tokenize documents and pack them into fixed-length rows."),
         "extend-lm": ("extend_lm", "Extend the context of a language model: new RoPE base, training on long rows."),
         "align": ("align", "Train a language model to process images, with a vision tower and a projector."),
-        "pack-chat": ("pack_chat", "Mix chat samples with text, images and videos and pack them into long rows."),
+        "pack-chat": ("prepare", "Mix chat samples with text, images and videos and pack them into long rows."),
     },
     "Video and evaluation": {
         "encode-video": ("encode_video", "Sample videos and store the vision tower's features of their frames."),

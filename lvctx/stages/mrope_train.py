@@ -36,7 +36,8 @@ from lvctx.positions.mrope_ids import Rules
 from lvctx.positions.mrope_pp import Ramp
 from lvctx.stages.extend import Machine
 from lvctx.stages.mrope import Plan, clear, plan_mrope, write_checkpoint
-from lvctx.stages.pack_chat import plan_chat, run_chat
+from lvctx.stages.pack_chat import plan_pack_chat, run_pack_chat
+from lvctx.stages.pack_chat_config import PackChatConfig
 from lvctx.train.activations import checkpoint_layers
 from lvctx.train.chat_rows import ChatRow, RowReader
 from lvctx.train.data import indices
@@ -196,25 +197,20 @@ def pack_samples(
 ) -> Path:
     """Pack a file of chat samples as `pack-chat` does without a mix, beside the output; the packed directory."""
     target = out.with_name(f"{out.name}-chat")
-    plan = plan_chat(
-        {"interleaved": [file]},
+    config = PackChatConfig(
+        interleaved=(file,),
+        out=target,
         model=model,
         media=media,
-        mix={"interleaved": 1.0},
-        hybrid=asdict(hybrid) if hybrid else None,
         target_length=seq_len,
-        tokens=None,
         long_share=0.0,
-        long_over=8192,
+        hybrid=f"{hybrid.group},{hybrid.tokens},{hybrid.ratio}" if hybrid else None,
+        hybrid_mode=hybrid.mode if hybrid else "pair",
         video_fps=fps,
-        max_frames=768,
-        template="chatml",
-        skip_malformed=False,
         allow_partial=allow_partial,
-        shard_tokens=1 << 24,
         seed=seed,
     )
-    run_chat(plan, target, report=report)
+    run_pack_chat(plan_pack_chat(config), on_progress=report)
     return target
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
 from lvctx.artifacts.packed import read_state, shard_name, write_shard
-from lvctx.config import hashed_fields
+from lvctx.config import OnProgress, hashed_fields
 from lvctx.errors import InputError, UsageError
 from lvctx.stages.pack_text_config import PackTextConfig
 from lvctx.stages.spool import Spool, part_name
@@ -33,7 +33,6 @@ from lvctx.text.tokenize import UNREADABLE, Policy, Tokens, tokenize
 from lvctx.text.tokenizer import TokenizerFile, find_tokenizer
 
 log = logging.getLogger(__name__)
-Report = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,19 +94,21 @@ def plan_pack_text(config: PackTextConfig) -> PackTextJob:
     )
 
 
-def run_pack_text(job: PackTextJob, *, resume: str = "auto", force: bool = False, report: Report) -> dict[str, Any]:
+def run_pack_text(
+    job: PackTextJob, *, resume: str = "auto", force: bool = False, on_progress: OnProgress
+) -> dict[str, Any]:
     """Write the packed directory, or continue it, and return its manifest; a finished one is left as it is."""
     out = job.config.out
     if not is_finished(out, job.provenance, resume=resume, force=force):
-        _Packer(job, report).run(resume=resume, force=force)
+        _Packer(job, on_progress).run(resume=resume, force=force)
     return read_manifest(out)
 
 
 class _Packer:
     """One run: the state that moves on, and the two ways through it."""
 
-    def __init__(self, job: PackTextJob, report: Report) -> None:
-        self.job, self.config, self.out, self.report = job, job.config, job.config.out, report
+    def __init__(self, job: PackTextJob, on_progress: OnProgress) -> None:
+        self.job, self.config, self.out, self.on_progress = job, job.config, job.config.out, on_progress
         self.rule = LengthRule(min_long=job.config.min_long, keep_short=job.config.keep_short, seed=job.config.seed)
         self.ledger = Ledger()
         self.mix: dict[str, float] | str = job.mix
@@ -174,7 +175,7 @@ class _Packer:
             for tokens in stream:
                 yield tokens
                 done = corpus.bytes_before(tokens.chunk.end)
-                self.report(done, corpus.size, f"{self.ledger.documents:,} documents, {self.shards} shards")
+                self.on_progress(done, corpus.size, f"{self.ledger.documents:,} documents, {self.shards} shards")
 
     # Deciding
 
