@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mrope_models import Prompt, forward
 from PIL import Image
-from test_cli import fails, lvctx
+from test_cli import fails, lvctx, on_terminal
 
 from lvctx.errors import UsageError
 from lvctx.positions.mrope_ids import Rules, Text, positions, positions_of_ids
@@ -197,5 +197,5 @@ def test_info_says_what_transformers_computes(saved: dict[str, Path]) -> None:
     assert facts["channels"] == {"time": 16, "height": 24, "width": 24}
     assert facts["largest_relative_error"] < 1e-6
     assert facts["stretched"] == "no"
-    table = lvctx("info", saved["qwen2_5_vl"]).stdout
+    table = on_terminal("info", saved["qwen2_5_vl"])
     assert "largest relative error" in table

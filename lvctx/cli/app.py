@@ -32,11 +32,11 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "bench": ("bench", "Other benchmarks of long video: run a model on their questions, and score it."),
     },
     "Utilities": {
-        "import-longva": ("import_longva", "Convert a released LongVA checkpoint for transformers and vLLM."),
-        "export": ("export", "Write a model in the format that another program reads."),
-        "info": ("info", "Show what a model directory or artifact is, what made it and what is in it."),
+        "import-longva": ("convert", "Convert a released LongVA checkpoint for transformers and vLLM."),
+        "export": ("convert", "Write a model in the format that another program reads."),
+        "info": ("inspect", "Show what a model directory or artifact is, what made it and what is in it."),
         "plan": ("plan", "Predict the memory and time of a training run from config.json alone."),
-        "doctor": ("doctor", "Check that context parallelism is exact with a model on this machine."),
+        "doctor": ("inspect", "Check that context parallelism is exact with a model on this machine."),
     },
 }
 """Panel of the help -> command -> (module of `lvctx.cli`, one line of help); those of the pipeline come first."""

@@ -1,7 +1,6 @@
 """Tokenized chat samples on disk between reading and packing: ids, labels and a line of facts for each."""
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,8 +16,7 @@ class ChatSampleStore:
     def __init__(self, directory: Path) -> None:
         """Begin an empty store in two hidden files of a directory."""
         self._paths = [directory / name for name in FILES]
-        self._files = ExitStack()
-        self._tokens, self._lines = (self._files.enter_context(open(path, "w+b")) for path in self._paths)
+        self._tokens, self._lines = (open(path, "w+b") for path in self._paths)  # noqa: SIM115 (closed in __exit__)
         self.kinds: list[str] = []
         self.lengths: list[int] = []
         self._line_offsets = [0]
@@ -29,8 +27,8 @@ class ChatSampleStore:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Close and remove the files."""
-        self._files.close()
-        for path in self._paths:
+        for file, path in zip((self._tokens, self._lines), self._paths, strict=True):
+            file.close()
             path.unlink(missing_ok=True)
 
     def __len__(self) -> int:
