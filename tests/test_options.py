@@ -67,6 +67,12 @@ def trial(config: TrialConfig, run: OutputOptions, ctx: typer.Context) -> None:
     calls.append((config, given(ctx)))
 
 
+options.group("outer", "A group.\n\nMore.", "lvctx outer first -o b a")
+command("outer first")(trial)
+command("outer inner second")(trial)
+options.group("outer inner", "A group in it.")
+
+
 def run(*args: object) -> Any:
     """The exit code of `lvctx trial`, None for 0."""
     program: Any = typer.main.get_command(app)
@@ -120,16 +126,27 @@ def test_what_cannot_be_is_one_line_and_2(capsys: pytest.CaptureFixture[str]) ->
 def test_flag_then_environment_then_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text(
-        '[trial]\nframes = 4\nrope = "yarn"\ndata = ["x"]\nloop = true\n'
+        '[trial]\ndepths = [0, 0.25]\nframes = 4\nrope = "yarn"\ndata = ["x"]\nloop = true\n'
         "[[trial.stages]]\nlr = 1e-5\nsteps = 2\n[[trial.stages]]\nsteps = 3\n"
     )
     config = parsed("--recipe", recipe)
     assert (config.frames, config.rope, config.data, config.loop) == (4, "yarn", (Path("x"),), True)
+    assert config.depths == (0, 0.25)
     assert config.stages == ("lr=1e-05,steps=2", "steps=3")
     assert {"frames", "rope", "data", "loop", "stages", "recipe"} <= calls[0][1]
     monkeypatch.setenv("LVCTX_TRIAL_FRAMES", "5")
     assert parsed("--recipe", recipe).frames == 5
     assert parsed("--recipe", recipe, "--frames", 6).frames == 6
+
+
+def test_groups_in_groups() -> None:
+    program: Any = typer.main.get_command(app)
+    program.add_command(build("outer"))
+    assert list(program.commands["outer"].commands) == ["first", "inner"]
+    assert "lvctx outer first" in program.commands["outer"].epilog
+    calls.clear()
+    assert program.main(["outer", "inner", "second", "a", "-o", "out"], standalone_mode=False) is None
+    assert calls[0][0] == TrialConfig(inputs=("a",), out=Path("out"))
 
 
 def test_what_identifies_a_run() -> None:
