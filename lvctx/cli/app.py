@@ -35,7 +35,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "import-longva": ("convert", "Convert a released LongVA checkpoint for transformers and vLLM."),
         "export": ("convert", "Write a model in the format that another program reads."),
         "info": ("inspect", "Show what a model directory or artifact is, what made it and what is in it."),
-        "plan": ("plan", "Predict the memory and time of a training run from config.json alone."),
+        "plan": ("inspect", "Predict the memory and time of a training run from config.json alone."),
         "doctor": ("inspect", "Check that context parallelism is exact with a model on this machine."),
     },
 }

@@ -2,13 +2,14 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from lvctx.cli.options import OutputOptions, command
-from lvctx.cli.output import emit, flatten, progress, wants_json
+from lvctx.cli.output import emit, flatten, progress, say, wants_json
 from lvctx.config import Flag
 from lvctx.errors import InputError, UsageError
 from lvctx.stages.doctor_config import DoctorConfig
+from lvctx.stages.plan_config import PlanConfig
 
 MROPE = (
     "Qwen2VLForConditionalGeneration",
@@ -101,6 +102,51 @@ def _plot(lengths: dict[str, Any], console: Any) -> None:
             label = name if when == "before" else ""
             bar = f"{ink * round(share * width)} {counts[f'{when}_{unit}']:,} {unit}"
             console.print(f"{label:>17} {share:6.1%} {bar}", highlight=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(PlanConfig):
+    """Which training, and how."""
+
+    stage: Annotated[Literal["extend-lm"], Flag(argument=True)]
+    """The command to be planned."""
+
+
+@command(
+    "plan",
+    "lvctx plan extend-lm --model lm --seq-len 4096 --device cpu",
+    "lvctx plan extend-lm --model lm --seq-len 262144 --world 8 --cp 8 --device-memory 80GiB",
+)
+def plan(config: PlanOptions, run: OutputOptions) -> None:
+    """Predict the memory and time of a training run from config.json alone.
+
+    Exits with code 3 if the run does not fit into the devices' memory, and names the flags that would help.
+    """
+    from lvctx.stages.plan import predict, refuse
+
+    prediction = predict(config)
+    table = _prediction_table(prediction)
+    emit({"stage": config.stage, **prediction}, table)
+    if wants_json() and not run.quiet:
+        say(table)
+    refuse(prediction)
+
+
+def _prediction_table(prediction: dict[str, Any]) -> str:
+    """Memory by part, and time, one per line."""
+    gib = 1 << 30
+    rows = [(part.replace("_", " "), f"{size / gib:8.2f} GiB") for part, size in prediction["bytes"].items()]
+    peak, memory, host = (prediction[key] / gib for key in ("peak_bytes", "device_memory", "host_bytes"))
+    rows += [("peak per device", f"{peak:8.2f} GiB of {memory:.0f}"), ("host", f"{host:8.2f} GiB")]
+    full = f"{prediction['longest_with_full_logits']} with full logits"
+    rows.append(("longest row that fits", f"{prediction['longest']} tokens ({full})"))
+    step = f"{prediction['tokens_a_step']} tokens, {prediction['flops_a_step']:.3g} FLOPs"
+    if prediction["hours"] is not None:
+        step += f", {prediction['seconds_a_step']:.0f} s at {100 * prediction['mfu']:.0f}% MFU"
+    rows.append(("a step", step))
+    if prediction["hours"] is not None:
+        rows.append(("all steps", f"{prediction['hours']} h"))
+    return "\n".join(f"{name:>24}  {value}" for name, value in rows)
 
 
 @command("doctor", "lvctx doctor --model lm --cp 2 --length 101", "lvctx doctor --model lm --cp 1 --length 64")

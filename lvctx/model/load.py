@@ -13,7 +13,6 @@ from lvctx.artifacts.weights import read_headers, shard_names
 from lvctx.device import resolve_device
 from lvctx.errors import InputError, MissingError, first_line, library_errors
 from lvctx.model.fit import DERIVED, check_loaded
-from lvctx.positions.choose import check_rope
 
 VLM_TYPE = "llava_onevision"
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -135,6 +134,8 @@ def load_model(
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    from lvctx.positions.choose import check_rope  # imports torch, which readers of config.json alone do without
 
     if device_map is None:
         device = resolve_device(device)
