@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lvctx.artifacts.rows import read_rows
+from lvctx.artifacts.result_log import read_results
 from lvctx.bench.choice import RULE_SOURCES, RULES, Reply, letter, signs_of_trouble, verdict
 from lvctx.bench.interval import Estimate, clustered_mean
 from lvctx.bench.textfile import check_unicode
@@ -78,18 +78,11 @@ class Run:
 
 def read_run(directory: Path, bench: ModuleType) -> Run:
     """Rows of a run of `bench`. Raises InputError where there is no such run, or a row is not what a run writes."""
-    results = directory / "results.jsonl" if directory.is_dir() else directory
-    if not results.is_file():
-        raise InputError("no results.jsonl", where=directory, fix="give a directory that a run wrote")
-    last = {}  # a question that failed and was asked again counts once
-    for number, row in enumerate(read_rows(results), start=1):
-        place = f"{results}:{number}"
-        if not isinstance(row.get("key"), str):
-            raise InputError("a row without its key", where=place, fix="give what a run wrote")
-        last[row["key"]] = row
+    stored = read_results(directory)
+    answered = [row for row in stored.values() if "error" not in row]
+    for place, row in stored.items():
         if "error" not in row:
             _check_row(row, bench, place)
-    answered = [row for row in last.values() if "error" not in row]
     if not answered:
         raise InputError("no question was answered", where=directory)
     notes = Notes()
@@ -104,7 +97,7 @@ def read_run(directory: Path, bench: ModuleType) -> Run:
             notes.add(NO_KEY, row["id"], row["answer"])
     if not rows:
         raise InputError(f"nothing can be scored: {notes.lines()[0]}", where=directory)
-    return Run(rows=rows, failed=len(last) - len(answered), warnings=notes.lines())
+    return Run(rows=rows, failed=len(stored) - len(answered), warnings=notes.lines())
 
 
 def _check_row(row: Mapping[str, Any], bench: ModuleType, place: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.rows import read_rows
+from lvctx.artifacts.result_log import read_results
 from lvctx.errors import InputError
 
 THRESHOLD = 0.9
@@ -182,8 +182,4 @@ def _label(depth: float, positions: dict[float, int]) -> str:
 
 def read_grid(path: Path) -> Grid:
     """The grid of a results directory, from results.jsonl alone. Raises InputError where there is none."""
-    results = path / "results.jsonl"
-    if not results.is_file():
-        raise InputError("no results.jsonl", where=path, fix="give a directory that lvctx niah wrote")
-    last = {row["key"]: row for row in read_rows(results)}  # a cell that failed and was run again counts once
-    return build_grid(last.values(), path.name)
+    return build_grid(read_results(path).values(), path.name)

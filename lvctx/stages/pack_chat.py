@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.chat import lines_name, write_chat_shard, write_lines
+from lvctx.artifacts.chat import lines_name, write_chat_shard
+from lvctx.artifacts.jsonl_log import write_jsonl
 from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
 from lvctx.artifacts.packed import shard_name
 from lvctx.artifacts.store import disk_error, fingerprint, is_disk_error, sha256_file
@@ -371,7 +372,7 @@ class _ChatPacker:
                 spooled.seek(self.lines_at[number])
                 line = json.loads(spooled.read(self.lines_at[number + 1] - self.lines_at[number]))
                 self.left_out.append({k: line[k] for k in ("source", "kind", "tokens")} | {"why": "not needed"})
-        write_lines(self.out / LEFT_OUT, self.left_out)
+        write_jsonl(self.out / LEFT_OUT, self.left_out)
         names = [name(i) for i in range(len(shard_rows)) for name in (shard_name, lines_name)]
         facts = {"shard_rows": shard_rows, "labels_counted": counted, "visual_tokens": visual}
         write_manifest(self.out, self.plan.provenance, [*names, LEFT_OUT], **self._account(packed, len(rows)), **facts)

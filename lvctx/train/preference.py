@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lvctx.artifacts.rows import RowLog
+from lvctx.artifacts.result_log import ResultLog
 from lvctx.dist.context import ParallelContext
 from lvctx.dist.fsdp import keep_in_graph
 from lvctx.errors import InputError
@@ -128,19 +128,19 @@ def compute_reference(
     sample: Callable[[int], Sample],
     forward: Forward,
     path: Path,
-    run: str,
+    made_of: Mapping[str, Any],
     micro_tokens: int,
     world: ParallelContext,
     report: Callable[[int, int, str], None],
 ) -> dict[int, tuple[float, float]]:
-    """Log-probabilities of these pairs under the model as it stands, kept in `path` row by row.
+    """Log-probabilities of these pairs under the model as it is now, stored in `path` row by row.
 
-    `run` identifies what decides them (the starting model and the data): rows of another run are left alone, rows of
-    this one are not computed again. Every rank must call it; each computes its share.
+    `made_of` is what decides them (the starting model and the data). Pairs that have a row are not computed again.
+    Every rank must call it and computes its share. Raises InputError where `path` has rows of another run.
     """
     world.barrier()
-    with RowLog(path) as log:
-        keys = {number: f"{run}-{number}" for number in sorted(set(numbers))}
+    with ResultLog.open(path, made_of, shared=True) as log:
+        keys = {number: f"{number}" for number in sorted(set(numbers))}
         # Rank 0 decides what is missing: another one may be ahead and have written already.
         missing = set(world.gather([number for number, key in keys.items() if key not in log])[0])
         done = len(keys) - len(missing)
@@ -161,7 +161,7 @@ def compute_reference(
                     found = forward(micro, log_probs).tolist()
                     for one, (chosen, rejected) in zip(micro, found, strict=True):
                         if at < len(groups) and one.number in missing:
-                            log.append({"key": keys[one.number], "chosen": chosen, "rejected": rejected})
+                            log.append(keys[one.number], {"chosen": chosen, "rejected": rejected})
                     done += sum(one.number in missing for group in groups[first : first + world.dp] for one in group)
                     report(done, len(keys), "reference")
     if world.mesh is not None:
@@ -169,6 +169,6 @@ def compute_reference(
         sharded: Any = forward
         sharded.reshard()
     world.barrier()
-    with RowLog(path) as log:
+    with ResultLog.open(path, made_of, shared=True) as log:
         rows = {number: log.rows[key] for number, key in keys.items()}
     return {number: (row["chosen"], row["rejected"]) for number, row in rows.items()}
