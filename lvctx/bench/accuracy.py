@@ -11,7 +11,7 @@ from typing import Any
 from lvctx.artifacts.result_log import read_results
 from lvctx.bench.choice import RULE_SOURCES, RULES, Reply, letter, signs_of_trouble, verdict
 from lvctx.bench.interval import Estimate, clustered_mean
-from lvctx.bench.textfile import check_unicode
+from lvctx.bench.values import check_unicode
 from lvctx.errors import InputError
 
 DURATIONS = ("short", "medium", "long")

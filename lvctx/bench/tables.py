@@ -4,16 +4,13 @@ A folder may be a downloaded hub repository, or what the datasets library saves 
 as it is raises InputError with its file and number.
 """
 
-import csv
-import io
-import re
 from pathlib import Path
 from typing import Any
 
 from lvctx.bench.choice import lettered
-from lvctx.bench.textfile import json_values, read_text
-from lvctx.bench.values import MOST_OPTIONS, key_letter, labelled, listed, plain
+from lvctx.bench.values import MOST_OPTIONS, check_unicode, key_letter, labelled, listed, plain
 from lvctx.errors import InputError
+from lvctx.text.records import read_records
 
 SUFFIXES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv")
 NO_QUESTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -34,73 +31,17 @@ def read_questions(path: Path) -> list[Row]:
         files = [p for p in found if p.parent == path] or found
     if not files:
         raise InputError(f"no {', '.join(SUFFIXES)} file in it", where=path)
-    rows = [{**row, "_file": file.name, "_row": i} for file in files for i, row in enumerate(_read(file), start=1)]
+    rows = []
+    for file in files:
+        for number, record in enumerate(read_records(file, guess_encoding=True), start=1):
+            try:
+                rows.append({**record.fields(), "_file": file.name, "_row": number})
+                check_unicode(record.value)
+            except ValueError as e:
+                what = e.what if isinstance(e, InputError) else str(e)
+                raise InputError(what, where=f"{file}, row {number}", fix="give the questions as released") from e
     if not rows:
         raise InputError("no question", where=path)
-    return rows
-
-
-def _read(file: Path) -> list[Row]:
-    suffix = file.suffix.lower()
-    if suffix in (".parquet", ".arrow"):
-        return _read_columns(file, suffix)
-    text = read_text(file)
-    if suffix in (".csv", ".tsv"):
-        return _read_csv(text, file)
-    try:
-        rows = json_values(text)
-    except ValueError as e:
-        raise InputError(f"malformed JSON ({e})", where=file, fix="mend the file") from e
-    if len(rows) == 1 and isinstance(rows[0], list):
-        rows = rows[0]
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise InputError("not a list of questions", where=f"{file}, row {number}")
-    return rows
-
-
-DELIMITERS = ",;\t|"
-
-
-def _read_csv(text: str, file: Path) -> list[Row]:
-    """Rows of a table with a header; its delimiter is the one that cuts the header into most columns."""
-    text = text.lstrip("\r\n")
-    if named := re.match(r"sep=([,;\t|])[\r\n]+", text):  # Excel's own first line
-        text = text[named.end() :]
-    rows = []
-    try:
-        headers = {d: next(csv.reader(io.StringIO(text, newline=""), delimiter=d), []) for d in DELIMITERS}
-        delimiter = named[1] if named else max(DELIMITERS, key=lambda d: len(headers[d]))
-        # Strict: else a quote that is never closed takes all rows after it into its field without a word.
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-        for number, row in enumerate(reader, start=1):
-            if None in row:
-                raise InputError("more fields than the header", where=f"{file}, row {number}")
-            rows.append(row)
-    except csv.Error as e:
-        place = f"{file}, row {len(rows) + 1}"
-        raise InputError(f"malformed CSV ({e})", where=place, fix="mend its quotes and delimiters") from e
-    return rows
-
-
-def _read_columns(file: Path, suffix: str) -> list[Row]:
-    import pyarrow.parquet as pq
-    from pyarrow import ipc
-    from pyarrow.lib import ArrowException
-
-    try:
-        if suffix == ".parquet":
-            table = pq.read_table(file)
-        else:
-            data = file.read_bytes()
-            # The datasets library saves streams, others save files.
-            table = (ipc.open_file if data.startswith(b"ARROW1") else ipc.open_stream)(data).read_all()
-        rows: list[Row] = table.to_pylist()
-    except FileNotFoundError:
-        raise InputError("no such file", where=file) from None
-    except (OSError, ArrowException, ValueError, OverflowError) as e:  # the last two: text and dates of broken columns
-        raise InputError(f"not what its name says ({str(e)[:200]})", where=file) from e
     return rows
 
 

@@ -8,8 +8,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from lvctx.bench.textfile import check_unicode
-
 MOST_OPTIONS = 26
 """As many as there are letters."""
 
@@ -28,6 +26,14 @@ def plain(value: Any) -> str | None:
             return None
         return str(int(value)) if value.is_integer() else str(value)
     return str(value)
+
+
+def check_unicode(value: Any) -> None:
+    """Raise ValueError where a string holds half of a surrogate pair, which no file or terminal takes."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair in a string") from None
 
 
 _KEY = re.compile(r"([A-Za-z])|[(\[]\s*([A-Za-z])\s*[)\]][.:]?(?:\s.*)?|([A-Za-z])[.):](?:\s.*)?", re.DOTALL)

@@ -25,14 +25,14 @@ from lvctx.artifacts.store import disk_error, fingerprint, is_disk_error, sha256
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import load_tokenizer, resolve_model
 from lvctx.model.loss import IGNORED
-from lvctx.model.template import Visual, chat_encoder
+from lvctx.model.template import chat_encoder
 from lvctx.text.bestfit import best_fit_decreasing
 from lvctx.text.blend import choose, largest_blend
+from lvctx.text.conversations import Conversation, Media, chat_records, parse_conversation
 from lvctx.text.hub import hub_commit
 from lvctx.text.pack import BINS, bin_names, uniform
-from lvctx.train.chat import CHATML, encode_messages
-from lvctx.train.samples import ChatSample, Media, check_row, read_rows
-from lvctx.train.tables import is_table
+from lvctx.text.records import is_dataset
+from lvctx.train.chat import CHATML, encode_messages, to_messages
 from lvctx.vision.images import image_size
 from lvctx.vision.rules import find_rule
 from lvctx.vision.tokens import Block, VisualRule
@@ -115,7 +115,7 @@ def plan_chat(
         raise UsageError("no samples", fix=f"give one of {', '.join('--' + k for k in KINDS)}")
     for paths in sources.values():
         for path in paths:
-            if not path.is_file() and not is_table(path):
+            if not path.is_file() and not is_dataset(path):
                 raise InputError("no such file", where=path)
     config = ChatConfig(mix=_shares(mix, sources), hybrid=dict(hybrid) if hybrid else None, **options)
     path = resolve_model(model, weights=False)
@@ -213,12 +213,13 @@ class _ChatPacker:
 
     def _read(self, kind: str, path: Path, tokens: Any, lines: Any) -> None:
         where = None
-        for where, row in read_rows(path, self.plan.media):
+        for record in chat_records(path, self.plan.media):
+            where = record.where
             try:
-                sample = check_row(row, where)
-                if kind == "text" and sample.media:
+                conversation = parse_conversation(record)
+                if kind == "text" and conversation.media:
                     raise InputError("an image or video in a --text source", where=where, fix="give it as another kind")
-                ids, labels, media = self._encode(sample)
+                ids, labels, media = self._encode(conversation)
             except InputError as e:
                 if not self.config.skip_malformed:
                     raise
@@ -237,30 +238,22 @@ class _ChatPacker:
         if where is None:
             raise InputError("no sample in it", where=path)
 
-    def _encode(self, sample: ChatSample) -> tuple[list[int], list[int], list[dict[str, Any]]]:
-        rule = self.plan.rule
-        if rule is None and sample.media:
-            raise InputError("the model cannot see", where=sample.where, fix="--model takes a vision-language model")
-        messages: list[dict[str, Any]] = []
+    def _encode(self, conversation: Conversation) -> tuple[list[int], list[int], list[dict[str, Any]]]:
+        rule, where = self.plan.rule, conversation.where
+        if rule is None and conversation.media:
+            raise InputError("the model has no vision tower", where=where, fix="--model takes a vision-language model")
         media = []
-        for role, parts in sample.turns:
-            content: list[str | Visual] = []
-            for part in parts:
-                if isinstance(part, Media):
-                    assert rule is not None
-                    try:
-                        facts, blocks = self._facts(part)
-                    except InputError as e:
-                        fix = "mend it or --media, or --skip-malformed"
-                        raise InputError(f"{e.where}: {e.what}", where=sample.where, fix=fix) from e
-                    media.append((facts, blocks, rule.layout(blocks)))
-                    content.append(Visual(rule.mark(part.kind)))
-                else:
-                    content.append(part)
-            messages.append({"role": role, "content": content})
-        sequence = encode_messages(
-            messages, self.plan.tokenizer, [layout.ids for _, _, layout in media], where=sample.where
-        )
+        for item in conversation.media:
+            assert rule is not None
+            try:
+                facts, blocks = self._facts(item)
+            except InputError as e:
+                fix = "mend it or --media, or --skip-malformed"
+                raise InputError(f"{e.where}: {e.what}", where=where, fix=fix) from e
+            media.append((facts, blocks, rule.layout(blocks)))
+        messages = to_messages(conversation, rule.mark if rule else str)
+        block_ids = [layout.ids for _, _, layout in media]
+        sequence = encode_messages(messages, self.plan.tokenizer, block_ids, where=where)
         references = []
         for place, (facts, blocks, layout) in zip(sequence.places, media, strict=True):
             items = [[place + at, b.frames, *b.grid] for at, b in zip(layout.at, blocks, strict=True)]
