@@ -80,7 +80,8 @@ def test_what_is_no_dataset_is_one_line(folder: Path, monkeypatch: pytest.Monkey
     (folder / "empty").mkdir()
     (folder / "bad.parquet").write_bytes(b"no")
     for data in (Path("nobody/nothing"), folder / "empty", folder / "bad.parquet", folder / "gone.parquet"):
-        with pytest.raises(InputError, match="neither a file or folder here nor a dataset"):
+        with pytest.raises(InputError) as caught:
             read_conversations(data, folder)
+        assert str(caught.value.where) == str(data)
     with pytest.raises(InputError, match="no such file"):
         read_conversations(Path("somewhere/data.json"), folder)

@@ -178,7 +178,7 @@ def test_a_file_is_read(name: str, tmp_path: Path) -> None:
         (codecs.BOM_UTF16_LE + f"{ROW}\nx\n".encode("utf-16-le"), r"d\.jsonl:2: malformed JSON"),
         (codecs.BOM_UTF16_LE + b"\x00\xd8" * 3, r"d\.jsonl:1: malformed JSON"),
         (f"{ROW}\n{'[' * 100_000}\n".encode(), r"d\.jsonl:2: malformed JSON"),
-        (b"[" * 100_000, r"d\.jsonl: malformed JSON"),
+        (b"[" * 100_000, r"d\.jsonl:1: malformed JSON"),
         (f'{ROW}\n{{"a": {"1" * 5000}}}\n'.encode(), r"d\.jsonl:2: malformed JSON"),
         (gzip.compress(f"{ROW}\n".encode(), mtime=0)[:-9], r"d\.jsonl: cannot read"),
         (b"", r"d\.jsonl: no row"),
