@@ -16,8 +16,8 @@ from typing import Any
 
 from lvctx.artifacts.store import write_json
 from lvctx.bench.accuracy import NO_KEY, NO_TEXT, Notes
-from lvctx.bench.choice import Reply, Sample
-from lvctx.bench.values import MOST_OPTIONS, check_unicode, key_letter, listed, plain
+from lvctx.bench.answers import Question, Reply
+from lvctx.bench.values import MOST_OPTIONS, cell_text, check_unicode, parse_key, parse_list
 from lvctx.errors import InputError
 from lvctx.text.records import json_records
 from lvctx.text.streams import read_text
@@ -55,16 +55,16 @@ def read_responses(path: Path) -> Responses:
             overlooked["videos marked missing, left out"] += 1
             continue
         of_video = {g: _field(video, g, overlooked) for g in GROUPS[:3]}
-        video_id = plain(video.get("video_id")) or str(number)
+        video_id = cell_text(video.get("video_id")) or str(number)
         overlooked["without video_id"] += "video_id" not in video
         for place, question in enumerate(video["questions"], start=1):
             key, response = question.get("answer"), question.get("response")
-            name = plain(question.get("question_id")) or f"{video_id}-{place}"
+            name = cell_text(question.get("question_id")) or f"{video_id}-{place}"
             if key is None or key == "":
                 overlooked["questions without answer, left out"] += 1
                 continue
             count = _count_options(question)
-            answer = key_letter(key, count)
+            answer = parse_key(key, count)
             if answer is None:
                 notes.add(NO_KEY, name, key)
                 continue
@@ -100,7 +100,7 @@ def read_responses(path: Path) -> Responses:
 def _count_options(question: Mapping[str, Any]) -> int:
     """How many options a question has; Video-MME's four where it does not list them."""
     try:
-        count = len(listed(question.get("options")))
+        count = len(parse_list(question.get("options")))
     except ValueError:
         return 4
     return count if 2 <= count <= MOST_OPTIONS else 4
@@ -136,13 +136,13 @@ def _parse(text: str, file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _field(row: Mapping[str, Any], name: str, overlooked: Counter[str]) -> str:
-    value = plain(row.get(name)) or plain(row.get(ALIASES.get(name, name)))
+    value = cell_text(row.get(name)) or cell_text(row.get(ALIASES.get(name, name)))
     if not value:
         overlooked[f"without {name}"] += 1
     return value or "unknown"
 
 
-def write_responses(target: Path, answered: Iterable[tuple[Sample, str]]) -> None:
+def write_responses(target: Path, answered: Iterable[tuple[Question, str]]) -> None:
     """Write samples and what was said to them, video by video as they come, exactly in the released format."""
     videos: dict[str, dict[str, Any]] = {}
     for sample, response in answered:

@@ -68,7 +68,7 @@ def score(
     from lvctx.artifacts.schemas import SCORE
     from lvctx.bench import videomme
     from lvctx.bench.accuracy import difference
-    from lvctx.bench.choice import RULES
+    from lvctx.bench.answers import RULES
     from lvctx.bench.responses import read_responses
 
     if plot is not None and plot.suffix not in (".png", ".svg"):
@@ -85,7 +85,7 @@ def score(
     if table is not None:
         _write_csv(table, [row for one in read for row in videomme.cells(one)])
     if plot is not None:
-        from lvctx.bench.bars import draw_accuracy
+        from lvctx.bench.accuracy_plot import draw_accuracy
 
         known = [frames for frames, _ in runs if frames is not None]
         draw_accuracy(scores, known if len(set(known)) == len(files) > 1 else None, rule.value, plot)

@@ -20,7 +20,7 @@ import torch
 from lvctx.artifacts import schemas
 from lvctx.artifacts.result_log import RESULTS, ResultLog, short_hash
 from lvctx.artifacts.store import fingerprint
-from lvctx.bench.choice import Sample
+from lvctx.bench.answers import Question
 from lvctx.bench.subtitles import NONE, find_subtitles, read_subtitles
 from lvctx.errors import InputError, LvctxError
 from lvctx.model.load import DeviceMap, load_config, resolve_model
@@ -65,14 +65,14 @@ class Plan:
     """The benchmark: samples(), prompt(), STYLES."""
     path: Path
     """Resolved model directory."""
-    samples: tuple[Sample, ...]
+    samples: tuple[Question, ...]
     """All of them, grouped by video in the order in which videos first appear."""
     look: Look
     """How frames are sampled and seen."""
     shown: dict[str, Any]
     """What every row says of the run; `run` in it identifies all that decides a reply but the video."""
 
-    def key(self, sample: Sample) -> str:
+    def key(self, sample: Question) -> str:
         """Sixteen hex digits of the run and the question."""
         return short_hash({"run": self.shown["run"], "id": sample.id})
 
@@ -95,7 +95,7 @@ def plan_questions(bench: ModuleType, config: AskConfig, look: Look) -> Plan:
     if twice := [name for name, count in counts.items() if count > 1]:
         first_one = f"{twice[0]!r:.60}"
         raise InputError(f"{len(twice)} question ids are given twice, the first {first_one}", where=config.questions)
-    probe = Sample(id="", video="", question="{question}", options=("{options}",), answer="")
+    probe = Question(id="", video="", question="{question}", options=("{options}",), answer="")
     listing = None if config.subtitles is None else "{subtitles}"
     dtype = str(hf.dtype or torch.float32).removeprefix("torch.")
     made_of = {
@@ -153,7 +153,7 @@ def run_questions(
             log.info("%d questions, %d tokens through the model", len(waiting), asker.reader.tokens_run)
 
 
-def _ask_about(plan: Plan, asker: Any, samples: list[Sample]) -> Iterator[tuple[Sample, dict[str, Any]]]:
+def _ask_about(plan: Plan, asker: Any, samples: list[Question]) -> Iterator[tuple[Question, dict[str, Any]]]:
     """One video's questions, each with its row."""
     base = {s.id: {**plan.shown, **_described(s)} for s in samples}
     try:
@@ -177,7 +177,7 @@ def _ask_about(plan: Plan, asker: Any, samples: list[Sample]) -> Iterator[tuple[
             yield sample, {**row, "response": asker.text(written), "reply_tokens": len(written)}
 
 
-def _described(sample: Sample) -> dict[str, Any]:
+def _described(sample: Question) -> dict[str, Any]:
     return {
         "id": sample.id,
         "video": sample.video,
@@ -193,7 +193,7 @@ class _Seen:
     facts: dict[str, Any]
 
 
-def _look(plan: Plan, asker: Any, sample: Sample) -> _Seen:
+def _look(plan: Plan, asker: Any, sample: Question) -> _Seen:
     """Show the model a sample's video or images. Raises InputError where they are missing or broken."""
     if sample.images:
         return _look_at_images(plan, asker, sample)
@@ -209,7 +209,7 @@ def _look(plan: Plan, asker: Any, sample: Sample) -> _Seen:
     return _Seen(subtitles=shown, facts={**facts, **said})
 
 
-def _look_at_images(plan: Plan, asker: Any, sample: Sample) -> _Seen:
+def _look_at_images(plan: Plan, asker: Any, sample: Question) -> _Seen:
     images = [open_image(plan.config.videos / name) for name in sample.images]
     plan.look.images(asker, images)
     return _Seen(subtitles=None, facts={"images": len(images), "visual_tokens": len(asker.block)})
