@@ -56,14 +56,14 @@ class ResultLog:
         Raises InputError where another process writes, the rows are of another run (naming what differs), a row is
         malformed, or `resume` forbids to go on or to begin.
         """
+        if resume == "must" and not path.is_file():
+            raise InputError("nothing to resume", where=path.parent, fix="drop --resume must")
+        if resume == "never" and path.is_file() and not force:
+            fix = "drop --resume never, or --force to start anew"
+            raise InputError("holds results already", where=path.parent, fix=fix)
         with ExitStack() as stack:
             if not shared:
                 stack.enter_context(only_writer(path.parent))
-            if resume == "must" and not path.is_file():
-                raise InputError("nothing to resume", where=path.parent, fix="drop --resume must")
-            if resume == "never" and path.is_file() and not force:
-                fix = "drop --resume never, or --force to start anew"
-                raise InputError("holds results already", where=path.parent, fix=fix)
             yield cls(stack.enter_context(JsonlLog(path, fresh=force)), made_of)
 
     def __contains__(self, key: str) -> bool:
