@@ -95,13 +95,13 @@ def _train(kind: str, folder: Path, out: Path, blow: tuple[str, int] | None) -> 
         elif place == "row":
             at_call(loop, "note", number)  # the row is written, no checkpoint has the step
         elif place == "rewrite":
-            at_call(loop, "write_rows", number)
+            at_call(loop, "write_jsonl", number)
         elif place == "save":
             at_call(loop, "_state", number)
         elif place == "reference":
-            at_call(preference.RowLog, "append", number)
+            at_call(preference.ResultLog, "append", number)
         elif place == "end":
-            at_call(loop, "read_rows", number)
+            at_call(loop, "read_jsonl", number)
     try:
         RUNS[kind](folder, out)
     except Stopped:

@@ -19,11 +19,12 @@ from lvctx.errors import InputError, Stopped, UsageError
 from lvctx.model.load import load_model, load_tokenizer
 from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import newline_id
+from lvctx.text.conversations import read_pairs
 from lvctx.train.chat import TokenSequence
 from lvctx.train.data import indices
 from lvctx.train.images import Encoding
 from lvctx.train.micro import Forward, Sample, encode_sample, pack_samples
-from lvctx.train.preference import REFERENCE, Preference, log_probs, read_pairs
+from lvctx.train.preference import REFERENCE, Preference, log_probs
 from lvctx.vision.images import Preprocess
 
 PAIRS = [

@@ -31,7 +31,7 @@ from lvctx.model.vlm import (
     save_vlm,
 )
 from lvctx.stages.align_plan import count_tokens
-from lvctx.train.chat import read_conversations
+from lvctx.text.conversations import read_conversations
 from lvctx.train.images import Encoding
 from lvctx.train.micro import Sample, encode_sample
 from lvctx.vision.images import Preprocess, open_image

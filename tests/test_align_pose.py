@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from lvctx.cli.app import app
 from lvctx.model.load import context_length, load_model, load_tokenizer
 from lvctx.model.vlm import VIDEO_TOKEN, assemble
-from lvctx.train.chat import read_conversations
+from lvctx.text.conversations import read_conversations
 from lvctx.train.images import Encoding
 from lvctx.train.micro import encode_sample, spread
 

@@ -20,7 +20,7 @@ from lvctx.bench.video_niah import EvenFrames, VideoNiah, chance_of, drawn_needl
 from lvctx.errors import InputError
 from lvctx.model.load import load_model, load_tokenizer
 from lvctx.model.vlm import IMAGE_TOKEN, VIDEO_TOKEN
-from lvctx.stages.niah import share_cells
+from lvctx.stages.niah import partition_cells
 from lvctx.text.needle import LISTS, draw_riddle
 
 STORY = "The old tree stood by a river. People came from far. They sat in its shade, and told what they had seen. " * 60
@@ -215,9 +215,9 @@ def test_ranks_share_all_cells_evenly(ranks: int) -> None:
         for d in (0, 0.2, 0.4, 0.6, 0.8, 1)
         for k in range(5)
     ]
-    shares = share_cells(cells, ranks)
+    shares = partition_cells(cells, ranks)
     assert sorted(i for share in shares for i in share) == list(range(len(cells)))
-    assert shares == share_cells(cells, ranks)
+    assert shares == partition_cells(cells, ranks)
     home = {(cells[i].trial, cells[i].position): r for r, share in enumerate(shares) for i in share}
     assert all(home[cells[i].trial, cells[i].position] == r for r, share in enumerate(shares) for i in share)
     loads = [0] * ranks

@@ -15,8 +15,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lvctx.artifacts.frames import write_frames
+from lvctx.artifacts.jsonl_log import JsonlLog, read_jsonl
 from lvctx.artifacts.manifest import Provenance
-from lvctx.artifacts.rows import RowLog, read_rows
 from lvctx.bench.grid import build_grid, read_grid, wilson
 from lvctx.bench.heatmap import draw_heatmaps, trained_at
 from lvctx.bench.longva import read_longva
@@ -487,13 +487,13 @@ def test_ranks_write_one_file_with_no_row_twice(tiny_lm: Path, essays: Path, tmp
 
 
 def test_a_torn_line_of_another_process_is_dropped(tmp_path: Path) -> None:
-    with RowLog(tmp_path / "r.jsonl") as one, RowLog(tmp_path / "r.jsonl") as two:
+    with JsonlLog(tmp_path / "r.jsonl") as one, JsonlLog(tmp_path / "r.jsonl") as two:
         one.append({"key": "a"})
         with open(tmp_path / "r.jsonl", "ab") as killed:
             killed.write(b'{"key": "b", "to')
         two.append({"key": "c"})
         one.append({"key": "d"})
-    assert [row["key"] for row in read_rows(tmp_path / "r.jsonl")] == ["a", "c", "d"]
+    assert [row["key"] for row in read_jsonl(tmp_path / "r.jsonl")] == ["a", "c", "d"]
 
 
 def test_results_of_another_model_are_refused(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:

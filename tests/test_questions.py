@@ -18,7 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lvctx.bench import longvideobench, mlvu, nextqa, vhs, videomme
-from lvctx.bench.choice import Sample
+from lvctx.bench.answers import Question
 from lvctx.bench.subtitles import read_subtitles
 from lvctx.bench.videomme import prompt
 from lvctx.cli.app import app
@@ -306,7 +306,7 @@ def test_questions_from_the_hub(loud_vlm: Path, tmp_path: Path, monkeypatch: pyt
 # --- prompts and subtitles
 
 
-ONE = Sample(id="1", video="v", question="Who?", options=("A. I.", "B. You.", "C. He.", "D. She."), answer="A")
+ONE = Question(id="1", video="v", question="Who?", options=("A. I.", "B. You.", "C. He.", "D. She."), answer="A")
 
 
 def test_the_official_prompt_is_the_papers() -> None:
@@ -357,7 +357,7 @@ def test_subtitles_of_a_run(loud_vlm: Path, clips: Path, tmp_path: Path) -> None
 # --- neighbours
 
 
-def row_of(sample: Sample, response: str) -> dict[str, Any]:
+def row_of(sample: Question, response: str) -> dict[str, Any]:
     letters = "".join(chr(65 + i) for i in range(len(sample.options)))
     shared = {"id": sample.id, "video": sample.video, "answer": sample.answer, "groups": dict(sample.groups)}
     return {**shared, "letters": letters, "response": response}

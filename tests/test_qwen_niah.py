@@ -15,7 +15,7 @@ from PIL import Image
 from test_niah import run
 from test_prefix import assert_same, plain, tree_size
 
-from lvctx.artifacts.rows import read_rows
+from lvctx.artifacts.jsonl_log import read_jsonl
 from lvctx.bench.eyes import open_eyes
 from lvctx.bench.prefix import PrefixScorer, walk_order
 from lvctx.bench.qwen_eyes import QwenEyes
@@ -198,7 +198,7 @@ def test_the_command(saved: dict[str, Path], nano: Any, tmp_path: Path) -> None:
     assert all(row["last_position"] < row["tokens"] for row in rows)
     alone = run(*flags, "--hybrid", "2,24,4", "--no-reuse", "-o", tmp_path / "b")
     verdicts = [
-        {r["key"]: (r["forced"], r["written"], r["rank"]) for r in read_rows(tmp_path / d / "results.jsonl")}
+        {r["key"]: (r["forced"], r["written"], r["rank"]) for r in read_jsonl(tmp_path / d / "results.jsonl")}
         for d in "ab"
     ]
     assert verdicts[0] == verdicts[1], alone.stderr

@@ -14,7 +14,7 @@ from PIL import Image
 from test_niah import run
 from test_qwen_niah import fails
 
-from lvctx.artifacts.rows import read_rows
+from lvctx.artifacts.jsonl_log import read_jsonl
 from lvctx.bench.reader import Reader
 from lvctx.errors import InputError
 from lvctx.positions.mrope_ids import Rules, Text, positions, positions_of_ids
@@ -156,7 +156,7 @@ def test_the_command_asks_about_video_files(saved: dict[str, Path], nano: Any, t
     flags += ("--questions", DATA / "questions.json", "--max-new-tokens", 2, "-q")
     done = run(*flags, "--frames", 5, "--hybrid", "2,24,4", "-o", tmp_path / "a")
     assert done.exit_code == 4, done.stderr
-    rows = read_rows(tmp_path / "a" / "results.jsonl")
+    rows = read_jsonl(tmp_path / "a" / "results.jsonl")
     seen = [row for row in rows if "error" not in row]
     assert [row["video"] for row in seen] == ["bikes"] * 3 or len(seen) == 3
     row = seen[0]

@@ -2,20 +2,17 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.rows import read_rows
+from lvctx.artifacts.result_log import read_results
+from lvctx.bench.statistics import wilson_interval
 from lvctx.errors import InputError
 
 THRESHOLD = 0.9
 """Accuracy from which a length counts as read. LongVA-7B falls below it where its figure 4 begins to fade; RULER takes
 0.856 and Visual Haystacks 0.6, so it is a choice and always stated."""
-
-Z = 1.959963984540054
-"""Standard normal quantile of a two-sided 95 % interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +131,8 @@ def wilson(right: int, n: int) -> tuple[float, float] | None:
     """
     if not n:
         return None
-    p, z2 = right / n, Z * Z
-    centre, reach = p + z2 / (2 * n), Z * sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    low, high = (centre - reach) / (1 + z2 / n), (centre + reach) / (1 + z2 / n)
-    return round(max(0.0, low), 4), round(min(1.0, high), 4)
+    low, high = wilson_interval(right / n, n)
+    return round(low, 4), round(high, 4)
 
 
 def build_grid(rows: Iterable[dict[str, Any]], name: str) -> Grid:
@@ -182,8 +177,4 @@ def _label(depth: float, positions: dict[float, int]) -> str:
 
 def read_grid(path: Path) -> Grid:
     """The grid of a results directory, from results.jsonl alone. Raises InputError where there is none."""
-    results = path / "results.jsonl"
-    if not results.is_file():
-        raise InputError("no results.jsonl", where=path, fix="give a directory that lvctx niah wrote")
-    last = {row["key"]: row for row in read_rows(results)}  # a cell that failed and was run again counts once
-    return build_grid(last.values(), path.name)
+    return build_grid(read_results(path).values(), path.name)

@@ -5,13 +5,13 @@ A list of `{"Num. Frame": 200, "Frame Depth": 20.0, "Score": 1.0}`, a cell each;
 (25 % stands there as 20): in is taken as it stands, out has the true depths.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts.store import write_json
 from lvctx.bench.grid import Grid
 from lvctx.errors import InputError
+from lvctx.text.records import read_records
 
 NAME = "all_accuracies.json"
 KEYS = {"video": ("Num. Frame", "Frame Depth"), "text": ("Context Length", "Document Depth")}
@@ -25,13 +25,11 @@ def read_longva(path: Path, *, trained_length: int | None) -> Grid:
     """The grid of such a file. Raises InputError for any other, and where no 1 to 100 needles give its scores."""
     broken = InputError(f"not LongVA's {NAME}", where=path, fix='a list of {"Num. Frame", "Frame Depth", "Score"}')
     try:
-        cells = json.loads(path.read_text(encoding="utf-8"))
+        cells = [record.value for record in read_records(path)]
         modality = "video" if KEYS["video"][0] in cells[0] else "text"
         found = {tuple(float(cell[k]) for k in KEYS[modality]): float(cell["Score"]) for cell in cells}
-    except FileNotFoundError:
-        raise InputError("no such file", where=path) from None
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        raise broken from None
+    except (ValueError, KeyError, TypeError, IndexError) as e:
+        raise (e if isinstance(e, InputError) else broken) from None
     needles = next((n for n in (NEEDLES, *range(1, 101)) if all(_whole(s * n) for s in found.values())), None)
     if needles is None or not all(0 <= s <= 1 for s in found.values()):
         raise broken

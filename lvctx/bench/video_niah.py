@@ -8,7 +8,6 @@ colours are then divided, guessing is right once in seven instead of once in ten
 
 import functools
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from lvctx.bench.niah import Cell, begins_with, first_number, insertion_points, splice
 from lvctx.errors import InputError, UsageError
 from lvctx.model.vlm import VIDEO_TOKEN, answer_ids, chat_ids
+from lvctx.text.records import read_records
 from lvctx.vision.draw import COLORS, SHAPES, draw_picture
 from lvctx.vision.images import open_image
 
@@ -89,19 +89,11 @@ def read_needles(folder: Path) -> tuple[list[Needle], list[Needle]]:
     if len(lists) != 1:
         raise InputError(f"{len(lists)} .jsonl files", where=folder, fix="a needle folder has one, and its images")
     needles: tuple[list[Needle], list[Needle]] = ([], [])
-    try:
-        lines = lists[0].read_text(encoding="utf-8-sig").split("\n")  # strings may hold U+2028 and U+0085
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"cannot read ({e})", where=lists[0]) from e
-    for number, line in enumerate(lines, start=1):
-        where = f"{lists[0]}:{number}"
-        if not line.strip():
-            continue
+    for where, row in read_records(lists[0]):
         try:
-            row = json.loads(line)
             image, is_distractor = folder / row["image"], row.get("distractor") is True
             question, answer = ("", "") if is_distractor else (str(row["question"]), str(row["answer"]))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (KeyError, TypeError, AttributeError):
             raise InputError(
                 "not an object with image, question and answer", where=where, fix="mend the line"
             ) from None

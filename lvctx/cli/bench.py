@@ -214,11 +214,11 @@ def scorer(name: str) -> Callable[..., None]:
         seed: SeedOption = 0,
     ) -> None:
         from lvctx.artifacts.schemas import SCORE
-        from lvctx.bench.accuracy import read_run
+        from lvctx.bench.accuracy import read_benchmark_run
 
         bench = load(name)
         for run in runs:
-            read = read_run(run, bench)
+            read = read_benchmark_run(run, bench)
             found = bench.score(read.rows, seed=seed) if name == "longvideobench" else bench.score(read.rows)
             found["warnings"] = [*read.warnings, *found["warnings"]]
             found = {"schema": SCORE, "bench": name, "run": run.name, "failed": read.failed, **found}
@@ -266,7 +266,7 @@ def _print(found: dict[str, Any]) -> None:
 
 def print_sources(console: Any, rules: Iterable[str]) -> None:
     """Say which version of whose scorer each rule is."""
-    from lvctx.bench.choice import RULE_SOURCES
+    from lvctx.bench.answers import RULE_SOURCES
 
     for rule in rules:
         if rule in RULE_SOURCES:

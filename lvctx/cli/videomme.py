@@ -68,7 +68,7 @@ def score(
     from lvctx.artifacts.schemas import SCORE
     from lvctx.bench import videomme
     from lvctx.bench.accuracy import difference
-    from lvctx.bench.choice import RULES
+    from lvctx.bench.answers import RULES
     from lvctx.bench.responses import read_responses
 
     if plot is not None and plot.suffix not in (".png", ".svg"):
@@ -85,7 +85,7 @@ def score(
     if table is not None:
         _write_csv(table, [row for one in read for row in videomme.cells(one)])
     if plot is not None:
-        from lvctx.bench.bars import draw_accuracy
+        from lvctx.bench.accuracy_plot import draw_accuracy
 
         known = [frames for frames, _ in runs if frames is not None]
         draw_accuracy(scores, known if len(set(known)) == len(files) > 1 else None, rule.value, plot)
@@ -106,13 +106,12 @@ def _read_run(path: Path) -> tuple[int | None, int]:
 
     None and 0 for files of others; None for runs whose videos differ in frames.
     """
-    from lvctx.artifacts.rows import read_rows
+    from lvctx.artifacts.result_log import RESULTS, read_results
 
     folder = path.parent if path.name == "responses.json" else path
-    results = folder / "results.jsonl"
-    last = {str(row.get("key")): row for row in read_rows(results)} if results.is_file() else {}
-    frames = {row["frames"] for row in last.values() if isinstance(row.get("frames"), int)}
-    return frames.pop() if len(frames) == 1 else None, sum("error" in row for row in last.values())
+    rows = list(read_results(folder).values()) if (folder / RESULTS).is_file() else []
+    frames = {row["frames"] for row in rows if isinstance(row.get("frames"), int)}
+    return frames.pop() if len(frames) == 1 else None, sum("error" in row for row in rows)
 
 
 def _write_csv(target: Path, rows: list[dict[str, Any]]) -> None:

@@ -5,8 +5,6 @@ projector, language model and tower on instructions; stage `dpo` on preferences 
 looks to the model like a frame of a video.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -63,7 +61,6 @@ def run_align(
             if force or resume == "never":
                 checkpoint.remove(out)
                 (out / MANIFEST).unlink(missing_ok=True)
-            if resume == "never":
                 (out / REFERENCE).unlink(missing_ok=True)
         world.barrier()
         trained = _train(
@@ -166,7 +163,7 @@ def _train(
             sample=sample,
             forward=forward,
             path=out / REFERENCE,
-            run=_reference_run(plan),
+            made_of=_reference_made_of(plan),
             micro_tokens=micro_tokens,
             world=world,
             report=report,
@@ -203,11 +200,10 @@ def _train(
     return vlm, tokenizer, wrapped, longest
 
 
-def _reference_run(plan: Plan) -> str:
-    """Sixteen hex digits of what decides the starting model's log-probabilities."""
-    shown = {key: getattr(plan.config, key) for key in ("grid", "grid_rule", "max_grids", "max_length")}
-    decided = json.dumps({**plan.provenance.inputs, **shown}, sort_keys=True)
-    return hashlib.sha256(decided.encode()).hexdigest()[:16]
+def _reference_made_of(plan: Plan) -> dict[str, Any]:
+    """What decides the starting model's log-probabilities."""
+    encoding = {key: getattr(plan.config, key) for key in ("grid", "grid_rule", "max_grids", "max_length")}
+    return {**{name: value[:16] for name, value in plan.provenance.inputs.items()}, **encoding}
 
 
 def _trained(vlm: Any, config: AlignConfig) -> tuple[list[tuple[str, list[nn.Module], float]], Any]:

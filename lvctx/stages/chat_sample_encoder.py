@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.errors import InputError
-from lvctx.model.template import Visual
-from lvctx.train.chat import encode_messages
-from lvctx.train.samples import ChatSample, Media
+from lvctx.text.conversations import Conversation, Media
+from lvctx.train.chat import encode_messages, to_messages
 from lvctx.vision.images import image_size
 from lvctx.vision.tokens import Block, VisualRule
 
@@ -31,26 +30,19 @@ class ChatSampleEncoder:
         self.video_fps, self.max_frames, self.allow_partial = video_fps, max_frames, allow_partial
         self._count = lru_cache(maxsize=1 << 16)(self._count_media)
 
-    def encode(self, sample: ChatSample) -> tuple[list[int], list[int], list[dict[str, Any]]]:
+    def encode(self, conversation: Conversation) -> tuple[list[int], list[int], list[dict[str, Any]]]:
         """Ids, labels (already shifted) and the media of a sample; see `artifacts.chat`. Raises InputError."""
-        rule = self.rule
-        if rule is None and sample.media:
-            raise InputError("the model cannot see", where=sample.where, fix="--model takes a vision-language model")
-        messages: list[dict[str, Any]] = []
+        rule, where = self.rule, conversation.where
+        if rule is None and conversation.media:
+            raise InputError("the model has no vision tower", where=where, fix="--model takes a vision-language model")
         media = []
-        for role, parts in sample.turns:
-            content: list[str | Visual] = []
-            for part in parts:
-                if isinstance(part, Media):
-                    assert rule is not None
-                    facts, blocks = self._counted(part, where=sample.where)
-                    media.append((facts, blocks, rule.layout(blocks)))
-                    content.append(Visual(rule.mark(part.kind)))
-                else:
-                    content.append(part)
-            messages.append({"role": role, "content": content})
+        for item in conversation.media:
+            assert rule is not None
+            facts, blocks = self._counted(item, where=where)
+            media.append((facts, blocks, rule.layout(blocks)))
+        messages = to_messages(conversation, rule.mark if rule else str)
         placeholders = [layout.ids for _, _, layout in media]
-        sequence = encode_messages(messages, self.tokenizer, placeholders, where=sample.where)
+        sequence = encode_messages(messages, self.tokenizer, placeholders, where=where)
         references = []
         for start, (facts, blocks, layout) in zip(sequence.places, media, strict=True):
             items = [[start + at, b.frames, *b.grid] for at, b in zip(layout.at, blocks, strict=True)]

@@ -1,11 +1,10 @@
 """Run a needle test: plan the grid, walk it with shared prefixes computed once, keep every cell as its own row."""
 
-import hashlib
 import itertools
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.rows import RowLog, read_rows
+from lvctx.artifacts.result_log import RESULTS, ResultLog, read_results, short_hash
 from lvctx.artifacts.store import fingerprint
 from lvctx.bench.cache import Kept
 from lvctx.bench.eyes import Eyes, open_eyes
@@ -122,7 +121,7 @@ class Plan:
 
     def key(self, cell: Cell) -> str:
         """Sixteen hex digits of the run and the cell: what a result is found by."""
-        return _hash({"run": self.shown["run"], "cell": asdict(cell)})
+        return short_hash({"run": self.shown["run"], "cell": asdict(cell)})
 
     def facts(self, cp: int = 1) -> dict[str, Any]:
         """What a dry run shows: the cells, the tokens to read, and a rank's bytes of weights and cache.
@@ -157,10 +156,6 @@ class Plan:
 def last_position(plan: Plan, ids_L: np.ndarray) -> int:
     """The largest position of a sequence: for M-RoPE far less than its tokens."""
     return int((plan.eyes.positions if plan.eyes else count_up)(ids_L, 0).max())
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def plan_niah(config: NiahConfig) -> Plan:
@@ -211,8 +206,8 @@ def plan_niah(config: NiahConfig) -> Plan:
     cells = [cells[i] for i in walk_order(test.sequence(cell)[0] for cell in cells)]
     made_of = {
         "model": fingerprint(path)[:16],
-        "haystack": _hash([fingerprint(p) for p in config.haystack]),
-        "prompt": _hash(test.prompt()),
+        "haystack": short_hash([fingerprint(p) for p in config.haystack]),
+        "prompt": short_hash(test.prompt()),
         "scoring": scoring,
         "seed": config.seed,
         "kv": "int8" if config.kept == "int8" else "exact",
@@ -220,7 +215,7 @@ def plan_niah(config: NiahConfig) -> Plan:
     }
     shown = {
         "schema": schemas.NIAH,
-        "run": _hash(made_of),
+        "run": short_hash(made_of),
         "model": config.model,
         "modality": config.modality,
         "layout": layout,
@@ -293,55 +288,36 @@ def run_niah(
     cells; a group's first rank yields them, rank 0 the other groups' at the end. Raises InputError when `out` holds
     another run, or where memory ends on a rank that others wait for.
     """
-    results = out / "results.jsonl"
-    if world.rank == 0:
-        if resume == "must" and not results.is_file():
-            raise InputError("nothing to resume", where=out, fix="drop --resume must")
-        if resume == "never" and results.is_file() and not force:
-            raise InputError("holds results already", where=out, fix="drop --resume never, or --force to start anew")
-        with RowLog(results, fresh=force) as rows:
-            for row in rows.rows.values():
-                check_run(row, plan.shown, out)
-        standing = set(rows.rows)
-    else:
-        standing = set()
-    standing = world.gather(standing)[0]
-    keyed = [(plan.key(cell), cell) for cell in plan.cells]
-    mine = share_cells(plan.cells, world.dp)[world.dp_rank]
-    waiting = [(key, cell) for i, (key, cell) in enumerate(keyed) if i in mine and key not in standing]
-    with RowLog(results) as rows:
+    made_of = plan.shown["made_of"]
+    with ExitStack() as stack:
+        results: ResultLog | None = None
+        if world.rank == 0:
+            opened = ResultLog.open(out / RESULTS, made_of, resume=resume, force=force)
+            results = stack.enter_context(opened)
+        finished = world.gather(set(results.rows) if results else set())[0]
+        results = results or stack.enter_context(ResultLog.open(out / RESULTS, made_of, shared=True))
+        keyed = [(plan.key(cell), cell) for cell in plan.cells]
+        mine = partition_cells(plan.cells, world.dp)[world.dp_rank]
+        waiting = [(key, cell) for i, (key, cell) in enumerate(keyed) if i in mine and key not in finished]
         if waiting:
             scorer = load_scorer(plan, device=world.device, chunk=chunk, reuse=reuse, ring=world.ring)
         for done, (key, cell) in enumerate(waiting, start=1):
-            row = {"key": key, **plan.shown, **_run_cell(scorer, plan, cell)}
+            row = {**plan.shown, **_run_cell(scorer, plan, cell)}
             report(len(mine) - len(waiting) + done, len(mine), f"{cell.length} at {100 * cell.depth:g}%")
             if world.ring.rank == 0:
-                rows.append(row)
-                yield row
+                yield results.append(key, row)
         if waiting:
             log.info("%d cells, %d tokens through the model", len(waiting), scorer.tokens_run)
-    ran = {key for keys in world.gather({key for key, _ in waiting}) for key in keys}
-    if world.rank == 0:
-        latest = {row["key"]: row for row in read_rows(results)}
-        own = {key for key, _ in waiting}
-        yield from (latest[key] for key, _ in keyed if key in ran - own)
-        if ran or not (out / "summary.json").is_file():
-            write_report(out, read_grid(out), threshold=threshold)
+        ran = {key for keys in world.gather({key for key, _ in waiting}) for key in keys}
+        if world.rank == 0:
+            latest = {row["key"]: row for row in read_results(out).values()}
+            others = ran - {key for key, _ in waiting}
+            yield from (latest[key] for key, _ in keyed if key in others)
+            if ran or not (out / "summary.json").is_file():
+                write_report(out, read_grid(out), threshold=threshold)
 
 
-def check_run(row: dict[str, Any], shown: dict[str, Any], out: Path) -> None:
-    """Raise InputError where a row is not of the run that `shown` describes, naming what differs."""
-    if row.get("run") != shown["run"]:
-        old, new = row.get("made_of", {}), shown["made_of"]
-        differs = ", ".join(sorted(key for key in new if old.get(key) != new[key]))
-        raise InputError(
-            f"holds results of another run (other {differs})",
-            where=out,
-            fix="choose another -o, or --force to start anew",
-        )
-
-
-def share_cells(cells: list[Cell], groups: int) -> list[set[int]]:
+def partition_cells(cells: list[Cell], groups: int) -> list[set[int]]:
     """Indices of the cells that each group of ranks runs.
 
     Cells of one needle at one place read the same and stay together. Those that read most after their needle go first,

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.chat import lines_name, write_chat_shard, write_lines
+from lvctx.artifacts.chat import lines_name, write_chat_shard
+from lvctx.artifacts.jsonl_log import write_jsonl
 from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
 from lvctx.artifacts.packed import shard_name
 from lvctx.artifacts.store import disk_error, fingerprint, is_disk_error, sha256_file
@@ -29,11 +30,11 @@ from lvctx.stages.pack_chat_config import PackChatConfig
 from lvctx.stages.pack_chat_stats import NOT_NEEDED, TOO_LONG, packing_stats
 from lvctx.text.bestfit import best_fit_decreasing
 from lvctx.text.blend import choose, largest_blend
+from lvctx.text.conversations import chat_records, parse_conversation
 from lvctx.text.hub import hub_commit
 from lvctx.text.pack import uniform
+from lvctx.text.records import is_dataset
 from lvctx.train.chat import CHATML
-from lvctx.train.samples import check_row, read_rows
-from lvctx.train.tables import is_table
 from lvctx.vision.hybrid import Hybrid
 from lvctx.vision.rules import find_rule
 from lvctx.vision.tokens import VisualRule
@@ -77,7 +78,7 @@ def plan_pack_chat(config: PackChatConfig) -> PackChatJob:
         raise UsageError("no samples", fix=f"give one of {', '.join('--' + kind for kind in SHARES)}")
     for paths in sources.values():
         for path in paths:
-            if not path.is_file() and not is_table(path):
+            if not path.is_file() and not is_dataset(path):
                 raise InputError("no such file", where=path)
     mix = _proportions(config.mix, sources)
     hybrid = None
@@ -181,7 +182,7 @@ class _ChatPacker:
         for number in np.flatnonzero(~packed).tolist():
             sample = self.samples.facts(number)
             self.left_out.append({k: sample[k] for k in ("source", "kind", "tokens")} | {"why": NOT_NEEDED})
-        write_lines(self.out / LEFT_OUT, self.left_out)
+        write_jsonl(self.out / LEFT_OUT, self.left_out)
         names = [name(i) for i in range(len(shard_rows)) for name in (shard_name, lines_name)]
         stats = packing_stats(self.config, self.job.mix, self.samples, packed, self.left_out, rows=len(rows))
         write_manifest(self.out, self.job.provenance, [*names, LEFT_OUT], **stats, shard_rows=shard_rows, **facts)
@@ -189,12 +190,13 @@ class _ChatPacker:
     def _read(self, kind: str, path: Path) -> None:
         """Tokenize a file's samples into the store, or list why one is left out."""
         where = None
-        for where, row in read_rows(path, self.config.media):
+        for record in chat_records(path, self.config.media):
+            where = record.where
             try:
-                sample = check_row(row, where)
-                if kind == "text" and sample.media:
+                conversation = parse_conversation(record)
+                if kind == "text" and conversation.media:
                     raise InputError("an image or video in a --text source", where=where, fix="give it as another kind")
-                ids, labels, media = self.encoder.encode(sample)
+                ids, labels, media = self.encoder.encode(conversation)
             except InputError as e:
                 if not self.config.skip_malformed:
                     raise

@@ -4,9 +4,7 @@ Every question is a row of results.jsonl that carries all that decided it. A vid
 rows: a model is never asked about a video that it does not see.
 """
 
-import hashlib
 import itertools
-import json
 import logging
 import os
 import unicodedata
@@ -20,9 +18,9 @@ from typing import Any
 import torch
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.rows import RowLog
+from lvctx.artifacts.result_log import RESULTS, ResultLog, short_hash
 from lvctx.artifacts.store import fingerprint
-from lvctx.bench.choice import Sample
+from lvctx.bench.answers import Question
 from lvctx.bench.subtitles import NONE, find_subtitles, read_subtitles
 from lvctx.errors import InputError, LvctxError
 from lvctx.model.load import DeviceMap, load_config, resolve_model
@@ -67,20 +65,16 @@ class Plan:
     """The benchmark: samples(), prompt(), STYLES."""
     path: Path
     """Resolved model directory."""
-    samples: tuple[Sample, ...]
+    samples: tuple[Question, ...]
     """All of them, grouped by video in the order in which videos first appear."""
     look: Look
     """How frames are sampled and seen."""
     shown: dict[str, Any]
     """What every row says of the run; `run` in it identifies all that decides a reply but the video."""
 
-    def key(self, sample: Sample) -> str:
+    def key(self, sample: Question) -> str:
         """Sixteen hex digits of the run and the question."""
-        return _hash({"run": self.shown["run"], "id": sample.id})
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+        return short_hash({"run": self.shown["run"], "id": sample.id})
 
 
 def plan_questions(bench: ModuleType, config: AskConfig, look: Look) -> Plan:
@@ -101,14 +95,14 @@ def plan_questions(bench: ModuleType, config: AskConfig, look: Look) -> Plan:
     if twice := [name for name, count in counts.items() if count > 1]:
         first_one = f"{twice[0]!r:.60}"
         raise InputError(f"{len(twice)} question ids are given twice, the first {first_one}", where=config.questions)
-    probe = Sample(id="", video="", question="{question}", options=("{options}",), answer="")
+    probe = Question(id="", video="", question="{question}", options=("{options}",), answer="")
     listing = None if config.subtitles is None else "{subtitles}"
     dtype = str(hf.dtype or torch.float32).removeprefix("torch.")
     made_of = {
         "bench": bench.NAME,
         "model": fingerprint(path)[:16],
         "questions": fingerprint(config.questions)[:16],
-        "prompt": _hash(bench.prompt(probe, config.style, listing)),
+        "prompt": short_hash(bench.prompt(probe, config.style, listing)),
         "style": config.style,
         "subtitles": config.subtitles is not None,
         "sampler": look.pictures if any(s.images for s in samples) else look.sampler,
@@ -118,7 +112,7 @@ def plan_questions(bench: ModuleType, config: AskConfig, look: Look) -> Plan:
     shown = {
         "schema": schemas.QUESTIONS,
         "bench": bench.NAME,
-        "run": _hash(made_of),
+        "run": short_hash(made_of),
         "model": config.model,
         "made_of": made_of,
     }
@@ -141,63 +135,49 @@ def run_questions(
 
     Raises InputError when `out` holds another run, MissingError for a `device_map` without accelerate.
     """
-    results = out / "results.jsonl"
-    if resume == "must" and not results.is_file():
-        raise InputError("nothing to resume", where=out, fix="drop --resume must")
-    if resume == "never" and results.is_file() and not force:
-        raise InputError("holds results already", where=out, fix="drop --resume never, or --force to start anew")
-    with RowLog(results, fresh=force) as rows:
-        for row in rows.rows.values():
-            if row.get("run") != plan.shown["run"]:
-                old, new = row.get("made_of", {}), plan.shown["made_of"]
-                differs = ", ".join(sorted(key for key in new if old.get(key) != new[key]))
-                raise InputError(
-                    f"holds results of another run (other {differs})",
-                    where=out,
-                    fix="choose another -o, or --force to start anew",
-                )
-        waiting = [s for s in plan.samples if plan.key(s) not in rows]
+    with ResultLog.open(out / RESULTS, plan.shown["made_of"], resume=resume, force=force) as results:
+        waiting = [s for s in plan.samples if plan.key(s) not in results]
         total, done = len(plan.samples), len(plan.samples) - len(waiting)
         asker: Any = None
         for video, group in itertools.groupby(waiting, key=lambda s: s.video):
             asker = asker or plan.look.open(plan.path, device=device, device_map=device_map, chunk=chunk, reuse=reuse)
-            for row in _ask_about(plan, asker, list(group)):
-                rows.append(row)
+            for sample, row in _ask_about(plan, asker, list(group)):
+                stored = results.append(plan.key(sample), row)
                 done += 1
                 report(done, total, video)
-                yield row
+                yield stored
         if hasattr(plan.bench, "export"):
-            said = {row["id"]: row["response"] for row in rows.rows.values() if "error" not in row}
-            plan.bench.export(out, [(s, said[s.id]) for s in plan.samples if s.id in said])
+            responses = {row["id"]: row["response"] for row in results.rows.values()}
+            plan.bench.export(out, [(s, responses[s.id]) for s in plan.samples if s.id in responses])
         if asker:
             log.info("%d questions, %d tokens through the model", len(waiting), asker.reader.tokens_run)
 
 
-def _ask_about(plan: Plan, asker: Any, samples: list[Sample]) -> Iterator[dict[str, Any]]:
-    """Rows of one video's questions."""
-    base = {s.id: {"key": plan.key(s), **plan.shown, **_described(s)} for s in samples}
+def _ask_about(plan: Plan, asker: Any, samples: list[Question]) -> Iterator[tuple[Question, dict[str, Any]]]:
+    """One video's questions, each with its row."""
+    base = {s.id: {**plan.shown, **_described(s)} for s in samples}
     try:
         seen = _look(plan, asker, samples[0])
     except (LvctxError, torch.OutOfMemoryError) as e:
-        yield from ({**row, "error": str(e)} for row in base.values())
+        yield from ((s, {**base[s.id], "error": str(e)}) for s in samples)
         return
     for sample in samples:
         text = plan.bench.prompt(sample, plan.config.style, seen.subtitles)
         ids = asker.ids(text)
         row = {**base[sample.id], **seen.facts, "tokens": len(ids), "last_position": asker.last_position(ids)}
-        row["prompt_sha256"] = _hash(text)
+        row["prompt_sha256"] = short_hash(text)
         try:
             written = asker.reply(ids, sample.max_new_tokens or plan.config.max_new_tokens)
         except (
             InputError,
             RuntimeError,
         ) as e:  # too long, or out of memory: this question is lost, the others need not be
-            yield {**row, "error": " ".join(str(e).split())[:300]}
+            yield sample, {**row, "error": " ".join(str(e).split())[:300]}
         else:
-            yield {**row, "response": asker.text(written), "reply_tokens": len(written)}
+            yield sample, {**row, "response": asker.text(written), "reply_tokens": len(written)}
 
 
-def _described(sample: Sample) -> dict[str, Any]:
+def _described(sample: Question) -> dict[str, Any]:
     return {
         "id": sample.id,
         "video": sample.video,
@@ -213,7 +193,7 @@ class _Seen:
     facts: dict[str, Any]
 
 
-def _look(plan: Plan, asker: Any, sample: Sample) -> _Seen:
+def _look(plan: Plan, asker: Any, sample: Question) -> _Seen:
     """Show the model a sample's video or images. Raises InputError where they are missing or broken."""
     if sample.images:
         return _look_at_images(plan, asker, sample)
@@ -229,7 +209,7 @@ def _look(plan: Plan, asker: Any, sample: Sample) -> _Seen:
     return _Seen(subtitles=shown, facts={**facts, **said})
 
 
-def _look_at_images(plan: Plan, asker: Any, sample: Sample) -> _Seen:
+def _look_at_images(plan: Plan, asker: Any, sample: Question) -> _Seen:
     images = [open_image(plan.config.videos / name) for name in sample.images]
     plan.look.images(asker, images)
     return _Seen(subtitles=None, facts={"images": len(images), "visual_tokens": len(asker.block)})

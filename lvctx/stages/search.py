@@ -4,8 +4,6 @@ LongVA's untrained baseline is searched so over 3M to 1B (section 4). Every base
 that was stopped goes on with the bases that are missing.
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.rows import RowLog
+from lvctx.artifacts.result_log import ResultLog, short_hash
 from lvctx.bench.prefix import PrefixScorer
 from lvctx.errors import UsageError
 from lvctx.model.load import load_config, load_model, try_forward
@@ -33,10 +31,10 @@ class Search:
     niah: NiahPlan
     """Model, needles and cells that each base is tried on."""
 
-    def key(self, base: float) -> str:
-        """Sixteen hex digits of model, haystack, grid and base: what a row is found by."""
-        asked = {"run": self.niah.shown["run"], "cells": [self.niah.key(c) for c in self.niah.cells], "base": base}
-        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """What decides a base's row: model, haystack and cells."""
+        return {**self.niah.shown["made_of"], "cells": short_hash([self.niah.key(c) for c in self.niah.cells])}
 
 
 def bases(span: str, points: int) -> tuple[float, ...]:
@@ -84,17 +82,17 @@ def run_search(
     search: Search, out: Path, *, device: str, force: bool, report: Callable[[int, int, str], None]
 ) -> list[dict[str, Any]]:
     """A row for every base, ascending; those that stand in `out/search.jsonl` are not tried again."""
-    with RowLog(out / "search.jsonl", fresh=force) as rows:
-        waiting = [base for base in search.bases if search.key(base) not in rows]
+    with ResultLog.open(out / "search.jsonl", search.made_of, force=force) as results:
+        waiting = [base for base in search.bases if f"{base:g}" not in results]
         model = load_model(search.niah.path, device=device) if waiting else None
         if model is not None:
             try_forward(model, search.niah.path)
         for done, base in enumerate(waiting, start=len(search.bases) - len(waiting) + 1):
-            row = {"schema": schemas.BASE, "key": search.key(base), "base": base, **_try_base(search, model, base)}
-            rows.append(row)
+            row = {"schema": schemas.BASE, "base": base, **_try_base(search, model, base)}
+            results.append(f"{base:g}", row)
             log.info("base %g: %.3f of %d needles found", base, row["accuracy"], len(row["cells"]))
             report(done, len(search.bases), f"base {base:g}: {row['accuracy']:.2f}")
-        return [rows.rows[search.key(base)] for base in search.bases]
+        return [results.rows[f"{base:g}"] for base in search.bases]
 
 
 def _try_base(search: Search, model: Any, base: float) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from lvctx.dist.fsdp import keep_in_graph
 from lvctx.model.loss import IGNORED, token_loss
 from lvctx.model.vlm import embed_frames, frame_features
 from lvctx.positions.pose import skipped
-from lvctx.train.chat import Conversation, TokenSequence, encode_conversation
+from lvctx.text.conversations import Conversation
+from lvctx.train.chat import TokenSequence, encode_conversation
 from lvctx.train.images import Encoding, embed_image
 from lvctx.vision.images import Preprocess, open_image
 

@@ -5,11 +5,6 @@ training started from: `-log sigmoid(beta * ((log p - log p0)(chosen) - (log p -
 log-probability is the sum over the answer's tokens and its end of turn. The starting model's are computed once and kept
 in a row log, so there is never a second model in memory.
 
-A row of the data is `{"prompt": TEXT, "chosen": TEXT, "rejected": TEXT, "image" or "images": PATH or [PATHS]}`, or
-TRL's with lists of messages in their places; `conversations` in LLaVA's form, ending in a human turn, may stand in
-place of `prompt`, and lists `chosen` and `rejected` may begin with the prompt. Files and turns are those of
-`lvctx.train.samples`.
-
 Shapes: M pairs, T tokens of all their answers (chosen, rejected, chosen, ...), E language-model width, V vocabulary.
 """
 
@@ -21,75 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lvctx.artifacts.rows import RowLog
+from lvctx.artifacts.result_log import ResultLog
 from lvctx.dist.context import ParallelContext
 from lvctx.dist.fsdp import keep_in_graph
-from lvctx.errors import InputError
 from lvctx.model.loss import token_loss
-from lvctx.train.chat import Conversation, conversation
 from lvctx.train.micro import Forward, Sample, pack_samples
-from lvctx.train.samples import check_object, check_row, first, read_checked, role_of
 
 REFERENCE = "reference.jsonl"
 """In the output: the starting model's log-probabilities, a row each pair."""
-
-
-def read_pairs(path: Path, images: Path) -> list[tuple[Conversation, Conversation]]:
-    """Every row of a file or dataset of preferences, once ending in the chosen answer and once in the rejected one.
-
-    Image paths are relative to `images`. Raises InputError naming file and row for what `read_conversations` refuses,
-    and for answers that are no text, empty or the same.
-    """
-
-    def check(row: Any, where: str) -> tuple[Conversation, Conversation]:
-        row = check_object(row, where)
-        turns, *answers = _turns(row, where)
-        if any(role_of(answer, where) != "assistant" for answer in answers):
-            raise InputError("`chosen` or `rejected` does not end in the assistant's words", where=where)
-        pair = [check_row({**row, "conversations": [*turns, answer], "messages": None}, where) for answer in answers]
-        if len(pair[0].turns) < 2 or pair[0].turns[-2][0] != "user":
-            raise InputError("the prompt does not end in a human turn", where=where)
-        chosen, rejected = ([p.strip() if isinstance(p, str) else p for p in one.turns[-1][1]] for one in pair)
-        if chosen == rejected:
-            raise InputError("`chosen` and `rejected` are the same", where=where)
-        return conversation(pair[0], images), conversation(pair[1], images)
-
-    return read_checked(path, images, check)
-
-
-def _turns(row: dict[str, Any], where: str) -> tuple[list[Any], Any, Any]:
-    """The turns of a pair's prompt, and the turn of either answer, as the row has them."""
-    prompts = [row[key] for key in ("prompt", "conversations") if row.get(key) is not None]
-    if len(prompts) > 1:
-        raise InputError("either `prompt` or `conversations` is wanted", where=where)
-    answers = [_as_turns(row.get(key), "gpt") for key in ("chosen", "rejected")]
-    if not all(answers):
-        raise InputError("`chosen` and `rejected` have to be text that is not empty, or messages", where=where)
-    inside = [answer[:-1] for answer in answers]
-    if not prompts and not all(inside):
-        raise InputError("either `prompt` or `conversations` is wanted", where=where)
-    if inside[0] != inside[1]:
-        raise InputError("`chosen` and `rejected` begin with different prompts", where=where)
-    turns = _as_turns(row.get("prompt"), "human") or row.get("conversations") or inside[0]
-    if not isinstance(turns, list) or not turns:
-        raise InputError("no list of `conversations`, or text or messages in `prompt`", where=where)
-    if inside[0] and not (turns == inside[0] or _last_text(turns) == _last_text(inside[0])):
-        raise InputError("`chosen` begins with another prompt than the row's own", where=where)
-    # Messages inside the answers may say more than a prompt of one text: what came before it.
-    return inside[0] or turns, answers[0][-1], answers[1][-1]
-
-
-def _as_turns(value: Any, role: str) -> list[Any]:
-    """Text as a turn, a turn as a list of one; nothing for what is neither, or empty."""
-    if isinstance(value, str):
-        return [{"from": role, "value": value}] if value.strip() else []
-    if isinstance(value, dict):
-        return [value]
-    return value if isinstance(value, list) else []
-
-
-def _last_text(turns: list[Any]) -> Any:
-    return first(turns[-1], "value", "content") if isinstance(turns[-1], dict) else None
 
 
 def log_probs(hidden_TE: Tensor, head_VE: Tensor, labels_T: Tensor, micro: Sequence[Sample]) -> Tensor:
@@ -128,19 +62,19 @@ def compute_reference(
     sample: Callable[[int], Sample],
     forward: Forward,
     path: Path,
-    run: str,
+    made_of: Mapping[str, Any],
     micro_tokens: int,
     world: ParallelContext,
     report: Callable[[int, int, str], None],
 ) -> dict[int, tuple[float, float]]:
-    """Log-probabilities of these pairs under the model as it stands, kept in `path` row by row.
+    """Log-probabilities of these pairs under the model as it is now, stored in `path` row by row.
 
-    `run` identifies what decides them (the starting model and the data): rows of another run are left alone, rows of
-    this one are not computed again. Every rank must call it; each computes its share.
+    `made_of` is what decides them (the starting model and the data). Pairs that have a row are not computed again.
+    Every rank must call it and computes its share. Raises InputError where `path` has rows of another run.
     """
     world.barrier()
-    with RowLog(path) as log:
-        keys = {number: f"{run}-{number}" for number in sorted(set(numbers))}
+    with ResultLog.open(path, made_of, shared=True) as log:
+        keys = {number: f"{number}" for number in sorted(set(numbers))}
         # Rank 0 decides what is missing: another one may be ahead and have written already.
         missing = set(world.gather([number for number, key in keys.items() if key not in log])[0])
         done = len(keys) - len(missing)
@@ -161,7 +95,7 @@ def compute_reference(
                     found = forward(micro, log_probs).tolist()
                     for one, (chosen, rejected) in zip(micro, found, strict=True):
                         if at < len(groups) and one.number in missing:
-                            log.append({"key": keys[one.number], "chosen": chosen, "rejected": rejected})
+                            log.append(keys[one.number], {"chosen": chosen, "rejected": rejected})
                     done += sum(one.number in missing for group in groups[first : first + world.dp] for one in group)
                     report(done, len(keys), "reference")
     if world.mesh is not None:
@@ -169,6 +103,6 @@ def compute_reference(
         sharded: Any = forward
         sharded.reshard()
     world.barrier()
-    with RowLog(path) as log:
+    with ResultLog.open(path, made_of, shared=True) as log:
         rows = {number: log.rows[key] for number, key in keys.items()}
     return {number: (row["chosen"], row["rejected"]) for number, row in rows.items()}

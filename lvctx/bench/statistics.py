@@ -49,11 +49,12 @@ def clustered_mean(values: Sequence[float], clusters: Sequence[str], *, lowest: 
         half = Z * sqrt(groups / (groups - 1) * float(residuals @ residuals)) / n
         low, high = max(lowest, mean - half), min(1.0, mean + half)
         if half < 1e-12 and lowest == 0.0:
-            low, high = _wilson(mean, groups)
+            low, high = wilson_interval(mean, groups)
     return Estimate(mean=mean, low=low, high=high, counted=n, clusters=groups)
 
 
-def _wilson(mean: float, n: int) -> tuple[float, float]:
+def wilson_interval(mean: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share `mean` of `n` independent answers (Wilson 1927)."""
     centre, scale = mean + Z * Z / (2 * n), 1 + Z * Z / n
     half = Z * sqrt(mean * (1 - mean) / n + Z * Z / (4 * n * n))
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)

@@ -31,7 +31,7 @@ RULE_SOURCES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample:
+class Question:
     """One question as its benchmark releases it."""
 
     id: str
@@ -69,15 +69,15 @@ class Reply:
     letters: str = "ABCD"
     """Letters of the options."""
     groups: Mapping[str, str] = field(default_factory=dict)
-    """As in `Sample`."""
+    """As in `Question`."""
 
 
-def lettered(options: Sequence[str]) -> tuple[str, ...]:
+def format_options(options: Sequence[str]) -> tuple[str, ...]:
     """`A. first`, `B. second`, ..."""
     return tuple(f"{chr(65 + i)}. {option}" for i, option in enumerate(options))
 
 
-def letter(reply: Reply, rule: str) -> str:
+def extract_letter(reply: Reply, rule: str) -> str:
     """The letter that a rule reads in a reply; empty where it finds none."""
     return _read(rule, reply.response, reply.letters)
 
@@ -87,9 +87,9 @@ def _read(rule: str, response: str, letters: str) -> str:
     return _READERS[rule](response, letters)
 
 
-def verdict(reply: Reply, rule: str) -> bool | None:
+def is_correct(reply: Reply, rule: str) -> bool | None:
     """Right or wrong under a rule; None where the rule does not count the reply."""
-    found = letter(reply, rule)
+    found = extract_letter(reply, rule)
     if not found and rule.startswith("official"):
         return None
     return found == reply.answer
@@ -124,7 +124,7 @@ REASONING_TAGS = (("<think>", "</think>"), ("<analysis>", "</analysis>"))
 """lmms-eval's default."""
 
 
-def without_reasoning(text: str) -> str:
+def strip_reasoning(text: str) -> str:
     """A reply without its reasoning blocks, as lmms-eval gives it to its scorers (`strip_reasoning_tags`).
 
     Where only an end tag is left (the prompt held the start), what follows the last one is the reply. A block that is
@@ -149,7 +149,7 @@ LMMS_PHRASES = (
 
 
 def _lmms_eval(text: str, letters: str) -> str:
-    text = without_reasoning(text)
+    text = strip_reasoning(text)
     if not text:
         return ""
     for mark in ",.!?;:'\"":
@@ -185,13 +185,13 @@ def _official_2024(text: str, letters: str) -> str:
 _READERS = {"official": first_letter, "official-2024": _official_2024, "lmms-eval": _lmms_eval, "strict": _strict}
 
 
-def signs_of_trouble(replies: Sequence[Reply]) -> list[str]:
+def response_warnings(replies: Sequence[Reply]) -> list[str]:
     """What a reader has to know before any number: replies that are empty, repeat themselves, or are all alike."""
     total = len(replies)
     if not total:
         return ["no reply at all"]
     empty = sum(not r.response.strip() for r in replies)
-    stuck = sum(is_stuck(r.response) for r in replies)
+    stuck = sum(is_degenerate(r.response) for r in replies)
     reasoned = sum(any(tag in r.response for pair in REASONING_TAGS for tag in pair) for r in replies)
     signs = (
         (empty, "are empty"),
@@ -199,7 +199,7 @@ def signs_of_trouble(replies: Sequence[Reply]) -> list[str]:
         (reasoned, "hold reasoning in tags, which only the rule of lmms-eval removes"),
     )
     said = [f"{count:,} of {total:,} replies {what}" for count, what in signs if count]
-    picked = Counter(letter(r, "official") for r in replies)
+    picked = Counter(extract_letter(r, "official") for r in replies)
     del picked[""]
     if picked and total >= 8:
         one, count = picked.most_common(1)[0]
@@ -211,7 +211,7 @@ def signs_of_trouble(replies: Sequence[Reply]) -> list[str]:
     return said
 
 
-def is_stuck(text: str) -> bool:
+def is_degenerate(text: str) -> bool:
     """Whether a reply is one short piece over and over, as in `the the the the` or `!!!!!!!!`.
 
     A piece is 1 to 20 characters without white space, at least four times; white space may stand between two pieces.

@@ -20,7 +20,7 @@ class Point(NamedTuple):
     high: float
 
 
-def groups_of(scores: Sequence[dict[str, Any]]) -> list[str]:
+def duration_groups(scores: Sequence[dict[str, Any]]) -> list[str]:
     """Durations of any of the scores, and the whole."""
     return [*dict.fromkeys(part for score in scores for part in score["by_duration"]), WHOLE]
 
@@ -33,7 +33,7 @@ def accuracy_series(
     With `frames` a line for every duration over the number of frames, ascending; else bars for every file over the
     durations. What has no accuracy is left out; an end of an interval that is not known is the mean.
     """
-    parts = groups_of(scores)
+    parts = duration_groups(scores)
     found: dict[str, list[Point]] = {part: [] for part in parts} if frames else {s["file"]: [] for s in scores}
     for number, score in enumerate(scores):
         for place, part in enumerate(parts):
@@ -82,7 +82,7 @@ def draw_accuracy(scores: Sequence[dict[str, Any]], frames: Sequence[int] | None
         ax.set_xticks(sorted(set(frames)), [str(n) for n in sorted(set(frames))])
         ax.set_xlabel("frames", fontsize=8)
     else:
-        ax.set_xticks(range(len(groups_of(scores))), list(map(_verbatim, groups_of(scores))))
+        ax.set_xticks(range(len(duration_groups(scores))), list(map(_verbatim, duration_groups(scores))))
     ax.axhline(25, color="grey", linewidth=0.8, linestyle=":")
     ax.set_ylabel("accuracy, %", fontsize=8)
     ax.set_ylim(0, 100)

@@ -1,12 +1,9 @@
-"""Append-only JSONL with a key per row: what stands is skipped, a torn last line is dropped and redone.
-
-Several processes may append to one file, each its own keys.
-"""
+"""JSON lines files: read without a torn last line, rewritten atomically, appended to durably by several processes."""
 
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -16,8 +13,13 @@ from lvctx.artifacts.store import atomic_file, disk_error, is_disk_error
 from lvctx.errors import InputError
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; a last line without its newline is a torn write and is left out.
+def json_line(row: Mapping[str, Any]) -> str:
+    """A row as it is stored, with its line end."""
+    return json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON lines file of ours; a last line without its line end is a torn write and is left out.
 
     Raises InputError naming the line that is not a JSON object.
     """
@@ -36,32 +38,29 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Make these the rows of a JSONL file: it has all of them or, until then, what it had before."""
-    with atomic_file(path) as partial:
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Make these the rows of a JSON lines file: it has all of them or, until then, what it had before."""
+    with atomic_file(path) as partial, open(partial, "w", encoding="utf-8") as f:
+        f.writelines(map(json_line, rows))
 
 
-class RowLog:
-    """A results file open for appending: every row durable when `append` returns."""
+class JsonlLog:
+    """A JSON lines file open for appending; every row is durable when `append` returns.
+
+    Several processes may append to one file. The torn last line of a process that was killed is dropped.
+    """
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
-        """Open `path`, drop a torn last line, and learn the keys that stand; `fresh` starts from nothing."""
+        """Open `path`, and read the rows it has; `fresh` empties it first. Raises InputError for a malformed row."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self.rows: dict[str, dict[str, Any]] = {}
         self._file = open(path, "w+b" if fresh else "a+b")  # noqa: SIM115 (closed in __exit__)
         with self._locked():
-            # An error is no result: it stays in the file, and its key may be written again.
-            for number, row in enumerate(read_rows(path), start=1):
-                if not isinstance(row.get("key"), str):
-                    raise InputError("a row without a key", where=f"{path}:{number}", fix="remove the line")
-                if "error" not in row:
-                    self.rows[row["key"]] = row
+            self.stored = read_jsonl(path)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """No other process appends meanwhile, and the file ends with a whole line: a killed one's last may be torn."""
+        """Keep other processes from appending meanwhile, at the end of the last complete line."""
         fcntl.flock(self._file, fcntl.LOCK_EX)
         try:
             size = self._file.seek(0, os.SEEK_END)
@@ -74,23 +73,17 @@ class RowLog:
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
-    def __contains__(self, key: str) -> bool:
-        return key in self.rows
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Write one row; it must carry a `key` that does not stand yet."""
-        assert row["key"] not in self.rows, row["key"]
-        line = json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row."""
         try:
             with self._locked():
-                self._file.write(line.encode())
+                self._file.write(json_line(row).encode())
                 self._file.flush()
                 os.fsync(self._file.fileno())
         except OSError as e:
             if is_disk_error(e):
                 raise disk_error(e, self.path) from e
             raise
-        self.rows[row["key"]] = row
 
     def __enter__(self) -> Self:
         return self
