@@ -17,9 +17,9 @@ from pathlib import Path
 import av
 import decord
 
-from lvctx.vision.decode import read_frames
+from lvctx.vision.decode import read_video
 from lvctx.vision.packets import read_packets
-from lvctx.vision.sampling import choose
+from lvctx.vision.frame_selection import choose
 
 CHUNK = 32
 """Frames of one get_batch: all at once would hold them all."""
@@ -68,7 +68,7 @@ def main() -> None:
     wanted = choose(index, a.fps, a.frames)
     how = {"fps": a.fps, "frames": a.frames, "threads": a.threads}
     runs: dict[str, Callable[[], int]] = {
-        "ours": lambda: sum(1 for _ in read_frames(a.video, **how)),
+        "ours": lambda: sum(1 for _ in read_video(a.video, VideoSampling(**how))),
         "decord": lambda: with_decord(a.video, wanted, a.threads),
     }
     if not a.no_limit:

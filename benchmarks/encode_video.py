@@ -18,7 +18,7 @@ from typing import Any
 
 import decord
 
-from lvctx.stages.encode import Encoder
+from lvctx.vlm.video_encoder import Encoder
 from lvctx.vision.decode import choose
 from lvctx.vision.packets import read_packets
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from lvctx.bench.niah import insertion_points
-from lvctx.bench.prefix import PrefixScorer, common_prefix, walk_order
+from lvctx.inference.prefix_scorer import PrefixScorer, common_prefix, walk_order
 
 
 def flops(config: Any, start: int, stop: int) -> float:

@@ -26,7 +26,7 @@ import torch
 from niah import flops
 
 from lvctx.bench import videomme
-from lvctx.bench.prefix import common_prefix
+from lvctx.inference.prefix_scorer import common_prefix
 from lvctx.stages.asker import Asker
 from lvctx.vision.tower import TowerFiles
 

@@ -18,7 +18,7 @@ from test_prefix import plain_text, small_model, tree_size
 from test_ring import tiny_config
 from torch.nn import functional as F
 
-from lvctx.bench.prefix import PrefixScorer, Score, walk_order
+from lvctx.inference.prefix_scorer import PrefixScorer, Score, walk_order
 from lvctx.bench.reader import Reader
 from lvctx.bench.text_niah import TextNiah
 from lvctx.dist.context import ParallelContext, joined, make_context

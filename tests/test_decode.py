@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from lvctx.errors import InputError, UsageError
 from lvctx.vision.container import probe
-from lvctx.vision.decode import read_frames
-from lvctx.vision.sampling import Shot, sample, spread
+from lvctx.vision.decode import read_video
+from lvctx.vision.frame_selection import Shot, sample, spread
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 H264 = ["-c:v", "libx264", "-bf", "3", "-g", "20", "-pix_fmt", "yuv420p"]
@@ -85,7 +85,7 @@ def video(make: Make, name: str) -> Path:
 @pytest.mark.parametrize("name", [*VIDEOS, *COPIES])
 def test_every_frame_is_ffmpegs(name: str, make: Make) -> None:
     path = video(make, name)
-    reader = read_frames(path, fps="native")
+    reader = read_video(path, VideoSampling(fps="native"))
     frames = list(reader)
     raw = np.frombuffer(ffmpeg(path, "-f", "rawvideo", "-pix_fmt", "rgb24"), np.uint8)
     theirs = raw.reshape(len(frames), *frames[0].image.shape)
@@ -103,7 +103,7 @@ def test_every_frame_is_ffmpegs(name: str, make: Make) -> None:
 def test_a_rate_takes_what_is_on_display(name: str, fps: float, make: Make) -> None:
     path = video(make, name)
     times = times_of_ffmpeg(path)
-    reader = read_frames(path, fps=fps)
+    reader = read_video(path, VideoSampling(fps=fps))
     taken = [(f.index, f.pts) for f in reader]
     step = 1 / Fraction(fps).limit_denominator(2000)
     expected = []
@@ -119,9 +119,9 @@ def test_a_rate_takes_what_is_on_display(name: str, fps: float, make: Make) -> N
 @pytest.mark.parametrize("count", [1, 2, 7, 64])
 def test_a_number_is_spread_like_linspace(name: str, count: int, make: Make) -> None:
     path = video(make, name)
-    everything = list(read_frames(path, fps="native"))
+    everything = list(read_video(path, VideoSampling(fps="native")))
     expected = [int(x) for x in np.linspace(0, len(everything) - 1, count)]
-    taken = list(read_frames(path, frames=count))
+    taken = list(read_video(path, VideoSampling(frames=count)))
     assert [f.index for f in taken] == expected == spread(len(everything), count)
     assert all((f.image == everything[f.index].image).all() for f in taken)
     assert [f.pts for f in taken] == [everything[i].pts for i in expected]
@@ -145,7 +145,7 @@ def test_sampling_is_the_definition(gaps: list[int], start: int, fps: Fraction) 
 
 
 def test_reading_is_lazy(make: Make) -> None:
-    reader = read_frames(video(make, "constant.mp4"), fps="native")
+    reader = read_video(video(make, "constant.mp4"), VideoSampling(fps="native"))
     assert next(reader).index == 0
     assert "source_frames" not in reader.facts, "known only when the end was seen"
 
@@ -159,12 +159,12 @@ def test_probe_decodes_nothing(make: Make) -> None:
 def test_one_sampling(make: Make) -> None:
     for both in ({}, {"fps": 1.0, "frames": 3}):
         with pytest.raises(UsageError):
-            read_frames(video(make, "constant.mp4"), **both)  # type: ignore[arg-type]
+            read_video(video(make, "constant.mp4"), VideoSampling(**both))  # type: ignore[arg-type]
 
 
 def refused(path: Path, *words: str) -> None:
     with pytest.raises(InputError) as e:
-        list(read_frames(path, fps=1))
+        list(read_video(path, VideoSampling(fps=1)))
     assert e.value.exit_code == 3
     assert "\n" not in str(e.value)
     for word in (str(path), *words):
@@ -177,7 +177,7 @@ def test_broken_files_are_one_line(make: Make, tmp_path: Path) -> None:
     fragmented = make(
         "pieces.mp4", "-i", video(make, "constant.mp4"), "-c", "copy", "-movflags", "+frag_keyframe+empty_moov"
     )
-    assert len(list(read_frames(fragmented, fps="native"))) == 50
+    assert len(list(read_video(fragmented, VideoSampling(fps="native")))) == 50
     files = {
         "empty.mp4": b"",
         "text.mp4": b"I am text.\n" * 500,
@@ -205,7 +205,7 @@ def test_broken_files_are_one_line(make: Make, tmp_path: Path) -> None:
 
 def test_a_live_recording_has_no_length(make: Make) -> None:
     live = make("live.mkv", *H264, "-f", "matroska", "-live", "1")
-    assert len(list(read_frames(live, fps="native"))) == 50
+    assert len(list(read_video(live, VideoSampling(fps="native")))) == 50
 
 
 def test_damage_is_counted_and_much_of_it_refused(make: Make, tmp_path: Path) -> None:
@@ -224,7 +224,10 @@ def test_decord_where_asked(make: Make) -> None:
     for name in ("constant.mp4", "starts_late.mkv"):
         path = video(make, name)
         for how in ({"fps": 2.0}, {"frames": 7}, {"fps": "native"}):
-            ours, theirs = list(read_frames(path, **how)), read_frames(path, decoder="decord", **how)  # type: ignore[arg-type]
+            ours, theirs = (
+                list(read_video(path, VideoSampling(**how))),
+                read_video(path, VideoSampling(decoder="decord", **how)),
+            )  # type: ignore[arg-type]
             frames = list(theirs)
             assert [(f.index, f.pts) for f in frames] == [(f.index, f.pts) for f in ours]
             assert all(np.abs(a.image.astype(int) - b.image).mean() < 2 for a, b in zip(frames, ours, strict=True))
@@ -239,7 +242,7 @@ def test_decord_where_asked(make: Make) -> None:
         ("two.mkv", "several"),
     ):
         with pytest.raises(InputError, match=word):
-            list(read_frames(video(make, name), fps=1, decoder="decord"))
+            list(read_video(video(make, name), VideoSampling(fps=1, decoder="decord")))
     sound = make("sound.mp4", "-f", "lavfi", "-i", "sine=d=1")
     with pytest.raises(InputError, match="no video stream"):
-        list(read_frames(sound, fps=1, decoder="decord"))
+        list(read_video(sound, VideoSampling(fps=1, decoder="decord")))

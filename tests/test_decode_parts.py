@@ -16,9 +16,9 @@ import pytest
 
 from lvctx.errors import InputError
 from lvctx.vision.apart import Decoders, Request
-from lvctx.vision.decode import read_frames
+from lvctx.vision.decode import read_video
 from lvctx.vision.packets import ENTRY, SPARE, read_packets
-from lvctx.vision.sampling import choose
+from lvctx.vision.frame_selection import choose
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 H264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-bf", "3"]
@@ -72,7 +72,7 @@ def test_parts_are_ffmpegs_frames(name: str, videos: dict[str, Path]) -> None:
     theirs = pictures_of_ffmpeg(path)
     for how in ({"fps": 1.0}, {"fps": 3.3}, {"frames": 5}, {"frames": 33}, {"wanted": [1, 19, 20, 21, 22, 97]}):
         for threads in (1, 3):
-            reader = read_frames(path, threads=threads, **how)  # type: ignore[arg-type]
+            reader = read_video(path, VideoSampling(**how), threads=threads)  # type: ignore[arg-type]
             frames = list(reader)
             assert all((f.image == theirs[f.index]).all() for f in frames), (how, threads)
             assert [f.pts - frames[0].pts for f in frames] == pytest.approx(
@@ -99,7 +99,7 @@ def test_key_frames_are_near_and_say_how_near(videos: dict[str, Path]) -> None:
     index = read_packets(path)
     assert index is not None
     exact = choose(index, 2.0, None)
-    reader = read_frames(path, fps=2.0, sampling="keyframe")
+    reader = read_video(path, VideoSampling(fps=2.0, seek="keyframe"))
     frames = list(reader)
     keys = index.key_frames.tolist()
     nearest = [min(keys, key=lambda k, i=i: (abs(k - i), k)) for i in exact]  # type: ignore[misc]
@@ -121,8 +121,8 @@ def test_missing_frames_are_counted_and_left_out(videos: dict[str, Path], tmp_pa
     path = tmp_path / "damaged.mp4"
     path.write_bytes(damaged)
     with pytest.raises(InputError, match="damaged or missing"):
-        list(read_frames(path, fps="native"))
-    reader = read_frames(path, fps="native", allow_partial=True)
+        list(read_video(path, VideoSampling(fps="native")))
+    reader = read_video(path, VideoSampling(fps="native", allow_partial=True))
     frames = list(reader)
     assert reader.facts["corrupt"] > 1
     assert len({f.index for f in frames}) == len(frames) <= 100, "none is made up or repeated"
@@ -132,13 +132,13 @@ def test_cut_files(videos: dict[str, Path], tmp_path: Path) -> None:
     old = tmp_path / "old.avi"
     source = ["-f", "lavfi", "-i", "testsrc2=s=96x64:r=25:d=2", "-c:v", "mpeg4"]
     subprocess.run([FFMPEG, "-v", "error", *source, old], check=True)
-    assert len(list(read_frames(old, fps="native"))) == 50
+    assert len(list(read_video(old, VideoSampling(fps="native")))) == 50
     for path in (old, videos["short_gops.mkv"]):
         cut = tmp_path / f"cut{path.suffix}"
         cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2 + 1])
         with pytest.raises(InputError, match="cut short"):
-            list(read_frames(cut, fps=1))
-        partial = read_frames(cut, fps=1, allow_partial=True)
+            list(read_video(cut, VideoSampling(fps=1)))
+        partial = read_video(cut, VideoSampling(fps=1, allow_partial=True))
         assert len(list(partial)) >= 1
         assert partial.facts["partial"]
 
@@ -151,9 +151,9 @@ def test_a_wrong_duration_misleads_nobody(videos: dict[str, Path], tmp_path: Pat
     path = tmp_path / "wrong.mp4"
     path.write_bytes(raw)
     for how in ({"fps": 1.0}, {"frames": 5}):
-        assert [f.index for f in read_frames(path, **how)] == [  # type: ignore[arg-type]
+        assert [f.index for f in read_video(path, VideoSampling(**how))] == [  # type: ignore[arg-type]
             f.index
-            for f in read_frames(videos["short_gops.mp4"], **how)  # type: ignore[arg-type]
+            for f in read_video(videos["short_gops.mp4"], VideoSampling(**how))  # type: ignore[arg-type]
         ]
 
 
@@ -180,7 +180,7 @@ def test_a_process_apart_gives_the_same_and_is_used_again(videos: dict[str, Path
         facts: dict[str, Any] = {}
         with decoders.read(request(videos["short_gops.mp4"]), facts) as frames:
             got = list(frames)
-        here = read_frames(videos["short_gops.mp4"], fps="native")
+        here = read_video(videos["short_gops.mp4"], VideoSampling(fps="native"))
         assert [(f.index, f.pts) for f in got] == [(f.index, f.pts) for f in here]
         assert facts == here.facts
         assert got[0].image.shape == (32, 32, 3)
@@ -212,7 +212,7 @@ def test_a_dead_or_hanging_decoder_costs_one_video(blow: signal.Signals, word: s
 
 def test_threads_end_when_reading_stops(videos: dict[str, Path]) -> None:
     before = threading.active_count()
-    reader = read_frames(videos["all_intra.mp4"], fps="native", threads=4)
+    reader = read_video(videos["all_intra.mp4"], VideoSampling(fps="native"), threads=4)
     next(reader)
     reader._frames.close()  # type: ignore[attr-defined]
     for _ in range(100):

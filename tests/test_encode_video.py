@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.frames import open_frames, read_frames, write_frames
+from lvctx.vlm.feature_cache import open_frames, read_feature_cache, write_frames
 from lvctx.artifacts.manifest import Provenance
 from lvctx.artifacts.store import sha256_file
 from lvctx.cli.app import app
 from lvctx.cli.encode_video import parse_rate
 from lvctx.errors import InputError, UsageError
-from lvctx.stages.encode import share_videos
+from lvctx.vlm.video_encoder import share_videos
 from lvctx.vision import decode
 from lvctx.vision.tower import TowerFiles, load_tower
 
@@ -66,7 +66,7 @@ def test_features_are_the_towers(clips: Path, tiny_tower: Path, tmp_path: Path) 
     assert row["sha256"] == sha256_file(target)
     assert (row["frames"], row["tokens_per_frame"], row["duration"]) == (10, 4, 2.0)
     assert load_file(target).keys() == {"features", "pts", "index"}, "a stock reader reads it"
-    frames = read_frames(target)
+    frames = read_feature_cache(target)
     assert frames.features.shape == (10, 16, 32)
     assert frames.features.dtype == torch.bfloat16
     assert frames.index.tolist() == list(range(0, 50, 5))
@@ -78,8 +78,8 @@ def test_features_are_the_towers(clips: Path, tiny_tower: Path, tmp_path: Path) 
     assert frames.provenance["config"]["frame_mode"] == "crop"
     assert "libavcodec" in frames.provenance["facts"]["decoder"]
     tower = load_tower(tiny_tower, dtype=torch.float32)
-    images = [Image.fromarray(f.image) for f in decode.read_frames(clips / "a.mp4", fps=5.0)]
-    expected = tower.see([tower.preprocess.square(image, "crop") for image in images])
+    images = [Image.fromarray(f.image) for f in decode.read_feature_cache(clips / "a.mp4", fps=5.0)]
+    expected = tower.encode_images([tower.preprocess.square(image, "crop") for image in images])
     torch.testing.assert_close(frames.features, expected.bfloat16(), rtol=1e-2, atol=1e-3)
 
 
@@ -172,7 +172,7 @@ def test_decord_is_recorded(clips: Path, tiny_tower: Path, tmp_path: Path) -> No
     pytest.importorskip("decord")
     code, rows, _ = run(clips / "a.mp4", "--tower", tiny_tower, "--frames", 3, "--decoder", "decord", "-o", tmp_path)
     assert code == 0
-    made = read_frames(Path(rows[0]["path"])).provenance
+    made = read_feature_cache(Path(rows[0]["path"])).provenance
     assert made["config"]["decoder"] == "decord"
     assert made["facts"]["decoder"].startswith("decord ")
 
@@ -237,7 +237,7 @@ def test_key_frames_and_partial_videos_are_recorded(clips: Path, tiny_tower: Pat
         clips / "a.mp4", "--tower", tiny_tower, "--fps", 2, "--sampling", "keyframe", "-o", tmp_path / "k"
     )
     assert code == 0
-    made = read_frames(Path(rows[0]["path"])).provenance
+    made = read_feature_cache(Path(rows[0]["path"])).provenance
     assert made["config"]["sampling"] == "keyframe"
     assert rows[0]["time_error"] == made["facts"]["time_error"]
     assert rows[0]["time_error"]["max"] == 37 / 25, "one key frame, and the last sample is frame 37"
@@ -266,7 +266,7 @@ def test_contact_sheets(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
         columns, rows_down = 8, 2
         assert image.size == (columns * 192, rows_down * (107 + 14))
         shown = np.asarray(image.convert("RGB")).astype(int)
-    frames = list(decode.read_frames(video, fps=5.0))
+    frames = list(decode.read_feature_cache(video, fps=5.0))
     for i, frame in enumerate(frames):
         x, y = i % 8 * 192, i // 8 * 121
         expected = np.asarray(Image.fromarray(frame.image).resize((192, 107))).astype(int)
@@ -297,7 +297,7 @@ def test_artifacts_read_back(tmp_path: Path) -> None:
     target = tmp_path / "x.frames.safetensors"
     features = torch.randn(3, 4, 8).bfloat16()
     write_frames(target, features, [0.1, 0.2, 3600.0], [0, 5, 2**40], MADE)
-    frames = read_frames(target)
+    frames = read_feature_cache(target)
     assert torch.equal(frames.features, features)
     assert frames.pts.tolist() == [0.1, 0.2, 3600.0]
     assert frames.index.tolist() == [0, 5, 2**40]
@@ -306,7 +306,7 @@ def test_artifacts_read_back(tmp_path: Path) -> None:
     assert target.read_bytes() == raw
     target.write_bytes(raw[:-1])
     with pytest.raises(InputError, match="not a whole"):
-        read_frames(target)
+        read_feature_cache(target)
 
 
 def test_a_killed_run_is_redone_to_the_same_bytes(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:

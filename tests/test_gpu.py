@@ -17,8 +17,8 @@ from test_mrope_train import here
 from test_niah import encode, essays, results, run
 from torch import Tensor
 
-from lvctx.bench.cache import Kept
-from lvctx.bench.prefix import PrefixScorer
+from lvctx.inference.kv_cache import Kept
+from lvctx.inference.prefix_scorer import PrefixScorer
 from lvctx.dist import attention
 from lvctx.dist.kernels import FlashCUDA, Plain
 from lvctx.dist.ring import ALONE, ring_attention
@@ -141,13 +141,13 @@ def test_both_niahs(tiny_lm: Path, tiny_vlm: Path, essays: Path, tmp_path: Path)
 
 
 def test_frames_and_answers(loud_vlm: Path, nano: Any, tmp_path: Path) -> None:
-    from lvctx.artifacts.frames import read_frames
+    from lvctx.vlm.feature_cache import read_feature_cache
 
     def see(device: str, out: Path) -> Any:
         clip = nano.clips / "bikes.mp4"
         return run("encode-video", clip, "--model", loud_vlm, "--frames", 6, "--device", device, "-o", out)
 
-    here, there = (read_frames(out / "bikes.frames.safetensors").features for out in twice(see, tmp_path))
+    here, there = (read_feature_cache(out / "bikes.frames.safetensors").features for out in twice(see, tmp_path))
     torch.testing.assert_close(there, here, rtol=2e-2, atol=2e-2)
 
     def answer(device: str) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lvctx.artifacts.frames import read_frames
+from lvctx.vlm.feature_cache import read_feature_cache
 from lvctx.bench.eyes import LlavaEyes
 from lvctx.bench.video_niah import EvenFrames, MixedFrames
 from lvctx.cli.app import app
@@ -47,7 +47,7 @@ def test_counts_come_first_and_stay_in_the_artifact(film: dict[str, Any]) -> Non
     assert f"10 frames, {TOKENS} visual tokens (nominal {TOKENS})" in film["mixed said"]
     row = film["mixed row"]
     assert (row["visual_tokens"], row["nominal_tokens"], row["tokens_per_frame"]) == (TOKENS, TOKENS, TOKENS / 10)
-    mixed, plain = read_frames(film["mixed"]), read_frames(film["plain"])
+    mixed, plain = read_feature_cache(film["mixed"]), read_feature_cache(film["plain"])
     assert mixed.provenance["schema"] == row["schema"] == "lvctx.frames/2"
     assert mixed.provenance["config"]["hybrid"] == [3, 4, 2]
     assert mixed.grid is not None
@@ -57,7 +57,7 @@ def test_counts_come_first_and_stay_in_the_artifact(film: dict[str, Any]) -> Non
 
 def test_uniform_artifacts_are_what_they_were(film: dict[str, Any]) -> None:
     assert film["same"].read_bytes() == film["plain"].read_bytes()
-    plain = read_frames(film["plain"])
+    plain = read_feature_cache(film["plain"])
     assert plain.grid is None
     assert plain.provenance["schema"] == "lvctx.frames/1"
     assert "hybrid" not in plain.provenance["config"]
@@ -132,8 +132,10 @@ def test_the_needle_tests_table_is_what_its_ids_mean(tiny_vlm: Path, film: dict[
     with torch.no_grad():
         table = eyes.table(vlm, frames, inserted)
         tower = load_tower(tiny_vlm, dtype=vlm.dtype)
-        seen = tower.see([tower.preprocess.square(image, "crop") for image in inserted])
-        features = torch.cat([read_frames(film["mixed"]).features, read_frames(film["plain"]).features])[:frames]
+        seen = tower.encode_images([tower.preprocess.square(image, "crop") for image in inserted])
+        features = torch.cat([read_feature_cache(film["mixed"]).features, read_feature_cache(film["plain"]).features])[
+            :frames
+        ]
         grids = [(2, 2) if i >= 10 or HIGH[i] else (1, 2) for i in range(frames)]
         order = [*range(4), 14, *range(4, 12), 13, 12]
         assert [order[at + 1] for at in (4, 13)] == [4, 12]

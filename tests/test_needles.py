@@ -14,7 +14,7 @@ from PIL import Image
 
 from lvctx.bench.eyes import timeline
 from lvctx.bench.niah import Cell, first_number, share_listed
-from lvctx.bench.prefix import PrefixScorer, common_prefix, walk_order
+from lvctx.inference.prefix_scorer import PrefixScorer, common_prefix, walk_order
 from lvctx.bench.text_niah import TextNiah
 from lvctx.bench.video_niah import EvenFrames, VideoNiah, chance_of, drawn_needles, read_needles
 from lvctx.errors import InputError

@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from lvctx.artifacts.frames import write_frames
+from lvctx.vlm.feature_cache import write_frames
 from lvctx.artifacts.manifest import Provenance
 from lvctx.artifacts.rows import RowLog, read_rows
 from lvctx.bench.grid import build_grid, read_grid, wilson
 from lvctx.bench.heatmap import draw_heatmaps, trained_at
 from lvctx.bench.longva import read_longva
-from lvctx.bench.prefix import PrefixScorer
+from lvctx.inference.prefix_scorer import PrefixScorer
 from lvctx.bench.text_niah import TextNiah
 from lvctx.cli.app import app
 from lvctx.errors import InputError
@@ -51,7 +51,7 @@ def encode(tower: Any, target: Path) -> Path:
     squares = rng.integers(0, 256, (10, 48, 48, 3), dtype=np.uint8)
     inputs = {"tower": tower.fingerprint, "video": "none"}
     made = Provenance(schema="lvctx.frames/1", command="encode-video", config={"frame_mode": "pad"}, inputs=inputs)
-    write_frames(target, tower.see(squares), [float(i) for i in range(10)], list(range(10)), made)
+    write_frames(target, tower.encode_images(squares), [float(i) for i in range(10)], list(range(10)), made)
     return target
 
 

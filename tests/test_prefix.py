@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from lvctx.bench.prefix import PrefixScorer, Score, common_prefix, walk_order
+from lvctx.inference.prefix_scorer import PrefixScorer, Score, common_prefix, walk_order
 from lvctx.bench.text_niah import TextNiah
 from lvctx.bench.video_niah import EvenFrames, VideoNiah, drawn_needles, visual_table
 from lvctx.model.load import load_model, load_tokenizer

@@ -68,21 +68,21 @@ class PlainModel:
 
     @torch.no_grad()
     def answer(self, frames: Path, turns: list[str], count: int) -> tuple[str, int]:
-        from lvctx.artifacts.frames import read_frames
+        from lvctx.vlm.feature_cache import read_feature_cache
         from lvctx.model.vlm import embed_frames, newline_embedding
 
-        film = read_frames(frames)
+        film = read_feature_cache(frames)
         block = torch.cat([embed_frames(self.vlm, film.features, film.grid), newline_embedding(self.vlm)])
         return self.answer_about(block, turns, count)
 
     @torch.no_grad()
     def picture_blocks(self, pictures: list[Image.Image], grid: Grid) -> torch.Tensor:
         """What stock transformers' own image path (AnyRes) or video path embeds."""
-        from lvctx.train.images import Encoding
+        from lvctx.vlm.image_tiling import ImageEncoding
         from lvctx.vision.images import Preprocess
 
         config, preprocess = self.vlm.config, Preprocess.from_directory(self.path)
-        encoding = Encoding.of(config.vision_config, grid=grid, rule="code")
+        encoding = ImageEncoding.of(config.vision_config, grid=grid, rule="code")
         alone = len(pictures) == 1
         tiles = [preprocess(encoding.tiles(p, alone=alone, background=preprocess.background)) for p in pictures]
         if grid == "anyres":
@@ -147,7 +147,7 @@ def test_the_official_file_is_exact_and_scored_as_it_stands(finished: tuple[Path
 
 @pytest.mark.nano
 def test_frames_are_read_once_for_three_questions(loud_vlm: Path, finished: tuple[Path, list[dict[str, Any]]]) -> None:
-    from lvctx.artifacts.frames import read_frames
+    from lvctx.vlm.feature_cache import read_feature_cache
     from lvctx.stages.asker import Asker
 
     out, _ = finished
@@ -155,7 +155,7 @@ def test_frames_are_read_once_for_three_questions(loud_vlm: Path, finished: tupl
     replies = {}
     for reuse in (True, False):
         asker = Asker(loud_vlm, device="cpu", chunk=50, reuse=reuse)
-        asker.show(read_frames(out / "frames" / "bikes.frames.safetensors").features)
+        asker.show(read_feature_cache(out / "frames" / "bikes.frames.safetensors").features)
         ids = [asker.ids(prompt(sample, "official", None)) for sample in samples]
         replies[reuse] = [asker.reply(one, 6) for one in ids]
         if reuse:
@@ -453,12 +453,12 @@ def test_pictures_are_shown_as_the_model_was_taught(
     grid: Grid, tokens: tuple[int, int], loud_vlm: Path, tmp_path: Path
 ) -> None:
     """Replies and lengths are those of stock transformers' own image and video paths."""
-    from lvctx.train.images import Encoding
+    from lvctx.vlm.image_tiling import ImageEncoding
 
     model = tmp_path / "vlm"
     shutil.copytree(loud_vlm, model)
     config = load_config(model)
-    Encoding.of(config.vision_config, grid=grid, rule="code").tell(config)
+    ImageEncoding.of(config.vision_config, grid=grid, rule="code").write_to(config)
     config.save_pretrained(model)
     haystack(tmp_path, (1, 3))
     where = ("--model", model, "--videos", tmp_path, "--questions", tmp_path / "q")
@@ -477,13 +477,13 @@ def test_pictures_are_shown_as_the_model_was_taught(
 
 @pytest.mark.nano
 def test_the_rule_of_unires_is_the_alignments(tiny_lm: Path, tiny_tower: Path, tmp_path: Path) -> None:
-    from lvctx.train.images import Encoding
+    from lvctx.vlm.image_tiling import ImageEncoding
 
     aligning.draw(tmp_path)
     data = aligning.write(tmp_path / "data.json", [aligning.talk("<image>What?", "red", image="0.png")])
     aligning.align(data, tmp_path / "vlm", tiny_lm, tiny_tower, grid_rule="paper", steps=1)
     (tmp_path / "vlm" / "MANIFEST.json").unlink()
-    assert Encoding.told(load_config(tmp_path / "vlm")).rule == "paper"
+    assert ImageEncoding.from_config(load_config(tmp_path / "vlm")).rule == "paper"
 
 
 @pytest.mark.nano

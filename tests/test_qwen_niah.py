@@ -17,12 +17,12 @@ from test_prefix import assert_same, plain, tree_size
 
 from lvctx.artifacts.rows import read_rows
 from lvctx.bench.eyes import open_eyes
-from lvctx.bench.prefix import PrefixScorer, walk_order
+from lvctx.inference.prefix_scorer import PrefixScorer, walk_order
 from lvctx.bench.qwen_eyes import QwenEyes
 from lvctx.bench.video_niah import Needle, VideoNiah
 from lvctx.model.vlm import chat_ids
 from lvctx.positions.mrope_ids import Rules, Text, positions, positions_of_ids
-from lvctx.vision.film import pixels, shoot
+from lvctx.vlm.qwen_frames import pixels, resize_frames
 from lvctx.vision.hybrid import Hybrid
 
 BICUBIC = 3
@@ -107,7 +107,7 @@ def test_grid_equals_plain_forwards(
         other = int(float(test._places[0]) * spread) // unit * unit
         for at, number in sorted([(cell.position, cell.trial), (other, 2)], key=lambda p: p[0], reverse=True):
             film[at:at] = [pictures[number]] * unit
-        seen = shoot([(i / 0.75, shot) for i, shot in enumerate(film)], eyes.rule, resample=BICUBIC)
+        seen = resize_frames([(i / 0.75, shot) for i, shot in enumerate(film)], eyes.rule, resample=BICUBIC)
         before, after = chat_ids(tokenizer, cell.question, mark="<|video_pad|>")
         plain_ids = [*before, *eyes.rule.layout(seen.blocks).ids, *after, *tokenizer.encode(cell.answer)]
         found, _ = positions([Text(len(before) + 1), seen.part(rules.tokens_per_second), Text(len(after) + 1 + answer)])

@@ -19,7 +19,7 @@ from lvctx.bench.reader import Reader
 from lvctx.errors import InputError
 from lvctx.positions.mrope_ids import Rules, Text, positions, positions_of_ids
 from lvctx.stages.qwen_asker import QwenAsker, Viewing
-from lvctx.vision.film import pixels, shoot
+from lvctx.vlm.qwen_frames import pixels, resize_frames
 from lvctx.vision.hybrid import Hybrid
 
 DATA = Path(__file__).parent / "data"
@@ -52,7 +52,7 @@ def test_a_film_is_read_once_for_all_questions(kind: str, options: dict[str, Any
     asker = asker_of(saved, kind, **options)
     rng = np.random.default_rng(0)
     frames = [(i / 2 + i % 3 / 10, rng.integers(0, 256, (90, 150, 3), dtype=np.uint8)) for i in range(17)]
-    film = shoot(frames, asker.rule, threshold=options.get("threshold"), resample=asker.processor.resample)
+    film = resize_frames(frames, asker.rule, threshold=options.get("threshold"), resample=asker.processor.resample)
     asker.show_film(film)
     prompts = [asker.ids(question) for question in QUESTIONS]
     seen = pixels(film, asker.processor)
@@ -109,7 +109,7 @@ def test_qwen3_writes_times_as_the_stock_processor_does(hybrid: Hybrid, saved: d
     asker = asker_of(saved, "qwen3_vl", hybrid=hybrid)
     rng = np.random.default_rng(0)
     frames = [(7.0 + i / 2, rng.integers(0, 256, (90, 150, 3), dtype=np.uint8)) for i in range(7)]
-    film = shoot(frames, asker.rule, resample=asker.processor.resample)
+    film = resize_frames(frames, asker.rule, resample=asker.processor.resample)
     asker.show_film(film)
     seen = pixels(film, asker.processor)
     grids = seen["video_grid_thw"].repeat_interleave(seen["video_grid_thw"][:, 0], 0)

@@ -56,7 +56,7 @@ def test_stock_video_is_cropped_and_answered_like_ours(
     stock_environment: dict[str, str], loud_vlm: Path, short_clip: Path, tmp_path: Path
 ) -> None:
     """`apply_chat_template` on the file itself against encode-video and vqa."""
-    from lvctx.stages.encode import Encoder
+    from lvctx.vlm.video_encoder import Encoder
     from lvctx.vision.images import Preprocess
 
     ask = "What is on the road?"

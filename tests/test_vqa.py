@@ -14,7 +14,7 @@ import mrope_models
 import pytest
 from typer.testing import CliRunner
 
-from lvctx.artifacts.frames import read_frames
+from lvctx.vlm.feature_cache import read_feature_cache
 from lvctx.cli.app import app
 from lvctx.cli.vqa import Ticker
 
@@ -30,7 +30,7 @@ def vqa(*arguments: object, given: str = "", code: int = 0) -> tuple[list[dict[s
 
 @pytest.fixture(scope="module")
 def frames(loud_vlm: Path, nano: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from lvctx.stages.encode import Encoder
+    from lvctx.vlm.video_encoder import Encoder
 
     encoder = Encoder.plan(str(loud_vlm), frames=6, device="cpu")
     return Path(encoder.encode(nano.clips / "bikes.mp4", tmp_path_factory.mktemp("frames"))["path"])
@@ -45,7 +45,7 @@ def asked(loud_vlm: Path, frames: Path) -> list[dict[str, Any]]:
 def test_every_question_is_answered_and_every_frames_time_told(asked: list[dict[str, Any]], frames: Path) -> None:
     assert [row["question"] for row in asked] == QUESTIONS
     assert len({row["answer"] for row in asked}) > 1
-    pts = read_frames(frames).pts.tolist()
+    pts = read_feature_cache(frames).pts.tolist()
     for row in asked:
         assert (row["pts"], row["seconds"], row["frames"]) == (pts, [pts[0], pts[-1]], 6)
 

@@ -30,7 +30,7 @@ from lvctx.cli.common import (
 from lvctx.errors import EXIT_SAMPLES_FAILED, LvctxError, UsageError
 
 if TYPE_CHECKING:
-    from lvctx.stages.encode import ParallelContext
+    from lvctx.vlm.video_encoder import World
 
 
 class FrameModeChoice(StrEnum):
@@ -122,7 +122,7 @@ def encode_video(
         raise UsageError("give either --model or --tower")
     rate = parse_rate(fps)
     from lvctx.artifacts import schemas
-    from lvctx.stages.encode import SHARED_WORK_TIMEOUT, Encoder, Hybrid, open_context
+    from lvctx.vlm.video_encoder import LONG_PATIENCE, Encoder, Hybrid, open_world
 
     encoder = Encoder.plan(
         str(model or tower),
@@ -139,7 +139,7 @@ def encode_video(
     )
     done = 0
     failures: list[LvctxError] = []
-    opened = open_context(device=encoder.device, cp=1, timeout=SHARED_WORK_TIMEOUT)
+    opened = open_world(device=encoder.device, cp=1, patience=LONG_PATIENCE)
     with opened as world, progress("encode-video", quiet=quiet or dry_run or jobs > 1) as report:
         encoder.device = world.device
 
@@ -163,13 +163,13 @@ def encode_video(
 
 
 def shared_out(
-    videos: Iterator[Any], encode: Callable[[Iterator[Any]], Iterator[Any]], world: "ParallelContext"
+    videos: Iterator[Any], encode: Callable[[Iterator[Any]], Iterator[Any]], world: "World"
 ) -> Iterator[Any]:
     """`encode` over all videos in their order: as they are done, or at the end where several processes share them."""
     if world.size == 1:
         yield from encode(videos)
         return
-    from lvctx.stages.encode import share_videos
+    from lvctx.vlm.video_encoder import share_videos
 
     # The first process alone reads stdin.
     todo = world.gather(list(videos) if world.rank == 0 else None)[0]

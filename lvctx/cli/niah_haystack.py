@@ -44,8 +44,8 @@ def haystack(
     Frames stream into the tower: no video is stored. Two places have the same haystack where --pixels agrees.
     """
     from lvctx.cli.encode_video import parse_rate
-    from lvctx.stages.encode import Encoder
     from lvctx.stages.haystack import HaystackConfig, write_haystack
+    from lvctx.vlm.video_encoder import Encoder
 
     encoder = None if model is None else Encoder.plan(model, frame_mode="pad", batch=batch, device=device)
     rate = parse_rate(fps)

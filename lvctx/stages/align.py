@@ -126,7 +126,7 @@ def _train(
     device = world.device
     vlm, tokenizer, pixels_from = _load(plan, "cpu" if world.mesh is not None else device)
     encoding = config.encoding(vlm.config.vision_config)
-    encoding.tell(vlm.config)
+    encoding.write_to(vlm.config)
     trained, wrapped = _trained(vlm, config)
     for adapter in plan.adapters:
         load_adapter(adapter, vlm, wrapped)

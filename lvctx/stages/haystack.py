@@ -15,14 +15,15 @@ import numpy as np
 from PIL import Image
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.frames import SUFFIX, open_frames
 from lvctx.artifacts.manifest import Provenance, is_finished, write_manifest
 from lvctx.artifacts.store import atomic_file, sha256_file
 from lvctx.errors import InputError, UsageError
-from lvctx.stages.encode import Encoder
 from lvctx.vision.container import check_whole
-from lvctx.vision.decode import Rate, read_frames
+from lvctx.vision.decode import Rate, read_video
+from lvctx.vision.sampling import VideoSampling
 from lvctx.vision.scenes import VERSION, scene
+from lvctx.vlm.feature_cache import SUFFIX, open_frames
+from lvctx.vlm.video_encoder import Encoder
 
 PIXELS = ".pixels.txt"
 """Beside a haystack: sixteen hex digits of every frame's pixels, a line each."""
@@ -58,7 +59,7 @@ def _endless(config: HaystackConfig, clips: Sequence[Path]) -> Iterator[np.ndarr
     for number in count():
         yield from scene(config.seed, number, config.side)
         if number < len(clips):
-            read = read_frames(clips[number], fps=config.fps, allow_partial=config.allow_partial)
+            read = read_video(clips[number], VideoSampling(fps=config.fps, allow_partial=config.allow_partial))
             yield from (frame.image for frame in read)
 
 
@@ -155,7 +156,7 @@ def _encode(frames: Iterator[np.ndarray], out: Path, made: Provenance, encoder: 
     with open_frames(out, made, {}) as writer:
         while images := [np.asarray(square(Image.fromarray(frame), mode)) for frame in islice(frames, batch)]:
             seconds = range(done, done + len(images))
-            writer.append(encoder.see(np.stack(images)), [float(s) for s in seconds], list(seconds))
+            writer.append(encoder.encode_images(np.stack(images)), [float(s) for s in seconds], list(seconds))
             done += len(images)
 
 

@@ -42,7 +42,7 @@ from lvctx.train.chat_rows import ChatRow, RowReader
 from lvctx.train.data import indices
 from lvctx.train.loop import Group, TrainConfig, train
 from lvctx.vision.hybrid import Hybrid
-from lvctx.vision.rules import qwen_rule
+from lvctx.vlm.qwen_vl import QwenVL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +220,7 @@ def pack_samples(
 
 def _check_tokens(rows: ChatRows, model: Path, data: Path) -> None:
     """Rows of another tokenizer would be words of another language: their placeholders give them away first."""
-    rule = qwen_rule(model, load_tokenizer(model), Hybrid())
+    rule = QwenVL(model).rule(Hybrid())
     for number in range(len(rows)):
         ids = rows.row(number)
         for sample in rows.samples(number):
@@ -312,7 +312,7 @@ def _train(
     chat_loss = ChatLoss(vlm, world.ring)
     shard_model(chat_loss, lm.layers, world, offload=machine.offload)
     parameters = [p for p in chat_loss.parameters() if p.requires_grad] if world.mesh is not None else parameters
-    rule = qwen_rule(path, load_tokenizer(path), Hybrid(**(rows.manifest["config"]["hybrid"] or {})))
+    rule = QwenVL(path).rule(Hybrid(**(rows.manifest["config"]["hybrid"] or {})))
     processor = load_image_processor(path)
     per_second = Rules.of(vlm.config).tokens_per_second
     reader = RowReader(rows, training.media, rule, processor, tokens_per_second=per_second)

@@ -33,7 +33,8 @@ from lvctx.train.chat import CHATML, encode_messages
 from lvctx.train.samples import ChatSample, Media, check_row, read_rows
 from lvctx.train.tables import is_table
 from lvctx.vision.images import image_size
-from lvctx.vision.rules import find_rule
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vlm.registry import family_of, open_vlm
 from lvctx.vision.tokens import Block, VisualRule
 
 log = logging.getLogger(__name__)
@@ -126,7 +127,8 @@ def plan_chat(
     elif tokenizer.chat_template is None:
         raise InputError("no chat template", where=model, fix="--template chatml, or an instruct model")
     chat_encoder(tokenizer)
-    rule = find_rule(path, tokenizer, hybrid=config.hybrid)
+    resolution = {} if config.hybrid is None else {"hybrid": Hybrid(**config.hybrid), "hybrid_mode": config.hybrid["mode"]}
+    rule = open_vlm(path).token_rule(VideoSampling(**resolution)) if family_of(path) else None
     small = [path / name for name in ("tokenizer.json", "config.json", "preprocessor_config.json")]
     inputs = {"model": " ".join(sha256_file(p) for p in small if p.is_file())}
     inputs |= {kind: " ".join(map(_identify, paths)) for kind, paths in sources.items()}
@@ -276,11 +278,11 @@ class _ChatPacker:
         from lvctx.vision.decode import count_frames
 
         fps, most, partial = self.config.video_fps, self.config.max_frames, self.config.allow_partial
-        count = count_frames(path, fps=fps, allow_partial=partial)
+        count = count_frames(path, VideoSampling(fps=fps, allow_partial=partial))
         spread = count.frames > most
         frames = min(count.frames, most)
         if spread and partial:  # some of those may be missing
-            frames = count_frames(path, frames=most, allow_partial=True).frames
+            frames = count_frames(path, VideoSampling(frames=most, allow_partial=True)).frames
         facts |= {"width": count.width, "height": count.height, "duration": count.duration, "frames": frames}
         facts["fps"] = None if spread else fps
         if partial:

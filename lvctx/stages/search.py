@@ -14,8 +14,8 @@ from typing import Any
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.rows import RowLog
-from lvctx.bench.prefix import PrefixScorer
 from lvctx.errors import UsageError
+from lvctx.inference.prefix_scorer import PrefixScorer
 from lvctx.model.load import load_config, load_model, try_forward
 from lvctx.positions.choose import choose
 from lvctx.stages.niah import NiahConfig, plan_niah

@@ -13,12 +13,13 @@ import logging
 import math
 import os
 import queue
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -27,72 +28,46 @@ import torch
 from PIL import Image
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.frames import SUFFIX, open_frames
 from lvctx.artifacts.manifest import Provenance, is_finished, read_provenance
 from lvctx.artifacts.store import read_safetensors_header, sha256_file
-from lvctx.device import Dtype, resolve_device, resolve_dtype
-from lvctx.dist.context import SHARED_WORK_TIMEOUT, ParallelContext, open_context
 from lvctx.errors import LvctxError, Stopped, UsageError
-from lvctx.vision.apart import Decoders, Request
+from lvctx.vision.apart import DecodeRequest, Decoders
 from lvctx.vision.container import check_whole, probe
-from lvctx.vision.decode import Count, Decoder, Rate, Sampling, count_frames
-from lvctx.vision.hybrid import Hybrid, hybrid_tokens
-from lvctx.vision.squares import FrameMode
+from lvctx.vision.decode import Count, bounded, count_frames
+from lvctx.vision.hybrid import Hybrid, hybrid_tokens, select_high
+from lvctx.vision.sampling import VideoSampling
 from lvctx.vision.tokens import pooling
 from lvctx.vision.tower import Tower, TowerFiles
+from lvctx.vlm.feature_cache import SUFFIX, FeatureCache, open_frames
 
-__all__ = [
-    "SHARED_WORK_TIMEOUT",
-    "EncodeConfig",
-    "Encoder",
-    "Hybrid",
-    "ParallelContext",
-    "open_context",
-    "share_videos",
-]
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
+Batch = tuple[torch.Tensor, list[float], list[int], list[tuple[int, int]]]
 FACTS = ("duration", "source_frames", "time_error", "visual_tokens", "nominal_tokens", "partial")
 """What a row says of those in the artifact."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig:
-    """What decides a frames artifact, besides video and tower."""
+class EncoderConfig:
+    """What decides a feature cache, besides video and tower."""
 
-    fps: Rate | None
-    """Frames a second by timestamp, or `native` for every frame; LongVA 1 on V-NIAH. None where `frames` is given."""
-    frames: int | None
-    """Number of frames spread evenly; LongVA 8 to 384 on Video-MME."""
-    frame_mode: FrameMode
-    """How a frame becomes a square; LongVA `pad` on V-NIAH, `crop` on VQA and Video-MME."""
-    decoder: Literal["pyav", "decord"]
-    """What read the video."""
-    sampling: Sampling
-    """`keyframe` takes the key frames nearest to the sampled ones; how far off they are is in the artifact's facts."""
-    allow_partial: bool
-    """Whether a video that is cut short, or of which more than 1% is damaged, is taken for what is left of it."""
+    sampling: VideoSampling
+    """With its defaults: a rate or a number of frames, a frame mode, a decoder."""
     batch: int
     """Frames that go through the tower at once; it decides how sums are rounded."""
     dtype: Literal["float32", "bfloat16"]
     """What the tower computes in. Features are stored as bfloat16 either way."""
-    hybrid: Hybrid | None = None
-    """Which frames are pooled further when they are read (GIRAFFE section 3.5); None: none."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For provenance and rows; what was made before there was `hybrid` stands as it is."""
-        facts = asdict(self)
-        facts.pop("hybrid")
-        if self.hybrid is not None:
-            facts["hybrid"] = [self.hybrid.group, self.hybrid.tokens, self.hybrid.ratio]
-        return facts
+        """For provenance and rows."""
+        return {"fps": None, "frames": None, **self.sampling.facts, "batch": self.batch, "dtype": self.dtype}
 
 
-class Encoder:
+class VideoEncoder:
     """One tower and one way to sample, for any number of videos. Weights are loaded with the first that needs them."""
 
-    def __init__(self, files: TowerFiles, config: EncodeConfig, *, device: str) -> None:
+    def __init__(self, files: TowerFiles, config: EncoderConfig, *, device: str) -> None:
         self.files, self.config, self.device = files, config, device
         self._names: dict[str, str] = {}
         self._hashes: dict[Path, str] = {}
@@ -101,48 +76,20 @@ class Encoder:
         self._tower: Tower | None = None
 
     @classmethod
-    def plan(
-        cls,
-        name: str,
-        *,
-        fps: Rate | None = None,
-        frames: int | None = None,
-        frame_mode: FrameMode = "crop",
-        decoder: Decoder = "auto",
-        sampling: Sampling = "exact",
-        allow_partial: bool = False,
-        batch: int = 64,
-        dtype: Dtype = "auto",
-        hybrid: Hybrid | None = None,
-        device: str = "auto",
+    def open(
+        cls, name: str | Path, sampling: VideoSampling, *, batch: int = 64, dtype: Dtype = "auto", device: str = "cpu"
     ) -> Self:
         """Find the tower of a VLM, CLIP or SigLIP (directory or hub id) and resolve the defaults; loads no weights.
 
-        Raises UsageError for contradicting options, InputError without a tower, MissingError without decord or device.
+        Raises UsageError for a resolution that the tower cannot have, InputError without a tower, MissingError without
+        decord.
         """
-        if fps is not None and frames is not None:
-            raise UsageError("give --fps or --frames, not both")
-        if decoder == "decord":
-            from lvctx.vision.decord import require_decord
-
-            require_decord()
-        device = resolve_device(device)
-        config = EncodeConfig(
-            fps=1.0 if fps is None and frames is None else fps,
-            frames=frames,
-            frame_mode=frame_mode,
-            decoder="decord" if decoder == "decord" else "pyav",
-            sampling=sampling,
-            allow_partial=allow_partial,
-            batch=batch,
-            dtype=resolve_dtype(dtype, device),
-            hybrid=None if hybrid is None or hybrid.uniform else hybrid,
-        )
         files = TowerFiles.find(name)
-        if hybrid is not None and hybrid.tokens != files.tokens_per_frame:
-            raise UsageError(f"m is {files.tokens_per_frame} for this tower, not {hybrid.tokens}", where="--hybrid")
-        if config.hybrid is not None:
-            pooling(math.isqrt(files.patches_per_frame), config.hybrid.ratio)
+        config = EncoderConfig(
+            sampling=resolve_for_tower(files, sampling),
+            batch=batch,
+            dtype=dtype if dtype != "auto" else "bfloat16" if _fast_bfloat16(device) else "float32",
+        )
         return cls(files, config, device=device)
 
     def close(self) -> None:
@@ -150,18 +97,18 @@ class Encoder:
         self._stop.set()
         self._decoders.close()
 
-    def see(self, images: list[Image.Image] | np.ndarray) -> torch.Tensor:
+    def encode_images(self, images: list[Image.Image] | np.ndarray) -> torch.Tensor:
         """Features (N, P, D) of square images, in batches."""
         with self._turn:
             if self._tower is None:
                 self._tower = Tower(self.files, dtype=getattr(torch, self.config.dtype), device=self.device)
-            return self._tower.see(images, batch=self.config.batch)
+            return self._tower.encode_images(images, batch=self.config.batch)
 
     def provenance(self, video: Path) -> Provenance:
         """What will have made the artifact of `video`."""
         fingerprint = self._hashes[video] = self._hashes.get(video) or sha256_file(video)
         return Provenance(
-            schema=schemas.FRAMES_HYBRID if self.config.hybrid else schemas.FRAMES,
+            schema=schemas.FRAMES_HYBRID if self.hybrid else schemas.FRAMES,
             command="encode-video",
             config=self.config.facts,
             inputs={"tower": self.files.fingerprint, "video": fingerprint},
@@ -203,26 +150,32 @@ class Encoder:
         return count.frames, count.exact, self.tokens(count.frames)
 
     def _count(self, video: Path) -> Count:
-        config = self.config
-        return count_frames(
-            video, fps=config.fps, frames=config.frames, decode=False, allow_partial=config.allow_partial
-        )
+        return count_frames(video, bounded(video, self.config.sampling), decode=False)
+
+    @property
+    def hybrid(self) -> Hybrid | None:
+        """The resolutions; None where all frames are alike."""
+        return self.config.sampling.hybrid
 
     def tokens(self, frames: int) -> dict[str, int]:
-        """Visual tokens of so many frames of hybrid resolution, as they will be and by L, m, s; else nothing."""
-        if self.config.hybrid is None:
-            return {}
-        actual = sum(rows * columns for rows, columns in self._grids(0, frames))
-        return {"visual_tokens": actual, "nominal_tokens": hybrid_tokens(frames, self.config.hybrid, merge=1)}
+        """Visual tokens of so many frames of hybrid resolution, as they will be and by L, m, s; otherwise nothing.
 
-    def _grids(self, first: int, count: int) -> list[tuple[int, int]]:
-        """Rows and columns of the tokens of `count` sampled frames from the given one on: nothing if all are alike."""
-        if self.config.hybrid is None:
-            return []
+        With adaptive selection nothing: it depends on what the frames show.
+        """
+        if self.hybrid is None or self.config.sampling.threshold is not None:
+            return {}
+        is_high = select_high(self.hybrid, merge=1)
+        actual = _total([self._grid(is_high(i, None)) for i in range(frames)])
+        return {"visual_tokens": actual, "nominal_tokens": hybrid_tokens(frames, self.hybrid, merge=1)}
+
+    def _grid(self, high: bool) -> tuple[int, int]:
+        """Rows and columns of the tokens of a frame of high or low resolution."""
+        assert self.hybrid is not None
         side = math.isqrt(self.files.patches_per_frame)
-        down, across = pooling(side, self.config.hybrid.ratio)
-        high, low = (math.ceil(side / 2),) * 2, (side // down, side // across)
-        return [low if i % self.config.hybrid.group else high for i in range(first, first + count)]
+        if high:
+            return (math.ceil(side / 2),) * 2
+        down, across = pooling(side, self.hybrid.ratio)
+        return side // down, side // across
 
     def encode(
         self,
@@ -237,42 +190,62 @@ class Encoder:
         """Write the artifact of one video into `out`, unless it stands already; the row that describes it.
 
         May run in several threads at once; `threads` is how many the decoder of this one uses (all cores unless given).
-        Raises InputError for a video that cannot be read (see `decode.read_frames`); nothing is left under its name.
+        Raises InputError for a video that cannot be read (see `decode.read_video`); nothing is left under its name.
         """
-        config, preprocess = self.config, self.files.preprocess
-        check_whole(video, allow_partial=config.allow_partial)
+        check_whole(video, allow_partial=self.config.sampling.allow_partial)
         made = self.provenance(video)
         target = self.target(video, out, made.inputs["video"])
         if is_finished(target, made, resume=resume, force=force):
             log.info("%s: finished already", target)
             return _row(video, target)
         total = self._rough_total(video)
-        request = Request(
-            path=str(video),
-            fps=config.fps,
-            frames=config.frames,
-            decoder=config.decoder,
-            sampling=config.sampling,
-            allow_partial=config.allow_partial,
-            threads=threads,
-            size=preprocess.size,
-            mode=config.frame_mode,
-            background=preprocess.background,
-        )
         report(0, total, video.name)
         done = 0
         facts: dict[str, Any] = {"source": str(video)}
-        with open_frames(target, made, facts) as writer, self._decoders.read(request, facts) as frames:
-            while batch := list(islice(frames, config.batch)):
+        with open_frames(target, made, facts) as writer:
+            for features, pts, index, grids in self._batches(video, facts, threads=threads):
+                writer.append(features, pts, index, grids)
+                done += len(pts)
+                report(done, max(total, done), video.name)
+        return _row(video, target)
+
+    def read(self, video: Path) -> FeatureCache:
+        """The same in memory, for features that are not kept. Raises as `encode`."""
+        check_whole(video, allow_partial=self.config.sampling.allow_partial)
+        made = self.provenance(video)
+        facts: dict[str, Any] = {"source": str(video)}
+        features, pts, index, grids = zip(*self._batches(video, facts), strict=True)
+        grid = torch.tensor(list(chain.from_iterable(grids))) if self.hybrid else None
+        return FeatureCache(
+            features=torch.cat([batch.to("cpu", torch.bfloat16) for batch in features]),
+            pts=torch.tensor(list(chain.from_iterable(pts)), dtype=torch.float64),
+            index=torch.tensor(list(chain.from_iterable(index))),
+            grid=grid,
+            provenance={**made.to_dict(), "facts": facts},
+        )
+
+    def _batches(self, video: Path, facts: dict[str, Any], *, threads: int | None = None) -> Iterator[Batch]:
+        """Features, times, numbers and token grids (none where all are alike) of the frames; fills `facts`."""
+        sampling, preprocess = bounded(video, self.config.sampling), self.files.preprocess
+        request = DecodeRequest(
+            path=str(video),
+            sampling=sampling,
+            threads=threads,
+            size=preprocess.size,
+            background=preprocess.background,
+        )
+        is_high = select_high(self.hybrid, merge=1, threshold=sampling.threshold) if self.hybrid else None
+        done = tokens = 0
+        with self._decoders.read(request, facts) as frames:
+            while batch := list(islice(frames, self.config.batch)):
                 if self._stop.is_set():
                     raise Stopped
-                features = self.see(np.stack([frame.image for frame in batch]))
-                grids = self._grids(done, len(batch))
-                writer.append(features, [frame.pts for frame in batch], [frame.index for frame in batch], grids)
-                done += len(batch)
-                report(done, max(total, done), video.name)
-            facts |= self.tokens(done)
-        return _row(video, target)
+                features = self.encode_images(np.stack([frame.image for frame in batch]))
+                grids = [self._grid(is_high(done + i, f.image)) for i, f in enumerate(batch)] if is_high else []
+                yield features, [frame.pts for frame in batch], [frame.index for frame in batch], grids
+                done, tokens = done + len(batch), tokens + _total(grids)
+        if self.hybrid:
+            facts |= {"visual_tokens": tokens, "nominal_tokens": hybrid_tokens(done, self.hybrid, merge=1)}
 
     def encode_all(
         self, videos: Iterable[tuple[Path, Row]], out: Path, *, jobs: int, processes: int = 1, **options: Any
@@ -315,11 +288,42 @@ class Encoder:
 
     def _rough_total(self, video: Path) -> int:
         """For progress, which must not read the file first."""
-        if self.config.frames is not None:
-            return self.config.frames
+        sampling = self.config.sampling
+        if sampling.frames is not None:
+            return sampling.frames
         facts = probe(video)
-        rate = facts["source_fps"] if self.config.fps == "native" else self.config.fps
-        return max(1, math.ceil(facts["duration"] * rate))
+        rate = facts["source_fps"] if sampling.fps == "native" else sampling.fps
+        seconds = min(facts["duration"], sampling.end or math.inf) - (sampling.start or 0)
+        return max(1, min(math.ceil(seconds * rate), sampling.max_frames or sys.maxsize))
+
+
+def resolve_for_tower(files: TowerFiles, sampling: VideoSampling) -> VideoSampling:
+    """The sampling with the defaults of a CLIP or SigLIP tower.
+
+    Raises UsageError for a resolution that it cannot have, MissingError without decord.
+    """
+    if sampling.decoder == "decord":
+        from lvctx.vision.decord import require_decord
+
+        require_decord()
+    if sampling.hybrid_mode != "pair":
+        raise UsageError("a CLIP or SigLIP tower merges no frames", where="--hybrid-mode", fix="drop it")
+    hybrid = sampling.hybrid
+    if hybrid is not None:
+        if hybrid.tokens != files.tokens_per_frame:
+            raise UsageError(f"m is {files.tokens_per_frame} for this tower, not {hybrid.tokens}", where="--hybrid")
+        pooling(math.isqrt(files.patches_per_frame), hybrid.ratio)
+    return replace(
+        sampling,
+        fps=1.0 if sampling.fps is None and sampling.frames is None else sampling.fps,
+        frame_mode=sampling.frame_mode or "crop",
+        hybrid=None if hybrid is None or hybrid.uniform else hybrid,
+        decoder="decord" if sampling.decoder == "decord" else "pyav",
+    )
+
+
+def _total(grids: Sequence[tuple[int, int]]) -> int:
+    return sum(rows * columns for rows, columns in grids)
 
 
 def share_videos(videos: Sequence[tuple[Path, Row]], processes: int) -> list[list[int]]:
@@ -354,7 +358,7 @@ def _row(video: Path, target: Path) -> dict[str, Any]:
         "tokens_per_frame": tokens / frames if tokens else math.ceil(math.isqrt(features) / 2) ** 2,
         "features_per_frame": features,
         "width": width,
-        "fps": made["config"]["fps"],
+        "fps": made["config"].get("fps"),
         "frame_mode": made["config"]["frame_mode"],
         **{key: made["facts"][key] for key in FACTS if key in made["facts"]},
         "corrupt_frames": made["facts"].get("corrupt", 0),

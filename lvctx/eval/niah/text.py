@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from lvctx.bench.niah import Cell, begins_with, insertion_points, share_listed, splice
 from lvctx.errors import InputError
+from lvctx.eval.niah.task import Cell, begins_with, insertion_points, share_listed, splice
 from lvctx.text.needle import (
     LISTS,
     NEEDLE,
@@ -22,7 +22,7 @@ from lvctx.text.needle import (
 )
 
 
-class TextNiah:
+class TextNeedleTask:
     """A riddle in a book of a given number of tokens."""
 
     modality = "text"
@@ -45,14 +45,14 @@ class TextNiah:
         """
         self.tokenizer, self.distractors, self.seed = tokenizer, distractors, seed
         self.task, self.count, self.nested, self.loop = task, count, nested, loop
-        self.forcible = task not in LISTS
-        self.chance = 1 / 9_000_000 if self.forcible else None
-        self.spare = 2 if self.forcible else 16
+        self.can_force = task not in LISTS
+        self.chance = 1 / 9_000_000 if self.can_force else None
+        self.extra_tokens = 2 if self.can_force else 16
         self._prefix = tokenizer(PREFIX).input_ids  # with the bos of tokenizers that add one
         # A special token that a book writes is text.
         hay = tokenizer(haystack, add_special_tokens=False, split_special_tokens=True).input_ids
-        self._hay = np.array(hay, dtype=np.int64)
-        self._ends = sentence_ends(tokenizer, self._hay)
+        self._haystack_ids = np.array(hay, dtype=np.int64)
+        self._ends = sentence_ends(tokenizer, self._haystack_ids)
         self._others = [
             (self._ids(NEEDLE.format(city=c, number=n)), f) for c, n, f in draw_distractors(seed, distractors)
         ]
@@ -60,7 +60,7 @@ class TextNiah:
         self._spread = self._longest = 0
 
     def cells(self, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
-        """See `Niah.cells`. Raises InputError for a length too short for a needle or too long for the haystack."""
+        """See `NeedleTask.cells`. Raises InputError for a length too short for a needle or too long for the haystack."""
         self._spread, self._longest = min(lengths), max(lengths)
         cells = []
         for length in lengths:
@@ -85,8 +85,8 @@ class TextNiah:
         """Back to the last sentence's end, as the original does; the very end stays the end."""
         if target >= room:
             return room
-        turns, rest = divmod(target, len(self._hay))
-        return turns * len(self._hay) + int(self._ends[np.searchsorted(self._ends, rest, side="right") - 1])
+        turns, rest = divmod(target, len(self._haystack_ids))
+        return turns * len(self._haystack_ids) + int(self._ends[np.searchsorted(self._ends, rest, side="right") - 1])
 
     def _room(self, length: int, trial: int) -> int:
         """Haystack tokens in a sequence of `length`."""
@@ -95,15 +95,15 @@ class TextNiah:
         room = length - fixed
         if room < 0:
             raise InputError(f"{length} tokens cannot hold needle and question ({fixed})", fix="give larger --lengths")
-        if room > len(self._hay) and not self.loop:
+        if room > len(self._haystack_ids) and not self.loop:
             raise InputError(
-                f"{length} tokens are beyond the haystack (it has {len(self._hay)}, {room} are needed)",
+                f"{length} tokens are beyond the haystack (it has {len(self._haystack_ids)}, {room} are needed)",
                 fix="give more --haystack, smaller --lengths, or --loop to repeat it",
             )
         return room
 
     def sequence(self, cell: Cell) -> tuple[np.ndarray, int]:
-        """See `Niah.sequence`; exactly `cell.length` ids."""
+        """See `NeedleTask.sequence`; exactly `cell.length` ids."""
         riddle, hidden, question, answer = self._riddle(cell.trial)
         room = self._room(cell.length, cell.trial)
         # What is not the needle stands where all lengths have it if they are to share what they read.
@@ -113,19 +113,19 @@ class TextNiah:
         shares = [(cell.position / max(span, 1) + i / len(hidden)) % 1 for i in range(1, len(hidden))]
         places = [cell.position, *(self._snap(int(share * span), room) for share in shares)]
         pieces += zip(sorted(places) if riddle.chain else places, hidden, strict=True)
-        hay = self._hay[:room] if room <= len(self._hay) else np.resize(self._hay, room)
+        hay = self._haystack_ids[:room] if room <= len(self._haystack_ids) else np.resize(self._haystack_ids, room)
         ids = np.concatenate([self._prefix, *splice(hay, pieces), question, answer]).astype(np.int64)
         assert len(ids) == cell.length
         return ids, len(answer)
 
-    def judge(self, cell: Cell, written: str) -> float:
-        """See `Niah.judge`."""
-        if self.forcible:
-            return float(begins_with(written, cell.answer))
-        return share_listed(written, cell.answer.split(", "))
+    def score_text(self, cell: Cell, generated: str) -> float:
+        """See `NeedleTask.score_text`."""
+        if self.can_force:
+            return float(begins_with(generated, cell.answer))
+        return share_listed(generated, cell.answer.split(", "))
 
     def prompt(self) -> dict[str, Any]:
-        """See `Niah.prompt`."""
+        """See `NeedleTask.prompt`."""
         facts = {"text": [PREFIX, NEEDLE, QUESTION], "distractors": self.distractors, "task": self.task}
         return facts | ({} if self.task == "single" else {"count": self.count}) | self._shared()
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts.store import write_json
-from lvctx.bench.grid import Grid
 from lvctx.errors import InputError
+from lvctx.eval.niah.results import NeedleResults
 
 NAME = "all_accuracies.json"
 KEYS = {"video": ("Num. Frame", "Frame Depth"), "text": ("Context Length", "Document Depth")}
@@ -21,7 +21,7 @@ TOKENS_PER_FRAME = 144
 """Of every model that LongVA's script runs."""
 
 
-def read_longva(path: Path, *, trained_length: int | None) -> Grid:
+def read_longva(path: Path, *, trained_length: int | None) -> NeedleResults:
     """The grid of such a file. Raises InputError for any other, and where no 1 to 100 needles give its scores."""
     broken = InputError(f"not LongVA's {NAME}", where=path, fix='a list of {"Num. Frame", "Frame Depth", "Score"}')
     try:
@@ -38,7 +38,7 @@ def read_longva(path: Path, *, trained_length: int | None) -> Grid:
     lengths, depths = (sorted({key[i] for key in found}) for i in (0, 1))
     counts = [[(round(found[n, d] * needles), needles) if (n, d) in found else (0, 0) for n in lengths] for d in depths]
     per = TOKENS_PER_FRAME if modality == "video" else 1
-    return Grid(
+    return NeedleResults(
         name=path.parent.name or path.stem,
         modality=modality,
         lengths=[int(n) for n in lengths],
@@ -58,7 +58,7 @@ def _whole(value: float) -> bool:
     return abs(value - round(value)) < 1e-6
 
 
-def write_longva(path: Path, grid: Grid) -> None:
+def write_longva(path: Path, grid: NeedleResults) -> None:
     """The file of a grid; cells in which nothing ran are left out."""
     length_key, depth_key = KEYS[grid.modality]
     cells: list[dict[str, Any]] = []

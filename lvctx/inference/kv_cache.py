@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-Kept = Literal["device", "host", "int8"]
+CachePlacement = Literal["device", "host", "int8"]
 
 
 class Buffer:
     """Keys or values of one layer: what is kept, and how it becomes a tensor again."""
 
-    def __init__(self, like: Tensor, kept: Kept) -> None:
-        self.device, self.dtype, self.eighths = like.device, like.dtype, kept == "int8"
-        self.where = torch.device("cpu") if kept == "host" else like.device
+    def __init__(self, like: Tensor, placement: CachePlacement) -> None:
+        self.device, self.dtype, self.eighths = like.device, like.dtype, placement == "int8"
+        self.where = torch.device("cpu") if placement == "host" else like.device
         self._data = self._room(like, 0)
         self._scale = self._room(like[..., :1], 0, torch.float32)
 
@@ -58,10 +58,10 @@ class Buffer:
         return data.to(self.device, non_blocking=True)
 
 
-class KeptLayer(DynamicLayer):
+class BufferedLayer(DynamicLayer):
     """One layer's keys and values, as transformers' attention asks for them."""
 
-    kept: Kept = "device"
+    placement: CachePlacement = "device"
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -70,7 +70,7 @@ class KeptLayer(DynamicLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the buffers, once it is known of what shape."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._pair = Buffer(key_states, self.kept), Buffer(value_states, self.kept)
+        self._pair = Buffer(key_states, self.placement), Buffer(value_states, self.placement)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -93,21 +93,21 @@ class KeptLayer(DynamicLayer):
         self.length = max(0, self.length + tokens_to_remove)
 
 
-class HostLayer(KeptLayer):
-    """Kept in the host's memory."""
+class HostLayer(BufferedLayer):
+    """CachePlacement in the host's memory."""
 
-    kept = "host"
-
-
-class EightBitLayer(KeptLayer):
-    """Kept in eight bits."""
-
-    kept = "int8"
+    placement = "host"
 
 
-LAYERS: dict[Kept, type[KeptLayer]] = {"device": KeptLayer, "host": HostLayer, "int8": EightBitLayer}
+class EightBitLayer(BufferedLayer):
+    """CachePlacement in eight bits."""
+
+    placement = "int8"
 
 
-def empty_cache(kept: Kept) -> Cache:
+LAYERS: dict[CachePlacement, type[BufferedLayer]] = {"device": BufferedLayer, "host": HostLayer, "int8": EightBitLayer}
+
+
+def empty_cache(placement: CachePlacement) -> Cache:
     """A cache without a token, for any number of layers."""
-    return Cache(layer_class_to_replicate=LAYERS[kept])
+    return Cache(layer_class_to_replicate=LAYERS[placement])

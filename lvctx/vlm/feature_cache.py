@@ -1,4 +1,4 @@
-"""The frames artifact: what a vision tower made of a video's sampled frames, written while the video is still read.
+"""The feature cache: what a vision tower made of a video's sampled frames, written while the video is still read.
 
 A safetensors file in which `features` comes first, so that batches are appended as they arrive and memory does not
 grow with the length of the video. The header is written last, into room kept for it (the format allows spaces there).
@@ -29,8 +29,8 @@ KINDS = (schemas.FRAMES, schemas.FRAMES_HYBRID)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frames:
-    """A video as its tower saw it."""
+class FeatureCache:
+    """The vision features of a video's sampled frames."""
 
     features: "Tensor"
     """bf16 (F, P, D): the tower's selected layer, before any projector. Paged in from the file as it is used."""
@@ -42,6 +42,10 @@ class Frames:
     """i64 (F, 2): rows and columns of tokens that each frame is pooled to; None where all are pooled 2x2."""
     provenance: dict[str, Any]
     """What made it; `provenance["inputs"]["tower"]` is the fingerprint of the tower."""
+
+    def tokens(self, per_frame: int) -> int:
+        """Visual tokens of all frames; `per_frame` of those that are pooled 2x2."""
+        return per_frame * len(self.pts) if self.grid is None else int(self.grid.prod(1).sum())
 
     def batches(self, size: int, count: int | None = None) -> "Iterator[tuple[Tensor, Tensor | None]]":
         """Features and grids of the first `count` frames, `size` at a time."""
@@ -126,7 +130,12 @@ def write_frames(target: Path, features_FPD: "Tensor", pts: list[float], index: 
         writer.append(features_FPD, pts, index)
 
 
-def read_frames(path: Path, *, model: str | None = None) -> Frames:
+def is_feature_cache(path: Path) -> bool:
+    """Whether a file is a feature cache, whole or not, by what is in it."""
+    return sniff(path).name in ("frames", "tensors")
+
+
+def read_feature_cache(path: Path, *, model: str | None = None) -> FeatureCache:
     """Open a frames artifact. Raises InputError for a file that is not a whole one; `model` is who wants to read it."""
     from safetensors import safe_open
 
@@ -144,4 +153,4 @@ def read_frames(path: Path, *, model: str | None = None) -> Frames:
     with safe_open(path, "pt") as f:
         tensors = {name: f.get_tensor(name) for name in ("features", "pts", "index")}
         grid = f.get_tensor("grid") if "grid" in header else None
-    return Frames(**tensors, grid=grid, provenance=provenance)
+    return FeatureCache(**tensors, grid=grid, provenance=provenance)

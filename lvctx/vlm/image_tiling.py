@@ -24,7 +24,7 @@ from lvctx.vision.images import Preprocess, image_size
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoding:
+class ImageEncoding:
     """How an image becomes tiles, and how many tokens that makes."""
 
     grid: Grid
@@ -45,14 +45,17 @@ class Encoding:
         return cls(grid=grid, rule=rule, max_grids=max_grids, tile=tile, side=tile // vision_config.patch_size)
 
     @classmethod
-    def told(cls, config: Any) -> Self:
-        """What `tell` said in a VLM's configuration. Raises InputError where it names a grid that is none."""
+    def from_config(cls, config: Any) -> Self:
+        """What `write_to` wrote into a VLM's configuration. Raises InputError where it names a grid that is none."""
         rule, max_grids = image_rule(config), image_max_grids(config)
         return cls.of(config.vision_config, grid=image_grid(config), rule=rule, max_grids=max_grids)
 
     def tokens(self, image: Path, *, alone: bool) -> int:
         """Tokens of an image's block, newlines included, from the file's header; `alone`: its sample has no other."""
-        width, height = image_size(image)
+        return self.tokens_of(*image_size(image), alone=alone)
+
+    def tokens_of(self, width: int, height: int, *, alone: bool) -> int:
+        """The same of an image of this size in pixels."""
         if self.grid == "anyres":
             if not alone:
                 return self.side**2 + 1
@@ -70,8 +73,8 @@ class Encoding:
             return anyres_tiles(image, self.tile)
         return single_tiles(image, self.tile, "pad", background)
 
-    def tell(self, config: Any) -> None:
-        """Say it in a VLM's configuration: to us by our own keys, to stock LlavaOnevision in its own terms."""
+    def write_to(self, config: Any) -> None:
+        """Write it into a VLM's configuration: for us in keys of our own, for stock LlavaOnevision in its own terms."""
         config.image_grid, config.image_grid_rule = self.grid, self.rule
         tell_grids(config, self.max_grids)
         if self.grid == "anyres":
@@ -86,13 +89,13 @@ def embed_image(
     vlm: Any,
     image: Image.Image,
     newline_E: Tensor,
-    encoding: Encoding,
+    encoding: ImageEncoding,
     preprocess: Preprocess,
     *,
     alone: bool,
     tower_grad: bool,
 ) -> Tensor:
-    """The block (N, E) of an image (RGB, upright), `Encoding.tokens` long."""
+    """The block (N, E) of an image (RGB, upright), `ImageEncoding.tokens` long."""
     tiles = encoding.tiles(image, alone=alone, background=preprocess.background)
     with torch.set_grad_enabled(tower_grad and torch.is_grad_enabled()):
         features_GPD = frame_features(vlm, preprocess(tiles).to(vlm.device, vlm.model.vision_tower.dtype))

@@ -40,16 +40,16 @@ class Cell:
     """What it should say."""
 
 
-class Niah(Protocol):
+class NeedleTask(Protocol):
     """A modality: its cells and their sequences."""
 
     modality: str
     chance: float | None
     """Accuracy of guessing; None where it is not known."""
-    forcible: bool
-    """Whether the answer has one form, so that teacher forcing can judge it."""
-    spare: int
-    """Tokens that a greedy answer may take beyond the answer's own."""
+    can_force: bool
+    """Whether the answer has one form, so that teacher forcing can score it."""
+    extra_tokens: int
+    """Tokens that a generated answer may take beyond the answer's own."""
 
     def cells(self, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
         """Every cell of a grid."""
@@ -57,8 +57,8 @@ class Niah(Protocol):
     def sequence(self, cell: Cell) -> tuple[np.ndarray, int]:
         """Ids over the extended vocabulary, and how many of the last are the answer."""
 
-    def judge(self, cell: Cell, written: str) -> float:
-        """How much of the answer is in what the model wrote, 0 to 1."""
+    def score_text(self, cell: Cell, generated: str) -> float:
+        """How much of the answer is in what the model generated, 0 to 1."""
 
     def prompt(self) -> dict[str, Any]:
         """What of the prompt all cells share, for the rows' keys."""
@@ -80,13 +80,13 @@ def insertion_points(
             yield round(at / room, 4), depth, at
 
 
-def splice(hay: np.ndarray, pieces: Iterable[tuple[int, Any]]) -> list[Any]:
+def splice(haystack: np.ndarray, pieces: Iterable[tuple[int, Any]]) -> list[Any]:
     """The parts of a haystack with pieces inserted at places of it; of equal places the earlier piece comes first."""
     parts, last = [], 0
     for at, piece in sorted(pieces, key=lambda p: p[0]):
-        parts += [hay[last:at], piece]
+        parts += [haystack[last:at], piece]
         last = at
-    return [*parts, hay[last:]]
+    return [*parts, haystack[last:]]
 
 
 def normalize(text: str) -> str:
@@ -94,18 +94,18 @@ def normalize(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def begins_with(written: str, answer: str) -> bool:
-    """Whether what was written begins with the answer."""
-    return normalize(written).startswith(normalize(answer))
+def begins_with(generated: str, answer: str) -> bool:
+    """Whether the generated text begins with the answer."""
+    return normalize(generated).startswith(normalize(answer))
 
 
-def share_listed(written: str, answers: Sequence[str]) -> float:
-    """Share of the answers that stand in what was written as whole words (RULER's string match over all)."""
-    words = set(re.findall(r"\w+", written.lower()))
+def share_listed(generated: str, answers: Sequence[str]) -> float:
+    """Share of the answers that are in the generated text as whole words (RULER's string match over all)."""
+    words = set(re.findall(r"\w+", generated.lower()))
     return sum(answer.lower() in words for answer in answers) / len(answers)
 
 
-def first_number(written: str) -> float | None:
-    """The first number in what was written; None where there is none."""
-    found = re.search(r"\d+(?:\.\d+)?", written.replace(",", ""))
+def first_number(generated: str) -> float | None:
+    """The first number in a text; None where there is none."""
+    found = re.search(r"\d+(?:\.\d+)?", generated.replace(",", ""))
     return float(found[0]) if found else None

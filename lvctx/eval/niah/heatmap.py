@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lvctx.artifacts.store import atomic_file, write_json
-from lvctx.bench.grid import THRESHOLD, Grid
+from lvctx.eval.niah.results import THRESHOLD, NeedleResults
 
 NOTHING = "#d9d9d9"
 """Colour of a cell in which nothing ran."""
@@ -15,7 +15,7 @@ ABREAST = 3
 """Panels that can still be read beside each other on a page."""
 
 
-def write_report(out: Path, grid: Grid, *, threshold: float = THRESHOLD) -> None:
+def write_report(out: Path, grid: NeedleResults, *, threshold: float = THRESHOLD) -> None:
     """summary.json, heatmap.json and heatmap.png of a run, all derived from its rows; summary.json last."""
     accuracy = [[grid.accuracy(d, n) for n in range(len(grid.lengths))] for d in range(len(grid.depths))]
     write_json(out / "heatmap.json", {"lengths": grid.lengths, "depths": grid.depths, "accuracy": accuracy})
@@ -23,7 +23,7 @@ def write_report(out: Path, grid: Grid, *, threshold: float = THRESHOLD) -> None
     write_json(out / "summary.json", grid.to_dict(threshold))
 
 
-def draw_heatmaps(grids: Sequence[Grid], target: Path, *, threshold: float = THRESHOLD) -> None:
+def draw_heatmaps(grids: Sequence[NeedleResults], target: Path, *, threshold: float = THRESHOLD) -> None:
     """Draw runs side by side, text above video and three panels a line, to a .png or .svg."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -55,7 +55,7 @@ def draw_heatmaps(grids: Sequence[Grid], target: Path, *, threshold: float = THR
         figure.savefig(partial, format=target.suffix[1:], metadata=metadata)
 
 
-def _panel(ax: Any, grid: Grid, threshold: float) -> Any:
+def _panel(ax: Any, grid: NeedleResults, threshold: float) -> Any:
     depths, lengths = range(len(grid.depths)), range(len(grid.lengths))
     values = np.array([[np.nan if (v := grid.accuracy(d, n)) is None else v for n in lengths] for d in depths])
     ax.set_facecolor(NOTHING)
@@ -81,7 +81,7 @@ def _panel(ax: Any, grid: Grid, threshold: float) -> Any:
     return shades
 
 
-def _title(grid: Grid, threshold: float) -> str:
+def _title(grid: NeedleResults, threshold: float) -> str:
     """Which run, what came out, how far it reads, and against which training that is to be read; a line each."""
     mean = "nothing ran" if grid.mean is None else f"mean {grid.mean:.2f}"
     guessing = f", {grid.guessing}" if grid.guessing else ""
@@ -107,11 +107,11 @@ def _number(value: float) -> str:
     return f"{value:.1f}" if abs(value * 10 - round(value * 10)) < 1e-9 else f"{value:.2f}"
 
 
-def _ticks(grid: Grid, n: int) -> str:
+def _ticks(grid: NeedleResults, n: int) -> str:
     return f"{grid.lengths[n]:,}" if grid.modality == "text" else f"{grid.lengths[n]:,}\n({grid.tokens[n]:,})"
 
 
-def trained_at(grid: Grid) -> float | None:
+def trained_at(grid: NeedleResults) -> float | None:
     """Between which columns the trained length falls (0 is the first column's centre): right of it the model reads
     further than it was trained to. None where all columns lie on one side or that length is not known.
     """

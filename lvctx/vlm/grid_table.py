@@ -1,8 +1,8 @@
-"""A film as ids of an extended vocabulary: films that begin alike have ids that begin alike, and ids tell positions.
+"""Qwen-VL's frames as ids of an extended vocabulary: videos that begin alike have ids that begin alike.
 
 Ids below V are text. From V on, an id is a row of a table of visual embeddings: a grid of Qwen-VL has its rows wherever
 it stands, since the tower looks at one grid at a time and only position ids know of time. So a walk over prefixes
-(`lvctx.bench.prefix`) computes once what films share.
+(`lvctx.inference.prefix_scorer`) computes once what films share.
 
 Qwen3-VL has no such runs: before every grid it writes the grid's time in text, and each is an item by itself.
 
@@ -24,8 +24,8 @@ from torch import Tensor
 from lvctx.model.load import device_of
 from lvctx.positions import mrope_ids
 from lvctx.positions.mrope_ids import Part, Text
-from lvctx.vision.film import part, patches
 from lvctx.vision.tokens import Block, QwenRule
+from lvctx.vlm.qwen_frames import part, patches
 
 END, START = 0, 1
 """Rows of the delimiters between runs."""
@@ -45,7 +45,7 @@ class Grid(NamedTuple):
     """Columns of tokens."""
 
 
-class Reel:
+class GridTable:
     """Grids seen so far, and sequences of them."""
 
     def __init__(
@@ -54,10 +54,10 @@ class Reel:
         *,
         vocabulary: int,
         tokens_per_second: float | None,
-        times: Callable[[int], Sequence[float]],
+        times: Callable[[Sequence[int]], Sequence[float]],
         write: Callable[[str], Sequence[int]] | None = None,
     ) -> None:
-        """Ids from `vocabulary` on are rows; `times(n)` is when a film's first n pictures are shown, in s.
+        """Ids from `vocabulary` on are rows; `times(numbers)` is when a video's frames are shown, in seconds.
 
         `write` is for models that write the time of a grid, the mean of its frames', before it: ids of a text.
         """
@@ -75,7 +75,7 @@ class Reel:
 
     def ids(self, pictures: Sequence[int], blocks: Sequence[Block]) -> np.ndarray:
         """A film (or an image) of these pictures between its delimiters; blocks say what is merged, and sizes."""
-        times = self._times(len(pictures))
+        times = self._times(pictures)
         start, end, between = [self.rule.start], [self.rule.end], [self.vocabulary + row for row in (END, START)]
         found: list[Sequence[int] | np.ndarray] = []
         at = 0
@@ -130,46 +130,48 @@ class Reel:
         blocks = [
             Block("video", sum(len(g.pictures) for g in run), (len(run), run[0].height, run[0].width)) for run in runs
         ]
-        times = self._times(sum(block.frames for block in blocks))
+        times = self._times([number for run in runs for grid in run for number in grid.pictures])
         return part(blocks, times, self.rule.merge, self._per_second)
 
 
 Take = Callable[[int, tuple[int, int]], Image.Image]
-"""A picture by its number, in a size in pixels."""
+"""A frame by its number, in a size in pixels."""
 
 
 @torch.inference_mode()
-def see(vlm: Any, processor: Any, reel: Reel, table_RE: Tensor, grids: Sequence[Grid], take: Take) -> None:
-    """Fill the rows of these grids."""
-    side, device = reel.rule.factor, device_of(vlm.model.visual)
+def encode_grids(
+    model: Any, processor: Any, table: GridTable, table_RE: Tensor, grids: Sequence[Grid], take: Take
+) -> None:
+    """Fill the rows of these grids: they go through the model's vision tower."""
+    side, device = table.rule.factor, device_of(model.model.visual)
     for (_, height, width), alike in groupby(grids, key=lambda grid: (None, grid.height, grid.width)):
         same = list(alike)
         for i in range(0, len(same), BATCH):
             frames = [
                 take(number, (width * side, height * side))
                 for grid in same[i : i + BATCH]
-                for number in (grid.pictures * reel.rule.merge)[: reel.rule.merge]
+                for number in (grid.pictures * table.rule.merge)[: table.rule.merge]
             ]
             rows, (down, across) = patches(frames, processor, merged=True)
-            sizes = torch.tensor([[len(frames) // reel.rule.merge, down, across]], device=device)
-            seen = vlm.model.get_video_features(rows.to(device), sizes)
-            deep = getattr(seen, "deepstack_features", None) or []
-            features = torch.cat([torch.cat(list(part)) for part in (seen.pooler_output, *deep)], dim=1)
+            sizes = torch.tensor([[len(frames) // table.rule.merge, down, across]], device=device)
+            encoded = model.model.get_video_features(rows.to(device), sizes)
+            deep = getattr(encoded, "deepstack_features", None) or []
+            features = torch.cat([torch.cat(list(part)) for part in (encoded.pooler_output, *deep)], dim=1)
             size = height * width
             for grid, features_TE in zip(same[i : i + BATCH], features.split(size), strict=True):
-                first = reel.grids[grid]
+                first = table.grids[grid]
                 table_RE[first : first + size] = features_TE
 
 
 @torch.inference_mode()
-def empty_table(vlm: Any, reel: Reel) -> Tensor:
-    """The table (R, E) of all rows so far with its delimiters, for `see` to fill.
+def empty_table(model: Any, table: GridTable) -> Tensor:
+    """The embeddings (R, E) of all rows so far with the delimiters', for `encode_grids` to fill.
 
-    Where the tower feeds layers beyond the first (Qwen3-VL's deepstack), what it has for them stands to the right.
+    Where the tower feeds layers beyond the first (Qwen3-VL's deepstack), what it has for them is to the right.
     """
-    embedding = vlm.get_input_embeddings()
+    embedding = model.get_input_embeddings()
     own, device = embedding.weight.shape[1], device_of(embedding)
-    width = own * (1 + len(getattr(vlm.config.vision_config, "deepstack_visual_indexes", ())))
-    table_RE = torch.zeros(reel.rows, width, dtype=embedding.weight.dtype, device=device)
-    table_RE[[END, START], :own] = embedding(torch.tensor([reel.rule.end, reel.rule.start], device=device))
+    width = own * (1 + len(getattr(model.config.vision_config, "deepstack_visual_indexes", ())))
+    table_RE = torch.zeros(table.rows, width, dtype=embedding.weight.dtype, device=device)
+    table_RE[[END, START], :own] = embedding(torch.tensor([table.rule.end, table.rule.start], device=device))
     return table_RE

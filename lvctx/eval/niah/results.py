@@ -19,7 +19,7 @@ Z = 1.959963984540054
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
+class NeedleResults:
     """One run of a needle test."""
 
     name: str
@@ -140,7 +140,7 @@ def wilson(right: int, n: int) -> tuple[float, float] | None:
     return round(max(0.0, low), 4), round(min(1.0, high), 4)
 
 
-def build_grid(rows: Iterable[dict[str, Any]], name: str) -> Grid:
+def build_grid(rows: Iterable[dict[str, Any]], name: str) -> NeedleResults:
     """The grid of a results file's rows. Raises InputError where there is no row."""
     rows = list(rows)
     if not rows:
@@ -158,7 +158,7 @@ def build_grid(rows: Iterable[dict[str, Any]], name: str) -> Grid:
             trials[d][n] += 1
             correct[d][n] += bool(r["correct"])
     sizes = {n: [r["tokens"] for r in rows if r["length"] == n] for n in lengths}
-    return Grid(
+    return NeedleResults(
         name=name,
         modality=rows[0]["modality"],
         lengths=lengths,
@@ -180,7 +180,7 @@ def _label(depth: float, positions: dict[float, int]) -> str:
     return "at the end" if depth == 1 else f"after {positions[depth]:,}"
 
 
-def read_grid(path: Path) -> Grid:
+def read_results(path: Path) -> NeedleResults:
     """The grid of a results directory, from results.jsonl alone. Raises InputError where there is none."""
     results = path / "results.jsonl"
     if not results.is_file():

@@ -1,4 +1,4 @@
-"""A video as Qwen-VL reads it: every frame at its own resolution, in runs of one size, with times that go on.
+"""Frames of a video for Qwen-VL: each at its own resolution, in runs of one size, with times that go on.
 
 Hybrid resolution (GIRAFFE section 3.5) changes a video's size from grid to grid, and an item of the model has one size.
 So each run of one size is a video item of its own (an image item each frame in mode `image`), and position ids are
@@ -8,10 +8,10 @@ Frames are resized as they are read, with the arithmetic of the model's own proc
 video (128 tokens), which would enlarge the small frames again; its own code then normalises them and cuts patches.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,15 +21,11 @@ from torch import Tensor
 from lvctx.errors import UsageError
 from lvctx.positions import mrope_ids
 from lvctx.positions.mrope_ids import Grids
-from lvctx.vision.hybrid import Hybrid, Run, hybrid_tokens
+from lvctx.vision.hybrid import Hybrid, Run, hybrid_tokens, select_high
 from lvctx.vision.tokens import Block, QwenRule
-
-Select = Literal["group", "adaptive"]
 
 LEAST = 4
 """Tokens of the smallest frame: what the processor's least number of pixels is set to."""
-THUMB = 32
-"""Side of the grey thumbnails that adaptive selection compares."""
 
 
 def check_reachable(hybrid: Hybrid) -> None:
@@ -45,34 +41,8 @@ def check_reachable(hybrid: Hybrid) -> None:
         raise UsageError(f"m/s is {m / s:g}, no whole number", where=f"{group},{m},{s}", fix=f"the nearest m is {near}")
 
 
-def select(hybrid: Hybrid, *, merge: int, threshold: float | None = None) -> Callable[[int, np.ndarray], bool]:
-    """Which frames are of high resolution: a function of a frame's number and picture, called in order.
-
-    Without `threshold` the first frame of each group (the first `merge` in mode `pair`, where they share a grid). With
-    it, a frame whose grey thumbnail differs from that of the last high one by at least that much: mean absolute
-    difference, 0 to 1. The pictures of a pair follow its first.
-    """
-    unit = merge if hybrid.mode == "pair" else 1
-    last: np.ndarray | None = None
-    high = True
-
-    def choose(number: int, picture_HW3: np.ndarray) -> bool:
-        nonlocal last, high
-        if hybrid.uniform:
-            return True
-        if threshold is None:
-            return number // unit % hybrid.group == 0
-        if number % unit == 0:
-            thumb = np.asarray(Image.fromarray(picture_HW3).convert("L").resize((THUMB, THUMB)), np.float32) / 255
-            high = last is None or float(np.abs(thumb - last).mean()) >= threshold
-            last = thumb if high else last
-        return high
-
-    return choose
-
-
 @dataclass(frozen=True, kw_only=True)
-class Film:
+class SampledVideo:
     """Sampled frames at their sizes."""
 
     frames: list[Image.Image]
@@ -89,14 +59,12 @@ class Film:
     @property
     def runs(self) -> list[Run]:
         """Frames of one resolution that follow each other."""
-        merge = 1 if self.rule.hybrid.mode == "image" else self.rule.merge
-        lengths = [(high, len(list(same))) for high, same in groupby(self.high)]
-        return [Run(n, -(-n // merge), high) for high, n in lengths]
+        return runs_of(self.high, self.rule)
 
     @property
     def blocks(self) -> list[Block]:
         """The items the model reads; the sum of their tokens is exact."""
-        return [block for run in self.runs for block in _blocks(self.rule, run, *self.size)]
+        return blocks_of(self.runs, self.rule, *self.size)
 
     @property
     def nominal(self) -> int:
@@ -107,6 +75,18 @@ class Film:
     def part(self, tokens_per_second: float | None) -> mrope_ids.Film:
         """What position ids are made of. Times count grids, or seconds where the model does."""
         return part(self.blocks, self.pts, self.rule.merge, tokens_per_second)
+
+
+def runs_of(high: Iterable[bool], rule: QwenRule) -> list[Run]:
+    """Frames of one resolution that follow each other, from the resolution of each frame."""
+    merge = 1 if rule.hybrid.mode == "image" else rule.merge
+    lengths = [(is_high, len(list(same))) for is_high, same in groupby(high)]
+    return [Run(n, -(-n // merge), is_high) for is_high, n in lengths]
+
+
+def blocks_of(runs: Iterable[Run], rule: QwenRule, width: int, height: int) -> list[Block]:
+    """The items that the model is given of runs of frames of this size in pixels."""
+    return [block for run in runs for block in _blocks(rule, run, width, height)]
 
 
 def _blocks(rule: QwenRule, run: Run, width: int, height: int) -> list[Block]:
@@ -136,15 +116,15 @@ def grid_times(
         frame += block.frames
 
 
-def shoot(
+def resize_frames(
     frames: Iterable[tuple[float, np.ndarray]], rule: QwenRule, *, threshold: float | None = None, resample: int
-) -> Film:
+) -> SampledVideo:
     """Resize frames (seconds, uint8 (H, W, 3)) as they come; memory holds the resized ones only.
 
-    `threshold` selects adaptively (see `select`). Raises UsageError for a resolution that cannot be had.
+    `threshold` selects adaptively (see `select_high`). Raises UsageError for a resolution that cannot be had.
     """
     check_reachable(rule.hybrid)
-    choose = select(rule.hybrid, merge=rule.merge, threshold=threshold)
+    is_high = select_high(rule.hybrid, merge=rule.merge, threshold=threshold)
     pictures: list[Image.Image] = []
     pts: list[float] = []
     high: list[bool] = []
@@ -156,28 +136,28 @@ def shoot(
             for level in (True, False):
                 _, down, across = _blocks(rule, Run(1, 1, level), *size)[0].grid
                 sizes[level] = (across * rule.factor, down * rule.factor)
-        high.append(choose(number, picture_HW3))
+        high.append(is_high(number, picture_HW3))
         pictures.append(Image.fromarray(picture_HW3).resize(sizes[high[-1]], resample=resample))
         pts.append(seconds)
-    return Film(frames=pictures, pts=pts, high=high, size=size, rule=rule)
+    return SampledVideo(frames=pictures, pts=pts, high=high, size=size, rule=rule)
 
 
-def pixels(film: Film, processor: Any) -> dict[str, Tensor]:
+def pixels(video: SampledVideo, processor: Any) -> dict[str, Tensor]:
     """Patches and grids as the model's forward takes them, for all items of the film in order.
 
     `processor` is the model's own image processor. It fills both frames of a grid with one picture; a video's grid has
     the first picture's first half and the second picture's second. A run's odd last frame is merged with itself.
     """
-    video = film.blocks[0].kind == "video"
+    merged = video.blocks[0].kind == "video"
     found, grids = [], []
     at = 0
-    for block in film.blocks:
-        rows, (down, across) = patches(film.frames[at : at + block.frames], processor, merged=video)
+    for block in video.blocks:
+        rows, (down, across) = patches(video.frames[at : at + block.frames], processor, merged=merged)
         at += block.frames
         assert (down, across) == tuple(2 * n for n in block.grid[1:])
         found.append(rows)
         grids.append([block.grid[0], down, across])
-    names = ("pixel_values_videos", "video_grid_thw") if video else ("pixel_values", "image_grid_thw")
+    names = ("pixel_values_videos", "video_grid_thw") if merged else ("pixel_values", "image_grid_thw")
     return dict(zip(names, (torch.cat(found), torch.tensor(grids)), strict=True))
 
 
@@ -195,7 +175,7 @@ def patches(frames: Sequence[Image.Image], processor: Any, *, merged: bool) -> t
     return rows.flatten(2).flatten(0, 1), (down, across)
 
 
-class Count(NamedTuple):
+class VideoCount(NamedTuple):
     """What a video costs, before there is one."""
 
     nominal: int
@@ -208,15 +188,15 @@ class Count(NamedTuple):
     """Largest position of the video, which begins at 0."""
 
 
-def count(
+def count_video(
     frames: int, width: int, height: int, rule: QwenRule, *, fps: float, tokens_per_second: float | None
-) -> Count:
-    """Tokens and positions of `frames` frames of a size, sampled `fps` a second. Raises UsageError as `shoot`."""
+) -> VideoCount:
+    """Tokens and positions of `frames` frames of a size in pixels, `fps` per second. Raises UsageError."""
     check_reachable(rule.hybrid)
     blocks = rule.video(width, height, frames)
     pts = [i / fps for i in range(frames)]
     _, after = mrope_ids.positions([part(blocks, pts, rule.merge, tokens_per_second)])
-    return Count(
+    return VideoCount(
         nominal=hybrid_tokens(frames, rule.hybrid, merge=rule.merge),
         actual=sum(block.tokens for block in blocks),
         delimiters=2 * len(blocks),

@@ -8,7 +8,7 @@ A sequence is one int array over an extended vocabulary: below V a text token, f
 embeddings. Shapes: L tokens, A answer tokens, E width, V text vocabulary, R rows of visual embeddings.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvctx.bench.cache import Kept, empty_cache
 from lvctx.dist.ring import ALONE, Ring
 from lvctx.dist.stripes import Stripe, held, last_rows, needs_no_mask, prepare
+from lvctx.inference.kv_cache import CachePlacement, empty_cache
 from lvctx.model.load import device_of
+from lvctx.vlm.base import Positions, sequential_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,18 +33,8 @@ class Score:
     """Summed log-probability of the answer, in nats."""
     rank: int
     """Worst rank of an answer token among the vocabulary; 0 is the first choice."""
-    written: list[int] | None
+    generated: list[int] | None
     """Greedy continuation of the prompt, as many tokens as asked for; None if not asked for."""
-
-
-Positions = Callable[[np.ndarray, int], Tensor]
-"""Position ids of a sequence's tokens from the given one on, as the language model takes them: (1, L), or (3, 1, L) for
-M-RoPE. A token's may depend on what stands before it, not on what follows: else prefixes could not be shared."""
-
-
-def count_up(ids_L: np.ndarray, first: int) -> Tensor:
-    """Positions of a model that counts its tokens."""
-    return torch.arange(first, len(ids_L))[None]
 
 
 class PrefixScorer:
@@ -56,8 +47,8 @@ class PrefixScorer:
         *,
         chunk: int = 2048,
         reuse: bool = True,
-        kept: Kept = "device",
-        positions: Positions = count_up,
+        kv_cache: CachePlacement = "device",
+        positions: Positions = sequential_positions,
         ring: Ring = ALONE,
     ) -> None:
         """Score with a language model or VLM; `visual_RE` are the embeddings that ids from V on stand for.
@@ -65,13 +56,13 @@ class PrefixScorer:
         A table wider than E has in its further columns, E by E, what is added to the first layers' states.
 
         `chunk` bounds the tokens of one forward, and so the memory of its activations; `reuse=False` empties the
-        cache before every sequence; `kept` says where the cache lives (see `bench.cache`);
+        cache before every sequence; `kv_cache` is where the cache is kept (see `inference.kv_cache`);
         `positions` are the model's. The ranks of a `ring` read every sequence together, each with its share of the
         cache and all of the weights: they must make the same calls, and all get the same scores.
         """
         self.lm = model.model.language_model if hasattr(model.model, "language_model") else model.model
         self.head, self.embedding = model.lm_head, model.get_input_embeddings()
-        self.visual_RE, self.chunk, self.reuse, self.kept = visual_RE, chunk, reuse, kept
+        self.visual_RE, self.chunk, self.reuse, self.kv_cache = visual_RE, chunk, reuse, kv_cache
         self.positions, self.ring = positions, ring
         self.device = device_of(self.embedding)
         # Beside a cache transformers gives torch's kernel a mask: 1.4 to 1.9 times the time on a CPU.
@@ -82,7 +73,7 @@ class PrefixScorer:
         self._empty()
 
     def _empty(self) -> None:
-        self._cache = empty_cache(self.kept)
+        self._cache = empty_cache(self.kv_cache)
         self._held = np.empty(0, dtype=np.int64)
 
     @property
@@ -91,8 +82,8 @@ class PrefixScorer:
         return int(self.embedding.weight.shape[0])
 
     @torch.inference_mode()
-    def score(self, ids_L: np.ndarray, answer: int, *, write: int = 0) -> Score:
-        """Score the last `answer` ids given all before; with `write`, also continue the prompt greedily that far."""
+    def score(self, ids_L: np.ndarray, answer: int, *, generate: int = 0) -> Score:
+        """Score the last `answer` ids given all before; with `generate`, also continue the prompt greedily that far."""
         prompt = len(ids_L) - answer
         if not self.reuse:
             self._empty()
@@ -103,7 +94,7 @@ class PrefixScorer:
             logits_AV = self.head(hidden_AE).float().to(self.device)
             wanted_A = torch.from_numpy(ids_L[prompt:].astype(np.int64)).to(self.device)
             picked_A = logits_AV.gather(1, wanted_A[:, None])[:, 0]
-            written = self._write(prompt, logits_AV[0], write) if write else None
+            generated = self._continue(prompt, logits_AV[0], generate) if generate else None
         except RuntimeError:
             self._empty()  # what an interrupted forward left in the cache belongs to no sequence
             raise
@@ -111,10 +102,48 @@ class PrefixScorer:
             forced=bool((logits_AV.argmax(1) == wanted_A).all()),
             log_prob=float((picked_A - logits_AV.logsumexp(1)).sum()),
             rank=int((logits_AV > picked_A[:, None]).sum(1).max()),
-            written=written,
+            generated=generated,
         )
 
-    def _write(self, prompt: int, logits_V: Tensor, count: int) -> list[int]:
+    @torch.inference_mode()
+    def generate(
+        self,
+        ids_L: np.ndarray,
+        count: int,
+        stop: Collection[int],
+        on_token: Callable[[int], None] = lambda token: None,
+    ) -> list[int]:
+        """The greedy continuation of a prompt: at most `count` ids, up to and without the first of `stop`.
+
+        The cache keeps the prompt and the continuation, so a prompt that begins with both runs only what is new.
+        `on_token` gets each id as soon as it is chosen.
+        """
+        if not self.reuse:
+            self._empty()
+        # The last token is run again even if it is held: its hidden state is what chooses the first word.
+        self._crop(min(common_prefix(self._held, ids_L), len(ids_L) - 1))
+        generated: list[int] = []
+        try:
+            hidden_1E = self._run(ids_L[len(self._held) :], keep=1)
+            while len(generated) < count:
+                token = int(self.head(hidden_1E).float().argmax())
+                if token in stop:
+                    break
+                generated.append(token)
+                on_token(token)
+                if len(generated) < count:
+                    hidden_1E = self._run(np.array([token], dtype=np.int64), keep=1)
+        except RuntimeError:
+            self._empty()  # what an interrupted forward left in the cache belongs to no sequence
+            raise
+        return generated
+
+    def show(self, visual_RE: Tensor | None, positions: Positions) -> None:
+        """Take another visual table, and the positions of sequences with its rows; empties the cache."""
+        self.visual_RE, self.positions = visual_RE, positions
+        self._empty()
+
+    def _continue(self, prompt: int, logits_V: Tensor, count: int) -> list[int]:
         self._crop(prompt)
         written = [int(logits_V.argmax())]
         while len(written) < count:
