@@ -8,13 +8,13 @@ numbers are the same. `int8` keeps a scale for every token and head, half the by
 Shapes: B samples, H key heads, L tokens, D channels.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-CachePlacement = Literal["device", "host", "int8"]
+from lvctx.inference.config import CachePlacement
 
 
 class Buffer:

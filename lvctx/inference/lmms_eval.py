@@ -34,9 +34,7 @@ class Lvctx(lmms):
 
     is_simple = True
 
-    def __init__(
-        self, pretrained: str, device: str | None = None, batch_size: int | str = 1, **options: Any
-    ) -> None:
+    def __init__(self, pretrained: str, device: str | None = None, batch_size: int | str = 1, **options: Any) -> None:
         """Find the model; `options` are `VideoSampling`'s as text, hybrid as `L:M:S`, and `prefill_chunk`.
 
         Raises InputError where there is no such model, UsageError for what its family cannot do, ValueError for

@@ -6,16 +6,18 @@ Suffixes: L tokens of a prompt, N visual tokens.
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import torch
 from PIL import Image
 
 from lvctx.dist.ring import ALONE, Ring
 from lvctx.errors import InputError
+from lvctx.inference.config import DeviceMap, EngineConfig
 from lvctx.inference.engine import AnswerScore, Reply, Shown
 from lvctx.inference.prefix_scorer import PrefixScorer
-from lvctx.model.load import DeviceMap, context_length, load_model, load_tokenizer, try_forward
+from lvctx.model.load import context_length, load_model, load_tokenizer, try_forward
 from lvctx.model.vlm import chat_ids
 from lvctx.vision.sampling import VideoSampling
 from lvctx.vlm.base import VLM, VisualInput
@@ -45,6 +47,19 @@ class TransformersEngine:
         self.vlm, self.device, self.dtype = vlm, device, dtype
         self.prefill_chunk, self.reuse, self.ring, self.device_map = prefill_chunk, reuse, ring, device_map
         self.visual: VisualInput | None = None
+
+    @classmethod
+    def from_config(cls, vlm: VLM, config: EngineConfig, *, ring: Ring = ALONE) -> Self:
+        """With a resolved device."""
+        return cls(
+            vlm,
+            device=config.device,
+            dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
+            prefill_chunk=config.prefill_chunk,
+            reuse=config.reuse,
+            ring=ring,
+            device_map=config.device_map,
+        )
 
     @cached_property
     def model(self) -> Any:

@@ -27,7 +27,7 @@ from lvctx.dist.ring import Ring
 from lvctx.dist.zigzag import shard
 from lvctx.errors import InputError, UsageError
 from lvctx.model.adapter import ADAPTER, save_adapter
-from lvctx.model.load import load_config, load_image_processor, load_model, load_tokenizer, try_forward
+from lvctx.model.load import load_config, load_image_processor, load_model, try_forward
 from lvctx.model.lora import ATTENTION, add_lora, merge_lora
 from lvctx.model.loss import IGNORED, token_loss
 from lvctx.model.qwen_vl import TYPES

@@ -32,10 +32,11 @@ from lvctx.text.pack import BINS, bin_names, uniform
 from lvctx.train.chat import CHATML, encode_messages
 from lvctx.train.samples import ChatSample, Media, check_row, read_rows
 from lvctx.train.tables import is_table
+from lvctx.vision.hybrid import Hybrid
 from lvctx.vision.images import image_size
 from lvctx.vision.sampling import VideoSampling
-from lvctx.vlm.registry import family_of, open_vlm
 from lvctx.vision.tokens import Block, VisualRule
+from lvctx.vlm.registry import family_of, open_vlm
 
 log = logging.getLogger(__name__)
 Report = Callable[[int, int, str], None]
@@ -127,7 +128,9 @@ def plan_chat(
     elif tokenizer.chat_template is None:
         raise InputError("no chat template", where=model, fix="--template chatml, or an instruct model")
     chat_encoder(tokenizer)
-    resolution = {} if config.hybrid is None else {"hybrid": Hybrid(**config.hybrid), "hybrid_mode": config.hybrid["mode"]}
+    resolution = (
+        {} if config.hybrid is None else {"hybrid": Hybrid(**config.hybrid), "hybrid_mode": config.hybrid["mode"]}
+    )
     rule = open_vlm(path).token_rule(VideoSampling(**resolution)) if family_of(path) else None
     small = [path / name for name in ("tokenizer.json", "config.json", "preprocessor_config.json")]
     inputs = {"model": " ".join(sha256_file(p) for p in small if p.is_file())}

@@ -4,8 +4,10 @@ Nothing heavy is imported here: the help of the commands is made from it.
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from fractions import Fraction
+from typing import Annotated, Any, ClassVar, Literal
 
+from lvctx.config import Flag
 from lvctx.errors import UsageError
 from lvctx.vision.hybrid import Hybrid, HybridMode
 from lvctx.vision.squares import FrameMode
@@ -17,6 +19,19 @@ SeekMode = Literal["exact", "keyframe"]
 FrameSelection = Literal["group", "adaptive"]
 
 
+def parse_rate(text: str) -> Rate:
+    """`native`, a number such as 0.5, or a fraction such as 30000/1001. Raises ValueError for anything else."""
+    if text == "native":
+        return "native"
+    try:
+        rate = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        rate = 0.0
+    if not 1e-5 <= rate <= 1e5:
+        raise ValueError("no frame rate; give a number such as 1, or native")
+    return rate
+
+
 @dataclass(frozen=True, kw_only=True)
 class VideoSampling:
     """Which frames of a video are used, and at what resolution.
@@ -24,25 +39,27 @@ class VideoSampling:
     Times count from the first frame of the video. Raises UsageError for values that contradict each other.
     """
 
-    fps: Rate | None = None
+    panel: ClassVar[str] = "Video sampling"
+
+    fps: Annotated[Rate | None, Flag(parse=parse_rate, metavar="RATE|native")] = None
     """Frames per second by timestamp, or `native` for every frame. Default: 2 for Qwen-VL, otherwise 1."""
-    frames: int | None = None
+    frames: Annotated[int | None, Flag(min=1)] = None
     """Number of frames, evenly spread, instead of a rate."""
-    max_frames: int | None = None
+    max_frames: Annotated[int | None, Flag(min=1)] = None
     """Where the rate gives more frames than this, take this many, evenly spread. Default: 768 for Qwen-VL."""
-    start: float | None = None
+    start: Annotated[float | None, Flag(min=0)] = None
     """Begin this many seconds into the video."""
-    end: float | None = None
+    end: Annotated[float | None, Flag(min=0)] = None
     """Stop this many seconds into the video."""
     frame_mode: FrameMode | None = None
     """How a frame becomes a square for CLIP and SigLIP towers. Default: crop."""
-    hybrid: Hybrid | None = None
+    hybrid: Annotated[Hybrid | None, Flag(parse=Hybrid.parse, metavar="L,M,S")] = None
     """Hybrid resolution L,M,S: of every L frames one has M tokens, the others M/S. Default: all frames alike."""
     hybrid_mode: HybridMode = "pair"
     """Qwen-VL: groups of merged pairs of frames, of frames as images, or of single frames."""
     frame_selection: FrameSelection = "group"
     """Which frames have the higher resolution: the first of each group, or those where the picture has changed."""
-    change_threshold: float = 0.1
+    change_threshold: Annotated[float, Flag(min=0, max=1, needs=("frame_selection=adaptive",))] = 0.1
     """With adaptive frame selection: smallest mean difference, 0 to 1, that counts as a change."""
     allow_partial: bool = False
     """Use what can be decoded of truncated or damaged videos; rows then have `partial`."""

@@ -19,13 +19,14 @@ from lvctx.artifacts.store import fingerprint
 from lvctx.dist.context import ParallelContext
 from lvctx.dist.ring import Ring
 from lvctx.errors import InputError, UsageError
-from lvctx.eval.niah.config import CachePlacement, NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
+from lvctx.eval.niah.config import NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
 from lvctx.eval.niah.heatmap import write_report
 from lvctx.eval.niah.image_needles import NeedleSet, drawn_needles, read_needles
 from lvctx.eval.niah.results import THRESHOLD, read_results
 from lvctx.eval.niah.task import Cell, NeedleTask
 from lvctx.eval.niah.text import TextNeedleTask
 from lvctx.eval.niah.video import VideoNeedleTask
+from lvctx.inference.config import CachePlacement
 from lvctx.inference.prefix_scorer import PrefixScorer, Score, common_prefix, walk_order
 from lvctx.model.adapter import longest_sample
 from lvctx.model.load import (
@@ -238,6 +239,8 @@ class NiahRun:
 
     parallel: ParallelContext
     """Ranks and the device."""
+    dtype: str = "auto"
+    """Of the weights in memory; `auto` is the checkpoint's own."""
     prefill_chunk: int = 2048
     """Tokens of one forward."""
     reuse: bool = True
@@ -333,7 +336,8 @@ def load_scorer(job: NiahJob, run: NiahRun, *, ring: Ring) -> PrefixScorer:
     context = context_length(load_config(job.path))
     if longest > context:
         log.warning("evaluating %d positions with a model whose config allows %d", longest, context)
-    model = load_model(job.path, config=job.model_config(), device=run.parallel.device)
+    dtype = None if run.dtype == "auto" else getattr(torch, run.dtype)
+    model = load_model(job.path, config=job.model_config(), dtype=dtype, device=run.parallel.device)
     try_forward(model, job.path)
     return PrefixScorer(
         model,

@@ -60,7 +60,7 @@ class TextNeedleTask:
         self._spread = self._longest = 0
 
     def cells(self, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
-        """See `NeedleTask.cells`. Raises InputError for a length too short for a needle or too long for the haystack."""
+        """See `NeedleTask.cells`. Raises InputError for a length that no needle fits in or no haystack fills."""
         self._spread, self._longest = min(lengths), max(lengths)
         cells = []
         for length in lengths:

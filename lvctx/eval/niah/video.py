@@ -8,7 +8,7 @@ import numpy as np
 
 from lvctx.errors import InputError, UsageError
 from lvctx.eval.niah.config import Question
-from lvctx.eval.niah.image_needles import FIND, ImageNeedle
+from lvctx.eval.niah.image_needles import FIND, ImageNeedle, NeedleSet
 from lvctx.eval.niah.task import Cell, begins_with, first_number, insertion_points, splice
 from lvctx.model.vlm import answer_ids, chat_ids
 from lvctx.vlm.base import VisualTokens
@@ -52,7 +52,9 @@ class VideoNeedleTask:
         self._spread = self._longest = 0
         self._places = np.random.default_rng([seed, 1 << 20, 1 << 20]).random(len(self.distractors))
         self._chat = functools.cache(lambda question: chat_ids(tokenizer, question, mark=tokens.placeholder))
-        self._asking = functools.cache(lambda question, answer: answer_ids(tokenizer, question, answer, tokens.placeholder))
+        self._asking = functools.cache(
+            lambda question, answer: answer_ids(tokenizer, question, answer, tokens.placeholder)
+        )
         for needle in self.needles:
             if not self._ids(needle.answer):
                 raise InputError(f"the answer {needle.answer!r} is no token of this model", fix="change the needle")
@@ -61,7 +63,7 @@ class VideoNeedleTask:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def cells(self, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
-        """See `NeedleTask.cells`. Raises InputError for more frames than the haystack has, UsageError for too few needles."""
+        """See `NeedleTask.cells`. Raises InputError for too few frames, UsageError for too few needles."""
         self._spread, self._longest = min(lengths), max(lengths)
         unit = self.tokens.frames_per_grid
         if any(length % unit for length in lengths):
@@ -98,7 +100,9 @@ class VideoNeedleTask:
         first, last = self._second(0), self._second(length - 1)
         # Between two frames: in the middle of their times. At an end: with the one neighbour it has.
         second = (self._second(max(at - 1, 0)) + self._second(min(at, length - 1))) / 2
-        return WHEN.format(first=_two_decimals(first), last=_two_decimals(last), subject=needle.subject), _two_decimals(second)
+        return WHEN.format(first=_two_decimals(first), last=_two_decimals(last), subject=needle.subject), _two_decimals(
+            second
+        )
 
     def _second(self, frame: int) -> float:
         """When a frame is shown; a haystack that is repeated goes on a step after its last frame."""

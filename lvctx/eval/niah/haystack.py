@@ -6,7 +6,6 @@ pictures, or into a video. Every frame's pixels are hashed, so two places can te
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -18,33 +17,16 @@ from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import Provenance, is_finished, write_manifest
 from lvctx.artifacts.store import atomic_file, sha256_file
 from lvctx.errors import InputError, UsageError
+from lvctx.eval.niah.haystack_config import HaystackConfig
 from lvctx.vision.container import check_whole
-from lvctx.vision.decode import Rate, read_video
+from lvctx.vision.decode import read_video
 from lvctx.vision.sampling import VideoSampling
 from lvctx.vision.scenes import VERSION, scene
 from lvctx.vlm.feature_cache import SUFFIX, open_frames
-from lvctx.vlm.video_encoder import Encoder
+from lvctx.vlm.video_encoder import VideoEncoder
 
 PIXELS = ".pixels.txt"
 """Beside a haystack: sixteen hex digits of every frame's pixels, a line each."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HaystackConfig:
-    """What decides every pixel."""
-
-    frames: int
-    """A second apart."""
-    seed: int
-    """Of scenes, and of the order of clips."""
-    side: int
-    """Of a procedural frame, in pixels."""
-    clips: tuple[Path, ...] = ()
-    """Videos; each is shown once, after a scene, while frames are left."""
-    fps: Rate = 1.0
-    """Frames a second that are taken of a clip."""
-    allow_partial: bool = False
-    """Whether a clip that is cut short or damaged is taken for what is left of it."""
 
 
 def haystack_frames(config: HaystackConfig) -> Iterator[np.ndarray]:
@@ -57,7 +39,7 @@ def haystack_frames(config: HaystackConfig) -> Iterator[np.ndarray]:
 
 def _endless(config: HaystackConfig, clips: Sequence[Path]) -> Iterator[np.ndarray]:
     for number in count():
-        yield from scene(config.seed, number, config.side)
+        yield from scene(config.seed, number, config.side + config.side % 2)
         if number < len(clips):
             read = read_video(clips[number], VideoSampling(fps=config.fps, allow_partial=config.allow_partial))
             yield from (frame.image for frame in read)
@@ -72,11 +54,11 @@ def write_haystack(
     config: HaystackConfig,
     out: Path,
     *,
-    encoder: Encoder | None,
+    encoder: VideoEncoder | None,
     pixels: Path | None,
     resume: str,
     force: bool,
-    report: Callable[[int, int, str], None],
+    on_progress: Callable[[int, int, str], None],
 ) -> dict[str, Any]:
     """Write a frames artifact (with an `encoder`), an .mp4, or a directory of pictures; the row that describes it.
 
@@ -92,11 +74,11 @@ def write_haystack(
         command="niah haystack",
         config={
             "frames": config.frames,
-            "side": config.side,
+            "side": config.side + config.side % 2,
             "fps": config.fps,
             "scenes": VERSION,
             **({"allow_partial": True} if config.allow_partial else {}),
-            **({"frame_mode": encoder.config.frame_mode, "dtype": encoder.config.dtype} if encoder else {}),
+            **({"frame_mode": encoder.config.sampling.frame_mode, "dtype": encoder.config.dtype} if encoder else {}),
         },
         inputs={
             **({"tower": encoder.files.fingerprint} if encoder else {}),
@@ -119,13 +101,13 @@ def write_haystack(
                 raise InputError(
                     f"frame {len(seen) - 1} has other pixels", where=pixels, fix="give the same clips, seed and version"
                 )
-            report(len(seen), config.frames, f"{len(seen):,} seconds")
+            on_progress(len(seen), config.frames, f"{len(seen):,} seconds")
             yield frame
 
     if encoder:
         _encode(checked(), out, made, encoder)
     elif out.suffix == ".mp4":
-        _film(checked(), out, config.side)
+        _write_video(checked(), out, config.side + config.side % 2)
     else:
         _save(checked(), out, made)
     with atomic_file(_pixels_of(out)) as partial:
@@ -150,8 +132,9 @@ def _row(config: HaystackConfig, out: Path) -> dict[str, Any]:
     }
 
 
-def _encode(frames: Iterator[np.ndarray], out: Path, made: Provenance, encoder: Encoder) -> None:
-    square, mode, batch = encoder.files.preprocess.square, encoder.config.frame_mode, encoder.config.batch
+def _encode(frames: Iterator[np.ndarray], out: Path, made: Provenance, encoder: VideoEncoder) -> None:
+    square, batch = encoder.files.preprocess.square, encoder.config.batch
+    mode = encoder.config.sampling.frame_mode or "pad"
     done = 0
     with open_frames(out, made, {}) as writer:
         while images := [np.asarray(square(Image.fromarray(frame), mode)) for frame in islice(frames, batch)]:
@@ -169,7 +152,7 @@ def _save(frames: Iterator[np.ndarray], out: Path, made: Provenance) -> None:
     write_manifest(out, made, names)
 
 
-def _film(frames: Iterator[np.ndarray], out: Path, side: int) -> None:
+def _write_video(frames: Iterator[np.ndarray], out: Path, side: int) -> None:
     """H.264 at one frame a second, scaled to `side`. Compressed: its pixels are near the hashed ones, not same."""
     import av
 
