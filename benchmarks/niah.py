@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from lvctx.bench.niah import insertion_points
+from lvctx.eval.niah.task import insertion_points
 from lvctx.inference.prefix_scorer import PrefixScorer, common_prefix, walk_order
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from lvctx.inference.prefix_scorer import PrefixScorer, Score, walk_order
 from lvctx.bench.reader import Reader
-from lvctx.bench.text_niah import TextNiah
+from lvctx.eval.niah.text import TextNeedleTask
 from lvctx.dist.context import ParallelContext, joined, make_context
 from lvctx.dist.stripes import Stripe, _attend, held, prepare
 from lvctx.errors import InputError
@@ -140,7 +140,7 @@ def same_rows(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
 def test_two_and_four_ranks_read_as_one(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
     """Four processes as two pairs and as one group: odd lengths, grouped queries, a whole grid, one results file."""
     tokenizer = load_tokenizer(tiny_lm)
-    test = TextNiah(tokenizer, story(), distractors=0, seed=3)
+    test = TextNeedleTask(tokenizer, story(), distractors=0, seed=3)
     cells = test.cells([131, 180, 247], [0, 0.5, 1], 2)
     sequences = [test.sequence(cell) for cell in cells]
     grids = {}

@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app
-from lvctx.stages.haystack import HaystackConfig, hash_frame, haystack_frames
+from lvctx.eval.niah.haystack import HaystackConfig, hash_frame, haystack_frames
 from lvctx.vision.scenes import _Dice, _lattice, _noise, scene
 
 

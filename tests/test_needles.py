@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from lvctx.bench.eyes import timeline
-from lvctx.bench.niah import Cell, first_number, share_listed
+from lvctx.eval.niah.task import Cell, first_number, share_listed
 from lvctx.inference.prefix_scorer import PrefixScorer, common_prefix, walk_order
-from lvctx.bench.text_niah import TextNiah
-from lvctx.bench.video_niah import EvenFrames, VideoNiah, chance_of, drawn_needles, read_needles
+from lvctx.eval.niah.text import TextNeedleTask
+from lvctx.bench.video_niah import EvenFrames, VideoNeedleTask, chance_of, drawn_needles, read_needles
 from lvctx.errors import InputError
 from lvctx.model.load import load_model, load_tokenizer
 from lvctx.model.vlm import IMAGE_TOKEN, VIDEO_TOKEN
@@ -42,7 +42,7 @@ def seeing(tiny_lm: Path) -> Any:
 @pytest.mark.parametrize("task", ["multi-key", *LISTS])
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_riddle_is_hidden_whole(task: Any, nested: bool, tokenizer: Any) -> None:
-    test = TextNiah(tokenizer, STORY, distractors=2, seed=1, task=task, count=4, nested=nested)
+    test = TextNeedleTask(tokenizer, STORY, distractors=2, seed=1, task=task, count=4, nested=nested)
     cells = test.cells([420, 600], [0, 0.3, 1], 2)
     assert len(cells) == 12
     for cell in cells:
@@ -63,7 +63,7 @@ def test_a_riddle_is_hidden_whole(task: Any, nested: bool, tokenizer: Any) -> No
 
 
 def test_lists_are_judged_in_any_order(tokenizer: Any) -> None:
-    test = TextNiah(tokenizer, STORY, distractors=0, seed=1, task="multi-value", count=4)
+    test = TextNeedleTask(tokenizer, STORY, distractors=0, seed=1, task="multi-value", count=4)
     cell = test.cells([500], [0.5], 1)[0]
     a, b, c, d = cell.answer.split(", ")
     assert not test.forcible
@@ -74,14 +74,14 @@ def test_lists_are_judged_in_any_order(tokenizer: Any) -> None:
     assert [first_number(t) for t in ("At second 1,012.5 or 7", "never")] == [1012.5, None]
 
 
-def video(tokenizer: Any, **options: Any) -> VideoNiah:
+def video(tokenizer: Any, **options: Any) -> VideoNeedleTask:
     needles, lookalikes = drawn_needles(3, size=48, seed=2, lookalikes=options.pop("distractors", 0))
     layout = EvenFrames(vocabulary=50_000, per_frame=4, shown=40 + 3 + len(lookalikes))
     given: dict[str, Any] = {"layout": layout, "frames": 40, "chance": 0.1, **options}
-    return VideoNiah(tokenizer, needles, lookalikes=lookalikes, **given)
+    return VideoNeedleTask(tokenizer, needles, lookalikes=lookalikes, **given)
 
 
-def rows_of(test: VideoNiah, cell: Cell) -> list[int]:
+def rows_of(test: VideoNeedleTask, cell: Cell) -> list[int]:
     """Frames of a cell's sequence in order: haystack 0..39, needles 40..42, look-alikes from 43 on."""
     ids, _ = test.sequence(cell)
     visual = ids[ids >= 50_000] - 50_000
@@ -160,7 +160,7 @@ def test_nested_points_make_all_lengths_cost_what_the_longest_does(
     def test(nested: bool) -> Any:
         if modality == "video":
             return video(seeing, nested=nested, distractors=distractors)
-        return TextNiah(tokenizer, STORY, distractors=distractors, seed=0, nested=nested)
+        return TextNeedleTask(tokenizer, STORY, distractors=distractors, seed=0, nested=nested)
 
     lengths = list(range(10, 41, 5)) if modality == "video" else list(range(400, 1001, 100))
     depths = [0, 0.2, 0.4, 0.6, 0.8, 1]
@@ -183,9 +183,9 @@ def test_nested_points_make_all_lengths_cost_what_the_longest_does(
 
 def test_nested_and_looped_grids_score_like_plain_forwards(tiny_lm: Path, tokenizer: Any) -> None:
     model = load_model(tiny_lm)
-    test = TextNiah(tokenizer, STORY[:420], distractors=1, seed=0, task="multi-query", count=2, nested=True, loop=True)
+    test = TextNeedleTask(tokenizer, STORY[:420], distractors=1, seed=0, task="multi-query", count=2, nested=True, loop=True)
     with pytest.raises(InputError, match="--loop"):
-        TextNiah(tokenizer, STORY[:420], distractors=1, seed=0).cells([400], [0], 1)
+        TextNeedleTask(tokenizer, STORY[:420], distractors=1, seed=0).cells([400], [0], 1)
     cells = test.cells([200, 300, 400], [0, 0.5, 1], 1)
     sequences = [test.sequence(cell)[0] for cell in cells]
     walker = PrefixScorer(copy.deepcopy(model), chunk=64)

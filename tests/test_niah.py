@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 from lvctx.vlm.feature_cache import write_frames
 from lvctx.artifacts.manifest import Provenance
 from lvctx.artifacts.rows import RowLog, read_rows
-from lvctx.bench.grid import build_grid, read_grid, wilson
-from lvctx.bench.heatmap import draw_heatmaps, trained_at
-from lvctx.bench.longva import read_longva
+from lvctx.eval.niah.results import build_results, read_results, wilson
+from lvctx.eval.niah.heatmap import draw_heatmaps, trained_at
+from lvctx.eval.niah.longva_format import read_longva
 from lvctx.inference.prefix_scorer import PrefixScorer
-from lvctx.bench.text_niah import TextNiah
+from lvctx.eval.niah.text import TextNeedleTask
 from lvctx.cli.app import app
 from lvctx.errors import InputError
 from lvctx.text.needle import NEEDLE, PREFIX, QUESTION, Riddle, question_and_answer, read_haystack, sentence_ends
@@ -63,7 +63,7 @@ def test_a_sequence_says_what_it_should_in_exactly_as_many_tokens(tiny_lm: Path,
 
     tokenizer = load_tokenizer(tiny_lm)
     hay = read_haystack([essays])
-    test = TextNiah(tokenizer, hay, distractors=3, seed=5)
+    test = TextNeedleTask(tokenizer, hay, distractors=3, seed=5)
     for cell in test.cells([300, 777], [0, 0.25, 0.5, 1], 3):
         ids, answer = test.sequence(cell)
         assert len(ids) == cell.length
@@ -91,7 +91,7 @@ def test_true_depth_is_at_most_a_sentence_before_the_asked_one(tiny_lm: Path, es
     hay = read_haystack([essays])
     ends = sentence_ends(tokenizer, np.array(tokenizer(hay).input_ids))
     longest_sentence = int(np.diff(ends).max())
-    test = TextNiah(tokenizer, hay, distractors=0, seed=0)
+    test = TextNeedleTask(tokenizer, hay, distractors=0, seed=0)
     for cell in test.cells([900], [0, 0.25, 0.4, 0.75, 1], 1):
         target = int(cell.depth * (900 - (900 - test._room(900, 0))))
         assert 0 <= target - cell.position <= longest_sentence
@@ -183,7 +183,7 @@ def test_a_torn_line_is_redone_and_a_grid_grows(tiny_lm: Path, essays: Path, tmp
     grown = run(*arguments)
     assert len(grown.stdout.splitlines()) == 6
     assert {json.loads(x)["length"] for x in grown.stdout.splitlines()} == {260}
-    assert read_grid(tmp_path / "a").lengths == [130, 200, 260]
+    assert read_results(tmp_path / "a").lengths == [130, 200, 260]
     assert run(*arguments, "--resume", "never").exit_code == 3
     assert run(*text_arguments(tiny_lm, essays, tmp_path / "new"), "--resume", "must").exit_code == 3
     refused = run(*arguments, "--seed", 9)
@@ -227,7 +227,7 @@ def test_a_failing_cell_is_a_row_and_is_run_again(
     ] * 6
     assert json.loads((tmp_path / "a/summary.json").read_text())["errors"] == 6
     assert run(*arguments).exit_code == 0
-    grid = read_grid(tmp_path / "a")
+    grid = read_results(tmp_path / "a")
     assert (grid.errors, grid.trials) == (0, [[2, 2]] * 3)
 
 
@@ -416,7 +416,7 @@ def test_wilson_is_where_the_score_test_turns(right: int, n: int) -> None:
 
 def test_labels_are_true_and_bytes_repeat(tmp_path: Path) -> None:
     rows = [r | {"depth": d} for d in (0.25, 0.333, 1) for r in cells("video", {10: 1.0, 20: 0.5}, trained_length=2000)]
-    grids = [build_grid(rows, "one"), build_grid(cells("text", {100: 0.2}), "two")]
+    grids = [build_results(rows, "one"), build_results(cells("text", {100: 0.2}), "two")]
     for name in ("a.svg", "b.svg", "a.png", "b.png"):
         draw_heatmaps(grids, tmp_path / name)
     drawn = (tmp_path / "a.svg").read_text()
@@ -429,7 +429,7 @@ def test_labels_are_true_and_bytes_repeat(tmp_path: Path) -> None:
 def test_a_fourth_panel_begins_a_new_line(tmp_path: Path) -> None:
     sizes = {}
     for panels in (3, 4):
-        draw_heatmaps([build_grid(cells("video", {10: 1.0}), str(n)) for n in range(panels)], tmp_path / "a.svg")
+        draw_heatmaps([build_results(cells("video", {10: 1.0}), str(n)) for n in range(panels)], tmp_path / "a.svg")
         found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', (tmp_path / "a.svg").read_text())
         assert found
         sizes[panels] = tuple(map(float, found.groups()))
@@ -458,7 +458,7 @@ def test_report_needs_no_torch_and_rebuilds(tmp_path: Path) -> None:
 
 def test_a_report_of_nothing_is_refused() -> None:
     with pytest.raises(InputError, match="no result"):
-        build_grid([], "empty")
+        build_results([], "empty")
 
 
 def test_info_knows_a_results_directory(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
@@ -568,4 +568,4 @@ def test_lists_are_scored_by_what_is_written(tiny_lm: Path, essays: Path, tmp_pa
     rows = results(tmp_path / "a")
     assert {(r["kv"], r["share"], r["correct"]) for r in rows} == {("int8", 0, False)}
     assert all(len(r["answer"].split(", ")) == 4 and r["point"] is not None for r in rows)
-    assert read_grid(tmp_path / "a").labels[-1] == "at the end"
+    assert read_results(tmp_path / "a").labels[-1] == "at the end"

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lvctx.inference.prefix_scorer import PrefixScorer, Score, common_prefix, walk_order
-from lvctx.bench.text_niah import TextNiah
-from lvctx.bench.video_niah import EvenFrames, VideoNiah, drawn_needles, visual_table
+from lvctx.eval.niah.text import TextNeedleTask
+from lvctx.bench.video_niah import EvenFrames, VideoNeedleTask, drawn_needles, visual_table
 from lvctx.model.load import load_model, load_tokenizer
 from lvctx.model.vlm import assemble, embed_frames, frame_features, newline_embedding, tokens_per_frame
 
@@ -78,7 +78,7 @@ def story() -> str:
 def test_text_grid_equals_stock(kind: str, distractors: int, tiny_lm: Path, story: str) -> None:
     tokenizer = load_tokenizer(tiny_lm)
     model = small_model(kind, len(tokenizer))
-    test = TextNiah(tokenizer, story, distractors=distractors, seed=3)
+    test = TextNeedleTask(tokenizer, story, distractors=distractors, seed=3)
     cells = test.cells([180, 240, 331], [0, 0.5, 1], 2)
     walker = PrefixScorer(copy.deepcopy(model), chunk=50)
     alone = PrefixScorer(copy.deepcopy(model), chunk=1000, reuse=False)
@@ -106,7 +106,7 @@ def test_video_grid_equals_the_stock_video_path(tiny_lm: Path, tiny_tower: Path)
     per_frame = tokens_per_frame(vlm.config)
     vocabulary = vlm.get_input_embeddings().weight.shape[0]
     layout = EvenFrames(vocabulary=vocabulary, per_frame=per_frame, shown=12 + 2)
-    test = VideoNiah(tokenizer, needles, layout=layout, frames=12, chance=0.1)
+    test = VideoNeedleTask(tokenizer, needles, layout=layout, frames=12, chance=0.1)
     with torch.no_grad():
         hay, seen = (embed_frames(vlm, frame_features(vlm, pixels)) for pixels in (hay_F3SS, needles_N3SS))
         table = visual_table(hay, seen, newline_embedding(vlm))

@@ -19,7 +19,7 @@ from lvctx.artifacts.rows import read_rows
 from lvctx.bench.eyes import open_eyes
 from lvctx.inference.prefix_scorer import PrefixScorer, walk_order
 from lvctx.bench.qwen_eyes import QwenEyes
-from lvctx.bench.video_niah import Needle, VideoNiah
+from lvctx.bench.video_niah import Needle, VideoNeedleTask
 from lvctx.model.vlm import chat_ids
 from lvctx.positions.mrope_ids import Rules, Text, positions, positions_of_ids
 from lvctx.vlm.qwen_frames import pixels, resize_frames
@@ -82,7 +82,7 @@ def test_grid_equals_plain_forwards(
     unit = 1 if name == "images" else 2
     count = len(eyes.seconds)
     assert count == 13 // unit * unit
-    test = VideoNiah(
+    test = VideoNeedleTask(
         tokenizer,
         needles[:2],
         lookalikes=needles[2:],
@@ -140,7 +140,7 @@ def test_pictures_apart_equal_a_plain_forward(
     assert len(eyes.seconds) == 13  # an odd last one is a picture like the others
     picture = np.random.default_rng(1).integers(0, 256, (90, 150, 3), dtype=np.uint8)
     needle = Needle(image=Image.fromarray(picture), question="What?", answer="ab", subject="")
-    test = VideoNiah(tokenizer, [needle], layout=eyes.layout(13, 1), frames=13, chance=None, nested=True)
+    test = VideoNeedleTask(tokenizer, [needle], layout=eyes.layout(13, 1), frames=13, chance=None, nested=True)
     laid_out = [(cell, *test.sequence(cell)) for cell in test.cells([3, 7], [0, 0.5, 1], 1)]
     walker = PrefixScorer(
         copy.deepcopy(model), eyes.table(model, 13, [needle.image]), chunk=29, positions=eyes.positions
@@ -171,7 +171,7 @@ def test_writing_goes_on_after_the_films_time(saved: dict[str, Path], hay: tuple
         saved["qwen2_5_vl"], name="m", tokenizer=tokenizer, files=[hay[0]] * 2, fps=1, hybrid=Hybrid(tokens=8)
     )
     needle = Needle(image=Image.new("RGB", (90, 90), (9, 9, 200)), question="What?", answer="a", subject="")
-    test = VideoNiah(tokenizer, [needle], layout=eyes.layout(26, 1), frames=26, chance=None)
+    test = VideoNeedleTask(tokenizer, [needle], layout=eyes.layout(26, 1), frames=26, chance=None)
     ids, _ = test.sequence(test.cells([26], [0.5], 1)[0])
     scorer = PrefixScorer(copy.deepcopy(model), eyes.table(model, 26, [needle.image]), positions=eyes.positions)
     written = scorer.score(ids, 1, write=4).written

@@ -79,7 +79,6 @@ def video(config: VideoNiahConfig, sampling: VideoSampling, device: DeviceConfig
 def _run(
     name: str, config: NiahConfig, plan: Callable[..., "NiahJob"], device: DeviceConfig, run: NiahRunOptions
 ) -> None:
-    from lvctx.device import resolve_device
     from lvctx.dist.context import SHARED_WORK_TIMEOUT, open_context
     from lvctx.eval.niah.heatmap import draw_heatmaps
     from lvctx.eval.niah.results import read_results
@@ -93,7 +92,7 @@ def _run(
                 emit({"dry_run": True, "path": str(target), **job.run_facts, **job.costs(device.cp)})
             return
         failed = 0
-        opened = open_context(device=resolve_device(device.device), cp=device.cp, timeout=SHARED_WORK_TIMEOUT)
+        opened = open_context(device=device.device, cp=device.cp, timeout=SHARED_WORK_TIMEOUT)
         with opened as parallel:
             how = NiahRun(
                 parallel=parallel,

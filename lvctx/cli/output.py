@@ -44,7 +44,12 @@ def is_quiet() -> bool:
 
 def wants_json() -> bool:
     """Whether stdout is for a program: it is no terminal, or --json was given."""
-    return _settings.json or not sys.stdout.isatty()
+    return _settings.json or not stdout_is_terminal()
+
+
+def stdout_is_terminal() -> bool:
+    """Whether stdout is for a person."""
+    return sys.stdout.isatty()
 
 
 def emit(row: Mapping[str, Any], line: str | None = None) -> None:

@@ -67,14 +67,12 @@ def encode_video(config: EncodeVideoConfig, sampling: VideoSampling, run: RunOpt
     """
     if (config.model is None) == (config.tower is None):
         raise UsageError("give either --model or --tower")
-    from lvctx.device import resolve_device
     from lvctx.dist.context import SHARED_WORK_TIMEOUT, open_context
     from lvctx.vlm.video_encoder import VideoEncoder
 
-    device = resolve_device(config.device)
     done = 0
     failures: list[LvctxError] = []
-    opened = open_context(device=device, cp=1, timeout=SHARED_WORK_TIMEOUT)
+    opened = open_context(device=config.device, cp=1, timeout=SHARED_WORK_TIMEOUT)
     with opened as parallel, progress("encode-video", "finding the vision tower") as on_progress:
         encoder = VideoEncoder.open(
             str(config.model or config.tower),
@@ -209,10 +207,9 @@ def vqa(config: VqaConfig, sampling: VideoSampling, engine: EngineConfig, output
     """
     if config.piped and sys.stdin.isatty():
         raise UsageError("no video", fix="name one, or pipe from lvctx encode-video")
-    from lvctx.device import resolve_device
     from lvctx.dist.context import SHARED_WORK_TIMEOUT, open_context
 
-    opened = open_context(device=resolve_device(engine.device), cp=engine.cp, timeout=SHARED_WORK_TIMEOUT)
+    opened = open_context(device=engine.device, cp=engine.cp, timeout=SHARED_WORK_TIMEOUT)
     with opened as parallel:
         if parallel.dp > 1:
             what = f"{parallel.size} processes for one video"

@@ -196,7 +196,7 @@ def _train(
         twin = _load(plan, "cpu")[0] if world.rank == 0 else None
         wrapped = None
         if twin is not None:
-            encoding.tell(twin.config)
+            encoding.write_to(twin.config)
             wrapped = _trained(twin, config)[1]
         gather_into(twin, vlm)
         vlm = twin

@@ -30,7 +30,6 @@ from lvctx.model.adapter import ADAPTER, save_adapter
 from lvctx.model.load import load_config, load_image_processor, load_model, try_forward
 from lvctx.model.lora import ATTENTION, add_lora, merge_lora
 from lvctx.model.loss import IGNORED, token_loss
-from lvctx.model.qwen_vl import TYPES
 from lvctx.positions.mrope import Method
 from lvctx.positions.mrope_ids import Rules
 from lvctx.positions.mrope_pp import Ramp
@@ -148,7 +147,7 @@ def plan_training(
     Raises UsageError and InputError; loads no weights and opens no media.
     """
     checkpoint_ = plan.checkpoint
-    if checkpoint_.model_type not in TYPES:
+    if checkpoint_.model_type not in ("qwen2_vl", "qwen2_5_vl"):
         raise UsageError(f"{checkpoint_.model_type} is stretched but not trained here", fix="drop --data")
     if lr <= 0:
         raise UsageError("--lr 0 trains nothing")

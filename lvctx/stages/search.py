@@ -15,11 +15,11 @@ from typing import Any
 from lvctx.artifacts import schemas
 from lvctx.artifacts.rows import RowLog
 from lvctx.errors import UsageError
+from lvctx.eval.niah.config import Depths, TextNiahConfig
+from lvctx.eval.niah.run import NiahJob, plan_text
 from lvctx.inference.prefix_scorer import PrefixScorer
 from lvctx.model.load import load_config, load_model, try_forward
 from lvctx.positions.choose import choose
-from lvctx.stages.niah import NiahConfig, plan_niah
-from lvctx.stages.niah import Plan as NiahPlan
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +30,12 @@ class Search:
 
     bases: tuple[float, ...]
     """Candidates, ascending."""
-    niah: NiahPlan
+    niah: NiahJob
     """Model, needles and cells that each base is tried on."""
 
     def key(self, base: float) -> str:
         """Sixteen hex digits of model, haystack, grid and base: what a row is found by."""
-        asked = {"run": self.niah.shown["run"], "cells": [self.niah.key(c) for c in self.niah.cells], "base": base}
+        asked = {"run": self.niah.run_facts["run"], "cells": [self.niah.key(c) for c in self.niah.cells], "base": base}
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
 
@@ -64,20 +64,16 @@ def plan_search(
     """Check everything but the weights. Raises UsageError and InputError."""
     if not haystack:
         raise UsageError("--search-base needs text to hide needles in", fix="give --haystack FOLDER")
-    config = NiahConfig(
+    config = TextNiahConfig(
         model=model,
-        modality="text",
         haystack=tuple(haystack),
         lengths=tuple(lengths),
-        depths=tuple(depths),
+        depths=Depths(values=tuple(depths)),
         trials=trials,
-        distractors=0,
-        needles="drawn",
         scoring="forced",
-        training_length=None,
         seed=seed,
     )
-    return Search(bases=bases(span, points), niah=plan_niah(config))
+    return Search(bases=bases(span, points), niah=plan_text(config))
 
 
 def run_search(
@@ -107,7 +103,7 @@ def _try_base(search: Search, model: Any, base: float) -> dict[str, Any]:
     scorer = PrefixScorer(model)
     cells = []
     for cell in search.niah.cells:
-        score = scorer.score(*search.niah.test.sequence(cell))
+        score = scorer.score(*search.niah.task.sequence(cell))
         verdict = {"correct": score.forced, "log_prob": round(score.log_prob, 4)}
         cells.append({"length": cell.length, "depth": cell.depth, "trial": cell.trial, **verdict})
     return {

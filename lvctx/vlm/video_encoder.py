@@ -30,6 +30,7 @@ from PIL import Image
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import Provenance, is_finished, read_provenance
 from lvctx.artifacts.store import read_safetensors_header, sha256_file
+from lvctx.device import Dtype, resolve_dtype
 from lvctx.errors import LvctxError, Stopped, UsageError
 from lvctx.vision.apart import DecodeRequest, Decoders
 from lvctx.vision.container import check_whole, probe
@@ -88,7 +89,7 @@ class VideoEncoder:
         config = EncoderConfig(
             sampling=resolve_for_tower(files, sampling),
             batch=batch,
-            dtype=dtype if dtype != "auto" else "bfloat16" if _fast_bfloat16(device) else "float32",
+            dtype=resolve_dtype(dtype, device),
         )
         return cls(files, config, device=device)
 

@@ -140,7 +140,7 @@ def wilson(right: int, n: int) -> tuple[float, float] | None:
     return round(max(0.0, low), 4), round(min(1.0, high), 4)
 
 
-def build_grid(rows: Iterable[dict[str, Any]], name: str) -> NeedleResults:
+def build_results(rows: Iterable[dict[str, Any]], name: str) -> NeedleResults:
     """The grid of a results file's rows. Raises InputError where there is no row."""
     rows = list(rows)
     if not rows:
@@ -186,4 +186,4 @@ def read_results(path: Path) -> NeedleResults:
     if not results.is_file():
         raise InputError("no results.jsonl", where=path, fix="give a directory that lvctx niah wrote")
     last = {row["key"]: row for row in read_rows(results)}  # a cell that failed and was run again counts once
-    return build_grid(last.values(), path.name)
+    return build_results(last.values(), path.name)
