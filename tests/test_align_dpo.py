@@ -21,10 +21,10 @@ from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import newline_id
 from lvctx.train.chat import TokenSequence
 from lvctx.train.data import indices
-from lvctx.vlm.image_tiling import ImageEncoding
 from lvctx.train.micro import Forward, Sample, encode_sample, pack_samples
 from lvctx.train.preference import REFERENCE, Preference, log_probs, read_pairs
 from lvctx.vision.images import Preprocess
+from lvctx.vlm.image_tiling import ImageEncoding
 
 PAIRS = [
     {"image": "0.png", "prompt": "<image>\nWhat color?", "chosen": "red", "rejected": "blue, I think"},

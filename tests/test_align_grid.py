@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from aligning import draw, make_forward, talk, write
+from lvctx.vision.rules import find_rule
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionModel, LlavaOnevisionForConditionalGeneration
@@ -32,10 +33,9 @@ from lvctx.model.vlm import (
 )
 from lvctx.stages.align_plan import count_tokens
 from lvctx.train.chat import read_conversations
-from lvctx.vlm.image_tiling import ImageEncoding
 from lvctx.train.micro import Sample, encode_sample
 from lvctx.vision.images import Preprocess, open_image
-from lvctx.vision.rules import find_rule
+from lvctx.vlm.image_tiling import ImageEncoding
 
 GRIDS: tuple[Grid, ...] = ("unires", "anyres", "single")
 

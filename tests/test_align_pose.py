@@ -17,8 +17,8 @@ from lvctx.cli.app import app
 from lvctx.model.load import context_length, load_model, load_tokenizer
 from lvctx.model.vlm import VIDEO_TOKEN, assemble
 from lvctx.train.chat import read_conversations
-from lvctx.vlm.image_tiling import ImageEncoding
 from lvctx.train.micro import encode_sample, spread
+from lvctx.vlm.image_tiling import ImageEncoding
 
 ROWS = [
     talk("<image>What?", "red", image="1.png"),

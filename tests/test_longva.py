@@ -107,8 +107,8 @@ def test_an_image_becomes_one_of_the_checkpoints_own_grids(
     from transformers import AutoConfig
     from transformers.image_processing_utils import select_best_resolution
 
-    from lvctx.vlm.image_tiling import ImageEncoding
     from lvctx.vision.grids import unires_grid
+    from lvctx.vlm.image_tiling import ImageEncoding
 
     lm, tower, projector = llava_models.parts(tokenizer)
     tensors = llava_models.tensors_of(lm, tower, projector)

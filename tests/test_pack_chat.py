@@ -23,9 +23,9 @@ from lvctx.stages.pack_chat import SHARES, plan_chat, run_chat
 from lvctx.text.bestfit import best_fit_decreasing
 from lvctx.text.blend import choose, largest_blend
 from lvctx.vision.decode import count_frames, read_video
-from lvctx.vision.sampling import VideoSampling
 from lvctx.vision.grids import unires_grid
 from lvctx.vision.hybrid import Hybrid, hybrid_tokens, runs
+from lvctx.vision.sampling import VideoSampling
 from lvctx.vision.tokens import LlavaRule, QwenRule, pooling, smart_resize
 
 MODES = ("pair", "image", "literal")

@@ -4,11 +4,11 @@ Found through the entry-point group `lmms_eval.models`; nothing of lmms-eval is 
 """
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
@@ -41,12 +41,11 @@ class Lvctx(lmms):
         arguments that nobody knows.
         """
         super().__init__()
-        self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        place = device or "cuda"
-        if place.startswith("cuda"):
-            # lmms-eval says cuda:0 unless it is told otherwise; each process has a device of its own.
-            local = int(os.environ.get("LOCAL_RANK", 0))
-            place = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+        accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        self.accelerator = accelerator  # lmms-eval gathers by it
+        # lmms-eval says cuda:0 unless it is told otherwise; each process has a device of its own.
+        place = str(accelerator.device) if device is None or device.startswith("cuda") else device
         chunk = int(options.pop("prefill_chunk", PREFILL_CHUNK))
         vlm = open_vlm(pretrained, device=place)
         self.sampling = _sampling(options)
