@@ -3,13 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lvctx.config import Flag
+from lvctx.device import DeviceMap
 from lvctx.errors import InputError, UsageError
 
 CachePlacement = Literal["device", "host", "int8"]
-DeviceMap = str | dict[str, Any]
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 

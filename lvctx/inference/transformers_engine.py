@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lvctx.device import DeviceMap
 from lvctx.dist.ring import ALONE, Ring
 from lvctx.errors import InputError
-from lvctx.inference.config import DeviceMap, EngineConfig
+from lvctx.inference.config import EngineConfig
 from lvctx.inference.engine import AnswerScore, Reply, Shown
 from lvctx.inference.prefix_scorer import PrefixScorer
 from lvctx.model.load import context_length, load_model, load_tokenizer, try_forward
@@ -34,7 +35,7 @@ class TransformersEngine:
         vlm: VLM,
         *,
         device: str,
-        dtype: Any = None,
+        dtype: Any = "auto",
         prefill_chunk: int = PREFILL_CHUNK,
         reuse: bool = True,
         ring: Ring = ALONE,
@@ -54,7 +55,7 @@ class TransformersEngine:
         return cls(
             vlm,
             device=config.device,
-            dtype=None if config.dtype == "auto" else getattr(torch, config.dtype),
+            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
             prefill_chunk=config.prefill_chunk,
             reuse=config.reuse,
             ring=ring,

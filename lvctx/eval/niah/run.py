@@ -336,7 +336,7 @@ def load_scorer(job: NiahJob, run: NiahRun, *, ring: Ring) -> PrefixScorer:
     context = context_length(load_config(job.path))
     if longest > context:
         log.warning("evaluating %d positions with a model whose config allows %d", longest, context)
-    dtype = None if run.dtype == "auto" else getattr(torch, run.dtype)
+    dtype = run.dtype if run.dtype == "auto" else getattr(torch, run.dtype)
     model = load_model(job.path, config=job.model_config(), dtype=dtype, device=run.parallel.device)
     try_forward(model, job.path)
     return PrefixScorer(
