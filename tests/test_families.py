@@ -1,4 +1,4 @@
-"""A family of VLMs is one file and one line: a made-up one works in niah, vqa and videomme; one place knows the type."""
+"""A family of VLMs is one file and one line: a made-up one works in niah, vqa and videomme."""
 
 import json
 import re
