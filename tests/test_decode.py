@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from lvctx.errors import InputError, UsageError
 from lvctx.vision.container import probe
 from lvctx.vision.decode import read_video
-from lvctx.vision.frame_selection import Shot, sample, spread
+from lvctx.vision.frame_selection import DecodedFrame, spread, take_sampled
+from lvctx.vision.sampling import VideoSampling
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 H264 = ["-c:v", "libx264", "-bf", "3", "-g", "20", "-pix_fmt", "yuv420p"]
@@ -135,8 +136,8 @@ def test_a_number_is_spread_like_linspace(name: str, count: int, make: Make) -> 
 )
 def test_sampling_is_the_definition(gaps: list[int], start: int, fps: Fraction) -> None:
     edges = [Fraction(start + sum(gaps[:i]), 100) for i in range(len(gaps) + 1)]
-    shots = [Shot(index=i, pts=a, end=b) for i, (a, b) in enumerate(itertools.pairwise(edges))]
-    taken = [s.index for s in sample(iter(shots), fps=float(fps))]
+    decoded = [DecodedFrame(index=i, pts=a, end=b) for i, (a, b) in enumerate(itertools.pairwise(edges))]
+    taken = [s.index for s in take_sampled(decoded, VideoSampling(fps=float(fps)))]
     expected, at = [], edges[0]
     while at < edges[-1]:
         expected.append(max(i for i, t in enumerate(edges[:-1]) if t <= at))

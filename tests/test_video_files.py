@@ -231,7 +231,7 @@ def test_errors_name_what_was_given(
     line = refused(*asked(video))
     assert "a video (MP4 or QuickTime), not a frames artifact" in line
     assert f"lvctx encode-video '{video}' --model {tiny_vlm}" in line
-    niah = ("niah", "--model", tiny_vlm, "--lengths", 2, "--depths", 0, "-o", tmp_path / "n", "--frames")
+    niah = ("niah", "video", "--model", tiny_vlm, "--lengths", 2, "--depths", 0, "-o", tmp_path / "n", "--haystack")
     assert "lvctx encode-video" in refused(*niah, video)
     assert "a video" in refused("info", video)
     encode = ("encode-video", "-o", tmp_path / "f", "--tower")
@@ -253,7 +253,16 @@ def test_errors_name_what_was_given(
 
 @pytest.mark.parametrize(
     "command",
-    ["encode-video", "vqa", "niah", "niah haystack", "videomme run", "bench mlvu run", "pack-chat", "mrope-extend"],
+    [
+        "encode-video",
+        "vqa",
+        "niah video",
+        "niah haystack",
+        "videomme run",
+        "bench mlvu run",
+        "pack-chat",
+        "mrope-extend",
+    ],
 )
 def test_partial_videos_are_allowed_everywhere(command: str) -> None:
     shown = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "400", "NO_COLOR": "1"}).output
