@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import mrope_models
 import numpy as np
 import pytest
 import torch
@@ -198,6 +199,19 @@ def test_two_ranks_watch_together(tiny_vlm: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [*torchrun(2), "vqa", "-", *flags, "--cp", "2"], input=f"{frames}\n", capture_output=True, text=True, env=ENV
     )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == alone.stdout
+
+
+@pytest.mark.nano
+def test_two_ranks_are_shown_a_video_by_qwen(nano: Any, tmp_path: Path) -> None:
+    """M-RoPE's three axes are shared out as the tokens are."""
+    vlm = mrope_models.save("qwen2_5_vl", tmp_path / "vlm")
+    flags = [str(nano.clips / "bikes.mp4"), "--model", str(vlm), "--ask", "What is it?", "--ask", "What color?"]
+    flags += ["--frames", "5", "--hybrid", "2,24,4", "--max-new-tokens", "6"]
+    alone = run("vqa", *flags)
+    assert alone.exit_code == 0, alone.stderr
+    done = subprocess.run([*torchrun(2), "vqa", *flags, "--cp", "2"], capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stderr
     assert done.stdout == alone.stdout
 

@@ -246,6 +246,31 @@ def test_key_frames_and_partial_videos_are_recorded(clips: Path, tiny_tower: Pat
     assert (code, rows[0]["frames"] >= 1, rows[0]["partial"]) == (0, True, True)
 
 
+def test_a_rate_is_bounded(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    """Evenly spread frames where the rate gives more than --max-frames, also between --start and --end."""
+
+    def numbers(*flags: object) -> list[int]:
+        code, rows, said = run(clips / "a.mp4", "--tower", tiny_tower, *flags, "--force", "-o", tmp_path)
+        assert code == 0, said
+        planned = run(clips / "a.mp4", "--tower", tiny_tower, *flags, "--force", "-o", tmp_path, "--dry-run")[1]
+        found: list[int] = read_feature_cache(Path(rows[0]["path"])).index.tolist()
+        assert planned[0]["expected_frames"] == len(found)
+        return found
+
+    assert numbers("--fps", 5, "--max-frames", 4) == np.linspace(0, 49, 4, dtype=int).tolist()
+    assert numbers("--fps", 5, "--max-frames", 10) == list(range(0, 50, 5))
+    part = ("--start", 0.4, "--end", 1.2)
+    assert numbers("--fps", 5, "--max-frames", 3, *part) == np.linspace(10, 29, 3, dtype=int).tolist()
+    assert numbers("--fps", 5, *part) == [10, 15, 20, 25]
+    for flags in (
+        ("--frames", 3, "--max-frames", 2),
+        ("--fps", "native", "--max-frames", 2),
+        ("--start", 1, "--end", 1),
+    ):
+        assert run(clips / "a.mp4", "--tower", tiny_tower, *flags, "-o", tmp_path)[0] == 2
+    assert run(clips / "a.mp4", "--tower", tiny_tower, "--start", 5, "-o", tmp_path)[0] == 3
+
+
 def test_contact_sheets(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
     video = tmp_path / "a.mp4"
     shutil.copy(clips / "a.mp4", video)

@@ -18,6 +18,7 @@ from lvctx.cli.app import app
 from lvctx.cli.video import StreamPrinter
 from lvctx.inference.transformers_engine import TransformersEngine
 from lvctx.inference.vqa import VideoQuestions
+from lvctx.vision.decode import read_video
 from lvctx.vision.sampling import VideoSampling
 from lvctx.vlm.feature_cache import read_feature_cache
 from lvctx.vlm.registry import open_vlm
@@ -122,6 +123,22 @@ def test_a_terminal_sees_the_answer_grow(asked: list[dict[str, Any]], loud_vlm: 
     assert shown.endswith("".join(row["answer"] + "\n" for row in asked[:2]))
 
 
+@pytest.mark.nano
+def test_a_video_file_is_encoded_once_and_asked_about(
+    asked: list[dict[str, Any]], loud_vlm: Path, nano: Any, tmp_path: Path
+) -> None:
+    ask = ("--model", loud_vlm, "--feature-cache", tmp_path, *(part for q in QUESTIONS for part in ("--ask", q)))
+    clip, cached = nano.clips / "bikes.mp4", tmp_path / "bikes.frames.safetensors"
+    rows, _ = vqa(clip, "--frames", 6, *ask)
+    assert [row.pop("path") for row in rows] == [str(clip)] * 3
+    assert rows == [{k: v for k, v in row.items() if k != "path"} for row in asked]
+    before = cached.stat().st_mtime_ns
+    assert [row["answer"] for row in vqa(clip, "--frames", 6, *ask)[0]] == [row["answer"] for row in asked]
+    assert cached.stat().st_mtime_ns == before
+    assert [row["answer"] for row in vqa(cached, *ask)[0]] == [row["answer"] for row in asked]
+    assert "used as they are" in vqa(cached, "--frames", 3, *ask, code=2)[1]
+
+
 def test_only_what_is_new_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     printer, parts = StreamPrinter(live=True), []
     for text in ("The", "The caf\ufffd", "The café", "The café is"):
@@ -161,6 +178,17 @@ def test_a_qwen_model_spread_by_accelerate_answers_the_same(nano: Any, tmp_path:
     (tmp_path / "map.json").write_text(json.dumps(spread))
     ask = (nano.clips / "bikes.mp4", "--model", tmp_path / "vlm", "--ask", "What?", "--fps", 1, "--hybrid", "1,8,1")
     assert vqa(*ask, "--device-map", tmp_path / "map.json")[0] == vqa(*ask)[0]
+
+
+@pytest.mark.nano
+def test_a_rate_is_bounded(nano: Any, tmp_path: Path) -> None:
+    """A clip of ten seconds at two frames per second: all 20, or as many as --max-frames, evenly spread."""
+    mrope_models.save("qwen2_vl", tmp_path / "vlm")
+    clip = nano.clips / "bikes.mp4"
+    ask = (clip, "--model", tmp_path / "vlm", "--ask", "What?", "--fps", 2, "--hybrid", "1,8,1")
+    (few,), _ = vqa(*ask, "--max-frames", 3)
+    assert few["pts"] == [frame.pts for frame in read_video(clip, VideoSampling(frames=3))]
+    assert vqa(*ask, "--max-frames", 20)[0] == vqa(*ask)[0]
 
 
 def test_device_maps_that_are_none(loud_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
