@@ -414,9 +414,8 @@ def test_a_prompt_that_training_would_not_teach_is_stock_transformers() -> None:
 
 def test_forced_needles_read_a_training_sequence() -> None:
     import numpy as np
-    from PIL import Image
-
     from lvctx.bench.video_niah import EvenFrames, Needle, VideoNeedleTask
+    from PIL import Image
 
     tokenizer = tokenizer_of(QWEN3)
     vocabulary = len(tokenizer)

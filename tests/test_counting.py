@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from test_mrope_train import reader_of
 from test_niah import run
 
-from lvctx.bench.eyes import open_eyes
-from lvctx.bench.qwen_eyes import QwenEyes
 from lvctx.vision.decode import count_frames, read_video
-from lvctx.vision.sampling import VideoSampling
 from lvctx.vision.hybrid import Hybrid
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vlm.registry import open_vlm
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 PICTURE = ["-f", "lavfi", "-i", "testsrc2=s=64x48:r=25:d=2"]
@@ -118,11 +117,9 @@ def test_what_is_packed_can_be_trained_on(videos: Path, model: Path) -> None:
 @pytest.mark.parametrize("name", ["sound.mkv", "sound.webm", "sound.mp4", "late.mp4", "stills.mp4", "old.avi"])
 def test_a_haystack_has_the_frames_that_exist(name: str, videos: Path, model: Path) -> None:
     hybrid = Hybrid(group=2, tokens=16, ratio=4)
-    tokenizer = mrope_models.tokenizer()
-    eyes = open_eyes(model, name="m", tokenizer=tokenizer, files=[videos / name], fps=2.0, hybrid=hybrid)
-    assert isinstance(eyes, QwenEyes)
+    haystack = open_vlm(model).haystack([videos / name], VideoSampling(fps=2.0, hybrid=hybrid), as_images=False)
     read = len(list(read_video(videos / name, VideoSampling(fps=2.0))))
-    assert len(eyes.seconds) == read // 2 * 2
+    assert len(haystack.seconds) == read // 2 * 2
 
 
 @pytest.mark.parametrize("how", [("--fps", 1), ("--fps", "native"), ("--frames", 8), ("--fps", 2, "--hybrid", "4,4,4")])

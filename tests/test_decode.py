@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from lvctx.errors import InputError, UsageError
 from lvctx.vision.container import probe
-from lvctx.vision.decode import read_video
-from lvctx.vision.frame_selection import Shot, sample, spread
+from lvctx.vision.decode import count_frames, read_video
+from lvctx.vision.frame_selection import DecodedFrame, spread, take_sampled
+from lvctx.vision.packets import read_packets
+from lvctx.vision.sampling import VideoSampling
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 H264 = ["-c:v", "libx264", "-bf", "3", "-g", "20", "-pix_fmt", "yuv420p"]
@@ -135,13 +137,56 @@ def test_a_number_is_spread_like_linspace(name: str, count: int, make: Make) -> 
 )
 def test_sampling_is_the_definition(gaps: list[int], start: int, fps: Fraction) -> None:
     edges = [Fraction(start + sum(gaps[:i]), 100) for i in range(len(gaps) + 1)]
-    shots = [Shot(index=i, pts=a, end=b) for i, (a, b) in enumerate(itertools.pairwise(edges))]
-    taken = [s.index for s in sample(iter(shots), fps=float(fps))]
+    decoded = [DecodedFrame(index=i, pts=a, end=b) for i, (a, b) in enumerate(itertools.pairwise(edges))]
+    taken = [s.index for s in take_sampled(decoded, VideoSampling(fps=float(fps)))]
     expected, at = [], edges[0]
     while at < edges[-1]:
         expected.append(max(i for i, t in enumerate(edges[:-1]) if t <= at))
         at += 1 / fps
     assert taken == expected
+
+
+PARTS: list[tuple[float | None, float | None]] = [(0.43, 1.5), (None, 0.7), (1.2, None), (0.44, 0.48), (0.0, 9.0)]
+
+
+@pytest.mark.parametrize(("name", "planned"), [("constant.mp4", True), ("starts_late.mkv", True), ("old.avi", False)])
+@pytest.mark.parametrize(("start", "end"), PARTS)
+def test_a_part_of_a_video_has_ffmpegs_frames_from_start_to_before_end(
+    name: str, planned: bool, start: float | None, end: float | None, make: Make
+) -> None:
+    """Times count from the first frame; the frame at `end` is not taken, whether packets tell all or not."""
+    path = video(make, name)
+    assert (read_packets(path) is not None) == planned
+    times = times_of_ffmpeg(path)
+    pictures = np.frombuffer(ffmpeg(path, "-f", "rawvideo", "-pix_fmt", "rgb24"), np.uint8).reshape(-1, 66, 98, 3)
+    begin, stop = Fraction(start or 0), Fraction(2 if end is None else min(end, 2))
+    inside = [i for i, t in enumerate(times) if begin <= t - times[0] < stop]
+    due = itertools.takewhile(lambda t: t < stop, (begin + Fraction(k, 5) for k in itertools.count()))
+    expected: dict[str, list[int]] = {
+        "native": inside,
+        "fps": [max(i for i, t in enumerate(times) if t - times[0] <= at) for at in due],
+        "frames": [inside[int(x)] for x in np.linspace(0, len(inside) - 1, 4)],
+    }
+    for how, options in {"native": {"fps": "native"}, "fps": {"fps": 5.0}, "frames": {"frames": 4}}.items():
+        sampling = VideoSampling(start=start, end=end, **options)  # type: ignore[arg-type]
+        frames = list(read_video(path, sampling))
+        assert [f.index for f in frames] == expected[how], how
+        assert [f.pts for f in frames] == [float(times[i]) for i in expected[how]]
+        assert all((f.image == pictures[f.index]).all() for f in frames)
+        assert count_frames(path, sampling).frames == len(frames)
+
+
+@pytest.mark.parametrize("name", ["constant.mp4", "old.avi"])
+def test_a_part_without_a_frame_is_refused(name: str, make: Make) -> None:
+    path = video(make, name)
+    for options in ({"fps": "native"}, {"fps": 1.0}, {"frames": 4}):
+        sampling = VideoSampling(start=7.0, end=8.0, **options)  # type: ignore[arg-type]
+        for read in (lambda s: list(read_video(path, s)), lambda s: count_frames(path, s)):
+            with pytest.raises(InputError, match="no frame between --start and --end"):
+                read(sampling)
+    for start, end in ((1.0, 1.0), (2.0, 1.0), (-1.0, None), (None, 0.0)):
+        with pytest.raises(UsageError, match="before --end"):
+            VideoSampling(start=start, end=end)
 
 
 def test_reading_is_lazy(make: Make) -> None:

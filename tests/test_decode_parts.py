@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from lvctx.errors import InputError
-from lvctx.vision.apart import Decoders, Request
+from lvctx.vision.apart import DecodeRequest, Decoders
 from lvctx.vision.decode import read_video
+from lvctx.vision.frame_selection import frame_numbers
 from lvctx.vision.packets import ENTRY, SPARE, read_packets
-from lvctx.vision.frame_selection import choose
+from lvctx.vision.sampling import VideoSampling
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 H264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-bf", "3"]
@@ -70,11 +71,14 @@ def pictures_of_ffmpeg(path: Path) -> np.ndarray:
 def test_parts_are_ffmpegs_frames(name: str, videos: dict[str, Path]) -> None:
     path = videos[name]
     theirs = pictures_of_ffmpeg(path)
-    for how in ({"fps": 1.0}, {"fps": 3.3}, {"frames": 5}, {"frames": 33}, {"wanted": [1, 19, 20, 21, 22, 97]}):
+    numbers = [1, 19, 20, 21, 22, 97]
+    for how in ({"fps": 1.0}, {"fps": 3.3}, {"frames": 5}, {"frames": 33}, {}):
         for threads in (1, 3):
-            reader = read_video(path, VideoSampling(**how), threads=threads)  # type: ignore[arg-type]
+            wanted = None if how else numbers
+            reader = read_video(path, VideoSampling(**how), wanted=wanted, threads=threads)  # type: ignore[arg-type]
             frames = list(reader)
             assert all((f.image == theirs[f.index]).all() for f in frames), (how, threads)
+            assert how or [f.index for f in frames] == numbers
             assert [f.pts - frames[0].pts for f in frames] == pytest.approx(
                 [(f.index - frames[0].index) / 25 for f in frames], abs=2e-3
             )
@@ -98,7 +102,7 @@ def test_key_frames_are_near_and_say_how_near(videos: dict[str, Path]) -> None:
     path = videos["short_gops.mp4"]
     index = read_packets(path)
     assert index is not None
-    exact = choose(index, 2.0, None)
+    exact = frame_numbers(index, VideoSampling(fps=2.0))
     reader = read_video(path, VideoSampling(fps=2.0, seek="keyframe"))
     frames = list(reader)
     keys = index.key_frames.tolist()
@@ -157,20 +161,9 @@ def test_a_wrong_duration_misleads_nobody(videos: dict[str, Path], tmp_path: Pat
         ]
 
 
-def request(path: Path, **changes: Any) -> Request:
-    how: dict[str, Any] = {
-        "path": str(path),
-        "fps": "native",
-        "frames": None,
-        "decoder": "pyav",
-        "sampling": "exact",
-        "allow_partial": False,
-        "threads": 1,
-        "size": 32,
-        "mode": "squash",
-        "background": (0, 0, 0),
-    }
-    return Request(**{**how, **changes})
+def request(path: Path) -> DecodeRequest:
+    sampling = VideoSampling(fps="native", decoder="pyav", frame_mode="squash")
+    return DecodeRequest(path=str(path), sampling=sampling, threads=1, size=32, background=(0, 0, 0))
 
 
 def test_a_process_apart_gives_the_same_and_is_used_again(videos: dict[str, Path], tmp_path: Path) -> None:
@@ -231,4 +224,4 @@ def test_choosing_is_in_exact_arithmetic(videos: dict[str, Path]) -> None:
         expected = []
         while (at := times[0] + len(expected) * step) < times[-1] + Fraction(1, 25):
             expected.append(max(i for i, t in enumerate(times) if t <= at))
-        assert choose(index, fps, None) == expected
+        assert frame_numbers(index, VideoSampling(fps=fps)) == expected

@@ -86,8 +86,8 @@ def test_artifact_pictures_and_a_needle_in_them(tiny_lm: Path, tiny_tower: Path,
     pictures = sorted((tmp_path / "pictures").glob("*.png"))
     assert [hash_frame(np.asarray(Image.open(p))) for p in pictures] == hashes
 
-    from lvctx.vlm.feature_cache import read_feature_cache
     from lvctx.vision.tower import load_tower
+    from lvctx.vlm.feature_cache import read_feature_cache
 
     frames = read_feature_cache(artifact)
     assert frames.pts.tolist() == list(range(12))

@@ -17,10 +17,11 @@ from test_cli import fails, lvctx
 
 from lvctx.errors import UsageError
 from lvctx.positions.mrope_ids import Rules, Text, positions, positions_of_ids
-from lvctx.vlm.qwen_frames import SampledVideo, check_reachable, count, grid_times, pixels, select, shoot
-from lvctx.vision.hybrid import Hybrid, HybridMode, hybrid_tokens, runs
-from lvctx.vision.rules import find_rule
+from lvctx.vision.hybrid import Hybrid, HybridMode, hybrid_tokens, runs, select_high
+from lvctx.vision.sampling import VideoSampling
 from lvctx.vision.tokens import QwenRule
+from lvctx.vlm.qwen_frames import SampledVideo, check_reachable, count_video, grid_times, pixels, resize_frames
+from lvctx.vlm.registry import open_vlm
 
 MODES = ("pair", "image", "literal")
 BICUBIC = 3
@@ -40,7 +41,7 @@ def processor(saved: dict[str, Path]) -> Any:
 
 
 def rule_of(path: Path, **hybrid: Any) -> QwenRule:
-    rule = find_rule(path, mrope_models.tokenizer(), hybrid=vars(Hybrid(**hybrid)))
+    rule = open_vlm(path).token_rule(VideoSampling(hybrid=Hybrid(**hybrid), hybrid_mode=hybrid.get("mode", "pair")))
     assert isinstance(rule, QwenRule)
     return rule
 
@@ -62,9 +63,9 @@ def test_selection_frame_by_frame_makes_the_runs_that_are_counted(
     n: int, group: int, ratio: int, mode: HybridMode
 ) -> None:
     hybrid = Hybrid(group=group, tokens=12 * ratio, ratio=ratio, mode=mode)
-    choose = select(hybrid, merge=2)
+    is_high = select_high(hybrid, merge=2)
     picture = np.zeros((2, 2, 3), np.uint8)
-    high = [choose(i, picture) for i in range(n)]
+    high = [is_high(i, picture) for i in range(n)]
     rule = QwenRule(start=1, end=2, pads={"image": 3, "video": 4}, hybrid=hybrid)
     film = SampledVideo(frames=[], pts=[], high=high, size=(336, 336), rule=rule)
     assert film.runs == list(runs(n, hybrid, merge=2))
@@ -77,12 +78,14 @@ def test_the_papers_budget_by_hand() -> None:
     rule = QwenRule(
         start=1, end=2, pads={"image": 3, "video": 4}, hybrid=Hybrid(group=4, tokens=240, ratio=3, mode="image")
     )
-    paper = count(1024, 1000, 600, rule, fps=2, tokens_per_second=None)
+    paper = count_video(1024, 1000, 600, rule, fps=2, tokens_per_second=None)
     assert paper.nominal == 1024 * 120
     assert paper.actual == 256 * 240 + 768 * 66  # 80 at 5:3 is 11 x 6
     assert paper.delimiters == 2 * 1024
     assert paper.last_position == 1023
-    pairs = count(1024, 1000, 600, replace(rule, hybrid=replace(rule.hybrid, mode="pair")), fps=2, tokens_per_second=2)
+    pairs = count_video(
+        1024, 1000, 600, replace(rule, hybrid=replace(rule.hybrid, mode="pair")), fps=2, tokens_per_second=2
+    )
     assert (pairs.nominal, pairs.delimiters) == (512 * 120, 2 * 256)
     assert pairs.last_position == 1022  # the last grid begins at 511 seconds
 

@@ -27,10 +27,10 @@ from lvctx.stages.mrope import plan_mrope
 from lvctx.stages.mrope_train import ChatLoss, Machine, TrainingConfig, adapt, plan_training, run_training, shard_chat
 from lvctx.train.chat_rows import ChatRow, RowReader
 from lvctx.vision.decode import read_video
+from lvctx.vision.hybrid import Hybrid
 from lvctx.vision.sampling import VideoSampling
 from lvctx.vlm.qwen_frames import pixels, resize_frames
-from lvctx.vision.hybrid import Hybrid
-from lvctx.vision.rules import qwen_rule
+from lvctx.vlm.registry import open_vlm
 
 FLAGS: dict[str, Any] = {
     "media": Path(),
@@ -79,7 +79,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reader_of(here: Path) -> RowReader:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    rule = qwen_rule(here / "model", mrope_models.tokenizer(), Hybrid(group=2, tokens=16, ratio=4))
+    rule = open_vlm(here / "model").token_rule(VideoSampling(hybrid=Hybrid(group=2, tokens=16, ratio=4)))
     processor = Qwen2VLImageProcessorPil.from_pretrained(here / "model")
     return RowReader(ChatRows(here / "chat"), here, rule, processor, tokens_per_second=2)
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
@@ -73,8 +74,8 @@ def shown_at_1_fps(path: Path) -> list[int]:
     return shown_by_ffmpeg(path, "setpts=PTS-STARTPTS,fps=1:round=up")
 
 
-def numbers(path: Path, **how: object) -> list[int]:
-    return [number(frame.image) for frame in read_video(path, VideoSampling(**how))]  # type: ignore[arg-type]
+def numbers(path: Path, *, wanted: Sequence[int] | None = None, **how: Any) -> list[int]:
+    return [number(frame.image) for frame in read_video(path, VideoSampling(**how), wanted=wanted)]
 
 
 UNORDERED: dict[str, tuple[list[str], str]] = {

@@ -226,13 +226,12 @@ def test_errors_name_what_was_given(
         return line
 
     def asked(path: Path) -> tuple[object, ...]:
-        return "vqa", path, "--model", tiny_vlm, "--ask", "What?"
+        return "vqa", path, "--model", tiny_vlm, "--feature-cache", tmp_path / "cache", "--ask", "What?"
 
-    line = refused(*asked(video))
-    assert "a video (MP4 or QuickTime), not a frames artifact" in line
-    assert f"lvctx encode-video '{video}' --model {tiny_vlm}" in line
-    niah = ("niah", "--model", tiny_vlm, "--lengths", 2, "--depths", 0, "-o", tmp_path / "n", "--frames")
-    assert "lvctx encode-video" in refused(*niah, video)
+    done = CliRunner().invoke(app, [*map(str, asked(video))])
+    assert (done.exit_code, json.loads(done.stdout)["frames"]) == (0, 2)
+    niah = ("niah", "video", "--model", tiny_vlm, "--lengths", 2, "--depths", 0, "-o", tmp_path / "n", "--haystack")
+    assert CliRunner().invoke(app, [*map(str, niah), str(video)]).exit_code == 0
     assert "a video" in refused("info", video)
     encode = ("encode-video", "-o", tmp_path / "f", "--tower")
     assert "a video (MP4 or QuickTime), not a model directory" in refused(*encode, video, video)
@@ -253,12 +252,21 @@ def test_errors_name_what_was_given(
 
 @pytest.mark.parametrize(
     "command",
-    ["encode-video", "vqa", "niah", "niah haystack", "videomme run", "bench mlvu run", "pack-chat", "mrope-extend"],
+    [
+        "encode-video",
+        "vqa",
+        "niah video",
+        "niah haystack",
+        "videomme run",
+        "bench mlvu run",
+        "pack-chat",
+        "mrope-extend",
+    ],
 )
 def test_partial_videos_are_allowed_everywhere(command: str) -> None:
     shown = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "400", "NO_COLOR": "1"}).output
     assert "--allow-partial" in shown
-    assert "Take what can be decoded of cut or damaged videos" in shown
+    assert "Use what can be decoded of truncated or damaged" in shown
 
 
 def test_any_error_of_a_decoder_is_the_videos(

@@ -241,7 +241,7 @@ def _open(
 
     def on_shown(path: Path, shown: Any) -> None:
         if not is_quiet():
-            say(f"lvctx: {path}: {len(shown.pts):,} frames, {shown.facts['visual_tokens']:,} visual tokens")
+            say(f"lvctx: {path}: {_cost(len(shown.pts), shown.facts)}")
 
     return VideoQuestions(
         TransformersEngine.from_config(vlm, replace(engine, device=parallel.device), ring=parallel.ring),
@@ -249,6 +249,16 @@ def _open(
         max_new_tokens=config.max_new_tokens,
         on_text=printer.show,
         on_shown=on_shown,
+    )
+
+
+def _cost(frames: int, facts: Row) -> str:
+    """Frames and tokens of a video; the model's nominal tokens and delimiters where its frames are items in runs."""
+    if "runs" not in facts:
+        return f"{frames:,} frames, {facts['visual_tokens']:,} visual tokens"
+    return (
+        f"{frames:,} frames in {facts['runs']:,} runs, {facts['visual_tokens']:,} visual tokens "
+        f"(nominal {facts['nominal_tokens']:,}) and {facts['delimiters']:,} delimiters"
     )
 
 

@@ -3,6 +3,7 @@
 Suffixes: L tokens of a prompt, N visual tokens.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from lvctx.model.vlm import chat_ids
 from lvctx.vision.sampling import VideoSampling
 from lvctx.vlm.base import VLM, VisualInput
 
+log = logging.getLogger(__name__)
 PREFILL_CHUNK = 2048
 """Tokens of one forward."""
 
@@ -101,6 +103,9 @@ class TransformersEngine:
         """Take this as what is asked about."""
         self.scorer.show(visual.table(self.model), visual.positions)
         self.visual = visual
+        last = self.last_position(visual.ids_N)
+        if last < self.context < visual.tokens:
+            log.warning("%d visual tokens, though positions end at %d", visual.tokens, last)
 
     def prompt_ids(self, turns: Sequence[str]) -> np.ndarray:
         """The prompt (L,) of a conversation about what was shown, up to where the reply begins."""

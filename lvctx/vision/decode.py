@@ -186,10 +186,16 @@ def _count_all(job: "_Job") -> Count:
         raise InputError("not one frame could be decoded", where=job.path)
     (height, width), _ = Converter(None)(first.data)
     frames = itertools.chain([first], decoded)
-    taken = sum(1 for _ in (frames if job.sampling.frames is not None else take_sampled(frames, job.sampling)))
+    if job.sampling.frames is None:
+        taken = sum(1 for _ in take_sampled(frames, job.sampling))
+    else:
+        low, high = numbers_between([frame.pts - first.pts for frame in frames], job.sampling)
+        taken = job.sampling.frames if low < high else 0
+    if not taken:
+        raise _nothing(job)
     _check_damage(job, facts, tally.damaged, tally.decoded + tally.damaged)
     return Count(
-        frames=taken if job.sampling.frames is None else job.sampling.frames,
+        frames=taken,
         exact=True,
         width=width,
         height=height,

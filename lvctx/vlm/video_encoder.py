@@ -236,17 +236,19 @@ class VideoEncoder:
             background=preprocess.background,
         )
         is_high = select_high(self.hybrid, merge=1, threshold=sampling.threshold) if self.hybrid else None
-        done = tokens = 0
+        done = tokens = nominal = 0
         with self._decoders.read(request, facts) as frames:
             while batch := list(islice(frames, self.config.batch)):
                 if self._stop.is_set():
                     raise Stopped
                 features = self.encode_images(np.stack([frame.image for frame in batch]))
-                grids = [self._grid(is_high(done + i, f.image)) for i, f in enumerate(batch)] if is_high else []
+                high = [is_high(done + i, frame.image) for i, frame in enumerate(batch)] if is_high else []
+                grids = [self._grid(one) for one in high]
                 yield features, [frame.pts for frame in batch], [frame.index for frame in batch], grids
                 done, tokens = done + len(batch), tokens + _total(grids)
+                nominal += sum(self.hybrid.tokens if one else self.hybrid.low_tokens for one in high if self.hybrid)
         if self.hybrid:
-            facts |= {"visual_tokens": tokens, "nominal_tokens": hybrid_tokens(done, self.hybrid, merge=1)}
+            facts |= {"visual_tokens": tokens, "nominal_tokens": nominal}
 
     def encode_all(
         self, videos: Iterable[tuple[Path, Row]], out: Path, *, jobs: int, processes: int = 1, **options: Any
