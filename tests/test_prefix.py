@@ -141,7 +141,7 @@ def opinionated() -> Any:
     sequences=st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=20), min_size=1, max_size=6),
     answer=st.integers(1, 3),
     chunk=st.integers(1, 9),
-    write=st.integers(0, 3),
+    generate=st.integers(0, 3),
 )
 def test_any_sequences_in_any_order(
     opinionated: Any, sequences: list[list[int]], answer: int, chunk: int, write: int
@@ -150,7 +150,7 @@ def test_any_sequences_in_any_order(
     walker = PrefixScorer(copy.deepcopy(opinionated), chunk=chunk)
     for sequence in sequences:
         ids = np.array(sequence)
-        assert_same(walker.score(ids, answer, write=write), plain_text(opinionated, ids, answer))
+        assert_same(walker.score(ids, answer, generate=write), plain_text(opinionated, ids, answer))
 
 
 def test_forced_is_greedy(opinionated: Any) -> None:
@@ -164,9 +164,9 @@ def test_forced_is_greedy(opinionated: Any) -> None:
         ids = torch.from_numpy(prompt)[None]
         stock = opinionated.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, 15:].tolist()
         for answer in (stock[:3], [*stock[:2], (stock[2] + 1) % 40], [(stock[0] + 1) % 40, *stock[1:3]]):
-            score = walker.score(np.array([*prompt, *answer]), 3, write=4)
-            assert score.written == stock
-            assert score.forced == (score.written[:3] == answer) == (score.rank == 0)
+            score = walker.score(np.array([*prompt, *answer]), 3, generate=4)
+            assert score.generated == stock
+            assert score.forced == (score.generated[:3] == answer) == (score.rank == 0)
             verdicts.append(score.forced)
     assert set(verdicts) == {True, False}
 

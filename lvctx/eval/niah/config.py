@@ -52,7 +52,7 @@ def parse_lengths(text: str) -> tuple[int, ...]:
 def parse_ropes(text: str) -> tuple[tuple[RopeScheme, float], ...]:
     """`yarn:2,yarn:4,theta:1e6`. Raises UsageError for an unknown scheme or a number below 1."""
     found: list[tuple[RopeScheme, float]] = []
-    for part in text.split(","):
+    for part in text.split(",") if text else ():
         name, _, number = part.strip().partition(":")
         scheme = next((one for one in get_args(RopeScheme) if one == name), None)
         if scheme is None:
