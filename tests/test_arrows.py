@@ -11,17 +11,22 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "lvctx"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
+LAYERS = (
+    ("cli",),
+    ("stages", "eval"),
+    ("bench", "train"),
+    ("inference",),
+    ("vlm",),
+    ("text", "vision"),
+    ("model",),
+    ("positions", "dist"),
+    ("artifacts",),
+)
+"""Packages from the top down: each may import from its own layer and from those below."""
 MAY_IMPORT = {
-    "cli": {"cli", "stages", "bench", "artifacts"},
-    "stages": {"stages", "bench", "train", "text", "vision", "model", "positions", "dist", "artifacts"},
-    "bench": {"bench", "text", "vision", "model", "positions", "dist", "artifacts"},
-    "train": {"train", "text", "vision", "model", "positions", "dist", "artifacts"},
-    "text": {"text", "artifacts"},
-    "vision": {"vision", "model", "positions", "artifacts"},
-    "model": {"model", "positions", "artifacts"},
-    "positions": {"positions", "artifacts"},
-    "dist": {"dist", "artifacts"},
-    "artifacts": {"artifacts"},
+    name: {other for below in LAYERS[i:] for other in below} - ({"dist"} if name == "model" else set())
+    for i, layer in enumerate(LAYERS)
+    for name in layer
 }
 """Room -> rooms it may import from. `errors` and the package itself are open to all."""
 

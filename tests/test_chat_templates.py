@@ -414,15 +414,14 @@ def test_a_prompt_that_training_would_not_teach_is_stock_transformers() -> None:
 
 def test_forced_needles_read_a_training_sequence() -> None:
     import numpy as np
+    from lvctx.bench.video_niah import EvenFrames, Needle, VideoNeedleTask
     from PIL import Image
-
-    from lvctx.bench.video_niah import EvenFrames, Needle, VideoNiah
 
     tokenizer = tokenizer_of(QWEN3)
     vocabulary = len(tokenizer)
     layout = EvenFrames(vocabulary=vocabulary, per_frame=1, shown=4)
     needle = Needle(image=Image.new("RGB", (2, 2)), question="What?", answer="red", subject="it")
-    niah = VideoNiah(tokenizer, [needle], layout=layout, frames=3, chance=None)
+    niah = VideoNeedleTask(tokenizer, [needle], layout=layout, frames=3, chance=None)
     (cell,) = niah.cells([3], [0.0], 1)
     ids, answer = niah.sequence(cell)
     block = [int(i) for i in ids if i >= vocabulary]

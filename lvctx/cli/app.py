@@ -24,12 +24,12 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "pack-chat": ("prepare", "Mix chat samples with text, images and videos and pack them into long rows."),
     },
     "Video and evaluation": {
-        "encode-video": ("encode_video", "Sample videos and store the vision tower's features of their frames."),
+        "encode-video": ("video", "Sample videos and store the vision tower's features of their frames."),
         "mrope-extend": ("mrope_extend", "Extend the context of a Qwen-VL model with M-RoPE++."),
         "niah": ("niah", "Needle-in-a-haystack test over context lengths and needle depths."),
-        "vqa": ("vqa", "Answer questions about videos."),
+        "vqa": ("video", "Answer questions about videos."),
         "videomme": ("videomme", "Video-MME: run a model on its questions, and score it."),
-        "bench": ("bench", "Other benchmarks of long video: run a model on their questions, and score it."),
+        "bench": ("benchmarks", "Other benchmarks of long video: run a model on their questions, and score it."),
     },
     "Utilities": {
         "import-longva": ("convert", "Convert a released LongVA checkpoint for transformers and vLLM."),

@@ -83,7 +83,7 @@ DryRunOption = Annotated[
 ]
 AllowPartialOption = Annotated[
     bool,
-    typer.Option("--allow-partial", help="Take what can be decoded of cut or damaged videos; rows then say `partial`."),
+    typer.Option("--allow-partial", help="Use what can be decoded of truncated or damaged videos."),
 ]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.", rich_help_panel=RunOptions)]
 VerboseOption = Annotated[

@@ -192,7 +192,7 @@ def extend_lm(
             seed=seed,
         )
         if dry_run:
-            emit({"dry_run": True, "path": str(out), "bases": search.bases, **search.niah.facts()})
+            emit({"dry_run": True, "path": str(out), "bases": search.bases, **search.niah.costs()})
             return
         with progress("extend-lm --search-base", quiet=quiet) as report:
             table = run_search(search, out, device=device, force=force, report=report)

@@ -1,7 +1,7 @@
 """`lvctx mrope-extend`: a Qwen-VL checkpoint in, the same weights with positions that reach further out."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +24,8 @@ from lvctx.cli.common import (
     progress,
     say,
 )
-from lvctx.cli.vqa import HybridMode
+from lvctx.vision.hybrid import Hybrid, HybridMode
+from lvctx.vision.sampling import VideoSampling
 
 if TYPE_CHECKING:
     from lvctx.stages.mrope_verify import Verified
@@ -92,9 +93,7 @@ def mrope_extend(
         str | None,
         typer.Option(metavar="L,M,S", help="As for vqa; of training too. [1,240,1]", rich_help_panel=CountOptions),
     ] = None,
-    hybrid_mode: Annotated[
-        HybridMode, typer.Option(help="As for vqa.", rich_help_panel=CountOptions)
-    ] = HybridMode.pair,
+    hybrid_mode: Annotated[HybridMode, typer.Option(help="As for vqa.", rich_help_panel=CountOptions)] = "pair",
     data: Annotated[
         Path | None,
         typer.Option(help="Train on this: packed chat, or a JSON/JSONL of chat samples.", rich_help_panel=TrainOptions),
@@ -155,7 +154,6 @@ def mrope_extend(
     from lvctx.stages.mrope import plan_mrope, run_mrope
     from lvctx.stages.mrope_verify import draw_curves
     from lvctx.stages.mrope_verify import verify as verify_model
-    from lvctx.stages.qwen_watch import cost, viewing
 
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise UsageError("--plot draws .png or .svg", where=plot)
@@ -170,13 +168,19 @@ def mrope_extend(
     if plan.note:
         say(f"lvctx: {plan.note}")
     facts: dict[str, Any] = {**asdict(plan.stretch), "context": plan.context}
+    sampling = VideoSampling(hybrid=Hybrid.parse(hybrid) if hybrid else None, hybrid_mode=hybrid_mode)
     if frames is not None:
-        seen = viewing(fps=fps, hybrid=hybrid or "1,240,1", mode=hybrid_mode.value)
-        counted = cost(model, frames=frames, size=size, viewing=seen)
-        facts["video"] = {"frames": frames, "size": size, **counted._asdict()}
+        from lvctx.vlm.registry import open_vlm
+
+        try:
+            width, height = map(int, size.lower().split("x"))
+        except ValueError:
+            raise UsageError(f"--size {size!r} is not WxH", fix="write 1280x720") from None
+        counted = open_vlm(model).count(frames, width, height, replace(sampling, fps=fps))
+        facts["video"] = {"frames": frames, "size": size, **counted}
         say(
-            f"lvctx: {frames} frames of {size}: {counted.actual} visual tokens (nominal {counted.nominal}) and "
-            f"{counted.delimiters} delimiters, but positions end at {counted.last_position}"
+            f"lvctx: {frames} frames of {size}: {counted['actual']} visual tokens (nominal {counted['nominal']}) and "
+            f"{counted['delimiters']} delimiters, but positions end at {counted['last_position']}"
         )
     train = None
     if allow_partial and (data is None or data.is_dir()):
@@ -187,9 +191,8 @@ def mrope_extend(
         from lvctx.stages.extend import Machine
         from lvctx.stages.mrope_train import STAGE_KEYS, pack_samples, plan_stage, run_training, unite
         from lvctx.stages.progressive import parse_stage, plan_stages, run_stages
-        from lvctx.stages.qwen_asker import resolution
 
-        asked = resolution(hybrid, hybrid_mode.value)
+        asked = sampling.resolution
         if data.is_file():
             if "WORLD_SIZE" in os.environ:
                 raise UsageError("several processes train on packed chat", fix="lvctx pack-chat first")

@@ -10,7 +10,7 @@ from lvctx.artifacts.config import language_part, read_model_config
 from lvctx.artifacts.manifest import MANIFEST, read_manifest
 from lvctx.artifacts.sniff import check_kind
 from lvctx.artifacts.weights import read_headers, shard_names
-from lvctx.device import resolve_device
+from lvctx.device import DeviceMap, resolve_device
 from lvctx.errors import InputError, MissingError, first_line, library_errors
 from lvctx.model.fit import DERIVED, check_loaded
 
@@ -111,10 +111,6 @@ def load_image_processor(path: Path) -> Any:
     if not bool(rows.isfinite().all()):
         raise InputError(f"image_std is {processor.image_std}", where=where)
     return processor
-
-
-DeviceMap = str | dict[str, Any]
-"""Where a model's modules are, as accelerate takes it: `auto`, `balanced`, `sequential`, or devices by name."""
 
 
 def load_model(

@@ -123,7 +123,7 @@ def _train(
     device = world.device
     vlm, tokenizer, pixels_from = _load(plan, "cpu" if world.mesh is not None else device)
     encoding = config.encoding(vlm.config.vision_config)
-    encoding.tell(vlm.config)
+    encoding.write_to(vlm.config)
     trained, wrapped = _trained(vlm, config)
     for adapter in plan.adapters:
         load_adapter(adapter, vlm, wrapped)
@@ -193,7 +193,7 @@ def _train(
         twin = _load(plan, "cpu")[0] if world.rank == 0 else None
         wrapped = None
         if twin is not None:
-            encoding.tell(twin.config)
+            encoding.write_to(twin.config)
             wrapped = _trained(twin, config)[1]
         gather_into(twin, vlm)
         vlm = twin

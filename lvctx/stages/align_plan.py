@@ -17,10 +17,10 @@ from lvctx.model.vlm import VIDEO_TOKEN, Grid, add_visual_tokens, image_grid, im
 from lvctx.text.conversations import Conversation, read_conversations, read_pairs
 from lvctx.text.hub import hub_commit
 from lvctx.train.chat import encode_conversation
-from lvctx.train.images import Encoding
 from lvctx.train.micro import encode_sample
 from lvctx.vision.grids import MAX_GRIDS, GridRule, MaxGrids, image_max_grids
 from lvctx.vision.tower import TowerFiles
+from lvctx.vlm.image_tiling import ImageEncoding
 
 Stage = Literal["projector", "full", "dpo"]
 
@@ -61,9 +61,9 @@ class AlignConfig:
     seed: int
     """Order of the samples, projector's and LoRA's initialisation."""
 
-    def encoding(self, vision_config: Any) -> Encoding:
+    def encoding(self, vision_config: Any) -> ImageEncoding:
         """How images become tokens of this tower."""
-        return Encoding.of(vision_config, grid=self.grid, rule=self.grid_rule, max_grids=self.max_grids)
+        return ImageEncoding.of(vision_config, grid=self.grid, rule=self.grid_rule, max_grids=self.max_grids)
 
 
 @dataclass(frozen=True, kw_only=True)

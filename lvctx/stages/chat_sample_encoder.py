@@ -9,6 +9,7 @@ from lvctx.errors import InputError
 from lvctx.text.conversations import Conversation, Media
 from lvctx.train.chat import encode_messages, to_messages
 from lvctx.vision.images import image_size
+from lvctx.vision.sampling import VideoSampling
 from lvctx.vision.tokens import Block, VisualRule
 
 
@@ -66,11 +67,11 @@ class ChatSampleEncoder:
         from lvctx.vision.decode import count_frames
 
         fps, partial = self.video_fps, self.allow_partial
-        count = count_frames(path, fps=fps, allow_partial=partial)
+        count = count_frames(path, VideoSampling(fps=fps, allow_partial=partial))
         spread = count.frames > self.max_frames
         frames = min(count.frames, self.max_frames)
         if spread and partial:  # some of the evenly spaced frames may be missing
-            frames = count_frames(path, frames=self.max_frames, allow_partial=True).frames
+            frames = count_frames(path, VideoSampling(frames=self.max_frames, allow_partial=True)).frames
         facts |= {"width": count.width, "height": count.height, "duration": count.duration, "frames": frames}
         facts["fps"] = None if spread else fps
         if partial:

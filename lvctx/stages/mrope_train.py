@@ -27,10 +27,9 @@ from lvctx.dist.ring import Ring
 from lvctx.dist.zigzag import shard
 from lvctx.errors import InputError, UsageError
 from lvctx.model.adapter import ADAPTER, save_adapter
-from lvctx.model.load import load_config, load_image_processor, load_model, load_tokenizer, try_forward
+from lvctx.model.load import load_config, load_image_processor, load_model, try_forward
 from lvctx.model.lora import ATTENTION, add_lora, merge_lora
 from lvctx.model.loss import IGNORED, token_loss
-from lvctx.model.qwen_vl import TYPES
 from lvctx.positions.mrope import Method
 from lvctx.positions.mrope_ids import Rules
 from lvctx.positions.mrope_pp import Ramp
@@ -43,7 +42,7 @@ from lvctx.train.chat_rows import ChatRow, RowReader
 from lvctx.train.data import indices
 from lvctx.train.loop import Group, TrainConfig, train
 from lvctx.vision.hybrid import Hybrid
-from lvctx.vision.rules import qwen_rule
+from lvctx.vlm.qwen_vl import QwenVL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +148,7 @@ def plan_training(
     Raises UsageError and InputError; loads no weights and opens no media.
     """
     checkpoint_ = plan.checkpoint
-    if checkpoint_.model_type not in TYPES:
+    if checkpoint_.model_type not in ("qwen2_vl", "qwen2_5_vl"):
         raise UsageError(f"{checkpoint_.model_type} is stretched but not trained here", fix="drop --data")
     if lr <= 0:
         raise UsageError("--lr 0 trains nothing")
@@ -216,7 +215,7 @@ def pack_samples(
 
 def _check_tokens(rows: ChatRows, model: Path, data: Path) -> None:
     """Rows of another tokenizer would be words of another language: their placeholders give them away first."""
-    rule = qwen_rule(model, load_tokenizer(model), Hybrid())
+    rule = QwenVL(model).rule(Hybrid())
     for number in range(len(rows)):
         ids = rows.row(number)
         for sample in rows.samples(number):
@@ -308,7 +307,7 @@ def _train(
     chat_loss = ChatLoss(vlm, world.ring)
     shard_model(chat_loss, lm.layers, world, offload=machine.offload)
     parameters = [p for p in chat_loss.parameters() if p.requires_grad] if world.mesh is not None else parameters
-    rule = qwen_rule(path, load_tokenizer(path), Hybrid(**(rows.manifest["config"]["hybrid"] or {})))
+    rule = QwenVL(path).rule(Hybrid(**(rows.manifest["config"]["hybrid"] or {})))
     processor = load_image_processor(path)
     per_second = Rules.of(vlm.config).tokens_per_second
     reader = RowReader(rows, training.media, rule, processor, tokens_per_second=per_second)

@@ -36,8 +36,9 @@ from lvctx.text.pack import uniform
 from lvctx.text.records import is_dataset
 from lvctx.train.chat import CHATML
 from lvctx.vision.hybrid import Hybrid
-from lvctx.vision.rules import find_rule
+from lvctx.vision.sampling import VideoSampling
 from lvctx.vision.tokens import VisualRule
+from lvctx.vlm.registry import family_of, open_vlm
 
 log = logging.getLogger(__name__)
 
@@ -81,9 +82,9 @@ def plan_pack_chat(config: PackChatConfig) -> PackChatJob:
             if not path.is_file() and not is_dataset(path):
                 raise InputError("no such file", where=path)
     mix = _proportions(config.mix, sources)
-    hybrid = None
-    if config.hybrid is not None or config.hybrid_mode != "pair":
-        hybrid = asdict(Hybrid.parse(config.hybrid or "1,240,1", config.hybrid_mode))
+    given_hybrid = Hybrid.parse(config.hybrid) if config.hybrid else None
+    sampling = VideoSampling(hybrid=given_hybrid, hybrid_mode=config.hybrid_mode)
+    hybrid = asdict(sampling.resolution) if sampling.resolution else None
     path = resolve_model(config.model, weights=False)
     tokenizer = load_tokenizer(path)
     if config.template == "chatml":
@@ -94,7 +95,7 @@ def plan_pack_chat(config: PackChatConfig) -> PackChatJob:
     elif tokenizer.chat_template is None:
         raise InputError("no chat template", where=config.model, fix="--template chatml, or an instruct model")
     chat_encoder(tokenizer)
-    rule = find_rule(path, tokenizer, hybrid=hybrid)
+    rule = open_vlm(path).token_rule(sampling) if family_of(path) else None
     small = [path / name for name in ("tokenizer.json", "config.json", "preprocessor_config.json")]
     inputs = {"model": " ".join(sha256_file(p) for p in small if p.is_file())}
     inputs |= {kind: " ".join(map(_identify, paths)) for kind, paths in sources.items()}

@@ -12,12 +12,12 @@ from typing import Any
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.result_log import ResultLog, short_hash
-from lvctx.bench.prefix import PrefixScorer
 from lvctx.errors import UsageError
+from lvctx.eval.niah.config import Depths, TextNiahConfig
+from lvctx.eval.niah.run import NiahJob, plan_text
+from lvctx.inference.prefix_scorer import PrefixScorer
 from lvctx.model.load import load_config, load_model, try_forward
 from lvctx.positions.choose import choose
-from lvctx.stages.niah import NiahConfig, plan_niah
-from lvctx.stages.niah import Plan as NiahPlan
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +28,13 @@ class Search:
 
     bases: tuple[float, ...]
     """Candidates, ascending."""
-    niah: NiahPlan
+    niah: NiahJob
     """Model, needles and cells that each base is tried on."""
 
     @property
     def made_of(self) -> dict[str, Any]:
         """What decides a base's row: model, haystack and cells."""
-        return {**self.niah.shown["made_of"], "cells": short_hash([self.niah.key(c) for c in self.niah.cells])}
+        return {**self.niah.run_facts["made_of"], "cells": short_hash([self.niah.key(c) for c in self.niah.cells])}
 
 
 def bases(span: str, points: int) -> tuple[float, ...]:
@@ -62,20 +62,16 @@ def plan_search(
     """Check everything but the weights. Raises UsageError and InputError."""
     if not haystack:
         raise UsageError("--search-base needs text to hide needles in", fix="give --haystack FOLDER")
-    config = NiahConfig(
+    config = TextNiahConfig(
         model=model,
-        modality="text",
         haystack=tuple(haystack),
         lengths=tuple(lengths),
-        depths=tuple(depths),
+        depths=Depths(values=tuple(depths)),
         trials=trials,
-        distractors=0,
-        needles="drawn",
         scoring="forced",
-        training_length=None,
         seed=seed,
     )
-    return Search(bases=bases(span, points), niah=plan_niah(config))
+    return Search(bases=bases(span, points), niah=plan_text(config))
 
 
 def run_search(
@@ -105,7 +101,7 @@ def _try_base(search: Search, model: Any, base: float) -> dict[str, Any]:
     scorer = PrefixScorer(model)
     cells = []
     for cell in search.niah.cells:
-        score = scorer.score(*search.niah.test.sequence(cell))
+        score = scorer.score(*search.niah.task.sequence(cell))
         verdict = {"correct": score.forced, "log_prob": round(score.log_prob, 4)}
         cells.append({"length": cell.length, "depth": cell.depth, "trial": cell.trial, **verdict})
     return {
