@@ -36,7 +36,9 @@ ADAPTIVE = ("--hybrid", "3,4,2", "--frame-selection", "adaptive")
 def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One second of black, then one of white, at ten frames per second."""
     out = tmp_path_factory.mktemp("cut") / "cut.mp4"
-    sides = [part for color in ("black", "white") for part in ("-f", "lavfi", "-i", f"color={color}:s=96x64:r=10:d=1")]
+    sides = [
+        part for color in ("black", "white") for part in ("-f", "lavfi", "-i", f"color={color}:s=240x160:r=10:d=1")
+    ]
     command = [FFMPEG, "-v", "error", *sides, "-filter_complex", "concat", "-pix_fmt", "yuv420p", str(out)]
     subprocess.run(command, check=True)
     return out
@@ -52,7 +54,7 @@ def test_a_feature_cache_has_more_tokens_after_a_cut(cut: Path, tiny_tower: Path
     assert (row["visual_tokens"], row["nominal_tokens"]) == (24, 24)
     assert cache.provenance["config"]["change_threshold"] == 0.1
     blind = run(
-        "encode-video", cut, "--tower", tiny_tower, "--fps", 5, *ADAPTIVE, "--change-threshold", 1, "-o", tmp_path
+        "encode-video", cut, "--tower", tiny_tower, "--fps", 5, *ADAPTIVE, "--change-threshold", 0.5, "-o", tmp_path
     )
     assert (blind.exit_code, "change_threshold: 0.1 -> 0.5" in blind.stderr) == (3, True), blind.stderr
     for flags in (("--frame-selection", "adaptive"), ("--hybrid", "3,4,2", "--change-threshold", 0.2)):

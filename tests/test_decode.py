@@ -159,7 +159,7 @@ def test_a_part_of_a_video_has_ffmpegs_frames_from_start_to_before_end(
     assert (read_packets(path) is not None) == planned
     times = times_of_ffmpeg(path)
     pictures = np.frombuffer(ffmpeg(path, "-f", "rawvideo", "-pix_fmt", "rgb24"), np.uint8).reshape(-1, 66, 98, 3)
-    begin, stop = Fraction(start or 0), Fraction(2 if end is None else min(end, 2))
+    begin, stop = Fraction(str(start or 0)), Fraction(str(2 if end is None else min(end, 2)))
     inside = [i for i, t in enumerate(times) if begin <= t - times[0] < stop]
     due = itertools.takewhile(lambda t: t < stop, (begin + Fraction(k, 5) for k in itertools.count()))
     expected: dict[str, list[int]] = {

@@ -222,7 +222,7 @@ def _count_about(job: "_Job") -> Count:
     if sampling.frames is not None:
         frames = sampling.frames
     elif sampling.fps == "native":
-        low, high = numbers_between(sorted(float((start - first) * tick) for start, _ in spans), sampling)
+        low, high = numbers_between(sorted(start - first for start, _ in spans), sampling, tick=tick)
         frames = high - low
     else:
         frames = len(due_ticks(first, last, end, tick, sampling))

@@ -32,26 +32,36 @@ def frame_numbers(index: PacketIndex, sampling: VideoSampling) -> list[int]:
     pts_F = index.pts_N[index.packet_F]
     first, last = int(pts_F[0]), int(pts_F[-1])
     if sampling.frames is not None or sampling.fps == "native":
-        low, high = numbers_between(((pts_F - first) * float(index.time_base)).tolist(), sampling)
+        low, high = numbers_between((pts_F - first).tolist(), sampling, tick=index.time_base)
         count = high - low
         return [low + n for n in (range(count) if sampling.frames is None else spread(count, sampling.frames))]
     due = due_ticks(first, last, index.end, index.time_base, sampling)
     return (np.searchsorted(pts_F, due, "right") - 1).tolist()
 
 
-def numbers_between(seconds: Sequence[Any], sampling: VideoSampling) -> tuple[int, int]:
-    """First and after-last number of the ascending times, from the first frame, that `start` and `end` leave."""
-    low = bisect_left(seconds, sampling.start or 0)
-    return low, len(seconds) if sampling.end is None else max(low, bisect_left(seconds, sampling.end))
+def numbers_between(
+    times: Sequence[int | Fraction], sampling: VideoSampling, *, tick: Fraction = Fraction(1)
+) -> tuple[int, int]:
+    """First and after-last number of the times, ascending ticks from the first frame, between `start` and `end`."""
+    low = bisect_left(times, _exact(sampling.start or 0) / tick)
+    return low, len(times) if sampling.end is None else max(low, bisect_left(times, _exact(sampling.end) / tick))
 
 
 def due_ticks(first: int, last: int, end: int, tick: Fraction, sampling: VideoSampling) -> list[int]:
     """Ticks at which a rate takes a frame: from the first frame or `start` on, before the video's or the given end."""
     step = _step(sampling) / tick
-    begin = first + math.ceil(Fraction(sampling.start or 0) / tick)
-    count = max(math.ceil((end - begin) / step), (last - begin) // step + 1, 0)
-    due = [begin + k * step.numerator // step.denominator for k in range(count)]
-    return due if sampling.end is None else [t for t in due if t < first + Fraction(sampling.end) / tick]
+    begin = first + _exact(sampling.start or 0) / tick
+    count = max(math.ceil((end - begin) / step), (last - begin) // step + 1)
+    if sampling.end is not None:
+        count = min(count, math.ceil((first + _exact(sampling.end) / tick - begin) / step))
+    # begin + k * step, rounded down: in whole numbers, as there may be a hundred thousand.
+    whole, part = begin.numerator * step.denominator, begin.denominator * step.numerator
+    return [(whole + k * part) // (begin.denominator * step.denominator) for k in range(count)]
+
+
+def _exact(seconds: float) -> Fraction:
+    """The decimals that were given: as a float, 0.44 is a little more."""
+    return Fraction(seconds).limit_denominator(1_000_000)
 
 
 def _step(sampling: VideoSampling) -> Fraction:
@@ -83,14 +93,14 @@ def take_numbered(frames: Iterable[DecodedFrame], wanted: Iterable[int]) -> Iter
 def take_sampled(frames: Iterable[DecodedFrame], sampling: VideoSampling) -> Iterator[DecodedFrame]:
     """The frames that a rate takes, in order; one that stays on display over several sampling times several times."""
     native = sampling.fps == "native"
-    begin = Fraction(sampling.start or 0)
+    begin = _exact(sampling.start or 0)
     until: Fraction | float = math.inf
     due = Fraction(0)
     shown: DecodedFrame | None = None
     for frame in frames:
         if shown is None:
             due = frame.pts + begin
-            until = math.inf if sampling.end is None else frame.pts + Fraction(sampling.end)
+            until = math.inf if sampling.end is None else frame.pts + _exact(sampling.end)
             begin = due
         if native and begin <= frame.pts < until:
             yield frame
