@@ -10,12 +10,12 @@ import mrope_models
 import numpy as np
 import pytest
 import torch
-from lvctx.artifacts.jsonl_log import read_jsonl
 from mrope_models import Prompt, forward, opinionated
 from PIL import Image
 from test_niah import run
 from test_prefix import assert_same, plain
 
+from lvctx.artifacts.jsonl_log import read_jsonl
 from lvctx.eval.niah.image_needles import ImageNeedle, NeedleSet
 from lvctx.eval.niah.video import VideoNeedleTask
 from lvctx.inference.prefix_scorer import PrefixScorer
