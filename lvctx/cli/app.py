@@ -19,7 +19,10 @@ from lvctx.errors import EXIT_INTERRUPTED, EXIT_READER_GONE, EXIT_STOPPED, Lvctx
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Training": {
         "pack-text": ("prepare", "Tokenize documents and pack them into fixed-length rows."),
-        "extend-lm": ("extend_lm", "Extend the context of a language model: new RoPE base, training on long rows."),
+        "extend-lm": (
+            "extend_lm",
+            "Extend the context of a language model: a new RoPE base, then training on long packed rows of text.",
+        ),
         "align": ("align", "Train a language model to process images, with a vision tower and a projector."),
         "pack-chat": ("prepare", "Mix chat samples with text, images and videos and pack them into long rows."),
     },

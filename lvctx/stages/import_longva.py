@@ -1,8 +1,8 @@
-"""LongVA's released checkpoints as VLMs of ours: tensors carried over shard by shard, each accounted for.
+"""Converts LongVA's released checkpoints shard by shard; every tensor is accounted for.
 
-`lmms-lab/LongVA-7B` and `LongVA-7B-DPO` are LLaVA checkpoints: see `lvctx.model.llava` for how they differ. Memory is
-that of the largest tensor that has to be made (none for LongVA-7B, whose vocabulary has room for the placeholders), not
-of the model.
+`lmms-lab/LongVA-7B` and `LongVA-7B-DPO` are LLaVA checkpoints: see `lvctx.model.llava` for how they differ. Needs the
+memory of the largest tensor that has to be built (none for LongVA-7B, whose vocabulary has room for the placeholders),
+not of the model.
 """
 
 import ast
@@ -61,15 +61,15 @@ class ImportLongvaJob:
     tokenizer: Any
     """With the placeholders."""
     pixels: Mapping[str, Any]
-    """How the tower wants its pixels."""
+    """Image processor configuration of the vision tower."""
     tower: Path | None
     """Where the tower's weights come from; None if they are in the checkpoint."""
     shards: list[dict[str, Weight]]
     """The checkpoint's tensors under our names."""
     dropped: list[str]
-    """Names of what is not carried over: computed from the configuration, tied, or read by nothing."""
+    """Names of tensors that are left out: computed from the configuration, tied, or unused."""
     rows: int
-    """Of the embedding: those of the checkpoint, or more where the placeholders found no room."""
+    """Rows of the embedding: those of the checkpoint, or more if it has no room for the placeholders."""
     provenance: Provenance
     """What identifies the run."""
 
@@ -214,7 +214,7 @@ def run_import_longva(job: ImportLongvaJob, *, resume: str, force: bool, on_prog
 
 
 def _shards(job: ImportLongvaJob) -> list[Mapping[str, Weight]]:
-    """What to write: the checkpoint's shards with what the placeholders need, and one for a tower from elsewhere."""
+    """What to write: the checkpoint's shards with the added rows, and one for a tower that is not in the checkpoint."""
     shards: list[Mapping[str, Weight]] = []
     line_end = newline_id(job.tokenizer)
     for shard in job.shards:

@@ -1,7 +1,7 @@
-"""Make a haystack that may be passed on: procedural scenes, with openly licensed clips of the user's between them.
+"""Writes a haystack that can be redistributed: synthetic scenes, with the user's openly licensed clips between them.
 
-Frames come from a generator and go where they are wanted, a batch at a time: into what a tower sees in them, into
-pictures, or into a video. Every frame's pixels are hashed, so two places can tell that they have the same haystack.
+Frames come from a generator and are written in batches: as vision features, as images, or as a video. The pixels of
+every frame are hashed, so that two machines can check that they have the same haystack.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from lvctx.vlm.feature_cache import SUFFIX, open_frames
 from lvctx.vlm.video_encoder import VideoEncoder
 
 PIXELS = ".pixels.txt"
-"""Beside a haystack: sixteen hex digits of every frame's pixels, a line each."""
+"""Suffix of the file beside a haystack that has the hash of each frame, one per line."""
 
 
 def haystack_frames(config: HaystackConfig) -> Iterator[np.ndarray]:
@@ -60,16 +60,15 @@ def write_haystack(
     force: bool,
     on_progress: Callable[[int, int, str], None],
 ) -> dict[str, Any]:
-    """Write a frames artifact (with an `encoder`), an .mp4, or a directory of pictures; the row that describes it.
+    """Write a frames artifact (with an `encoder`), an .mp4, or a directory of images; the row that describes it.
 
-    With `pixels`, the hashes that the frames must have, InputError for the first that is another. Nothing is left
-    under `out` then, nor after anything else that ends it early. UsageError where `encoder` and `out` do not go
-    together.
+    `pixels` is a file of the hashes that the frames must have. Raises InputError for the first frame that differs, and
+    UsageError if `encoder` and the name of `out` contradict each other. After an error there is nothing at `out`.
     """
     if out.name.endswith(SUFFIX) != (encoder is not None):
         raise UsageError(f"-o {out}: --model and a name that ends in {SUFFIX} go together")
-    cut = [str(clip) for clip in config.clips if not check_whole(clip, allow_partial=config.allow_partial)]
-    made = Provenance(
+    partial_clips = [str(clip) for clip in config.clips if not check_whole(clip, allow_partial=config.allow_partial)]
+    provenance = Provenance(
         schema=schemas.FRAMES if encoder else schemas.HAYSTACK,
         command="niah haystack",
         config={
@@ -89,30 +88,32 @@ def write_haystack(
     if out.suffix == ".mp4":
         if out.exists() and not force:
             raise InputError("exists already", where=out, fix="choose another -o, or --force to write it anew")
-    elif is_finished(out, made, resume=resume, force=force):
+    elif is_finished(out, provenance, resume=resume, force=force):
         return _row(config, out)
-    wanted = pixels.read_text(encoding="utf-8").split() if pixels else None
-    seen: list[str] = []
+    expected = pixels.read_text(encoding="utf-8").split() if pixels else None
+    hashes: list[str] = []
 
     def checked() -> Iterator[np.ndarray]:
         for frame in haystack_frames(config):
-            seen.append(hash_frame(frame))
-            if wanted is not None and wanted[len(seen) - 1 : len(seen)] != seen[-1:]:
+            hashes.append(hash_frame(frame))
+            if expected is not None and expected[len(hashes) - 1 : len(hashes)] != hashes[-1:]:
                 raise InputError(
-                    f"frame {len(seen) - 1} has other pixels", where=pixels, fix="give the same clips, seed and version"
+                    f"frame {len(hashes) - 1} has other pixels",
+                    where=pixels,
+                    fix="give the same clips, seed and version",
                 )
-            on_progress(len(seen), config.frames, f"{len(seen):,} seconds")
+            on_progress(len(hashes), config.frames, f"{len(hashes):,} seconds")
             yield frame
 
     if encoder:
-        _encode(checked(), out, made, encoder)
+        _encode(checked(), out, provenance, encoder)
     elif out.suffix == ".mp4":
         _write_video(checked(), out, config.side + config.side % 2)
     else:
-        _save(checked(), out, made)
+        _save(checked(), out, provenance)
     with atomic_file(_pixels_of(out)) as partial:
-        partial.write_text("".join(f"{digest}\n" for digest in seen), encoding="utf-8")
-    return _row(config, out) | ({"partial": cut} if cut else {})
+        partial.write_text("".join(f"{digest}\n" for digest in hashes), encoding="utf-8")
+    return _row(config, out) | ({"partial": partial_clips} if partial_clips else {})
 
 
 def _pixels_of(out: Path) -> Path:
@@ -132,28 +133,28 @@ def _row(config: HaystackConfig, out: Path) -> dict[str, Any]:
     }
 
 
-def _encode(frames: Iterator[np.ndarray], out: Path, made: Provenance, encoder: VideoEncoder) -> None:
+def _encode(frames: Iterator[np.ndarray], out: Path, provenance: Provenance, encoder: VideoEncoder) -> None:
     square, batch = encoder.files.preprocess.square, encoder.config.batch
     mode = encoder.config.sampling.frame_mode or "pad"
     done = 0
-    with open_frames(out, made, {}) as writer:
+    with open_frames(out, provenance, {}) as writer:
         while images := [np.asarray(square(Image.fromarray(frame), mode)) for frame in islice(frames, batch)]:
             seconds = range(done, done + len(images))
             writer.append(encoder.encode_images(np.stack(images)), [float(s) for s in seconds], list(seconds))
             done += len(images)
 
 
-def _save(frames: Iterator[np.ndarray], out: Path, made: Provenance) -> None:
+def _save(frames: Iterator[np.ndarray], out: Path, provenance: Provenance) -> None:
     names = []
     for i, frame in enumerate(frames):
         names.append(f"{i:06}.png")
         with atomic_file(out / names[-1]) as partial:
             Image.fromarray(frame).save(partial, format="png")
-    write_manifest(out, made, names)
+    write_manifest(out, provenance, names)
 
 
 def _write_video(frames: Iterator[np.ndarray], out: Path, side: int) -> None:
-    """H.264 at one frame a second, scaled to `side`. Compressed: its pixels are near the hashed ones, not same."""
+    """H.264 at one frame per second, scaled to `side`; lossy, so its pixels are close to the hashed ones, not equal."""
     import av
 
     with atomic_file(out) as partial, av.open(f"file:{partial}", "w", format="mp4") as container:
