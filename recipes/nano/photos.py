@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from lvctx.vision.decode import read_video
-from lvctx.vision.sampling import VideoSampling
 from lvctx.vision.images import open_image
+from lvctx.vision.sampling import VideoSampling
 
 SIDE = 300
 """Short side they are reduced to, pixels."""
