@@ -139,7 +139,8 @@ def test_a_video_file_is_encoded_once_and_asked_about(
     assert "used as they are" in vqa(cached, "--frames", 3, *ask, code=2)[1]
 
 
-def test_only_what_is_new_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_what_is_new_is_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     printer, parts = StreamPrinter(live=True), []
     for text in ("The", "The caf\ufffd", "The café", "The café is"):
         printer.show(text)

@@ -4,7 +4,7 @@ import json
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from operator import itemgetter
@@ -286,7 +286,9 @@ def _answer_videos(
 
     references = read_references(sys.stdin) if config.piped else ((Path(name), {}) for name in config.videos)
     failed = 0
-    with progress("vqa", "loading the model") as on_progress:
+    # A bar would be drawn between the words of an answer that grows.
+    no_bar = nullcontext(lambda done, total, note: None)
+    with no_bar if printer.live else progress("vqa", "loading the model") as on_progress:
         for done, (path, row) in enumerate(parallel.follow(references), start=1):
             passed = {k: v for k, v in row.items() if k not in ("schema", "sha256")} | {"path": str(path)}
             try:

@@ -19,7 +19,7 @@ from lvctx.errors import InputError
 from lvctx.inference.config import EngineConfig
 from lvctx.inference.engine import AnswerScore, Reply, Shown
 from lvctx.inference.prefix_scorer import PrefixScorer
-from lvctx.model.load import context_length, load_model, load_tokenizer, try_forward
+from lvctx.model.load import context_length, load_model, load_tokenizer, require_accelerate, try_forward
 from lvctx.model.vlm import chat_ids
 from lvctx.vision.sampling import VideoSampling
 from lvctx.vlm.base import VLM, VisualInput
@@ -53,7 +53,9 @@ class TransformersEngine:
 
     @classmethod
     def from_config(cls, vlm: VLM, config: EngineConfig, *, ring: Ring = ALONE) -> Self:
-        """With a resolved device."""
+        """With a resolved device. Raises MissingError for a device map without accelerate."""
+        if config.device_map is not None:
+            require_accelerate()
         return cls(
             vlm,
             device=config.device,

@@ -113,6 +113,12 @@ def load_image_processor(path: Path) -> Any:
     return processor
 
 
+def require_accelerate() -> None:
+    """Raise MissingError where accelerate, which places the modules of a device map, is not installed."""
+    if find_spec("accelerate") is None:
+        raise MissingError("a device map needs accelerate", where="--device-map", fix="pip install accelerate")
+
+
 def load_model(
     path: Path,
     *,
@@ -135,8 +141,8 @@ def load_model(
 
     if device_map is None:
         device = resolve_device(device)
-    if device_map is not None and find_spec("accelerate") is None:
-        raise MissingError("a device map needs accelerate", where="--device-map", fix="pip install accelerate")
+    else:
+        require_accelerate()
     config = config or load_config(path)
     stored = _stored(path, config)
     check_rope(config, path)
