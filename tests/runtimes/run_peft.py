@@ -13,17 +13,23 @@ from rows import Row, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 
+def read(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    """The log-probability of each token of a prompt after those before."""
+    with torch.no_grad():
+        logprobs = model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
 def measure(out: Path, name: str, reference: Row) -> Row:
-    """One model: the adapter, kept in bfloat16, on its base."""
+    """One model: the adapter on its base, and how far the adapter moves the base."""
     base = out / reference["base"]
     vlm = AutoConfig.from_pretrained(base).model_type == "llava_onevision"
     kind = AutoModelForImageTextToText if vlm else AutoModelForCausalLM
-    ids = torch.tensor([reference["ids"]])
     model = kind.from_pretrained(base, dtype=torch.float32).eval()
-    model = peft.PeftModel.from_pretrained(model, out / name / "adapter").eval()
-    with torch.no_grad():
-        logprobs = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    return {"difference": float((logprobs - torch.tensor(reference["logprobs"])).abs().max())}
+    before = read(model, reference["ids"])
+    after = read(peft.PeftModel.from_pretrained(model, out / name / "adapter").eval(), reference["ids"])
+    merged = torch.tensor(reference["logprobs"])
+    return {"difference": float((after - merged).abs().max()), "moved": float((merged - before).abs().max())}
 
 
 if __name__ == "__main__":

@@ -39,8 +39,8 @@ def post(url: str, body: dict[str, Any]) -> Any:
 
 
 def _wait(url: str, running: subprocess.Popen[bytes], log: Path) -> None:
-    """Until the server answers. Raises RuntimeError if it ends before, or does not within two minutes."""
-    for _ in range(240):
+    """Until the server answers. Raises RuntimeError if it ends before, or does not within ten minutes."""
+    for _ in range(1200):
         try:
             with urllib.request.urlopen(url, timeout=5):
                 return

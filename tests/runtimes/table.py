@@ -35,7 +35,7 @@ def cell(row: dict[str, Any] | None) -> str:
     if "error" in row:
         return "cannot: " + row["error"].replace("|", "/")[:160]
     parts = ["cannot: " + row["refusal"]] if "refusal" in row else []
-    for key, form in (("difference", "{:.1e}"), ("loss", "loss {:.2f}")):
+    for key, form in (("difference", "{:.1e}"), ("moved", "of {:.1f}"), ("loss", "loss {:.2f}")):
         if key in row:
             parts.append("not a number" if row[key] is None else form.format(row[key]))
     shown = ("tokens", "text", "image", "video")
