@@ -6,6 +6,7 @@ python tests/runtimes/table.py OUT -o docs/runtimes.md
 import argparse
 import datetime
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,23 @@ HEAD = """\
 # What is written, in other runtimes
 
 `make test-runtimes` writes tiny random models of every kind that lvctx writes, loads each in each runtime in float32 on
-a CPU, and makes this table, last on {date}. The numbers are the largest difference from a log-probability that lvctx
-computes: for vLLM and PEFT over a prompt of 900 tokens, for vLLM and llama.cpp over {new} greedy tokens after it. A
-difference below 0.001 passes. "tokens", "text", "image" and "video" say whether the {new} greedy tokens after that
-prompt, after a chat of 900 letters, and about an image and a video are equal. For TRL the loss of one step with LoRA is
-given, for PEFT the difference between `adapter/` on the model that was trained and the merged weights.
+a CPU, and makes this table. The last run was on {date}, with torch {torch} and transformers {transformers} for what
+lvctx computes. An empty cell was not run.
 
-The target takes about an hour on two cores, most of it for building llama.cpp and installing the packages, and 15
-minutes again after that. It needs a C++ compiler and 6 GB of disk in `.runtimes` (or `make RUNTIMES=DIR
-test-runtimes`), more where pip has torch with CUDA.
+- The numbers for vLLM and llama.cpp are the largest difference from a log-probability that lvctx computes: for vLLM of
+  a prompt of 900 tokens and of {new} greedy tokens after it, for llama.cpp of the {new}. A difference below 0.001
+  passes.
+- "tokens", "text", "image" and "video" say whether {new} greedy tokens are equal after that prompt, in answer to a text
+  of 900 letters, and in answer to a question about an image and a video.
+- llama.cpp gets the flags of `llama.cpp.txt`; a Qwen-VL model's are for a GGUF of the model before it was extended.
+- TRL: the loss of one step of its SFTTrainer with LoRA, for a VLM on a conversation with an image.
+- PEFT: the largest difference from the merged model's log-probabilities when it puts `adapter/` on the model that was
+  trained, and the most that the adapter moves one. The adapter is kept in bfloat16, which has 8 bits: up to 0.4 % is
+  rounding.
+
+The target needs no compiler. The environments take 6 GB of disk in `.runtimes` (`make RUNTIMES=DIR test-runtimes` puts
+them elsewhere), more where pip has torch with CUDA. Expect half an hour on two cores, the packages' installation
+included: the commands use about 15 minutes of processor time.
 
 """
 COLUMNS = ("vllm", "llama_cpp", "serve", "trl", "peft")
@@ -43,6 +52,11 @@ def cell(row: dict[str, Any] | None) -> str:
     return ", ".join(parts)
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """A runner's rows; none where it was not run."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
 def main() -> None:
     """Write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,16 +64,18 @@ def main() -> None:
     parser.add_argument("-o", "--page", type=Path, required=True)
     args = parser.parse_args()
     reference = json.loads((args.out / "reference.json").read_text())
-    columns = []
-    for name in COLUMNS:
-        rows = [json.loads(line) for line in (args.out / f"{name}.jsonl").read_text().splitlines()]
-        columns.append({row["model"]: row for row in rows})
+    rows = {name: read(args.out / f"{name}.jsonl") for name in COLUMNS}
+    columns = [{row["model"]: row for row in found} for found in rows.values() if found]
     runtimes = [next(iter(column.values()))["runtime"] for column in columns]
     lines = [f"| model | {' | '.join(runtimes)} |", "|---" * (1 + len(runtimes)) + "|"]
     lines += [f"| {model} | {' | '.join(cell(column.get(model)) for column in columns)} |" for model in reference]
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     new = len(next(iter(reference.values()))["greedy"])
-    args.page.write_text(HEAD.format(new=new, date=date) + "\n".join(lines) + "\n")
+    args.page.write_text(
+        HEAD.format(new=new, date=date, torch=version("torch"), transformers=version("transformers"))
+        + "\n".join(lines)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":
