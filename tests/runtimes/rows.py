@@ -23,6 +23,8 @@ def write_rows(out: Path, names: list[str], runtime: str, measure: Callable[[Pat
             try:
                 with contextlib.redirect_stdout(sys.stderr):
                     row = measure(out, name, reference[name])
+            except RuntimeError as e:  # the runner's word, and most runtimes' own
+                row = {"error": " ".join(str(e).split())}
             except Exception as e:
                 row = {"error": " ".join(f"{type(e).__name__}: {e}".split())}
             numbers = {key: None for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}

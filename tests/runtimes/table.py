@@ -29,8 +29,8 @@ lvctx computes. An empty cell was not run.
   rounding.
 
 The target needs no compiler. The environments take 6 GB of disk in `.runtimes` (`make RUNTIMES=DIR test-runtimes` puts
-them elsewhere), more where pip has torch with CUDA. Expect half an hour on two cores, the packages' installation
-included: the commands use about 15 minutes of processor time.
+them elsewhere), more where pip has torch with CUDA. From the processor time of its parts, expect about half an hour on
+two cores, the packages' installation included.
 
 """
 COLUMNS = ("vllm", "llama_cpp", "serve", "trl", "peft")
@@ -43,7 +43,7 @@ def cell(row: dict[str, Any] | None) -> str:
         return ""
     if "error" in row:
         return "cannot: " + row["error"].replace("|", "/")[:160]
-    parts = ["cannot: " + row["refusal"]] if "refusal" in row else []
+    parts = ["cannot " + row["refusal"]] if "refusal" in row else []
     for key, form in (("difference", "{:.1e}"), ("moved", "of {:.1f}"), ("loss", "loss {:.2f}")):
         if key in row:
             parts.append("not a number" if row[key] is None else form.format(row[key]))
