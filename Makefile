@@ -2,6 +2,7 @@
 # make test | test-slow | test-gpu | test-lmms | test-runtimes
 # make tower | nano-start | text-start | giraffe-nano-train: what was trained ahead, again
 PYTHON ?= python3
+RUNTIMES ?= .runtimes
 RECIPES = transfer transfer-text transfer-far transfer-anyres transfer-no-text transfer-64k transfer-gpu giraffe-nano nano-start text-start \
 	giraffe-nano-train
 
@@ -49,10 +50,13 @@ test-lmms: fetch      # the plug-in under the real lmms-eval, in an environment 
 		pytest pytest-timeout hypothesis lmms-eval
 	.venv-lmms/bin/python -m pytest -rs tests/test_lmms.py
 
-test-runtimes: setup  # tiny models of every kind in vLLM, in an environment of its own (.venv-vllm): docs/runtimes.md
+test-runtimes: setup  # tiny models of every kind in other runtimes, each installed in $(RUNTIMES): docs/runtimes.md
+	mkdir -p $(RUNTIMES)
 	OMP_NUM_THREADS=1 .venv/bin/python tests/runtimes/models.py runs/runtimes
-	tests/runtimes/vllm.sh runs/runtimes
-	.venv/bin/python tests/runtimes/table.py runs/runtimes/*.jsonl -o docs/runtimes.md
+	OMP_NUM_THREADS=1 .venv/bin/python tests/runtimes/reference.py runs/runtimes
+	for runtime in vllm llama_cpp trl; do \
+		tests/runtimes/$$runtime.sh runs/runtimes $(RUNTIMES)/$$runtime || exit; done
+	.venv/bin/python tests/runtimes/table.py runs/runtimes -o docs/runtimes.md
 
 lint: setup
 	.venv/bin/ruff check .

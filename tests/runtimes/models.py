@@ -1,10 +1,8 @@
-"""Tiny random models of every kind that lvctx writes, and what they compute here: the reference for other runtimes.
+"""Tiny random models of every kind that lvctx writes, in float32.
 
     python tests/runtimes/models.py OUT
 
-OUT gets a directory a model and reference.json: for every model its prompt's token ids, the log-probability of each of
-them after those before, the tokens of a greedy continuation, and for a VLM the greedy answers about an image and a
-video. Everything in float32.
+OUT gets a directory a model, and parts/ with what they are made of.
 """
 
 import json
@@ -15,18 +13,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import aligning
 import mrope_models
-import numpy as np
 import torch
-from PIL import Image
 from support import torchvision_cpu
 
+PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+"""Pixels of an image or video of the Qwen-VL models, least and most: a few tokens each."""
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% elif part['type'] in ('image', 'image_url', 'video') %}"
+    "<|vision_start|><|{{ part['type'][:5] }}_pad|><|vision_end|>{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Chat template of the Qwen-VL models, whose turns have parts."""
 CONTEXT = 256
 """Positions of the language model before it is extended."""
-LONG = 900
-"""Tokens of the prompt: far beyond that."""
-NEW = 8
-"""Greedy tokens."""
 EXTENDED = {
     "lm-plain": None,
     "lm-theta": "--rope-theta 1e6 --context 1024",
@@ -50,6 +53,8 @@ MROPE = {
     "qwen3_vl": ("none", "yarn"),
 }
 """Qwen-VL: model type to options of mrope-extend, after `--method`."""
+ADAPTED = {"lm-lora": "lm-yarn", "vlm-lora": "vlm-clip"}
+"""Models trained with LoRA, merged with their `adapter/` beside: the model that the adapter goes on."""
 
 
 def run(*words: object) -> None:
@@ -112,87 +117,62 @@ def make_vlm(lm: Path, tower: Path, out: Path) -> None:
     write_side_files(out)
 
 
-def make_all(out: Path) -> dict[str, Path]:
-    """Write every model; name to directory."""
-    made = {}
+def make_lora(out: Path) -> None:
+    """Two steps of extend-lm and of align with LoRA, fast enough that every adapter counts."""
+    steps = ["--steps", 2, "--lr", 0.01, "--lora", 4]
+    data = out / "parts" / "data"
+    data.mkdir(exist_ok=True)
+    (data / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    options = ["--tokenizer", out / "lm-yarn", "--seq-len", 64, "--keep-short", 1]
+    run("pack-text", data / "text.txt", *options, "-o", data / "packed")
+    options = [*EXTENDED["lm-yarn"].split(), "--data", data / "packed", "--batch-tokens", 64]
+    run("extend-lm", "--model", out / "parts" / "lm", *options, *steps, "-o", out / "lm-lora")
+    aligning.draw(data)
+    rows = [aligning.talk("<image>\nWhat is it?", "red", image=f"{i}.png") for i in range(4)]
+    parts = ["--lm", out / "lm-yarn", "--tower", out / "parts" / "clip", "--tower-lr", 0]
+    options = [*parts, "--data", aligning.write(data / "data.json", rows), "--images", data, "--stage", "full"]
+    run("align", *options, "--batch", 2, *steps, "-o", out / "vlm-lora")
+
+
+def save_processor(kind: str, out: Path) -> None:
+    """Tokenizer, template and processors of a Qwen-VL model as its own checkpoints have them."""
+    from transformers import models
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    name = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[kind]
+    video = models.qwen3_vl.Qwen3VLVideoProcessor if kind == "qwen3_vl" else models.qwen2_vl.Qwen2VLVideoProcessor
+    patch = {"patch_size": mrope_models.config(kind).vision_config.patch_size}
+    tokenizer = mrope_models.tokenizer()
+    tokenizer.chat_template = PARTS
+    images = Qwen2VLImageProcessorPil(**patch, size=PIXELS)
+    processor: Any = getattr(getattr(models, kind), f"{name}Processor")
+    processor(images, tokenizer, video(**patch, size=PIXELS), chat_template=PARTS).save_pretrained(out)
+
+
+def make_all(out: Path) -> None:
+    """Write every model."""
     make_lm(out / "parts" / "lm")
     for name, options in EXTENDED.items():
-        made[name] = out / name
         if options is None:
             make_lm(out / name)
         else:
             run("extend-lm", "--model", out / "parts" / "lm", *options.split(), "--steps", 0, "-o", out / name)
     for kind in ("clip", "siglip"):
         make_tower(out / "parts" / kind, kind)
-        made[f"vlm-{kind}"] = out / f"vlm-{kind}"
         make_vlm(out / "lm-yarn", out / "parts" / kind, out / f"vlm-{kind}")
+    make_lora(out)
     for kind, methods in MROPE.items():
-        model = mrope_models.opinionated(kind)
-        model.save_pretrained(out / "parts" / kind)
-        mrope_models.save_processors(kind, out / "parts" / kind)
+        mrope_models.opinionated(kind).save_pretrained(out / "parts" / kind)
+        save_processor(kind, out / "parts" / kind)
         for method in methods:
             name = f"{kind}-{method}".replace("++ --ramp ", "-")
-            made[name] = out / name
             length = ["--original-length", 32_768] if kind == "qwen2_5_vl" else []
             options = ["--scale", 4, *length, "--method", *method.split()]
             run("mrope-extend", "--model", out / "parts" / kind, *options, "-o", out / name)
-    return made
-
-
-def compute(path: Path) -> dict[str, Any]:
-    """What a model computes here for a prompt of text."""
-    from lvctx.model.load import load_model
-
-    model = load_model(path, dtype=torch.float32)
-    rng = np.random.default_rng(0)
-    ids = rng.integers(0, 250, LONG).tolist()
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-        grown, likely = list(ids), []
-        for _ in range(NEW):
-            best = model(input_ids=torch.tensor([grown])).logits[0, -1].log_softmax(-1).max(-1)
-            grown.append(int(best.indices))
-            likely.append(float(best.values))
-    chosen = logits[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-    return {"ids": ids, "logprobs": chosen.tolist(), "greedy": grown[LONG:], "greedy_logprobs": likely}
-
-
-def show(path: Path, out: Path) -> dict[str, Any]:
-    """Stock transformers' greedy answers of a LlavaOnevision model about an image and a video; media go to `out`."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    rng = np.random.default_rng(1)
-    image = rng.integers(0, 255, (60, 100, 3), dtype=np.uint8)
-    video = rng.integers(0, 255, (6, 60, 100, 3), dtype=np.uint8)
-    Image.fromarray(image).save(out / "image.png")
-    np.save(out / "video.npy", video)
-    processor = AutoProcessor.from_pretrained(path)
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
-    answers: dict[str, Any] = {}
-    for kind, given in (("image", {"images": [Image.fromarray(image)]}), ("video", {"videos": [video]})):
-        content = [{"type": kind}, {"type": "text", "text": "What is it?"}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        inputs = processor(text=[text], return_tensors="pt", **given)
-        with torch.no_grad():
-            tokens = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        answers[kind] = {"prompt": text, "greedy": tokens.tolist()}
-    return answers
-
-
-def main() -> None:
-    """Models and reference."""
-    out = Path(sys.argv[1])
-    folder = torchvision_cpu.install()
-    if folder is not None:
-        torchvision_cpu.use(folder)
-    reference = {}
-    for name, path in make_all(out).items():
-        reference[name] = compute(path)
-        if name.startswith("vlm"):
-            reference[name]["shown"] = show(path, out)
-        print(name, flush=True)
-    (out / "reference.json").write_text(json.dumps(reference))
 
 
 if __name__ == "__main__":
-    main()
+    folder = torchvision_cpu.install()
+    if folder is not None:
+        torchvision_cpu.use(folder)
+    make_all(Path(sys.argv[1]))

@@ -1,23 +1,40 @@
-"""The table of docs/runtimes.md from the JSON lines of the runners.
+"""The table of docs/runtimes.md from what the runners wrote.
 
-python tests/runtimes/table.py ROWS.jsonl... -o docs/runtimes.md
+python tests/runtimes/table.py OUT -o docs/runtimes.md
 """
 
 import argparse
 import datetime
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 HEAD = """\
 # What is written, in other runtimes
 
-Tiny random models of every kind that lvctx writes were loaded by each runtime in float32 on a CPU and compared with
-what lvctx computes: the largest difference of a log-probability over a prompt of 900 tokens, whether {new} greedy
-tokens are equal, and for VLMs whether the greedy answers of stock transformers about an image and a video are. A model
-passes below 0.001. `make test-runtimes` makes this table; {date}.
+`make test-runtimes` writes tiny random models of every kind that lvctx writes, loads each in each runtime in float32 on
+a CPU, and makes this table. The last run was on {date}, with torch {torch} and transformers {transformers} for what
+lvctx computes. An empty cell was not run.
+
+- The numbers for vLLM and llama.cpp are the largest difference from a log-probability that lvctx computes: for vLLM of
+  a prompt of 900 tokens and of {new} greedy tokens after it, for llama.cpp of the {new}. A difference below 0.001
+  passes.
+- "tokens", "text", "image" and "video" say whether {new} greedy tokens are equal after that prompt, in answer to a text
+  of 900 letters, and in answer to a question about an image and a video.
+- llama.cpp gets the flags of `llama.cpp.txt`; a Qwen-VL model's are for a GGUF of the model before it was extended.
+- TRL: the loss of one step of its SFTTrainer with LoRA, for a VLM on a conversation with an image.
+- PEFT: the largest difference from the merged model's log-probabilities when it puts `adapter/` on the model that was
+  trained, and the most that the adapter moves one. The adapter is kept in bfloat16, which has 8 bits: up to 0.4 % is
+  rounding.
+
+The target needs no compiler. The environments take 6 GB of disk in `.runtimes` (`make RUNTIMES=DIR test-runtimes` puts
+them elsewhere), more where pip has torch with CUDA. From the processor time of its parts, expect about half an hour on
+two cores, the packages' installation included.
 
 """
+COLUMNS = ("vllm", "llama_cpp", "serve", "trl", "peft")
+"""Names of the runners' files."""
 
 
 def cell(row: dict[str, Any] | None) -> str:
@@ -26,26 +43,39 @@ def cell(row: dict[str, Any] | None) -> str:
         return ""
     if "error" in row:
         return "cannot: " + row["error"].replace("|", "/")[:160]
-    parts = [f"{row['difference']:.1e}" if row.get("difference") is not None else "not a number"]
-    parts += [f"{name} {'equal' if row[name] else 'differ'}" for name in ("tokens", "image", "video") if name in row]
+    parts = ["cannot " + row["refusal"]] if "refusal" in row else []
+    for key, form in (("difference", "{:.1e}"), ("moved", "of {:.1f}"), ("loss", "loss {:.2f}")):
+        if key in row:
+            parts.append("not a number" if row[key] is None else form.format(row[key]))
+    shown = ("tokens", "text", "image", "video")
+    parts += [f"{name} {'equal' if row[name] else 'differ'}" for name in shown if name in row]
     return ", ".join(parts)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """A runner's rows; none where it was not run."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def main() -> None:
     """Write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=Path, nargs="+")
-    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("out", type=Path, help="as reference.py and the runners wrote it")
+    parser.add_argument("-o", "--page", type=Path, required=True)
     args = parser.parse_args()
-    rows = [json.loads(line) for path in args.rows for line in path.read_text().split("\n") if line.startswith("{")]
-    runtimes, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("runtime", "model"))
-    found = {(row["model"], row["runtime"]): row for row in rows}
+    reference = json.loads((args.out / "reference.json").read_text())
+    rows = {name: read(args.out / f"{name}.jsonl") for name in COLUMNS}
+    columns = [{row["model"]: row for row in found} for found in rows.values() if found]
+    runtimes = [next(iter(column.values()))["runtime"] for column in columns]
     lines = [f"| model | {' | '.join(runtimes)} |", "|---" * (1 + len(runtimes)) + "|"]
-    for model in models:
-        lines.append(f"| {model} | {' | '.join(cell(found.get((model, runtime))) for runtime in runtimes)} |")
+    lines += [f"| {model} | {' | '.join(cell(column.get(model)) for column in columns)} |" for model in reference]
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(HEAD.format(new=8, date=date) + "\n".join(lines) + "\n")
+    new = len(next(iter(reference.values()))["greedy"])
+    args.page.write_text(
+        HEAD.format(new=new, date=date, torch=version("torch"), transformers=version("transformers"))
+        + "\n".join(lines)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

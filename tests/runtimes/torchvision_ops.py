@@ -14,6 +14,8 @@ class _Define(importlib.abc.MetaPathFinder):
         sys.meta_path.remove(self)
         import torch
 
+        if torch.version.cuda is not None:  # then its kernels load
+            return
         library = torch.library.Library("torchvision", "FRAGMENT")
         for op in ("nms", "qnms"):
             library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

