@@ -109,7 +109,7 @@ def speed(device: str) -> float:
 def predicted(arguments: argparse.Namespace, length: int) -> tuple[int, float]:
     """Peak of ours by the plan, and the model's operations of a step."""
     from lvctx.stages.plan import PlanConfig, predict
-    from lvctx.train.plan import Spread
+    from lvctx.train.memory_model import Spread
 
     found = predict(
         PlanConfig(

@@ -34,7 +34,7 @@ def talk(*turns: str, **extra: Any) -> dict[str, Any]:
 def make_forward(vlm: Any, tokenizer: Any, encoding: Any, pixels_from: Path, *, pose: bool = False) -> Any:
     """A VLM ready for micro-batches, its tower frozen."""
     from lvctx.model.vlm import newline_id
-    from lvctx.train.micro import Forward
+    from lvctx.train.batching import Forward
     from lvctx.vision.images import Preprocess
 
     return Forward(

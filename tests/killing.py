@@ -27,7 +27,7 @@ from lvctx.dist.context import ParallelContext
 from lvctx.errors import Stopped
 from lvctx.train import loop, preference
 from lvctx.train.data import indices
-from lvctx.train.loop import Group, TrainConfig, train
+from lvctx.train.trainer import Group, TrainConfig, train
 
 
 class Toy:

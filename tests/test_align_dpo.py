@@ -22,7 +22,7 @@ from lvctx.model.vlm import newline_id
 from lvctx.train.chat import TokenSequence
 from lvctx.train.data import indices
 from lvctx.train.images import Encoding
-from lvctx.train.micro import Forward, Sample, encode_sample, pack_samples
+from lvctx.train.batching import Forward, Sample, encode_sample, pack_samples
 from lvctx.train.preference import REFERENCE, Preference, log_probs, read_pairs
 from lvctx.vision.images import Preprocess
 

@@ -33,7 +33,7 @@ from lvctx.model.vlm import (
 from lvctx.stages.align_plan import count_tokens
 from lvctx.train.chat import read_conversations
 from lvctx.train.images import Encoding
-from lvctx.train.micro import Sample, encode_sample
+from lvctx.train.batching import Sample, encode_sample
 from lvctx.vision.images import Preprocess, open_image
 from lvctx.vision.rules import find_rule
 

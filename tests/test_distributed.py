@@ -25,7 +25,7 @@ from lvctx.errors import InputError, Stopped
 from lvctx.model.lora import ATTENTION, add_lora
 from lvctx.train.activations import checkpoint_layers
 from lvctx.train.data import indices
-from lvctx.train.loop import Group, TrainConfig, train
+from lvctx.train.trainer import Group, TrainConfig, train
 from lvctx.train.rows import RowLoss, shard_row
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lvctx.errors import InputError
-from lvctx.train.plan import DEVICES, Shape, Spread, flops, longest, memory, read_shape, remedies, rows_together
+from lvctx.train.memory_model import DEVICES, Shape, Spread, flops, longest, memory, read_shape, remedies, rows_together
 
 QWEN2_7B = Path(__file__).parent / "configs" / "qwen2-7b.json"
 LLAMA2_7B = {

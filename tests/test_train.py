@@ -28,7 +28,7 @@ from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import VIDEO_TOKEN
 from lvctx.train.chat import encode_conversation, read_conversations
 from lvctx.train.data import indices
-from lvctx.train.loop import uninterrupted
+from lvctx.train.trainer import uninterrupted
 from lvctx.train.schedule import rate
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

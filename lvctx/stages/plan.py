@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import read_config
-from lvctx.train.plan import (
+from lvctx.train.memory_model import (
     DEVICES,
     GIB,
     KINDS,
@@ -22,7 +22,8 @@ from lvctx.train.plan import (
 )
 
 if TYPE_CHECKING:
-    from lvctx.stages.extend import Machine, Plan
+    from lvctx.stages.extend import ExtendJob
+    from lvctx.train.config import ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class PlanConfig:
     spread: Spread
     """Devices and what is kept where; its `rows` follows from the batch."""
     device: str
-    """Key of `train.plan.DEVICES`."""
+    """Key of `train.memory_model.DEVICES`."""
     device_memory: int | None
     """Bytes of one device, where it is not the device's own."""
     micro_tokens: int
@@ -91,43 +92,47 @@ def predict(config: PlanConfig) -> dict[str, Any]:
     }
 
 
-def predict_extend(plan: "Plan", machine: "Machine", *, world: int) -> dict[str, Any] | None:
-    """`predict` for a checked run on this machine's devices; None where nothing is trained or the model is not known.
+def predict_extend(job: "ExtendJob", parallel: "ParallelConfig", *, world: int) -> dict[str, Any] | None:
+    """`predict` for a checked run on this machine's devices; None where nothing trains or the model is not known.
 
     A stage's bytes are those of its own rows.
     """
-    config = plan.config
-    raw = read_config(plan.model)
-    if plan.data is None or raw.get("model_type") not in KINDS:
+    config = job.config
+    raw = read_config(job.model)
+    if job.data is None or raw.get("model_type") not in KINDS:
         return None
-    name, room = _this_device(machine.device)
+    name, room = _this_device(parallel.device)
     return predict(
         PlanConfig(
-            model=str(plan.model),
-            seq_len=config.seq_len,
+            model=str(job.model),
+            seq_len=job.data.seq_len,
             batch_tokens=config.batch_tokens,
             steps=config.steps,
             spread=Spread(
                 world=world,
-                cp=machine.cp,
-                checkpointing=config.checkpoint_activations,
-                offload=machine.offload,
-                offload_activations=machine.offload_activations,
+                cp=parallel.cp,
+                checkpointing=parallel.checkpoint_activations,
+                offload=parallel.offload,
+                offload_activations=parallel.offload_activations,
                 lora=config.lora,
             ),
             device=name,
             device_memory=room,
-            micro_tokens=1 if config.doc_mask else machine.micro_tokens,
+            micro_tokens=1 if config.doc_mask else parallel.forward_tokens,
             mfu=0.35,
         )
     )
 
 
 def _this_device(device: str) -> tuple[str, int]:
-    """Key of `train.plan.DEVICES` and bytes of a run's device; a GPU that is none of them counts as an A100."""
-    if device == "cpu":
-        return "cpu", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Key of `train.memory_model.DEVICES` and bytes of a run's device; a GPU that is none of them counts as an A100."""
     import torch
+
+    from lvctx.dist.context import resolve_device
+
+    device = resolve_device(device)
+    if torch.device(device).type != "cuda":
+        return "cpu", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
     found = torch.cuda.get_device_properties(torch.device(device))
     return known_device(found.name) or "a100", int(found.total_memory)
