@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from lvctx.cli.app import app
 from lvctx.model.load import context_length, load_model, load_tokenizer
 from lvctx.model.vlm import VIDEO_TOKEN, assemble
+from lvctx.train.batching import encode_sample, skip_positions
 from lvctx.train.chat import read_conversations
 from lvctx.train.images import Encoding
-from lvctx.train.batching import encode_sample, skip_positions
 
 ROWS = [
     talk("<image>What?", "red", image="1.png"),

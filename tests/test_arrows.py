@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "lvctx"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 MAY_IMPORT = {
-    "cli": {"cli", "stages", "bench", "artifacts"},
+    "cli": {"cli", "stages", "bench", "train", "artifacts"},
     "stages": {"stages", "bench", "train", "text", "vision", "model", "positions", "dist", "artifacts"},
     "bench": {"bench", "text", "vision", "model", "positions", "dist", "artifacts"},
     "train": {"train", "text", "vision", "model", "positions", "dist", "artifacts"},

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lvctx.artifacts.rows import RowLog, read_rows
 from lvctx.errors import InputError, Stopped
-from lvctx.train.preference import REFERENCE
+from lvctx.stages.dpo import REFERENCE
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,13 @@ from lvctx.errors import EXIT_INTERRUPTED, EXIT_READER_GONE, EXIT_STOPPED, Lvctx
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Training": {
         "pack-text": ("prepare", "Tokenize documents and pack them into fixed-length rows."),
-        "extend-lm": ("extend_lm", "Extend the context of a language model: new RoPE base, training on long rows."),
-        "align": ("align", "Train a language model to process images, with a vision tower and a projector."),
+        "extend-lm": ("train", "Extend the context of a language model: new RoPE base, training on long rows."),
+        "align": ("train", "Train a language model to process images, with a vision tower and a projector."),
         "pack-chat": ("pack_chat", "Mix chat samples with text, images and videos and pack them into long rows."),
     },
     "Video and evaluation": {
         "encode-video": ("encode_video", "Sample videos and store the vision tower's features of their frames."),
-        "mrope-extend": ("mrope_extend", "Extend the context of a Qwen-VL model with M-RoPE++."),
+        "mrope-extend": ("train", "Extend the context of a Qwen-VL model with M-RoPE++."),
         "niah": ("niah", "Needle-in-a-haystack test over context lengths and needle depths."),
         "vqa": ("vqa", "Answer questions about videos."),
         "videomme": ("videomme", "Video-MME: run a model on its questions, and score it."),

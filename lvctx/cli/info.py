@@ -51,7 +51,7 @@ def info(
     positions = None
     model = facts.get("model")
     if isinstance(model, dict) and model.get("architecture") in MROPE:
-        from lvctx.cli.mrope_extend import print_channels
+        from lvctx.cli.train import print_channels
         from lvctx.stages.mrope_verify import verify
 
         positions = verify(artifact)

@@ -133,3 +133,8 @@ def _reference_run(job: AlignJob) -> str:
     names = ("image_encoding", "unires_rule", "max_grids", "max_length")
     decisive = {**job.provenance.inputs, **{name: getattr(job.config, name) for name in names}}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def align_task(job: AlignJob) -> AlignTask:
+    """The training of a checked alignment."""
+    return DpoTask(job) if job.config.stage == "dpo" else AlignTask(job)

@@ -33,6 +33,7 @@ from lvctx.model.qwen_vl import TYPES
 from lvctx.positions.mrope_ids import Rules
 from lvctx.stages.mrope_checkpoint import MropeJob, clear, resolve_mrope, write_checkpoint
 from lvctx.stages.pack_chat import plan_chat, run_chat
+from lvctx.stages.qwen_asker import resolution
 from lvctx.train.chat_rows import ChatRow, RowReader
 from lvctx.train.config import ParallelConfig
 from lvctx.train.data import indices
@@ -74,7 +75,7 @@ def resolve_mrope_training(config: MropeConfig, *, force: bool = False) -> Mrope
     if config.seq_len is not None and config.seq_len < rows.target_length:
         longer = f"rows of up to {rows.target_length} tokens are not cut to {config.seq_len}"
         raise UsageError(longer, fix="pack-chat --target-length")
-    hybrid = requested_hybrid(config)
+    hybrid = resolution(config.hybrid, config.hybrid_mode)
     if hybrid is not None and packed_hybrid(rows) != hybrid:
         raise InputError("packed at another resolution", where=data, fix="pack-chat with this --hybrid")
     _check_tokens(rows, job.checkpoint.path, data)
@@ -87,13 +88,6 @@ def resolve_mrope_training(config: MropeConfig, *, force: bool = False) -> Mrope
     )
     base = {name: getattr(job, name) for name in ("checkpoint", "stretch", "context", "note")}
     return MropeTrainingJob(config=resolved, provenance=provenance, rows=rows, **base)
-
-
-def requested_hybrid(config: MropeConfig) -> Hybrid | None:
-    """The resolution that the options ask for; None where they ask for none. Raises UsageError."""
-    if not config.hybrid and config.hybrid_mode == "pair":
-        return None
-    return Hybrid.parse(config.hybrid or "1,240,1", config.hybrid_mode)
 
 
 def packed_hybrid(rows: ChatRows) -> Hybrid:
@@ -114,10 +108,10 @@ def _check_tokens(rows: ChatRows, model: Path, data: Path) -> None:
 
 
 def pack_samples_file(config: MropeConfig, seq_len: int, on_progress: OnProgress) -> Path:
-    """Pack `config.data`, a file of chat samples, as `pack-chat` does without a mix; the directory beside the output."""
+    """Pack `config.data`, a file of chat samples, as `pack-chat` does without a mix; the new directory."""
     assert config.data is not None
     target = config.out.with_name(f"{config.out.name}-chat")
-    hybrid = requested_hybrid(config)
+    hybrid = resolution(config.hybrid, config.hybrid_mode)
     plan = plan_chat(
         {"interleaved": [config.data]},
         model=config.model,

@@ -137,6 +137,10 @@ class MropeJob:
         """The new rope_parameters."""
         return to_hf(self.checkpoint.mrope, self.stretch)
 
+    def describe(self) -> dict[str, Any]:
+        """Facts for the output row."""
+        return {**asdict(self.stretch), "context": self.context}
+
 
 def resolve_mrope(config: MropeConfig, *, force: bool = False) -> MropeJob:
     """Check the checkpoint and resolve the defaults; loads no weights.

@@ -128,7 +128,7 @@ def _this_device(device: str) -> tuple[str, int]:
     """Key of `train.memory_model.DEVICES` and bytes of a run's device; a GPU that is none of them counts as an A100."""
     import torch
 
-    from lvctx.dist.context import resolve_device
+    from lvctx.device import resolve_device
 
     device = resolve_device(device)
     if torch.device(device).type != "cuda":

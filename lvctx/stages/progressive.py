@@ -13,8 +13,8 @@ from lvctx.errors import LvctxError, UsageError
 from lvctx.train.config import ParallelConfig
 from lvctx.train.extend_config import STAGE_KEYS, ExtendConfig
 from lvctx.train.mrope_config import MropeConfig
-from lvctx.train.run import RunControl, run_training
-from lvctx.train.task import OnProgress, TrainingTask
+from lvctx.train.run import run_training
+from lvctx.train.task import OnProgress, RunControl, TrainingTask
 
 ConfigT = TypeVar("ConfigT", ExtendConfig, MropeConfig)
 
@@ -99,7 +99,8 @@ def run_stages(
         out = control.out if last else control.out / f"stage-{number}"
         again = control.force or control.resume == "never"
         on_progress = _labelled(control.on_progress, f"stage {number}/{len(configs)}")
-        run_training(job.task(), parallel, RunControl(out=out, force=again, on_progress=on_progress))
+        stage_control = RunControl(out=out, force=again, on_progress=on_progress, on_step=control.on_step)
+        run_training(job.task(), parallel, stage_control)
         model = str(out)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from lvctx.artifacts import schemas
 from lvctx.artifacts.rows import RowLog
 from lvctx.bench.prefix import PrefixScorer
-from lvctx.dist.context import resolve_device
+from lvctx.device import resolve_device
 from lvctx.errors import UsageError
 from lvctx.model.load import load_config, load_model, try_forward
 from lvctx.positions.choose import choose

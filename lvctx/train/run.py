@@ -5,9 +5,8 @@ A training is a `TrainingTask`; this module runs one on one process or under tor
 
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lvctx.artifacts.lock import only_writer
 from lvctx.artifacts.manifest import MANIFEST, is_finished, write_manifest
@@ -19,22 +18,8 @@ from lvctx.model.adapter import save_adapter
 from lvctx.model.lora import merge_lora
 from lvctx.train.activations import checkpoint_layers
 from lvctx.train.config import ParallelConfig
-from lvctx.train.task import OnProgress, TrainableModel, TrainingTask
+from lvctx.train.task import RunControl, TrainableModel, TrainingTask
 from lvctx.train.trainer import train
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunControl:
-    """Where a training writes, and what it does with what is there."""
-
-    out: Path
-    """Directory of the trained model."""
-    resume: Literal["auto", "never", "must"] = "auto"
-    """Continue an unfinished output: if there is one, never, or fail if there is none."""
-    force: bool = False
-    """Overwrite the output of another run."""
-    on_progress: OnProgress = lambda done, total, note: None
-    """Called after every step."""
 
 
 def run_training(task: TrainingTask[Any], parallel: ParallelConfig, control: RunControl) -> None:
@@ -76,7 +61,7 @@ def _train(
     shard_model(module, layers, context, offload=parallel.offload)
     task.before_steps(control.out, control.on_progress)
     with cudnn_first(context.device) if task.equal_lengths else nullcontext():
-        metrics = train(task, trainable.groups, out=control.out, context=context, on_progress=control.on_progress)
+        metrics = train(task, trainable.groups, context, control)
     if context.mesh is None:
         return trainable, metrics
     unsharded = task.load("cpu") if context.rank == 0 else None

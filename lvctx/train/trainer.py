@@ -25,21 +25,16 @@ from lvctx.dist.fsdp import full_tensor
 from lvctx.errors import InputError, Stopped
 from lvctx.train.schedule import rate
 from lvctx.train.signals import agreed_stop, uninterrupted
-from lvctx.train.task import MicroT, OnProgress, ParameterGroup, TrainingTask
+from lvctx.train.task import MicroT, ParameterGroup, RunControl, TrainingTask
 from lvctx.train.throughput import measure, note
 
 log = logging.getLogger(__name__)
 
 
 def train(
-    task: TrainingTask[MicroT],
-    groups: Sequence[ParameterGroup],
-    *,
-    out: Path,
-    context: ParallelContext,
-    on_progress: OnProgress,
+    task: TrainingTask[MicroT], groups: Sequence[ParameterGroup], context: ParallelContext, control: RunControl
 ) -> list[dict[str, Any]]:
-    """Take the task's optimizer steps and leave `out/metrics.jsonl` and the checkpoint of the last step.
+    """Take the task's optimizer steps and leave metrics.jsonl and the checkpoint of the last step in `control.out`.
 
     Returns, on rank 0, the rows of metrics.jsonl: every step once, also those of earlier processes of this run.
 
@@ -47,7 +42,7 @@ def train(
     before the exception goes on, on every rank. Raises InputError on every rank when a loss or the gradient is not
     finite, before the step is taken.
     """
-    config = task.train_config
+    config, out = task.train_config, control.out
     parameters = [p for group in groups for p in group.parameters]
     optimizer = torch.optim.AdamW(
         [{"params": group.parameters, "lr": group.lr, "peak": group.lr} for group in groups],
@@ -84,7 +79,9 @@ def train(
                     if lengths:
                         row["longest_sample"] = max(lengths)
                     write(row)  # before any checkpoint has the step
-                on_progress(done, config.steps, note(row))
+                control.on_progress(done, config.steps, note(row))
+                if context.rank == 0:
+                    control.on_step(out, row)
                 with uninterrupted():
                     checkpoints.poll()
                     if done % config.save_every == 0 and done < config.steps:
