@@ -9,6 +9,9 @@ from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Annotated, Any, get_type_hints
 
+OnProgress = Callable[[int, int, str], None]
+"""Progress of a job: (done, total, note); a total of 0 means that it is not known."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flag:

@@ -63,9 +63,8 @@ def align(
     from lvctx.stages.align_job import resolve_align
     from lvctx.stages.dpo import align_task
     from lvctx.train.align_config import AlignConfig
-    from lvctx.train.config import ParallelConfig
+    from lvctx.train.config import ParallelConfig, RunControl
     from lvctx.train.run import run_training
-    from lvctx.train.task import RunControl
 
     options: dict[str, Any] = {"steps": 3, "batch": 3, "lr": 1e-2, "tower_lr": 0.0, "warmup": 0.0, "max_length": 4096}
     options |= {"lm": str(lm) if lm else None, "tower": str(tower) if tower else None}

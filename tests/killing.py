@@ -28,10 +28,10 @@ from lvctx.dist.context import ParallelContext
 from lvctx.errors import Stopped
 from lvctx.stages import dpo
 from lvctx.train import trainer
-from lvctx.train.config import ParallelConfig
+from lvctx.train.config import ParallelConfig, RunControl
 from lvctx.train.data import indices
 from lvctx.train.run import run_training
-from lvctx.train.task import ParameterGroup, RunControl, TrainableModel, TrainConfig, TrainingTask
+from lvctx.train.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
 from lvctx.train.trainer import train
 
 

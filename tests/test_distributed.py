@@ -24,10 +24,10 @@ from lvctx.dist.fsdp import full_tensor, gather_into, shard_model
 from lvctx.errors import InputError, Stopped
 from lvctx.model.lora import ATTENTION, add_lora
 from lvctx.train.activations import checkpoint_layers
-from lvctx.train.config import ParallelConfig
+from lvctx.train.config import ParallelConfig, RunControl
 from lvctx.train.data import indices
 from lvctx.train.rows import RowLoss, shard_row
-from lvctx.train.task import ParameterGroup, RunControl, TrainableModel, TrainConfig, TrainingTask
+from lvctx.train.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
 from lvctx.train.trainer import train
 
 

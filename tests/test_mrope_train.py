@@ -25,10 +25,9 @@ from lvctx.model.load import load_model
 from lvctx.positions.mrope_ids import Grids, Part, Text, positions
 from lvctx.stages.mrope import ChatLoss, resolve_mrope_training, shard_chat
 from lvctx.train.chat_rows import ChatRow, RowReader
-from lvctx.train.config import ParallelConfig
+from lvctx.train.config import ParallelConfig, RunControl
 from lvctx.train.mrope_config import MropeConfig
 from lvctx.train.run import run_training
-from lvctx.train.task import RunControl
 from lvctx.vision.decode import read_frames
 from lvctx.vision.film import pixels, shoot
 from lvctx.vision.hybrid import Hybrid

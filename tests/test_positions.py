@@ -194,10 +194,9 @@ def test_the_axes_of_m_rope_survive(scheme: Any) -> None:
 def test_extend_lm_writes_what_was_asked(tiny_lm: Path, tmp_path: Path) -> None:
     from lvctx.model.load import load_model
     from lvctx.stages.extend import resolve_extend
-    from lvctx.train.config import ParallelConfig
+    from lvctx.train.config import ParallelConfig, RunControl
     from lvctx.train.extend_config import ExtendConfig
     from lvctx.train.run import run_training
-    from lvctx.train.task import RunControl
 
     config = ExtendConfig(model=str(tiny_lm), out=tmp_path, rope="yarn", factor=4.0, steps=0)
     run_training(resolve_extend(config).task(), ParallelConfig(), RunControl(out=tmp_path))

@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 
 from lvctx.artifacts.lock import only_writer
 from lvctx.errors import InputError, Stopped
-from lvctx.train.config import ParallelConfig
+from lvctx.train.config import ParallelConfig, RunControl
 from lvctx.train.run import run_training
-from lvctx.train.task import RunControl
 
 CPU = ParallelConfig(device="cpu")
 STEPS = 30

@@ -4,14 +4,13 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-OnProgress = Callable[[int, int, str], None]
-"""Progress of a job: (done, total, note); a total of 0 means that it is not known."""
+from lvctx.config import OnProgress
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from lvctx.cli.output import is_rank_zero
 from lvctx.errors import MissingError
+from lvctx.train.config import OnStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,6 @@ class TrackingOptions:
 
 
 Send = Callable[[dict[str, float], int], None]
-OnStep = Callable[[Path, dict[str, Any]], None]
 
 
 @contextmanager

@@ -13,15 +13,12 @@ from lvctx.cli.tracking import TrackingOptions, tracker
 from lvctx.config import hashed_fields
 from lvctx.errors import InputError, UsageError
 from lvctx.train.align_config import AlignConfig
-from lvctx.train.config import ParallelConfig
-from lvctx.train.extend_config import STAGE_KEYS as EXTEND_STAGE_KEYS
+from lvctx.train.config import ParallelConfig, RunControl
 from lvctx.train.extend_config import BaseSearchConfig, ExtendConfig
-from lvctx.train.mrope_config import STAGE_KEYS as MROPE_STAGE_KEYS
 from lvctx.train.mrope_config import MropeConfig
 
 if TYPE_CHECKING:
     from lvctx.stages.mrope_verify import Verified
-    from lvctx.train.task import RunControl
 
 
 @command(
@@ -55,7 +52,7 @@ def extend_lm(
         config, facts = replace(config, rope_theta=best(rows)), {"search": search_facts(checked, rows)}
     if config.adapter and config.stages:
         raise UsageError("--adapter is where one run starts, and each stage starts from the one before", fix="drop one")
-    configs = stage_configs(config, EXTEND_STAGE_KEYS)
+    configs = stage_configs(config)
     jobs = [replace(job, facts=facts) for job in resolve_stages(resolve_extend, configs)]
     facts = {"original_context": jobs[0].original_context, **hashed_fields(jobs[-1].config), **facts}
     if config.stages:
@@ -168,7 +165,7 @@ def _train_mrope(
         # Every stage after the first starts from a model that is extended already.
         return resolve_mrope_training(stage, force=run.force or stage.model != config.model)
 
-    configs = stage_configs(config, MROPE_STAGE_KEYS)
+    configs = stage_configs(config)
     jobs = resolve_stages(resolve, configs)
     trained = [{**hashed_fields(job.config), "rows": len(job.rows)} for job in jobs]
     facts = {**jobs[-1].describe(), **trained[-1], **({"stages": trained} if config.stages else {})}
@@ -207,9 +204,8 @@ def _verify(out: Path) -> float | None:
     return verified.error
 
 
-def _control(stack: ExitStack, label: str, out: Path, tracking: TrackingOptions, run: RunOptions) -> "RunControl":
+def _control(stack: ExitStack, label: str, out: Path, tracking: TrackingOptions, run: RunOptions) -> RunControl:
     """How a training runs and reports, until `stack` ends."""
-    from lvctx.train.task import RunControl
 
     on_progress = stack.enter_context(progress(label))
     on_step = stack.enter_context(tracker(tracking, out))

@@ -9,7 +9,7 @@ from typing import Any
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import Provenance
 from lvctx.artifacts.store import fingerprint
-from lvctx.config import hashed_fields
+from lvctx.config import OnProgress, hashed_fields
 from lvctx.dist.attention import is_plain
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import VLM_TYPE, load_config, load_tokenizer, refuse_quantized, resolve_model
@@ -21,7 +21,6 @@ from lvctx.train.batching import encode_sample
 from lvctx.train.chat import Conversation, encode_conversation, read_conversations
 from lvctx.train.images import Encoding
 from lvctx.train.preference import read_pairs
-from lvctx.train.task import OnProgress
 from lvctx.vision.grids import MAX_GRIDS, image_max_grids
 from lvctx.vision.tower import TowerFiles
 

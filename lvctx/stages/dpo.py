@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lvctx.artifacts.rows import RowLog
+from lvctx.config import OnProgress
 from lvctx.dist.fsdp import keep_in_graph
 from lvctx.model.loss import token_loss
 from lvctx.stages.align import AlignTask
 from lvctx.stages.align_job import AlignJob
 from lvctx.train.batching import Sample, pack_samples
 from lvctx.train.schedule import Schedule
-from lvctx.train.task import OnProgress
 
 REFERENCE = "reference.jsonl"
 """In the output: the starting model's log-probabilities, a row per pair."""

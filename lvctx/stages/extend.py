@@ -42,7 +42,7 @@ from lvctx.stages.side_files import write_side_files
 from lvctx.train.config import ParallelConfig
 from lvctx.train.data import indices
 from lvctx.train.extend_config import ExtendConfig
-from lvctx.train.memory_model import KINDS, flops, read_shape, rows_together
+from lvctx.train.memory_model import PLANNED_TYPES, flops, read_shape, rows_together
 from lvctx.train.rows import RowLoss, shard_row
 from lvctx.train.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
 
@@ -288,7 +288,7 @@ class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
 def _flops(job: ExtendJob) -> float | None:
     """Operations of a step; None for a model that the arithmetic does not know, and where nothing is trained."""
     raw = read_config(job.model)
-    if raw.get("model_type") not in KINDS or job.data is None:
+    if raw.get("model_type") not in PLANNED_TYPES or job.data is None:
         return None
     shape, length = read_shape(raw, where=job.model), job.data.seq_len
     return flops(shape, length, job.rows_per_step * length, lora=bool(job.config.lora))

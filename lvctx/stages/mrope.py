@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lvctx.artifacts.chat import ChatRows
 from lvctx.artifacts.manifest import Provenance
 from lvctx.artifacts.store import fingerprint, scratch
-from lvctx.config import hashed_fields
+from lvctx.config import OnProgress, hashed_fields
 from lvctx.dist import attention
 from lvctx.dist.attention import Shard
 from lvctx.dist.context import ParallelContext
@@ -38,7 +38,7 @@ from lvctx.train.chat_rows import ChatRow, RowReader
 from lvctx.train.config import ParallelConfig
 from lvctx.train.data import indices
 from lvctx.train.mrope_config import MropeConfig
-from lvctx.train.task import OnProgress, ParameterGroup, TrainableModel, TrainConfig, TrainingTask
+from lvctx.train.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
 from lvctx.vision.hybrid import Hybrid
 from lvctx.vision.rules import qwen_rule
 

@@ -209,7 +209,7 @@ def write_checkpoint(
     source = job.checkpoint.path
     try:
         out.mkdir(parents=True, exist_ok=True)
-        linked = [name for name in _kept(source) if name not in ("config.json", CARD)]
+        linked = [name for name in _source_files(source) if name not in ("config.json", CARD)]
         if weights is not None:
             linked = [name for name in linked if ".safetensors" not in name]
         for name in linked:
@@ -243,7 +243,7 @@ def clear(out: Path) -> None:
         shutil.rmtree(out / SGLANG, ignore_errors=True)
 
 
-def _kept(source: Path) -> list[str]:
+def _source_files(source: Path) -> list[str]:
     """Names of a model directory's files; manifest and log of its own making stay behind."""
     names = (p.name for p in source.iterdir() if p.is_file() and not p.name.startswith("."))
     return sorted(name for name in names if name not in (MANIFEST, "metrics.jsonl", *SIDE_FILES))

@@ -9,7 +9,7 @@ from lvctx.model.load import read_config
 from lvctx.train.memory_model import (
     DEVICES,
     GIB,
-    KINDS,
+    PLANNED_TYPES,
     Device,
     Spread,
     flops,
@@ -99,7 +99,7 @@ def predict_extend(job: "ExtendJob", parallel: "ParallelConfig", *, world: int) 
     """
     config = job.config
     raw = read_config(job.model)
-    if job.data is None or raw.get("model_type") not in KINDS:
+    if job.data is None or raw.get("model_type") not in PLANNED_TYPES:
         return None
     name, room = _this_device(parallel.device)
     return predict(

@@ -9,12 +9,13 @@ from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from lvctx.artifacts.manifest import Provenance, is_finished
+from lvctx.config import OnProgress
 from lvctx.errors import LvctxError, UsageError
-from lvctx.train.config import ParallelConfig
-from lvctx.train.extend_config import STAGE_KEYS, ExtendConfig
+from lvctx.train.config import ParallelConfig, RunControl
+from lvctx.train.extend_config import ExtendConfig
 from lvctx.train.mrope_config import MropeConfig
 from lvctx.train.run import run_training
-from lvctx.train.task import OnProgress, RunControl, TrainingTask
+from lvctx.train.task import TrainingTask
 
 ConfigT = TypeVar("ConfigT", ExtendConfig, MropeConfig)
 
@@ -33,7 +34,7 @@ class StageJob(Protocol):
         """This job as the last of several stages that began with `first`, under the provenance of the whole run."""
 
 
-def parse_stage(text: str, keys: Mapping[str, Callable[[str], Any]] = STAGE_KEYS) -> dict[str, Any]:
+def parse_stage(text: str, keys: Mapping[str, Callable[[str], Any]] = ExtendConfig.stage_keys) -> dict[str, Any]:
     """Fields of a stage written as `seq-len=32768,rope-theta=1e6,steps=1000`; `keys` may be set. Raises UsageError."""
     values = {}
     for pair in text.split(","):
@@ -50,12 +51,12 @@ def parse_stage(text: str, keys: Mapping[str, Callable[[str], Any]] = STAGE_KEYS
     return values
 
 
-def stage_configs(config: ConfigT, keys: Mapping[str, Callable[[str], Any]]) -> list[ConfigT]:
+def stage_configs(config: ConfigT) -> list[ConfigT]:
     """A configuration for each of `config.stages`, or `config` alone without any. Raises UsageError.
 
     Stage N draws its rows with seed + N: the same length again is to read other rows.
     """
-    stages = [parse_stage(text, keys) for text in config.stages]
+    stages = [parse_stage(text, config.stage_keys) for text in config.stages]
     if not stages:
         return [config]
     return [replace(config, **stage, stages=(), seed=config.seed + n) for n, stage in enumerate(stages)]

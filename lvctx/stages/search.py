@@ -15,6 +15,7 @@ from typing import Any
 from lvctx.artifacts import schemas
 from lvctx.artifacts.rows import RowLog
 from lvctx.bench.prefix import PrefixScorer
+from lvctx.config import OnProgress
 from lvctx.device import resolve_device
 from lvctx.errors import UsageError
 from lvctx.model.load import load_config, load_model, try_forward
@@ -22,7 +23,6 @@ from lvctx.positions.choose import choose
 from lvctx.stages.niah import NiahConfig, plan_niah
 from lvctx.stages.niah import Plan as NiahPlan
 from lvctx.train.extend_config import BaseSearchConfig, ExtendConfig
-from lvctx.train.task import OnProgress
 
 log = logging.getLogger(__name__)
 

@@ -95,8 +95,8 @@ def pack_samples(samples: Sequence[Sample], micro_tokens: int) -> list[list[Samp
     return groups
 
 
-T = TypeVar("T")
-LossFn = Callable[[Tensor, Tensor, Tensor, Sequence[Sample]], T]
+ResultT = TypeVar("ResultT")
+LossFn = Callable[[Tensor, Tensor, Tensor, Sequence[Sample]], ResultT]
 """Takes hidden states (T, E), the head's weight (V, E), labels (T,) and the samples."""
 
 
@@ -132,7 +132,7 @@ class Forward(nn.Module):
         if self.ours:
             attention.use(lm, where=lm.config.name_or_path or lm.config.model_type)
 
-    def forward(self, micro: Sequence[Sample], loss_fn: LossFn[T]) -> T:
+    def forward(self, micro: Sequence[Sample], loss_fn: LossFn[ResultT]) -> ResultT:
         """`loss_fn` of a micro-batch."""
         vlm, sequences = self.vlm, [s for sample in micro for s in sample.sequences]
         lengths = [len(s.ids) for s in sequences]

@@ -1,9 +1,14 @@
-"""How a training uses the machine: no part of its result, so no part of its configuration hash."""
+"""How a training uses the machine and where it writes: no part of its result, so of no configuration hash."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
-from lvctx.config import Flag
+from lvctx.config import Flag, OnProgress
+
+OnStep = Callable[[Path, dict[str, Any]], None]
+"""Called with the output directory and the row of metrics.jsonl that a step has just written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,3 +34,19 @@ class ParallelConfig:
     def forward_tokens(self) -> int:
         """`micro_tokens` with its default."""
         return self.micro_tokens or 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunControl:
+    """Where a training writes, what it does with what is there, and whom it keeps informed."""
+
+    out: Path
+    """Directory of the trained model."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """Continue an unfinished output: if there is one, never, or fail if there is none."""
+    force: bool = False
+    """Overwrite the output of another run."""
+    on_progress: OnProgress = lambda done, total, note: None
+    """Called after every step, and in longer preparations."""
+    on_step: OnStep = lambda out, row: None
+    """Called after every step, on rank 0."""

@@ -8,22 +8,23 @@ from typing import Annotated, Any, ClassVar, Literal
 from lvctx.config import Flag, Seed, parse_integers, parse_numbers
 
 TRAINING = "Training"
-STAGE_KEYS: dict[str, Callable[[str], Any]] = {
-    "seq_len": int,
-    "context": int,
-    "steps": int,
-    "batch_tokens": int,
-    "rope_theta": float,
-    "factor": float,
-    "lr": float,
-    "data": Path,
-}
-"""Fields that a stage may set, and how their text is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtendConfig:
     """What decides an extended model."""
+
+    stage_keys: ClassVar[dict[str, Callable[[str], Any]]] = {
+        "seq_len": int,
+        "context": int,
+        "steps": int,
+        "batch_tokens": int,
+        "rope_theta": float,
+        "factor": float,
+        "lr": float,
+        "data": Path,
+    }
+    """Fields that a stage may set, and how their text is read."""
 
     model: Annotated[str, Flag(in_hash=False)]
     """Language model, or a VLM with one: directory or hub id."""

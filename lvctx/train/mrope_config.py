@@ -3,25 +3,26 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from lvctx.config import Flag, Seed
 
 COUNT, TRAINING = "Tokens and positions of a video", "Training"
-STAGE_KEYS: dict[str, Callable[[str], Any]] = {
-    "scale": float,
-    "data": Path,
-    "seq_len": int,
-    "steps": int,
-    "batch": int,
-    "lr": float,
-}
-"""Fields that a stage may set, and how their text is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MropeConfig:
     """What decides an extended Qwen-VL model; the fields that belong to the hash are those of the training."""
+
+    stage_keys: ClassVar[dict[str, Callable[[str], Any]]] = {
+        "scale": float,
+        "data": Path,
+        "seq_len": int,
+        "steps": int,
+        "batch": int,
+        "lr": float,
+    }
+    """Fields that a stage may set, and how their text is read."""
 
     model: Annotated[str, Flag(in_hash=False)]
     """Qwen2-VL, Qwen2.5-VL or Qwen3-VL: directory or hub id."""

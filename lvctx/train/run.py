@@ -17,8 +17,8 @@ from lvctx.dist.kernels import cudnn_first
 from lvctx.model.adapter import save_adapter
 from lvctx.model.lora import merge_lora
 from lvctx.train.activations import checkpoint_layers
-from lvctx.train.config import ParallelConfig
-from lvctx.train.task import RunControl, TrainableModel, TrainingTask
+from lvctx.train.config import ParallelConfig, RunControl
+from lvctx.train.task import TrainableModel, TrainingTask
 from lvctx.train.trainer import train
 
 
@@ -42,7 +42,7 @@ def run_training(task: TrainingTask[Any], parallel: ParallelConfig, control: Run
         context.barrier()
         trainable, metrics = _train(task, parallel, control, context)
         if trainable is not None and context.rank == 0:
-            _save(task, trainable, out, metrics)
+            _save_result(task, trainable, out, metrics)
             checkpoint.remove(out)
         context.barrier()
 
@@ -69,7 +69,9 @@ def _train(
     return unsharded, metrics
 
 
-def _save(task: TrainingTask[Any], trainable: TrainableModel, out: Path, metrics: Sequence[dict[str, Any]]) -> None:
+def _save_result(
+    task: TrainingTask[Any], trainable: TrainableModel, out: Path, metrics: Sequence[dict[str, Any]]
+) -> None:
     """Write the LoRA if there is one, the model with it merged, and the manifest."""
     if trainable.lora is not None:
         longest = task.longest_sample(metrics)

@@ -1,40 +1,21 @@
 """What a training has to provide: its model, its batches, its loss, and how its result is saved."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
 from lvctx.artifacts.manifest import Provenance
+from lvctx.config import OnProgress
 from lvctx.dist.context import ParallelContext
 from lvctx.train.config import ParallelConfig
 from lvctx.train.schedule import Schedule
 
-OnProgress = Callable[[int, int, str], None]
-"""Progress of a job: (done, total, note)."""
-OnStep = Callable[[Path, dict[str, Any]], None]
-"""Called with the output directory and the row of metrics.jsonl that a step has just written."""
 MicroT = TypeVar("MicroT")
 """A micro-batch: what one forward and backward pass computes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunControl:
-    """Where a training writes, what it does with what is there, and whom it keeps informed."""
-
-    out: Path
-    """Directory of the trained model."""
-    resume: Literal["auto", "never", "must"] = "auto"
-    """Continue an unfinished output: if there is one, never, or fail if there is none."""
-    force: bool = False
-    """Overwrite the output of another run."""
-    on_progress: OnProgress = lambda done, total, note: None
-    """Called after every step, and in longer preparations."""
-    on_step: OnStep = lambda out, row: None
-    """Called after every step, on rank 0."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,9 +23,10 @@ from lvctx.dist.checkpoint import Checkpoints
 from lvctx.dist.context import ParallelContext
 from lvctx.dist.fsdp import full_tensor
 from lvctx.errors import InputError, Stopped
+from lvctx.train.config import RunControl
 from lvctx.train.schedule import rate
 from lvctx.train.signals import agreed_stop, uninterrupted
-from lvctx.train.task import MicroT, ParameterGroup, RunControl, TrainingTask
+from lvctx.train.task import MicroT, ParameterGroup, TrainingTask
 from lvctx.train.throughput import measure, note
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def _compute_gradients(
     raise_if_stopped: Callable[[], None],
 ) -> dict[str, Any]:
     """Leave the gradient of the mean loss over all ranks' tokens in `parameters`, clipped; the step's first columns."""
-    shared = _share(micro_batches, context)
+    shared = _own_micro_batches(micro_batches, context)
     total, tokens = _accumulate(shared, task.loss, context, raise_if_stopped)
     for p in parameters:
         if p.grad is not None:
@@ -118,7 +119,7 @@ def _compute_gradients(
     return {"step": step + 1, "loss": mean, "tokens": tokens, "lr": {}, "norm": norm}
 
 
-def _share(micro_batches: Sequence[MicroT], context: ParallelContext) -> list[tuple[MicroT, bool]]:
+def _own_micro_batches(micro_batches: Sequence[MicroT], context: ParallelContext) -> list[tuple[MicroT, bool]]:
     """This rank's micro-batches, and whether each counts.
 
     Ranks compute in step, so where the number does not divide, some compute one more that does not count.
