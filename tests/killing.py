@@ -6,7 +6,7 @@ The fork server imports what training needs once, so that a process costs little
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Toy(TrainingTask[int]):
         x = torch.from_numpy(np.random.default_rng(micro).normal(size=(micro + 1, 3)).astype("float32"))
         return ((self.model(x) - x.sum(1, keepdim=True)) ** 2).sum(), len(x)
 
-    def save(self, model: nn.Module, out: Path, metrics: list[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+    def save(self, model: nn.Module, out: Path, metrics: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
         save_file(model.state_dict(), out / "model.safetensors")
         return ["model.safetensors"], {"steps": len(metrics)}
 

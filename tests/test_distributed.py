@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class TinyTask(TrainingTask[int]):
     def describe(self, micro: int) -> str:
         return f"row {micro}"
 
-    def save(self, model: Any, out: Path, metrics: list[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+    def save(self, model: Any, out: Path, metrics: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
         raise NotImplementedError
 
 
@@ -224,6 +225,7 @@ def test_ranks_train_stop_resume_and_fail_together(tmp_path: Path) -> None:
 def test_an_output_has_one_writer_and_its_lock_dies_with_it(tmp_path: Path) -> None:
     script = f"""
 import sys, time
+from collections.abc import Sequence
 from pathlib import Path
 from lvctx.artifacts.lock import only_writer
 with only_writer(Path({str(tmp_path)!r})):
