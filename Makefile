@@ -45,8 +45,8 @@ test-gpu: setup       # skipped, with the reason, where there is no GPU
 
 test-lmms: fetch      # the plug-in under the real lmms-eval, in an environment of its own (.venv-lmms)
 	$(PYTHON) -m venv .venv-lmms
-	.venv-lmms/bin/python -m pip install --disable-pip-version-check -q -e . \
-		pytest pytest-timeout hypothesis lmms-eval==0.7.3
+	.venv-lmms/bin/python -m pip install --disable-pip-version-check -q -c tests/constraints-lmms.txt -e . \
+		pytest pytest-timeout hypothesis lmms-eval
 	.venv-lmms/bin/python -m pytest -rs tests/test_lmms.py
 
 test-runtimes: setup  # tiny models of every kind in vLLM, in an environment of its own (.venv-vllm): docs/runtimes.md

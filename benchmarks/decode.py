@@ -17,9 +17,10 @@ from pathlib import Path
 import av
 import decord
 
-from lvctx.vision.decode import read_frames
+from lvctx.vision.decode import read_video
+from lvctx.vision.frame_selection import frame_numbers
 from lvctx.vision.packets import read_packets
-from lvctx.vision.sampling import choose
+from lvctx.vision.sampling import VideoSampling
 
 CHUNK = 32
 """Frames of one get_batch: all at once would hold them all."""
@@ -65,10 +66,10 @@ def main() -> None:
     a = parser.parse_args()
     index = read_packets(a.video)
     assert index is not None
-    wanted = choose(index, a.fps, a.frames)
-    how = {"fps": a.fps, "frames": a.frames, "threads": a.threads}
+    sampling = VideoSampling(fps=a.fps, frames=a.frames)
+    wanted = frame_numbers(index, sampling)
     runs: dict[str, Callable[[], int]] = {
-        "ours": lambda: sum(1 for _ in read_frames(a.video, **how)),
+        "ours": lambda: sum(1 for _ in read_video(a.video, sampling, threads=a.threads)),
         "decord": lambda: with_decord(a.video, wanted, a.threads),
     }
     if not a.no_limit:

@@ -18,9 +18,11 @@ from typing import Any
 
 import decord
 
-from lvctx.stages.encode import Encoder
-from lvctx.vision.decode import choose
+from lvctx.device import resolve_device
+from lvctx.vision.frame_selection import frame_numbers
 from lvctx.vision.packets import read_packets
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vlm.video_encoder import VideoEncoder
 
 CHUNK = 32
 
@@ -49,11 +51,12 @@ def main() -> None:
     a = parser.parse_args()
     index = read_packets(a.video)
     assert index is not None
-    wanted = choose(index, a.fps, a.frames)
+    sampling = VideoSampling(fps=a.fps, frames=a.frames)
+    wanted = frame_numbers(index, sampling)
     row: dict[str, Any] = {}
 
     def ours() -> None:
-        encoder = Encoder.plan(a.tower, fps=a.fps, frames=a.frames, batch=a.batch, device=a.device)
+        encoder = VideoEncoder.open(a.tower, sampling, batch=a.batch, device=resolve_device(a.device))
         with tempfile.TemporaryDirectory() as out:
             row.update(encoder.encode(a.video, Path(out)))
         encoder.close()

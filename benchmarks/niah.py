@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from lvctx.bench.niah import insertion_points
-from lvctx.bench.prefix import PrefixScorer, common_prefix, walk_order
+from lvctx.eval.niah.task import insertion_points
+from lvctx.inference.prefix_scorer import PrefixScorer, common_prefix, walk_order
 
 
 def flops(config: Any, start: int, stop: int) -> float:
@@ -73,29 +73,25 @@ def paper(nested: bool) -> dict[str, Any]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Both walks over one grid of text, in turns of a thirtieth of the cells."""
+    from lvctx.eval.niah.config import Depths, TextNiahConfig
+    from lvctx.eval.niah.run import plan_text
     from lvctx.model.load import load_model
-    from lvctx.stages.niah import NiahConfig, plan_niah
 
     step = arguments.longest // 15
-    plan = plan_niah(
-        NiahConfig(
+    depths = tuple(i / (arguments.depths - 1) for i in range(arguments.depths))
+    job = plan_text(
+        TextNiahConfig(
             model=arguments.model,
-            modality="text",
             haystack=(arguments.haystack,),
             lengths=tuple(step * (i + 1) for i in range(15)),
-            depths=tuple(i / (arguments.depths - 1) for i in range(arguments.depths)),
+            depths=Depths(values=depths, nested=arguments.nested),
             trials=arguments.trials,
-            distractors=0,
-            needles="drawn",
             scoring="forced",
-            training_length=None,
-            seed=0,
-            nested=arguments.nested,
         )
     )
-    model = load_model(plan.path, device=arguments.device)
+    model = load_model(job.path, device=arguments.device)
     once, alone = PrefixScorer(model), PrefixScorer(model, reuse=False)
-    sequences = [plan.test.sequence(cell) for cell in plan.cells]
+    sequences = [job.task.sequence(cell) for cell in job.cells]
     PrefixScorer(model).score(*sequences[-1])  # the first forward pays for more than itself
     seconds, cpu = {"once": 0.0, "alone": 0.0}, {"once": 0.0, "alone": 0.0}
     turn = max(1, len(sequences) // 30)
@@ -108,7 +104,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             cpu[name] += time.process_time() - worked
     agree = [a.forced == b.forced for a, b in zip(found["once"], found["alone"], strict=True)]
     return {
-        "grid": f"{len(plan.config.lengths)} lengths to {max(plan.config.lengths)} tokens",
+        "grid": f"{len(job.config.lengths)} lengths to {max(job.config.lengths)} tokens",
         "cells": len(sequences),
         "tokens_once": once.tokens_run,
         "tokens_alone": alone.tokens_run,

@@ -108,8 +108,8 @@ def speed(device: str) -> float:
 
 def predicted(arguments: argparse.Namespace, length: int) -> tuple[int, float]:
     """Peak of ours by the plan, and the model's operations of a step."""
-    from lvctx.stages.plan import PlanConfig, predict
-    from lvctx.train.memory_model import Spread
+    from lvctx.stages.plan import predict
+    from lvctx.stages.plan_config import PlanConfig
 
     found = predict(
         PlanConfig(
@@ -118,9 +118,7 @@ def predicted(arguments: argparse.Namespace, length: int) -> tuple[int, float]:
             batch_tokens=length,
             micro_tokens=length,
             steps=1,
-            spread=Spread(),
             device="cpu" if arguments.device == "cpu" else "h200",
-            device_memory=None,
             mfu=1.0,
         )
     )

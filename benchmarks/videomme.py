@@ -26,9 +26,13 @@ import torch
 from niah import flops
 
 from lvctx.bench import videomme
-from lvctx.bench.prefix import common_prefix
-from lvctx.stages.asker import Asker
+from lvctx.inference.prefix_scorer import common_prefix
+from lvctx.inference.transformers_engine import TransformersEngine
+from lvctx.model.vlm import VIDEO_TOKEN, embed_frames, newline_embedding, tokens_per_frame
 from lvctx.vision.tower import TowerFiles
+from lvctx.vlm.base import VisualInput
+from lvctx.vlm.llava_onevision import BATCH
+from lvctx.vlm.registry import open_vlm
 
 QUESTIONS = Path(__file__).resolve().parent.parent / "tests" / "data" / "questions.json"
 GOAL = 1.3
@@ -52,8 +56,8 @@ class Bench:
 
     def __init__(self, model: Path, frames: int, reply: int, device: str) -> None:
         files = TowerFiles.find(model)
-        self.asker = Asker(model, device=device, chunk=2048)
-        self.asker.stop = set()  # replies of one length, whatever the model would say
+        self.engine = TransformersEngine(open_vlm(model), device=device)
+        self.engine.stop_ids = set()  # replies of one length, whatever the model would say
         self.reply = reply
         shape = frames, files.patches_per_frame, files.width
         self.features = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -61,16 +65,29 @@ class Bench:
 
     def run(self, *, questions: int, reuse: bool) -> list[list[int]]:
         """Show the video and answer, from an empty cache."""
-        self.asker.reader.reuse = reuse
-        self.asker.show(self.features)
-        prompts = [self.asker.ids(text) for text in self.texts[:questions]]
-        return [self.asker.reply(ids, self.reply) for ids in prompts]
+        self.engine.scorer.reuse = reuse
+        self.engine.set_visual_input(self.visual_input())
+        prompts = [self.engine.prompt_ids([text]) for text in self.texts[:questions]]
+        return [self.engine.generate(ids, self.reply) for ids in prompts]
+
+    def visual_input(self) -> VisualInput:
+        """The features as a video."""
+        vlm: Any = self.engine.vlm
+        count = len(self.features) * tokens_per_frame(vlm.config) + 1
+
+        @torch.inference_mode()
+        def table(model: Any) -> torch.Tensor:
+            embedded = [embed_frames(model, part) for part in self.features.split(BATCH)]
+            return torch.cat([*embedded, newline_embedding(model)])
+
+        ids = vlm.vocabulary + np.arange(count)
+        return VisualInput(ids_N=ids, table=table, placeholder=VIDEO_TOKEN, tokens=count)
 
     def flops(self, *, questions: int, reuse: bool) -> float:
         """Operations of `run`, from the prompts alone."""
-        config, held, total = self.asker.vlm.config.text_config, np.empty(0, dtype=np.int64), 0.0
+        config, held, total = self.engine.model.config.text_config, np.empty(0, dtype=np.int64), 0.0
         for text in self.texts[:questions]:
-            ids = self.asker.ids(text)
+            ids = self.engine.prompt_ids([text])
             # The last token of a reply is never read.
             total += flops(config, common_prefix(held, ids) if reuse else 0, len(ids) + self.reply - 1)
             held = ids
@@ -98,8 +115,8 @@ def measure(bench: Bench, repeat: int) -> dict[str, Any]:
     work = {kind: bench.flops(**options) for kind, options in KINDS.items()}
     found: dict[str, Any] = {
         "frames": len(bench.features),
-        "visual_tokens": len(bench.asker.block),
-        "prompt_tokens": [len(bench.asker.ids(text)) for text in bench.texts],
+        "visual_tokens": bench.visual_input().tokens,
+        "prompt_tokens": [len(bench.engine.prompt_ids([text])) for text in bench.texts],
         "reply_tokens": bench.reply,
         "repeat": repeat,
         "replies_agree": said["once"] == said["alone"],

@@ -1,10 +1,12 @@
 """What `auto` means for --device and --dtype. torch is imported when one of them is resolved."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from lvctx.errors import MissingError
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+DeviceMap = str | dict[str, Any]
+"""Where a model's modules are, as accelerate takes it: `auto`, `balanced`, `sequential`, or devices by name."""
 
 
 def resolve_device(device: str) -> str:

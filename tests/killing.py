@@ -113,13 +113,13 @@ def _train(kind: str, folder: Path, out: Path, blow: tuple[str, int] | None) -> 
         elif place == "row":
             at_call(trainer, "note", number)  # the row is written, no checkpoint has the step
         elif place == "rewrite":
-            at_call(trainer, "write_rows", number)
+            at_call(trainer, "write_jsonl", number)
         elif place == "save":
             at_call(trainer, "_state", number)
         elif place == "reference":
-            at_call(dpo.RowLog, "append", number)
+            at_call(dpo.ResultLog, "append", number)
         elif place == "end":
-            at_call(trainer, "read_rows", number)
+            at_call(trainer, "read_jsonl", number)
     try:
         RUNS[kind](folder, out)
     except Stopped:

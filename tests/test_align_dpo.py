@@ -21,12 +21,12 @@ from lvctx.model.load import load_model, load_tokenizer
 from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import newline_id
 from lvctx.stages.dpo import REFERENCE, log_probs, reference_loss
+from lvctx.text.conversations import read_pairs
 from lvctx.train.batching import Forward, Sample, encode_sample, pack_samples
 from lvctx.train.chat import TokenSequence
 from lvctx.train.data import indices
-from lvctx.train.images import Encoding
-from lvctx.train.preference import read_pairs
 from lvctx.vision.images import Preprocess
+from lvctx.vlm.image_tiling import ImageEncoding
 
 PAIRS = [
     {"image": "0.png", "prompt": "<image>\nWhat color?", "chosen": "red", "rejected": "blue, I think"},
@@ -75,7 +75,7 @@ def test_loss_and_gradient_are_the_formula_on_stock_logits(vlm: Path, pairs: Pat
     tokenizer, model = load_tokenizer(vlm), load_model(vlm)
     forward = Forward(
         model,
-        encoding=Encoding.of(model.config.vision_config, grid="unires", rule="code"),
+        encoding=ImageEncoding.of(model.config.vision_config, grid="unires", rule="code"),
         preprocess=Preprocess.from_directory(vlm),
         newline=newline_id(tokenizer),
         tower_grad=False,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from aligning import draw, make_forward, talk, write
+from lvctx.vision.rules import find_rule
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionModel, LlavaOnevisionForConditionalGeneration
@@ -31,11 +32,10 @@ from lvctx.model.vlm import (
     save_vlm,
 )
 from lvctx.stages.align_job import count_tokens
+from lvctx.text.conversations import read_conversations
 from lvctx.train.batching import Sample, encode_sample
-from lvctx.train.chat import read_conversations
-from lvctx.train.images import Encoding
 from lvctx.vision.images import Preprocess, open_image
-from lvctx.vision.rules import find_rule
+from lvctx.vlm.image_tiling import ImageEncoding
 
 GRIDS: tuple[Grid, ...] = ("unires", "anyres", "single")
 
@@ -49,7 +49,7 @@ def vlms(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFacto
         load_model(tiny_lm), CLIPVisionModel.from_pretrained(tiny_tower).eval(), tokenizer, where=tiny_lm, seed=0
     )
     for grid in GRIDS:
-        Encoding.of(vlm.config.vision_config, grid=grid, rule="code").tell(vlm.config)
+        ImageEncoding.of(vlm.config.vision_config, grid=grid, rule="code").write_to(vlm.config)
         save_vlm(vlm, tokenizer, tiny_tower, out / grid)
     return {grid: out / grid for grid in GRIDS}
 
@@ -71,7 +71,7 @@ def test_tokens_are_those_written_by_hand_and_those_embedded(
     rows = [talk("<image>" * len(images) + "What?", "red", image=images) for images in shown.values()]
     data = write(tmp_path / "data.json", rows)
     tokenizer, model = load_tokenizer(vlms[grid]), load_model(vlms[grid])
-    encoding = Encoding.of(model.config.vision_config, grid=grid, rule="code")
+    encoding = ImageEncoding.of(model.config.vision_config, grid=grid, rule="code")
     forward = make_forward(model, tokenizer, encoding, vlms[grid])
     for name, row in zip(shown, read_conversations(data, tmp_path), strict=True):
         sample = encode_sample(0, (row,), tokenizer, encoding, max_length=999)
@@ -87,7 +87,7 @@ def test_no_image_has_more_grids_than_asked_for(vlms: dict[Grid, Path], tmp_path
     data = write(tmp_path / "data.json", [talk("<image>What?", "red", image="large.png")])
     tokenizer, model = load_tokenizer(vlms["unires"]), load_model(vlms["unires"])
     for most, grids in {64: 64, 49: 49, 5: 4}.items():
-        encoding = Encoding.of(model.config.vision_config, grid="unires", rule="code", max_grids=most)
+        encoding = ImageEncoding.of(model.config.vision_config, grid="unires", rule="code", max_grids=most)
         assert encoding.tokens(tmp_path / "large.png", alone=True) == 4 * grids + 1
         sample = encode_sample(0, tuple(read_conversations(data, tmp_path)), tokenizer, encoding, max_length=999)
         with torch.no_grad():
@@ -109,7 +109,7 @@ def test_the_rule_of_unires_stays_with_the_model(tiny_lm: Path, tiny_tower: Path
     ):
         done = CliRunner().invoke(app, command.split())
         assert done.exit_code == 0, done.output
-    told = Encoding.told(load_config(tmp_path / "d"))
+    told = ImageEncoding.from_config(load_config(tmp_path / "d"))
     assert (told.rule, told.max_grids) == ("paper", 64)
     aligned, extended = (read_manifest(tmp_path / name)["longest_sample"] for name in "bc")
     assert aligned == extended > 0
@@ -122,7 +122,7 @@ def test_samples_of_a_micro_batch_do_not_see_each_other(vlms: dict[Grid, Path], 
     rows: list[Any] = [talk("<image>What?", "red", image="1.png"), talk("Hi.", "Hello there, how are you?")]
     rows += [talk("<image><image>Which?", "the first", image=["0.png", "3.png"]), talk("What is two and two?", "4")]
     tokenizer, model = load_tokenizer(vlms["unires"]), load_model(vlms["unires"], dtype=torch.float32)
-    encoding = Encoding.of(model.config.vision_config, grid="unires", rule="code")
+    encoding = ImageEncoding.of(model.config.vision_config, grid="unires", rule="code")
     read = read_conversations(write(tmp_path / "data.json", rows), tmp_path)
     samples = [encode_sample(n, (row,), tokenizer, encoding, max_length=999) for n, row in enumerate(read)]
     if windowed:  # far beyond the samples: what it lets through is all, but our attention does not serve it
@@ -154,7 +154,7 @@ def test_training_sees_what_stock_transformers_sees_on_the_saved_model(
     row = talk("<image>\n" * len(images) + "What?", "red", image=images)
     (conversation,) = read_conversations(write(tmp_path / "data.json", [row]), tmp_path)
     tokenizer, model = load_tokenizer(vlms[grid]), load_model(vlms[grid])
-    encoding = Encoding.of(model.config.vision_config, grid=image_grid(model.config), rule="code")
+    encoding = ImageEncoding.of(model.config.vision_config, grid=image_grid(model.config), rule="code")
     sample = encode_sample(0, (conversation,), tokenizer, encoding, max_length=999)
     with torch.no_grad():
         hidden_LE = make_forward(model, tokenizer, encoding, vlms[grid])([sample], lambda hidden, *_: hidden)
@@ -242,6 +242,6 @@ def test_other_words_and_rows_that_cannot_be_packed_are_one_line(vlms: dict[Grid
 
 def test_one_grid_is_padded_to_a_square(tmp_path: Path, tiny_tower: Path) -> None:
     preprocess = Preprocess.from_directory(tiny_tower)
-    encoding = Encoding(grid="single", rule="code", tile=48, side=4)
+    encoding = ImageEncoding(grid="single", rule="code", tile=48, side=4)
     (tile,) = encoding.tiles(Image.new("RGB", (96, 48), (9, 9, 9)), alone=True, background=preprocess.background)
     assert [tile.getpixel((24, y)) for y in (0, 24)] == [preprocess.background, (9, 9, 9)]

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from lvctx.errors import InputError
 from lvctx.model.loss import IGNORED
-from lvctx.model.template import Visual
 from lvctx.model.vlm import VIDEO_TOKEN
-from lvctx.train.chat import Conversation, TokenSequence, encode_conversation
+from lvctx.text.conversations import Conversation, Media, Turn
+from lvctx.train.chat import TokenSequence, encode_conversation
 
 TEMPLATES = Path(__file__).parent / "data" / "chat"
 SPECIAL = (
@@ -38,20 +38,17 @@ def tokenizer_of(family: str) -> Any:
     return tokenizer
 
 
-def parts(content: str) -> tuple[str | Visual, ...]:
-    """A turn's content with its image marks as parts."""
+def parts(content: str) -> tuple[str | Media, ...]:
+    """A turn's content with its images as parts."""
     split = re.split(f"({VIDEO_TOKEN})", content)
-    return tuple(Visual(piece) if piece == VIDEO_TOKEN else piece for piece in split)
+    return tuple(Media("image", "0.png") if piece == VIDEO_TOKEN else piece for piece in split)
 
 
-def encode(family: str, *turns: tuple[str, str], images: int = 0) -> tuple[TokenSequence, str]:
+def encode(family: str, *turns: tuple[str, str]) -> tuple[TokenSequence, str]:
     """The sequence, an image being three tokens, and how it reads."""
     tokenizer = tokenizer_of(family)
-    messages = tuple({"role": role, "content": parts(content)} for role, content in turns)
-    pictures = tuple(Path(f"{i}.png") for i in range(images))
-    sequence = encode_conversation(
-        Conversation(where="here", images=pictures, messages=messages), tokenizer, lambda image: 3
-    )
+    conversation = Conversation(where="here", turns=tuple(Turn(role, parts(content)) for role, content in turns))
+    sequence = encode_conversation(conversation, tokenizer, lambda image: 3)
     for label, following in zip(sequence.labels, [*sequence.ids[1:], None], strict=True):
         assert label in (IGNORED, following), "a label is the next token or nothing"
     counted = [False, *(label != IGNORED for label in sequence.labels[:-1])]
@@ -96,7 +93,7 @@ SYSTEM = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Ho"))
     ],
 )
 def test_turns_with_images(family: str, expected: str) -> None:
-    sequence, text = encode(family, *MULTI_TURN, images=2)
+    sequence, text = encode(family, *MULTI_TURN)
     assert text == expected
     assert [text[:i].count("▪") for i in (text.index("▪"), text.rindex("▪▪▪"))] == [0, 3]
     assert len(sequence.places) == 2
@@ -148,7 +145,7 @@ def test_the_whole_answer_is_counted_whatever_it_begins_with(family: str, answer
 
 
 def test_an_image_in_an_answer_is_never_a_word() -> None:
-    text = encode("qwen2", ("user", "Draw."), ("assistant", "Here: " + VIDEO_TOKEN + "There."), images=1)[1]
+    text = encode("qwen2", ("user", "Draw."), ("assistant", "Here: " + VIDEO_TOKEN + "There."))[1]
     assert text.endswith("assistant\n«Here: »▪▪▪«There.<|im_end|>»\n")
 
 
@@ -162,11 +159,8 @@ def test_what_follows_the_last_answer_is_left_out(family: str) -> None:
 
 def test_templates_that_cannot_be_taught_are_refused() -> None:
     tokenizer = tokenizer_of("qwen2")
-    talk = Conversation(
-        where="d.json[3]",
-        images=(),
-        messages=tuple({"role": r, "content": r} for r in ("user", "assistant", "user", "assistant")),
-    )
+    turns = tuple(Turn(role, (role,)) for role in ("user", "assistant", "user", "assistant"))
+    talk = Conversation(where="d.json[3]", turns=turns)
     tokenizer.chat_template = (
         "{% for m in messages[-2:] %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
     )

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 from lvctx.cli.app import app
 from lvctx.model.load import context_length, load_model, load_tokenizer
 from lvctx.model.vlm import VIDEO_TOKEN, assemble
+from lvctx.text.conversations import read_conversations
 from lvctx.train.batching import encode_sample, skip_positions
-from lvctx.train.chat import read_conversations
-from lvctx.train.images import Encoding
+from lvctx.vlm.image_tiling import ImageEncoding
 
 ROWS = [
     talk("<image>What?", "red", image="1.png"),
@@ -36,7 +36,7 @@ def test_spread_samples_are_read_as_stock_transformers_reads_them_at_these_posit
     tower = CLIPVisionModel.from_pretrained(tiny_tower).eval()
     vlm = assemble(lm, tower, tokenizer, where=tiny_lm, seed=0)
     read = read_conversations(write(tmp_path / "data.json", ROWS), tmp_path)
-    encoding = Encoding.of(vlm.config.vision_config, grid="unires", rule="code")
+    encoding = ImageEncoding.of(vlm.config.vision_config, grid="unires", rule="code")
     context, rng = context_length(vlm.config), np.random.default_rng(5)
     samples = [
         skip_positions(encode_sample(n, (row,), tokenizer, encoding, max_length=999), context, rng)

@@ -12,8 +12,8 @@ from aligning import draw, talk, write
 from PIL import Image
 
 from lvctx.errors import InputError
-from lvctx.train.chat import read_conversations
-from lvctx.train.preference import read_pairs
+from lvctx.text.conversations import read_conversations, read_pairs
+from lvctx.train.chat import to_messages
 
 ROWS = [talk("<image>\nWhat?", "red", image="0.png"), talk("Hi.", "Hello."), talk("<image>\nAnd?", "no", image="1.png")]
 
@@ -48,7 +48,7 @@ def test_a_dataset_reads_as_the_json_that_says_the_same(folder: Path, kind: str)
         datasets.DatasetDict({"train": with_pictures(folder)}).save_to_disk(data)
     for _ in range(2):  # the second time the pictures are there
         found = read_conversations(data, folder / "new" / "images")
-        assert [c.messages for c in found] == [c.messages for c in expected]
+        assert [to_messages(c, str) for c in found] == [to_messages(c, str) for c in expected]
         for ours, theirs in zip(found, expected, strict=True):
             assert len(ours.images) == len(theirs.images)
             for a, b in zip(ours.images, theirs.images, strict=True):
@@ -80,7 +80,8 @@ def test_what_is_no_dataset_is_one_line(folder: Path, monkeypatch: pytest.Monkey
     (folder / "empty").mkdir()
     (folder / "bad.parquet").write_bytes(b"no")
     for data in (Path("nobody/nothing"), folder / "empty", folder / "bad.parquet", folder / "gone.parquet"):
-        with pytest.raises(InputError, match="neither a file or folder here nor a dataset"):
+        with pytest.raises(InputError) as caught:
             read_conversations(data, folder)
+        assert str(caught.value.where) == str(data)
     with pytest.raises(InputError, match="no such file"):
         read_conversations(Path("somewhere/data.json"), folder)

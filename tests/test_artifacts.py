@@ -8,14 +8,16 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lvctx.artifacts.jsonl_log import read_jsonl
 from lvctx.artifacts.manifest import Provenance, is_finished, read_manifest, read_provenance, write_manifest
-from lvctx.artifacts.rows import RowLog, read_rows
+from lvctx.artifacts.result_log import ResultLog, read_results
 from lvctx.artifacts.store import atomic_file, fingerprint, read_safetensors_header, save_tensors, write_json
 from lvctx.artifacts.stream import read_references
 from lvctx.errors import InputError
@@ -160,29 +162,64 @@ def test_fingerprint_changes_with_any_byte_and_any_name(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.dictionaries(st.text(min_size=1), st.integers() | st.text()), min_size=1, max_size=5), st.data())
-def test_row_log_survives_a_cut_at_any_byte(rows: list[dict[str, object]], data: st.DataObject) -> None:
+def test_a_result_log_survives_a_cut_at_any_byte(rows: list[dict[str, object]], data: st.DataObject) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.jsonl"
-        keyed = [{**row, "key": str(i)} for i, row in enumerate(rows)]
-        with RowLog(path) as log:
-            for row in keyed:
-                log.append(row)
+        keyed = {str(i): row for i, row in enumerate(rows)}
+        made_of = {"model": "a", "files": ("b", "c")}
+        with ResultLog.open(path, made_of) as log:
+            stored = [log.append(key, row) for key, row in keyed.items()]
+        assert read_jsonl(path) == json.loads(json.dumps(stored))
         raw = path.read_bytes()
         path.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
-        with RowLog(path) as log:
-            for row in keyed:
-                if row["key"] not in log:
-                    log.append(row)
+        with ResultLog.open(path, made_of) as log:
+            for key, row in keyed.items():
+                if key not in log:
+                    log.append(key, row)
         assert path.read_bytes() == raw
+
+
+def test_a_result_log_is_of_one_run_and_has_one_writer(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "results.jsonl"
+
+    def refused(where: object, what: str, made_of: dict[str, object], **options: Any) -> None:
+        with pytest.raises(InputError) as e, ResultLog.open(path, made_of, **options):
+            pass
+        assert (e.value.where, what in e.value.what) == (where, True)
+
+    run = {"model": "a", "seed": 0}
+    refused(path.parent, "nothing to resume", run, resume="must")
+    with ResultLog.open(path, run) as log:
+        log.append("1", {"error": "no video"})
+        assert "1" not in log
+        log.append("1", {"response": "A"})
+        refused(path.parent, "another process", run)
+        with ResultLog.open(path, run, shared=True) as other:
+            assert "1" in other
+    refused(path.parent, "(other seed)", {"model": "a", "seed": 1})
+    refused(path.parent, "(other model, seed, video)", {"video": "b"})
+    refused(path.parent, "results already", run, resume="never")
+    path.write_bytes(path.read_bytes() + b'{"key": 5}\n')
+    refused(f"{path}:3", "without a key", run)
+    with ResultLog.open(path, {"video": "b"}, resume="never", force=True) as log:
+        assert not log.rows
+    assert sorted(p.name for p in path.parent.iterdir()) == ["results.jsonl"]
+    with ResultLog.open(path, {"video": "b"}, resume="must") as log:
+        log.append("1", {"response": "B"})
+        log.append("2", {"error": "lost"})
+    assert {place: row["key"] for place, row in read_results(path.parent).items()} == {
+        f"{path}:1": "1",
+        f"{path}:2": "2",
+    }
 
 
 def test_a_malformed_row_is_named_by_its_line(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text('{"key":"a"}\n{"key":\n')
     with pytest.raises(InputError, match=r"results\.jsonl:2"):
-        read_rows(path)
+        read_jsonl(path)
 
 
 def test_references_are_paths_or_objects_and_unknown_keys_pass_through() -> None:

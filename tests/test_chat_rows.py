@@ -18,10 +18,11 @@ from lvctx.model.load import load_tokenizer
 from lvctx.model.loss import IGNORED
 from lvctx.model.template import Visual
 from lvctx.model.vlm import VIDEO_TOKEN
-from lvctx.stages.pack_chat import plan_chat, run_chat
-from lvctx.train.chat import read_conversations
-from lvctx.train.preference import read_pairs
-from lvctx.train.samples import Media, check_row
+from lvctx.stages.pack_chat import plan_pack_chat, run_pack_chat
+from lvctx.stages.pack_chat_config import PackChatConfig
+from lvctx.text.conversations import Conversation, Media, parse_conversation, read_conversations, read_pairs
+from lvctx.text.records import Record
+from lvctx.train.chat import to_messages
 
 IMAGE = Visual(VIDEO_TOKEN)
 HI = talk("Hi", "Hello")
@@ -39,6 +40,10 @@ def message(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
+def messages(conversation: Conversation) -> tuple[dict[str, Any], ...]:
+    return to_messages(conversation, lambda kind: VIDEO_TOKEN)
+
+
 HEY = [message("user", "Hi"), message("assistant", "x")]
 
 
@@ -46,7 +51,7 @@ def turns_of(row: Any) -> list[tuple[str, list[str]]]:
     """Roles, and text with media as [path]."""
     return [
         (role, [f"[{part.path}]" if isinstance(part, Media) else part for part in parts])
-        for role, parts in check_row(row, "here").turns
+        for role, parts in parse_conversation(Record("here", row)).turns
     ]
 
 
@@ -132,7 +137,7 @@ def test_a_row_is_read(row: Any, expected: Any) -> None:
 )
 def test_a_row_is_named(row: Any, what: str) -> None:
     with pytest.raises(InputError, match=what) as caught:
-        check_row(row, "d.json[3]")
+        parse_conversation(Record("d.json[3]", row))
     assert str(caught.value).startswith("d.json[3]: ")
 
 
@@ -161,7 +166,7 @@ def test_a_file_is_read(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(FILES[name])
     found = read_conversations(tmp_path / name, tmp_path)
     expected = ({"role": "user", "content": ("a\u2028b\x85",)}, {"role": "assistant", "content": ("x\u2028y",)})
-    assert [one.messages for one in found] == [expected, expected]
+    assert [messages(one) for one in found] == [expected, expected]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +179,7 @@ def test_a_file_is_read(name: str, tmp_path: Path) -> None:
         (codecs.BOM_UTF16_LE + f"{ROW}\nx\n".encode("utf-16-le"), r"d\.jsonl:2: malformed JSON"),
         (codecs.BOM_UTF16_LE + b"\x00\xd8" * 3, r"d\.jsonl:1: malformed JSON"),
         (f"{ROW}\n{'[' * 100_000}\n".encode(), r"d\.jsonl:2: malformed JSON"),
-        (b"[" * 100_000, r"d\.jsonl: malformed JSON"),
+        (b"[" * 100_000, r"d\.jsonl:1: malformed JSON"),
         (f'{ROW}\n{{"a": {"1" * 5000}}}\n'.encode(), r"d\.jsonl:2: malformed JSON"),
         (gzip.compress(f"{ROW}\n".encode(), mtime=0)[:-9], r"d\.jsonl: cannot read"),
         (b"", r"d\.jsonl: no row"),
@@ -217,7 +222,7 @@ INSIDE = {key: [message("user", "Hi"), *TRL[key]] for key in TRL}
 def test_a_pair_is_read(row: Any, tmp_path: Path) -> None:
     ((chosen, rejected),) = read_pairs(write(tmp_path / "d.json", [row]), tmp_path)
     for one, answer in ((chosen, "Hello"), (rejected, "Go")):
-        assert [(m["role"], m["content"]) for m in one.messages] == [("user", ("Hi",)), ("assistant", (answer,))]
+        assert [(m["role"], m["content"]) for m in messages(one)] == [("user", ("Hi",)), ("assistant", (answer,))]
 
 
 def test_pairs_with_a_system_prompt_a_history_and_images(tmp_path: Path) -> None:
@@ -226,8 +231,8 @@ def test_pairs_with_a_system_prompt_a_history_and_images(tmp_path: Path) -> None
     history = [*begin, message("assistant", "Ho"), message("user", "And?")]
     row = {"images": ["0.png"], "prompt": history, **TRL}
     ((chosen, _),) = read_pairs(write(tmp_path / "d.json", [row]), tmp_path)
-    assert [m["role"] for m in chosen.messages] == ["system", "user", "assistant", "user", "assistant"]
-    assert chosen.messages[1]["content"] == (IMAGE, "Hi")
+    assert [m["role"] for m in messages(chosen)] == ["system", "user", "assistant", "user", "assistant"]
+    assert messages(chosen)[1]["content"] == (IMAGE, "Hi")
     assert chosen.images == (tmp_path / "0.png",)
 
 
@@ -263,18 +268,10 @@ def test_a_pair_is_named(row: Any, what: str, tmp_path: Path) -> None:
 
 
 def pack(out: Path, kind: str, data: Path, model: Path, media: Path, **options: Any) -> ChatRows:
-    plan = plan_chat(
-        {kind: [data]},
-        model=str(model),
-        media=media,
-        mix=None,
-        hybrid=None,
-        **{
-            **{"target_length": 4096, "tokens": None, "long_share": 0.0, "long_over": 100, "video_fps": 2.0},
-            **{"max_frames": 8, "template": "own", "skip_malformed": False, "shard_tokens": 4096, "seed": 0, **options},
-        },
-    )
-    run_chat(plan, out, report=lambda done, total, note: None)
+    options = {"long_share": 0.0, "max_frames": 8, "template": "own", "shard_tokens": 4096, **options}
+    sources: dict[str, Any] = {kind: (data,)}
+    config = PackChatConfig(out=out, model=str(model), media=media, target_length=4096, **sources, **options)
+    run_pack_chat(plan_pack_chat(config), on_progress=lambda done, total, note: None)
     return ChatRows(out)
 
 

@@ -415,14 +415,16 @@ def test_a_prompt_that_training_would_not_teach_is_stock_transformers() -> None:
 def test_forced_needles_read_a_training_sequence() -> None:
     import numpy as np
     from PIL import Image
+    from support.frames import even_tokens
 
-    from lvctx.bench.video_niah import EvenFrames, Needle, VideoNiah
+    from lvctx.eval.niah.image_needles import ImageNeedle, NeedleSet
+    from lvctx.eval.niah.video import VideoNeedleTask
 
     tokenizer = tokenizer_of(QWEN3)
     vocabulary = len(tokenizer)
-    layout = EvenFrames(vocabulary=vocabulary, per_frame=1, shown=4)
-    needle = Needle(image=Image.new("RGB", (2, 2)), question="What?", answer="red", subject="it")
-    niah = VideoNiah(tokenizer, [needle], layout=layout, frames=3, chance=None)
+    tokens = even_tokens(vocabulary=vocabulary, per_frame=1, frames=3, inserted=1)
+    needle = ImageNeedle(image=Image.new("RGB", (2, 2)), question="What?", answer="red", subject="it")
+    niah = VideoNeedleTask(tokenizer, NeedleSet(needles=[needle], distractors=[]), tokens, seconds=np.arange(3.0))
     (cell,) = niah.cells([3], [0.0], 1)
     ids, answer = niah.sequence(cell)
     block = [int(i) for i in ids if i >= vocabulary]

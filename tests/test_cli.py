@@ -1,7 +1,9 @@
 """The contract at the edges: each way a command can go wrong is one line and the right exit code."""
 
+import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -27,6 +29,23 @@ def lvctx(*args: object, cwd: Path | None = None, **env: str) -> subprocess.Comp
         text=True,
         timeout=120,
     )
+
+
+def on_terminal(*args: object, columns: int = 100) -> str:
+    """What a command writes to stdout on a terminal."""
+    master, slave = pty.openpty()
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": str(columns), "NO_COLOR": "1"}
+    with subprocess.Popen([*LVCTX, *map(str, args)], env=env, stdout=slave, stderr=subprocess.PIPE) as process:
+        os.close(slave)
+        parts: list[bytes] = []
+        with contextlib.suppress(OSError):  # a terminal ends with one
+            while part := os.read(master, 1 << 16):
+                parts.append(part)
+        assert process.stderr is not None
+        error = process.stderr.read().decode()
+    os.close(master)
+    assert process.returncode == 0, error
+    return b"".join(parts).decode().replace("\r\n", "\n")
 
 
 def fails(code: int, done: subprocess.CompletedProcess[str], *words: object) -> None:
@@ -57,6 +76,11 @@ def test_info_says_what_a_model_is(tiny_lm: Path) -> None:
     assert facts["model"]["architecture"] == "LlamaForCausalLM"
     assert facts["model"]["context"] == 512
     fails(3, lvctx("info", "/nowhere"), "/nowhere", "no such file")
+
+
+def test_on_a_terminal_a_person_is_answered(tiny_lm: Path) -> None:
+    assert re.search(r"^model.context +512$", on_terminal("info", tiny_lm), re.M)
+    assert json.loads(on_terminal("info", tiny_lm, "--json"))["model"]["context"] == 512
 
 
 def test_a_model_without_its_shard_and_no_model_at_all(tiny_lm: Path, tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from test_mrope_train import reader_of
 from test_niah import run
 
-from lvctx.bench.eyes import open_eyes
-from lvctx.bench.qwen_eyes import QwenEyes
-from lvctx.vision.decode import count_frames, read_frames
+from lvctx.vision.decode import count_frames, read_video
 from lvctx.vision.hybrid import Hybrid
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vlm.registry import open_vlm
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 PICTURE = ["-f", "lavfi", "-i", "testsrc2=s=64x48:r=25:d=2"]
@@ -70,11 +70,11 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_frames_counted_are_frames_read(videos: Path, name: str, how: dict[str, object]) -> None:
     path = videos / name
-    seen = [frame.image.shape for frame in read_frames(path, **how)]  # type: ignore[arg-type]
-    count = count_frames(path, **how)  # type: ignore[arg-type]
+    seen = [frame.image.shape for frame in read_video(path, VideoSampling(**how))]  # type: ignore[arg-type]
+    count = count_frames(path, VideoSampling(**how))  # type: ignore[arg-type]
     assert (count.frames, count.height, count.width, 3) == (len(seen), *seen[0])
     assert count.exact
-    guess = count_frames(path, decode=False, **how)  # type: ignore[arg-type]
+    guess = count_frames(path, VideoSampling(**how), decode=False)  # type: ignore[arg-type]
     assert guess.exact or name.split(".")[1] not in SURE
     assert guess.frames == len(seen) or not guess.exact
     assert guess.frames == pytest.approx(len(seen), rel=0.1, abs=1)
@@ -82,7 +82,7 @@ def test_frames_counted_are_frames_read(videos: Path, name: str, how: dict[str, 
 
 
 def read_duration(path: Path) -> float:
-    reader = read_frames(path, fps="native")
+    reader = read_video(path, VideoSampling(fps="native"))
     frames = list(reader)
     assert reader.facts["duration"] >= frames[-1].pts - frames[0].pts
     return float(reader.facts["duration"])
@@ -90,7 +90,7 @@ def read_duration(path: Path) -> float:
 
 def test_duration_is_the_pictures(videos: Path) -> None:
     for name in ("sound.mkv", "sound.webm", "sound.mp4", "late.mkv", "late.mp4"):
-        assert count_frames(videos / name, fps=1.0).duration == pytest.approx(2, abs=0.05), name
+        assert count_frames(videos / name, VideoSampling(fps=1.0)).duration == pytest.approx(2, abs=0.05), name
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +117,9 @@ def test_what_is_packed_can_be_trained_on(videos: Path, model: Path) -> None:
 @pytest.mark.parametrize("name", ["sound.mkv", "sound.webm", "sound.mp4", "late.mp4", "stills.mp4", "old.avi"])
 def test_a_haystack_has_the_frames_that_exist(name: str, videos: Path, model: Path) -> None:
     hybrid = Hybrid(group=2, tokens=16, ratio=4)
-    tokenizer = mrope_models.tokenizer()
-    eyes = open_eyes(model, name="m", tokenizer=tokenizer, files=[videos / name], fps=2.0, hybrid=hybrid)
-    assert isinstance(eyes, QwenEyes)
-    read = len(list(read_frames(videos / name, fps=2.0)))
-    assert len(eyes.seconds) == read // 2 * 2
+    haystack = open_vlm(model).haystack([videos / name], VideoSampling(fps=2.0, hybrid=hybrid), as_images=False)
+    read = len(list(read_video(videos / name, VideoSampling(fps=2.0))))
+    assert len(haystack.seconds) == read // 2 * 2
 
 
 @pytest.mark.parametrize("how", [("--fps", 1), ("--fps", "native"), ("--frames", 8), ("--fps", 2, "--hybrid", "4,4,4")])
@@ -132,7 +130,7 @@ def test_a_dry_run_promises_what_there_is(how: tuple[object, ...], videos: Path,
         row = json.loads(done.stdout)
         fps = {"native": "native"}.get(str(how[1])) or float(str(how[1]))
         sampling = {"frames": how[1]} if how[0] == "--frames" else {"fps": fps}
-        read = len(list(read_frames(videos / name, **sampling)))  # type: ignore[arg-type]
+        read = len(list(read_video(videos / name, VideoSampling(**sampling))))  # type: ignore[arg-type]
         assert row["expected_frames"] == read or row["about"], name
         assert ("about" in done.stderr) == row["about"]
         assert not (row["about"] and name.split(".")[1] in SURE)

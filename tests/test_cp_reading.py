@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import mrope_models
 import numpy as np
 import pytest
 import torch
@@ -18,14 +19,14 @@ from test_prefix import plain_text, small_model, tree_size
 from test_ring import tiny_config
 from torch.nn import functional as F
 
-from lvctx.bench.prefix import PrefixScorer, Score, walk_order
-from lvctx.bench.reader import Reader
-from lvctx.bench.text_niah import TextNiah
 from lvctx.dist.context import ParallelContext, joined, make_context
 from lvctx.dist.stripes import Stripe, _attend, held, prepare
 from lvctx.errors import InputError
+from lvctx.eval.niah.config import Depths, TextNiahConfig
+from lvctx.eval.niah.run import NiahJob, NiahRun, plan_text, run_niah
+from lvctx.eval.niah.text import TextNeedleTask
+from lvctx.inference.prefix_scorer import PrefixScorer, Score, walk_order
 from lvctx.model.load import load_model, load_tokenizer
-from lvctx.stages.niah import NiahConfig, Plan, plan_niah, run_niah
 
 WORDS = ["the", "old", "tree", "stood", "by", "a", "river", "and", "people", "came", "from", "far"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -94,28 +95,27 @@ def check_any_order(world: ParallelContext) -> None:
     """Short sequences, so that some ranks have no token of a forward; words written; every kind of cache."""
     rng = np.random.default_rng(1)
     stock, model = small_model("llama", 40), small_model("llama", 40)
-    for kept, off in (("device", 1e-5), ("host", 1e-5), ("int8", 0.05)):
-        walker = PrefixScorer(model, chunk=5, kept=kept, ring=world.ring)  # type: ignore[arg-type]
+    for placement, off in (("device", 1e-5), ("host", 1e-5), ("int8", 0.05)):
+        walker = PrefixScorer(model, chunk=5, kv_cache=placement, ring=world.ring)  # type: ignore[arg-type]
         for _ in range(4):
             ids = rng.integers(0, 3, rng.integers(3, 14))
-            plain, ours = plain_text(stock, ids, 2), walker.score(ids, 2, write=3)
+            plain, ours = plain_text(stock, ids, 2), walker.score(ids, 2, generate=3)
             assert ours.log_prob == pytest.approx(plain.log_prob, rel=off)
-            if kept != "int8":
+            if placement != "int8":
                 assert (ours.forced, ours.rank) == (plain.forced, plain.rank)
-                assert ours.written == PrefixScorer(copy.deepcopy(stock)).score(ids, 2, write=3).written
+                assert ours.generated == PrefixScorer(copy.deepcopy(stock)).score(ids, 2, generate=3).generated
     ids = rng.integers(0, 40, 19)
-    together, alone = Reader(model, chunk=4, ring=world.ring), Reader(copy.deepcopy(stock))
-    assert together.write(ids, 6, set()) == alone.write(ids, 6, set())
-    assert together.write(ids[:11], 6, set()) == alone.write(ids[:11], 6, set())
+    together, alone = PrefixScorer(model, chunk=4, ring=world.ring), PrefixScorer(copy.deepcopy(stock))
+    assert together.generate(ids, 6, set()) == alone.generate(ids, 6, set())
+    assert together.generate(ids[:11], 6, set()) == alone.generate(ids[:11], 6, set())
 
 
-def read(plan: Plan, out: Path, world: ParallelContext) -> None:
-    options: dict[str, Any] = {"chunk": 50, "reuse": True, "resume": "auto", "force": False}
-    for _ in run_niah(plan, out, world=world, report=lambda done, total, note: None, **options):
+def read(job: NiahJob, out: Path, world: ParallelContext) -> None:
+    for _ in run_niah(job, out, NiahRun(parallel=world, prefill_chunk=50)):
         pass
 
 
-def reading_checks(rank: int, ranks: int, store: Path, grids: dict[str, Any], vocabulary: int, plan: Plan) -> None:
+def reading_checks(rank: int, ranks: int, store: Path, grids: dict[str, Any], vocabulary: int, job: NiahJob) -> None:
     torch.set_num_threads(1)
     with joined(store / "store", rank=rank, size=ranks):
         for cp in (2, 4):
@@ -124,7 +124,7 @@ def reading_checks(rank: int, ranks: int, store: Path, grids: dict[str, Any], vo
             check_any_order(world)
             for kind, walked in grids.items():
                 check_grid(world, kind, vocabulary, walked)
-        read(plan, store / "together", make_context(device="cpu", cp=2))
+        read(job, store / "together", make_context(device="cpu", cp=2))
 
 
 def same_rows(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
@@ -140,7 +140,7 @@ def same_rows(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
 def test_two_and_four_ranks_read_as_one(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
     """Four processes as two pairs and as one group: odd lengths, grouped queries, a whole grid, one results file."""
     tokenizer = load_tokenizer(tiny_lm)
-    test = TextNiah(tokenizer, story(), distractors=0, seed=3)
+    test = TextNeedleTask(tokenizer, story(), distractors=0, seed=3)
     cells = test.cells([131, 180, 247], [0, 0.5, 1], 2)
     sequences = [test.sequence(cell) for cell in cells]
     grids = {}
@@ -148,25 +148,20 @@ def test_two_and_four_ranks_read_as_one(tiny_lm: Path, essays: Path, tmp_path: P
         model = small_model(kind, len(tokenizer))
         order = walk_order(ids for ids, _ in sequences)
         grids[kind] = [(*sequences[i], plain_text(model, *sequences[i])) for i in order]
-    config = NiahConfig(
+    config = TextNiahConfig(
         model=str(tiny_lm),
-        modality="text",
         haystack=(essays,),
         lengths=(131, 200),
-        depths=(0.0, 0.5, 1.0),
+        depths=Depths(values=(0.0, 0.5, 1.0)),
         trials=2,
-        distractors=0,
-        needles="drawn",
         scoring="both",
-        training_length=None,
-        seed=0,
     )
-    plan = plan_niah(config)
-    read(plan, tmp_path / "alone", ParallelContext(device="cpu"))
-    start(reading_checks, tmp_path, grids, len(tokenizer), plan, ranks=4)
+    job = plan_text(config)
+    read(job, tmp_path / "alone", ParallelContext(device="cpu"))
+    start(reading_checks, tmp_path, grids, len(tokenizer), job, ranks=4)
     same_rows(results(tmp_path / "together"), results(tmp_path / "alone"))
     assert (tmp_path / "together" / "heatmap.png").is_file()
-    assert plan.facts(4)["cache_bytes"] == plan.facts()["cache_bytes"] / 4 == 200 / 4 * 2 * 2 * 2 * 16 * 4
+    assert job.costs(4)["cache_bytes"] == job.costs()["cache_bytes"] / 4 == 200 / 4 * 2 * 2 * 2 * 16 * 4
 
 
 # --- from the command line
@@ -208,12 +203,25 @@ def test_two_ranks_watch_together(tiny_vlm: Path, tmp_path: Path) -> None:
     assert done.stdout == alone.stdout
 
 
+@pytest.mark.nano
+def test_two_ranks_are_shown_a_video_by_qwen(nano: Any, tmp_path: Path) -> None:
+    """M-RoPE's three axes are shared out as the tokens are."""
+    vlm = mrope_models.save("qwen2_5_vl", tmp_path / "vlm")
+    flags = [str(nano.clips / "bikes.mp4"), "--model", str(vlm), "--ask", "What is it?", "--ask", "What color?"]
+    flags += ["--frames", "5", "--hybrid", "2,24,4", "--max-new-tokens", "6"]
+    alone = run("vqa", *flags)
+    assert alone.exit_code == 0, alone.stderr
+    done = subprocess.run([*torchrun(2), "vqa", *flags, "--cp", "2"], capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == alone.stdout
+
+
 @pytest.mark.slow
 def test_kill_9_of_one_rank_loses_the_running_cells_alone(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
     """Four processes as two pairs; torchrun ends the others, and none takes the lost connection for a failed cell."""
-    grid = ["--lengths", "130,251,330", "--trials", "5", "--no-reuse", "--chunk", "16"]
+    grid = ["--lengths", "130,251,330", "--trials", "5", "--no-reuse", "--prefill-chunk", "16"]
     arguments = [str(a) for a in text_arguments(tiny_lm, essays, tmp_path / "alone")]
-    arguments[arguments.index("--lengths") : arguments.index("--score")] = grid
+    arguments[arguments.index("--lengths") : arguments.index("--scoring")] = grid
     assert run(*arguments).exit_code == 0
     command = [*torchrun(4), *arguments[:-1], str(tmp_path / "killed"), "--cp", "2"]
     log = tmp_path / "killed" / "results.jsonl"

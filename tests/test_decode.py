@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from lvctx.errors import InputError, UsageError
 from lvctx.vision.container import probe
-from lvctx.vision.decode import read_frames
-from lvctx.vision.sampling import Shot, sample, spread
+from lvctx.vision.decode import count_frames, read_video
+from lvctx.vision.frame_selection import DecodedFrame, spread, take_sampled
+from lvctx.vision.packets import read_packets
+from lvctx.vision.sampling import VideoSampling
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 H264 = ["-c:v", "libx264", "-bf", "3", "-g", "20", "-pix_fmt", "yuv420p"]
@@ -85,7 +87,7 @@ def video(make: Make, name: str) -> Path:
 @pytest.mark.parametrize("name", [*VIDEOS, *COPIES])
 def test_every_frame_is_ffmpegs(name: str, make: Make) -> None:
     path = video(make, name)
-    reader = read_frames(path, fps="native")
+    reader = read_video(path, VideoSampling(fps="native"))
     frames = list(reader)
     raw = np.frombuffer(ffmpeg(path, "-f", "rawvideo", "-pix_fmt", "rgb24"), np.uint8)
     theirs = raw.reshape(len(frames), *frames[0].image.shape)
@@ -103,7 +105,7 @@ def test_every_frame_is_ffmpegs(name: str, make: Make) -> None:
 def test_a_rate_takes_what_is_on_display(name: str, fps: float, make: Make) -> None:
     path = video(make, name)
     times = times_of_ffmpeg(path)
-    reader = read_frames(path, fps=fps)
+    reader = read_video(path, VideoSampling(fps=fps))
     taken = [(f.index, f.pts) for f in reader]
     step = 1 / Fraction(fps).limit_denominator(2000)
     expected = []
@@ -119,9 +121,9 @@ def test_a_rate_takes_what_is_on_display(name: str, fps: float, make: Make) -> N
 @pytest.mark.parametrize("count", [1, 2, 7, 64])
 def test_a_number_is_spread_like_linspace(name: str, count: int, make: Make) -> None:
     path = video(make, name)
-    everything = list(read_frames(path, fps="native"))
+    everything = list(read_video(path, VideoSampling(fps="native")))
     expected = [int(x) for x in np.linspace(0, len(everything) - 1, count)]
-    taken = list(read_frames(path, frames=count))
+    taken = list(read_video(path, VideoSampling(frames=count)))
     assert [f.index for f in taken] == expected == spread(len(everything), count)
     assert all((f.image == everything[f.index].image).all() for f in taken)
     assert [f.pts for f in taken] == [everything[i].pts for i in expected]
@@ -135,8 +137,8 @@ def test_a_number_is_spread_like_linspace(name: str, count: int, make: Make) -> 
 )
 def test_sampling_is_the_definition(gaps: list[int], start: int, fps: Fraction) -> None:
     edges = [Fraction(start + sum(gaps[:i]), 100) for i in range(len(gaps) + 1)]
-    shots = [Shot(index=i, pts=a, end=b) for i, (a, b) in enumerate(itertools.pairwise(edges))]
-    taken = [s.index for s in sample(iter(shots), fps=float(fps))]
+    decoded = [DecodedFrame(index=i, pts=a, end=b) for i, (a, b) in enumerate(itertools.pairwise(edges))]
+    taken = [s.index for s in take_sampled(decoded, VideoSampling(fps=float(fps)))]
     expected, at = [], edges[0]
     while at < edges[-1]:
         expected.append(max(i for i, t in enumerate(edges[:-1]) if t <= at))
@@ -144,8 +146,51 @@ def test_sampling_is_the_definition(gaps: list[int], start: int, fps: Fraction) 
     assert taken == expected
 
 
+PARTS: list[tuple[float | None, float | None]] = [(0.43, 1.5), (None, 0.7), (1.2, None), (0.44, 0.48), (0.0, 9.0)]
+
+
+@pytest.mark.parametrize(("name", "planned"), [("constant.mp4", True), ("starts_late.mkv", True), ("old.avi", False)])
+@pytest.mark.parametrize(("start", "end"), PARTS)
+def test_a_part_of_a_video_has_ffmpegs_frames_from_start_to_before_end(
+    name: str, planned: bool, start: float | None, end: float | None, make: Make
+) -> None:
+    """Times count from the first frame; the frame at `end` is not taken, whether packets tell all or not."""
+    path = video(make, name)
+    assert (read_packets(path) is not None) == planned
+    times = times_of_ffmpeg(path)
+    pictures = np.frombuffer(ffmpeg(path, "-f", "rawvideo", "-pix_fmt", "rgb24"), np.uint8).reshape(-1, 66, 98, 3)
+    begin, stop = Fraction(str(start or 0)), Fraction(str(2 if end is None else min(end, 2)))
+    inside = [i for i, t in enumerate(times) if begin <= t - times[0] < stop]
+    due = itertools.takewhile(lambda t: t < stop, (begin + Fraction(k, 5) for k in itertools.count()))
+    expected: dict[str, list[int]] = {
+        "native": inside,
+        "fps": [max(i for i, t in enumerate(times) if t - times[0] <= at) for at in due],
+        "frames": [inside[int(x)] for x in np.linspace(0, len(inside) - 1, 4)],
+    }
+    for how, options in {"native": {"fps": "native"}, "fps": {"fps": 5.0}, "frames": {"frames": 4}}.items():
+        sampling = VideoSampling(start=start, end=end, **options)  # type: ignore[arg-type]
+        frames = list(read_video(path, sampling))
+        assert [f.index for f in frames] == expected[how], how
+        assert [f.pts for f in frames] == [float(times[i]) for i in expected[how]]
+        assert all((f.image == pictures[f.index]).all() for f in frames)
+        assert count_frames(path, sampling).frames == len(frames)
+
+
+@pytest.mark.parametrize("name", ["constant.mp4", "old.avi"])
+def test_a_part_without_a_frame_is_refused(name: str, make: Make) -> None:
+    path = video(make, name)
+    for options in ({"fps": "native"}, {"fps": 1.0}, {"frames": 4}):
+        sampling = VideoSampling(start=7.0, end=8.0, **options)  # type: ignore[arg-type]
+        for read in (lambda s: list(read_video(path, s)), lambda s: count_frames(path, s)):
+            with pytest.raises(InputError, match="no frame between --start and --end"):
+                read(sampling)
+    for start, end in ((1.0, 1.0), (2.0, 1.0), (-1.0, None), (None, 0.0)):
+        with pytest.raises(UsageError, match="before --end"):
+            VideoSampling(start=start, end=end)
+
+
 def test_reading_is_lazy(make: Make) -> None:
-    reader = read_frames(video(make, "constant.mp4"), fps="native")
+    reader = read_video(video(make, "constant.mp4"), VideoSampling(fps="native"))
     assert next(reader).index == 0
     assert "source_frames" not in reader.facts, "known only when the end was seen"
 
@@ -159,12 +204,12 @@ def test_probe_decodes_nothing(make: Make) -> None:
 def test_one_sampling(make: Make) -> None:
     for both in ({}, {"fps": 1.0, "frames": 3}):
         with pytest.raises(UsageError):
-            read_frames(video(make, "constant.mp4"), **both)  # type: ignore[arg-type]
+            read_video(video(make, "constant.mp4"), VideoSampling(**both))  # type: ignore[arg-type]
 
 
 def refused(path: Path, *words: str) -> None:
     with pytest.raises(InputError) as e:
-        list(read_frames(path, fps=1))
+        list(read_video(path, VideoSampling(fps=1)))
     assert e.value.exit_code == 3
     assert "\n" not in str(e.value)
     for word in (str(path), *words):
@@ -177,7 +222,7 @@ def test_broken_files_are_one_line(make: Make, tmp_path: Path) -> None:
     fragmented = make(
         "pieces.mp4", "-i", video(make, "constant.mp4"), "-c", "copy", "-movflags", "+frag_keyframe+empty_moov"
     )
-    assert len(list(read_frames(fragmented, fps="native"))) == 50
+    assert len(list(read_video(fragmented, VideoSampling(fps="native")))) == 50
     files = {
         "empty.mp4": b"",
         "text.mp4": b"I am text.\n" * 500,
@@ -205,7 +250,7 @@ def test_broken_files_are_one_line(make: Make, tmp_path: Path) -> None:
 
 def test_a_live_recording_has_no_length(make: Make) -> None:
     live = make("live.mkv", *H264, "-f", "matroska", "-live", "1")
-    assert len(list(read_frames(live, fps="native"))) == 50
+    assert len(list(read_video(live, VideoSampling(fps="native")))) == 50
 
 
 def test_damage_is_counted_and_much_of_it_refused(make: Make, tmp_path: Path) -> None:
@@ -224,7 +269,10 @@ def test_decord_where_asked(make: Make) -> None:
     for name in ("constant.mp4", "starts_late.mkv"):
         path = video(make, name)
         for how in ({"fps": 2.0}, {"frames": 7}, {"fps": "native"}):
-            ours, theirs = list(read_frames(path, **how)), read_frames(path, decoder="decord", **how)  # type: ignore[arg-type]
+            ours, theirs = (
+                list(read_video(path, VideoSampling(**how))),
+                read_video(path, VideoSampling(decoder="decord", **how)),
+            )  # type: ignore[arg-type]
             frames = list(theirs)
             assert [(f.index, f.pts) for f in frames] == [(f.index, f.pts) for f in ours]
             assert all(np.abs(a.image.astype(int) - b.image).mean() < 2 for a, b in zip(frames, ours, strict=True))
@@ -239,7 +287,7 @@ def test_decord_where_asked(make: Make) -> None:
         ("two.mkv", "several"),
     ):
         with pytest.raises(InputError, match=word):
-            list(read_frames(video(make, name), fps=1, decoder="decord"))
+            list(read_video(video(make, name), VideoSampling(fps=1, decoder="decord")))
     sound = make("sound.mp4", "-f", "lavfi", "-i", "sine=d=1")
     with pytest.raises(InputError, match="no video stream"):
-        list(read_frames(sound, fps=1, decoder="decord"))
+        list(read_video(sound, VideoSampling(fps=1, decoder="decord")))

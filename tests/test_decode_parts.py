@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from lvctx.errors import InputError
-from lvctx.vision.apart import Decoders, Request
-from lvctx.vision.decode import read_frames
+from lvctx.vision.apart import DecodeRequest, Decoders
+from lvctx.vision.decode import read_video
+from lvctx.vision.frame_selection import frame_numbers
 from lvctx.vision.packets import ENTRY, SPARE, read_packets
-from lvctx.vision.sampling import choose
+from lvctx.vision.sampling import VideoSampling
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 H264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-bf", "3"]
@@ -70,11 +71,14 @@ def pictures_of_ffmpeg(path: Path) -> np.ndarray:
 def test_parts_are_ffmpegs_frames(name: str, videos: dict[str, Path]) -> None:
     path = videos[name]
     theirs = pictures_of_ffmpeg(path)
-    for how in ({"fps": 1.0}, {"fps": 3.3}, {"frames": 5}, {"frames": 33}, {"wanted": [1, 19, 20, 21, 22, 97]}):
+    numbers = [1, 19, 20, 21, 22, 97]
+    for how in ({"fps": 1.0}, {"fps": 3.3}, {"frames": 5}, {"frames": 33}, {}):
         for threads in (1, 3):
-            reader = read_frames(path, threads=threads, **how)  # type: ignore[arg-type]
+            wanted = None if how else numbers
+            reader = read_video(path, VideoSampling(**how), wanted=wanted, threads=threads)  # type: ignore[arg-type]
             frames = list(reader)
             assert all((f.image == theirs[f.index]).all() for f in frames), (how, threads)
+            assert how or [f.index for f in frames] == numbers
             assert [f.pts - frames[0].pts for f in frames] == pytest.approx(
                 [(f.index - frames[0].index) / 25 for f in frames], abs=2e-3
             )
@@ -98,8 +102,8 @@ def test_key_frames_are_near_and_say_how_near(videos: dict[str, Path]) -> None:
     path = videos["short_gops.mp4"]
     index = read_packets(path)
     assert index is not None
-    exact = choose(index, 2.0, None)
-    reader = read_frames(path, fps=2.0, sampling="keyframe")
+    exact = frame_numbers(index, VideoSampling(fps=2.0))
+    reader = read_video(path, VideoSampling(fps=2.0, seek="keyframe"))
     frames = list(reader)
     keys = index.key_frames.tolist()
     nearest = [min(keys, key=lambda k, i=i: (abs(k - i), k)) for i in exact]  # type: ignore[misc]
@@ -121,8 +125,8 @@ def test_missing_frames_are_counted_and_left_out(videos: dict[str, Path], tmp_pa
     path = tmp_path / "damaged.mp4"
     path.write_bytes(damaged)
     with pytest.raises(InputError, match="damaged or missing"):
-        list(read_frames(path, fps="native"))
-    reader = read_frames(path, fps="native", allow_partial=True)
+        list(read_video(path, VideoSampling(fps="native")))
+    reader = read_video(path, VideoSampling(fps="native", allow_partial=True))
     frames = list(reader)
     assert reader.facts["corrupt"] > 1
     assert len({f.index for f in frames}) == len(frames) <= 100, "none is made up or repeated"
@@ -132,13 +136,13 @@ def test_cut_files(videos: dict[str, Path], tmp_path: Path) -> None:
     old = tmp_path / "old.avi"
     source = ["-f", "lavfi", "-i", "testsrc2=s=96x64:r=25:d=2", "-c:v", "mpeg4"]
     subprocess.run([FFMPEG, "-v", "error", *source, old], check=True)
-    assert len(list(read_frames(old, fps="native"))) == 50
+    assert len(list(read_video(old, VideoSampling(fps="native")))) == 50
     for path in (old, videos["short_gops.mkv"]):
         cut = tmp_path / f"cut{path.suffix}"
         cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2 + 1])
         with pytest.raises(InputError, match="cut short"):
-            list(read_frames(cut, fps=1))
-        partial = read_frames(cut, fps=1, allow_partial=True)
+            list(read_video(cut, VideoSampling(fps=1)))
+        partial = read_video(cut, VideoSampling(fps=1, allow_partial=True))
         assert len(list(partial)) >= 1
         assert partial.facts["partial"]
 
@@ -151,26 +155,15 @@ def test_a_wrong_duration_misleads_nobody(videos: dict[str, Path], tmp_path: Pat
     path = tmp_path / "wrong.mp4"
     path.write_bytes(raw)
     for how in ({"fps": 1.0}, {"frames": 5}):
-        assert [f.index for f in read_frames(path, **how)] == [  # type: ignore[arg-type]
+        assert [f.index for f in read_video(path, VideoSampling(**how))] == [  # type: ignore[arg-type]
             f.index
-            for f in read_frames(videos["short_gops.mp4"], **how)  # type: ignore[arg-type]
+            for f in read_video(videos["short_gops.mp4"], VideoSampling(**how))  # type: ignore[arg-type]
         ]
 
 
-def request(path: Path, **changes: Any) -> Request:
-    how: dict[str, Any] = {
-        "path": str(path),
-        "fps": "native",
-        "frames": None,
-        "decoder": "pyav",
-        "sampling": "exact",
-        "allow_partial": False,
-        "threads": 1,
-        "size": 32,
-        "mode": "squash",
-        "background": (0, 0, 0),
-    }
-    return Request(**{**how, **changes})
+def request(path: Path) -> DecodeRequest:
+    sampling = VideoSampling(fps="native", decoder="pyav", frame_mode="squash")
+    return DecodeRequest(path=str(path), sampling=sampling, threads=1, size=32, background=(0, 0, 0))
 
 
 def test_a_process_apart_gives_the_same_and_is_used_again(videos: dict[str, Path], tmp_path: Path) -> None:
@@ -180,7 +173,7 @@ def test_a_process_apart_gives_the_same_and_is_used_again(videos: dict[str, Path
         facts: dict[str, Any] = {}
         with decoders.read(request(videos["short_gops.mp4"]), facts) as frames:
             got = list(frames)
-        here = read_frames(videos["short_gops.mp4"], fps="native")
+        here = read_video(videos["short_gops.mp4"], VideoSampling(fps="native"))
         assert [(f.index, f.pts) for f in got] == [(f.index, f.pts) for f in here]
         assert facts == here.facts
         assert got[0].image.shape == (32, 32, 3)
@@ -212,7 +205,7 @@ def test_a_dead_or_hanging_decoder_costs_one_video(blow: signal.Signals, word: s
 
 def test_threads_end_when_reading_stops(videos: dict[str, Path]) -> None:
     before = threading.active_count()
-    reader = read_frames(videos["all_intra.mp4"], fps="native", threads=4)
+    reader = read_video(videos["all_intra.mp4"], VideoSampling(fps="native"), threads=4)
     next(reader)
     reader._frames.close()  # type: ignore[attr-defined]
     for _ in range(100):
@@ -231,4 +224,4 @@ def test_choosing_is_in_exact_arithmetic(videos: dict[str, Path]) -> None:
         expected = []
         while (at := times[0] + len(expected) * step) < times[-1] + Fraction(1, 25):
             expected.append(max(i for i, t in enumerate(times) if t <= at))
-        assert choose(index, fps, None) == expected
+        assert frame_numbers(index, VideoSampling(fps=fps)) == expected

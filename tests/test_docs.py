@@ -73,7 +73,7 @@ def workshop(nano: Any, tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytes
         "lvctx extend-lm --model lm --rope-theta 250000 --context 32768 --steps 0 -o lm-32k",
         "lvctx align --lm lm-32k --tower tower --data shapes/projector.json --images shapes --steps 1 --batch 2 -o vlm",
         "lvctx encode-video clips/bikes.mp4 --model vlm --frames 8 -o frames",
-        "lvctx niah --model lm --modality text --haystack essays --lengths 256 --depths 0,1 --trials 1 -o niah",
+        "lvctx niah text --model lm --haystack essays --lengths 256 --depths 0,1 --trials 1 -o niah",
         "lvctx videomme run --model vlm --videos films --questions questions.json --frames 8 -o videomme",
         "lvctx bench nextqa run --model vlm --videos clips --questions nextqa.csv --frames 4 -o nextqa",
     ):

@@ -20,15 +20,15 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.frames import open_frames, read_frames, write_frames
 from lvctx.artifacts.manifest import Provenance
 from lvctx.artifacts.store import sha256_file
 from lvctx.cli.app import app
-from lvctx.cli.encode_video import parse_rate
-from lvctx.errors import InputError, UsageError
-from lvctx.stages.encode import share_videos
-from lvctx.vision import decode
+from lvctx.errors import InputError
+from lvctx.vision.decode import read_video
+from lvctx.vision.sampling import VideoSampling, parse_rate
 from lvctx.vision.tower import TowerFiles, load_tower
+from lvctx.vlm.feature_cache import open_frames, read_feature_cache, write_frames
+from lvctx.vlm.video_encoder import share_videos
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 Row = dict[str, Any]
@@ -66,7 +66,7 @@ def test_features_are_the_towers(clips: Path, tiny_tower: Path, tmp_path: Path) 
     assert row["sha256"] == sha256_file(target)
     assert (row["frames"], row["tokens_per_frame"], row["duration"]) == (10, 4, 2.0)
     assert load_file(target).keys() == {"features", "pts", "index"}, "a stock reader reads it"
-    frames = read_frames(target)
+    frames = read_feature_cache(target)
     assert frames.features.shape == (10, 16, 32)
     assert frames.features.dtype == torch.bfloat16
     assert frames.index.tolist() == list(range(0, 50, 5))
@@ -78,8 +78,8 @@ def test_features_are_the_towers(clips: Path, tiny_tower: Path, tmp_path: Path) 
     assert frames.provenance["config"]["frame_mode"] == "crop"
     assert "libavcodec" in frames.provenance["facts"]["decoder"]
     tower = load_tower(tiny_tower, dtype=torch.float32)
-    images = [Image.fromarray(f.image) for f in decode.read_frames(clips / "a.mp4", fps=5.0)]
-    expected = tower.see([tower.preprocess.square(image, "crop") for image in images])
+    images = [Image.fromarray(f.image) for f in read_video(clips / "a.mp4", VideoSampling(fps=5.0))]
+    expected = tower.encode_images([tower.preprocess.square(image, "crop") for image in images])
     torch.testing.assert_close(frames.features, expected.bfloat16(), rtol=1e-2, atol=1e-3)
 
 
@@ -160,11 +160,10 @@ def test_options_that_contradict(clips: Path, tiny_tower: Path) -> None:
 
 
 def test_rates() -> None:
-    assert parse_rate(None) is None
     assert parse_rate("native") == "native"
     assert parse_rate("30000/1001") == 30000 / 1001
     for bad in ("0", "-1", "1/0", "nan", "inf", "fast", ""):
-        with pytest.raises(UsageError):
+        with pytest.raises(ValueError, match="no frame rate"):
             parse_rate(bad)
 
 
@@ -172,7 +171,7 @@ def test_decord_is_recorded(clips: Path, tiny_tower: Path, tmp_path: Path) -> No
     pytest.importorskip("decord")
     code, rows, _ = run(clips / "a.mp4", "--tower", tiny_tower, "--frames", 3, "--decoder", "decord", "-o", tmp_path)
     assert code == 0
-    made = read_frames(Path(rows[0]["path"])).provenance
+    made = read_feature_cache(Path(rows[0]["path"])).provenance
     assert made["config"]["decoder"] == "decord"
     assert made["facts"]["decoder"].startswith("decord ")
 
@@ -233,12 +232,10 @@ def test_shares_are_whole_even_and_keep_namesakes_together(tmp_path: Path) -> No
 
 
 def test_key_frames_and_partial_videos_are_recorded(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
-    code, rows, _ = run(
-        clips / "a.mp4", "--tower", tiny_tower, "--fps", 2, "--sampling", "keyframe", "-o", tmp_path / "k"
-    )
+    code, rows, _ = run(clips / "a.mp4", "--tower", tiny_tower, "--fps", 2, "--seek", "keyframe", "-o", tmp_path / "k")
     assert code == 0
-    made = read_frames(Path(rows[0]["path"])).provenance
-    assert made["config"]["sampling"] == "keyframe"
+    made = read_feature_cache(Path(rows[0]["path"])).provenance
+    assert made["config"]["seek"] == "keyframe"
     assert rows[0]["time_error"] == made["facts"]["time_error"]
     assert rows[0]["time_error"]["max"] == 37 / 25, "one key frame, and the last sample is frame 37"
     cut = tmp_path / "cut.mkv"
@@ -247,6 +244,31 @@ def test_key_frames_and_partial_videos_are_recorded(clips: Path, tiny_tower: Pat
     assert run(cut, "--tower", tiny_tower, "-o", tmp_path / "c")[0] == 3
     code, rows, _ = run(cut, "--tower", tiny_tower, "--allow-partial", "-o", tmp_path / "c")
     assert (code, rows[0]["frames"] >= 1, rows[0]["partial"]) == (0, True, True)
+
+
+def test_a_rate_is_bounded(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    """Evenly spread frames where the rate gives more than --max-frames, also between --start and --end."""
+
+    def numbers(*flags: object) -> list[int]:
+        code, rows, said = run(clips / "a.mp4", "--tower", tiny_tower, *flags, "--force", "-o", tmp_path)
+        assert code == 0, said
+        planned = run(clips / "a.mp4", "--tower", tiny_tower, *flags, "--force", "-o", tmp_path, "--dry-run")[1]
+        found: list[int] = read_feature_cache(Path(rows[0]["path"])).index.tolist()
+        assert planned[0]["expected_frames"] == len(found)
+        return found
+
+    assert numbers("--fps", 5, "--max-frames", 4) == np.linspace(0, 49, 4, dtype=int).tolist()
+    assert numbers("--fps", 5, "--max-frames", 10) == list(range(0, 50, 5))
+    part = ("--start", 0.4, "--end", 1.2)
+    assert numbers("--fps", 5, "--max-frames", 3, *part) == np.linspace(10, 29, 3, dtype=int).tolist()
+    assert numbers("--fps", 5, *part) == [10, 15, 20, 25]
+    for flags in (
+        ("--frames", 3, "--max-frames", 2),
+        ("--fps", "native", "--max-frames", 2),
+        ("--start", 1, "--end", 1),
+    ):
+        assert run(clips / "a.mp4", "--tower", tiny_tower, *flags, "-o", tmp_path)[0] == 2
+    assert run(clips / "a.mp4", "--tower", tiny_tower, "--start", 5, "-o", tmp_path)[0] == 3
 
 
 def test_contact_sheets(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
@@ -266,7 +288,7 @@ def test_contact_sheets(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
         columns, rows_down = 8, 2
         assert image.size == (columns * 192, rows_down * (107 + 14))
         shown = np.asarray(image.convert("RGB")).astype(int)
-    frames = list(decode.read_frames(video, fps=5.0))
+    frames = list(read_video(video, VideoSampling(fps=5.0)))
     for i, frame in enumerate(frames):
         x, y = i % 8 * 192, i // 8 * 121
         expected = np.asarray(Image.fromarray(frame.image).resize((192, 107))).astype(int)
@@ -297,7 +319,7 @@ def test_artifacts_read_back(tmp_path: Path) -> None:
     target = tmp_path / "x.frames.safetensors"
     features = torch.randn(3, 4, 8).bfloat16()
     write_frames(target, features, [0.1, 0.2, 3600.0], [0, 5, 2**40], MADE)
-    frames = read_frames(target)
+    frames = read_feature_cache(target)
     assert torch.equal(frames.features, features)
     assert frames.pts.tolist() == [0.1, 0.2, 3600.0]
     assert frames.index.tolist() == [0, 5, 2**40]
@@ -306,7 +328,7 @@ def test_artifacts_read_back(tmp_path: Path) -> None:
     assert target.read_bytes() == raw
     target.write_bytes(raw[:-1])
     with pytest.raises(InputError, match="not a whole"):
-        read_frames(target)
+        read_feature_cache(target)
 
 
 def test_a_killed_run_is_redone_to_the_same_bytes(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ from test_mrope_train import here
 from test_niah import encode, essays, results, run
 from torch import Tensor
 
-from lvctx.bench.cache import Kept
-from lvctx.bench.prefix import PrefixScorer
 from lvctx.dist import attention
 from lvctx.dist.kernels import FlashCUDA, Plain
 from lvctx.dist.ring import ALONE, ring_attention
 from lvctx.dist.stripes import NAME
+from lvctx.inference.config import CachePlacement
+from lvctx.inference.prefix_scorer import PrefixScorer
 from lvctx.model.load import load_model
 from lvctx.model.loss import shift_labels, token_loss
 
@@ -91,17 +91,17 @@ def test_a_row_of_documents_and_its_gradients() -> None:
 # --- reading
 
 
-@pytest.mark.parametrize("kept", ["device", "host", "int8"])
-def test_needles_score_alike(half_lm: Path, kept: Kept) -> None:
+@pytest.mark.parametrize("kv_cache", ["device", "host", "int8"])
+def test_needles_score_alike(half_lm: Path, kv_cache: CachePlacement) -> None:
     """Chunks, a shared beginning and one key head for two query heads, wherever the cache lives."""
     rng = np.random.default_rng(0)
     head = rng.integers(0, 1000, 200)
     sequences = [np.concatenate([head, rng.integers(0, 1000, 40)]) for _ in range(2)]
     models = [load_model(half_lm, device=d) for d in ("cpu", CUDA)]
-    scorers = [PrefixScorer(model, chunk=64, kept=kept) for model in models]
+    scorers = [PrefixScorer(model, chunk=64, kv_cache=kv_cache) for model in models]
     assert models[1].config._attn_implementation == NAME, "by kernels that need no mask"
     for ids in sequences:
-        here, there = (scorer.score(ids, 5, write=3) for scorer in scorers)
+        here, there = (scorer.score(ids, 5, generate=3) for scorer in scorers)
         assert there.log_prob == pytest.approx(here.log_prob, rel=1e-2)
         assert there.forced == here.forced
 
@@ -126,13 +126,13 @@ def test_both_niahs(tiny_lm: Path, tiny_vlm: Path, essays: Path, tmp_path: Path)
 
     frames = encode(load_tower(tiny_vlm, dtype=None), tmp_path / "a.frames.safetensors")
     grids = {
-        "text": ("--model", tiny_lm, "--modality", "text", "--haystack", essays, "--lengths", "130,200"),
-        "video": ("--model", tiny_vlm, "--frames", frames, "--lengths", "4,10"),
+        "text": ("--model", tiny_lm, "--haystack", essays, "--lengths", "130,200"),
+        "video": ("--model", tiny_vlm, "--haystack", frames, "--lengths", "4,10"),
     }
     for name, grid in grids.items():
 
-        def ask(device: str, out: Path, grid: tuple[object, ...] = grid) -> Any:
-            return run("niah", *grid, "--depths", "0,0.5,1", "--trials", 2, "--device", device, "-o", out)
+        def ask(device: str, out: Path, name: str = name, grid: tuple[object, ...] = grid) -> Any:
+            return run("niah", name, *grid, "--depths", "0,0.5,1", "--trials", 2, "--device", device, "-o", out)
 
         here, there = (results(out) for out in twice(ask, tmp_path / name))
         for a, b in zip(here, there, strict=True):
@@ -141,13 +141,13 @@ def test_both_niahs(tiny_lm: Path, tiny_vlm: Path, essays: Path, tmp_path: Path)
 
 
 def test_frames_and_answers(loud_vlm: Path, nano: Any, tmp_path: Path) -> None:
-    from lvctx.artifacts.frames import read_frames
+    from lvctx.vlm.feature_cache import read_feature_cache
 
     def see(device: str, out: Path) -> Any:
         clip = nano.clips / "bikes.mp4"
         return run("encode-video", clip, "--model", loud_vlm, "--frames", 6, "--device", device, "-o", out)
 
-    here, there = (read_frames(out / "bikes.frames.safetensors").features for out in twice(see, tmp_path))
+    here, there = (read_feature_cache(out / "bikes.frames.safetensors").features for out in twice(see, tmp_path))
     torch.testing.assert_close(there, here, rtol=2e-2, atol=2e-2)
 
     def answer(device: str) -> list[str]:

@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app
-from lvctx.stages.haystack import HaystackConfig, hash_frame, haystack_frames
+from lvctx.eval.niah.haystack import HaystackConfig, hash_frame, haystack_frames
 from lvctx.vision.scenes import _Dice, _lattice, _noise, scene
 
 
@@ -86,13 +86,15 @@ def test_artifact_pictures_and_a_needle_in_them(tiny_lm: Path, tiny_tower: Path,
     pictures = sorted((tmp_path / "pictures").glob("*.png"))
     assert [hash_frame(np.asarray(Image.open(p))) for p in pictures] == hashes
 
-    from lvctx.artifacts.frames import read_frames
     from lvctx.vision.tower import load_tower
+    from lvctx.vlm.feature_cache import read_feature_cache
 
-    frames = read_frames(artifact)
+    frames = read_feature_cache(artifact)
     assert frames.pts.tolist() == list(range(12))
     dtype = getattr(torch, frames.provenance["config"]["dtype"])
-    seen = load_tower(tiny_tower, dtype=dtype).see(np.stack([np.asarray(Image.open(p)) for p in pictures[:5]]), batch=5)
+    seen = load_tower(tiny_tower, dtype=dtype).encode_images(
+        np.stack([np.asarray(Image.open(p)) for p in pictures[:5]]), batch=5
+    )
     assert (frames.features[:5] == seen.bfloat16()).all()  # 48 pixels are the tower's own side: squares as they are
 
 

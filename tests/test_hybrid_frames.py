@@ -9,16 +9,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lvctx.artifacts.frames import read_frames
-from lvctx.bench.eyes import LlavaEyes
-from lvctx.bench.video_niah import EvenFrames, MixedFrames
 from lvctx.cli.app import app
 from lvctx.errors import InputError
 from lvctx.model.load import load_model
 from lvctx.model.vlm import embed_frames, newline_embedding
 from lvctx.vision.draw import draw_picture
+from lvctx.vision.sampling import VideoSampling
 from lvctx.vision.tokens import pooling
 from lvctx.vision.tower import load_tower
+from lvctx.vlm.feature_cache import read_feature_cache
+from lvctx.vlm.llava_onevision import FrameRows, LlavaOnevision
 
 
 def lvctx(*args: object) -> tuple[int, list[dict[str, Any]], str]:
@@ -47,7 +47,7 @@ def test_counts_come_first_and_stay_in_the_artifact(film: dict[str, Any]) -> Non
     assert f"10 frames, {TOKENS} visual tokens (nominal {TOKENS})" in film["mixed said"]
     row = film["mixed row"]
     assert (row["visual_tokens"], row["nominal_tokens"], row["tokens_per_frame"]) == (TOKENS, TOKENS, TOKENS / 10)
-    mixed, plain = read_frames(film["mixed"]), read_frames(film["plain"])
+    mixed, plain = read_feature_cache(film["mixed"]), read_feature_cache(film["plain"])
     assert mixed.provenance["schema"] == row["schema"] == "lvctx.frames/2"
     assert mixed.provenance["config"]["hybrid"] == [3, 4, 2]
     assert mixed.grid is not None
@@ -57,7 +57,7 @@ def test_counts_come_first_and_stay_in_the_artifact(film: dict[str, Any]) -> Non
 
 def test_uniform_artifacts_are_what_they_were(film: dict[str, Any]) -> None:
     assert film["same"].read_bytes() == film["plain"].read_bytes()
-    plain = read_frames(film["plain"])
+    plain = read_feature_cache(film["plain"])
     assert plain.grid is None
     assert plain.provenance["schema"] == "lvctx.frames/1"
     assert "hybrid" not in plain.provenance["config"]
@@ -105,7 +105,7 @@ def test_frames_are_means_over_rectangles(tiny_vlm: Path) -> None:
 def test_what_is_inserted_has_the_resolution_of_its_place() -> None:
     """Pictures 0 to 4 are the haystack's, 10 to 13 rows a frame; 5 and 6 are inserted, each once at 4 and once at 2."""
     tokens = [4, 2, 2, 4, 2]
-    layout = MixedFrames(vocabulary=100, tokens=tokens, sizes=[4, 2], inserted=2)
+    layout = FrameRows(vocabulary=100, tokens=tokens, sizes=[4, 2], inserted=2)
     starts = np.cumsum([0, *tokens])
     rows = {i: list(range(starts[i], starts[i + 1])) for i in range(5)}
     fifth, sixth = {4: [14, 15, 16, 17], 2: [18, 19]}, {4: [20, 21, 22, 23], 2: [24, 25]}
@@ -118,29 +118,32 @@ def test_what_is_inserted_has_the_resolution_of_its_place() -> None:
     ):
         found = layout.ids(np.array(film)) - 100
         assert found.tolist() == [n for part in expected for n in part] + [26]
-    same = MixedFrames(vocabulary=7, tokens=[3] * 4, sizes=[3], inserted=2)
-    even = EvenFrames(vocabulary=7, per_frame=3, shown=6)
-    assert (same.ids(np.array([0, 4, 1, 5, 2])) == even.ids(np.array([0, 4, 1, 5, 2]))).all()
+    even = FrameRows(vocabulary=7, tokens=[3] * 4, sizes=[3], inserted=2)
+    order = [0, 4, 1, 5, 2]
+    assert even.ids(np.array(order)).tolist() == [7 + 3 * n + i for n in order for i in range(3)] + [7 + 6 * 3]
 
 
 def test_the_needle_tests_table_is_what_its_ids_mean(tiny_vlm: Path, film: dict[str, Any]) -> None:
     """Artifacts of both kinds, one after the other: every id looks up the token worked out by hand."""
-    eyes = LlavaEyes(tiny_vlm, name="vlm", files=[film["mixed"], film["plain"]])
+    haystack = LlavaOnevision(tiny_vlm).haystack([film["mixed"], film["plain"]], VideoSampling(), as_images=False)
     vlm = load_model(tiny_vlm)
     picture = draw_picture(np.random.default_rng(0), size=48, shape="star", color="red")
     frames, inserted = 13, [picture, picture.rotate(90)]
     with torch.no_grad():
-        table = eyes.table(vlm, frames, inserted)
+        tokens = haystack.tokens(frames, inserted)
+        table = tokens.table(vlm)
         tower = load_tower(tiny_vlm, dtype=vlm.dtype)
-        seen = tower.see([tower.preprocess.square(image, "crop") for image in inserted])
-        features = torch.cat([read_frames(film["mixed"]).features, read_frames(film["plain"]).features])[:frames]
+        seen = tower.encode_images([tower.preprocess.square(image, "crop") for image in inserted])
+        features = torch.cat([read_feature_cache(film["mixed"]).features, read_feature_cache(film["plain"]).features])[
+            :frames
+        ]
         grids = [(2, 2) if i >= 10 or HIGH[i] else (1, 2) for i in range(frames)]
         order = [*range(4), 14, *range(4, 12), 13, 12]
         assert [order[at + 1] for at in (4, 13)] == [4, 12]
         shown = [features[n] if n < frames else seen[n - frames] for n in order]
         sizes = [grids[n] if n < frames else grids[order[i + 1]] for i, n in enumerate(order)]
         expected = torch.cat([by_hand(vlm, torch.stack(shown), sizes).float(), newline_embedding(vlm)])
-    found = table[eyes.layout(frames, 2).ids(np.array(order)) - eyes.vocabulary]
+    found = table[tokens.ids(np.array(order)) - haystack.vlm.vocabulary]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -153,7 +156,9 @@ def test_vqa_and_niah_read_them(tiny_vlm: Path, film: dict[str, Any], tmp_path: 
         read[name] = rows[0]["tokens"]
     assert read["plain"] - read["mixed"] == 10 * 4 - TOKENS
     grid = ("--lengths", "3,10", "--depths", "0,0.5,1", "--trials", 1)
-    code, rows, said = lvctx("niah", "--model", tiny_vlm, "--frames", film["mixed"], *grid, "-o", tmp_path / "niah")
+    code, rows, said = lvctx(
+        "niah", "video", "--model", tiny_vlm, "--haystack", film["mixed"], *grid, "-o", tmp_path / "niah"
+    )
     assert code == 0, said
     assert len(rows) == 6
     assert not any("error" in row for row in rows)

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lvctx.bench.cache import empty_cache
-from lvctx.bench.prefix import PrefixScorer
+from lvctx.inference.kv_cache import empty_cache
+from lvctx.inference.prefix_scorer import PrefixScorer
 from lvctx.model.load import load_model
 
 

@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lvctx.inference.transformers_engine import TransformersEngine
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vlm.registry import open_vlm
+
 pytestmark = [pytest.mark.lmms, pytest.mark.nano]
 
 TASK = """\
@@ -39,6 +43,10 @@ def text(doc, kwargs=None):
 def results(doc, said):
     return {{"right": float(str(said[0]).strip()[:1] == doc["answer"])}}
 """
+
+
+def engine_of(model: Path) -> TransformersEngine:
+    return TransformersEngine(open_vlm(model), device="cpu")
 
 
 QUESTIONS = Path(__file__).parent / "data" / "questions.json"
@@ -71,44 +79,40 @@ def run_task(tiny_vlm: Path, tmp_path: Path, visuals: str, kind: str = WRITES) -
 
 
 def test_lmms_eval_shows_our_model_videos(tiny_vlm: Path, nano: Any, tmp_path: Path) -> None:
-    from lvctx.stages.encode import Encoder
-    from lvctx.stages.vqa import Watcher
+    from lvctx.inference.vqa import VideoQuestions
+    from lvctx.vlm.video_encoder import VideoEncoder
 
     said = run_task(tiny_vlm, tmp_path, f"[{str(nano.clips)!r} + '/' + doc['videoID'] + '.mp4']")
-    watcher = Watcher(str(tiny_vlm), device="cpu")
+    questions = VideoQuestions(engine_of(tiny_vlm), VideoSampling(), max_new_tokens=6)
     for video in ("bikes", "bigbuckbunny"):
-        encoder = Encoder.plan(str(tiny_vlm), frames=4, device="cpu", dtype="float32")
+        encoder = VideoEncoder.open(str(tiny_vlm), VideoSampling(frames=4), device="cpu", dtype="float32")
         made = encoder.encode(nano.clips / f"{video}.mp4", tmp_path)
         asked = [doc["question"] for doc in json.loads(QUESTIONS.read_text()) if doc["videoID"] == video]
-        for answer in watcher.ask(Path(made["path"]), asked, max_new_tokens=6):
+        for answer in questions.ask(Path(made["path"]), asked):
             assert said[answer.question] == answer.text
 
 
 def test_lmms_eval_shows_our_model_pictures_as_it_was_taught(tiny_vlm: Path, tmp_path: Path) -> None:
     """UniRes: a picture of 2 x 1 tiles, then one of 2 x 2."""
-    from lvctx.stages.asker import Asker
-
     rng = np.random.default_rng(0)
     for name, size in (("wide", (48, 96, 3)), ("square", (96, 96, 3))):
         Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(tmp_path / f"{name}.png")
     files = [str(tmp_path / f"{name}.png") for name in ("wide", "square")]
     said = run_task(tiny_vlm, tmp_path, f"[Image.open(name) for name in {files}]")
-    asker = Asker(tiny_vlm, device="cpu", chunk=2048)
-    asker.show_images([Image.open(file).convert("RGB") for file in files])
-    assert len(asker.block) == 2 * 4 + 1 + 4 * 4 + 1
+    engine = engine_of(tiny_vlm)
+    shown = engine.show([Image.open(file).convert("RGB") for file in files], VideoSampling())
+    assert shown.facts["visual_tokens"] == 2 * 4 + 1 + 4 * 4 + 1
     for question, reply in said.items():
-        assert reply == asker.text(asker.reply(asker.ids(question), 6))
+        assert reply == engine.reply([question], 6).text
 
 
 def test_lmms_eval_asks_how_likely_each_option_is(tiny_vlm: Path, tmp_path: Path) -> None:
-    from lvctx.stages.asker import Asker
-
     Image.new("RGB", (48, 48), "red").save(tmp_path / "red.png")
     said = run_task(tiny_vlm, tmp_path, f"[Image.open({str(tmp_path / 'red.png')!r})]", CHOOSES)
-    asker = Asker(tiny_vlm, device="cpu", chunk=2048)
-    asker.show_images([Image.open(tmp_path / "red.png").convert("RGB")])
+    engine = engine_of(tiny_vlm)
+    engine.show([Image.open(tmp_path / "red.png").convert("RGB")], VideoSampling())
     for doc in json.loads(QUESTIONS.read_text()):
         for option, found in zip(doc["options"], said[doc["question"]], strict=True):
-            answer = asker.tokenizer.encode(f" {option}", add_special_tokens=False)
-            score = asker.reader.score(np.array([*asker.ids(doc["question"]), *answer]), len(answer))
+            answer = engine.tokenizer.encode(f" {option}", add_special_tokens=False)
+            score = engine.scorer.score(np.array([*engine.prompt_ids([doc["question"]]), *answer]), len(answer))
             assert literal_eval(found) == (pytest.approx(score.log_prob, abs=1e-3), score.forced)

@@ -107,15 +107,15 @@ def test_an_image_becomes_one_of_the_checkpoints_own_grids(
     from transformers import AutoConfig
     from transformers.image_processing_utils import select_best_resolution
 
-    from lvctx.train.images import Encoding
     from lvctx.vision.grids import unires_grid
+    from lvctx.vlm.image_tiling import ImageEncoding
 
     lm, tower, projector = llava_models.parts(tokenizer)
     tensors = llava_models.tensors_of(lm, tower, projector)
     model = llava_models.write(tmp_path / "llava", tensors, lm, tokenizer, image_grid_pinpoints=pinpoints)
     code, _, said = lvctx("import-longva", model, "-o", tmp_path / "vlm")
     assert code == 0, said
-    encoding = Encoding.told(AutoConfig.from_pretrained(tmp_path / "vlm"))
+    encoding = ImageEncoding.from_config(AutoConfig.from_pretrained(tmp_path / "vlm"))
     assert encoding.max_grids == grids
     listed = [(48 * w, 48 * h) for w, h in grids] if isinstance(grids, tuple) else [tuple(p) for p in square(grids)]
     for width, height in ((48, 48), (200, 90), (90, 200), (500, 500), (1000, 100)):

@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mrope_models import Prompt, forward
 from PIL import Image
-from test_cli import fails, lvctx
+from test_cli import fails, lvctx, on_terminal
 
 from lvctx.errors import UsageError
 from lvctx.positions.mrope_ids import Rules, Text, positions, positions_of_ids
-from lvctx.vision.film import Film, check_reachable, count, grid_times, pixels, select, shoot
-from lvctx.vision.hybrid import Hybrid, Mode, hybrid_tokens, runs
-from lvctx.vision.rules import find_rule
+from lvctx.vision.hybrid import Hybrid, HybridMode, hybrid_tokens, runs, select_high
+from lvctx.vision.sampling import VideoSampling
 from lvctx.vision.tokens import QwenRule
+from lvctx.vlm.qwen_frames import SampledVideo, check_reachable, count_video, grid_times, pixels, resize_frames
+from lvctx.vlm.registry import open_vlm
 
 MODES = ("pair", "image", "literal")
 BICUBIC = 3
@@ -40,7 +41,7 @@ def processor(saved: dict[str, Path]) -> Any:
 
 
 def rule_of(path: Path, **hybrid: Any) -> QwenRule:
-    rule = find_rule(path, mrope_models.tokenizer(), hybrid=vars(Hybrid(**hybrid)))
+    rule = open_vlm(path).token_rule(VideoSampling(hybrid=Hybrid(**hybrid), hybrid_mode=hybrid.get("mode", "pair")))
     assert isinstance(rule, QwenRule)
     return rule
 
@@ -50,7 +51,7 @@ def pictures(n: int, *, width: int = 150, height: int = 90) -> list[tuple[float,
     return [(i / 2, rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for i in range(n)]
 
 
-def prompt_of(film: Film, processor: Any, rules: Rules, text: int = 4) -> Prompt:
+def prompt_of(film: SampledVideo, processor: Any, rules: Rules, text: int = 4) -> Prompt:
     ids = [7] * text + film.rule.layout(film.blocks).ids + [8] * text
     found, _ = positions([Text(text + 1), film.part(rules.tokens_per_second), Text(text + 1)])
     return Prompt(ids=ids, positions=found, pixels=pixels(film, processor))
@@ -58,13 +59,15 @@ def prompt_of(film: Film, processor: Any, rules: Rules, text: int = 4) -> Prompt
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(1, 3), st.sampled_from(MODES))
-def test_selection_frame_by_frame_makes_the_runs_that_are_counted(n: int, group: int, ratio: int, mode: Mode) -> None:
+def test_selection_frame_by_frame_makes_the_runs_that_are_counted(
+    n: int, group: int, ratio: int, mode: HybridMode
+) -> None:
     hybrid = Hybrid(group=group, tokens=12 * ratio, ratio=ratio, mode=mode)
-    choose = select(hybrid, merge=2)
+    is_high = select_high(hybrid, merge=2)
     picture = np.zeros((2, 2, 3), np.uint8)
-    high = [choose(i, picture) for i in range(n)]
+    high = [is_high(i, picture) for i in range(n)]
     rule = QwenRule(start=1, end=2, pads={"image": 3, "video": 4}, hybrid=hybrid)
-    film = Film(frames=[], pts=[], high=high, size=(336, 336), rule=rule)
+    film = SampledVideo(frames=[], pts=[], high=high, size=(336, 336), rule=rule)
     assert film.runs == list(runs(n, hybrid, merge=2))
     assert film.nominal == hybrid_tokens(n, hybrid, merge=2)
     assert film.blocks == rule.video(336, 336, n)
@@ -75,12 +78,14 @@ def test_the_papers_budget_by_hand() -> None:
     rule = QwenRule(
         start=1, end=2, pads={"image": 3, "video": 4}, hybrid=Hybrid(group=4, tokens=240, ratio=3, mode="image")
     )
-    paper = count(1024, 1000, 600, rule, fps=2, tokens_per_second=None)
+    paper = count_video(1024, 1000, 600, rule, fps=2, tokens_per_second=None)
     assert paper.nominal == 1024 * 120
     assert paper.actual == 256 * 240 + 768 * 66  # 80 at 5:3 is 11 x 6
     assert paper.delimiters == 2 * 1024
     assert paper.last_position == 1023
-    pairs = count(1024, 1000, 600, replace(rule, hybrid=replace(rule.hybrid, mode="pair")), fps=2, tokens_per_second=2)
+    pairs = count_video(
+        1024, 1000, 600, replace(rule, hybrid=replace(rule.hybrid, mode="pair")), fps=2, tokens_per_second=2
+    )
     assert (pairs.nominal, pairs.delimiters) == (512 * 120, 2 * 256)
     assert pairs.last_position == 1022  # the last grid begins at 511 seconds
 
@@ -96,13 +101,13 @@ def test_pixels_are_the_stock_processors(saved: dict[str, Path], processor: Any)
     """Image by image at the same limits; and a video of one still picture is that picture, grid after grid."""
     frames = pictures(3)
     rule = rule_of(saved["qwen2_vl"], tokens=8, mode="image")
-    ours = pixels(shoot(frames, rule, resample=BICUBIC), processor)
+    ours = pixels(resize_frames(frames, rule, resample=BICUBIC), processor)
     size = {"shortest_edge": 4 * 784, "longest_edge": 8 * 784}
     stock = processor(images=[Image.fromarray(p) for _, p in frames], size=size, return_tensors="pt")
     assert torch.equal(ours["image_grid_thw"], stock["image_grid_thw"])
     assert torch.equal(ours["pixel_values"], stock["pixel_values"])
     still = [(i / 2, frames[0][1]) for i in range(3)]
-    video = pixels(shoot(still, replace(rule, hybrid=Hybrid(tokens=8)), resample=BICUBIC), processor)
+    video = pixels(resize_frames(still, replace(rule, hybrid=Hybrid(tokens=8)), resample=BICUBIC), processor)
     one = stock["pixel_values"][: stock["image_grid_thw"][0].prod()]
     assert video["video_grid_thw"].tolist() == [[2, *stock["image_grid_thw"][0, 1:].tolist()]]
     assert torch.equal(video["pixel_values_videos"], one.repeat(2, 1))
@@ -115,7 +120,7 @@ def test_two_frames_share_a_grid(saved: dict[str, Path], processor: Any) -> None
     rule = rule_of(saved["qwen2_vl"], tokens=8)
 
     def embed(*frames: np.ndarray) -> torch.Tensor:
-        film = shoot([(i / 2, frame) for i, frame in enumerate(frames)], rule, resample=BICUBIC)
+        film = resize_frames([(i / 2, frame) for i, frame in enumerate(frames)], rule, resample=BICUBIC)
         embedded: torch.Tensor = model.model.visual.patch_embed(pixels(film, processor)["pixel_values_videos"])
         return embedded
 
@@ -129,7 +134,7 @@ def test_uniform_is_the_stock_forward(kind: str, saved: dict[str, Path], process
     """Six frames, three grids of 2 x 4 tokens: few enough that stock's own position ids are right as well."""
     model = mrope_models.build(kind)
     rules = Rules.of(model.config)
-    film = shoot(pictures(6), rule_of(saved[kind], tokens=8), resample=BICUBIC)
+    film = resize_frames(pictures(6), rule_of(saved[kind], tokens=8), resample=BICUBIC)
     prompt = prompt_of(film, processor, rules)
     with torch.inference_mode():
         ours = forward(model, prompt).logits
@@ -151,10 +156,12 @@ def test_uniform_is_the_stock_forward(kind: str, saved: dict[str, Path], process
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_hybrid_runs_in_every_mode(mode: Mode, saved: dict[str, Path], processor: Any) -> None:
+def test_hybrid_runs_in_every_mode(mode: HybridMode, saved: dict[str, Path], processor: Any) -> None:
     """Nine frames: what is counted is what the model reads, and time never goes back."""
     model = mrope_models.build("qwen2_vl")
-    film = shoot(pictures(9), rule_of(saved["qwen2_vl"], group=3, tokens=24, ratio=4, mode=mode), resample=BICUBIC)
+    film = resize_frames(
+        pictures(9), rule_of(saved["qwen2_vl"], group=3, tokens=24, ratio=4, mode=mode), resample=BICUBIC
+    )
     prompt = prompt_of(film, processor, Rules.of(model.config))
     with torch.inference_mode():
         logits = forward(model, prompt).logits
@@ -170,7 +177,7 @@ def test_adaptive_sees_a_cut(saved: dict[str, Path]) -> None:
     """Black for eight frames, then white: the first pair and the pair of the cut are of high resolution."""
     frames = [(i / 2, np.full((90, 150, 3), 255 * (i >= 8), np.uint8)) for i in range(12)]
     rule = rule_of(saved["qwen2_vl"], group=4, tokens=24, ratio=4)
-    film = shoot(frames, rule, threshold=0.1, resample=BICUBIC)
+    film = resize_frames(frames, rule, threshold=0.1, resample=BICUBIC)
     assert [(run.frames, run.high) for run in film.runs] == [(2, True), (6, False), (2, True), (2, False)]
     assert film.nominal == 24 + 3 * 6 + 24 + 6
 
@@ -197,5 +204,5 @@ def test_info_says_what_transformers_computes(saved: dict[str, Path]) -> None:
     assert facts["channels"] == {"time": 16, "height": 24, "width": 24}
     assert facts["largest_relative_error"] < 1e-6
     assert facts["stretched"] == "no"
-    table = lvctx("info", saved["qwen2_5_vl"]).stdout
+    table = on_terminal("info", saved["qwen2_5_vl"])
     assert "largest relative error" in table

@@ -28,10 +28,11 @@ from lvctx.train.chat_rows import ChatRow, RowReader
 from lvctx.train.config import ParallelConfig, RunControl
 from lvctx.train.mrope_config import MropeConfig
 from lvctx.train.run import run_training
-from lvctx.vision.decode import read_frames
-from lvctx.vision.film import pixels, shoot
+from lvctx.vision.decode import read_video
 from lvctx.vision.hybrid import Hybrid
-from lvctx.vision.rules import qwen_rule
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vlm.qwen_frames import pixels, resize_frames
+from lvctx.vlm.registry import open_vlm
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reader_of(here: Path) -> RowReader:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    rule = qwen_rule(here / "model", mrope_models.tokenizer(), Hybrid(group=2, tokens=16, ratio=4))
+    rule = open_vlm(here / "model").token_rule(VideoSampling(hybrid=Hybrid(group=2, tokens=16, ratio=4)))
     processor = Qwen2VLImageProcessorPil.from_pretrained(here / "model")
     return RowReader(ChatRows(here / "chat"), here, rule, processor, tokens_per_second=2)
 
@@ -89,8 +90,8 @@ def test_the_loss_is_the_stock_models(here: Path) -> None:
             parts += [Text(begin - at), Grids(1, down // 2, across // 2)]
             at = begin + down * across // 4
         else:
-            shots = [(frame.pts, frame.image) for frame in read_frames(here / "b.mp4", fps=2)]
-            film = shoot(shots, reader.rule, resample=reader.processor.resample)
+            shots = [(frame.pts, frame.image) for frame in read_video(here / "b.mp4", VideoSampling(fps=2))]
+            film = resize_frames(shots, reader.rule, resample=reader.processor.resample)
             seen |= pixels(film, reader.processor)
             parts += [Text(begin - at), film.part(2)]
             at = begin + sum(block.tokens for block in film.blocks) + 2 * (len(film.blocks) - 1)

@@ -4,24 +4,25 @@ import copy
 import itertools
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.frames import even_tokens
 
-from lvctx.bench.eyes import timeline
-from lvctx.bench.niah import Cell, first_number, share_listed
-from lvctx.bench.prefix import PrefixScorer, common_prefix, walk_order
-from lvctx.bench.text_niah import TextNiah
-from lvctx.bench.video_niah import EvenFrames, VideoNiah, chance_of, drawn_needles, read_needles
 from lvctx.errors import InputError
+from lvctx.eval.niah.image_needles import chance_of, drawn_needles, read_needles
+from lvctx.eval.niah.run import partition_cells
+from lvctx.eval.niah.task import Cell, first_number, share_listed
+from lvctx.eval.niah.text import TextNeedleTask
+from lvctx.eval.niah.video import VideoNeedleTask
+from lvctx.inference.prefix_scorer import PrefixScorer, common_prefix, walk_order
 from lvctx.model.load import load_model, load_tokenizer
 from lvctx.model.vlm import IMAGE_TOKEN, VIDEO_TOKEN
-from lvctx.stages.niah import share_cells
 from lvctx.text.needle import LISTS, draw_riddle
+from lvctx.vlm.llava_onevision import joined_times
 
 STORY = "The old tree stood by a river. People came from far. They sat in its shade, and told what they had seen. " * 60
 
@@ -42,7 +43,7 @@ def seeing(tiny_lm: Path) -> Any:
 @pytest.mark.parametrize("task", ["multi-key", *LISTS])
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_riddle_is_hidden_whole(task: Any, nested: bool, tokenizer: Any) -> None:
-    test = TextNiah(tokenizer, STORY, distractors=2, seed=1, task=task, count=4, nested=nested)
+    test = TextNeedleTask(tokenizer, STORY, distractors=2, seed=1, task=task, count=4, nested=nested)
     cells = test.cells([420, 600], [0, 0.3, 1], 2)
     assert len(cells) == 12
     for cell in cells:
@@ -62,27 +63,26 @@ def test_a_riddle_is_hidden_whole(task: Any, nested: bool, tokenizer: Any) -> No
     assert len({answer for cell in cells for answer in cell.answer.split(", ")}) == len(cells[0].answer.split(", ")) * 2
 
 
-def test_lists_are_judged_in_any_order(tokenizer: Any) -> None:
-    test = TextNiah(tokenizer, STORY, distractors=0, seed=1, task="multi-value", count=4)
+def test_lists_are_scored_in_any_order(tokenizer: Any) -> None:
+    test = TextNeedleTask(tokenizer, STORY, distractors=0, seed=1, task="multi-value", count=4)
     cell = test.cells([500], [0.5], 1)[0]
     a, b, c, d = cell.answer.split(", ")
-    assert not test.forcible
-    assert test.judge(cell, f"{d} and {c}; {b}, {a}.") == 1
-    assert test.judge(cell, f"{a}, {b}") == 0.5
-    assert test.judge(cell, f"{a}{b}{c}{d}") == 0
+    assert not test.can_force
+    assert test.score_text(cell, f"{d} and {c}; {b}, {a}.") == 1
+    assert test.score_text(cell, f"{a}, {b}") == 0.5
+    assert test.score_text(cell, f"{a}{b}{c}{d}") == 0
     assert share_listed("var abcde", ["ABCDE", "XYZXY"]) == 0.5
     assert [first_number(t) for t in ("At second 1,012.5 or 7", "never")] == [1012.5, None]
 
 
-def video(tokenizer: Any, **options: Any) -> VideoNiah:
-    needles, lookalikes = drawn_needles(3, size=48, seed=2, lookalikes=options.pop("distractors", 0))
-    layout = EvenFrames(vocabulary=50_000, per_frame=4, shown=40 + 3 + len(lookalikes))
-    given: dict[str, Any] = {"layout": layout, "frames": 40, "chance": 0.1, **options}
-    return VideoNiah(tokenizer, needles, lookalikes=lookalikes, **given)
+def video(tokenizer: Any, **options: Any) -> VideoNeedleTask:
+    needles = drawn_needles(3, size=48, seed=2, distractors=options.pop("distractors", 0))
+    tokens = even_tokens(vocabulary=50_000, per_frame=4, frames=40, inserted=3 + len(needles.distractors))
+    return VideoNeedleTask(tokenizer, needles, tokens, **{"seconds": np.arange(40.0), **options})
 
 
-def rows_of(test: VideoNiah, cell: Cell) -> list[int]:
-    """Frames of a cell's sequence in order: haystack 0..39, needles 40..42, look-alikes from 43 on."""
+def rows_of(test: VideoNeedleTask, cell: Cell) -> list[int]:
+    """Frames of a cell's sequence in order: haystack 0..39, needles 40..42, distractors from 43 on."""
     ids, _ = test.sequence(cell)
     visual = ids[ids >= 50_000] - 50_000
     assert len(visual) % 4 == 1  # the newline
@@ -91,11 +91,12 @@ def rows_of(test: VideoNiah, cell: Cell) -> list[int]:
     return [int(f) for f in frames[:, 0] // 4]
 
 
-def test_lookalikes_share_neither_shape_nor_color(seeing: Any) -> None:
-    needles, lookalikes = drawn_needles(30, size=48, seed=5, lookalikes=9)
-    assert not {n.answer for n in needles} & {n.answer for n in lookalikes}
-    assert not {n.subject for n in needles} & {n.subject for n in lookalikes}
-    assert len({n.digest for n in lookalikes}) == 9
+def test_distractors_share_neither_shape_nor_color(seeing: Any) -> None:
+    drawn = drawn_needles(30, size=48, seed=5, distractors=9)
+    needles, distractors = drawn.needles, drawn.distractors
+    assert not {n.answer for n in needles} & {n.answer for n in distractors}
+    assert not {n.subject for n in needles} & {n.subject for n in distractors}
+    assert len({n.digest for n in distractors}) == 9
     assert len({n.answer for n in needles}) == 7
     assert chance_of(9) == 1 / 7
     assert chance_of(0) == 1 / 10
@@ -108,13 +109,13 @@ def test_lookalikes_share_neither_shape_nor_color(seeing: Any) -> None:
     assert test.prompt() != video(seeing, distractors=2).prompt()
 
 
-def test_lookalikes_of_a_folder(tmp_path: Path) -> None:
+def test_distractors_of_a_folder(tmp_path: Path) -> None:
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     lines = [{"image": "a.png", "question": "What?", "answer": "A"}, {"image": "a.png", "distractor": True}]
     (tmp_path / "n.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    needles, lookalikes = read_needles(tmp_path)
-    assert [n.answer for n in needles] == ["A"]
-    assert len(lookalikes) == 1
+    read = read_needles(tmp_path)
+    assert [n.answer for n in read.needles] == ["A"]
+    assert len(read.distractors) == 1
 
 
 def test_a_list_of_needles_is_read_by_line_feeds_alone(tmp_path: Path) -> None:
@@ -122,7 +123,7 @@ def test_a_list_of_needles_is_read_by_line_feeds_alone(tmp_path: Path) -> None:
     Image.new("RGB", (48, 48)).save(tmp_path / "a.png")
     row = json.dumps({"image": "a.png", "question": "What\u2028is\x85it?", "answer": "A"}, ensure_ascii=False)
     (tmp_path / "n.jsonl").write_text(f"\ufeff{row}\r\n\n{row}\n", encoding="utf-8")
-    assert [needle.question for needle in read_needles(tmp_path)[0]] == ["What\u2028is\x85it?"] * 2
+    assert [needle.question for needle in read_needles(tmp_path).needles] == ["What\u2028is\x85it?"] * 2
     (tmp_path / "n.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"n\.jsonl"):
         read_needles(tmp_path)
@@ -131,7 +132,7 @@ def test_a_list_of_needles_is_read_by_line_feeds_alone(tmp_path: Path) -> None:
 def test_when_is_between_the_neighbours(seeing: Any) -> None:
     """Two artifacts after each other: 4 frames half a second apart from 10 s on, then 36 a second apart."""
     pts = [10 + np.arange(4) / 2, 100 + np.arange(36.0)]
-    seconds = timeline(tuple(SimpleNamespace(pts=torch.from_numpy(p)) for p in pts))  # type: ignore[arg-type]
+    seconds = joined_times(pts)
     assert seconds[:6].tolist() == [10, 10.5, 11, 11.5, 12.5, 13.5]
     test = video(seeing, seconds=seconds, question="when", tolerance=1.5, loop=True)
     cells = {(c.length, c.depth): c for c in test.cells([4, 80], [0, 0.5, 1], 1)}
@@ -142,8 +143,8 @@ def test_when_is_between_the_neighbours(seeing: Any) -> None:
     assert "color" not in cells[4, 0].question
     cell = cells[4, 0.5]
     for written, right in (("12", True), ("Second 9.5.", True), ("13", False), ("soon", False)):
-        assert test.judge(cell, written) == right, written
-    assert not test.forcible
+        assert test.score_text(cell, written) == right, written
+    assert not test.can_force
 
 
 def tree_size(sequences: list[np.ndarray]) -> int:
@@ -160,7 +161,7 @@ def test_nested_points_make_all_lengths_cost_what_the_longest_does(
     def test(nested: bool) -> Any:
         if modality == "video":
             return video(seeing, nested=nested, distractors=distractors)
-        return TextNiah(tokenizer, STORY, distractors=distractors, seed=0, nested=nested)
+        return TextNeedleTask(tokenizer, STORY, distractors=distractors, seed=0, nested=nested)
 
     lengths = list(range(10, 41, 5)) if modality == "video" else list(range(400, 1001, 100))
     depths = [0, 0.2, 0.4, 0.6, 0.8, 1]
@@ -183,9 +184,11 @@ def test_nested_points_make_all_lengths_cost_what_the_longest_does(
 
 def test_nested_and_looped_grids_score_like_plain_forwards(tiny_lm: Path, tokenizer: Any) -> None:
     model = load_model(tiny_lm)
-    test = TextNiah(tokenizer, STORY[:420], distractors=1, seed=0, task="multi-query", count=2, nested=True, loop=True)
+    test = TextNeedleTask(
+        tokenizer, STORY[:420], distractors=1, seed=0, task="multi-query", count=2, nested=True, loop=True
+    )
     with pytest.raises(InputError, match="--loop"):
-        TextNiah(tokenizer, STORY[:420], distractors=1, seed=0).cells([400], [0], 1)
+        TextNeedleTask(tokenizer, STORY[:420], distractors=1, seed=0).cells([400], [0], 1)
     cells = test.cells([200, 300, 400], [0, 0.5, 1], 1)
     sequences = [test.sequence(cell)[0] for cell in cells]
     walker = PrefixScorer(copy.deepcopy(model), chunk=64)
@@ -215,9 +218,9 @@ def test_ranks_share_all_cells_evenly(ranks: int) -> None:
         for d in (0, 0.2, 0.4, 0.6, 0.8, 1)
         for k in range(5)
     ]
-    shares = share_cells(cells, ranks)
+    shares = partition_cells(cells, ranks)
     assert sorted(i for share in shares for i in share) == list(range(len(cells)))
-    assert shares == share_cells(cells, ranks)
+    assert shares == partition_cells(cells, ranks)
     home = {(cells[i].trial, cells[i].position): r for r, share in enumerate(shares) for i in share}
     assert all(home[cells[i].trial, cells[i].position] == r for r, share in enumerate(shares) for i in share)
     loads = [0] * ranks

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,17 +15,19 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from lvctx.artifacts.frames import write_frames
+from lvctx.artifacts.jsonl_log import JsonlLog, read_jsonl
 from lvctx.artifacts.manifest import Provenance
-from lvctx.artifacts.rows import RowLog, read_rows
-from lvctx.bench.grid import build_grid, read_grid, wilson
-from lvctx.bench.heatmap import draw_heatmaps, trained_at
-from lvctx.bench.longva import read_longva
-from lvctx.bench.prefix import PrefixScorer
-from lvctx.bench.text_niah import TextNiah
 from lvctx.cli.app import app
 from lvctx.errors import InputError
+from lvctx.eval.niah.config import TextNiahConfig
+from lvctx.eval.niah.heatmap import draw_heatmaps, trained_at
+from lvctx.eval.niah.longva_format import read_longva
+from lvctx.eval.niah.results import build_results, read_needle_results, wilson
+from lvctx.eval.niah.run import plan_text
+from lvctx.eval.niah.text import TextNeedleTask
+from lvctx.inference.prefix_scorer import PrefixScorer
 from lvctx.text.needle import NEEDLE, PREFIX, QUESTION, Riddle, question_and_answer, read_haystack, sentence_ends
+from lvctx.vlm.feature_cache import write_frames
 
 
 def run(*arguments: object) -> Any:
@@ -51,7 +54,7 @@ def encode(tower: Any, target: Path) -> Path:
     squares = rng.integers(0, 256, (10, 48, 48, 3), dtype=np.uint8)
     inputs = {"tower": tower.fingerprint, "video": "none"}
     made = Provenance(schema="lvctx.frames/1", command="encode-video", config={"frame_mode": "pad"}, inputs=inputs)
-    write_frames(target, tower.see(squares), [float(i) for i in range(10)], list(range(10)), made)
+    write_frames(target, tower.encode_images(squares), [float(i) for i in range(10)], list(range(10)), made)
     return target
 
 
@@ -63,7 +66,7 @@ def test_a_sequence_says_what_it_should_in_exactly_as_many_tokens(tiny_lm: Path,
 
     tokenizer = load_tokenizer(tiny_lm)
     hay = read_haystack([essays])
-    test = TextNiah(tokenizer, hay, distractors=3, seed=5)
+    test = TextNeedleTask(tokenizer, hay, distractors=3, seed=5)
     for cell in test.cells([300, 777], [0, 0.25, 0.5, 1], 3):
         ids, answer = test.sequence(cell)
         assert len(ids) == cell.length
@@ -91,7 +94,7 @@ def test_true_depth_is_at_most_a_sentence_before_the_asked_one(tiny_lm: Path, es
     hay = read_haystack([essays])
     ends = sentence_ends(tokenizer, np.array(tokenizer(hay).input_ids))
     longest_sentence = int(np.diff(ends).max())
-    test = TextNiah(tokenizer, hay, distractors=0, seed=0)
+    test = TextNeedleTask(tokenizer, hay, distractors=0, seed=0)
     for cell in test.cells([900], [0, 0.25, 0.4, 0.75, 1], 1):
         target = int(cell.depth * (900 - (900 - test._room(900, 0))))
         assert 0 <= target - cell.position <= longest_sentence
@@ -142,8 +145,8 @@ def results(out: Path) -> list[dict[str, Any]]:
 
 
 def text_arguments(model: Path, essays: Path, out: Path) -> list[object]:
-    grid = ["--lengths", "130,200", "--depths", "0,0.5,1", "--trials", 2, "--score", "both"]
-    return ["niah", "--model", model, "--modality", "text", "--haystack", essays, *grid, "-o", out]
+    grid = ["--lengths", "130,200", "--depths", "0,0.5,1", "--trials", 2, "--scoring", "both"]
+    return ["niah", "text", "--model", model, "--haystack", essays, *grid, "-o", out]
 
 
 def test_a_run_and_its_files(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
@@ -152,7 +155,7 @@ def test_a_run_and_its_files(tiny_lm: Path, essays: Path, tmp_path: Path) -> Non
     rows = results(tmp_path / "a")
     assert [json.loads(line) for line in done.stdout.splitlines()] == rows
     assert len(rows) == len({r["key"] for r in rows}) == 12
-    assert all(r["forced"] == r["generated"] == r["correct"] and r["trained_length"] == 512 for r in rows)
+    assert all(r["teacher_forced"] == (r["share"] == 1) == r["correct"] and r["trained_length"] == 512 for r in rows)
     assert "chance 0.00" in done.stderr
     summary = json.loads((tmp_path / "a/summary.json").read_text())
     assert summary["lengths"] == [130, 200]
@@ -161,7 +164,7 @@ def test_a_run_and_its_files(tiny_lm: Path, essays: Path, tmp_path: Path) -> Non
 
     again = run(*text_arguments(tiny_lm, essays, tmp_path / "a"))
     assert (again.exit_code, again.stdout) == (0, "")
-    other = run(*text_arguments(tiny_lm, essays, tmp_path / "b"), "-q", "--chunk", 64)
+    other = run(*text_arguments(tiny_lm, essays, tmp_path / "b"), "-q", "--prefill-chunk", 64)
     assert other.exit_code == 0
     assert "share of needles" not in other.stderr
     for name in ("results.jsonl", "summary.json", "heatmap.json"):
@@ -183,7 +186,7 @@ def test_a_torn_line_is_redone_and_a_grid_grows(tiny_lm: Path, essays: Path, tmp
     grown = run(*arguments)
     assert len(grown.stdout.splitlines()) == 6
     assert {json.loads(x)["length"] for x in grown.stdout.splitlines()} == {260}
-    assert read_grid(tmp_path / "a").lengths == [130, 200, 260]
+    assert read_needle_results(tmp_path / "a").lengths == [130, 200, 260]
     assert run(*arguments, "--resume", "never").exit_code == 3
     assert run(*text_arguments(tiny_lm, essays, tmp_path / "new"), "--resume", "must").exit_code == 3
     refused = run(*arguments, "--seed", 9)
@@ -227,13 +230,13 @@ def test_a_failing_cell_is_a_row_and_is_run_again(
     ] * 6
     assert json.loads((tmp_path / "a/summary.json").read_text())["errors"] == 6
     assert run(*arguments).exit_code == 0
-    grid = read_grid(tmp_path / "a")
+    grid = read_needle_results(tmp_path / "a")
     assert (grid.errors, grid.trials) == (0, [[2, 2]] * 3)
 
 
 def test_video(tiny_vlm: Path, frames: Path, tmp_path: Path) -> None:
-    hay = ["--frames", frames, "--frames", frames]
-    arguments = ["niah", "--model", tiny_vlm, *hay, "--lengths", "4,15", "--depths", "0,0.5,1"]
+    hay = ["--haystack", frames, "--haystack", frames]
+    arguments = ["niah", "video", "--model", tiny_vlm, *hay, "--lengths", "4,15", "--depths", "0,0.5,1"]
     done = run(*arguments, "--trials", 2, "-o", tmp_path / "a")
     assert done.exit_code == 0
     rows = results(tmp_path / "a")
@@ -250,9 +253,9 @@ def test_video(tiny_vlm: Path, frames: Path, tmp_path: Path) -> None:
 
 
 def test_lengths_that_end_in_the_first_of_two_artifacts(tiny_vlm: Path, frames: Path, tmp_path: Path) -> None:
-    arguments = ["niah", "--model", tiny_vlm, "--lengths", "4", "--depths", "0.5", "--trials", 1]
-    assert run(*arguments, "--frames", frames, "--frames", frames, "-o", tmp_path / "two").exit_code == 0
-    assert run(*arguments, "--frames", frames, "-o", tmp_path / "one").exit_code == 0
+    arguments = ["niah", "video", "--model", tiny_vlm, "--lengths", "4", "--depths", "0.5", "--trials", 1]
+    assert run(*arguments, "--haystack", frames, "--haystack", frames, "-o", tmp_path / "two").exit_code == 0
+    assert run(*arguments, "--haystack", frames, "-o", tmp_path / "one").exit_code == 0
     two, one = results(tmp_path / "two"), results(tmp_path / "one")
     assert [r["log_prob"] for r in two] == [r["log_prob"] for r in one]
 
@@ -262,7 +265,20 @@ def test_needles_of_a_folder(tiny_vlm: Path, frames: Path, tmp_path: Path) -> No
     folder.mkdir()
     Image.new("RGB", (60, 40), (255, 0, 0)).save(folder / "red.png")
     row = {"image": "red.png", "question": "What color is the flag?", "answer": "Red"}
-    arguments = ["niah", "--model", tiny_vlm, "--frames", frames, "--lengths", 4, "--depths", 0, "--needles", folder]
+    arguments = [
+        "niah",
+        "video",
+        "--model",
+        tiny_vlm,
+        "--haystack",
+        frames,
+        "--lengths",
+        4,
+        "--depths",
+        0,
+        "--needles",
+        folder,
+    ]
 
     def asked(lines: str, trials: int = 1) -> Any:
         (folder / "needles.jsonl").write_text(lines)
@@ -291,7 +307,18 @@ def test_bad_input_is_one_line(
     def refused(code: int, said: str, *changes: object, video: bool = False) -> None:
         arguments = text_arguments(tiny_lm, essays, tmp_path / "out")
         if video:
-            arguments = ["niah", "--model", tiny_vlm, "--frames", frames, "--lengths", 4, "-o", tmp_path / "out"]
+            arguments = [
+                "niah",
+                "video",
+                "--model",
+                tiny_vlm,
+                "--haystack",
+                frames,
+                "--lengths",
+                4,
+                "-o",
+                tmp_path / "out",
+            ]
         done = run(*arguments, *changes)
         assert (done.exit_code, done.stderr.count("\n")) == (code, 1), done.stderr
         assert said in done.stderr
@@ -324,12 +351,12 @@ def test_bad_input_is_one_line(
 
 @pytest.mark.nano
 def test_forced_scoring_is_greedy_generation_on_a_real_model(nano: Any, tmp_path: Path) -> None:
-    grid = ["--lengths", "150,400", "--depths", "0,0.6,1", "--trials", 2, "--distractors", 3, "--score", "both"]
-    done = run("niah", "--model", nano.lm, "--modality", "text", "--haystack", nano.essays, *grid, "-o", tmp_path / "a")
+    grid = ["--lengths", "150,400", "--depths", "0,0.6,1", "--trials", 2, "--distractors", 3, "--scoring", "both"]
+    done = run("niah", "text", "--model", nano.lm, "--haystack", nano.essays, *grid, "-o", tmp_path / "a")
     assert done.exit_code == 0
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == 12
-    assert all(r["forced"] == r["generated"] for r in rows)
+    assert all(r["teacher_forced"] == (r["share"] == 1) for r in rows)
     assert sum(r["correct"] for r in rows) >= 8
 
 
@@ -416,7 +443,7 @@ def test_wilson_is_where_the_score_test_turns(right: int, n: int) -> None:
 
 def test_labels_are_true_and_bytes_repeat(tmp_path: Path) -> None:
     rows = [r | {"depth": d} for d in (0.25, 0.333, 1) for r in cells("video", {10: 1.0, 20: 0.5}, trained_length=2000)]
-    grids = [build_grid(rows, "one"), build_grid(cells("text", {100: 0.2}), "two")]
+    grids = [build_results(rows, "one"), build_results(cells("text", {100: 0.2}), "two")]
     for name in ("a.svg", "b.svg", "a.png", "b.png"):
         draw_heatmaps(grids, tmp_path / name)
     drawn = (tmp_path / "a.svg").read_text()
@@ -429,7 +456,7 @@ def test_labels_are_true_and_bytes_repeat(tmp_path: Path) -> None:
 def test_a_fourth_panel_begins_a_new_line(tmp_path: Path) -> None:
     sizes = {}
     for panels in (3, 4):
-        draw_heatmaps([build_grid(cells("video", {10: 1.0}), str(n)) for n in range(panels)], tmp_path / "a.svg")
+        draw_heatmaps([build_results(cells("video", {10: 1.0}), str(n)) for n in range(panels)], tmp_path / "a.svg")
         found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', (tmp_path / "a.svg").read_text())
         assert found
         sizes[panels] = tuple(map(float, found.groups()))
@@ -458,7 +485,7 @@ def test_report_needs_no_torch_and_rebuilds(tmp_path: Path) -> None:
 
 def test_a_report_of_nothing_is_refused() -> None:
     with pytest.raises(InputError, match="no result"):
-        build_grid([], "empty")
+        build_results([], "empty")
 
 
 def test_info_knows_a_results_directory(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
@@ -487,13 +514,13 @@ def test_ranks_write_one_file_with_no_row_twice(tiny_lm: Path, essays: Path, tmp
 
 
 def test_a_torn_line_of_another_process_is_dropped(tmp_path: Path) -> None:
-    with RowLog(tmp_path / "r.jsonl") as one, RowLog(tmp_path / "r.jsonl") as two:
+    with JsonlLog(tmp_path / "r.jsonl") as one, JsonlLog(tmp_path / "r.jsonl") as two:
         one.append({"key": "a"})
         with open(tmp_path / "r.jsonl", "ab") as killed:
             killed.write(b'{"key": "b", "to')
         two.append({"key": "c"})
         one.append({"key": "d"})
-    assert [row["key"] for row in read_rows(tmp_path / "r.jsonl")] == ["a", "c", "d"]
+    assert [row["key"] for row in read_jsonl(tmp_path / "r.jsonl")] == ["a", "c", "d"]
 
 
 def test_results_of_another_model_are_refused(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
@@ -515,7 +542,7 @@ def test_a_base_is_tried_as_if_the_model_had_it(tiny_lm: Path, essays: Path, tmp
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     arguments = text_arguments(tiny_lm, essays, tmp_path / "a")
-    assert run(*arguments, "--rope-theta", "3e4,1e6").exit_code == 0
+    assert run(*arguments, "--rope", "theta:3e4,theta:1e6").exit_code == 0
     assert (tmp_path / "a/heatmap.png").is_file()
     model = AutoModelForCausalLM.from_pretrained(tiny_lm)
     model.config.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}
@@ -525,20 +552,22 @@ def test_a_base_is_tried_as_if_the_model_had_it(tiny_lm: Path, essays: Path, tmp
     scores = [[r["log_prob"] for r in results(d)] for d in (tmp_path / "a/theta-1e+06", tmp_path / "b")]
     assert scores[0] == scores[1]
     assert scores[0] != [r["log_prob"] for r in results(tmp_path / "a/theta-30000")]
-    assert run(*arguments, "--rope-theta", "0.5").exit_code == 2
+    assert run(*arguments, "--rope", "theta:0.5").exit_code == 2
 
 
 @pytest.mark.parametrize("rope", [("theta", 1e6), ("yarn", 4.0)])
-def test_other_positions_leave_nothing_of_the_old_ones(tiny_lm: Path, rope: tuple[str, float]) -> None:
+def test_other_positions_leave_nothing_of_the_old_ones(tiny_lm: Path, essays: Path, rope: Any, tmp_path: Path) -> None:
     """What is tried is what `extend-lm` would write: nothing of a former stretch may stay behind."""
     from transformers import AutoConfig
 
-    from lvctx.stages.niah import _with_rope
-
+    path = tmp_path / "lm"
+    shutil.copytree(tiny_lm, path)
     config = AutoConfig.from_pretrained(tiny_lm)
     old = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 512}
     config.rope_parameters = old
-    got = _with_rope(config, rope).rope_parameters
+    config.save_pretrained(path)
+    asked = TextNiahConfig(model=str(path), haystack=(essays,), lengths=(130,), rope=(rope,))
+    got = plan_text(asked).model_config().rope_parameters
     want = {"rope_type": "default", "rope_theta": 1e6} if rope[0] == "theta" else old | {"factor": 4.0}
     assert {key: got[key] for key in want} == want
     assert rope[0] == "yarn" or got == want
@@ -561,11 +590,11 @@ def test_lists_are_scored_by_what_is_written(tiny_lm: Path, essays: Path, tmp_pa
     arguments[arguments.index("130,200")] = "300"
     refused = run(*arguments, "--task", "multi-value")
     assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
-    at = arguments.index("--score")
-    arguments[at : at + 2] = ["--task", "multi-value", "--depths", "nested", "--kv", "int8"]
+    at = arguments.index("--scoring")
+    arguments[at : at + 2] = ["--task", "multi-value", "--depths", "nested", "--kv-cache", "int8"]
     done = run(*arguments)
     assert done.exit_code == 0
     rows = results(tmp_path / "a")
-    assert {(r["kv"], r["share"], r["correct"]) for r in rows} == {("int8", 0, False)}
+    assert {(r["kv_cache"], r["share"], r["correct"]) for r in rows} == {("int8", 0, False)}
     assert all(len(r["answer"].split(", ")) == 4 and r["point"] is not None for r in rows)
-    assert read_grid(tmp_path / "a").labels[-1] == "at the end"
+    assert read_needle_results(tmp_path / "a").labels[-1] == "at the end"

@@ -19,12 +19,14 @@ from PIL import Image
 
 from lvctx.artifacts.chat import ChatRows
 from lvctx.errors import InputError, UsageError
-from lvctx.stages.pack_chat import SHARES, plan_chat, run_chat
+from lvctx.stages.pack_chat import SHARES, plan_pack_chat, run_pack_chat
+from lvctx.stages.pack_chat_config import PackChatConfig
 from lvctx.text.bestfit import best_fit_decreasing
 from lvctx.text.blend import choose, largest_blend
-from lvctx.vision.decode import count_frames, read_frames
+from lvctx.vision.decode import count_frames, read_video
 from lvctx.vision.grids import unires_grid
 from lvctx.vision.hybrid import Hybrid, hybrid_tokens, runs
+from lvctx.vision.sampling import VideoSampling
 from lvctx.vision.tokens import LlavaRule, QwenRule, pooling, smart_resize
 
 MODES = ("pair", "image", "literal")
@@ -113,23 +115,17 @@ def sources(folder: Path) -> dict[str, list[Path]]:
 
 def pack(out: Path, given: dict[str, list[Path]], model: Path, media: Path, **o: Any) -> ChatRows:
     options: dict[str, Any] = {
-        "mix": None,
-        "hybrid": {"group": 4, "tokens": 24, "ratio": 3, "mode": "pair"},
+        "hybrid": "4,24,3",
         "target_length": 4096,
-        "tokens": None,
         "long_share": 0.15,
         "long_over": 1500,
-        "video_fps": 2.0,
-        "max_frames": 768,
-        "template": "chatml",
-        "skip_malformed": False,
         "shard_tokens": 1 << 13,
-        "seed": 0,
         **o,
     }
     run = {key: options.pop(key) for key in ("resume", "force") if key in options}
-    plan = plan_chat(given, model=str(model), media=media, **options)
-    run_chat(plan, out, report=lambda done, total, note: None, **run)
+    sources = {kind: tuple(paths) for kind, paths in given.items()}
+    config = PackChatConfig(out=out, model=str(model), media=media, **sources, **options)
+    run_pack_chat(plan_pack_chat(config), on_progress=lambda done, total, note: None, **run)
     return ChatRows(out)
 
 
@@ -251,8 +247,8 @@ def test_llavas_grids() -> None:
 @pytest.mark.parametrize("fps", [2, 1, 3.7])
 def test_frames_counted_are_frames_read(nano: Nano, fps: float) -> None:
     for clip in ("bikes.mp4", "bigbuckbunny.mp4"):
-        count = count_frames(nano.clips / clip, fps=fps)
-        seen = [frame.image.shape for frame in read_frames(nano.clips / clip, fps=fps)]
+        count = count_frames(nano.clips / clip, VideoSampling(fps=fps))
+        seen = [frame.image.shape for frame in read_video(nano.clips / clip, VideoSampling(fps=fps))]
         assert count.frames == len(seen)
         assert set(seen) == {(count.height, count.width, 3)}
 
@@ -417,9 +413,9 @@ def test_ids_are_the_texts_and_labels_the_assistants_words(
     }
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     given = {"interleaved": [tmp_path / "a.jsonl"]}
-    hybrid = {"group": 4, "tokens": 24, "ratio": 3, "mode": "pair"} if family == "qwen" else None
+    hybrid = "4,24,3" if family == "qwen" else None
     rows = pack(tmp_path / "out", given, model, media, long_share=0, target_length=9000, hybrid=hybrid)
-    frames = len(list(read_frames(media / "bikes.mp4", fps=2)))
+    frames = len(list(read_video(media / "bikes.mp4", VideoSampling(fps=2))))
     if family == "qwen":
 
         def item(kind: str, tokens: int) -> str:
@@ -429,7 +425,7 @@ def test_ids_are_the_texts_and_labels_the_assistants_words(
             return math.prod(STOCK(h, w, 28, least * 784, most * 784)) // 784
 
         blocks = [item("image", tokens(640, 480, 16384, 4)), item("image", tokens(200, 300, 16384, 4))]
-        shape = next(read_frames(media / "bikes.mp4", fps=2)).image.shape
+        shape = next(read_video(media / "bikes.mp4", VideoSampling(fps=2))).image.shape
         high, low = (tokens(shape[1], shape[0], most, 4) for most in (24, 8))
         grids, parts = math.ceil(frames / 2), []
         for first in range(0, grids, 4):

@@ -14,7 +14,7 @@ from test_pack_text import make_tokenizer
 from lvctx.errors import InputError
 from lvctx.text.documents import Chunk, Place
 from lvctx.text.mix import apportion, check_budgets, largest_total, load_mix
-from lvctx.text.pack import Ledger, LengthRule, ShardBuffer, take_all, take_budgets, uniform
+from lvctx.text.pack import LengthRule, PackingStats, ShardBuffer, take_all, take_budgets, uniform
 from lvctx.text.tokenize import Tokens
 
 SHARES = st.lists(st.floats(1e-4, 1), min_size=1, max_size=6).map(
@@ -81,16 +81,16 @@ def test_budgets_are_met_in_order_whatever_the_batches(
     names = ("s0", "s1", "s2")
     tokens = make_tokens([n for n, _ in documents], [c for _, c in documents], names)
     keep, room = tokens.lengths() > 0, dict(zip(names, budgets, strict=True))
-    whole = take_budgets(tokens, keep, 0, room, Ledger())
+    whole = take_budgets(tokens, keep, 0, room, PackingStats())
     for code, name in enumerate(names):
         available = sum(n + 1 for n, c in documents if c == code and n)
         assert whole[tokens.codes == code].sum() == min(room[name], available)
-    # A run that begins again at a later document knows from its ledger what is left.
-    low, ledger = min(cut, len(documents)), Ledger()
-    ledger.read(tokens, keep, 0, low)
-    ledger.pack(tokens, keep, whole, 0, low)
-    ledger = Ledger(json.loads(json.dumps(ledger.to_dict())))
-    assert take_budgets(tokens, keep, low, room, ledger)[low:].tolist() == whole[low:].tolist()
+    # A run that begins again at a later document knows from its stats what is left.
+    low, stats = min(cut, len(documents)), PackingStats()
+    stats.read(tokens, keep, 0, low)
+    stats.pack(tokens, keep, whole, 0, low)
+    stats = PackingStats(json.loads(json.dumps(stats.to_dict())))
+    assert take_budgets(tokens, keep, low, room, stats)[low:].tolist() == whole[low:].tolist()
     assert take_all(tokens, keep, 0, sum(budgets)).sum() == min(sum(budgets), (tokens.lengths() + 1)[keep].sum())
 
 
@@ -155,7 +155,7 @@ from lvctx.stages.pack_text_config import PackTextConfig
 if __name__ == "__main__":
     config = PackTextConfig(inputs=(sys.argv[1],), tokenizer=sys.argv[2], out=Path(sys.argv[3]), mix=sys.argv[4],
                             seq_len=4096, shard_tokens=1 << 18, workers=1)
-    run_pack_text(plan_pack_text(config), report=lambda done, total, note: None)
+    run_pack_text(plan_pack_text(config), on_progress=lambda done, total, note: None)
     print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 """
 

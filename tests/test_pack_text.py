@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Nano
+from test_cli import on_terminal
 
 from lvctx.artifacts.manifest import read_manifest
 from lvctx.artifacts.packed import PackedRows
@@ -89,7 +90,7 @@ def pack(
         workers=workers,
         **options,
     )
-    run_pack_text(plan_pack_text(config), report=lambda done, total, note: None, **run)
+    run_pack_text(plan_pack_text(config), on_progress=lambda done, total, note: None, **run)
     return PackedRows(out)
 
 
@@ -398,16 +399,11 @@ def test_the_reader_refuses_what_is_not_whole(bpe: Path, tmp_path: Path) -> None
         PackedRows(tmp_path / "out")
 
 
-def test_a_narrow_terminal_cuts_nothing_short(bpe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from typer.testing import CliRunner
-
-    from lvctx.cli.app import app
-
+def test_a_narrow_terminal_cuts_nothing_short(bpe: Path, tmp_path: Path) -> None:
     names = ("RedPajamaCommonCrawl", "RedPajamaStackExchange")
     source = write_lines(tmp_path / "a.jsonl", make_documents(60, seed=1, sources=names))
     rows = pack(tmp_path / "out", source, tokenizer=bpe, mix="keep")
-    monkeypatch.setenv("COLUMNS", "80")
-    shown = CliRunner().invoke(app, ["info", str(tmp_path / "out")]).stdout
+    shown = on_terminal("info", tmp_path / "out", columns=80)
     packed = [read_manifest(tmp_path / "out")["sources"][name]["packed"] for name in names]
     assert sum(packed) >= len(rows) * rows.seq_len
     for name, tokens in zip(names, packed, strict=True):

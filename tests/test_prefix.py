@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.frames import even_tokens
 from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from lvctx.bench.prefix import PrefixScorer, Score, common_prefix, walk_order
-from lvctx.bench.text_niah import TextNiah
-from lvctx.bench.video_niah import EvenFrames, VideoNiah, drawn_needles, visual_table
+from lvctx.eval.niah.image_needles import drawn_needles
+from lvctx.eval.niah.text import TextNeedleTask
+from lvctx.eval.niah.video import VideoNeedleTask
+from lvctx.inference.prefix_scorer import PrefixScorer, Score, common_prefix, walk_order
 from lvctx.model.load import load_model, load_tokenizer
 from lvctx.model.vlm import assemble, embed_frames, frame_features, newline_embedding, tokens_per_frame
 
@@ -44,7 +46,7 @@ def plain(logits_LV: torch.Tensor, ids: np.ndarray, answer: int) -> Score:
         forced=logits_AV.argmax(1).tolist() == wanted.tolist(),
         log_prob=float(logits_AV.log_softmax(1)[torch.arange(answer), wanted].sum()),
         rank=max(int((row > p).sum()) for row, p in zip(logits_AV, picked, strict=True)),
-        written=None,
+        generated=None,
     )
 
 
@@ -78,7 +80,7 @@ def story() -> str:
 def test_text_grid_equals_stock(kind: str, distractors: int, tiny_lm: Path, story: str) -> None:
     tokenizer = load_tokenizer(tiny_lm)
     model = small_model(kind, len(tokenizer))
-    test = TextNiah(tokenizer, story, distractors=distractors, seed=3)
+    test = TextNeedleTask(tokenizer, story, distractors=distractors, seed=3)
     cells = test.cells([180, 240, 331], [0, 0.5, 1], 2)
     walker = PrefixScorer(copy.deepcopy(model), chunk=50)
     alone = PrefixScorer(copy.deepcopy(model), chunk=1000, reuse=False)
@@ -102,14 +104,14 @@ def test_video_grid_equals_the_stock_video_path(tiny_lm: Path, tiny_tower: Path)
     )
     torch.manual_seed(0)
     hay_F3SS, needles_N3SS = torch.randn(12, 3, 48, 48), torch.randn(2, 3, 48, 48)
-    needles, _ = drawn_needles(2, size=48, seed=0)
+    needles = drawn_needles(2, size=48, seed=0)
     per_frame = tokens_per_frame(vlm.config)
     vocabulary = vlm.get_input_embeddings().weight.shape[0]
-    layout = EvenFrames(vocabulary=vocabulary, per_frame=per_frame, shown=12 + 2)
-    test = VideoNiah(tokenizer, needles, layout=layout, frames=12, chance=0.1)
+    tokens = even_tokens(vocabulary=vocabulary, per_frame=per_frame, frames=12, inserted=2)
+    test = VideoNeedleTask(tokenizer, needles, tokens, seconds=np.arange(12.0))
     with torch.no_grad():
         hay, seen = (embed_frames(vlm, frame_features(vlm, pixels)) for pixels in (hay_F3SS, needles_N3SS))
-        table = visual_table(hay, seen, newline_embedding(vlm))
+        table = torch.cat([hay, seen, newline_embedding(vlm)])
     walker = PrefixScorer(copy.deepcopy(vlm), table, chunk=30)
     cells = test.cells([4, 9, 12], [0, 0.5, 1], 2)
     sequences = [test.sequence(cell)[0] for cell in cells]
@@ -139,7 +141,7 @@ def opinionated() -> Any:
     sequences=st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=20), min_size=1, max_size=6),
     answer=st.integers(1, 3),
     chunk=st.integers(1, 9),
-    write=st.integers(0, 3),
+    generate=st.integers(0, 3),
 )
 def test_any_sequences_in_any_order(
     opinionated: Any, sequences: list[list[int]], answer: int, chunk: int, write: int
@@ -148,7 +150,7 @@ def test_any_sequences_in_any_order(
     walker = PrefixScorer(copy.deepcopy(opinionated), chunk=chunk)
     for sequence in sequences:
         ids = np.array(sequence)
-        assert_same(walker.score(ids, answer, write=write), plain_text(opinionated, ids, answer))
+        assert_same(walker.score(ids, answer, generate=write), plain_text(opinionated, ids, answer))
 
 
 def test_forced_is_greedy(opinionated: Any) -> None:
@@ -162,9 +164,9 @@ def test_forced_is_greedy(opinionated: Any) -> None:
         ids = torch.from_numpy(prompt)[None]
         stock = opinionated.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, 15:].tolist()
         for answer in (stock[:3], [*stock[:2], (stock[2] + 1) % 40], [(stock[0] + 1) % 40, *stock[1:3]]):
-            score = walker.score(np.array([*prompt, *answer]), 3, write=4)
-            assert score.written == stock
-            assert score.forced == (score.written[:3] == answer) == (score.rank == 0)
+            score = walker.score(np.array([*prompt, *answer]), 3, generate=4)
+            assert score.generated == stock
+            assert score.forced == (score.generated[:3] == answer) == (score.rank == 0)
             verdicts.append(score.forced)
     assert set(verdicts) == {True, False}
 

@@ -18,13 +18,17 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lvctx.bench import longvideobench, mlvu, nextqa, vhs, videomme
-from lvctx.bench.choice import Sample
+from lvctx.bench.answers import Question
 from lvctx.bench.subtitles import read_subtitles
 from lvctx.bench.videomme import prompt
 from lvctx.cli.app import app
 from lvctx.errors import InputError
+from lvctx.inference.transformers_engine import TransformersEngine
+from lvctx.inference.vqa import VideoQuestions
 from lvctx.model.load import load_config
 from lvctx.model.vlm import Grid
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vlm.registry import open_vlm
 
 DATA = Path(__file__).parent / "data"
 
@@ -68,21 +72,21 @@ class PlainModel:
 
     @torch.no_grad()
     def answer(self, frames: Path, turns: list[str], count: int) -> tuple[str, int]:
-        from lvctx.artifacts.frames import read_frames
         from lvctx.model.vlm import embed_frames, newline_embedding
+        from lvctx.vlm.feature_cache import read_feature_cache
 
-        film = read_frames(frames)
+        film = read_feature_cache(frames)
         block = torch.cat([embed_frames(self.vlm, film.features, film.grid), newline_embedding(self.vlm)])
         return self.answer_about(block, turns, count)
 
     @torch.no_grad()
     def picture_blocks(self, pictures: list[Image.Image], grid: Grid) -> torch.Tensor:
         """What stock transformers' own image path (AnyRes) or video path embeds."""
-        from lvctx.train.images import Encoding
         from lvctx.vision.images import Preprocess
+        from lvctx.vlm.image_tiling import ImageEncoding
 
         config, preprocess = self.vlm.config, Preprocess.from_directory(self.path)
-        encoding = Encoding.of(config.vision_config, grid=grid, rule="code")
+        encoding = ImageEncoding.of(config.vision_config, grid=grid, rule="code")
         alone = len(pictures) == 1
         tiles = [preprocess(encoding.tiles(p, alone=alone, background=preprocess.background)) for p in pictures]
         if grid == "anyres":
@@ -124,8 +128,8 @@ def test_replies_are_those_of_plain_generation_and_say_all_that_decided_them(
         assert (row["response"], row["tokens"], row["frames"]) == (text, tokens, 6)
     assert len({row["response"] for row in rows}) > 1, "a model whose replies tell runs apart"
     row = rows[0]
-    assert row["made_of"]["sampler"]["frames"] == 6
-    assert row["made_of"]["sampler"]["frame_mode"] == "crop"
+    assert row["made_of"]["sampling"]["frames"] == 6
+    assert row["made_of"]["sampling"]["frame_mode"] == "crop"
     assert row["made_of"]["dtype"] == "float32"
     assert len({row["prompt_sha256"] for row in rows}) == 6
     assert row["made_of"]["style"] == "official"
@@ -147,23 +151,20 @@ def test_the_official_file_is_exact_and_scored_as_it_stands(finished: tuple[Path
 
 @pytest.mark.nano
 def test_frames_are_read_once_for_three_questions(loud_vlm: Path, finished: tuple[Path, list[dict[str, Any]]]) -> None:
-    from lvctx.artifacts.frames import read_frames
-    from lvctx.stages.asker import Asker
-
     out, _ = finished
     samples = videomme.samples(DATA / "questions.json")[:3]
     replies = {}
     for reuse in (True, False):
-        asker = Asker(loud_vlm, device="cpu", chunk=50, reuse=reuse)
-        asker.show(read_frames(out / "frames" / "bikes.frames.safetensors").features)
-        ids = [asker.ids(prompt(sample, "official", None)) for sample in samples]
-        replies[reuse] = [asker.reply(one, 6) for one in ids]
+        engine = TransformersEngine(open_vlm(loud_vlm), device="cpu", prefill_chunk=50, reuse=reuse)
+        engine.show([out / "frames" / "bikes.frames.safetensors"], VideoSampling())
+        ids = [engine.prompt_ids([prompt(sample, "official", None)]) for sample in samples]
+        replies[reuse] = [engine.generate(one, 6) for one in ids]
         if reuse:
             shared = min(int(np.flatnonzero(ids[0][: len(b)] != b[: len(ids[0])])[0]) for b in ids[1:])
-            assert asker.reader.tokens_run <= sum(map(len, ids)) - 2 * shared + 3 * 6
+            assert engine.scorer.tokens_run <= sum(map(len, ids)) - 2 * shared + 3 * 6
             assert shared > 6 * 4
         else:
-            assert asker.reader.tokens_run >= sum(map(len, ids))
+            assert engine.scorer.tokens_run >= sum(map(len, ids))
     assert replies[True] == replies[False]
 
 
@@ -176,7 +177,7 @@ def test_a_run_goes_on_where_it_stopped_and_a_finished_one_does_nothing(
     half.mkdir()
     lines = (out / "results.jsonl").read_bytes().splitlines(keepends=True)
     (half / "results.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:40])
-    done = run(*asked(loud_vlm, clips, half), "--frames-dir", out / "frames")
+    done = run(*asked(loud_vlm, clips, half), "--feature-cache", out / "frames")
     assert [row["id"] for row in rows_of(done)] == ["001-3", "002-1", "002-2", "002-3"]
     assert (half / "responses.json").read_bytes() == (out / "responses.json").read_bytes()
     assert rows_of(run(*asked(loud_vlm, clips, out))) == []
@@ -216,7 +217,7 @@ def test_frames_of_two_resolutions(loud_vlm: Path, clips: Path, tmp_path: Path) 
     plain = PlainModel(loud_vlm)
     samples = {s.id: s for s in videomme.samples(DATA / "questions.json")}
     for row in rows_of(done):
-        assert (row["visual_tokens"], row["made_of"]["sampler"]["hybrid"]) == (2 * 4 + 4 * 2, [3, 4, 2])
+        assert (row["visual_tokens"], row["made_of"]["sampling"]["hybrid"]) == (2 * 4 + 4 * 2, [3, 4, 2])
         frames = out / "frames" / f"{row['video']}.frames.safetensors"
         text, tokens = plain.answer(frames, [prompt(samples[row["id"]], "official", None)], 6)
         assert (row["response"], row["tokens"]) == (text, tokens)
@@ -306,7 +307,7 @@ def test_questions_from_the_hub(loud_vlm: Path, tmp_path: Path, monkeypatch: pyt
 # --- prompts and subtitles
 
 
-ONE = Sample(id="1", video="v", question="Who?", options=("A. I.", "B. You.", "C. He.", "D. She."), answer="A")
+ONE = Question(id="1", video="v", question="Who?", options=("A. I.", "B. You.", "C. He.", "D. She."), answer="A")
 
 
 def test_the_official_prompt_is_the_papers() -> None:
@@ -357,7 +358,7 @@ def test_subtitles_of_a_run(loud_vlm: Path, clips: Path, tmp_path: Path) -> None
 # --- neighbours
 
 
-def row_of(sample: Sample, response: str) -> dict[str, Any]:
+def row_of(sample: Question, response: str) -> dict[str, Any]:
     letters = "".join(chr(65 + i) for i in range(len(sample.options)))
     shared = {"id": sample.id, "video": sample.video, "answer": sample.answer, "groups": dict(sample.groups)}
     return {**shared, "letters": letters, "response": response}
@@ -453,12 +454,12 @@ def test_pictures_are_shown_as_the_model_was_taught(
     grid: Grid, tokens: tuple[int, int], loud_vlm: Path, tmp_path: Path
 ) -> None:
     """Replies and lengths are those of stock transformers' own image and video paths."""
-    from lvctx.train.images import Encoding
+    from lvctx.vlm.image_tiling import ImageEncoding
 
     model = tmp_path / "vlm"
     shutil.copytree(loud_vlm, model)
     config = load_config(model)
-    Encoding.of(config.vision_config, grid=grid, rule="code").tell(config)
+    ImageEncoding.of(config.vision_config, grid=grid, rule="code").write_to(config)
     config.save_pretrained(model)
     haystack(tmp_path, (1, 3))
     where = ("--model", model, "--videos", tmp_path, "--questions", tmp_path / "q")
@@ -468,7 +469,7 @@ def test_pictures_are_shown_as_the_model_was_taught(
     for row, sample, count in zip(rows_of(done), vhs.samples(tmp_path / "q"), tokens, strict=True):
         pictures = [Image.open(tmp_path / name).convert("RGB") for name in sample.images]
         block = plain.picture_blocks(pictures, grid)
-        assert row["made_of"]["sampler"] == {"image_grid": grid, "grid_rule": "code", "max_grids": 49}
+        assert row["made_of"]["sampling"] == {"image_encoding": grid, "unires_rule": "code", "max_grids": 49}
         assert row["visual_tokens"] == len(block) == count
         text, length = plain.answer_about(block, [vhs.prompt(sample, "official", None)], 4)
         assert (row["response"], row["tokens"]) == (text, length)
@@ -477,13 +478,13 @@ def test_pictures_are_shown_as_the_model_was_taught(
 
 @pytest.mark.nano
 def test_the_rule_of_unires_is_the_alignments(tiny_lm: Path, tiny_tower: Path, tmp_path: Path) -> None:
-    from lvctx.train.images import Encoding
+    from lvctx.vlm.image_tiling import ImageEncoding
 
     aligning.draw(tmp_path)
     data = aligning.write(tmp_path / "data.json", [aligning.talk("<image>What?", "red", image="0.png")])
     aligning.align(data, tmp_path / "vlm", tiny_lm, tiny_tower, unires_rule="paper", steps=1)
     (tmp_path / "vlm" / "MANIFEST.json").unlink()
-    assert Encoding.told(load_config(tmp_path / "vlm")).rule == "paper"
+    assert ImageEncoding.from_config(load_config(tmp_path / "vlm")).rule == "paper"
 
 
 @pytest.mark.nano
@@ -536,8 +537,6 @@ def test_nextqa_runs_and_scores_from_the_command_line(loud_vlm: Path, clips: Pat
 @pytest.mark.nano
 def test_a_chat_keeps_what_it_has_read(finished: tuple[Path, list[dict[str, Any]]], loud_vlm: Path) -> None:
     """Each turn is what stock generation says of the whole conversation, and the frames run once."""
-    from lvctx.stages.vqa import Watcher
-
     frames = finished[0] / "frames" / "bikes.frames.safetensors"
     questions = ["What is it?", "And where?", "Why do they ride?"]
     done = CliRunner().invoke(
@@ -554,11 +553,12 @@ def test_a_chat_keeps_what_it_has_read(finished: tuple[Path, list[dict[str, Any]
         assert plain.answer(frames, turns, 5) == (row["answer"], row["tokens"])
         turns.append(row["answer"])
     assert rows[2]["tokens"] > rows[1]["tokens"] > rows[0]["tokens"]
-    watcher = Watcher(str(loud_vlm), device="cpu")
+    engine = TransformersEngine(open_vlm(loud_vlm), device="cpu")
     heard: list[str] = []
-    answers = list(watcher.chat(frames, questions, max_new_tokens=5, tell=heard.append))
+    chat = VideoQuestions(engine, VideoSampling(), max_new_tokens=5, on_text=heard.append)
+    answers = list(chat.chat(frames, questions))
     assert [a.text for a in answers] == [row["answer"] for row in rows]
     assert heard[-1] == answers[-1].text
-    assert watcher.asker.reader.tokens_run < rows[2]["tokens"] + 3 * (5 + 5 + 1)
+    assert engine.scorer.tokens_run < rows[2]["tokens"] + 3 * (5 + 5 + 1)
     assert run("vqa", frames, "--model", loud_vlm).exit_code == 2
     assert run("vqa", frames, frames, "--chat", "--model", loud_vlm).exit_code == 2

@@ -15,15 +15,16 @@ from PIL import Image
 from test_niah import run
 from test_prefix import assert_same, plain, tree_size
 
-from lvctx.artifacts.rows import read_rows
-from lvctx.bench.eyes import open_eyes
-from lvctx.bench.prefix import PrefixScorer, walk_order
-from lvctx.bench.qwen_eyes import QwenEyes
-from lvctx.bench.video_niah import Needle, VideoNiah
+from lvctx.artifacts.jsonl_log import read_jsonl
+from lvctx.eval.niah.image_needles import ImageNeedle, NeedleSet
+from lvctx.eval.niah.video import VideoNeedleTask
+from lvctx.inference.prefix_scorer import PrefixScorer, walk_order
 from lvctx.model.vlm import chat_ids
 from lvctx.positions.mrope_ids import Rules, Text, positions, positions_of_ids
-from lvctx.vision.film import pixels, shoot
 from lvctx.vision.hybrid import Hybrid
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vlm.qwen_frames import pixels, resize_frames
+from lvctx.vlm.qwen_vl import QwenVL
 
 BICUBIC = 3
 
@@ -72,31 +73,25 @@ def test_grid_equals_plain_forwards(
     """The other way: the film's pixels, needle among them, through the stock forward, with positions of whole films."""
     folder, shots = hay
     tokenizer, model, hybrid = mrope_models.tokenizer(), opinionated(kind), HYBRIDS[name]
-    eyes = open_eyes(saved[kind], name="m", tokenizer=tokenizer, files=[folder], fps=0.75, hybrid=hybrid)
-    assert isinstance(eyes, QwenEyes)
+    sampling = VideoSampling(fps=0.75, hybrid=hybrid, hybrid_mode=hybrid.mode)
+    haystack = QwenVL(saved[kind]).haystack([folder], sampling, as_images=False)
     rng = np.random.default_rng(1)
     pictures = [rng.integers(0, 256, (90, 150, 3), dtype=np.uint8) for _ in range(3)]
     needles = [
-        Needle(image=Image.fromarray(p), question=f"What {i}?", answer="ab", subject="") for i, p in enumerate(pictures)
+        ImageNeedle(image=Image.fromarray(p), question=f"What {i}?", answer="ab", subject="")
+        for i, p in enumerate(pictures)
     ]
     unit = 1 if name == "images" else 2
-    count = len(eyes.seconds)
+    count = len(haystack.seconds)
     assert count == 13 // unit * unit
-    test = VideoNiah(
-        tokenizer,
-        needles[:2],
-        lookalikes=needles[2:],
-        layout=eyes.layout(count, 3),
-        frames=count,
-        chance=None,
-        nested=nested,
-        loop=True,
-    )
+    tokens = haystack.tokens(count, [needle.image for needle in needles])
+    chosen = NeedleSet(needles=needles[:2], distractors=needles[2:])
+    test = VideoNeedleTask(tokenizer, chosen, tokens, seconds=haystack.seconds, nested=nested, loop=True)
     cells = test.cells([4, 10, 14], [0, 0.5, 1], 2)
     sequences = [test.sequence(cell)[0] for cell in cells]
-    table = eyes.table(model, count, [needle.image for needle in needles])
-    walker = PrefixScorer(copy.deepcopy(model), table, chunk=29, positions=eyes.positions)
-    alone = PrefixScorer(copy.deepcopy(model), table, reuse=False, positions=eyes.positions)
+    table = tokens.table(model)
+    walker = PrefixScorer(copy.deepcopy(model), table, chunk=29, positions=tokens.positions)
+    alone = PrefixScorer(copy.deepcopy(model), table, reuse=False, positions=tokens.positions)
     rules = Rules.of(model.config)
     probabilities = set()
     for cell in [cells[i] for i in walk_order(sequences)]:
@@ -107,14 +102,14 @@ def test_grid_equals_plain_forwards(
         other = int(float(test._places[0]) * spread) // unit * unit
         for at, number in sorted([(cell.position, cell.trial), (other, 2)], key=lambda p: p[0], reverse=True):
             film[at:at] = [pictures[number]] * unit
-        seen = shoot([(i / 0.75, shot) for i, shot in enumerate(film)], eyes.rule, resample=BICUBIC)
+        seen = resize_frames([(i / 0.75, shot) for i, shot in enumerate(film)], haystack.rule, resample=BICUBIC)
         before, after = chat_ids(tokenizer, cell.question, mark="<|video_pad|>")
-        plain_ids = [*before, *eyes.rule.layout(seen.blocks).ids, *after, *tokenizer.encode(cell.answer)]
+        plain_ids = [*before, *haystack.rule.layout(seen.blocks).ids, *after, *tokenizer.encode(cell.answer)]
         found, _ = positions([Text(len(before) + 1), seen.part(rules.tokens_per_second), Text(len(after) + 1 + answer)])
-        assert torch.equal(eyes.positions(ids, 0)[:, 0], found)
+        assert torch.equal(tokens.positions(ids, 0)[:, 0], found)
         for cut in range(1, len(ids), 7):  # whatever comes later moves nothing
-            assert torch.equal(eyes.positions(ids[:cut], 0)[:, 0], found[:, :cut])
-        prompt = Prompt(ids=plain_ids, positions=found, pixels=pixels(seen, eyes.processor))
+            assert torch.equal(tokens.positions(ids[:cut], 0)[:, 0], found[:, :cut])
+        prompt = Prompt(ids=plain_ids, positions=found, pixels=pixels(seen, haystack.vlm.processor))
         with torch.inference_mode():
             stock = plain(forward(model, prompt).logits[0], np.array(plain_ids), answer)
         probabilities.add(round(stock.log_prob, 3))
@@ -133,72 +128,69 @@ def test_pictures_apart_equal_a_plain_forward(
     folder, shots = hay
     tokenizer, model = mrope_models.tokenizer(), opinionated("qwen2_vl")
     hybrid = None if natural else Hybrid(tokens=8)
-    eyes = open_eyes(
-        saved["qwen2_vl"], name="m", tokenizer=tokenizer, files=[folder], fps=None, hybrid=hybrid, apart=True
-    )
-    assert isinstance(eyes, QwenEyes)
-    assert len(eyes.seconds) == 13  # an odd last one is a picture like the others
+    haystack = QwenVL(saved["qwen2_vl"]).haystack([folder], VideoSampling(hybrid=hybrid), as_images=True)
+    assert len(haystack.seconds) == 13  # an odd last one is a picture like the others
     picture = np.random.default_rng(1).integers(0, 256, (90, 150, 3), dtype=np.uint8)
-    needle = Needle(image=Image.fromarray(picture), question="What?", answer="ab", subject="")
-    test = VideoNiah(tokenizer, [needle], layout=eyes.layout(13, 1), frames=13, chance=None, nested=True)
+    needle = ImageNeedle(image=Image.fromarray(picture), question="What?", answer="ab", subject="")
+    visual = haystack.tokens(13, [needle.image])
+    chosen = NeedleSet(needles=[needle], distractors=[])
+    test = VideoNeedleTask(tokenizer, chosen, visual, seconds=haystack.seconds, nested=True)
     laid_out = [(cell, *test.sequence(cell)) for cell in test.cells([3, 7], [0, 0.5, 1], 1)]
-    walker = PrefixScorer(
-        copy.deepcopy(model), eyes.table(model, 13, [needle.image]), chunk=29, positions=eyes.positions
-    )
+    walker = PrefixScorer(copy.deepcopy(model), visual.table(model), chunk=29, positions=visual.positions)
     size = (140, 84) if natural else (84, 56)  # by hand: 150 x 90 to multiples of 28; the largest of at most 8 tokens
     tokens = size[0] * size[1] // 28**2
     for cell, ids, answer in laid_out:
         shown = [Image.fromarray(shot) for shot in shots[: cell.length]]
         shown.insert(cell.position, needle.image)
-        own = eyes.processor(
+        own = haystack.vlm.processor(
             images=[image.resize(size, resample=BICUBIC) for image in shown], do_resize=False, return_tensors="pt"
         )
         before, after = chat_ids(tokenizer, cell.question, mark="<|video_pad|>")
         start, pad, end = tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"])
         whole = [*before, *([start, *[pad] * tokens, end] * len(shown)), *after, *tokenizer.encode(cell.answer)]
         found, _ = positions_of_ids(whole, Rules.of(model.config), images=own["image_grid_thw"].tolist())
-        assert torch.equal(eyes.positions(ids, 0)[:, 0], found)
+        assert torch.equal(visual.positions(ids, 0)[:, 0], found)
         with torch.inference_mode():
             logits = forward(model, Prompt(ids=whole, positions=found, pixels=dict(own))).logits[0]
         assert_same(walker.score(ids, answer), plain(logits, np.array(whole), answer))
 
 
 def test_writing_goes_on_after_the_films_time(saved: dict[str, Path], hay: tuple[Path, list[np.ndarray]]) -> None:
-    """Twelve grids of 2 x 4 tokens: what is written stands behind the last of them, as for `vqa`."""
+    """Twelve grids of 2 x 4 tokens: what is generated stands behind the last of them, as for `vqa`."""
     model = opinionated("qwen2_5_vl")
     tokenizer = mrope_models.tokenizer()
-    eyes = open_eyes(
-        saved["qwen2_5_vl"], name="m", tokenizer=tokenizer, files=[hay[0]] * 2, fps=1, hybrid=Hybrid(tokens=8)
-    )
-    needle = Needle(image=Image.new("RGB", (90, 90), (9, 9, 200)), question="What?", answer="a", subject="")
-    test = VideoNiah(tokenizer, [needle], layout=eyes.layout(26, 1), frames=26, chance=None)
+    sampling = VideoSampling(fps=1, hybrid=Hybrid(tokens=8))
+    haystack = QwenVL(saved["qwen2_5_vl"]).haystack([hay[0]] * 2, sampling, as_images=False)
+    needle = ImageNeedle(image=Image.new("RGB", (90, 90), (9, 9, 200)), question="What?", answer="a", subject="")
+    tokens = haystack.tokens(26, [needle.image])
+    test = VideoNeedleTask(tokenizer, NeedleSet(needles=[needle], distractors=[]), tokens, seconds=haystack.seconds)
     ids, _ = test.sequence(test.cells([26], [0.5], 1)[0])
-    scorer = PrefixScorer(copy.deepcopy(model), eyes.table(model, 26, [needle.image]), positions=eyes.positions)
-    written = scorer.score(ids, 1, write=4).written
-    assert written is not None
+    scorer = PrefixScorer(copy.deepcopy(model), tokens.table(model), positions=tokens.positions)
+    generated = scorer.score(ids, 1, generate=4).generated
+    assert generated is not None
     for i in range(4):
-        again = np.array([*ids[:-1], *written[: i + 1]])
+        again = np.array([*ids[:-1], *generated[: i + 1]])
         assert scorer.score(again, 1).forced
-    text = [int(p) for p in eyes.positions(ids, 0)[0, 0, -4:]]
+    text = [int(p) for p in tokens.positions(ids, 0)[0, 0, -4:]]
     assert text == list(range(text[0], text[0] + 4))
-    film = eyes.positions(ids, 0)[0, 0, ids >= eyes.reel.vocabulary]
+    film = tokens.positions(ids, 0)[0, 0, ids >= tokens.grids.vocabulary]
     assert int(film.max() - film.min()) == 13 * 2 * 2  # the last of 14 grids of two frames a second apart, 2 a second
 
 
 @pytest.mark.nano
 def test_the_command(saved: dict[str, Path], nano: Any, tmp_path: Path) -> None:
-    flags = ("niah", "--model", saved["qwen2_vl"], "--frames", nano.clips / "bikes.mp4", "--lengths", "4,8")
-    flags += ("--depths", "0,0.5,1", "--trials", 2, "--fps", 1, "--score", "both")
+    flags = ("niah", "video", "--model", saved["qwen2_vl"], "--haystack", nano.clips / "bikes.mp4", "--lengths", "4,8")
+    flags += ("--depths", "0,0.5,1", "--trials", 2, "--fps", 1, "--scoring", "both")
     walked = run(*flags, "--hybrid", "2,24,4", "-o", tmp_path / "a")
     assert walked.exit_code == 0, walked.stderr
     rows = [json.loads(line) for line in walked.stdout.splitlines()]
     assert len(rows) == 12
-    assert rows[0]["layout"]["positions"] == "mrope"
-    assert rows[0]["layout"]["hybrid"] == [2, 24, 4]
+    assert rows[0]["visual"]["positions"] == "mrope"
+    assert rows[0]["visual"]["hybrid"] == [2, 24, 4]
     assert all(row["last_position"] < row["tokens"] for row in rows)
     alone = run(*flags, "--hybrid", "2,24,4", "--no-reuse", "-o", tmp_path / "b")
     verdicts = [
-        {r["key"]: (r["forced"], r["written"], r["rank"]) for r in read_rows(tmp_path / d / "results.jsonl")}
+        {r["key"]: (r["teacher_forced"], r["generated"], r["rank"]) for r in read_jsonl(tmp_path / d / "results.jsonl")}
         for d in "ab"
     ]
     assert verdicts[0] == verdicts[1], alone.stderr
@@ -214,6 +206,6 @@ def test_pictures_of_two_shapes_are_refused(saved: dict[str, Path], tmp_path: Pa
     for name, size in (("a", (150, 90)), ("b", (90, 150))):
         (tmp_path / name).mkdir()
         Image.new("RGB", size).save(tmp_path / name / "0.png")
-    flags = ("niah", "--model", saved["qwen2_vl"], "--lengths", 2, "-o", tmp_path / "o")
-    folders = itertools.chain.from_iterable(("--frames", tmp_path / name) for name in "ab")
+    flags = ("niah", "video", "--model", saved["qwen2_vl"], "--lengths", 2, "-o", tmp_path / "o")
+    folders = itertools.chain.from_iterable(("--haystack", tmp_path / name) for name in "ab")
     fails(3, run(*flags, *folders), "90 x 150 pixels beside 150 x 90")

@@ -18,7 +18,8 @@ from test_niah import run
 from test_pack_text import pack, write_lines
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lvctx.artifacts.rows import RowLog, read_rows
+from lvctx.artifacts.jsonl_log import read_jsonl
+from lvctx.artifacts.result_log import ResultLog
 from lvctx.errors import InputError, Stopped
 from lvctx.stages.dpo import REFERENCE
 
@@ -153,6 +154,6 @@ def test_a_row_without_a_key_is_named(tmp_path: Path) -> None:
     for row in ("{}", '{"key": 5}', "[" * 100_000):
         path.write_text('{"key": "a"}\n' + row + "\n")
         with pytest.raises(InputError, match=r"rows\.jsonl:2: "):
-            RowLog(path).__enter__()
+            ResultLog.open(path, {}).__enter__()
     path.write_text('{"key": "a\\u2028"}\n{"key": "b"}\r\n{"torn')
-    assert [row["key"] for row in read_rows(path)] == ["a\u2028", "b"]
+    assert [row["key"] for row in read_jsonl(path)] == ["a\u2028", "b"]

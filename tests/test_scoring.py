@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from lvctx.bench import longvideobench, vhs
-from lvctx.bench.choice import Reply, is_stuck, letter, verdict, without_reasoning
+from lvctx.bench.answers import Reply, extract_letter, is_correct, is_degenerate, strip_reasoning
 from lvctx.bench.responses import read_responses
 from lvctx.bench.subtitles import read_subtitles
 from lvctx.cli.app import app
@@ -72,8 +72,8 @@ replies = st.lists(st.sampled_from(PIECES), max_size=16).map("".join)
 def test_official_is_the_authors_script(text: str) -> None:
     for rule, now in (("official", True), ("official-2024", False)):
         expected = script_letter(text, now=now)
-        assert letter(reply(text), rule) == expected
-        assert verdict(reply(text), rule) is (expected == "B" if expected else None)
+        assert extract_letter(reply(text), rule) == expected
+        assert is_correct(reply(text), rule) is (expected == "B" if expected else None)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_official_is_the_authors_script(text: str) -> None:
     ],
 )
 def test_official_by_hand(text: str, now: str, before: str) -> None:
-    assert (letter(reply(text), "official"), letter(reply(text), "official-2024")) == (now, before)
+    assert (extract_letter(reply(text), "official"), extract_letter(reply(text), "official-2024")) == (now, before)
 
 
 def video(number: int, *questions: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -155,8 +155,8 @@ TAGGED = ["<think>", "</think>", "<analysis>", "</analysis>", "<THINK>", "A", "B
 
 @given(st.lists(st.sampled_from(TAGGED), max_size=14).map("".join))
 def test_reasoning_is_removed_as_lmms_eval_does(text: str) -> None:
-    assert without_reasoning(text) == lmms_strip(text)
-    assert letter(reply(text), "lmms-eval") == letter(reply(lmms_strip(text)), "lmms-eval")
+    assert strip_reasoning(text) == lmms_strip(text)
+    assert extract_letter(reply(text), "lmms-eval") == extract_letter(reply(lmms_strip(text)), "lmms-eval")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_reasoning_is_removed_as_lmms_eval_does(text: str) -> None:
     ],
 )
 def test_replies_with_reasoning(text: str, expected: str) -> None:
-    assert letter(reply(text), "lmms-eval") == expected
+    assert extract_letter(reply(text), "lmms-eval") == expected
 
 
 def test_reasoning_is_reported_and_longvideobench_guesses_without_it(tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def stuck_by_definition(text: str) -> bool:
     | st.builds(lambda a, b, n: (a + b) * n, st.text("ab"), st.text(" "), st.integers(0, 6))
 )
 def test_a_stuck_reply_is_one_piece_over_and_over(text: str) -> None:
-    assert is_stuck(text) == stuck_by_definition(text)
+    assert is_degenerate(text) == stuck_by_definition(text)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -337,8 +337,8 @@ def test_long_replies_are_scored_in_linear_time(piece: str) -> None:
     """A quadratic pattern takes minutes here."""
     text = piece * (LONG // len(piece)) + "!"
     for rule in ("official", "official-2024", "lmms-eval", "strict"):
-        assert seconds(lambda rule=rule: letter(reply(text), rule)) < 10  # type: ignore[misc]
-    assert seconds(lambda: is_stuck(text)) < 10
+        assert seconds(lambda rule=rule: extract_letter(reply(text), rule)) < 10  # type: ignore[misc]
+    assert seconds(lambda: is_degenerate(text)) < 10
 
 
 @pytest.mark.parametrize("piece", ["<", "<a", "{\\", "&#", "&#1", "\n", " ", "1\n", "00:", "-", "\n\n1\n", "<a>"])

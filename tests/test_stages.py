@@ -183,7 +183,7 @@ def test_the_best_base_finds_most_then_is_surer_then_smaller() -> None:
 
 def test_search_scores_each_base_as_a_model_that_has_it(nano: Any, tiny_lm: Path, tmp_path: Path) -> None:
     """A candidate's row equals niah on a model written with that base; a torn row is redone, the others are not."""
-    from lvctx.bench.prefix import PrefixScorer
+    from lvctx.inference.prefix_scorer import PrefixScorer
     from lvctx.model.load import load_model
 
     flags = ["--model", tiny_lm, "--steps", 0, "--haystack", nano.essays, "--search-base", "1e4:1e8"]

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from lvctx.cli.app import app
 from lvctx.model.card import CARD
+from lvctx.vision.sampling import VideoSampling
 
 FFMPEG = get_ffmpeg_exe()
 SUPPORT = Path(__file__).parent / "support"
@@ -56,13 +57,14 @@ def test_stock_video_is_cropped_and_answered_like_ours(
     stock_environment: dict[str, str], loud_vlm: Path, short_clip: Path, tmp_path: Path
 ) -> None:
     """`apply_chat_template` on the file itself against encode-video and vqa."""
-    from lvctx.stages.encode import Encoder
     from lvctx.vision.images import Preprocess
+    from lvctx.vlm.video_encoder import VideoEncoder
 
     ask = "What is on the road?"
     content = [{"type": "video", "path": str(short_clip)}, {"type": "text", "text": ask}]
     stock = chat(stock_environment, tmp_path, loud_vlm, content)
-    frames = Encoder.plan(str(loud_vlm), fps="native", device="cpu").encode(short_clip, tmp_path / "frames")["path"]
+    encoder = VideoEncoder.open(str(loud_vlm), VideoSampling(fps="native"), device="cpu")
+    frames = encoder.encode(short_clip, tmp_path / "frames")["path"]
     done = CliRunner().invoke(app, ["vqa", frames, "--model", str(loud_vlm), "--ask", ask, "--max-new-tokens", "5"])
     assert json.loads(done.stdout)["answer"] == str(stock["answer"]).strip() != ""
     preprocess = Preprocess.from_directory(loud_vlm)

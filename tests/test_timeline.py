@@ -8,12 +8,14 @@ import re
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from lvctx.vision.decode import read_frames
+from lvctx.vision.decode import read_video
+from lvctx.vision.sampling import VideoSampling
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 WIDTH, HEIGHT = 80, 32
@@ -72,8 +74,8 @@ def shown_at_1_fps(path: Path) -> list[int]:
     return shown_by_ffmpeg(path, "setpts=PTS-STARTPTS,fps=1:round=up")
 
 
-def numbers(path: Path, **how: object) -> list[int]:
-    return [number(frame.image) for frame in read_frames(path, **how)]  # type: ignore[arg-type]
+def numbers(path: Path, *, wanted: Sequence[int] | None = None, **how: Any) -> list[int]:
+    return [number(frame.image) for frame in read_video(path, VideoSampling(**how), wanted=wanted)]
 
 
 UNORDERED: dict[str, tuple[list[str], str]] = {
@@ -93,7 +95,7 @@ UNORDERED: dict[str, tuple[list[str], str]] = {
 def test_frames_are_numbered_as_they_leave_the_decoder(name: str, make: Make) -> None:
     how, source = UNORDERED[name]
     path = copied(make(source, *how), name) if source else make(name, *how)
-    everything = list(read_frames(path, fps="native"))
+    everything = list(read_video(path, VideoSampling(fps="native")))
     shown = shown_by_ffmpeg(path)
     assert [number(f.image) for f in everything] == shown
     assert [f.index for f in everything] == list(range(len(shown)))
@@ -123,7 +125,7 @@ def test_joined_recordings_go_on(kind: str, make: Make) -> None:
     for name, parts in {"again": [a, b], "ahead": [a, late], "back": [late, a], "three": [a, late, a]}.items():
         path = a.with_name(f"{name}.{kind}")
         path.write_bytes(b"".join(part.read_bytes() for part in parts))
-        everything = list(read_frames(path, fps="native"))
+        everything = list(read_video(path, VideoSampling(fps="native")))
         assert [number(f.image) for f in everything] == shown_by_ffmpeg(path)
         steps = np.diff([f.pts for f in everything])
         assert (steps >= 0).all()
@@ -163,7 +165,7 @@ def test_a_picture_is_turned_and_flipped_as_ffmpeg_does(turn: int, flips: Sequen
     plain = make("upright.mp4", "-vf", "geq=lum='X*2+Y':cb=X:cr=Y", *H264, count=3)
     path = plain.with_name(f"turned{turn}{''.join(flips)}.mp4")
     ffmpeg("-display_rotation", turn, *flips, "-i", plain, "-c", "copy", path)
-    frames = list(read_frames(path, fps="native"))
+    frames = list(read_video(path, VideoSampling(fps="native")))
     theirs = np.frombuffer(ffmpeg("-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-").stdout, np.uint8)
     ours = np.stack([frame.image for frame in frames])
     assert (theirs.reshape(ours.shape) == ours).all()
@@ -187,4 +189,4 @@ def test_of_several_streams_the_one_that_ffmpeg_takes(name: str, sizes: Sequence
     ffmpeg(*sources, *chosen, "-c:v", "mpeg4", *STREAMS[path.stem], path)
     log = subprocess.run([FFMPEG, "-i", path, "-f", "null", "-"], capture_output=True, check=True).stderr.decode()
     width, height = map(int, re.findall(r", (\d+)x(\d+)", log[log.index("Output #0") :])[0])
-    assert next(read_frames(path, fps="native")).image.shape == (height, width, 3)
+    assert next(read_video(path, VideoSampling(fps="native"))).image.shape == (height, width, 3)

@@ -26,7 +26,8 @@ from lvctx.model.adapter import longest_sample
 from lvctx.model.load import load_tokenizer
 from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import VIDEO_TOKEN
-from lvctx.train.chat import encode_conversation, read_conversations
+from lvctx.text.conversations import read_conversations
+from lvctx.train.chat import encode_conversation
 from lvctx.train.data import indices
 from lvctx.train.schedule import rate
 from lvctx.train.signals import uninterrupted

@@ -18,7 +18,8 @@ from lvctx.artifacts.sniff import sniff
 from lvctx.cli.app import app
 from lvctx.errors import InputError
 from lvctx.vision import container, planned
-from lvctx.vision.decode import read_frames
+from lvctx.vision.decode import read_video
+from lvctx.vision.sampling import VideoSampling
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 H264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-g", "12"]
@@ -95,7 +96,7 @@ def test_whole_files_are_read_as_ffmpeg_does(name: str, films: dict[str, bytes],
     source, change = WHOLE[name]
     path = tmp_path / source
     path.write_bytes(change(films[source]))
-    reader = read_frames(path, fps="native")
+    reader = read_video(path, VideoSampling(fps="native"))
     assert len(list(reader)) == frames_of_ffmpeg(path) >= 48
     assert "partial" not in reader.facts
 
@@ -124,7 +125,7 @@ def test_cut_files_are_refused(name: str, films: dict[str, bytes], tmp_path: Pat
     path = tmp_path / source
     path.write_bytes(change(films[source]))
     with pytest.raises(InputError, match="cut short") as e:
-        list(read_frames(path, frames=4))
+        list(read_video(path, VideoSampling(frames=4)))
     assert ("--allow-partial" in str(e.value)) == ("moov" not in name), "only where something can be read"
     assert "encode-video" not in str(e.value)
 
@@ -152,7 +153,7 @@ def test_any_file_name(
     monkeypatch.chdir(tmp_path)
     path = Path(os.fsdecode(name))
     path.write_bytes(films["fast.mp4"])
-    assert len(list(read_frames(path, frames=3))) == 3
+    assert len(list(read_video(path, VideoSampling(frames=3)))) == 3
     if name in ("10:30:22.mp4", "-a.mp4", b"caf\xe9.mp4"):
         flags = ["encode-video", "--tower", str(tiny_tower), "--frames", "2", "-o", "out", "--", str(path)]
         done = CliRunner().invoke(app, flags)
@@ -164,7 +165,7 @@ def test_decord_takes_any_name(films: dict[str, bytes], tmp_path: Path, monkeypa
     pytest.importorskip("decord")
     monkeypatch.chdir(tmp_path)
     Path("10:30:22.mp4").write_bytes(films["fast.mp4"])
-    assert len(list(read_frames(Path("10:30:22.mp4"), frames=3, decoder="decord"))) == 3
+    assert len(list(read_video(Path("10:30:22.mp4"), VideoSampling(frames=3, decoder="decord")))) == 3
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def test_a_playlist_opens_no_other_file(text: str, films: dict[str, bytes], tmp_
     path = tmp_path / "list.mp4"
     path.write_text(text.format(other="other.ts"))
     with pytest.raises(InputError, match="not a video") as e:
-        list(read_frames(path, frames=2))
+        list(read_video(path, VideoSampling(frames=2)))
     assert text.startswith("ID3") or "playlist" in str(e.value)
 
 
@@ -225,13 +226,12 @@ def test_errors_name_what_was_given(
         return line
 
     def asked(path: Path) -> tuple[object, ...]:
-        return "vqa", path, "--model", tiny_vlm, "--ask", "What?"
+        return "vqa", path, "--model", tiny_vlm, "--feature-cache", tmp_path / "cache", "--ask", "What?"
 
-    line = refused(*asked(video))
-    assert "a video (MP4 or QuickTime), not a frames artifact" in line
-    assert f"lvctx encode-video '{video}' --model {tiny_vlm}" in line
-    niah = ("niah", "--model", tiny_vlm, "--lengths", 2, "--depths", 0, "-o", tmp_path / "n", "--frames")
-    assert "lvctx encode-video" in refused(*niah, video)
+    done = CliRunner().invoke(app, [*map(str, asked(video))])
+    assert (done.exit_code, json.loads(done.stdout)["frames"]) == (0, 2)
+    niah = ("niah", "video", "--model", tiny_vlm, "--lengths", 2, "--depths", 0, "-o", tmp_path / "n", "--haystack")
+    assert CliRunner().invoke(app, [*map(str, niah), str(video)]).exit_code == 0
     assert "a video" in refused("info", video)
     encode = ("encode-video", "-o", tmp_path / "f", "--tower")
     assert "a video (MP4 or QuickTime), not a model directory" in refused(*encode, video, video)
@@ -252,12 +252,21 @@ def test_errors_name_what_was_given(
 
 @pytest.mark.parametrize(
     "command",
-    ["encode-video", "vqa", "niah", "niah haystack", "videomme run", "bench mlvu run", "pack-chat", "mrope-extend"],
+    [
+        "encode-video",
+        "vqa",
+        "niah video",
+        "niah haystack",
+        "videomme run",
+        "bench mlvu run",
+        "pack-chat",
+        "mrope-extend",
+    ],
 )
 def test_partial_videos_are_allowed_everywhere(command: str) -> None:
     shown = CliRunner().invoke(app, [*command.split(), "--help"], env={"COLUMNS": "400", "NO_COLOR": "1"}).output
     assert "--allow-partial" in shown
-    assert "Take what can be decoded of cut or damaged videos" in shown
+    assert "Use what can be decoded of truncated or damaged" in shown
 
 
 def test_any_error_of_a_decoder_is_the_videos(
@@ -273,12 +282,12 @@ def test_any_error_of_a_decoder_is_the_videos(
         with monkeypatch.context() as patched:
             patched.setattr(planned.Picture, "rgb", fail)
             with pytest.raises(InputError, match=f"cannot be decoded .*{type(error).__name__}") as e:
-                list(read_frames(path, frames=2))
+                list(read_video(path, VideoSampling(frames=2)))
             assert e.value.where == path
         with monkeypatch.context() as patched:
             patched.setattr(container.av, "open", fail)
             with pytest.raises(InputError):
-                list(read_frames(path, frames=2))
+                list(read_video(path, VideoSampling(frames=2)))
 
 
 def mutants(raw: bytes, rng: random.Random) -> bytes:
@@ -323,4 +332,4 @@ def test_frames_that_are_too_large_are_refused(
     path.write_bytes(films["fast.mp4"])
     monkeypatch.setattr(container, "MAX_PIXELS", 64 * 48 - 1)
     with pytest.raises(InputError, match="frames of more than 3,071 pixels"):
-        list(read_frames(path, frames=1))
+        list(read_video(path, VideoSampling(frames=1)))

@@ -14,10 +14,10 @@ import pytest
 from typer.testing import CliRunner
 
 from lvctx.bench.accuracy import accuracy, difference
-from lvctx.bench.bars import accuracy_series
-from lvctx.bench.choice import Reply, is_stuck, letter, signs_of_trouble, verdict
-from lvctx.bench.interval import clustered_mean
+from lvctx.bench.accuracy_plot import accuracy_series
+from lvctx.bench.answers import Reply, extract_letter, is_correct, is_degenerate, response_warnings
 from lvctx.bench.responses import read_responses
+from lvctx.bench.statistics import clustered_mean
 from lvctx.cli.app import app
 
 
@@ -51,23 +51,23 @@ READ = [
 @pytest.mark.parametrize(("text", "official", "lmms", "strict"), READ)
 def test_each_rule_reads_the_letter_that_its_scorer_reads(text: str, official: str, lmms: str, strict: str) -> None:
     reply = Reply(id="1", video="v", answer="C", response=text)
-    assert [letter(reply, rule) for rule in ("official", "lmms-eval", "strict")] == [official, lmms, strict]
-    assert verdict(reply, "official") is (official == "C" if official else None)
-    assert verdict(reply, "lmms-eval") is (lmms == "C")
-    assert verdict(reply, "strict") is (strict == "C")
+    assert [extract_letter(reply, rule) for rule in ("official", "lmms-eval", "strict")] == [official, lmms, strict]
+    assert is_correct(reply, "official") is (official == "C" if official else None)
+    assert is_correct(reply, "lmms-eval") is (lmms == "C")
+    assert is_correct(reply, "strict") is (strict == "C")
 
 
 def test_signs_of_trouble() -> None:
     def replies(*texts: str) -> list[Reply]:
         return [Reply(id=str(i), video="v", answer="ABCD"[i % 4], response=t) for i, t in enumerate(texts)]
 
-    assert signs_of_trouble(replies(*"ABCDABCD")) == []
-    assert signs_of_trouble(replies(*"AAAAAAAA")) == ["8 of 8 letters are A, the answer to 25% of the questions"]
-    assert signs_of_trouble(replies("A", "", "!!!!!!!!", "the the the the the")) == [
+    assert response_warnings(replies(*"ABCDABCD")) == []
+    assert response_warnings(replies(*"AAAAAAAA")) == ["8 of 8 letters are A, the answer to 25% of the questions"]
+    assert response_warnings(replies("A", "", "!!!!!!!!", "the the the the the")) == [
         "1 of 4 replies are empty",
         "2 of 4 replies repeat one token",
     ]
-    assert not any(map(is_stuck, ["A", "no no", "Mississippi", "A. The man and the dog and the man", "100"]))
+    assert not any(map(is_degenerate, ["A", "no no", "Mississippi", "A. The man and the dog and the man", "100"]))
 
 
 # --- intervals
@@ -197,7 +197,7 @@ def test_a_report_of_two_files(tmp_path: Path) -> None:
     first, second, versus = map(json.loads, done.stdout.splitlines())
     for rule in ("official", "lmms-eval", "strict"):
         a, b = (read_responses(f).replies for f in files)
-        pairs = [(verdict(x, rule), verdict(y, rule)) for x, y in zip(a, b, strict=True)]
+        pairs = [(is_correct(x, rule), is_correct(y, rule)) for x, y in zip(a, b, strict=True)]
         expected = [float(x) - float(y) for x, y in pairs if x is not None and y is not None]
         assert versus["difference"][rule]["mean"] == pytest.approx(np.mean(expected))
         assert versus["difference"][rule]["counted"] == len(expected)
@@ -233,10 +233,10 @@ def finish_run(folder: Path, frames: int, made: list[dict[str, Any]], failed: in
 
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What gets drawn: the arguments of every call, which goes on as it would."""
-    from lvctx.bench import bars
+    from lvctx.bench import accuracy_plot
 
-    calls, draw = [], bars.draw_accuracy
-    monkeypatch.setattr(bars, "draw_accuracy", lambda *given: (calls.append(given), draw(*given)))
+    calls, draw = [], accuracy_plot.draw_accuracy
+    monkeypatch.setattr(accuracy_plot, "draw_accuracy", lambda *given: (calls.append(given), draw(*given)))
     return calls
 
 
@@ -254,7 +254,7 @@ def test_several_runs_are_drawn_over_their_frames(tmp_path: Path, monkeypatch: p
         assert [p.x for p in points] == [8, 32, 128]
         for point in points:
             replies = read_responses(files[int(point.x)]).replies
-            right = [letter(r, rule) == r.answer for r in replies if name in ("all", r.groups["duration"])]
+            right = [extract_letter(r, rule) == r.answer for r in replies if name in ("all", r.groups["duration"])]
             assert point.mean == pytest.approx(100 * sum(right) / len(right))
             assert point.low < point.mean < point.high
     picture = (tmp_path / "p.svg").read_text()

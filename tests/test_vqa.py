@@ -14,9 +14,14 @@ import mrope_models
 import pytest
 from typer.testing import CliRunner
 
-from lvctx.artifacts.frames import read_frames
 from lvctx.cli.app import app
-from lvctx.cli.vqa import Ticker
+from lvctx.cli.video import StreamPrinter
+from lvctx.inference.transformers_engine import TransformersEngine
+from lvctx.inference.vqa import VideoQuestions
+from lvctx.vision.decode import read_video
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vlm.feature_cache import read_feature_cache
+from lvctx.vlm.registry import open_vlm
 
 QUESTIONS = ["What is it?", "And where?", "Why do they ride?"]
 
@@ -30,9 +35,9 @@ def vqa(*arguments: object, given: str = "", code: int = 0) -> tuple[list[dict[s
 
 @pytest.fixture(scope="module")
 def frames(loud_vlm: Path, nano: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from lvctx.stages.encode import Encoder
+    from lvctx.vlm.video_encoder import VideoEncoder
 
-    encoder = Encoder.plan(str(loud_vlm), frames=6, device="cpu")
+    encoder = VideoEncoder.open(str(loud_vlm), VideoSampling(frames=6), device="cpu")
     return Path(encoder.encode(nano.clips / "bikes.mp4", tmp_path_factory.mktemp("frames"))["path"])
 
 
@@ -45,7 +50,7 @@ def asked(loud_vlm: Path, frames: Path) -> list[dict[str, Any]]:
 def test_every_question_is_answered_and_every_frames_time_told(asked: list[dict[str, Any]], frames: Path) -> None:
     assert [row["question"] for row in asked] == QUESTIONS
     assert len({row["answer"] for row in asked}) > 1
-    pts = read_frames(frames).pts.tolist()
+    pts = read_feature_cache(frames).pts.tolist()
     for row in asked:
         assert (row["pts"], row["seconds"], row["frames"]) == (pts, [pts[0], pts[-1]], 6)
 
@@ -82,21 +87,20 @@ def test_a_line_names_its_video_and_its_question(asked: list[dict[str, Any]], lo
 
 @pytest.mark.nano
 def test_lines_about_one_video_share_its_frames(loud_vlm: Path, frames: Path, tmp_path: Path) -> None:
-    from lvctx.stages.vqa import Watcher
-
-    watcher = Watcher(str(loud_vlm), device="cpu")
+    engine = TransformersEngine(open_vlm(loud_vlm), device="cpu")
+    asking = VideoQuestions(engine, VideoSampling(), max_new_tokens=1)
     copy = tmp_path / frames.name
     shutil.copy(frames, copy)
     run = []
     for path in (copy, copy, frames, copy):
-        before = watcher.asker.reader.tokens_run
-        list(watcher.ask(path, QUESTIONS[:1], max_new_tokens=1))
-        run.append(watcher.asker.reader.tokens_run - before)
+        before = engine.scorer.tokens_run
+        list(asking.ask(path, QUESTIONS[:1]))
+        run.append(engine.scorer.tokens_run - before)
     assert run[1] == 1
     assert run[0] == run[2] == run[3] > 6 * 4
     os.utime(copy, ns=(1, 1))
-    list(watcher.ask(copy, QUESTIONS[:1], max_new_tokens=1))
-    assert watcher.asker.reader.tokens_run == sum(run) + run[0], "a file that was written again is read again"
+    list(asking.ask(copy, QUESTIONS[:1]))
+    assert engine.scorer.tokens_run == sum(run) + run[0], "a file that was written again is read again"
 
 
 @pytest.mark.nano
@@ -119,15 +123,31 @@ def test_a_terminal_sees_the_answer_grow(asked: list[dict[str, Any]], loud_vlm: 
     assert shown.endswith("".join(row["answer"] + "\n" for row in asked[:2]))
 
 
+@pytest.mark.nano
+def test_a_video_file_is_encoded_once_and_asked_about(
+    asked: list[dict[str, Any]], loud_vlm: Path, nano: Any, tmp_path: Path
+) -> None:
+    ask = ("--model", loud_vlm, "--feature-cache", tmp_path, *(part for q in QUESTIONS for part in ("--ask", q)))
+    clip, cached = nano.clips / "bikes.mp4", tmp_path / "bikes.frames.safetensors"
+    rows, _ = vqa(clip, "--frames", 6, *ask)
+    assert [row.pop("path") for row in rows] == [str(clip)] * 3
+    assert rows == [{k: v for k, v in row.items() if k != "path"} for row in asked]
+    before = cached.stat().st_mtime_ns
+    assert [row["answer"] for row in vqa(clip, "--frames", 6, *ask)[0]] == [row["answer"] for row in asked]
+    assert cached.stat().st_mtime_ns == before
+    assert [row["answer"] for row in vqa(cached, *ask)[0]] == [row["answer"] for row in asked]
+    assert "used as they are" in vqa(cached, "--frames", 3, *ask, code=2)[1]
+
+
 def test_only_what_is_new_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    ticker, parts = Ticker(live=True), []
+    printer, parts = StreamPrinter(live=True), []
     for text in ("The", "The caf\ufffd", "The café", "The café is"):
-        ticker.show(text)
+        printer.show(text)
         parts.append(capsys.readouterr().err)
-    ticker.end()
-    ticker.end()
+    printer.end()
+    printer.end()
     assert [*parts, capsys.readouterr().err] == ["The", " caf", "é", " is", "\n"]
-    Ticker(live=False).show("The")
+    StreamPrinter(live=False).show("The")
     assert capsys.readouterr().err == ""
 
 
@@ -158,6 +178,17 @@ def test_a_qwen_model_spread_by_accelerate_answers_the_same(nano: Any, tmp_path:
     (tmp_path / "map.json").write_text(json.dumps(spread))
     ask = (nano.clips / "bikes.mp4", "--model", tmp_path / "vlm", "--ask", "What?", "--fps", 1, "--hybrid", "1,8,1")
     assert vqa(*ask, "--device-map", tmp_path / "map.json")[0] == vqa(*ask)[0]
+
+
+@pytest.mark.nano
+def test_a_rate_is_bounded(nano: Any, tmp_path: Path) -> None:
+    """A clip of ten seconds at two frames per second: all 20, or as many as --max-frames, evenly spread."""
+    mrope_models.save("qwen2_vl", tmp_path / "vlm")
+    clip = nano.clips / "bikes.mp4"
+    ask = (clip, "--model", tmp_path / "vlm", "--ask", "What?", "--fps", 2, "--hybrid", "1,8,1")
+    (few,), _ = vqa(*ask, "--max-frames", 3)
+    assert few["pts"] == [frame.pts for frame in read_video(clip, VideoSampling(frames=3))]
+    assert vqa(*ask, "--max-frames", 20)[0] == vqa(*ask)[0]
 
 
 def test_device_maps_that_are_none(loud_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,19 +12,18 @@ shard), `start` (in the row), `tokens` and `media`, a list of `{"kind", "path", 
 """
 
 import itertools
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lvctx.artifacts import schemas
+from lvctx.artifacts.jsonl_log import read_jsonl, write_jsonl
 from lvctx.artifacts.manifest import read_manifest
 from lvctx.artifacts.packed import map_tensors, shard_name
-from lvctx.artifacts.rows import read_rows
 from lvctx.artifacts.sniff import check_kind
-from lvctx.artifacts.store import atomic_file, save_tensors
+from lvctx.artifacts.store import save_tensors
 from lvctx.errors import InputError
 
 
@@ -33,17 +32,11 @@ def lines_name(number: int) -> str:
     return f"shard-{number:05d}.jsonl"
 
 
-def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows as JSON lines, atomically."""
-    with atomic_file(path) as partial, open(partial, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
-
-
 def write_chat_shard(
     directory: Path, number: int, tensors: Mapping[str, np.ndarray], samples: list[dict[str, Any]], metadata: Any
 ) -> None:
     """Write one shard's tensors and lines."""
-    write_lines(directory / lines_name(number), samples)
+    write_jsonl(directory / lines_name(number), samples)
     save_tensors(directory / shard_name(number), tensors, metadata)
 
 
@@ -98,5 +91,5 @@ class ChatRows:
         """What each of the row's samples is and which media it shows; see above."""
         number, shard, i = self._find(row)
         if number not in self._lines:
-            self._lines[number] = read_rows(self.directory / lines_name(number))
+            self._lines[number] = read_jsonl(self.directory / lines_name(number))
         return self._lines[number][int(shard["sample_offsets"][i]) : int(shard["sample_offsets"][i + 1])]

@@ -8,7 +8,7 @@ from typing import Any
 from lvctx.artifacts import schemas
 from lvctx.artifacts.config import language_part, read_model_config
 from lvctx.artifacts.manifest import MANIFEST, read_manifest, read_provenance
-from lvctx.artifacts.rows import read_rows
+from lvctx.artifacts.result_log import RESULTS, read_results
 from lvctx.artifacts.sniff import encode_first, mistaken, sniff
 from lvctx.artifacts.store import read_safetensors_header
 from lvctx.artifacts.weights import read_headers
@@ -31,7 +31,7 @@ def describe(path: Path) -> dict[str, Any]:
         facts |= _describe_packed(manifest, unit) if unit else manifest
     if (path / "config.json").is_file():
         facts["model"] = _describe_model(path)
-    if (path / "results.jsonl").is_file():
+    if (path / RESULTS).is_file():
         facts |= _describe_results(path)
     if len(facts) == 1:
         raise mistaken(path, "an artifact of ours or a model directory")
@@ -58,7 +58,7 @@ def _describe_packed(manifest: dict[str, Any], unit: str) -> dict[str, Any]:
 
 def _describe_results(path: Path) -> dict[str, Any]:
     """What all rows of a results directory share, how many there are, and the summary once it is finished."""
-    rows = list({row["key"]: row for row in read_rows(path / "results.jsonl")}.values())
+    rows = list(read_results(path).values())
     shared = {k: v for k, v in rows[0].items() if k != "key" and all(r.get(k) == v for r in rows)} if rows else {}
     facts = {**shared, "cells": len(rows), "errors": sum("error" in row for row in rows)}
     summary = path / "summary.json"

@@ -8,10 +8,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from lvctx.artifacts.rows import read_rows
-from lvctx.bench.choice import RULE_SOURCES, RULES, Reply, letter, signs_of_trouble, verdict
-from lvctx.bench.interval import Estimate, clustered_mean
-from lvctx.bench.textfile import check_unicode
+from lvctx.artifacts.result_log import read_results
+from lvctx.bench.answers import RULE_SOURCES, RULES, Reply, extract_letter, is_correct, response_warnings
+from lvctx.bench.statistics import Estimate, clustered_mean
+from lvctx.bench.values import check_unicode
 from lvctx.errors import InputError
 
 DURATIONS = ("short", "medium", "long")
@@ -19,22 +19,22 @@ DURATIONS = ("short", "medium", "long")
 
 def accuracy(replies: Iterable[Reply], rule: str) -> Estimate:
     """Share of right answers under a rule, with its interval clustered by video."""
-    counted = [(float(v), r.video) for r in replies if (v := verdict(r, rule)) is not None]
+    counted = [(float(v), r.video) for r in replies if (v := is_correct(r, rule)) is not None]
     return clustered_mean([v for v, _ in counted], [video for _, video in counted])
 
 
 def difference(first: Sequence[Reply], second: Sequence[Reply], rule: str) -> Estimate:
     """First minus second on the questions that both have and the rule counts in both; paired, clustered by video."""
-    others = {r.id: verdict(r, rule) for r in second}
+    others = {r.id: is_correct(r, rule) for r in second}
     pairs = [
         (float(a) - float(b), r.video)
         for r in first
-        if (a := verdict(r, rule)) is not None and (b := others.get(r.id)) is not None
+        if (a := is_correct(r, rule)) is not None and (b := others.get(r.id)) is not None
     ]
     return clustered_mean([d for d, _ in pairs], [video for _, video in pairs], lowest=-1.0)
 
 
-def ordered(replies: Iterable[Reply], group: str) -> list[str]:
+def sorted_groups(replies: Iterable[Reply], group: str) -> list[str]:
     """The values of a group that occur: durations by length, others by the alphabet."""
     values = {r.groups[group] for r in replies}
     rank = {name: i for i, name in enumerate(DURATIONS)}
@@ -44,18 +44,18 @@ def ordered(replies: Iterable[Reply], group: str) -> list[str]:
 def breakdown(replies: Sequence[Reply], groups: Sequence[str]) -> dict[str, Any]:
     """Warnings, every rule over all replies, and every rule by every value of `groups`."""
     found: dict[str, Any] = {
-        "warnings": signs_of_trouble(replies),
+        "warnings": response_warnings(replies),
         "questions": len(replies),
         "videos": len({r.video for r in replies}),
         "rules": {
             rule: vars(accuracy(replies, rule))
-            | {"parsed": sum(bool(letter(r, rule)) for r in replies) / max(len(replies), 1)}
+            | {"parsed": sum(bool(extract_letter(r, rule)) for r in replies) / max(len(replies), 1)}
             for rule in RULES
         },
         "rule_sources": RULE_SOURCES,
     }
     for group in groups:
-        parts: dict[str, list[Reply]] = {value: [] for value in ordered(replies, group)}
+        parts: dict[str, list[Reply]] = {value: [] for value in sorted_groups(replies, group)}
         for reply in replies:
             parts[reply.groups[group]].append(reply)
         found[f"by_{group}"] = {
@@ -65,7 +65,7 @@ def breakdown(replies: Sequence[Reply], groups: Sequence[str]) -> dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class BenchmarkRun:
     """A run's results, read."""
 
     rows: list[dict[str, Any]]
@@ -76,20 +76,13 @@ class Run:
     """What was left out or read as empty, with the first question of each kind."""
 
 
-def read_run(directory: Path, bench: ModuleType) -> Run:
+def read_benchmark_run(directory: Path, bench: ModuleType) -> BenchmarkRun:
     """Rows of a run of `bench`. Raises InputError where there is no such run, or a row is not what a run writes."""
-    results = directory / "results.jsonl" if directory.is_dir() else directory
-    if not results.is_file():
-        raise InputError("no results.jsonl", where=directory, fix="give a directory that a run wrote")
-    last = {}  # a question that failed and was asked again counts once
-    for number, row in enumerate(read_rows(results), start=1):
-        place = f"{results}:{number}"
-        if not isinstance(row.get("key"), str):
-            raise InputError("a row without its key", where=place, fix="give what a run wrote")
-        last[row["key"]] = row
+    stored = read_results(directory)
+    answered = [row for row in stored.values() if "error" not in row]
+    for place, row in stored.items():
         if "error" not in row:
             _check_row(row, bench, place)
-    answered = [row for row in last.values() if "error" not in row]
     if not answered:
         raise InputError("no question was answered", where=directory)
     notes = Notes()
@@ -104,7 +97,7 @@ def read_run(directory: Path, bench: ModuleType) -> Run:
             notes.add(NO_KEY, row["id"], row["answer"])
     if not rows:
         raise InputError(f"nothing can be scored: {notes.lines()[0]}", where=directory)
-    return Run(rows=rows, failed=len(last) - len(answered), warnings=notes.lines())
+    return BenchmarkRun(rows=rows, failed=len(stored) - len(answered), warnings=notes.lines())
 
 
 def _check_row(row: Mapping[str, Any], bench: ModuleType, place: str) -> None:
@@ -145,7 +138,7 @@ class Notes:
         return [f"{count:,} {kind}; the first is {self._first[kind]}" for kind, count in self.counts.items()]
 
 
-def reply_of(row: dict[str, Any]) -> Reply:
+def to_reply(row: dict[str, Any]) -> Reply:
     """The reply in a row of results.jsonl."""
     return Reply(
         id=row["id"],

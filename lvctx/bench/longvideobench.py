@@ -12,10 +12,19 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from lvctx.bench.accuracy import accuracy, breakdown, reply_of
-from lvctx.bench.choice import Reply, Sample, first_letter, lettered, without_reasoning
-from lvctx.bench.tables import Row, check_options, has, letter_of, options_of, read_questions, text_of, where
-from lvctx.bench.values import plain
+from lvctx.bench.accuracy import accuracy, breakdown, to_reply
+from lvctx.bench.answers import Question, Reply, first_letter, format_options, strip_reasoning
+from lvctx.bench.tables import (
+    Row,
+    check_options,
+    has_value,
+    key_field,
+    options_field,
+    read_question_rows,
+    row_place,
+    text_field,
+)
+from lvctx.bench.values import cell_text
 from lvctx.errors import InputError
 
 NAME = "longvideobench"
@@ -28,21 +37,21 @@ PHRASES = (
 )
 
 
-def samples(path: Path) -> list[Sample]:
+def samples(path: Path) -> list[Question]:
     """Questions from lvb_val.json (`candidates`) or its Parquet (`option0`...); `correct_choice` counts from 0."""
     found = []
-    for row in read_questions(path):
-        options = options_of(row, "candidates") if has(row, "candidates") else _columns(row)
+    for row in read_question_rows(path):
+        options = options_field(row, "candidates") if has_value(row, "candidates") else _columns(row)
         found.append(
-            Sample(
-                id=text_of(row, "id"),
-                video=text_of(row, "video_path", "video_id"),
-                question=text_of(row, "question"),
-                options=lettered(options),
-                answer=letter_of(row, "correct_choice", len(options), indexed=True),
+            Question(
+                id=text_field(row, "id"),
+                video=text_field(row, "video_path", "video_id"),
+                question=text_field(row, "question"),
+                options=format_options(options),
+                answer=key_field(row, "correct_choice", len(options), indexed=True),
                 groups={
-                    **{group: text_of(row, group) for group in GROUPS[:2]},
-                    GROUPS[2]: plain(row.get(GROUPS[2])) or "unknown",
+                    **{group: text_field(row, group) for group in GROUPS[:2]},
+                    GROUPS[2]: cell_text(row.get(GROUPS[2])) or "unknown",
                 },
                 released=row,
             )
@@ -52,14 +61,14 @@ def samples(path: Path) -> list[Sample]:
 
 def _columns(row: Row) -> list[str]:
     """Options from columns `option0` to `option4`; those that a question does not have hold N/A, or nothing."""
-    cells = [plain(row.get(f"option{i}")) or "" for i in range(5)]
+    cells = [cell_text(row.get(f"option{i}")) or "" for i in range(5)]
     options = list(takewhile(lambda cell: cell.strip() not in ("", "N/A"), cells))
     if any(cell.strip() not in ("", "N/A") for cell in cells[len(options) :]):
-        raise InputError(f"option{len(options)} is missing, but a later one is not", where=where(row))
+        raise InputError(f"option{len(options)} is missing, but a later one is not", where=row_place(row))
     return check_options(row, options)
 
 
-def prompt(sample: Sample, style: str, subtitles: str | None) -> str:
+def prompt(sample: Question, style: str, subtitles: str | None) -> str:
     """The user's turn after the frames."""
     listed = "\n".join(sample.options)
     return f"{sample.question}\n{listed}\nAnswer with the option's letter from the given choices directly.\n"
@@ -67,7 +76,7 @@ def prompt(sample: Sample, style: str, subtitles: str | None) -> str:
 
 def score(rows: Sequence[dict[str, Any]], *, seed: int = 0) -> dict[str, Any]:
     """Breakdown under the common rules, and `guessing`: its own rule, with the number of `guessed` replies."""
-    replies = [reply_of(row) for row in rows]
+    replies = [to_reply(row) for row in rows]
     settled = [_settle(reply, seed) for reply in replies]
     guessed = sum(not _own_letter(reply) for reply in replies)
     own = vars(accuracy(settled, "strict"))
@@ -82,7 +91,7 @@ def score(rows: Sequence[dict[str, Any]], *, seed: int = 0) -> dict[str, Any]:
 
 
 def _own_letter(reply: Reply) -> str:
-    return first_letter(without_reasoning(reply.response), "ABCDE", PHRASES)
+    return first_letter(strip_reasoning(reply.response), "ABCDE", PHRASES)
 
 
 def _settle(reply: Reply, seed: int) -> Reply:

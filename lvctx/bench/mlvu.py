@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts.store import write_json
-from lvctx.bench.accuracy import breakdown, reply_of
-from lvctx.bench.choice import RULES, Sample, lettered
-from lvctx.bench.tables import Row, has, letter_of, options_of, read_questions, text_of, where
-from lvctx.bench.values import plain
+from lvctx.bench.accuracy import breakdown, to_reply
+from lvctx.bench.answers import RULES, Question, format_options
+from lvctx.bench.tables import Row, has_value, key_field, options_field, read_question_rows, row_place, text_field
+from lvctx.bench.values import cell_text
 from lvctx.errors import InputError
 
 NAME = "mlvu"
@@ -26,23 +26,23 @@ LONGEST = 1000
 """Tokens of a generated answer, as in MLVU's own scripts."""
 
 
-def samples(path: Path) -> list[Sample]:
+def samples(path: Path) -> list[Question]:
     """Questions from the released JSON files (one, or a folder), or lmms-eval's Parquet with its options inlined.
 
     Raises InputError naming the row and what is wrong with it.
     """
     found = []
-    for number, row in enumerate(read_questions(path)):
-        question = text_of(row, "question")
-        task = plain(row.get("question_type")) or plain(row.get("task_type"))
+    for number, row in enumerate(read_question_rows(path)):
+        question = text_field(row, "question")
+        task = cell_text(row.get("question_type")) or cell_text(row.get("task_type"))
         task = task or Path(row["_file"]).stem.split("_", 1)[-1]
-        candidates = options_of(row, "candidates") if has(row, "candidates") else []
+        candidates = options_field(row, "candidates") if has_value(row, "candidates") else []
         inlined = not candidates and task not in GENERATION
-        letters = _letters_in(question) if inlined else lettered(candidates)
+        letters = _letters_in(question) if inlined else format_options(candidates)
         found.append(
-            Sample(
-                id=plain(row.get("question_id")) or f"{task}-{number}",
-                video=text_of(row, "video", "video_name"),
+            Question(
+                id=cell_text(row.get("question_id")) or f"{task}-{number}",
+                video=text_field(row, "video", "video_name"),
                 question=question,
                 options=letters if inlined else tuple(f"({chr(65 + i)}) {c}" for i, c in enumerate(candidates)),
                 answer=_answer(row, candidates, len(letters)),
@@ -66,22 +66,22 @@ def _answer(row: Row, candidates: Sequence[str], count: int) -> str:
 
     Raises InputError where it is no option, or several.
     """
-    answer = text_of(row, "answer")
+    answer = text_field(row, "answer")
     if not count:
         return answer
     for same in (str, str.strip, lambda text: text.strip().casefold()):
         fits = [i for i, candidate in enumerate(candidates) if same(candidate) == same(answer)]
         if len(fits) > 1:
-            raise InputError(f"answer {answer!r:.60} is several of its options", where=where(row))
+            raise InputError(f"answer {answer!r:.60} is several of its options", where=row_place(row))
         if fits:
             return chr(65 + fits[0])
-    return letter_of(row, "answer", count)
+    return key_field(row, "answer", count)
 
 
 WATCH = "Carefully watch this video and pay attention to every detail. Based on your observations, "
 
 
-def prompt(sample: Sample, style: str, subtitles: str | None) -> str:
+def prompt(sample: Question, style: str, subtitles: str | None) -> str:
     """The user's turn after the frames; MLVU shows no subtitles."""
     if not sample.options:
         return f"{WATCH}answer the given questions.\n{sample.question}"
@@ -94,7 +94,7 @@ def prompt(sample: Sample, style: str, subtitles: str | None) -> str:
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Breakdown by task, and `m_avg` by rule: `macro` over tasks and `pooled` over questions; generation left out."""
-    replies = [reply_of(row) for row in rows if row["letters"]]
+    replies = [to_reply(row) for row in rows if row["letters"]]
     found = breakdown(replies, GROUPS)
     tasks = found["by_task_type"].values()
     m_avg = {}
@@ -104,7 +104,7 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**found, "generated": len(rows) - len(replies), "m_avg": m_avg}
 
 
-def export(out: Path, answered: Sequence[tuple[Sample, str]]) -> None:
+def export(out: Path, answered: Sequence[tuple[Question, str]]) -> None:
     """Generated answers for their judges: {video_name, Q, A, pred} with the scoring points, one file a task."""
     for task, name in GENERATION.items():
         rows = [

@@ -5,20 +5,22 @@ A list of videos, each `{"video_id", "duration", "domain", "sub_category", "ques
 reads other names (`duration_category`, `video_category`, `video_subcategory`): both are understood.
 """
 
+import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts.store import write_json
 from lvctx.bench.accuracy import NO_KEY, NO_TEXT, Notes
-from lvctx.bench.choice import Reply, Sample
-from lvctx.bench.textfile import json_values, read_text
-from lvctx.bench.values import MOST_OPTIONS, key_letter, listed, plain
+from lvctx.bench.answers import Question, Reply
+from lvctx.bench.values import MOST_OPTIONS, cell_text, check_unicode, parse_key, parse_list
 from lvctx.errors import InputError
+from lvctx.text.records import json_records
+from lvctx.text.streams import read_text
 
 GROUPS = ("duration", "domain", "sub_category", "task_type")
 ALIASES = {"duration": "duration_category", "domain": "video_category", "sub_category": "video_subcategory"}
@@ -53,16 +55,16 @@ def read_responses(path: Path) -> Responses:
             overlooked["videos marked missing, left out"] += 1
             continue
         of_video = {g: _field(video, g, overlooked) for g in GROUPS[:3]}
-        video_id = plain(video.get("video_id")) or str(number)
+        video_id = cell_text(video.get("video_id")) or str(number)
         overlooked["without video_id"] += "video_id" not in video
         for place, question in enumerate(video["questions"], start=1):
             key, response = question.get("answer"), question.get("response")
-            name = plain(question.get("question_id")) or f"{video_id}-{place}"
+            name = cell_text(question.get("question_id")) or f"{video_id}-{place}"
             if key is None or key == "":
                 overlooked["questions without answer, left out"] += 1
                 continue
             count = _count_options(question)
-            answer = key_letter(key, count)
+            answer = parse_key(key, count)
             if answer is None:
                 notes.add(NO_KEY, name, key)
                 continue
@@ -98,7 +100,7 @@ def read_responses(path: Path) -> Responses:
 def _count_options(question: Mapping[str, Any]) -> int:
     """How many options a question has; Video-MME's four where it does not list them."""
     try:
-        count = len(listed(question.get("options")))
+        count = len(parse_list(question.get("options")))
     except ValueError:
         return 4
     return count if 2 <= count <= MOST_OPTIONS else 4
@@ -109,37 +111,38 @@ _SPARE_COMMA = re.compile(r'("(?:[^"\\]|\\.)*+"?)|,(?=\s*+[\]}])', re.DOTALL)
 
 
 def _videos(file: Path, overlooked: Counter[str]) -> list[dict[str, Any]]:
+    text = read_text(file)
     try:
-        text = read_text(file)
-    except InputError as e:
-        raise InputError(e.what, where=file, fix=e.fix or "give a responses file, or a directory with one") from None
-    try:
-        videos = json_values(text)
-    except ValueError:
+        videos = list(_parse(text, file))
+    except InputError:
         mended = _SPARE_COMMA.sub(lambda m: m[1] or "", text)
         overlooked["trailing commas"] = len(text) - len(mended)
-        try:
-            videos = json_values(mended)
-        except ValueError as e:
-            raise InputError(f"malformed JSON ({e})", where=file, fix="mend the file") from e
-    if len(videos) == 1 and isinstance(videos[0], list):
-        videos = videos[0]
-    for number, video in enumerate(videos, start=1):
-        questions = video.get("questions") if isinstance(video, dict) else None
-        if not isinstance(questions, list) or not all(isinstance(q, dict) for q in questions):
-            where, fix = f"{file}, video {number}", "give Video-MME's responses format"
-            raise InputError("not a list of videos with questions", where=where, fix=fix)
+        videos = list(_parse(mended, file))
     return videos
 
 
+def _parse(text: str, file: Path) -> Iterator[dict[str, Any]]:
+    """Videos in JSON. Raises InputError naming the value that is none."""
+    for record in json_records(io.BufferedReader(io.BytesIO(text.encode())), str(file)):
+        questions = record.fields().get("questions")
+        if not isinstance(questions, list) or not all(isinstance(q, dict) for q in questions):
+            fix = "give Video-MME's responses format"
+            raise InputError("not a list of videos with questions", where=record.where, fix=fix)
+        try:
+            check_unicode(record.value)
+        except ValueError as e:
+            raise InputError(str(e), where=record.where) from None
+        yield record.value
+
+
 def _field(row: Mapping[str, Any], name: str, overlooked: Counter[str]) -> str:
-    value = plain(row.get(name)) or plain(row.get(ALIASES.get(name, name)))
+    value = cell_text(row.get(name)) or cell_text(row.get(ALIASES.get(name, name)))
     if not value:
         overlooked[f"without {name}"] += 1
     return value or "unknown"
 
 
-def write_responses(target: Path, answered: Iterable[tuple[Sample, str]]) -> None:
+def write_responses(target: Path, answered: Iterable[tuple[Question, str]]) -> None:
     """Write samples and what was said to them, video by video as they come, exactly in the released format."""
     videos: dict[str, dict[str, Any]] = {}
     for sample, response in answered:

@@ -5,6 +5,7 @@ cues without blank lines between them; the number on the line before the times i
 """
 
 import html
+import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lvctx.bench.textfile import encoding_of
 from lvctx.errors import InputError
 
 SUFFIXES = (".srt", ".vtt")
@@ -70,7 +70,7 @@ def read_subtitles(path: Path) -> Subtitles:
         return NONE
     except OSError as e:
         raise InputError(f"cannot read ({e.strerror})", where=path) from e
-    text = data.decode(encoding_of(data), errors="replace").replace("\0", "")
+    text = data.decode(json.detect_encoding(data), errors="replace").replace("\0", "")
     rows = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     spans = [(i, found) for i, row in enumerate(rows) if (found := _SPAN.match(row))]
     if not spans:

@@ -8,13 +8,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from lvctx.bench.textfile import check_unicode
-
 MOST_OPTIONS = 26
 """As many as there are letters."""
 
 
-def plain(value: Any) -> str | None:
+def cell_text(value: Any) -> str | None:
     """The text of a cell; a whole float as its integer (`3.0` is "3"). None for no value, NaN, lists and mappings."""
     if isinstance(value, bytes):
         try:
@@ -30,11 +28,19 @@ def plain(value: Any) -> str | None:
     return str(value)
 
 
+def check_unicode(value: Any) -> None:
+    """Raise ValueError where a string holds half of a surrogate pair, which no file or terminal takes."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair in a string") from None
+
+
 _KEY = re.compile(r"([A-Za-z])|[(\[]\s*([A-Za-z])\s*[)\]][.:]?(?:\s.*)?|([A-Za-z])[.):](?:\s.*)?", re.DOTALL)
 _INDEX = re.compile(r"\+?(\d{1,9})(?:\.0*)?")
 
 
-def key_letter(value: Any, count: int, *, indexed: bool = False) -> str | None:
+def parse_key(value: Any, count: int, *, indexed: bool = False) -> str | None:
     """The letter of the right option, written `B`, `b`, `(B)`, `B.`, `B. text`; None for anything else.
 
     Args:
@@ -42,7 +48,7 @@ def key_letter(value: Any, count: int, *, indexed: bool = False) -> str | None:
         count: Number of options; a letter or index beyond them is None.
         indexed: The format counts options from 0, so 1, `"1"` and `"1.0"` are B too.
     """
-    text = "" if isinstance(value, bool) else (plain(value) or "").strip()
+    text = "" if isinstance(value, bool) else (cell_text(value) or "").strip()
     if indexed and (number := _INDEX.fullmatch(text)):
         at = int(number[1])
     elif written := _KEY.fullmatch(text):
@@ -52,28 +58,28 @@ def key_letter(value: Any, count: int, *, indexed: bool = False) -> str | None:
     return chr(65 + at) if at < count else None
 
 
-def labelled(options: Sequence[str]) -> bool:
+def have_letters(options: Sequence[str]) -> bool:
     """Whether options carry their letters: `A. first`, `(B) second`, ..."""
     return all(re.match(rf"\(?{chr(65 + i)}[.):]", option) for i, option in enumerate(options[:MOST_OPTIONS]))
 
 
-def listed(value: Any) -> list[str]:
+def parse_list(value: Any) -> list[str]:
     """The items of a cell that holds a list, or is the text of one.
 
     Read are lists; mappings from letters; and as text JSON's and Python's lists, numpy's (no commas between items), one
     item a line, and items that carry their letters. Raises ValueError that says what is wrong.
     """
     if isinstance(value, list | tuple):
-        items = [plain(item) for item in value]
+        items = [cell_text(item) for item in value]
         if None in items:
             raise ValueError("one of them has no text")
         return [item for item in items if item is not None]
     if isinstance(value, dict):
-        given = {key: item for key, item in value.items() if plain(item) is not None}
+        given = {key: item for key, item in value.items() if cell_text(item) is not None}
         if list(given) != [chr(65 + i) for i in range(len(given))]:
             raise ValueError("a mapping whose keys are not A, B, C, ...")
-        return listed(list(given.values()))
-    written = _items((plain(value) or "").strip())
+        return parse_list(list(given.values()))
+    written = _items((cell_text(value) or "").strip())
     check_unicode(written)
     return written
 
@@ -85,7 +91,7 @@ def _items(text: str) -> list[str]:
         text = wrapped[1]
     if re.match(r"\[\s*(?:u?['\"]|[\d-])|\(\s*u?['\"]|[{]", text) and text[-1] in "])}":
         parsed = _literal(text)
-        return _quoted(text[1:-1]) if parsed is None else listed(parsed)
+        return _quoted(text[1:-1]) if parsed is None else parse_list(parsed)
     if text[0] == "[" and text[-1] == "]":
         text = text[1:-1]
     return _lines(text)

@@ -11,10 +11,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from lvctx.bench.choice import Sample, is_stuck
-from lvctx.bench.interval import clustered_mean
-from lvctx.bench.tables import Row, read_questions, where
-from lvctx.bench.values import listed, plain
+from lvctx.bench.answers import Question, is_degenerate
+from lvctx.bench.statistics import clustered_mean
+from lvctx.bench.tables import Row, read_question_rows, row_place
+from lvctx.bench.values import cell_text, parse_list
 from lvctx.errors import InputError
 
 NAME = "vhs"
@@ -24,16 +24,16 @@ FREE_ANSWERS = True
 THRESHOLD = 0.6
 
 
-def samples(path: Path) -> list[Sample]:
+def samples(path: Path) -> list[Question]:
     """Questions from visual_haystack_N.json files; pictures are shuffled, always the same way for the same question."""
     found = []
-    for number, row in enumerate(read_questions(path)):
+    for number, row in enumerate(read_question_rows(path)):
         question, answer = _turns(row)
         name = f"{Path(row['_file']).stem}-{number}"
         images = [*_images(row, "pos_image"), *_images(row, "neg_image")]
         random.Random(name).shuffle(images)
         found.append(
-            Sample(
+            Question(
                 id=name,
                 video=name,
                 images=tuple(images),
@@ -50,12 +50,12 @@ def _turns(row: Row) -> tuple[str, str]:
     """The question, and `yes` or `no`."""
     turns = row.get("conversations")
     turns = turns[:2] if isinstance(turns, list) else []
-    question, said = ([plain(turn.get("value")) for turn in turns if isinstance(turn, dict)] + [None, None])[:2]
+    question, said = ([cell_text(turn.get("value")) for turn in turns if isinstance(turn, dict)] + [None, None])[:2]
     if not question or not said:
-        raise InputError("no question and answer in `conversations`", where=where(row))
+        raise InputError("no question and answer in `conversations`", where=row_place(row))
     answer = said.strip().rstrip(".!").lower()
     if answer not in ("yes", "no"):
-        raise InputError(f"the answer {said!r:.60} is neither yes nor no", where=where(row))
+        raise InputError(f"the answer {said!r:.60} is neither yes nor no", where=row_place(row))
     return question, answer
 
 
@@ -63,18 +63,18 @@ def _images(row: Row, name: str) -> list[str]:
     """File names in a column: a list, one written as text, or a single name."""
     value = row.get(name)
     if value is None:
-        raise InputError(f"a question without {name}", where=where(row), fix="give the questions as released")
+        raise InputError(f"a question without {name}", where=row_place(row), fix="give the questions as released")
     if value in ([], "", "[]"):
         return []
     if isinstance(value, str) and not value.lstrip().startswith(("[", "(", "array(")) and "\n" not in value:
         return [value]
     try:
-        return listed(value)
+        return parse_list(value)
     except ValueError as e:
-        raise InputError(f"{name} cannot be read as a list ({e})", where=where(row)) from None
+        raise InputError(f"{name} cannot be read as a list ({e})", where=row_place(row)) from None
 
 
-def prompt(sample: Sample, style: str, subtitles: str | None) -> str:
+def prompt(sample: Question, style: str, subtitles: str | None) -> str:
     """The user's turn after the pictures."""
     return f"You are given a set of images. Please answer the following question in Yes or No: {sample.question}"
 
@@ -99,7 +99,7 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     both = sum({"yes", "no"} <= words for words in said)
     if both:
         warnings.append(f"{both:,} replies say both yes and no: right whatever the answer, as in the authors' script")
-    stuck = sum(is_stuck(row["response"]) for row in rows)
+    stuck = sum(is_degenerate(row["response"]) for row in rows)
     return {
         "warnings": [*warnings, *([f"{stuck} replies repeat one token"] if stuck else [])],
         "questions": len(rows),

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts.schemas import SCORE
-from lvctx.bench.accuracy import accuracy, breakdown, ordered
-from lvctx.bench.choice import RULES, Reply, Sample
+from lvctx.bench.accuracy import accuracy, breakdown, sorted_groups
+from lvctx.bench.answers import RULES, Question, Reply
 from lvctx.bench.responses import GROUPS, Responses, write_responses
-from lvctx.bench.tables import letter_of, options_of, read_questions, text_of, with_letters
+from lvctx.bench.tables import key_field, options_field, read_question_rows, text_field, with_letters
 
 NAME = "videomme"
 HUB = ("lmms-lab/Video-MME", "videomme/test-00000-of-00001.parquet")
@@ -22,20 +22,20 @@ STYLES = ("official", "lmms-eval", "vlmevalkit")
 ALL = "all"
 
 
-def samples(path: Path) -> list[Sample]:
+def samples(path: Path) -> list[Question]:
     """Questions as released. Raises InputError naming the row and what it lacks."""
     found = []
-    for row in read_questions(path):
-        options = with_letters(options_of(row, "options"))
+    for row in read_question_rows(path):
+        options = with_letters(options_field(row, "options"))
         found.append(
-            Sample(
-                id=text_of(row, "question_id"),
-                video=text_of(row, "videoID", "video_id"),
-                question=text_of(row, "question"),
+            Question(
+                id=text_field(row, "question_id"),
+                video=text_field(row, "videoID", "video_id"),
+                question=text_field(row, "question"),
                 options=options,
-                answer=letter_of(row, "answer", len(options)),
-                groups={g: text_of(row, g) for g in GROUPS},
-                released={**row, "video_id": text_of(row, "video_id")},
+                answer=key_field(row, "answer", len(options)),
+                groups={g: text_field(row, g) for g in GROUPS},
+                released={**row, "video_id": text_field(row, "video_id")},
             )
         )
     return found
@@ -45,7 +45,7 @@ ASK = "Select the best answer to the following multiple-choice question based on
 ASK += "Respond with only the letter (A, B, C, or D) of the correct option."
 
 
-def prompt(sample: Sample, style: str, subtitles: str | None) -> str:
+def prompt(sample: Question, style: str, subtitles: str | None) -> str:
     """The user's turn after the frames; `subtitles` is None where the run has none, else the text (perhaps empty)."""
     asked = f"{sample.question}\n" + "\n".join(sample.options)
     if style == "vlmevalkit":
@@ -72,7 +72,7 @@ def score(responses: Responses) -> dict[str, Any]:
     return {"schema": SCORE, "file": responses.name, "overlooked": responses.leniencies, **found}
 
 
-def export(out: Path, answered: Sequence[tuple[Sample, str]]) -> None:
+def export(out: Path, answered: Sequence[tuple[Question, str]]) -> None:
     """responses.json in the official format; questions that failed are not in it."""
     write_responses(out / "responses.json", answered)
 
@@ -85,7 +85,7 @@ def cells(responses: Responses, rules: Sequence[str] = RULES) -> list[dict[str, 
     for reply in replies:
         for key in product(*((reply.groups[axis], ALL) for axis in axes)):
             bins.setdefault(key, []).append(reply)
-    places = [{value: i for i, value in enumerate([*ordered(replies, axis), ALL])} for axis in axes]
+    places = [{value: i for i, value in enumerate([*sorted_groups(replies, axis), ALL])} for axis in axes]
     rows = []
     for key in sorted(bins, key=lambda key: [place[value] for place, value in zip(places, key, strict=True)]):
         for rule in rules:

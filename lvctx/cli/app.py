@@ -19,24 +19,27 @@ from lvctx.errors import EXIT_INTERRUPTED, EXIT_READER_GONE, EXIT_STOPPED, Lvctx
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Training": {
         "pack-text": ("prepare", "Tokenize documents and pack them into fixed-length rows."),
-        "extend-lm": ("train", "Extend the context of a language model: new RoPE base, training on long rows."),
+        "extend-lm": (
+            "train",
+            "Extend the context of a language model: a new RoPE base, then training on long packed rows of text.",
+        ),
         "align": ("train", "Train a language model to process images, with a vision tower and a projector."),
-        "pack-chat": ("pack_chat", "Mix chat samples with text, images and videos and pack them into long rows."),
+        "pack-chat": ("prepare", "Mix chat samples with text, images and videos and pack them into long rows."),
     },
     "Video and evaluation": {
-        "encode-video": ("encode_video", "Sample videos and store the vision tower's features of their frames."),
+        "encode-video": ("video", "Sample videos and store the vision tower's features of their frames."),
         "mrope-extend": ("train", "Extend the context of a Qwen-VL model with M-RoPE++."),
         "niah": ("niah", "Needle-in-a-haystack test over context lengths and needle depths."),
-        "vqa": ("vqa", "Answer questions about videos."),
+        "vqa": ("video", "Answer questions about videos."),
         "videomme": ("videomme", "Video-MME: run a model on its questions, and score it."),
-        "bench": ("bench", "Other benchmarks of long video: run a model on their questions, and score it."),
+        "bench": ("benchmarks", "Other benchmarks of long video: run a model on their questions, and score it."),
     },
     "Utilities": {
-        "import-longva": ("import_longva", "Convert a released LongVA checkpoint for transformers and vLLM."),
-        "export": ("export", "Write a model in the format that another program reads."),
-        "info": ("info", "Show what a model directory or artifact is, what made it and what is in it."),
-        "plan": ("plan", "Predict the memory and time of a training run from config.json alone."),
-        "doctor": ("doctor", "Check that context parallelism is exact with a model on this machine."),
+        "import-longva": ("convert", "Convert a released LongVA checkpoint for transformers and vLLM."),
+        "export": ("convert", "Write a model in the format that another program reads."),
+        "info": ("inspect", "Show what a model directory or artifact is, what made it and what is in it."),
+        "plan": ("inspect", "Predict the memory and time of a training run from config.json alone."),
+        "doctor": ("inspect", "Check that context parallelism is exact with a model on this machine."),
     },
 }
 """Panel of the help -> command -> (module of `lvctx.cli`, one line of help); those of the pipeline come first."""

@@ -11,9 +11,9 @@ import typer
 
 from lvctx.cli import output
 from lvctx.cli.options import _load_recipe as load_recipe
-from lvctx.cli.output import OnProgress as Report
 from lvctx.cli.output import emit, is_rank_zero, say
-from lvctx.config import parse_numbers, parse_token_count
+from lvctx.config import OnProgress as Report
+from lvctx.config import parse_numbers
 from lvctx.errors import UsageError
 
 __all__ = ("Report", "emit", "is_rank_zero", "say")
@@ -40,14 +40,6 @@ def numbers(flag: str, text: str) -> list[float]:
         return list(parse_numbers(text))
     except ValueError as e:
         raise UsageError(f"{flag} {text!r}: {e}") from None
-
-
-def count_tokens(text: str) -> int:
-    """A number of tokens of --tokens. Raises UsageError."""
-    try:
-        return parse_token_count(text)
-    except ValueError as e:
-        raise UsageError(f"--tokens {text!r}: {e}") from None
 
 
 def set_verbosity(ctx: typer.Context, verbose: bool) -> bool:
@@ -91,7 +83,7 @@ DryRunOption = Annotated[
 ]
 AllowPartialOption = Annotated[
     bool,
-    typer.Option("--allow-partial", help="Take what can be decoded of cut or damaged videos; rows then say `partial`."),
+    typer.Option("--allow-partial", help="Use what can be decoded of truncated or damaged videos."),
 ]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.", rich_help_panel=RunOptions)]
 VerboseOption = Annotated[

@@ -1,268 +1,261 @@
-"""`lvctx niah`: needles in a haystack of text or video, and `lvctx niah report`: their heatmaps and tables."""
+"""`lvctx niah text`, `niah video`, `niah haystack` and `niah report`."""
 
-from dataclasses import replace
-from enum import StrEnum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lvctx.cli.common import (
-    VIDEO,
-    AllowPartialOption,
-    DryRunOption,
-    ForceOption,
-    QuietOption,
-    RecipeOption,
-    Resume,
-    ResumeOption,
-    SeedOption,
-    VerboseOption,
-    emit,
-    examples,
-    numbers,
-    progress,
-)
-from lvctx.cli.niah_haystack import haystack as make_haystack
-from lvctx.cli.niah_report import ThresholdOption, print_tables, report
-from lvctx.cli.vqa import HybridMode, QwenOptions
+from lvctx.cli.options import OutputOptions, RunOptions, command, group
+from lvctx.cli.output import emit, is_quiet, progress, wants_json
+from lvctx.config import Flag
 from lvctx.errors import EXIT_SAMPLES_FAILED, UsageError
+from lvctx.eval.niah.config import NiahConfig, TextNiahConfig, VideoNiahConfig
+from lvctx.eval.niah.haystack_config import HaystackConfig
+from lvctx.inference.config import CachePlacement, DeviceConfig
+from lvctx.vision.sampling import VideoSampling
+
+if TYPE_CHECKING:
+    from lvctx.eval.niah.results import NeedleResults
+    from lvctx.eval.niah.run import NiahJob
+
+Threshold = Annotated[float, Flag(min=0, max=1)]
+
+group(
+    "niah",
+    "Needle-in-a-haystack test over context lengths and needle depths, in text or in video.",
+    "lvctx niah text --model lm --haystack essays --lengths 256 --depths 0,1 --trials 1 -o needles",
+    "lvctx niah report niah -o heatmap.png",
+)
 
 
-class Modality(StrEnum):
-    """What the haystack is made of."""
+@dataclass(frozen=True, kw_only=True)
+class NiahRunOptions(RunOptions):
+    """Options of a run."""
 
-    text = "text"
-    video = "video"
-
-
-class TaskChoice(StrEnum):
-    """What is hidden in a text."""
-
-    single = "single"
-    multi_key = "multi-key"
-    multi_value = "multi-value"
-    multi_query = "multi-query"
-    variable_tracking = "variable-tracking"
+    out: Annotated[Path, Flag(names=("-o", "--out"))]
+    """Results directory; with several --rope one folder of it for each."""
+    kv_cache: CachePlacement = "device"
+    """Where keys and values are kept: on the device, on the host, or on the device in 8 bits (not exact)."""
+    threshold: Threshold = 0.9
+    """Accuracy from which a length counts for the effective length."""
 
 
-class QuestionChoice(StrEnum):
-    """What is asked about a picture."""
+@command(
+    "niah text",
+    "lvctx niah text --model lm --haystack essays --lengths 256 --depths 0,1 --trials 1 -o needles",
+    "lvctx niah text --model lm --haystack essays --lengths 128,256 --depths nested --dry-run -o needles",
+)
+def text(config: TextNiahConfig, device: DeviceConfig, run: NiahRunOptions) -> None:
+    """Needle-in-a-haystack test in text: a magic number among essays, or a task of RULER.
 
-    what = "what"
-    when = "when"
+    On a pipe there is one JSON line for each cell.
+    """
+    from lvctx.eval.niah.run import plan_text
 
-
-class KvChoice(StrEnum):
-    """Where keys and values are kept."""
-
-    device = "device"
-    host = "host"
-    int8 = "int8"
-
-
-class Scoring(StrEnum):
-    """How an answer is judged."""
-
-    forced = "forced"
-    generate = "generate"
-    both = "both"
+    _run("niah text", config, lambda one: plan_text(one, kv_cache=run.kv_cache), device, run)
 
 
-DEPTHS = "0,0.2,0.4,0.6,0.8,1"
-"""LongVA's."""
+@command(
+    "niah video",
+    "lvctx niah video --model vlm --haystack frames/bikes.frames.safetensors --lengths 2,4 --trials 1 -o needles",
+    "lvctx niah video --model vlm --haystack frames/bikes.frames.safetensors --lengths 4 --question when --trials 1 "
+    "-o needles-when",
+)
+def video(config: VideoNiahConfig, sampling: VideoSampling, device: DeviceConfig, run: NiahRunOptions) -> None:
+    """Needle-in-a-haystack test in video (V-NIAH): an image among the frames of a video.
+
+    On a pipe there is one JSON line for each cell.
+    """
+    from lvctx.device import resolve_device
+    from lvctx.eval.niah.run import plan_video
+    from lvctx.vlm.registry import open_vlm
+
+    vlm = open_vlm(config.model, device=resolve_device(device.device))
+    _run("niah video", config, lambda one: plan_video(one, vlm, sampling, kv_cache=run.kv_cache), device, run)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the command, its `haystack` and its `report` to the program."""
-    group = typer.Typer(invoke_without_command=True)
-    group.callback()(niah)
-    group.command(
-        "report", epilog=examples("lvctx niah report niah", "lvctx niah report niah niah -o both.png --json")
-    )(report)
-    group.command(
-        "haystack",
-        epilog=examples(
-            "lvctx niah haystack --frames 20 --model vlm -o hay.frames.safetensors",
-            "lvctx niah haystack clips/bikes.mp4 --frames 20 --seed 1 -o hay-pictures",
-        ),
-    )(make_haystack)
-    app.add_typer(
-        group,
-        name="niah",
-        rich_help_panel=VIDEO,
-        epilog=examples(
-            "lvctx niah --model lm --modality text --haystack essays --lengths 256 --depths 0,1 --trials 1 -o needles",
-            "lvctx niah report niah -o heatmap.png",
-        ),
-    )
-
-
-def niah(
-    ctx: typer.Context,
-    model: Annotated[str | None, typer.Option(help="Language model or VLM: directory or hub id.")] = None,
-    modality: Annotated[Modality, typer.Option(help="Haystack of text or of video frames.")] = Modality.video,
-    haystack: Annotated[list[Path] | None, typer.Option(help="Text: files or folders; repeat for more.")] = None,
-    frames: Annotated[
-        list[Path] | None,
-        typer.Option(help="Video: frames artifacts (Qwen-VL: video files, folders of pictures), one after the other."),
-    ] = None,
-    lengths: Annotated[
-        str, typer.Option(help="Tokens in all (text) or haystack frames (video), comma-separated.")
-    ] = "",
-    depths: Annotated[
-        str,
-        typer.Option(help="Where the needle goes, 0 to 1, comma-separated; nested[:...]: points all lengths share."),
-    ] = DEPTHS,
-    trials: Annotated[int, typer.Option(help="Needles a cell.", min=1)] = 5,
-    distractors: Annotated[int, typer.Option(help="Look-alike needles in the haystack.", min=0, max=20)] = 0,
-    needles: Annotated[str, typer.Option(help="Video: drawn, or a folder with images and one .jsonl.")] = "drawn",
-    question: Annotated[
-        QuestionChoice, typer.Option(help="Video: what the needle shows, or at which second.")
-    ] = QuestionChoice.what,
-    tolerance: Annotated[float, typer.Option(help="Seconds that the answer to when may be off.", min=0)] = 2.0,
-    task: Annotated[TaskChoice, typer.Option(help="Text: what is hidden (RULER's kinds).")] = TaskChoice.single,
-    count: Annotated[int, typer.Option(help="Keys, values, queries or hops of --task.", min=2, max=10)] = 4,
-    loop: Annotated[bool, typer.Option(help="Repeat a haystack shorter than a length.")] = False,
-    score: Annotated[
-        Scoring | None,
-        typer.Option(
-            help="Teacher forcing, greedy generation, or both.", show_default="forced; generate for lists and when"
-        ),
-    ] = None,
-    training_length: Annotated[
-        int | None, typer.Option(help="Tokens the LM was trained on (the heatmap's line). Default: as it says.", min=1)
-    ] = None,
-    rope_theta: Annotated[
-        str | None, typer.Option(help="Try RoPE bases without training: comma-separated; each in a folder of -o.")
-    ] = None,
-    rope: Annotated[
-        str | None, typer.Option(help="Likewise, other positions: pi, ntk or yarn and a factor, as in yarn:2,yarn:4.")
-    ] = None,
-    threshold: ThresholdOption = 0.9,
-    fps: Annotated[
-        float | None,
-        typer.Option(help="Frames a second of a video file.", min=0.001, rich_help_panel=QwenOptions, show_default="1"),
-    ] = None,
-    hybrid: Annotated[
-        str | None,
-        typer.Option(
-            metavar="L,M,S",
-            help="Of every L frames one of M tokens, the others of M/S.",
-            show_default="1,240,1",
-            rich_help_panel=QwenOptions,
-        ),
-    ] = None,
-    hybrid_mode: Annotated[
-        HybridMode, typer.Option(help="Groups of merged pairs, or of images.", rich_help_panel=QwenOptions)
-    ] = HybridMode.pair,
-    allow_partial: AllowPartialOption = False,
-    apart: Annotated[
-        bool,
-        typer.Option("--apart", help="Pictures apart, as in Visual Haystacks: no film.", rich_help_panel=QwenOptions),
-    ] = False,
-    chunk: Annotated[int, typer.Option(help="Tokens of one forward (memory).", min=1)] = 2048,
-    reuse: Annotated[bool, typer.Option(help="Compute what cells share once.")] = True,
-    kv: Annotated[
-        KvChoice, typer.Option(help="Keys and values: on the device, on the host, or in 8 bits (not exact).")
-    ] = KvChoice.device,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Results directory.")] = None,
-    cp: Annotated[
-        int,
-        typer.Option(
-            help="Processes that read together, each with a part of the KV cache and all weights (torchrun).",
-            min=1,
-        ),
-    ] = 1,
-    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda.")] = "cpu",
-    recipe: RecipeOption = None,
-    seed: SeedOption = 0,
-    resume: ResumeOption = Resume.auto,
-    force: ForceOption = False,
-    dry_run: DryRunOption = False,
-    quiet: QuietOption = False,
-    verbose: VerboseOption = False,
+def _run(
+    name: str, config: NiahConfig, plan: Callable[..., "NiahJob"], device: DeviceConfig, run: NiahRunOptions
 ) -> None:
-    """Hide a needle at every depth of ever longer haystacks, and ask for it. One JSON line a cell."""
-    if ctx.invoked_subcommand is not None:
-        return
-    if model is None or out is None or not lengths:
-        raise UsageError("--model, --lengths and -o are needed", fix="see lvctx niah --help")
-    if allow_partial and modality is Modality.text:
-        raise UsageError("--allow-partial is for a haystack of video", fix="drop it")
-    hay = haystack if modality is Modality.text else frames
-    if not hay:
-        raise UsageError(
-            "--haystack is needed for text" if modality is Modality.text else "--frames is needed for video"
-        )
-    nested = depths == "nested" or depths.startswith("nested:")
-    listed = (depths.partition(":")[2] or DEPTHS) if nested else depths
-    depths_wanted, lengths_wanted = numbers("--depths", listed), numbers("--lengths", lengths)
-    if any(n != int(n) for n in lengths_wanted):
-        raise UsageError(f"--lengths {lengths!r}: whole numbers are wanted")
+    from lvctx.dist.context import SHARED_WORK_TIMEOUT, open_context
+    from lvctx.eval.niah.heatmap import draw_heatmaps
+    from lvctx.eval.niah.results import read_needle_results
+    from lvctx.eval.niah.run import NiahRun, run_niah
 
-    from lvctx.bench.grid import read_grid
-    from lvctx.bench.heatmap import draw_heatmaps
-    from lvctx.stages.niah import SHARED_WORK_TIMEOUT, NiahConfig, open_context, plan_niah, run_niah
-    from lvctx.stages.qwen_asker import resolution
-
-    config = NiahConfig(
-        model=model,
-        modality=modality.value,
-        haystack=tuple(hay),
-        lengths=tuple(int(n) for n in lengths_wanted),
-        depths=tuple(depths_wanted),
-        trials=trials,
-        distractors=distractors,
-        needles=needles,
-        scoring=score.value if score else None,
-        training_length=training_length,
-        seed=seed,
-        nested=nested,
-        loop=loop,
-        task=task.value,
-        count=count,
-        question=question.value,
-        tolerance=tolerance,
-        kept=kv.value,
-        fps=fps,
-        hybrid=resolution(hybrid, hybrid_mode.value),
-        apart=apart,
-        allow_partial=allow_partial,
-    )
-    tried = [("theta", theta) for theta in (numbers("--rope-theta", rope_theta) if rope_theta else [])]
-    for one in rope.split(",") if rope else []:
-        scheme, _, number = one.strip().partition(":")
-        tried += [(scheme, factor) for factor in numbers("--rope", number)]
-    plans = {out / f"{scheme}-{n:g}": plan_niah(replace(config, rope=(scheme, n))) for scheme, n in tried}
-    plans = plans or {out: plan_niah(config)}
-    if dry_run:
-        for target, plan in plans.items():
-            emit({"dry_run": True, "path": str(target), **plan.shown, **plan.facts(cp)})
-        return
-    failed = 0
-    opened = open_context(device=device, cp=cp, timeout=SHARED_WORK_TIMEOUT)
-    with opened as world, progress(f"niah {modality.value}", quiet=quiet) as tell:
-        for target, plan in plans.items():
-            for row in run_niah(
-                plan,
-                target,
-                world=world,
-                chunk=chunk,
-                reuse=reuse,
-                resume=resume.value,
-                force=force,
-                report=tell,
-                threshold=threshold,
-            ):
-                failed += "error" in row
-                emit(row)
-        failed = max(world.gather(failed))
-    if world.rank == 0:
-        grids = [read_grid(target) for target in plans]
-        if tried:
-            draw_heatmaps(grids, out / "heatmap.png", threshold=threshold)
-        if not quiet:
-            print_tables(grids, threshold=threshold, stderr=True)
+    with progress(name, "reading the haystack") as on_progress:
+        folders = {run.out / f"{scheme}-{n:g}": replace(config, rope=((scheme, n),)) for scheme, n in config.rope}
+        jobs = {target: plan(one) for target, one in (folders or {run.out: config}).items()}
+        if run.dry_run:
+            for target, job in jobs.items():
+                emit({"dry_run": True, "path": str(target), **job.run_facts, **job.costs(device.cp)})
+            return
+        failed = 0
+        opened = open_context(device=device.device, cp=device.cp, timeout=SHARED_WORK_TIMEOUT)
+        with opened as parallel:
+            how = NiahRun(
+                parallel=parallel,
+                dtype=device.dtype,
+                prefill_chunk=device.prefill_chunk,
+                reuse=device.reuse,
+                resume=run.resume,
+                force=run.force,
+                on_progress=on_progress,
+                threshold=run.threshold,
+            )
+            for target, job in jobs.items():
+                for row in run_niah(job, target, how):
+                    failed += "error" in row
+                    if wants_json():
+                        emit(row)
+            failed = max(parallel.gather(failed))
+    if parallel.rank == 0:
+        results = [read_needle_results(target) for target in jobs]
+        if config.rope:
+            draw_heatmaps(results, run.out / "heatmap.png", threshold=run.threshold)
+        if not (is_quiet() and wants_json()):
+            print_tables(results, threshold=run.threshold, stderr=wants_json())
     if failed:
         raise typer.Exit(EXIT_SAMPLES_FAILED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HaystackRunOptions(OutputOptions):
+    """Where a haystack goes."""
+
+    out: Annotated[Path, Flag(names=("-o", "--out"))] = Path("haystack")
+    """NAME.frames.safetensors (with --model), NAME.mp4, or a directory of images."""
+    model: str | None = None
+    """VLM or vision tower that encodes the frames: directory or hub id."""
+    pixels: Path | None = None
+    """A .pixels.txt that the frames must agree with."""
+    batch: Annotated[int, Flag(min=1, needs=("model",))] = 64
+    """Frames per forward pass of the vision tower."""
+    device: str = "auto"
+    """Device: cpu, cuda or mps. auto takes the first GPU, else the CPU."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """Continue an unfinished output: if there is one, never, or fail if there is none."""
+    force: bool = False
+    """Overwrite the output of another run."""
+
+
+@command(
+    "niah haystack",
+    "lvctx niah haystack --frames 20 --model vlm -o hay.frames.safetensors",
+    "lvctx niah haystack clips/bikes.mp4 --frames 20 --seed 1 -o hay-images",
+)
+def haystack(config: HaystackConfig, run: HaystackRunOptions) -> None:
+    """Draw hours of video from a seed and hash every frame; clips, if given, are between its scenes.
+
+    Frames stream into the vision tower: no video is stored. Two machines have the same haystack where --pixels agrees.
+    """
+    from lvctx.device import resolve_device
+    from lvctx.eval.niah.haystack import write_haystack
+    from lvctx.vlm.video_encoder import VideoEncoder
+
+    encoder = None
+    if run.model is not None:
+        sampling = VideoSampling(frame_mode="pad")
+        encoder = VideoEncoder.open(run.model, sampling, batch=run.batch, device=resolve_device(run.device))
+    with progress("niah haystack") as on_progress:
+        row = write_haystack(
+            config,
+            run.out,
+            encoder=encoder,
+            pixels=run.pixels,
+            resume=run.resume,
+            force=run.force,
+            on_progress=on_progress,
+        )
+    emit(row)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What to show of which runs."""
+
+    runs: Annotated[tuple[Path, ...], Flag(argument=True, metavar="RUN...")]
+    """Results directories, or LongVA's all_accuracies.json."""
+    out: Annotated[Path | None, Flag(names=("-o", "--out"))] = None
+    """.png or .svg: heatmaps side by side; .json: numbers; all_accuracies.json: LongVA's format."""
+    threshold: Threshold = 0.9
+    """Accuracy from which a length counts for the effective length."""
+    training_length: Annotated[int | None, Flag(min=1)] = None
+    """Tokens that the model of an all_accuracies.json was trained on, drawn as a line."""
+
+
+@command("niah report", "lvctx niah report niah", "lvctx niah report niah niah -o both.png --json")
+def report(config: ReportConfig, output: OutputOptions) -> None:
+    """Tabulate accuracy by length and draw runs side by side on one scale. Needs the results only, no model.
+
+    Without -o each run's own summary and heatmap are written again.
+    """
+    from lvctx.artifacts.store import write_json
+    from lvctx.eval.niah.heatmap import draw_heatmaps, write_report
+    from lvctx.eval.niah.longva_format import NAME, read_longva, write_longva
+    from lvctx.eval.niah.results import read_needle_results
+
+    out, threshold = config.out, config.threshold
+    if out is not None and out.suffix not in (".png", ".svg", ".json"):
+        raise UsageError(f"-o {out}: .png, .svg or .json is wanted")
+    if out is not None and out.name == NAME and len(config.runs) > 1:
+        raise UsageError(f"-o {out}: LongVA's file holds one run")
+    results = [
+        read_longva(run, trained_length=config.training_length) if run.suffix == ".json" else read_needle_results(run)
+        for run in config.runs
+    ]
+    if out is None:
+        for run, one in zip(config.runs, results, strict=True):
+            if run.suffix != ".json":
+                write_report(run, one, threshold=threshold)
+    elif out.name == NAME:
+        write_longva(out, results[0])
+    elif out.suffix == ".json":
+        write_json(out, [one.to_dict(threshold) for one in results])
+    else:
+        draw_heatmaps(results, out, threshold=threshold)
+    if wants_json():
+        for one in results:
+            emit(one.to_dict(threshold))
+    else:
+        print_tables(results, threshold=threshold, stderr=False)
+
+
+def print_tables(results: "Sequence[NeedleResults]", *, threshold: float, stderr: bool) -> None:
+    """A table for text and one for video: a row a length, a column a run, then its mean and its effective length."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lvctx.eval.niah.results import wilson
+
+    for modality in ("text", "video"):
+        chosen = [one for one in results if one.modality == modality]
+        if not chosen:
+            continue
+        tokens = {n: t for one in chosen for n, t in zip(one.lengths, one.tokens, strict=True)}
+        guessing = f", {chosen[0].guessing}" if chosen[0].guessing else ""
+        table = Table(title=f"{modality}: share of needles found{guessing}", title_justify="left")
+        for name in (chosen[0].unit, *(("tokens",) if modality == "video" else ()), *(one.name for one in chosen)):
+            table.add_column(name, justify="right")
+        for n in sorted(tokens):
+            found = [_share(one.by_length(one.lengths.index(n)) if n in one.lengths else None) for one in chosen]
+            table.add_row(f"{n:,}", *((f"{tokens[n]:,}",) if modality == "video" else ()), *found)
+        table.add_section()
+        lead = ("",) if modality == "video" else ()
+        intervals = [wilson(*one.total) for one in chosen]
+        table.add_row("mean", *lead, *(_share(one.mean) for one in chosen))
+        table.add_row("95 %", *lead, *("–" if i is None else f"{i[0]:.2f} to {i[1]:.2f}" for i in intervals))
+        table.add_row(f"effective at {threshold:g}", *lead, *(_effective(one, threshold) for one in chosen))
+        Console(stderr=stderr).print(table)
+
+
+def _effective(results: "NeedleResults", threshold: float) -> str:
+    i = results.effective(threshold)
+    if i is None:
+        return f"< {results.lengths[0]:,}"
+    return f"{'≥ ' if i == len(results.lengths) - 1 else ''}{results.lengths[i]:,}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

@@ -284,8 +284,8 @@ def _holds(need: str, values: Mapping[str, Any]) -> bool:
 def _load_recipe(ctx: typer.Context, recipe: str | None) -> str | None:
     """Take defaults from `FILE.toml[#section]`; the section defaults to the command's name.
 
-    An array of tables stands for an option that is repeated, each table for `key=value,key=value`. Raises InputError
-    for a missing file, section or an unknown key.
+    A table stands for `key=value,key=value`, an array of them for an option that is repeated. Raises InputError for a
+    missing file, section or an unknown key.
     """
     if recipe is None:
         return None
@@ -303,16 +303,22 @@ def _load_recipe(ctx: typer.Context, recipe: str | None) -> str | None:
         raise InputError(f"not valid TOML ({e})", where=name) from e
     if section not in table:
         raise InputError(f"no section [{section}]", where=name, fix=f"it has {', '.join(table)}")
-    values = {key.replace("-", "_"): _recipe_value(value) for key, value in table[section].items()}
-    known = {p.name for p in ctx.command.params}
-    for key in values:
-        if key not in known:
+    parameters: dict[str, Any] = {str(p.name): p for p in ctx.command.params}
+    values = {}
+    for key, value in table[section].items():
+        parameter = parameters.get(key.replace("-", "_"))
+        if parameter is None:
             raise InputError(f"unknown key {key!r} in [{section}]", where=name, fix=f"lvctx {command_name} --help")
+        repeated = getattr(parameter, "multiple", False) or parameter.nargs == -1
+        values[parameter.name] = _recipe_value(value, repeated=repeated)
     ctx.default_map = {**(ctx.default_map or {}), **values}
     return recipe
 
 
-def _recipe_value(value: Any) -> Any:
-    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
-        return [",".join(f"{key}={part}" for key, part in entry.items()) for entry in value]
-    return value
+def _recipe_value(value: Any, *, repeated: bool) -> Any:
+    """What the command line would hold in place of a TOML value: tables and lists are comma-separated there."""
+    if isinstance(value, dict):
+        return ",".join(f"{key}={part}" for key, part in value.items())
+    if isinstance(value, list) and not repeated:
+        return ",".join(map(str, value))
+    return [_recipe_value(part, repeated=False) for part in value] if isinstance(value, list) else value

@@ -36,9 +36,19 @@ def is_rank_zero() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_quiet() -> bool:
+    """Whether --quiet was given."""
+    return _settings.quiet
+
+
 def wants_json() -> bool:
     """Whether stdout is for a program: it is no terminal, or --json was given."""
-    return _settings.json or not sys.stdout.isatty()
+    return _settings.json or not stdout_is_terminal()
+
+
+def stdout_is_terminal() -> bool:
+    """Whether stdout is for a person."""
+    return sys.stdout.isatty()
 
 
 def emit(row: Mapping[str, Any], line: str | None = None) -> None:

@@ -3,6 +3,7 @@
 from lvctx.artifacts import schemas
 from lvctx.cli.options import RunOptions, command
 from lvctx.cli.output import artifact_row, emit, progress
+from lvctx.stages.pack_chat_config import PackChatConfig
 from lvctx.stages.pack_text_config import PackTextConfig
 
 
@@ -24,9 +25,40 @@ def pack_text(config: PackTextConfig, run: RunOptions) -> None:
 
         job = plan_pack_text(config)
         if not run.dry_run:
-            manifest = run_pack_text(job, resume=run.resume, force=run.force, report=on_progress)
+            manifest = run_pack_text(job, resume=run.resume, force=run.force, on_progress=on_progress)
     if run.dry_run:
         emit({"dry_run": True, **job.describe()})
         return
     facts = {key: manifest[key] for key in ("rows", "tokens", "seq_len")}
     emit(artifact_row(schemas.PACKED, config.out, facts))
+
+
+@command(
+    "pack-chat",
+    "lvctx pack-chat --model vlm --image shapes/full.json --media shapes --long-share 0 --target-length 2048 -o chat",
+    "lvctx pack-chat --model vlm --image shapes/full.json --media shapes --target-length 4096 -o x --dry-run",
+)
+def pack_chat(config: PackChatConfig, run: RunOptions) -> None:
+    """Mix chat samples with text, images and videos and pack them into long rows.
+
+    No sample is truncated: a row holds whole samples.
+
+    The loss is on the assistant's answers and the end of their turns, or on what the chat template marks as generated;
+    a template that rewrites earlier turns is an error. A special token that is written in a turn (<|im_end|>), and
+    <image> or <video> in a sample without one, is encoded as text. An assistant turn before the first question is left
+    out.
+
+    A stopped run begins again: it keeps no partial result.
+    """
+    with progress("pack-chat", "loading the tokenizer") as on_progress:
+        from lvctx.stages.pack_chat import plan_pack_chat, run_pack_chat
+
+        job = plan_pack_chat(config)
+        if not run.dry_run:
+            manifest = run_pack_chat(job, resume=run.resume, force=run.force, on_progress=on_progress)
+    if run.dry_run:
+        emit({"dry_run": True, **job.describe()})
+        return
+    facts = {key: manifest[key] for key in ("rows", "tokens", "samples", "target_length", "fill")}
+    facts["long_share"] = manifest["long"]["share_achieved"]
+    emit(artifact_row(schemas.CHAT, config.out, facts))

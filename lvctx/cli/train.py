@@ -45,7 +45,7 @@ def extend_lm(
             raise UsageError("--search-base runs in one process", fix="search first, then give torchrun --rope-theta")
         checked = resolve_search(config, search)
         if run.dry_run:
-            emit({"dry_run": True, "path": str(config.out), "bases": checked.bases, **checked.niah.facts()})
+            emit({"dry_run": True, "path": str(config.out), "bases": checked.bases, **checked.niah.costs()})
             return
         with progress("extend-lm --search-base") as on_progress:
             rows = run_search(checked, config.out, device=parallel.device, force=run.force, on_progress=on_progress)
@@ -178,15 +178,22 @@ def _train_mrope(
 
 def _count_video(config: MropeConfig, frames: int) -> dict[str, Any]:
     """Tokens and positions of a video of `frames` frames."""
-    from lvctx.stages.qwen_watch import cost, viewing
+    from lvctx.vision.hybrid import Hybrid
+    from lvctx.vision.sampling import VideoSampling
+    from lvctx.vlm.registry import open_vlm
 
-    sampling = viewing(fps=config.fps, hybrid=config.hybrid or "1,240,1", mode=config.hybrid_mode)
-    counted = cost(config.model, frames=frames, size=config.size, viewing=sampling)
+    try:
+        width, height = map(int, config.size.lower().split("x"))
+    except ValueError:
+        raise UsageError(f"--size {config.size!r} is not WxH", fix="write 1280x720") from None
+    hybrid = Hybrid.parse(config.hybrid) if config.hybrid else None
+    sampling = VideoSampling(hybrid=hybrid, hybrid_mode=config.hybrid_mode, fps=config.fps)
+    counted = open_vlm(config.model).count(frames, width, height, sampling)
     say(
-        f"lvctx: {frames} frames of {config.size}: {counted.actual} visual tokens (nominal {counted.nominal}) and "
-        f"{counted.delimiters} delimiters, but positions end at {counted.last_position}"
+        f"lvctx: {frames} frames of {config.size}: {counted['actual']} visual tokens (nominal {counted['nominal']}) "
+        f"and {counted['delimiters']} delimiters, but positions end at {counted['last_position']}"
     )
-    return {"frames": frames, "size": config.size, **counted._asdict()}
+    return {"frames": frames, "size": config.size, **counted}
 
 
 def _verify(out: Path) -> float | None:

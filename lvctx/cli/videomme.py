@@ -1,76 +1,50 @@
-"""`lvctx videomme run` and `score`: a model on Video-MME, and any responses file under the scorers in use."""
+"""`lvctx videomme score`: responses of a run, or of anyone, under the scorers in use."""
 
 import csv
-from dataclasses import replace
-from enum import StrEnum
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import typer
-
-from lvctx.cli.bench import interval, percent, print_sources, runner
-from lvctx.cli.common import VIDEO, emit, examples
+from lvctx.cli.benchmarks import interval, percent, print_sources
+from lvctx.cli.options import OutputOptions, command
+from lvctx.cli.output import emit, wants_json
+from lvctx.config import Flag
 from lvctx.errors import UsageError
 
 
-class Rule(StrEnum):
-    """How a reply becomes a letter, and what happens to one without."""
+@dataclass(frozen=True, kw_only=True)
+class VideoMMEScoreConfig:
+    """What to score, and how."""
 
-    official = "official"
-    official_2024 = "official-2024"
-    lmms_eval = "lmms-eval"
-    strict = "strict"
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command's group to the program."""
-    group = typer.Typer(no_args_is_help=True, help="Video-MME: run a model on it, and score anyone's responses.")
-    group.command("run")(runner("videomme"))
-    group.command(
-        "score",
-        epilog=examples(
-            "lvctx videomme score videomme --json",
-            "lvctx videomme score videomme/responses.json videomme --csv cells.csv --plot both.png",
-        ),
-    )(score)
-    app.add_typer(
-        group,
-        name="videomme",
-        rich_help_panel=VIDEO,
-        epilog=examples(
-            "lvctx videomme run --model vlm --videos films --questions questions.json --frames 8 -o videomme",
-            "lvctx videomme score videomme --plot accuracy.png",
-        ),
-    )
+    files: Annotated[tuple[Path, ...], Flag(argument=True, metavar="FILE...")]
+    """Responses in the official format, or results directories of run."""
+    rule: Literal["official", "official-2024", "lmms-eval", "strict"] = "official"
+    """Scorer that the breakdown, the difference and the plot use."""
+    csv: Path | None = None
+    """Write duration x domain x task, with margins, for every rule."""
+    plot: Path | None = None
+    """Draw accuracy by duration, or by number of frames for several runs: .png or .svg."""
 
 
-def score(
-    files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Responses in the official format, or directories of runs.")
-    ],
-    rule: Annotated[
-        Rule, typer.Option(help="Whose verdicts the breakdown, the difference and the plot show.")
-    ] = Rule.official,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON line a file (and one for the difference).")] = False,
-    table: Annotated[
-        Path | None, typer.Option("--csv", help="Write duration x domain x task, with margins, for every rule.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw accuracy by duration, or by frames for several runs: .png or .svg.")
-    ] = None,
-) -> None:
+@command(
+    "videomme score",
+    "lvctx videomme score videomme --json",
+    "lvctx videomme score videomme/responses.json videomme --csv cells.csv --plot both.png",
+)
+def score(config: VideoMMEScoreConfig, output: OutputOptions) -> None:
     """Score responses under four rules with 95% intervals clustered by video; of two files, also their difference.
 
     official is the authors' script as it is now, official-2024 as it was before; both drop replies without a letter
-    from the denominator. lmms-eval counts them wrong, strict wants the reply to begin with the letter. No model and no
-    torch is needed.
+    from the denominator. lmms-eval counts them wrong, strict wants the reply to begin with the letter. No model is
+    needed.
     """
     from lvctx.artifacts.schemas import SCORE
     from lvctx.bench import videomme
     from lvctx.bench.accuracy import difference
-    from lvctx.bench.choice import RULES
+    from lvctx.bench.answers import RULES
     from lvctx.bench.responses import read_responses
 
+    files, plot = config.files, config.plot
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise UsageError(f"--plot {plot}: .png or .svg is wanted")
     read = [read_responses(file) for file in files]
@@ -82,21 +56,21 @@ def score(
     if len(read) == 2:
         a, b = (one.replies for one in read)
         versus = {name: vars(difference(a, b, name)) for name in RULES}
-    if table is not None:
-        _write_csv(table, [row for one in read for row in videomme.cells(one)])
+    if config.csv is not None:
+        _write_csv(config.csv, [row for one in read for row in videomme.cells(one)])
     if plot is not None:
-        from lvctx.bench.bars import draw_accuracy
+        from lvctx.bench.accuracy_plot import draw_accuracy
 
         known = [frames for frames, _ in runs if frames is not None]
-        draw_accuracy(scores, known if len(set(known)) == len(files) > 1 else None, rule.value, plot)
-    if as_json:
+        draw_accuracy(scores, known if len(set(known)) == len(files) > 1 else None, config.rule, plot)
+    if wants_json():
         for row in scores:
             emit(row)
         if versus:
             emit({"schema": SCORE, "first": read[0].name, "second": read[1].name, "difference": versus})
         return
     for row, one in zip(scores, read, strict=True):
-        _print(row, videomme.cells(one, [rule.value]), rule.value)
+        _print(row, videomme.cells(one, [config.rule]), config.rule)
     if versus:
         _print_difference(read[0].name, read[1].name, versus)
 
@@ -106,13 +80,12 @@ def _read_run(path: Path) -> tuple[int | None, int]:
 
     None and 0 for files of others; None for runs whose videos differ in frames.
     """
-    from lvctx.artifacts.rows import read_rows
+    from lvctx.artifacts.result_log import RESULTS, read_results
 
     folder = path.parent if path.name == "responses.json" else path
-    results = folder / "results.jsonl"
-    last = {str(row.get("key")): row for row in read_rows(results)} if results.is_file() else {}
-    frames = {row["frames"] for row in last.values() if isinstance(row.get("frames"), int)}
-    return frames.pop() if len(frames) == 1 else None, sum("error" in row for row in last.values())
+    rows = list(read_results(folder).values()) if (folder / RESULTS).is_file() else []
+    frames = {row["frames"] for row in rows if isinstance(row.get("frames"), int)}
+    return frames.pop() if len(frames) == 1 else None, sum("error" in row for row in rows)
 
 
 def _write_csv(target: Path, rows: list[dict[str, Any]]) -> None:

@@ -10,10 +10,9 @@ from lvctx.artifacts.config import language_part, read_model_config
 from lvctx.artifacts.manifest import MANIFEST, read_manifest
 from lvctx.artifacts.sniff import check_kind
 from lvctx.artifacts.weights import read_headers, shard_names
-from lvctx.device import resolve_device
+from lvctx.device import DeviceMap, resolve_device
 from lvctx.errors import InputError, MissingError, first_line, library_errors
 from lvctx.model.fit import DERIVED, check_loaded
-from lvctx.positions.choose import check_rope
 
 VLM_TYPE = "llava_onevision"
 FLOATS = ("BF16", "F16", "F32", "F64")
@@ -114,10 +113,6 @@ def load_image_processor(path: Path) -> Any:
     return processor
 
 
-DeviceMap = str | dict[str, Any]
-"""Where a model's modules are, as accelerate takes it: `auto`, `balanced`, `sequential`, or devices by name."""
-
-
 def load_model(
     path: Path,
     *,
@@ -135,6 +130,8 @@ def load_model(
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    from lvctx.positions.choose import check_rope  # imports torch, which readers of config.json alone do without
 
     if device_map is None:
         device = resolve_device(device)

@@ -67,7 +67,7 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
             tower = load_vision_model(job.vision_source, dtype=lm.dtype)
             vlm = assemble(lm, tower, self.tokenizer, where=job.text_source, seed=self.config.seed).to(device)
         self.encoding = job.encoding(vlm.config.vision_config)
-        self.encoding.tell(vlm.config)
+        self.encoding.write_to(vlm.config)
         groups, lora = _freeze(vlm, job)
         for adapter in self.config.adapter:
             load_adapter(adapter, vlm, lora)

@@ -15,14 +15,14 @@ from lvctx.errors import InputError, UsageError
 from lvctx.model.load import VLM_TYPE, load_config, load_tokenizer, refuse_quantized, resolve_model
 from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import VIDEO_TOKEN, add_visual_tokens, image_grid, image_rule
+from lvctx.text.conversations import Conversation, read_conversations, read_pairs
 from lvctx.text.hub import hub_commit
 from lvctx.train.align_config import AlignConfig
 from lvctx.train.batching import encode_sample
-from lvctx.train.chat import Conversation, encode_conversation, read_conversations
-from lvctx.train.images import Encoding
-from lvctx.train.preference import read_pairs
+from lvctx.train.chat import encode_conversation
 from lvctx.vision.grids import MAX_GRIDS, image_max_grids
 from lvctx.vision.tower import TowerFiles
+from lvctx.vlm.image_tiling import ImageEncoding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +56,13 @@ class AlignJob:
         assert path is not None
         return path
 
-    def encoding(self, vision_config: Any) -> Encoding:
+    def encoding(self, vision_config: Any) -> ImageEncoding:
         """How images become tokens of this tower."""
         config = self.config
         assert config.image_encoding is not None
         assert config.unires_rule is not None
         assert config.max_grids is not None
-        return Encoding.of(
+        return ImageEncoding.of(
             vision_config, grid=config.image_encoding, rule=config.unires_rule, max_grids=config.max_grids
         )
 
@@ -185,7 +185,7 @@ def _check_template(rows: Sequence[tuple[Conversation, ...]], path: Path, *, new
     tokenizer = load_tokenizer(path)
     if new:
         add_visual_tokens(tokenizer, path)
-    roles = {tuple(m["role"] for m in one.messages): (one, len(row) > 1) for row in reversed(rows) for one in row}
+    roles = {tuple(turn.role for turn in one.turns): (one, len(row) > 1) for row in reversed(rows) for one in row}
     for one, last_only in roles.values():
         encode_conversation(one, tokenizer, lambda image: 1, last_only=last_only)
 

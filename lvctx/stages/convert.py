@@ -9,12 +9,12 @@ from lvctx.artifacts.lock import LOCK, only_writer
 from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
 from lvctx.artifacts.store import write_json
 from lvctx.artifacts.weights import Weight, write_weights
+from lvctx.config import OnProgress
 from lvctx.errors import InputError
 from lvctx.model.export import model_files
 
 STARTED = ".started.json"
-"""Says whose shards stand in an unfinished output."""
-Report = Callable[[int, int, str], None]
+"""Written first: identifies the run that the shards of an unfinished output belong to."""
 
 
 def write_converted(
@@ -25,12 +25,12 @@ def write_converted(
     finish: Callable[[], Mapping[str, Any]],
     resume: str,
     force: bool,
-    report: Report,
+    on_progress: OnProgress,
 ) -> None:
-    """Write a model directory, or go on with one; nothing to do if it stands finished.
+    """Write a model directory, or continue one; a finished one is left as it is.
 
-    `shards` tells what to write; `finish` writes everything but the weights and returns facts for the manifest. Raises
-    InputError where another model stands, unless `force`.
+    `shards` returns the weights to write; `finish` writes everything but the weights and returns facts for the
+    manifest. Raises InputError if another model is there, unless `force`.
     """
     if is_finished(out, provenance, resume=resume, force=force):
         return
@@ -40,7 +40,7 @@ def write_converted(
         if force or resume == "never" or not mine:
             _clear(out, force=force)
             write_json(started, provenance.to_dict())
-        write_weights(out, shards(), report=report)
+        write_weights(out, shards(), report=on_progress)
         facts = finish()
         nested = [
             f"{folder.name}/{name}" for folder in out.iterdir() if folder.is_dir() for name in model_files(folder)

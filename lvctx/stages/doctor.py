@@ -1,7 +1,7 @@
-"""Whether context parallelism is exact here: one model, one row, one process and N; the loss and every gradient.
+"""Checks that context parallelism is exact: the loss and every gradient of one row, on one process and on N.
 
-Both run in float32 on the same row, chosen so that everything hard is in it: a length that 2N does not divide, targets
-that do not count, and documents that cross the shards' seams. The first run is torch's own attention with a plain mask.
+Both run in float32. The row has every difficult case: a length that is not a multiple of 2N, targets that do not count,
+and documents that cross the boundaries of the shards. The run on one process is torch's own attention with a mask.
 """
 
 import math
@@ -19,6 +19,7 @@ from lvctx.dist.context import ParallelContext, joined, make_context, open_conte
 from lvctx.errors import InputError
 from lvctx.model.load import context_length, load_config, load_model, resolve_model
 from lvctx.model.loss import IGNORED
+from lvctx.stages.doctor_config import DoctorConfig
 from lvctx.train.rows import RowLoss, shard_row
 
 TOLERANCE = 1e-5
@@ -46,20 +47,21 @@ class Finding:
         return self.loss <= TOLERANCE and self.gradient <= TOLERANCE
 
 
-def diagnose(*, model: str, cp: int, length: int, device: str, seed: int) -> list[Finding]:
-    """Compare one process with `cp` on a model's own weights; the findings, on every rank.
+def diagnose(config: DoctorConfig) -> list[Finding]:
+    """Compare one process with `cp` processes on a model's own weights; the findings, on every rank.
 
-    Under torchrun its processes take part; alone, `cp` processes are started on the CPU. Raises InputError for a model
-    that ring attention does not serve, UsageError where `cp` does not divide the processes.
+    Under torchrun its processes are used; otherwise `cp` processes are started on the CPU. Raises InputError for a
+    model that ring attention does not support, UsageError if `cp` does not divide the number of processes.
     """
-    path = resolve_model(model)
-    config = load_config(path)
-    attention.check_config(config.get_text_config(), where=path)
-    if length > context_length(config):
-        raise InputError(f"{length} tokens are more than its {context_length(config)}", where=path, fix="--length")
+    path = resolve_model(config.model)
+    model_config = load_config(path)
+    attention.check_config(model_config.get_text_config(), where=path)
+    cp, length, seed = config.cp, config.length, config.seed
+    if length > (longest := context_length(model_config)):
+        raise InputError(f"{length} tokens are more than its {longest}", where=path, fix="--length")
     if under_torchrun() or cp == 1:
-        with open_context(device=device, cp=cp) as world:
-            return _compare(path, world, length, seed)
+        with open_context(device=config.device, cp=cp) as context:
+            return _compare(path, context, length, seed)
     with tempfile.TemporaryDirectory() as folder:
         results = multiprocessing.get_context("spawn").SimpleQueue()
         try:
@@ -72,33 +74,33 @@ def diagnose(*, model: str, cp: int, length: int, device: str, seed: int) -> lis
 def _one_of(rank: int, folder: Path, path: Path, cp: int, length: int, seed: int, results: Any) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // cp))
     with joined(folder / "store", rank=rank, size=cp):
-        found = _compare(path, make_context(device="cpu", cp=cp), length, seed)
+        findings = _compare(path, make_context(device="cpu", cp=cp), length, seed)
     if rank == 0:
-        results.put([asdict(f) for f in found])
+        results.put([asdict(f) for f in findings])
 
 
-def _compare(path: Path, world: ParallelContext, length: int, seed: int) -> list[Finding]:
+def _compare(path: Path, context: ParallelContext, length: int, seed: int) -> list[Finding]:
     attention.register()
-    lm = load_model(path, dtype=torch.float32, device=world.device)
+    lm = load_model(path, dtype=torch.float32, device=context.device)
     row_loss = RowLoss(lm)
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, lm.config.vocab_size, (1, length), generator=draw)
-    seams = {0, 1, length // 3, length // 2, length - length // 5, length - 1}
-    alone = ParallelContext(device=world.device)
-    found = []
-    for starts in (None, tuple(sorted(seams))):
-        expected_loss, expected = _run(row_loss, alone, ids, starts, ring=False)
-        loss, gradients = _run(row_loss, world, ids, starts, ring=True)
-        (loss,) = world.sum([loss])
-        loss /= world.dp
+    boundaries = {0, 1, length // 3, length // 2, length - length // 5, length - 1}
+    single = ParallelContext(device=context.device)
+    findings = []
+    for starts in (None, tuple(sorted(boundaries))):
+        expected_loss, expected = _run(row_loss, single, ids, starts, ring=False)
+        loss, gradients = _run(row_loss, context, ids, starts, ring=True)
+        (loss,) = context.sum([loss])
+        loss /= context.dp
         worst, name = 0.0, ""
         for key, gradient in gradients.items():
-            world.add_up(gradient)
+            context.add_up(gradient)
             truth = expected[key]
-            off = float((gradient / world.dp - truth).norm() / truth.norm().clamp_min(1e-30))
+            off = float((gradient / context.dp - truth).norm() / truth.norm().clamp_min(1e-30))
             if not off <= worst:
                 worst, name = off, key
-        found.append(
+        findings.append(
             Finding(
                 doc_mask=starts is not None,
                 loss=abs(loss - expected_loss) / abs(expected_loss),
@@ -107,25 +109,25 @@ def _compare(path: Path, world: ParallelContext, length: int, seed: int) -> list
                 parameters=len(gradients),
             )
         )
-    return found
+    return findings
 
 
 def _run(
-    row_loss: RowLoss, world: ParallelContext, ids: Tensor, starts: tuple[int, ...] | None, *, ring: bool
+    row_loss: RowLoss, context: ParallelContext, ids: Tensor, starts: tuple[int, ...] | None, *, ring: bool
 ) -> tuple[float, dict[str, Tensor]]:
     """Summed loss and gradients of this rank's part; every seventh target does not count."""
     lm = row_loss.lm
     lm.set_attn_implementation(attention.NAME if ring else "sdpa")
     lm.zero_grad(set_to_none=True)
-    given = shard_row(ids, world, starts)
-    given["labels"] = given["labels"].masked_fill(given["positions"] % 7 == 3, IGNORED)
+    inputs = shard_row(ids, context, starts)
+    inputs["labels"] = inputs["labels"].masked_fill(inputs["positions"] % 7 == 3, IGNORED)
     if not ring:
-        given.pop("shard", None)
+        inputs.pop("shard", None)
         if starts is not None:
             places = torch.arange(ids.shape[1])
             documents = torch.bucketize(places, torch.tensor(starts), right=True)
-            sees = (documents[:, None] == documents) & (places[:, None] >= places)
-            given["attention_mask"] = sees[None, None].to(world.device)
-    total, _ = row_loss(**given)
+            visible = (documents[:, None] == documents) & (places[:, None] >= places)
+            inputs["attention_mask"] = visible[None, None].to(context.device)
+    total, _ = row_loss(**inputs)
     total.backward()
     return total.item(), {n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None}

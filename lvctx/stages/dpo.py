@@ -8,8 +8,6 @@ in a row log, so there is never a second model in memory.
 Shapes: M pairs, T tokens of all their answers (chosen, rejected, chosen, ...), E language-model width, V vocabulary.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lvctx.artifacts.rows import RowLog
+from lvctx.artifacts.result_log import ResultLog
 from lvctx.config import OnProgress
 from lvctx.dist.fsdp import keep_in_graph
 from lvctx.model.loss import token_loss
@@ -80,15 +78,15 @@ class DpoTask(AlignTask):
         self.loss_fn = partial(reference_loss, reference=reference, beta=self.config.beta)
 
     def compute_reference(self, numbers: Sequence[int], path: Path, on_progress: OnProgress) -> Reference:
-        """Log-probabilities of these pairs under the model as it is, kept in `path` row by row.
+        """Log-probabilities of these pairs under the model as it is, stored in `path` row by row.
 
-        Rows of another run are left alone, rows of this one are not computed again. Every rank must call it; each
-        computes its share.
+        Pairs that have a row are not computed again. Every rank must call it and computes its share. Raises InputError
+        where `path` has rows of another run.
         """
-        context, run = self.context, _reference_run(self.job)
-        keys = {number: f"{run}-{number}" for number in numbers}
+        context, made_of = self.context, _reference_made_of(self.job)
+        keys = {number: str(number) for number in numbers}
         context.barrier()
-        with RowLog(path) as log:
+        with ResultLog.open(path, made_of, shared=True) as log:
             # Rank 0 decides what is missing: another one may be ahead and have written already.
             missing = set(context.gather([number for number, key in keys.items() if key not in log])[0])
             done = len(keys) - len(missing)
@@ -99,7 +97,7 @@ class DpoTask(AlignTask):
                     values = self.forward(micro, log_probs).tolist()
                     for sample, (chosen, rejected) in zip(micro, values, strict=True):
                         if context.dp_rank < len(groups) and sample.number in missing:
-                            log.append({"key": keys[sample.number], "chosen": chosen, "rejected": rejected})
+                            log.append(keys[sample.number], {"chosen": chosen, "rejected": rejected})
                     done += sum(sample.number in missing for group in groups for sample in group)
                     on_progress(done, len(keys), "reference")
         if context.mesh is not None:
@@ -107,7 +105,7 @@ class DpoTask(AlignTask):
             sharded: Any = self.forward
             sharded.reshard()
         context.barrier()
-        with RowLog(path) as log:
+        with ResultLog.open(path, made_of, shared=True) as log:
             rows = {number: log.rows[key] for number, key in keys.items()}
         return {number: (row["chosen"], row["rejected"]) for number, row in rows.items()}
 
@@ -128,11 +126,11 @@ class DpoTask(AlignTask):
             yield from (groups[first : first + dp] for first in range(0, len(groups), dp))
 
 
-def _reference_run(job: AlignJob) -> str:
-    """Sixteen hex digits of what decides the starting model's log-probabilities."""
+def _reference_made_of(job: AlignJob) -> dict[str, Any]:
+    """What decides the starting model's log-probabilities."""
     names = ("image_encoding", "unires_rule", "max_grids", "max_length")
-    decisive = {**job.provenance.inputs, **{name: getattr(job.config, name) for name in names}}
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
+    encoding = {name: getattr(job.config, name) for name in names}
+    return {**{name: value[:16] for name, value in job.provenance.inputs.items()}, **encoding}
 
 
 def align_task(job: AlignJob) -> AlignTask:

@@ -1,14 +1,14 @@
-"""LongVA's released checkpoints as VLMs of ours: tensors carried over shard by shard, each accounted for.
+"""Converts LongVA's released checkpoints shard by shard; every tensor is accounted for.
 
-`lmms-lab/LongVA-7B` and `LongVA-7B-DPO` are LLaVA checkpoints: see `lvctx.model.llava` for how they differ. Memory is
-that of the largest tensor that has to be made (none for LongVA-7B, whose vocabulary has room for the placeholders), not
-of the model.
+`lmms-lab/LongVA-7B` and `LongVA-7B-DPO` are LLaVA checkpoints: see `lvctx.model.llava` for how they differ. Needs the
+memory of the largest tensor that has to be built (none for LongVA-7B, whose vocabulary has room for the placeholders),
+not of the model.
 """
 
 import ast
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from lvctx.artifacts.config import read_model_config
 from lvctx.artifacts.manifest import Provenance
 from lvctx.artifacts.store import fingerprint, read_json
 from lvctx.artifacts.weights import WIDTHS, Weight, read_weights
+from lvctx.config import OnProgress
 from lvctx.errors import InputError, UsageError
 from lvctx.model import llava
 from lvctx.model.card import write_vision_section
@@ -37,6 +38,7 @@ from lvctx.model.vlm import (
     write_processors,
 )
 from lvctx.stages.convert import write_converted
+from lvctx.stages.convert_config import ImportLongvaConfig
 from lvctx.stages.side_files import write_side_files
 from lvctx.vision.grids import MAX_GRIDS, MaxGrids, grids_up_to, tell_grids
 from lvctx.vision.tower import load_vision_model
@@ -47,9 +49,11 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ImportLongvaJob:
     """A checked import: everything but the bytes."""
 
+    out: Path
+    """Directory to write."""
     source: Path
     """Resolved LLaVA checkpoint."""
     config: Any
@@ -57,15 +61,15 @@ class Plan:
     tokenizer: Any
     """With the placeholders."""
     pixels: Mapping[str, Any]
-    """How the tower wants its pixels."""
+    """Image processor configuration of the vision tower."""
     tower: Path | None
     """Where the tower's weights come from; None if they are in the checkpoint."""
     shards: list[dict[str, Weight]]
     """The checkpoint's tensors under our names."""
     dropped: list[str]
-    """Names of what is not carried over: computed from the configuration, tied, or read by nothing."""
+    """Names of tensors that are left out: computed from the configuration, tied, or unused."""
     rows: int
-    """Of the embedding: those of the checkpoint, or more where the placeholders found no room."""
+    """Rows of the embedding: those of the checkpoint, or more if it has no room for the placeholders."""
     provenance: Provenance
     """What identifies the run."""
 
@@ -81,26 +85,28 @@ class Plan:
         }
 
 
-def plan_import(*, source: str, tower: str | None, context: int | None) -> Plan:
+def plan_import_longva(config: ImportLongvaConfig) -> ImportLongvaJob:
     """Check a LLaVA checkpoint tensor by tensor, from headers alone.
 
-    `tower` gives the tower's configuration, and its weights where the checkpoint has none; else it is the one that
-    config.json names. Raises InputError for a checkpoint that is incomplete, or holds what has no place in the result.
+    Raises InputError for a checkpoint that is incomplete, or has tensors that have no place in the result, and
+    UsageError for an output that is the checkpoint itself.
     """
-    path = resolve_model(source)
+    path = resolve_model(config.source)
+    if config.out.resolve() == path.resolve():
+        raise UsageError("-o is the checkpoint itself", fix="choose another directory")
     flat = read_model_config(path)
-    text = llava.text_config(flat, context=context, where=path)
+    text = llava.text_config(flat, context=config.context, where=path)
     stored = {name: weight for shard in read_weights(path).values() for name, weight in shard.items()}
     inside = any(name.startswith(llava.TOWER) for name in stored)
     shapes = {name: weight.shape for name, weight in stored.items() if not DERIVED.search(name)}
-    vision, pixels, tower_path = _tower(path, flat, tower, shapes if inside else None)
+    vision, pixels, tower_path = _tower(path, flat, config.tower, shapes if inside else None)
     tokenizer = load_tokenizer(path)
     add_visual_tokens(tokenizer, path)
-    config = vlm_config(text, vision, tokenizer)
-    config.vision_feature_layer = flat.get("mm_vision_select_layer", -2)
+    vlm = vlm_config(text, vision, tokenizer)
+    vlm.vision_feature_layer = flat.get("mm_vision_select_layer", -2)
     grids = read_pinpoints(flat.get("image_grid_pinpoints"), tile=vision.image_size, where=path)
     if grids != MAX_GRIDS:
-        tell_grids(config, grids)
+        tell_grids(vlm, grids)
     side = vision.image_size // vision.patch_size
     if side % 2:
         raise InputError(f"{side} x {side} features cannot be pooled 2x2 without a rest", where=path)
@@ -113,16 +119,17 @@ def plan_import(*, source: str, tower: str | None, context: int | None) -> Plan:
         {renamed[name]: weight for name, weight in shard.items() if name in wanted}
         for shard in read_weights(path).values()
     ]
-    config.architectures = ["LlavaOnevisionForConditionalGeneration"]
-    config.dtype = text.dtype = DTYPES[stored["model.norm.weight"].dtype]
+    vlm.architectures = ["LlavaOnevisionForConditionalGeneration"]
+    vlm.dtype = text.dtype = DTYPES[stored["model.norm.weight"].dtype]
     rows = text.vocab_size
     if len(tokenizer) > rows:
         rows = text.vocab_size = -(-len(tokenizer) // 64) * 64
-    forget_origin(config)
+    forget_origin(vlm)
     made_of = {"model": fingerprint(path)} | ({"tower": fingerprint(tower_path)} if tower_path else {})
-    return Plan(
+    return ImportLongvaJob(
+        out=config.out,
         source=path,
-        config=config,
+        config=vlm,
         tokenizer=tokenizer,
         pixels=pixels,
         tower=None if inside else tower_path,
@@ -130,7 +137,7 @@ def plan_import(*, source: str, tower: str | None, context: int | None) -> Plan:
         dropped=dropped,
         rows=rows,
         provenance=Provenance(
-            schema=schemas.MODEL, command="import-longva", config={"context": context}, inputs=made_of
+            schema=schemas.MODEL, command="import-longva", config={"context": config.context}, inputs=made_of
         ),
     )
 
@@ -193,33 +200,30 @@ def _tower(
     return config, llava.pixels_of(pixels), directory
 
 
-def run_import(plan: Plan, out: Path, *, resume: str, force: bool, report: Callable[[int, int, str], None]) -> None:
-    """Write the VLM, or go on with it; nothing to do if it stands finished. Raises InputError if the disk refuses."""
-    if out.resolve() == plan.source.resolve():
-        raise UsageError("-o is the checkpoint itself", fix="choose another directory")
-
+def run_import_longva(job: ImportLongvaJob, *, resume: str, force: bool, on_progress: OnProgress) -> None:
+    """Write the VLM, or continue it; a finished one is left as it is. Raises InputError if the disk refuses."""
     write_converted(
-        out,
-        plan.provenance,
-        shards=lambda: _shards(plan),
-        finish=lambda: _finish(plan, out),
+        job.out,
+        job.provenance,
+        shards=lambda: _shards(job),
+        finish=lambda: _finish(job),
         resume=resume,
         force=force,
-        report=report,
+        on_progress=on_progress,
     )
 
 
-def _shards(plan: Plan) -> list[Mapping[str, Weight]]:
-    """What to write: the checkpoint's shards with what the placeholders need, and one for a tower from elsewhere."""
+def _shards(job: ImportLongvaJob) -> list[Mapping[str, Weight]]:
+    """What to write: the checkpoint's shards with the added rows, and one for a tower that is not in the checkpoint."""
     shards: list[Mapping[str, Weight]] = []
-    line_end = newline_id(plan.tokenizer)
-    for shard in plan.shards:
-        made = {n: _grown(w, plan.rows) if n in (EMBEDDING, HEAD) else w for n, w in shard.items()}
+    line_end = newline_id(job.tokenizer)
+    for shard in job.shards:
+        made = {n: _grown(w, job.rows) if n in (EMBEDDING, HEAD) else w for n, w in shard.items()}
         if EMBEDDING in shard:
             made[NEWLINE] = _row(shard[EMBEDDING], line_end)
         shards.append(made)
-    if plan.tower is not None:
-        state = load_vision_model(plan.tower, dtype=plan.config.dtype).state_dict()
+    if job.tower is not None:
+        state = load_vision_model(job.tower, dtype=job.config.dtype).state_dict()
         shards.append(
             {
                 "vision_tower.vision_model." + name.removeprefix("vision_model."): _made(value)
@@ -230,22 +234,23 @@ def _shards(plan: Plan) -> list[Mapping[str, Weight]]:
     return shards
 
 
-def _finish(plan: Plan, out: Path) -> dict[str, Any]:
-    """Write what is not weights."""
-    plan.config.save_pretrained(out)
+def _finish(job: ImportLongvaJob) -> dict[str, Any]:
+    """Write everything but the weights, and return facts for the manifest."""
+    out = job.out
+    job.config.save_pretrained(out)
     generation = "generation_config.json"
-    if (plan.source / generation).is_file():
-        shutil.copyfile(plan.source / generation, out / generation)
+    if (job.source / generation).is_file():
+        shutil.copyfile(job.source / generation, out / generation)
     else:
         from transformers import GenerationConfig
 
-        GenerationConfig.from_model_config(plan.config.text_config).save_pretrained(out)
-    flatten_content(plan.tokenizer)
-    save_tokenizer(plan.tokenizer, plan.config, out)
-    write_processors(plan.config, plan.pixels, out)
-    write_vision_section(plan.config, out)
+        GenerationConfig.from_model_config(job.config.text_config).save_pretrained(out)
+    flatten_content(job.tokenizer)
+    save_tokenizer(job.tokenizer, job.config, out)
+    write_processors(job.config, job.pixels, out)
+    write_vision_section(job.config, out)
     write_side_files(out)
-    return plan.facts
+    return job.facts
 
 
 def _made(value: Tensor) -> Weight:

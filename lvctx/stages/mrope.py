@@ -7,7 +7,7 @@ Shapes: L tokens of a row, E width of the language model.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,21 +26,21 @@ from lvctx.dist.ring import Ring
 from lvctx.dist.zigzag import shard
 from lvctx.errors import InputError, UsageError
 from lvctx.model.adapter import ADAPTER
-from lvctx.model.load import load_config, load_image_processor, load_model, load_tokenizer, try_forward
+from lvctx.model.load import load_config, load_image_processor, load_model, try_forward
 from lvctx.model.lora import ATTENTION, add_lora
 from lvctx.model.loss import IGNORED, token_loss
-from lvctx.model.qwen_vl import TYPES
 from lvctx.positions.mrope_ids import Rules
 from lvctx.stages.mrope_checkpoint import MropeJob, clear, resolve_mrope, write_checkpoint
-from lvctx.stages.pack_chat import plan_chat, run_chat
-from lvctx.stages.qwen_asker import resolution
+from lvctx.stages.pack_chat import plan_pack_chat, run_pack_chat
+from lvctx.stages.pack_chat_config import PackChatConfig
 from lvctx.train.chat_rows import ChatRow, RowReader
 from lvctx.train.config import ParallelConfig
 from lvctx.train.data import indices
 from lvctx.train.mrope_config import MropeConfig
 from lvctx.train.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
 from lvctx.vision.hybrid import Hybrid
-from lvctx.vision.rules import qwen_rule
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vlm.qwen_vl import QwenVL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ def resolve_mrope_training(config: MropeConfig, *, force: bool = False) -> Mrope
     """
     job, data = resolve_mrope(config, force=force), config.data
     assert data is not None
-    if job.checkpoint.model_type not in TYPES:
+    if job.checkpoint.model_type not in ("qwen2_vl", "qwen2_5_vl"):
         raise UsageError(f"{job.checkpoint.model_type} is extended but not trained here", fix="drop --data")
     if config.lr <= 0:
         raise UsageError("--lr 0 trains nothing")
@@ -75,7 +75,7 @@ def resolve_mrope_training(config: MropeConfig, *, force: bool = False) -> Mrope
     if config.seq_len is not None and config.seq_len < rows.target_length:
         longer = f"rows of up to {rows.target_length} tokens are not cut to {config.seq_len}"
         raise UsageError(longer, fix="pack-chat --target-length")
-    hybrid = resolution(config.hybrid, config.hybrid_mode)
+    hybrid = requested_hybrid(config)
     if hybrid is not None and packed_hybrid(rows) != hybrid:
         raise InputError("packed at another resolution", where=data, fix="pack-chat with this --hybrid")
     _check_tokens(rows, job.checkpoint.path, data)
@@ -90,6 +90,12 @@ def resolve_mrope_training(config: MropeConfig, *, force: bool = False) -> Mrope
     return MropeTrainingJob(config=resolved, provenance=provenance, rows=rows, **base)
 
 
+def requested_hybrid(config: MropeConfig) -> Hybrid | None:
+    """The resolution that the options ask for; None where they ask for none. Raises UsageError."""
+    hybrid = Hybrid.parse(config.hybrid) if config.hybrid else None
+    return VideoSampling(hybrid=hybrid, hybrid_mode=config.hybrid_mode).resolution
+
+
 def packed_hybrid(rows: ChatRows) -> Hybrid:
     """The resolution that rows were packed with."""
     return Hybrid(**(rows.manifest["config"]["hybrid"] or {}))
@@ -97,7 +103,7 @@ def packed_hybrid(rows: ChatRows) -> Hybrid:
 
 def _check_tokens(rows: ChatRows, model: Path, data: Path) -> None:
     """Raise InputError for rows of another tokenizer, which are detected by their placeholder ids."""
-    rule = qwen_rule(model, load_tokenizer(model), Hybrid())
+    rule = QwenVL(model).rule(Hybrid())
     for number in range(len(rows)):
         ids = rows.row(number)
         for sample in rows.samples(number):
@@ -111,26 +117,21 @@ def pack_samples_file(config: MropeConfig, seq_len: int, on_progress: OnProgress
     """Pack `config.data`, a file of chat samples, as `pack-chat` does without a mix; the new directory."""
     assert config.data is not None
     target = config.out.with_name(f"{config.out.name}-chat")
-    hybrid = resolution(config.hybrid, config.hybrid_mode)
-    plan = plan_chat(
-        {"interleaved": [config.data]},
+    hybrid = requested_hybrid(config)
+    packing = PackChatConfig(
+        interleaved=(config.data,),
+        out=target,
         model=config.model,
         media=config.media,
-        mix={"interleaved": 1.0},
-        hybrid=asdict(hybrid) if hybrid else None,
+        hybrid=f"{hybrid.group},{hybrid.tokens},{hybrid.ratio}" if hybrid else None,
+        hybrid_mode=hybrid.mode if hybrid else "pair",
         target_length=seq_len,
-        tokens=None,
         long_share=0.0,
-        long_over=8192,
         video_fps=config.fps,
-        max_frames=768,
-        template="chatml",
-        skip_malformed=False,
         allow_partial=config.allow_partial,
-        shard_tokens=1 << 24,
         seed=config.seed,
     )
-    run_chat(plan, target, report=on_progress)
+    run_pack_chat(plan_pack_chat(packing), on_progress=on_progress)
     return target
 
 
@@ -173,7 +174,7 @@ class MropeTask(TrainingTask[int]):
             raise UsageError("--micro-tokens has no meaning here: a forward pass takes one row", fix="drop it")
         if context.cp > 1:
             attention.use(trainable.decoder, where=path)
-        rule = qwen_rule(path, load_tokenizer(path), packed_hybrid(self.job.rows))
+        rule = QwenVL(path).rule(packed_hybrid(self.job.rows))
         per_second = Rules.of(trainable.model.config).tokens_per_second
         processor = load_image_processor(path)
         self.reader = RowReader(self.job.rows, self.config.media, rule, processor, tokens_per_second=per_second)

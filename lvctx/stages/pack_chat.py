@@ -1,155 +1,123 @@
-"""Chat samples of several kinds in, rows of about one length out: GIRAFFE's data recipe (section 2, ETVLM).
+"""Packs chat samples of several kinds into rows of about one length: GIRAFFE's data recipe (section 2, ETVLM).
 
-Every sample is tokenized once, its images and videos counted by what the model will make of them, and laid on disk;
-then samples are chosen so that every kind has its share, and put whole into rows by best-fit decreasing. In memory are
-a few numbers a sample, whatever its length. A run that was killed begins again.
+Every sample is tokenized once, its visual tokens are counted, and it is stored on disk; then samples are chosen so that
+every kind has its proportion of the tokens, and packed whole into rows by best-fit decreasing. In memory are a few
+numbers per sample, whatever its length. A run that was killed begins again.
 """
 
-import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.chat import lines_name, write_chat_shard, write_lines
+from lvctx.artifacts.chat import lines_name, write_chat_shard
+from lvctx.artifacts.jsonl_log import write_jsonl
 from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
 from lvctx.artifacts.packed import shard_name
 from lvctx.artifacts.store import disk_error, fingerprint, is_disk_error, sha256_file
+from lvctx.config import OnProgress, hashed_fields
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import load_tokenizer, resolve_model
 from lvctx.model.loss import IGNORED
-from lvctx.model.template import Visual, chat_encoder
+from lvctx.model.template import chat_encoder
+from lvctx.stages.chat_sample_encoder import ChatSampleEncoder
+from lvctx.stages.chat_sample_store import ChatSampleStore
+from lvctx.stages.pack_chat_config import PackChatConfig
+from lvctx.stages.pack_chat_stats import NOT_NEEDED, TOO_LONG, packing_stats
 from lvctx.text.bestfit import best_fit_decreasing
 from lvctx.text.blend import choose, largest_blend
+from lvctx.text.conversations import chat_records, parse_conversation
 from lvctx.text.hub import hub_commit
-from lvctx.text.pack import BINS, bin_names, uniform
-from lvctx.train.chat import CHATML, encode_messages
-from lvctx.train.samples import ChatSample, Media, check_row, read_rows
-from lvctx.train.tables import is_table
-from lvctx.vision.images import image_size
-from lvctx.vision.rules import find_rule
-from lvctx.vision.tokens import Block, VisualRule
+from lvctx.text.pack import uniform
+from lvctx.text.records import is_dataset
+from lvctx.train.chat import CHATML
+from lvctx.vision.hybrid import Hybrid
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vision.tokens import VisualRule
+from lvctx.vlm.registry import family_of, open_vlm
 
 log = logging.getLogger(__name__)
-Report = Callable[[int, int, str], None]
 
-KINDS = ("text", "image", "interleaved", "video")
 SHARES = {"text": 0.20, "image": 0.25, "interleaved": 0.25, "video": 0.30}
-"""GIRAFFE's recipe, by tokens."""
+"""GIRAFFE's proportions of the kinds, by tokens."""
 LEFT_OUT = "left-out.jsonl"
-SPOOL = (".spool.tokens", ".spool.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig:
-    """What decides the rows, besides model, samples and media."""
+class PackChatJob:
+    """A checked configuration with what was resolved from it."""
 
-    target_length: int
-    """Tokens that no row exceeds; GIRAFFE 64K, then 128K."""
-    mix: dict[str, float]
-    """Share of tokens of each kind, summing to 1; GIRAFFE 20, 25, 25, 30%."""
-    tokens: int | None
-    """Tokens to pack; None packs as many as the mix allows."""
-    long_share: float
-    """Least share of tokens in long samples; GIRAFFE 0.6."""
-    long_over: int
-    """Tokens beyond which a sample is long; GIRAFFE 8K."""
-    video_fps: float
-    """Frames a second of a video; GIRAFFE 2."""
-    max_frames: int
-    """Frames of a video beyond which they are spread evenly instead; Qwen2-VL 768."""
-    hybrid: dict[str, Any] | None
-    """`vision.hybrid.Hybrid` of videos, as JSON; None is uniform resolution at the model's usual tokens."""
-    template: str
-    """`chatml`, or `own`: the tokenizer's."""
-    skip_malformed: bool
-    """Leave out what is not right, and name it, instead of stopping."""
-    allow_partial: bool = False
-    """Whether a video that is cut short or damaged is taken for what is left of it; it is decoded to count that."""
-    shard_tokens: int
-    """Tokens after which a shard is closed."""
-    seed: int
-    """Which samples are taken, and their order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A checked run."""
-
-    config: ChatConfig
-    """With every default resolved."""
+    config: PackChatConfig
+    """As given."""
     sources: Mapping[str, Sequence[Path]]
-    """Files of each kind."""
-    media: Path
-    """Folder that paths of images and videos are relative to."""
+    """Files of each kind that has any."""
+    mix: dict[str, float]
+    """Proportion of the tokens of each of those kinds, summing to 1."""
     tokenizer: Any
     """With the template in place."""
     rule: VisualRule | None
-    """What the model makes of pixels; None for a language model."""
+    """Counts the model's visual tokens; None for a language model."""
     provenance: Provenance
     """What identifies the run."""
 
+    def describe(self) -> dict[str, Any]:
+        """What a run would read and write, for a dry run."""
+        files = {kind: [str(path) for path in paths] for kind, paths in self.sources.items()}
+        rule = type(self.rule).__name__ if self.rule else None
+        return {"path": str(self.config.out), **self.provenance.config, "sources": files, "rule": rule}
 
-def plan_chat(
-    sources: Mapping[str, Sequence[Path]],
-    *,
-    model: str,
-    media: Path,
-    mix: Mapping[str, float] | None,
-    hybrid: Mapping[str, Any] | None,
-    **options: Any,
-) -> Plan:
-    """Check inputs and resolve defaults; `options` are ChatConfig's. Reads no weights and no samples.
 
-    `mix` holds weights by kind; None takes GIRAFFE's of the kinds given. Raises UsageError and InputError.
-    """
-    sources = {kind: list(sources.get(kind, ())) for kind in KINDS if sources.get(kind)}
+def plan_pack_chat(config: PackChatConfig) -> PackChatJob:
+    """Check the inputs and resolve the defaults; reads no weights and no samples. Raises UsageError and InputError."""
+    given = {kind: getattr(config, kind) for kind in SHARES}
+    sources = {kind: paths for kind, paths in given.items() if paths}
     if not sources:
-        raise UsageError("no samples", fix=f"give one of {', '.join('--' + k for k in KINDS)}")
+        raise UsageError("no samples", fix=f"give one of {', '.join('--' + kind for kind in SHARES)}")
     for paths in sources.values():
         for path in paths:
-            if not path.is_file() and not is_table(path):
+            if not path.is_file() and not is_dataset(path):
                 raise InputError("no such file", where=path)
-    config = ChatConfig(mix=_shares(mix, sources), hybrid=dict(hybrid) if hybrid else None, **options)
-    path = resolve_model(model, weights=False)
+    mix = _proportions(config.mix, sources)
+    given_hybrid = Hybrid.parse(config.hybrid) if config.hybrid else None
+    sampling = VideoSampling(hybrid=given_hybrid, hybrid_mode=config.hybrid_mode)
+    hybrid = asdict(sampling.resolution) if sampling.resolution else None
+    path = resolve_model(config.model, weights=False)
     tokenizer = load_tokenizer(path)
     if config.template == "chatml":
         if None in (known := [tokenizer.get_vocab().get(t) for t in ("<|im_start|>", "<|im_end|>")]):
-            raise InputError(f"no ChatML tokens {known}", where=model, fix="--template own takes the tokenizer's own")
+            fix = "--template own takes the tokenizer's own"
+            raise InputError(f"no ChatML tokens {known}", where=config.model, fix=fix)
         tokenizer.chat_template = CHATML
     elif tokenizer.chat_template is None:
-        raise InputError("no chat template", where=model, fix="--template chatml, or an instruct model")
+        raise InputError("no chat template", where=config.model, fix="--template chatml, or an instruct model")
     chat_encoder(tokenizer)
-    rule = find_rule(path, tokenizer, hybrid=config.hybrid)
+    rule = open_vlm(path).token_rule(sampling) if family_of(path) else None
     small = [path / name for name in ("tokenizer.json", "config.json", "preprocessor_config.json")]
     inputs = {"model": " ".join(sha256_file(p) for p in small if p.is_file())}
     inputs |= {kind: " ".join(map(_identify, paths)) for kind, paths in sources.items()}
+    hashed = hashed_fields(config)
+    del hashed["hybrid_mode"]  # a part of `hybrid`
     provenance = Provenance(
-        schema=schemas.CHAT, command="pack-chat", config=_decided(config), inputs=inputs, seed=config.seed
+        schema=schemas.CHAT,
+        command="pack-chat",
+        config={**hashed, "mix": mix, "hybrid": hybrid},
+        inputs=inputs,
+        seed=config.seed,
     )
-    return Plan(config=config, sources=sources, media=media, tokenizer=tokenizer, rule=rule, provenance=provenance)
-
-
-def _decided(config: ChatConfig) -> dict[str, Any]:
-    """The configuration as the manifest has it; what was packed before there was `allow_partial` stands as it is."""
-    decided = asdict(config)
-    if not config.allow_partial:
-        del decided["allow_partial"]
-    return decided
+    return PackChatJob(config=config, sources=sources, mix=mix, tokenizer=tokenizer, rule=rule, provenance=provenance)
 
 
 def _identify(path: Path) -> str:
-    """Of a file or a folder the hash, of a dataset on the hub the commit."""
+    """The hash of a file or a directory, the commit of a dataset on the hub."""
     return fingerprint(path) if path.exists() else hub_commit(str(path))
 
 
-def _shares(mix: Mapping[str, float] | None, sources: Mapping[str, Any]) -> dict[str, float]:
+def _proportions(mix: Mapping[str, float] | None, sources: Mapping[str, Any]) -> dict[str, float]:
+    """Proportions of the kinds that have samples, summing to 1."""
     if mix is None:
         mix = {kind: SHARES[kind] for kind in sources}
         if len(mix) < len(SHARES):
@@ -163,263 +131,171 @@ def _shares(mix: Mapping[str, float] | None, sources: Mapping[str, Any]) -> dict
     total = sum(mix.values())
     if total <= 0:
         raise UsageError("the shares of --mix sum to 0")
-    return {kind: mix[kind] / total for kind in KINDS if kind in sources}
+    return {kind: mix[kind] / total for kind in SHARES if kind in sources}
 
 
-def run_chat(plan: Plan, out: Path, *, resume: str = "auto", force: bool = False, report: Report) -> dict[str, Any]:
-    """Write the directory and return its manifest; nothing to do if it stands finished."""
-    if not is_finished(out, plan.provenance, resume=resume, force=force):
+def run_pack_chat(
+    job: PackChatJob, *, resume: str = "auto", force: bool = False, on_progress: OnProgress
+) -> dict[str, Any]:
+    """Write the directory and return its manifest; a finished one is left as it is."""
+    out = job.config.out
+    if not is_finished(out, job.provenance, resume=resume, force=force):
         if resume == "must":
             raise InputError("unfinished, and this command begins again", where=out, fix="drop --resume must")
         try:
             out.mkdir(parents=True, exist_ok=True)
-            _ChatPacker(plan, out, report).run()
+            for pattern in (MANIFEST, "shard-*", ".*.partial"):
+                for path in out.glob(pattern):
+                    path.unlink()
+            with ChatSampleStore(out) as samples:
+                _ChatPacker(job, samples, on_progress).run()
         except OSError as e:
             if is_disk_error(e):
                 raise disk_error(e, out) from e
             raise
-        finally:
-            for name in SPOOL:
-                (out / name).unlink(missing_ok=True)
     return read_manifest(out)
 
 
 class _ChatPacker:
-    """One run. Samples that can be packed are numbered in the order they are read."""
+    """One run: read all samples into the store, choose, pack, write."""
 
-    def __init__(self, plan: Plan, out: Path, report: Report) -> None:
-        self.plan, self.config, self.out, self.report = plan, plan.config, out, report
-        self.kinds: list[str] = []
-        self.lengths: list[int] = []
-        self.lines_at: list[int] = [0]
+    def __init__(self, job: PackChatJob, samples: ChatSampleStore, on_progress: OnProgress) -> None:
+        self.job, self.config, self.out, self.on_progress = job, job.config, job.config.out, on_progress
+        self.samples = samples
         self.left_out: list[dict[str, Any]] = []
-        self._facts = lru_cache(maxsize=1 << 16)(self._media_facts)
+        self.encoder = ChatSampleEncoder(
+            job.tokenizer,
+            job.rule,
+            media=job.config.media,
+            video_fps=job.config.video_fps,
+            max_frames=job.config.max_frames,
+            allow_partial=job.config.allow_partial,
+        )
 
     def run(self) -> None:
-        """Tokenize all, choose, pack, write."""
-        for pattern in (MANIFEST, "shard-*", ".*.partial"):
-            for path in self.out.glob(pattern):
-                path.unlink()
-        with open(self.out / SPOOL[0], "wb") as tokens, open(self.out / SPOOL[1], "wb") as lines:
-            for kind, paths in self.plan.sources.items():
-                for path in paths:
-                    self._read(kind, path, tokens, lines)
-        chosen = self._choose()
-        rows = self._rows(chosen)
-        self._write(rows)
+        for kind, paths in self.job.sources.items():
+            for path in paths:
+                self._read(kind, path)
+        rows = self._pack(self._choose())
+        shard_rows, facts = self._write(rows)
+        packed = np.zeros(len(self.samples), bool)
+        packed[[number for row in rows for number in row]] = True
+        for number in np.flatnonzero(~packed).tolist():
+            sample = self.samples.facts(number)
+            self.left_out.append({k: sample[k] for k in ("source", "kind", "tokens")} | {"why": NOT_NEEDED})
+        write_jsonl(self.out / LEFT_OUT, self.left_out)
+        names = [name(i) for i in range(len(shard_rows)) for name in (shard_name, lines_name)]
+        stats = packing_stats(self.config, self.job.mix, self.samples, packed, self.left_out, rows=len(rows))
+        write_manifest(self.out, self.job.provenance, [*names, LEFT_OUT], **stats, shard_rows=shard_rows, **facts)
 
-    # Reading
-
-    def _read(self, kind: str, path: Path, tokens: Any, lines: Any) -> None:
+    def _read(self, kind: str, path: Path) -> None:
+        """Tokenize a file's samples into the store, or list why one is left out."""
         where = None
-        for where, row in read_rows(path, self.plan.media):
+        for record in chat_records(path, self.config.media):
+            where = record.where
             try:
-                sample = check_row(row, where)
-                if kind == "text" and sample.media:
+                conversation = parse_conversation(record)
+                if kind == "text" and conversation.media:
                     raise InputError("an image or video in a --text source", where=where, fix="give it as another kind")
-                ids, labels, media = self._encode(sample)
+                ids, labels, media = self.encoder.encode(conversation)
             except InputError as e:
                 if not self.config.skip_malformed:
                     raise
                 self.left_out.append({"source": where, "kind": kind, "tokens": None, "why": str(e)})
                 continue
             if len(ids) > self.config.target_length:
-                self.left_out.append({"source": where, "kind": kind, "tokens": len(ids), "why": "too long"})
+                self.left_out.append({"source": where, "kind": kind, "tokens": len(ids), "why": TOO_LONG})
                 log.warning("%s: %s tokens, longer than a row: left out", where, f"{len(ids):,}")
                 continue
-            tokens.write(np.array([ids, labels], np.int32).tobytes())
-            line = json.dumps({"source": where, "kind": kind, "tokens": len(ids), "media": media}, ensure_ascii=False)
-            self.lines_at.append(self.lines_at[-1] + lines.write(line.encode()))
-            self.kinds.append(kind)
-            self.lengths.append(len(ids))
-            self.report(len(self.lengths), 0, f"samples read, {path.name}")
+            self.samples.add(ids, labels, {"source": where, "kind": kind, "tokens": len(ids), "media": media})
+            self.on_progress(len(self.samples), 0, f"samples read, {path.name}")
         if where is None:
             raise InputError("no sample in it", where=path)
 
-    def _encode(self, sample: ChatSample) -> tuple[list[int], list[int], list[dict[str, Any]]]:
-        rule = self.plan.rule
-        if rule is None and sample.media:
-            raise InputError("the model cannot see", where=sample.where, fix="--model takes a vision-language model")
-        messages: list[dict[str, Any]] = []
-        media = []
-        for role, parts in sample.turns:
-            content: list[str | Visual] = []
-            for part in parts:
-                if isinstance(part, Media):
-                    assert rule is not None
-                    try:
-                        facts, blocks = self._facts(part)
-                    except InputError as e:
-                        fix = "mend it or --media, or --skip-malformed"
-                        raise InputError(f"{e.where}: {e.what}", where=sample.where, fix=fix) from e
-                    media.append((facts, blocks, rule.layout(blocks)))
-                    content.append(Visual(rule.mark(part.kind)))
-                else:
-                    content.append(part)
-            messages.append({"role": role, "content": content})
-        sequence = encode_messages(
-            messages, self.plan.tokenizer, [layout.ids for _, _, layout in media], where=sample.where
-        )
-        references = []
-        for place, (facts, blocks, layout) in zip(sequence.places, media, strict=True):
-            items = [[place + at, b.frames, *b.grid] for at, b in zip(layout.at, blocks, strict=True)]
-            references.append({**facts, "at": place, "tokens": sum(b.tokens for b in blocks), "blocks": items})
-        return sequence.ids, sequence.labels, references
-
-    def _media_facts(self, media: Media) -> tuple[dict[str, Any], list[Block]]:
-        path, rule = self.plan.media / media.path, self.plan.rule
-        assert rule is not None
-        facts: dict[str, Any] = {"kind": media.kind, "path": media.path}
-        if media.kind == "image":
-            width, height = image_size(path)
-            return {**facts, "width": width, "height": height}, rule.image(width, height)
-        from lvctx.vision.decode import count_frames
-
-        fps, most, partial = self.config.video_fps, self.config.max_frames, self.config.allow_partial
-        count = count_frames(path, fps=fps, allow_partial=partial)
-        spread = count.frames > most
-        frames = min(count.frames, most)
-        if spread and partial:  # some of those may be missing
-            frames = count_frames(path, frames=most, allow_partial=True).frames
-        facts |= {"width": count.width, "height": count.height, "duration": count.duration, "frames": frames}
-        facts["fps"] = None if spread else fps
-        if partial:
-            facts |= {"partial": count.partial} | ({"spread": most} if spread else {})
-        return facts, rule.video(count.width, count.height, frames)
-
-    # Choosing
-
     def _choose(self) -> np.ndarray:
         """Numbers of the samples to pack, ascending."""
-        config, lengths, kinds = self.config, np.array(self.lengths, np.int64), np.array(self.kinds)
-        numbers = {kind: np.flatnonzero(kinds == kind) for kind in config.mix}
-        empty = [kind for kind in config.mix if config.mix[kind] and not len(numbers[kind])]
+        config, mix, kinds = self.config, self.job.mix, np.array(self.samples.kinds)
+        numbers = {kind: np.flatnonzero(kinds == kind) for kind in mix}
+        empty = [kind for kind in mix if mix[kind] and not len(numbers[kind])]
         if empty:
             raise InputError(f"no sample of {', '.join(empty)} can be packed", fix="see what was left out, or --mix")
-        of = {kind: lengths[numbers[kind]] for kind in config.mix}
-        rule = {"long_share": config.long_share, "long_over": config.long_over}
-        most = largest_blend(of, config.mix, **rule)  # type: ignore[arg-type]
-        tokens = config.tokens or most
-        if tokens > most:
-            short = {k: round(s * tokens) - int(of[k].sum()) for k, s in config.mix.items()}
+        all_lengths = np.array(self.samples.lengths, np.int64)
+        lengths = {kind: all_lengths[numbers[kind]] for kind in mix}
+        largest = largest_blend(lengths, mix, long_share=config.long_share, long_over=config.long_over)
+        tokens = config.tokens or largest
+        if tokens > largest:
+            short = {kind: round(share * tokens) - int(lengths[kind].sum()) for kind, share in mix.items()}
             lines = [f"{k} is {n:,} tokens short" for k, n in short.items() if n > 0] or ["too few long samples"]
             raise InputError(
                 f"{tokens:,} tokens cannot be met ({', '.join(lines)})",
-                fix=f"--tokens {most} is the most that mix and long share allow, or add samples",
+                fix=f"--tokens {largest} is the most that mix and long share allow, or add samples",
             )
-        taken = choose(of, config.mix, tokens=tokens, seed=config.seed, **rule)  # type: ignore[arg-type]
-        chosen = np.sort(np.concatenate([numbers[kind][taken[kind]] for kind in config.mix]))
+        limits: dict[str, Any] = {"long_share": config.long_share, "long_over": config.long_over}
+        taken = choose(lengths, mix, tokens=tokens, seed=config.seed, **limits)
+        chosen = np.sort(np.concatenate([numbers[kind][taken[kind]] for kind in mix]))
         if not len(chosen):
             raise InputError(
                 f"no long sample fits into its share of {tokens:,} tokens", fix="add samples, or lower --long-share"
             )
-        self.tokens = tokens
         return chosen
 
-    def _rows(self, chosen: np.ndarray) -> list[list[int]]:
+    def _pack(self, chosen: np.ndarray) -> list[list[int]]:
         """Sample numbers of every row; rows, and samples inside one, in an order drawn from the seed."""
-        draws = uniform(self.config.seed, np.arange(len(self.lengths)))
+        draws = uniform(self.config.seed, np.arange(len(self.samples)))
         shuffled = chosen[np.argsort(draws[chosen], kind="stable")]
-        packed = best_fit_decreasing([self.lengths[n] for n in shuffled], self.config.target_length)
+        packed = best_fit_decreasing([self.samples.lengths[n] for n in shuffled], self.config.target_length)
         rows = [sorted((int(shuffled[i]) for i in row), key=lambda n: draws[n]) for row in packed]
         return sorted(rows, key=lambda row: draws[row[0]])
 
-    # Writing
-
-    def _write(self, rows: list[list[int]]) -> None:
-        tokens = np.memmap(self.out / SPOOL[0], np.int32, "r")
-        begins = 2 * np.cumsum([0, *self.lengths])
+    def _write(self, rows: list[list[int]]) -> tuple[list[int], dict[str, int]]:
+        """Write all shards. Rows of each, and how many labels count and how many tokens are visual."""
+        metadata = self.job.provenance.to_metadata()
         shard_rows: list[int] = []
-        row = counted = visual = 0
-        metadata = self.plan.provenance.to_metadata()
-        with open(self.out / SPOOL[1], "rb") as spooled:
-            while row < len(rows):
-                ids, labels, lines, offsets, samples, starts = [], [], [], [0], [0], []
-                first = row
-                while row < len(rows) and offsets[-1] < self.config.shard_tokens:
-                    at = 0
-                    for number in rows[row]:
-                        length = self.lengths[number]
-                        both = tokens[begins[number] : begins[number + 1]].reshape(2, length)
-                        ids.append(both[0])
-                        labels.append(both[1])
-                        spooled.seek(self.lines_at[number])
-                        line = json.loads(spooled.read(self.lines_at[number + 1] - self.lines_at[number]))
-                        lines.append(_placed(line, row - first, at))
-                        visual += sum(item["tokens"] for item in line["media"])
-                        starts.append(at)
-                        at += length
-                    offsets.append(offsets[-1] + at)
-                    samples.append(len(starts))
-                    row += 1
-                tensors = {
-                    "input_ids": np.concatenate(ids),
-                    "labels": np.concatenate(labels),
-                    "row_offsets": np.array(offsets, np.int64),
-                    "sample_offsets": np.array(samples, np.int64),
-                    "sample_starts": np.array(starts, np.int32),
-                }
-                counted += int(np.count_nonzero(tensors["labels"] != IGNORED))
-                write_chat_shard(self.out, len(shard_rows), tensors, lines, metadata)
-                shard_rows.append(row - first)
-                self.report(row, len(rows), "rows written")
-        del tokens
-        packed = np.zeros(len(self.lengths), bool)
-        packed[[number for of in rows for number in of]] = True
-        with open(self.out / SPOOL[1], "rb") as spooled:
-            for number in np.flatnonzero(~packed).tolist():
-                spooled.seek(self.lines_at[number])
-                line = json.loads(spooled.read(self.lines_at[number + 1] - self.lines_at[number]))
-                self.left_out.append({k: line[k] for k in ("source", "kind", "tokens")} | {"why": "not needed"})
-        write_lines(self.out / LEFT_OUT, self.left_out)
-        names = [name(i) for i in range(len(shard_rows)) for name in (shard_name, lines_name)]
-        facts = {"shard_rows": shard_rows, "labels_counted": counted, "visual_tokens": visual}
-        write_manifest(self.out, self.plan.provenance, [*names, LEFT_OUT], **self._account(packed, len(rows)), **facts)
+        counted = visual = 0
+        for shard in self._shards(rows):
+            tensors, lines = self._shard(shard)
+            write_chat_shard(self.out, len(shard_rows), tensors, lines, metadata)
+            counted += int(np.count_nonzero(tensors["labels"] != IGNORED))
+            visual += sum(item["tokens"] for line in lines for item in line["media"])
+            shard_rows.append(len(shard))
+            self.on_progress(sum(shard_rows), len(rows), "rows written")
+        return shard_rows, {"labels_counted": counted, "visual_tokens": visual}
 
-    def _account(self, packed: np.ndarray, rows: int) -> dict[str, Any]:
-        """What was asked for and what came of it."""
-        config, lengths, kinds = self.config, np.array(self.lengths), np.array(self.kinds)
-        total, long = int(lengths[packed].sum()), packed & (lengths > config.long_over)
-        why = Counter((r["kind"], r["why"] if r["why"] in ("too long", "not needed") else "bad") for r in self.left_out)
-        sources = {}
-        for kind, share in config.mix.items():
-            of = kinds == kind
-            sources[kind] = {
-                "share_requested": share,
-                "share_achieved": int(lengths[packed & of].sum()) / total,
-                "samples": sum(why[kind, reason] for reason in ("too long", "bad")) + int(of.sum()),
-                "tokens": int(lengths[of].sum()),
-                "packed_samples": int((packed & of).sum()),
-                "packed": int(lengths[packed & of].sum()),
-                "not_needed": why[kind, "not needed"],
-                "too_long": why[kind, "too long"],
-                "malformed": why[kind, "bad"],
-                **_histogram("before", lengths[of]),
-                **_histogram("after", lengths[packed & of]),
-            }
-        return {
-            "target_length": config.target_length,
-            "rows": rows,
-            "tokens": total,
-            "fill": total / (rows * config.target_length),
-            "samples": int(packed.sum()),
-            "long": {
-                "over": config.long_over,
-                "share_requested": config.long_share,
-                "share_achieved": int(lengths[long].sum()) / total,
-                "samples": int(long.sum()),
-                "share_of_samples": int(long.sum()) / int(packed.sum()),
-            },
-            "too_long": [r["source"] for r in self.left_out if r["why"] == "too long"][:20],
-            "length_bins": bin_names(),
-            "sources": sources,
+    def _shards(self, rows: list[list[int]]) -> Iterator[list[list[int]]]:
+        """The rows of each shard: as many as bring it to `shard_tokens`."""
+        shard: list[list[int]] = []
+        tokens = 0
+        for row in rows:
+            shard.append(row)
+            tokens += sum(self.samples.lengths[number] for number in row)
+            if tokens >= self.config.shard_tokens:
+                yield shard
+                shard, tokens = [], 0
+        if shard:
+            yield shard
+
+    def _shard(self, rows: list[list[int]]) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+        """Tensors and lines of a shard; see `artifacts.chat`."""
+        ids, labels, lines, row_offsets, sample_offsets, starts = [], [], [], [0], [0], []
+        for i, row in enumerate(rows):
+            at = 0
+            for number in row:
+                sample_ids, sample_labels = self.samples.tokens(number)
+                ids.append(sample_ids)
+                labels.append(sample_labels)
+                lines.append(_placed(self.samples.facts(number), i, at))
+                starts.append(at)
+                at += len(sample_ids)
+            row_offsets.append(row_offsets[-1] + at)
+            sample_offsets.append(len(starts))
+        tensors = {
+            "input_ids": np.concatenate(ids),
+            "labels": np.concatenate(labels),
+            "row_offsets": np.array(row_offsets, np.int64),
+            "sample_offsets": np.array(sample_offsets, np.int64),
+            "sample_starts": np.array(starts, np.int32),
         }
-
-
-def _histogram(when: str, lengths: np.ndarray) -> dict[str, list[int]]:
-    bins = np.frexp(lengths.astype(np.float64))[1]
-    counts = np.bincount(bins, minlength=BINS), np.bincount(bins, weights=lengths, minlength=BINS)
-    return {f"{when}_samples": counts[0].tolist(), f"{when}_tokens": counts[1].astype(int).tolist()}
+        return tensors, lines
 
 
 def _placed(line: dict[str, Any], row: int, start: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ One process reads, others tokenize, this one decides and packs. Where budgets ar
 or no mix) rows are written at once; where they follow from what the input holds (the input's own shares, or as much as
 the scarcest source allows) the documents that the length rule keeps first go to spool parts beside the shards.
 
-Every shard and part carries the place it ends at and the accounts up to there. A killed run begins again after the last
+Every shard and part carries the place it ends at and the counts up to there. A killed run begins again after the last
 whole one; since every decision is a function of seed and place, its bytes are those of a run that was never killed.
 """
 
@@ -22,18 +22,17 @@ import numpy as np
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
 from lvctx.artifacts.packed import read_state, shard_name, write_shard
-from lvctx.config import hashed_fields
+from lvctx.config import OnProgress, hashed_fields
 from lvctx.errors import InputError, UsageError
 from lvctx.stages.pack_text_config import PackTextConfig
 from lvctx.stages.spool import Spool, part_name
 from lvctx.text import mix as mixes
 from lvctx.text.documents import UNNAMED, Corpus, Fields, Place
-from lvctx.text.pack import Ledger, LengthRule, ShardBuffer, bin_names, take_all, take_budgets
+from lvctx.text.pack import LengthRule, PackingStats, ShardBuffer, bin_names, take_all, take_budgets
 from lvctx.text.tokenize import UNREADABLE, Policy, Tokens, tokenize
 from lvctx.text.tokenizer import TokenizerFile, find_tokenizer
 
 log = logging.getLogger(__name__)
-Report = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,21 +94,23 @@ def plan_pack_text(config: PackTextConfig) -> PackTextJob:
     )
 
 
-def run_pack_text(job: PackTextJob, *, resume: str = "auto", force: bool = False, report: Report) -> dict[str, Any]:
+def run_pack_text(
+    job: PackTextJob, *, resume: str = "auto", force: bool = False, on_progress: OnProgress
+) -> dict[str, Any]:
     """Write the packed directory, or continue it, and return its manifest; a finished one is left as it is."""
     out = job.config.out
     if not is_finished(out, job.provenance, resume=resume, force=force):
-        _Packer(job, report).run(resume=resume, force=force)
+        _Packer(job, on_progress).run(resume=resume, force=force)
     return read_manifest(out)
 
 
 class _Packer:
     """One run: the state that moves on, and the two ways through it."""
 
-    def __init__(self, job: PackTextJob, report: Report) -> None:
-        self.job, self.config, self.out, self.report = job, job.config, job.config.out, report
+    def __init__(self, job: PackTextJob, on_progress: OnProgress) -> None:
+        self.job, self.config, self.out, self.on_progress = job, job.config, job.config.out, on_progress
         self.rule = LengthRule(min_long=job.config.min_long, keep_short=job.config.keep_short, seed=job.config.seed)
-        self.ledger = Ledger()
+        self.stats = PackingStats()
         self.mix: dict[str, float] | str = job.mix
         self.budgets: dict[str, int] = {}
         self.shards = 0
@@ -131,8 +132,8 @@ class _Packer:
         self.shards = len(shards)
         last = shards[-1] if shards else None
         if last or parts:
-            self.ledger = Ledger((last or parts[-1])["ledger"])
-            self._resolve_mix(self.ledger.accounts)
+            self.stats = PackingStats((last or parts[-1])["stats"])
+            self._resolve_mix(self.stats.sources)
         if not spool.complete:
             place = last["place"] if last else parts[-1]["end"] if parts else Place(0, 0, 0)
             with closing(self._tokens(place)) as stream:
@@ -174,7 +175,7 @@ class _Packer:
             for tokens in stream:
                 yield tokens
                 done = corpus.bytes_before(tokens.chunk.end)
-                self.report(done, corpus.size, f"{self.ledger.documents:,} documents, {self.shards} shards")
+                self.on_progress(done, corpus.size, f"{self.stats.documents:,} documents, {self.shards} shards")
 
     # Deciding
 
@@ -197,15 +198,15 @@ class _Packer:
 
     def _set_budgets(self) -> None:
         """Budgets from what the whole input holds: its own shares (before the length rule) or the mix's."""
-        accounts = self.ledger.accounts
+        sources = self.stats.sources
         if self.mix == mixes.KEEP:
-            total = sum(a.tokens for a in accounts.values())
-            self.mix = {s: a.tokens / total for s, a in sorted(accounts.items()) if a.tokens}
+            total = sum(a.tokens for a in sources.values())
+            self.mix = {s: a.tokens / total for s, a in sorted(sources.items()) if a.tokens}
         assert isinstance(self.mix, dict)
-        available = {s: a.eligible for s, a in accounts.items()}
+        available = {s: a.eligible for s, a in sources.items()}
         total, scarce = mixes.largest_total(available, self.mix)
         if not total:
-            have = accounts.get(scarce)
+            have = sources.get(scarce)
             found = f"{have.documents} documents, none kept by the length rule" if have else "no documents"
             raise InputError(
                 f"source {scarce!r} cannot meet its share of {self.mix[scarce]:.5f}: it has {found}",
@@ -216,20 +217,20 @@ class _Packer:
 
     def _take(self, tokens: Tokens, keep: np.ndarray, low: int) -> np.ndarray:
         if self.budgets:
-            return take_budgets(tokens, keep, low, self.budgets, self.ledger)
-        room = None if self.config.tokens is None else self.config.tokens - self.ledger.packed()
+            return take_budgets(tokens, keep, low, self.budgets, self.stats)
+        room = None if self.config.tokens is None else self.config.tokens - self.stats.packed()
         return take_all(tokens, keep, low, room)
 
     def _enough(self) -> bool:
-        return self.config.tokens is not None and self.ledger.packed() >= self.config.tokens
+        return self.config.tokens is not None and self.stats.packed() >= self.config.tokens
 
     # Writing
 
     def _fill_spool(self, stream: Iterator[Tokens], spool: Spool) -> None:
         for tokens in stream:
             self._check_sources(tokens)
-            keep = self.rule.keep(tokens.lengths(), self.ledger.documents)
-            self.ledger.read(tokens, keep, 0, len(keep))
+            keep = self.rule.keep(tokens.lengths(), self.stats.documents)
+            self.stats.read(tokens, keep, 0, len(keep))
             spool.add(tokens, keep)
         spool.flush(complete=True)
 
@@ -242,7 +243,7 @@ class _Packer:
                 keep = np.ones(count, bool)
             else:
                 self._check_sources(tokens)
-                keep = self.rule.keep(tokens.lengths(), self.ledger.documents - low)
+                keep = self.rule.keep(tokens.lengths(), self.stats.documents - low)
             take = self._take(tokens, keep, low)
             for k in np.flatnonzero(take).tolist():
                 document = tokens.ids[tokens.starts[k] : tokens.starts[k] + take[k]]
@@ -263,8 +264,8 @@ class _Packer:
 
     def _enter(self, tokens: Tokens, keep: np.ndarray, take: np.ndarray, part: slice, spooled: bool) -> None:
         if not spooled:
-            self.ledger.read(tokens, keep, part.start, part.stop)
-        self.ledger.pack(tokens, keep, take, part.start, part.stop)
+            self.stats.read(tokens, keep, part.start, part.stop)
+        self.stats.pack(tokens, keep, take, part.start, part.stop)
 
     def _write_shard(self, state: dict[str, Any]) -> None:
         rows, offsets, starts = self.buffer.arrays()
@@ -274,7 +275,7 @@ class _Packer:
         self.buffer.clear()
 
     def _metadata(self, state: dict[str, Any]) -> dict[str, str]:
-        whole = {**self.job.provenance.to_dict(), "state": {**state, "ledger": self.ledger.to_dict()}}
+        whole = {**self.job.provenance.to_dict(), "state": {**state, "stats": self.stats.to_dict()}}
         return {"lvctx": json.dumps(whole, sort_keys=True, separators=(",", ":"))}
 
     # Beginning and ending
@@ -299,14 +300,12 @@ class _Packer:
                     path.unlink()
 
     def _finish(self) -> None:
-        config, ledger = self.config, self.ledger
+        config, stats = self.config, self.stats
         if self.budgets and isinstance(self.mix, dict):
-            mixes.check_budgets(self.budgets, {s: a.packed for s, a in ledger.accounts.items()}, self.mix)
+            mixes.check_budgets(self.budgets, {s: a.packed for s, a in stats.sources.items()}, self.mix)
         elif config.tokens is not None and not self._enough():
-            fix = f"--tokens {ledger.packed()} is the most there is; or raise --keep-short, or add input"
-            raise InputError(
-                f"the token budget cannot be met ({config.tokens - ledger.packed()} tokens short)", fix=fix
-            )
+            fix = f"--tokens {stats.packed()} is the most there is; or raise --keep-short, or add input"
+            raise InputError(f"the token budget cannot be met ({config.tokens - stats.packed()} tokens short)", fix=fix)
         tail = self.buffer.used % config.seq_len
         if tail and config.keep_tail:
             filler = np.full(config.seq_len - tail, self.job.tokenizer.separator, np.int32)
@@ -315,7 +314,7 @@ class _Packer:
         shard_rows = [full] * self.shards + ([rest] if rest else [])
         if not shard_rows:
             raise InputError(
-                f"{ledger.packed()} tokens of {ledger.documents} documents passed the length rule: not one row of "
+                f"{stats.packed()} tokens of {stats.documents} documents passed the length rule: not one row of "
                 f"{config.seq_len}",
                 fix="add input, raise --keep-short, lower --min-long or --seq-len, or --keep-tail",
             )
@@ -325,12 +324,12 @@ class _Packer:
             "seq_len": config.seq_len,
             "rows": sum(shard_rows),
             "shard_rows": shard_rows,
-            "tokens": ledger.packed() - (0 if config.keep_tail else tail),
+            "tokens": stats.packed() - (0 if config.keep_tail else tail),
             "tail": {"tokens": tail, "kept": bool(tail and config.keep_tail)},
             "tokenizer": {"sha256": self.job.tokenizer.sha256, "vocabulary": self.job.tokenizer.vocabulary},
             "separator": {"id": self.job.tokenizer.separator, "token": self.job.tokenizer.separator_token},
             "length_bins": bin_names(),
-            "sources": ledger.report(self.mix if isinstance(self.mix, dict) else {}, self.budgets),
+            "sources": stats.report(self.mix if isinstance(self.mix, dict) else {}, self.budgets),
         }
         write_manifest(self.out, self.job.provenance, [shard_name(i) for i in range(len(shard_rows))], **facts)
         self._remove_all_but({shard_name(i) for i in range(len(shard_rows))})

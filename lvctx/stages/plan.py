@@ -1,11 +1,12 @@
 """What a training run will need on each device, how long it will take, and what would help if it does not fit."""
 
 import os
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, cast
 
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import read_config
+from lvctx.stages.plan_config import DeviceKind, PlanConfig
 from lvctx.train.memory_model import (
     DEVICES,
     GIB,
@@ -26,42 +27,23 @@ if TYPE_CHECKING:
     from lvctx.train.config import ParallelConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanConfig:
-    """What is asked."""
-
-    model: str
-    """Directory, config.json or hub id; weights are not read."""
-    seq_len: int
-    """Tokens of a row."""
-    batch_tokens: int
-    """Tokens of a step, over all devices."""
-    steps: int
-    """Optimizer steps."""
-    spread: Spread
-    """Devices and what is kept where; its `rows` follows from the batch."""
-    device: str
-    """Key of `train.memory_model.DEVICES`."""
-    device_memory: int | None
-    """Bytes of one device, where it is not the device's own."""
-    micro_tokens: int
-    """Tokens of one forward, in whole rows and at least one."""
-    mfu: float
-    """Share of the device's peak that the model's own operations reach; LongVA's predecessor reports 0.28 to 0.38."""
-
-
 def predict(config: PlanConfig) -> dict[str, Any]:
     """Bytes per device and part, host bytes, operations, hours, longest row. Raises UsageError and InputError.
 
     `fits` says whether it does; see `refuse`.
     """
-    spread = config.spread
-    if spread.world % spread.cp:
-        raise UsageError(f"--cp {spread.cp} does not divide --world {spread.world}")
-    rows = config.batch_tokens // config.seq_len
-    if rows < 1:
-        raise UsageError(f"--batch-tokens {config.batch_tokens} is less than one row of {config.seq_len}")
-    spread = replace(spread, rows=-(-rows * spread.cp // spread.world))
+    if config.world % config.cp:
+        raise UsageError(f"--cp {config.cp} does not divide --world {config.world}")
+    rows = max(1, config.batch_tokens // config.seq_len)
+    spread = Spread(
+        world=config.world,
+        cp=config.cp,
+        rows=-(-rows * config.cp // config.world),
+        checkpointing=config.checkpoint_activations,
+        offload=config.offload,
+        offload_activations=config.offload_activations,
+        lora=config.lora,
+    )
     shape = read_shape(read_config(config.model), where=config.model)
     known = DEVICES[config.device]
     device = replace(known, memory=config.device_memory or known.memory)
@@ -93,7 +75,7 @@ def predict(config: PlanConfig) -> dict[str, Any]:
 
 
 def predict_extend(job: "ExtendJob", parallel: "ParallelConfig", *, world: int) -> dict[str, Any] | None:
-    """`predict` for a checked run on this machine's devices; None where nothing trains or the model is not known.
+    """`predict` for a checked run on this machine's devices; None where nothing is trained or the model is not known.
 
     A stage's bytes are those of its own rows.
     """
@@ -108,14 +90,12 @@ def predict_extend(job: "ExtendJob", parallel: "ParallelConfig", *, world: int) 
             seq_len=job.data.seq_len,
             batch_tokens=config.batch_tokens,
             steps=config.steps,
-            spread=Spread(
-                world=world,
-                cp=parallel.cp,
-                checkpointing=parallel.checkpoint_activations,
-                offload=parallel.offload,
-                offload_activations=parallel.offload_activations,
-                lora=config.lora,
-            ),
+            world=world,
+            cp=parallel.cp,
+            checkpoint_activations=parallel.checkpoint_activations,
+            offload=parallel.offload,
+            offload_activations=parallel.offload_activations,
+            lora=config.lora,
             device=name,
             device_memory=room,
             micro_tokens=1 if config.doc_mask else parallel.forward_tokens,
@@ -124,18 +104,15 @@ def predict_extend(job: "ExtendJob", parallel: "ParallelConfig", *, world: int) 
     )
 
 
-def _this_device(device: str) -> tuple[str, int]:
+def _this_device(device: str) -> tuple[DeviceKind, int]:
     """Key of `train.memory_model.DEVICES` and bytes of a run's device; a GPU that is none of them counts as an A100."""
+    if device == "cpu":
+        return "cpu", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     import torch
 
-    from lvctx.device import resolve_device
-
-    device = resolve_device(device)
-    if torch.device(device).type != "cuda":
-        return "cpu", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
     found = torch.cuda.get_device_properties(torch.device(device))
-    return known_device(found.name) or "a100", int(found.total_memory)
+    kind = cast(DeviceKind | None, known_device(found.name))
+    return kind or "a100", int(found.total_memory)
 
 
 def _helps(shape: Any, spread: Spread, seq_len: int, device: Device) -> list[dict[str, Any]]:

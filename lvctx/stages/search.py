@@ -1,11 +1,9 @@
 """Search the RoPE base with the best untrained long-context retrieval: needle tests at a given length for each base.
 
-LongVA's untrained baseline is found so over 3M to 1B (section 4). Every base is a row of `search.jsonl`; a search that
-was stopped goes on with the bases that are missing.
+LongVA's untrained baseline is found so over 3M to 1B (section 4). Every base is a row of `search.jsonl`; a search
+that was stopped goes on with the bases that are missing.
 """
 
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.rows import RowLog
-from lvctx.bench.prefix import PrefixScorer
+from lvctx.artifacts.result_log import ResultLog, short_hash
 from lvctx.config import OnProgress
 from lvctx.device import resolve_device
 from lvctx.errors import UsageError
+from lvctx.eval.niah.config import Depths, TextNiahConfig
+from lvctx.eval.niah.run import NiahJob, plan_text
+from lvctx.inference.prefix_scorer import PrefixScorer
 from lvctx.model.load import load_config, load_model, try_forward
 from lvctx.positions.choose import choose
-from lvctx.stages.niah import NiahConfig, plan_niah
-from lvctx.stages.niah import Plan as NiahPlan
 from lvctx.train.extend_config import BaseSearchConfig, ExtendConfig
 
 log = logging.getLogger(__name__)
@@ -33,13 +31,13 @@ class BaseSearch:
 
     bases: tuple[float, ...]
     """Candidates, ascending."""
-    niah: NiahPlan
+    niah: NiahJob
     """Model, needles and cells that each base is tried on."""
 
-    def key(self, base: float) -> str:
-        """Sixteen hex digits of model, haystack, cells and base."""
-        decisive = {"run": self.niah.shown["run"], "cells": [self.niah.key(c) for c in self.niah.cells], "base": base}
-        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """What decides a base's row: model, haystack and cells."""
+        return {**self.niah.run_facts["made_of"], "cells": short_hash([self.niah.key(c) for c in self.niah.cells])}
 
 
 def bases(span: str, points: int) -> tuple[float, ...]:
@@ -62,38 +60,34 @@ def resolve_search(config: ExtendConfig, search: BaseSearchConfig) -> BaseSearch
     lengths = search.search_lengths or ((config.context,) if config.context else ())
     if not lengths:
         raise UsageError("--search-base needs context lengths", fix="give --search-lengths or --context")
-    needles = NiahConfig(
+    assert search.search_base is not None
+    needles = TextNiahConfig(
         model=config.model,
-        modality="text",
         haystack=search.haystack,
         lengths=lengths,
-        depths=search.search_depths,
+        depths=Depths(values=search.search_depths),
         trials=search.search_trials,
-        distractors=0,
-        needles="drawn",
         scoring="forced",
-        training_length=None,
         seed=config.seed,
     )
-    assert search.search_base is not None
-    return BaseSearch(bases=bases(search.search_base, search.search_points), niah=plan_niah(needles))
+    return BaseSearch(bases=bases(search.search_base, search.search_points), niah=plan_text(needles))
 
 
 def run_search(
     search: BaseSearch, out: Path, *, device: str, force: bool, on_progress: OnProgress
 ) -> list[dict[str, Any]]:
     """A row for every base, ascending; those that stand in `out/search.jsonl` are not tried again."""
-    with RowLog(out / "search.jsonl", fresh=force) as rows:
-        waiting = [base for base in search.bases if search.key(base) not in rows]
+    with ResultLog.open(out / "search.jsonl", search.made_of, force=force) as results:
+        waiting = [base for base in search.bases if f"{base:g}" not in results]
         model = load_model(search.niah.path, device=resolve_device(device)) if waiting else None
         if model is not None:
             try_forward(model, search.niah.path)
         for done, base in enumerate(waiting, start=len(search.bases) - len(waiting) + 1):
-            row = {"schema": schemas.BASE, "key": search.key(base), "base": base, **_try_base(search, model, base)}
-            rows.append(row)
+            row = {"schema": schemas.BASE, "base": base, **_try_base(search, model, base)}
+            results.append(f"{base:g}", row)
             log.info("base %g: %.3f of %d needles found", base, row["accuracy"], len(row["cells"]))
             on_progress(done, len(search.bases), f"base {base:g}: {row['accuracy']:.2f}")
-        return [rows.rows[search.key(base)] for base in search.bases]
+        return [results.rows[f"{base:g}"] for base in search.bases]
 
 
 def _try_base(search: BaseSearch, model: Any, base: float) -> dict[str, Any]:
@@ -106,7 +100,7 @@ def _try_base(search: BaseSearch, model: Any, base: float) -> dict[str, Any]:
     scorer = PrefixScorer(model)
     cells = []
     for cell in search.niah.cells:
-        score = scorer.score(*search.niah.test.sequence(cell))
+        score = scorer.score(*search.niah.task.sequence(cell))
         verdict = {"correct": score.forced, "log_prob": round(score.log_prob, 4)}
         cells.append({"length": cell.length, "depth": cell.depth, "trial": cell.trial, **verdict})
     return {

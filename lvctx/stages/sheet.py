@@ -5,12 +5,13 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from lvctx.artifacts.frames import KINDS
 from lvctx.artifacts.manifest import read_provenance
 from lvctx.artifacts.store import atomic_file, sha256_file
 from lvctx.errors import InputError
-from lvctx.vision.decode import read_frames
-from lvctx.vision.sampling import spread
+from lvctx.vision.decode import read_video
+from lvctx.vision.frame_selection import spread
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vlm.feature_cache import KINDS
 
 MOST, COLUMNS, WIDTH, LABEL = 64, 8, 192, 14
 """Pictures on a sheet (of more frames some are left out, evenly), columns, pixels of a picture and of its line."""
@@ -37,7 +38,9 @@ def contact_sheet(artifact: Path, out: Path, *, video: Path | None = None) -> di
     shown = sorted(set(spread(len(index), min(len(index), MOST))))
     numbers = list(dict.fromkeys(int(index[i]) for i in shown))
     decoder = made["config"].get("decoder", "auto")
-    frames = {f.index: f.image for f in read_frames(source, wanted=numbers, decoder=decoder, allow_partial=True)}
+    frames = {
+        f.index: f.image for f in read_video(source, VideoSampling(decoder=decoder, allow_partial=True), wanted=numbers)
+    }
     height, across, _ = next(iter(frames.values())).shape
     side = WIDTH, max(1, round(WIDTH * height / across))
     columns = min(COLUMNS, len(shown))

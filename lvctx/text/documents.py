@@ -16,12 +16,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lvctx.errors import InputError
-from lvctx.text.hub import hub_commit, no_dataset, open_dataset
+from lvctx.text.hub import dataset_rows, hub_commit
 from lvctx.text.json_values import as_lines
+from lvctx.text.records import parquet_rows
 from lvctx.text.streams import (
     BROKEN,
     Part,
@@ -169,7 +171,9 @@ class Corpus:
             part = self.parts[number]
             begin = start if number == start.part else Place(number, 0, 0)
             if part.kind == "text":
-                texts.append((number, read_whole(part.name)))
+                content = read_whole(part.name)
+                check_text(content, part.name)
+                texts.append((number, content))
                 if sum(len(t) for _, t in texts) >= MEBIBYTE:
                     yield self._together(texts)
                     texts = []
@@ -181,10 +185,8 @@ class Corpus:
                 yield from self._lines(begin, part.name)
             elif part.kind == "stdin":
                 yield from self._read_stdin(begin)
-            elif part.kind == "parquet":
-                yield from self._parquet(begin, part.name)
             else:
-                yield from self._dataset(begin, part)
+                yield from self._table(begin, part)
         if texts:
             yield self._together(texts)
 
@@ -231,63 +233,31 @@ class Corpus:
         except BROKEN as e:
             raise InputError(f"cannot read past line {line} ({e})", where=name, fix="is the file whole?") from e
 
-    def _parquet(self, begin: Place, name: str) -> Iterator[Chunk]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            # Opened here, as pyarrow takes no name that is not UTF-8.
-            with open(name, "rb") as opened, pq.ParquetFile(opened) as file:
-                columns = file.schema_arrow.names
-                self._check_columns(columns, name)
-                text = self.fields.text if self.fields.text in columns else self.fields.text.split(".")[0]
-                heads = {path if path in columns else path.split(".")[0] for path in self.fields.source_paths()}
-                wanted = [c for c in columns if c == text or c in heads]
-                counts = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-                first = row = 0  # row group that holds the first wanted row, and that group's first row
-                while first < len(counts) and row + counts[first] <= begin.at:
-                    row += counts[first]
-                    first += 1
-                groups = list(range(first, len(counts)))
-                gather = _Gather(begin, name)
-                for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=wanted):
-                    # Text as bytes: invalid UTF-8 is the decoder's to judge, and pyarrow would stop at it.
-                    kind = batch[text].type
-                    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-                    plain = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-                    texts = (batch[text].cast(pa.large_binary()) if plain else batch[text]).to_pylist()
-                    others = batch.select([c for c in wanted if c != text]).to_pylist()
-                    for value, other in zip(texts, others, strict=True):
-                        row += 1
-                        if row > begin.at:
-                            value = value if plain else dig({text: value}, self.fields.text)
-                            yield from gather.add(value, self.fields.source_of(other))
-                yield from gather.rest()
-        except InputError:
-            raise
-        except Exception as e:  # what a damaged file makes pyarrow raise is not only its own errors
-            raise InputError(f"not readable as Parquet ({e})", where=name) from e
-
-    def _dataset(self, begin: Place, part: Part) -> Iterator[Chunk]:
-        rows = open_dataset(part.name, self.split, saved=part.kind == "saved")
+    def _table(self, begin: Place, part: Part) -> Iterator[Chunk]:
+        """Chunks of a Parquet file or a dataset."""
+        if part.kind == "parquet":
+            # Text as bytes: what becomes of invalid UTF-8 is decided where it is tokenized.
+            names = {self.fields.text, self.fields.text.split(".")[0]}
+            pick = partial(self._wanted, where=part.name)
+            rows = parquet_rows(part.name, start=begin.at, columns=pick, as_bytes=names)
+        else:
+            rows = dataset_rows(part.name, self.split, saved=part.kind == "saved", start=begin.at)
         gather = _Gather(begin, part.name)
-        records = iter(rows.skip(begin.at) if begin.at else rows)
-        while (record := _next(records, part.name)) is not None:
-            self._check_columns(list(record), part.name)
-            yield from gather.add(dig(record, self.fields.text), self.fields.source_of(record))
+        for row in rows:
+            self._check_columns(list(row), part.name)
+            yield from gather.add(dig(row, self.fields.text), self.fields.source_of(row))
         yield from gather.rest()
+
+    def _wanted(self, columns: Sequence[str], where: str) -> list[str]:
+        """The columns that hold text and sources."""
+        self._check_columns(columns, where)
+        paths = (self.fields.text, *self.fields.source_paths())
+        return list({path if path in columns else path.split(".")[0] for path in paths} & set(columns))
 
     def _check_columns(self, columns: Sequence[str], name: str) -> None:
         for flag, field in (("--text-field", self.fields.text), ("--source-field", self.fields.source)):
             if field and field not in columns and field.split(".")[0] not in columns:
                 raise InputError(f"no field {field!r}", where=name, fix=f"{flag}: it has {', '.join(columns)}")
-
-
-def _next(records: Iterator[dict[str, Any]], name: str) -> dict[str, Any] | None:
-    try:
-        return next(records, None)
-    except Exception as e:  # whatever the hub client and the dataset's own reader raise
-        raise no_dataset(name, e) from e
 
 
 class _Gather:

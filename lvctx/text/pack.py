@@ -56,7 +56,7 @@ def _bins() -> list[int]:
 
 
 @dataclass(kw_only=True)
-class Account:
+class SourceStats:
     """What one source had and what became of it. Documents are counted once; histograms are by `BINS`."""
 
     documents: int = 0
@@ -91,77 +91,77 @@ class Account:
     """Their tokens."""
 
 
-class Ledger:
-    """Accounts of all sources; its JSON form goes into every shard, so that a killed run knows where it stood."""
+class PackingStats:
+    """Counts of all sources; every shard has their JSON form, so that a killed run resumes from them."""
 
     def __init__(self, stored: Mapping[str, Any] | None = None) -> None:
-        self.accounts: dict[str, Account] = {s: Account(**a) for s, a in (stored or {}).items()}
+        self.sources: dict[str, SourceStats] = {s: SourceStats(**a) for s, a in (stored or {}).items()}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only."""
-        return {source: asdict(account) for source, account in sorted(self.accounts.items())}
+        return {source: asdict(one) for source, one in sorted(self.sources.items())}
 
     @property
     def documents(self) -> int:
         """Documents read so far: the number of the next one."""
-        return sum(a.documents for a in self.accounts.values())
+        return sum(a.documents for a in self.sources.values())
 
     def packed(self) -> int:
         """Tokens packed so far."""
-        return sum(a.packed for a in self.accounts.values())
+        return sum(a.packed for a in self.sources.values())
 
-    def account(self, source: str) -> Account:
-        """The source's account, opened at first sight."""
-        return self.accounts.setdefault(source, Account())
+    def source(self, source: str) -> SourceStats:
+        """The counts of a source, all 0 where it is new."""
+        return self.sources.setdefault(source, SourceStats())
 
     def read(self, tokens: Tokens, keep: np.ndarray, low: int, high: int) -> None:
         """Enter documents low..high of a batch as read; `keep` bool (N,) says which passed the length rule."""
         part = slice(low, high)
         lengths, status, keep = tokens.lengths()[part], tokens.status[part], keep[part]
-        for account, of in self._by_source(tokens, part):
+        for one, of in self._by_source(tokens, part):
             length, state, kept = lengths[of], status[of], keep[of]
             bad = int(np.count_nonzero(state == SKIPPED)), int(np.count_nonzero(state == MALFORMED))
             nothing = int(np.count_nonzero(length == 0))
-            account.documents += len(length)
-            account.tokens += int(length.sum())
-            account.repaired += int(np.count_nonzero(state == REPAIRED))
-            account.skipped += bad[0]
-            account.malformed += bad[1]
-            account.empty += nothing - sum(bad)
-            account.too_short += len(length) - nothing - int(np.count_nonzero(kept))
-            account.eligible += int(length[kept].sum()) + int(np.count_nonzero(kept))
-            _tally(account.before_documents, account.before_tokens, length)
+            one.documents += len(length)
+            one.tokens += int(length.sum())
+            one.repaired += int(np.count_nonzero(state == REPAIRED))
+            one.skipped += bad[0]
+            one.malformed += bad[1]
+            one.empty += nothing - sum(bad)
+            one.too_short += len(length) - nothing - int(np.count_nonzero(kept))
+            one.eligible += int(length[kept].sum()) + int(np.count_nonzero(kept))
+            _tally(one.before_documents, one.before_tokens, length)
 
     def pack(self, tokens: Tokens, keep: np.ndarray, take: np.ndarray, low: int, high: int) -> None:
         """Enter documents low..high of a batch as packed: `take` (N,) tokens of each, its separator counted."""
         part = slice(low, high)
         whole, keep, take = tokens.lengths()[part] + 1, keep[part], take[part]
-        for account, of in self._by_source(tokens, part):
+        for one, of in self._by_source(tokens, part):
             took, kept = take[of], keep[of]
             packed = took > 0
-            account.packed += int(took.sum())
-            account.over_budget += int(np.count_nonzero(kept & ~packed))
-            account.cut += int(np.count_nonzero(packed & (took < whole[of])))
-            _tally(account.after_documents, account.after_tokens, took[packed] - 1)
+            one.packed += int(took.sum())
+            one.over_budget += int(np.count_nonzero(kept & ~packed))
+            one.cut += int(np.count_nonzero(packed & (took < whole[of])))
+            _tally(one.after_documents, one.after_tokens, took[packed] - 1)
 
     def report(self, shares: Mapping[str, float], budgets: Mapping[str, int]) -> dict[str, Any]:
-        """Accounts with the share of tokens each source had in the input, was to have, and has."""
-        read, packed = sum(a.tokens for a in self.accounts.values()), self.packed()
+        """Counts with the share of tokens each source had in the input, was to have, and has."""
+        read, packed = sum(a.tokens for a in self.sources.values()), self.packed()
         return {
             source: {
-                "share_of_input": account["tokens"] / read,
+                "share_of_input": one["tokens"] / read,
                 "share_requested": shares.get(source),
-                "share_achieved": account["packed"] / packed,
+                "share_achieved": one["packed"] / packed,
                 "budget": budgets.get(source),
-                **account,
+                **one,
             }
-            for source, account in self.to_dict().items()
+            for source, one in self.to_dict().items()
         }
 
-    def _by_source(self, tokens: Tokens, part: slice) -> Iterator[tuple[Account, np.ndarray]]:
+    def _by_source(self, tokens: Tokens, part: slice) -> Iterator[tuple[SourceStats, np.ndarray]]:
         codes = tokens.codes[part]
         for code in np.unique(codes).tolist():
-            yield self.account(tokens.names[code]), codes == code
+            yield self.source(tokens.names[code]), codes == code
 
 
 def bin_names() -> list[str]:
@@ -184,12 +184,14 @@ def take_all(tokens: Tokens, keep: np.ndarray, low: int, room: int | None) -> np
     return take if room is None else _clip(take, room)
 
 
-def take_budgets(tokens: Tokens, keep: np.ndarray, low: int, budgets: Mapping[str, int], ledger: Ledger) -> np.ndarray:
+def take_budgets(
+    tokens: Tokens, keep: np.ndarray, low: int, budgets: Mapping[str, int], stats: PackingStats
+) -> np.ndarray:
     """As `take_all`, with each source's own room: its budget less what it packed."""
     take = take_all(tokens, keep, low, None)
     for code, name in enumerate(tokens.names):
         of = tokens.codes == code
-        take[of] = _clip(take[of], budgets.get(name, 0) - ledger.account(name).packed)
+        take[of] = _clip(take[of], budgets.get(name, 0) - stats.source(name).packed)
     return take
 
 

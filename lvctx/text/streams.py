@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.errors import InputError
-from lvctx.text.unpack import MEBIBYTE, check_text, unpack
+from lvctx.text.unpack import MEBIBYTE, unpack
 
 _WHOLE = 4 * MEBIBYTE
 BROKEN = (OSError, EOFError, zlib.error)
@@ -19,9 +19,9 @@ BROKEN = (OSError, EOFError, zlib.error)
 
 
 _LINES, _TEXTS = (".jsonl", ".ndjson", ".json"), (".txt", ".md", ".rst", ".text")
-_KNOWN = (*_LINES, *_TEXTS, ".parquet")
+KNOWN = (*_LINES, *_TEXTS, ".parquet")
 _READ = (".gz", ".zst", ".xz", ".bz2")
-_SQUEEZED = (*_READ, ".lz4", ".br", ".z", ".lz", ".lzma", ".lzo", ".sz", ".7z", ".zip", ".rar")
+SQUEEZED = (*_READ, ".lz4", ".br", ".z", ".lz", ".lzma", ".lzo", ".sz", ".7z", ".zip", ".rar")
 """What may follow a file's own suffix; what is not read is refused when the file is opened, not passed by."""
 
 
@@ -56,7 +56,7 @@ def find_parts(inputs: Sequence[str]) -> list[Part]:
             parts.append(Part(kind=_kind(path), name=name, size=found.st_size))
         elif found:
             raise InputError("a pipe or device: it can be read once only", where=name, fix="pipe it to -")
-        elif path.suffix.lower() in (*_KNOWN, *_SQUEEZED) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        elif path.suffix.lower() in (*KNOWN, *SQUEEZED) or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise InputError("no such file or folder", where=name)
         else:
             parts.append(Part(kind="hub", name=name, size=0))
@@ -77,36 +77,43 @@ def _folder(path: Path) -> list[Part]:
         size = sum(p.stat().st_size for p in path.rglob("*.arrow"))
         return [Part(kind="saved", name=str(path), size=size)]
     files = (p for p in path.rglob("*") if not any(q.startswith(".") for q in p.relative_to(path).parts))
-    known = sorted(p for p in files if _extension(p) in _KNOWN and p.is_file())
+    known = sorted(p for p in files if base_suffix(p) in KNOWN and p.is_file())
     if not known:
         raise InputError(
-            "no documents in the folder", where=path, fix=f"it reads {' '.join(_KNOWN)}, also {' '.join(_READ)}"
+            "no documents in the folder", where=path, fix=f"it reads {' '.join(KNOWN)}, also {' '.join(_READ)}"
         )
     return [Part(kind=_kind(p), name=str(p), size=p.stat().st_size) for p in known]
 
 
-def _extension(path: Path) -> str:
-    stem = Path(path.stem) if path.suffix.lower() in _SQUEEZED else path
+def base_suffix(path: Path) -> str:
+    """A file's suffix in lower case, without one that says how it is compressed."""
+    stem = Path(path.stem) if path.suffix.lower() in SQUEEZED else path
     return stem.suffix.lower()
 
 
 def _kind(path: Path) -> str:
-    extension = _extension(path)
+    extension = base_suffix(path)
     return "lines" if extension in _LINES else "parquet" if extension == ".parquet" else "text"
 
 
-def read_whole(name: str) -> bytes:
-    """All of a text file, decompressed, without a byte order mark. Raises InputError, for what is no text too."""
+def read_whole(name: str, *, guess_encoding: bool = False) -> bytes:
+    """All of a file, decompressed, as UTF-8, without a byte order mark. Raises InputError for what cannot be read."""
     try:
-        with open_stream(name) as f:
-            content = f.read().removeprefix(b"\xef\xbb\xbf")
+        with open_stream(name, guess_encoding=guess_encoding) as f:
+            return f.read().removeprefix(b"\xef\xbb\xbf")
     except BROKEN as e:
         raise InputError(f"cannot read ({e})", where=name, fix="is the file whole?") from e
-    check_text(content, name)
-    return content
 
 
-def open_stream(name: str) -> io.BufferedReader:
+def read_text(path: Path) -> str:
+    """Text of a file in any encoding of Unicode. Raises InputError for what cannot be read, or is no such text."""
+    try:
+        return read_whole(str(path), guess_encoding=True).decode()
+    except UnicodeDecodeError as e:
+        raise InputError(f"byte {e.start:,} is not UTF-8", where=path, fix="save the file as UTF-8") from e
+
+
+def open_stream(name: str, *, guess_encoding: bool = False) -> io.BufferedReader:
     """A file open for reading, decompressed and as UTF-8 (see `unpack`). Raises InputError for what is not read."""
     if Path(name).suffix.lower() == ".br":
         raise InputError("Brotli is not read, and nothing in a file shows it", where=name, fix="decompress it first")
@@ -115,7 +122,7 @@ def open_stream(name: str) -> io.BufferedReader:
     except OSError as e:
         raise InputError(f"cannot read ({e.strerror})", where=name) from e
     try:
-        return unpack(raw, name)
+        return unpack(raw, name, guess_encoding=guess_encoding)
     except BaseException:
         raw.close()
         raise

@@ -10,6 +10,7 @@ import bz2
 import codecs
 import gzip
 import io
+import json
 import lzma
 import re
 from collections.abc import Callable, Iterator
@@ -56,10 +57,12 @@ _MARKS = (
 """Byte order marks; UTF-32's little-endian one begins like UTF-16's."""
 
 
-def unpack(raw: Any, name: str) -> io.BufferedReader:
+def unpack(raw: Any, name: str, *, guess_encoding: bool = False) -> io.BufferedReader:
     """The content of a binary stream as UTF-8 or what else it is, decompressed; peeking at it gives a whole mebibyte.
 
-    Raises InputError for a format that is not read, and OSError or EOFError, here or when reading, for damaged content.
+    `guess_encoding` takes JSON or a table in UTF-16 or UTF-32 without a byte order mark, by its first characters'
+    zeros. Raises InputError for a format that is not read, and OSError or EOFError, here or when reading, for damaged
+    content.
     """
     stream = io.BufferedReader(raw, MEBIBYTE)
     for layer in range(_LAYERS + 1):
@@ -77,6 +80,8 @@ def unpack(raw: Any, name: str) -> io.BufferedReader:
     for mark, encoding in _MARKS:
         if head.startswith(mark):
             return io.BufferedReader(Pieces(_to_utf8(stream, encoding), stream), MEBIBYTE)
+    if guess_encoding and (encoding := json.detect_encoding(head)) not in ("utf-8", "utf-8-sig"):
+        return io.BufferedReader(Pieces(_to_utf8(stream, encoding), stream), MEBIBYTE)
     return stream
 
 

@@ -22,9 +22,10 @@ from lvctx.dist.fsdp import keep_in_graph
 from lvctx.model.loss import IGNORED, token_loss
 from lvctx.model.vlm import embed_frames, frame_features
 from lvctx.positions.pose import skipped
-from lvctx.train.chat import Conversation, TokenSequence, encode_conversation
-from lvctx.train.images import Encoding, embed_image
+from lvctx.text.conversations import Conversation
+from lvctx.train.chat import TokenSequence, encode_conversation
 from lvctx.vision.images import Preprocess, open_image
+from lvctx.vlm.image_tiling import ImageEncoding, embed_image
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Sample:
 
 
 def encode_sample(
-    number: int, row: Sequence[Conversation], tokenizer: Any, encoding: Encoding, *, max_length: int
+    number: int, row: Sequence[Conversation], tokenizer: Any, encoding: ImageEncoding, *, max_length: int
 ) -> Sample:
     """A row of the data, one conversation or two that differ in their last answer, which then alone is counted.
 
@@ -113,7 +114,7 @@ class Forward(nn.Module):
         self,
         vlm: Any,
         *,
-        encoding: Encoding,
+        encoding: ImageEncoding,
         preprocess: Preprocess,
         newline: int,
         tower_grad: bool,

@@ -1,6 +1,6 @@
 """Conversations as training sequences: the model's own chat template, loss on the assistant's turns only.
 
-Rows are those of `lvctx.train.samples`. In the sequence an image is the block of its grids' tokens closed by one "\\n",
+In the sequence an image is the block of its grids' tokens closed by one "\\n",
 and the "\\n" that LLaVA writes after `<image>` is that one.
 """
 
@@ -13,7 +13,7 @@ from lvctx.errors import InputError
 from lvctx.model.loss import IGNORED
 from lvctx.model.template import Message, Visual, chat_encoder
 from lvctx.model.vlm import VIDEO_TOKEN
-from lvctx.train.samples import ChatSample, Media, check_row, read_checked
+from lvctx.text.conversations import Conversation, Media, MediaKind
 
 CHATML = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -21,18 +21,6 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """The template of Qwen's chat models, with their default system turn."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conversation:
-    """One checked row of text and images."""
-
-    where: str
-    """File and row, for errors."""
-    images: tuple[Path, ...]
-    """In the order of their marks."""
-    messages: tuple[Message, ...]
-    """`{"role", "content"}`, each image one `Visual` part of a content (see `lvctx.model.template`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,36 +37,15 @@ class TokenSequence:
     """Of the tokens, where they do not count up from 0."""
 
 
-def read_conversations(path: Path, images: Path) -> list[Conversation]:
-    """Every row of a file or a dataset; image paths are relative to `images`.
-
-    Raises InputError naming file and row (or line) for malformed JSON, a missing image file, a number of `<image>`
-    marks other than the number of images, an unknown role, or an answer that is empty or missing.
-    """
-    return read_checked(path, images, lambda row, where: conversation(check_row(row, where), images))
-
-
-def conversation(sample: ChatSample, folder: Path) -> Conversation:
-    """A sample of text and images. Raises InputError for a video or a missing file."""
-    if any(media.kind == "video" for media in sample.media):
-        raise InputError("a video", where=sample.where, fix="samples are text and images")
-    images = tuple(folder / media.path for media in sample.media)
-    for image in images:
-        if not _is_file(image):
-            raise InputError(f"no such image {image}", where=sample.where, fix="check --images, or remove the row")
-    mark = Visual(VIDEO_TOKEN)
-    messages = tuple(
-        {"role": role, "content": tuple(mark if isinstance(part, Media) else part for part in parts)}
-        for role, parts in sample.turns
+def to_messages(conversation: Conversation, mark: Callable[[MediaKind], str]) -> tuple[Message, ...]:
+    """A conversation as `{"role", "content"}`, each image or video one `Visual` part with the mark of its kind."""
+    return tuple(
+        {
+            "role": turn.role,
+            "content": tuple(Visual(mark(part.kind)) if isinstance(part, Media) else part for part in turn.content),
+        }
+        for turn in conversation.turns
     )
-    return Conversation(where=sample.where, images=images, messages=messages)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except ValueError:  # no name that a file can have
-        return False
 
 
 def encode_conversation(
@@ -90,7 +57,8 @@ def encode_conversation(
     """
     video = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
     blocks = [[video] * visual_tokens(image) for image in conversation.images]
-    return encode_messages(conversation.messages, tokenizer, blocks, where=conversation.where, last_only=last_only)
+    messages = to_messages(conversation, lambda kind: VIDEO_TOKEN)
+    return encode_messages(messages, tokenizer, blocks, where=conversation.where, last_only=last_only)
 
 
 def encode_messages(

@@ -19,10 +19,11 @@ from torch import Tensor
 from lvctx.artifacts.chat import ChatRows
 from lvctx.errors import InputError
 from lvctx.positions.mrope_ids import Part, Text, positions
-from lvctx.vision.decode import read_frames
-from lvctx.vision.film import part, patches
+from lvctx.vision.decode import read_video
 from lvctx.vision.images import open_image
+from lvctx.vision.sampling import VideoSampling
 from lvctx.vision.tokens import Block, Kind, QwenRule
+from lvctx.vlm.qwen_frames import part, patches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ class RowReader:
         if item["kind"] == "image":
             return [open_image(path)], [0.0]
         rate: dict[str, Any] = {"fps": item["fps"]} if item["fps"] else {"frames": item.get("spread", item["frames"])}
-        reader = read_frames(path, **rate, allow_partial=item.get("partial", False))
+        reader = read_video(path, VideoSampling(**rate, allow_partial=item.get("partial", False)))
         shots = list(reader)
         if len(shots) != item["frames"]:
             what = f"{len(shots)} frames, and {item['frames']} when it was packed"

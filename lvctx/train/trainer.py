@@ -4,7 +4,6 @@ Trained parameters are kept in float32 and computed with in bfloat16 (autocast);
 One process and many run the same lines: see `dist.context`.
 """
 
-import json
 import logging
 import math
 import os
@@ -17,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lvctx.artifacts.rows import read_rows, write_rows
+from lvctx.artifacts.jsonl_log import json_line, read_jsonl, write_jsonl
 from lvctx.artifacts.store import disk_error, is_disk_error
 from lvctx.dist.checkpoint import Checkpoints
 from lvctx.dist.context import ParallelContext
@@ -94,7 +93,7 @@ def train(
                 if done:
                     save(wait=True)
             raise
-    return read_rows(out / "metrics.jsonl") if context.rank == 0 else []
+    return read_jsonl(out / "metrics.jsonl") if context.rank == 0 else []
 
 
 def _compute_gradients(
@@ -177,16 +176,16 @@ def _open_metrics(path: Path, *, keep: int, writes: bool) -> Iterator[Callable[[
     if not writes:
         yield lambda row: None
         return
-    rows = read_rows(path) if path.exists() else []
+    rows = read_jsonl(path) if path.exists() else []
     kept = {row["step"]: row for row in rows if isinstance(row.get("step"), int) and row["step"] <= keep}
     if len(kept) < keep:
         log.warning("%s: %d of the %d steps done so far are missing", path, keep - len(kept), keep)
-    write_rows(path, kept.values())
+    write_jsonl(path, kept.values())
     try:
         with open(path, "a", encoding="utf-8") as f:
 
             def write(row: dict[str, Any]) -> None:
-                f.write(json.dumps(row) + "\n")
+                f.write(json_line(row))
                 f.flush()
                 os.fsync(f.fileno())
 

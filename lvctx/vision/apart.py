@@ -16,16 +16,17 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
 
 from lvctx import errors
-from lvctx.vision.decode import Decoder, Frame, Rate, Sampling, Tally, read_frames
-from lvctx.vision.squares import FrameMode, square
+from lvctx.vision.decode import Frame, Tally, read_video
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vision.squares import square
 
 PATIENCE = 120.0
 """Seconds in which a decoder has to read at least one packet."""
@@ -33,29 +34,29 @@ HEAD, FRAME = struct.Struct("<cQ"), struct.Struct("<qd")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class DecodeRequest:
     """Which frames of which video, and as what squares."""
 
     path: str
     """The video."""
-    fps: Rate | None
-    """As in `read_frames`."""
-    frames: int | None
-    """As in `read_frames`."""
-    decoder: Decoder
-    """As in `read_frames`."""
-    sampling: Sampling
-    """As in `read_frames`."""
-    allow_partial: bool
-    """As in `read_frames`."""
+    sampling: VideoSampling
+    """Which frames, and `frame_mode`: how a frame becomes a square."""
     threads: int | None
-    """As in `read_frames`."""
+    """As in `read_video`."""
     size: int
     """Side of the squares in pixels."""
-    mode: FrameMode
-    """How a frame becomes a square."""
     background: tuple[int, int, int]
     """Colour that `pad` adds."""
+
+    def to_json(self) -> str:
+        """For the process; the resolution of frames is nothing to it."""
+        return json.dumps(asdict(replace(self, sampling=replace(self.sampling, hybrid=None, frame_selection="group"))))
+
+    @classmethod
+    def from_json(cls, line: bytes) -> Self:
+        """What `to_json` wrote."""
+        raw = json.loads(line)
+        return cls(**{**raw, "sampling": VideoSampling(**raw["sampling"])})
 
 
 class Decoders:
@@ -66,10 +67,10 @@ class Decoders:
         self._idle: list[subprocess.Popen[bytes]] = []
 
     @contextlib.contextmanager
-    def read(self, request: Request, facts: dict[str, Any]) -> Iterator[Iterator[Frame]]:
+    def read(self, request: DecodeRequest, facts: dict[str, Any]) -> Iterator[Iterator[Frame]]:
         """The frames of a video, each a square; `facts` is filled once they are exhausted.
 
-        Raises what `read_frames` raises, and InputError where the decoder dies or stands still.
+        Raises what `read_video` raises, and InputError where the decoder dies or stands still.
         """
         process = self._idle.pop() if self._idle else self._start()
         clean = False
@@ -103,11 +104,11 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 class _Reader(Iterator[Frame]):
-    def __init__(self, process: Any, request: Request, facts: dict[str, Any], patience: float) -> None:
+    def __init__(self, process: Any, request: DecodeRequest, facts: dict[str, Any], patience: float) -> None:
         self._process, self._request, self._facts, self._patience = process, request, facts, patience
         self.over = False
         with contextlib.suppress(BrokenPipeError):  # reading will say why
-            process.stdin.write(json.dumps(asdict(request)).encode() + b"\n")
+            process.stdin.write(request.to_json().encode() + b"\n")
 
     def __next__(self) -> Frame:
         while not self.over:
@@ -158,13 +159,13 @@ def serve() -> None:
     out = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints must not come between messages
     for line in sys.stdin.buffer:
-        _Answer(out, Request(**json.loads(line))).run()
+        _Answer(out, DecodeRequest.from_json(line)).run()
 
 
 class _Answer:
     """One video's messages."""
 
-    def __init__(self, out: int, request: Request) -> None:
+    def __init__(self, out: int, request: DecodeRequest) -> None:
         self._out, self._request = out, request
         self._lock, self._over, self._tally = threading.Lock(), threading.Event(), Tally()
 
@@ -184,16 +185,8 @@ class _Answer:
 
     def _frames(self) -> dict[str, Any]:
         asked = self._request
-        reader = read_frames(
-            Path(asked.path),
-            fps=asked.fps,
-            frames=asked.frames,
-            decoder=asked.decoder,
-            sampling=asked.sampling,
-            allow_partial=asked.allow_partial,
-            threads=asked.threads,
-            tally=self._tally,
-            prepare=self._square,
+        reader = read_video(
+            Path(asked.path), asked.sampling, prepare=self._square, threads=asked.threads, tally=self._tally
         )
         for frame in reader:
             self._send(b"F", FRAME.pack(frame.index, frame.pts), frame.image.data)
@@ -202,7 +195,7 @@ class _Answer:
     def _square(self, image: np.ndarray) -> np.ndarray:
         asked = self._request
         red, green, blue = asked.background
-        done = square(Image.fromarray(image), asked.size, asked.mode, (red, green, blue))
+        done = square(Image.fromarray(image), asked.size, asked.sampling.frame_mode or "crop", (red, green, blue))
         return np.ascontiguousarray(np.asarray(done))
 
     def _beat(self) -> None:

@@ -13,10 +13,10 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import av
 import numpy as np
@@ -24,14 +24,20 @@ import numpy as np
 from lvctx.errors import InputError, UsageError
 from lvctx.vision.clock import Clock, frame_ticks, in_order
 from lvctx.vision.container import check_whole, decoder_errors, demux, open_video, probe
+from lvctx.vision.frame_selection import (
+    DecodedFrame,
+    due_ticks,
+    frame_numbers,
+    nearest_key_frames,
+    numbers_between,
+    spread,
+    take_numbered,
+    take_sampled,
+)
 from lvctx.vision.packets import PacketIndex, read_packets
 from lvctx.vision.planned import Converter, Prepare, Tally, read_planned
-from lvctx.vision.sampling import Rate, Shot, choose, due_ticks, nearest_key_frames, sample, spread
+from lvctx.vision.sampling import VideoSampling
 from lvctx.vision.truncation import ends_inside_packet
-
-Decoder = Literal["auto", "decord", "pyav"]
-Sampling = Literal["exact", "keyframe"]
-"""`keyframe` takes for each sampled frame the key frame shown nearest to it: other pictures, a fraction of the time."""
 
 CORRUPT_LIMIT = 0.01
 """Share of frames that may be damaged before the video is refused."""
@@ -66,33 +72,38 @@ class FrameReader(Iterator[Frame]):
         return frame
 
 
-def read_frames(
+def read_video(
     path: Path,
+    sampling: VideoSampling,
     *,
-    fps: Rate | None = None,
-    frames: int | None = None,
     wanted: Sequence[int] | None = None,
-    decoder: Decoder = "auto",
-    sampling: Sampling = "exact",
-    allow_partial: bool = False,
     prepare: Prepare | None = None,
     threads: int | None = None,
     tally: Tally | None = None,
 ) -> FrameReader:
-    """Read frames of `path`: at a rate `fps`, `frames` of them evenly spread, or those numbered in ascending `wanted`.
+    """Read the frames that `sampling` takes of `path`, or those numbered in ascending `wanted`.
 
-    `prepare` is what to make of each RGB picture, called in several threads; `threads` is the number of cores unless
-    given; `tally` shows how far the decoder is. Pixels in memory do not grow with the length of the video.
+    `prepare` is what to make of each RGB image, called in several threads; `threads` is the number of cores unless
+    given; `tally` shows how far the decoder is. Pixels in memory do not grow with the length of the video. The
+    resolution in `sampling` is not looked at, nor its `max_frames`: see `bounded`.
 
-    Raises InputError for a file that is missing, empty, not a video or without a picture; and unless `allow_partial`
-    for one that is cut short, or of which more than 1% is damaged: frames that do not decode are left out and counted,
-    never made up. MissingError where decord is asked for and not installed.
+    Raises InputError for a file that is missing, empty, not a video or without a frame, also between `start` and
+    `end`; and unless `allow_partial` for one that is truncated, or of which more than 1% is damaged: frames that do not
+    decode are left out and counted, never made up. MissingError where decord is asked for and not installed.
     """
-    if sum(given is not None for given in (fps, frames, wanted)) != 1:
+    if sum(given is not None for given in (sampling.fps, sampling.frames, wanted)) != 1:
         raise UsageError("give either a rate or a number of frames")
-    facts: dict[str, Any] = {} if check_whole(path, allow_partial=allow_partial) else {"partial": True}
-    job = _Job(path, fps, frames, wanted, decoder, sampling, allow_partial, prepare, threads or (os.cpu_count() or 1))
+    facts: dict[str, Any] = {} if check_whole(path, allow_partial=sampling.allow_partial) else {"partial": True}
+    job = _Job(path=path, sampling=sampling, wanted=wanted, prepare=prepare, threads=threads or (os.cpu_count() or 1))
     return FrameReader(_read(job, facts, tally or Tally()), facts, path)
+
+
+def bounded(path: Path, sampling: VideoSampling) -> VideoSampling:
+    """The sampling, or `max_frames` evenly spread where its rate gives more of this video. Raises as `read_video`."""
+    bound = sampling.max_frames
+    if bound is None or sampling.frames is not None or count_frames(path, sampling, decode=False).frames <= bound:
+        return sampling
+    return replace(sampling, fps=None, frames=bound, max_frames=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +111,7 @@ class Count:
     """What a sampling finds in a video."""
 
     frames: int
-    """Frames that `read_frames` gives, if none is damaged."""
+    """Frames that `read_video` gives, if none is damaged."""
     exact: bool
     """False: about so many, as only decoding would tell."""
     width: int
@@ -113,26 +124,21 @@ class Count:
     """Whether the video is cut short or damaged; known only where it was decoded."""
 
 
-def count_frames(
-    path: Path,
-    *,
-    fps: Rate | None = None,
-    frames: int | None = None,
-    decode: bool = True,
-    allow_partial: bool = False,
-) -> Count:
-    """How many frames `read_frames` gives, by the packets; the first frame is decoded for its size.
+def count_frames(path: Path, sampling: VideoSampling, *, decode: bool = True) -> Count:
+    """How many frames `read_video` gives, by the packets; the first frame is decoded for its size.
 
     Where packets do not tell (see `packets.py`), and with `allow_partial`, everything is decoded, or without `decode`
-    nothing at all and the count is near. Raises as `read_frames`.
+    nothing at all and the count is near. Raises as `read_video`.
     """
-    check_whole(path, allow_partial=allow_partial)
-    job = _Job(path, fps, frames, None, "pyav", "exact", allow_partial, None, os.cpu_count() or 1)
+    check_whole(path, allow_partial=sampling.allow_partial)
+    job = _Job(path=path, sampling=sampling, threads=os.cpu_count() or 1)
     with decoder_errors(path):
-        if allow_partial and decode:
+        if sampling.allow_partial and decode:
             return _count_readable(job)
         index = read_packets(path)
-        wanted = choose(index, fps, frames) if index is not None else []
+        wanted = frame_numbers(index, sampling) if index is not None else []
+        if index is not None and not wanted:
+            raise _nothing(job)
         if index is None or index.stretches(sorted(set(wanted))) is None:
             return _count_all(job) if decode else _count_about(job)
         duration = float(index.end * index.time_base - index.time(0))
@@ -141,11 +147,13 @@ def count_frames(
         if decode:
             height, width = _upright_size(job, index, wanted)
         # What cannot be decoded is left out then.
-        return Count(frames=len(wanted), exact=not allow_partial, width=width, height=height, duration=duration)
+        return Count(
+            frames=len(wanted), exact=not sampling.allow_partial, width=width, height=height, duration=duration
+        )
 
 
 def _count_readable(job: "_Job") -> Count:
-    reader = read_frames(job.path, fps=job.fps, frames=job.frames, allow_partial=True)
+    reader = read_video(job.path, job.sampling)
     found = sum(1 for _ in reader)
     facts = reader.facts
     return Count(
@@ -172,15 +180,22 @@ def _upright_size(job: "_Job", index: PacketIndex, wanted: list[int]) -> tuple[i
 def _count_all(job: "_Job") -> Count:
     facts: dict[str, Any] = {}
     tally = Tally()
-    shots = _shots(job, facts, tally)
-    first = next(shots, None)
+    decoded = _decode_all(job, facts, tally)
+    first = next(decoded, None)
     if first is None:
         raise InputError("not one frame could be decoded", where=job.path)
     (height, width), _ = Converter(None)(first.data)
-    taken = sum(1 for _ in sample(itertools.chain([first], shots), fps=job.fps))
+    frames = itertools.chain([first], decoded)
+    if job.sampling.frames is None:
+        taken = sum(1 for _ in take_sampled(frames, job.sampling))
+    else:
+        low, high = numbers_between([frame.pts - first.pts for frame in frames], job.sampling)
+        taken = job.sampling.frames if low < high else 0
+    if not taken:
+        raise _nothing(job)
     _check_damage(job, facts, tally.damaged, tally.decoded + tally.damaged)
     return Count(
-        frames=taken if job.frames is None else job.frames,
+        frames=taken,
         exact=True,
         width=width,
         height=height,
@@ -203,12 +218,16 @@ def _count_about(job: "_Job") -> Count:
     if not spans:
         raise InputError("not one frame could be decoded", where=job.path)
     first, last, end = min(spans)[0], max(spans)[0], max(end for _, end in spans)
-    if job.frames is not None:
-        frames = job.frames
+    sampling = job.sampling
+    if sampling.frames is not None:
+        frames = sampling.frames
+    elif sampling.fps == "native":
+        low, high = numbers_between(sorted(start - first for start, _ in spans), sampling, tick=tick)
+        frames = high - low
     else:
-        frames = len(spans) if job.fps == "native" else len(due_ticks(first, last, end, tick, job.fps))
+        frames = len(due_ticks(first, last, end, tick, sampling))
     duration = float((end - first) * tick)
-    exact = job.frames is not None and not job.allow_partial
+    exact = sampling.frames is not None and not sampling.allow_partial
     return Count(frames=frames, exact=exact, width=width, height=height, duration=duration)
 
 
@@ -216,17 +235,20 @@ def _read(job: "_Job", facts: dict[str, Any], tally: Tally) -> Iterator[Frame]:
     index = read_packets(job.path)
     wanted = list(job.wanted or ())
     if index is not None:
-        wanted = choose(index, job.fps, job.frames) if job.wanted is None else [n for n in wanted if n < len(index)]
-    if index is not None and job.sampling == "keyframe":
+        numbers = frame_numbers(index, job.sampling) if job.wanted is None else wanted
+        wanted = [n for n in numbers if n < len(index)]
+        if not wanted:
+            raise _nothing(job)
+    if index is not None and job.sampling.seek == "keyframe":
         wanted, facts["time_error"] = nearest_key_frames(index, wanted)
     times = Counter(wanted)
     versions = (f"{name} {'.'.join(map(str, av.library_versions[name]))}" for name in ("libavcodec", "libswscale"))
     facts["decoder"] = f"PyAV {av.__version__} ({', '.join(versions)})"
     stretches = index.stretches(times) if index is not None else None
-    if job.sampling == "keyframe" and stretches is None:
-        raise InputError("key frames cannot be told apart here", where=job.path, fix="--sampling exact")
+    if job.sampling.seek == "keyframe" and stretches is None:
+        raise InputError("key frames cannot be told apart here", where=job.path, fix="--seek exact")
     read: Any
-    if job.decoder == "decord":
+    if job.sampling.decoder == "decord":
         from lvctx.vision.decord import check_decord, read_with_decord
 
         index = check_decord(job.path, index)
@@ -257,47 +279,51 @@ def _check_damage(job: "_Job", facts: dict[str, Any], damaged: int, frames: int)
     if damaged <= CORRUPT_LIMIT * frames or damaged <= ends_inside_packet(job.path):
         return
     facts["partial"] = True
-    if not job.allow_partial:
+    if not job.sampling.allow_partial:
         fix = "get the video again, or --allow-partial takes what there is"
         raise InputError(f"{damaged} of {frames} decoded frames are damaged or missing", where=job.path, fix=fix)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Job:
-    """The arguments of `read_frames`."""
+    """The arguments of `read_video`."""
 
     path: Path
-    fps: Rate | None
-    frames: int | None
-    wanted: Sequence[int] | None
-    decoder: Decoder
-    sampling: Sampling
-    allow_partial: bool
-    prepare: Prepare | None
+    sampling: VideoSampling
+    wanted: Sequence[int] | None = None
+    prepare: Prepare | None = None
     threads: int
+
+
+def _nothing(job: _Job) -> InputError:
+    if job.sampling.start is None and job.sampling.end is None:
+        return InputError("not one frame could be decoded", where=job.path)
+    return InputError("no frame between --start and --end", where=job.path, fix="check them against the duration")
 
 
 def _read_everything(job: _Job, facts: dict[str, Any], tally: Tally) -> Iterator[Frame]:
     """Front to back, every frame decoded: where packets do not tell what is in them."""
-    count = 0
-    if job.frames is not None:
-        count = sum(1 for _ in _shots(job, {}, Tally()))
+    wanted = job.wanted
+    if job.sampling.frames is not None:
+        seconds = [frame.pts for frame in _decode_all(job, {}, Tally())]
         tally.packets = 0
-    wanted = spread(count, job.frames) if job.frames is not None and count else job.wanted or ()
+        low, high = numbers_between([pts - seconds[0] for pts in seconds], job.sampling)
+        wanted = [low + n for n in spread(high - low, job.sampling.frames)]
     convert = Converter(job.prepare)
     last: Frame | None = None
-    for shot in sample(_shots(job, facts, tally), fps=job.fps, wanted=wanted):
-        if last is None or last.index != shot.index:
-            (facts["height"], facts["width"]), image = convert(shot.data)
-            last = Frame(index=shot.index, pts=float(shot.pts), image=image)
+    decoded = _decode_all(job, facts, tally)
+    for frame in take_sampled(decoded, job.sampling) if wanted is None else take_numbered(decoded, wanted):
+        if last is None or last.index != frame.index:
+            (facts["height"], facts["width"]), image = convert(frame.data)
+            last = Frame(index=frame.index, pts=float(frame.pts), image=image)
         yield last
     if last is None:
-        raise InputError("not one frame could be decoded", where=job.path)
+        raise _nothing(job)
     facts["corrupt"] = tally.damaged
     _check_damage(job, facts, tally.damaged, tally.decoded + tally.damaged)
 
 
-def _shots(job: _Job, facts: dict[str, Any], tally: Tally) -> Iterator[Shot]:
+def _decode_all(job: _Job, facts: dict[str, Any], tally: Tally) -> Iterator[DecodedFrame]:
     """Every frame in the order of presentation."""
     container, stream = open_video(job.path)
     stream.codec_context.thread_count = 0 if job.threads > 1 else 1
@@ -308,7 +334,7 @@ def _shots(job: _Job, facts: dict[str, Any], tally: Tally) -> Iterator[Shot]:
             first = start * tick if tally.decoded == 0 else first
             last = end * tick
             tally.damaged += bool(frame.is_corrupt)
-            yield Shot(index=tally.decoded, pts=start * tick, end=last, data=frame)
+            yield DecodedFrame(index=tally.decoded, pts=start * tick, end=last, data=frame)
             tally.decoded += 1
     facts["source_frames"], facts["duration"] = tally.decoded, float(last - first)
 

@@ -13,13 +13,18 @@ Frames of one size that follow each other are a run, and a run is one item for t
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lvctx.errors import UsageError
 
-Mode = Literal["pair", "image", "literal"]
+if TYPE_CHECKING:
+    import numpy as np
+
+HybridMode = Literal["pair", "image", "literal"]
+THUMB = 32
+"""Side in pixels of the grey thumbnails that adaptive selection compares."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +37,7 @@ class Hybrid:
     """m: tokens of a grid of high resolution. Paper: 240."""
     ratio: int = 1
     """s: how many times fewer the others have. Paper: 3."""
-    mode: Mode = "pair"
+    mode: HybridMode = "pair"
     """See above."""
 
     def __post_init__(self) -> None:
@@ -43,13 +48,13 @@ class Hybrid:
             raise UsageError("s is larger than m: no token is left", where=f"{self.group},{self.tokens},{self.ratio}")
 
     @classmethod
-    def parse(cls, text: str, mode: Mode) -> "Hybrid":
+    def parse(cls, text: str) -> "Hybrid":
         """`L,M,S` as on the command line. Raises UsageError for other text."""
         try:
             group, tokens, ratio = map(int, text.split(","))
         except ValueError:
             raise UsageError(f"--hybrid {text!r} is not L,M,S", fix="write 4,240,3") from None
-        return cls(group=group, tokens=tokens, ratio=ratio, mode=mode)
+        return cls(group=group, tokens=tokens, ratio=ratio)
 
     @property
     def uniform(self) -> bool:
@@ -91,3 +96,40 @@ def hybrid_tokens(frames: int, hybrid: Hybrid, *, merge: int) -> int:
     return sum(
         run.grids * (hybrid.tokens if run.high else hybrid.low_tokens) for run in runs(frames, hybrid, merge=merge)
     )
+
+
+def select_high(
+    hybrid: Hybrid, *, merge: int, threshold: float | None = None
+) -> Callable[[int, "np.ndarray | None"], bool]:
+    """Which frames are of high resolution: a function of a frame's number and thumbnail or image, called in order.
+
+    Without `threshold` the first frame of each group (the first `merge` in mode `pair`, where they share a grid). With
+    it, a frame whose grey thumbnail differs from that of the last high one by at least that much: mean absolute
+    difference, 0 to 1. The other frames of a pair follow its first. Images are (H, W, 3), thumbnails as `thumbnail`'s.
+    """
+    unit = merge if hybrid.mode == "pair" else 1
+    last: np.ndarray | None = None
+    high = True
+
+    def is_high(number: int, image: "np.ndarray | None") -> bool:
+        nonlocal last, high
+        if hybrid.uniform:
+            return True
+        if threshold is None:
+            return number // unit % hybrid.group == 0
+        assert image is not None
+        if number % unit == 0:
+            thumb = thumbnail(image) if image.ndim == 3 else image
+            high = last is None or float(abs(thumb - last).mean()) >= threshold
+            last = thumb if high else last
+        return high
+
+    return is_high
+
+
+def thumbnail(image_HW3: "np.ndarray") -> "np.ndarray":
+    """A frame as a small grey image, float32 (THUMB, THUMB), 0 to 1."""
+    import numpy as np
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image_HW3).convert("L").resize((THUMB, THUMB)), np.float32) / 255

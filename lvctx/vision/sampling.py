@@ -1,94 +1,102 @@
-"""Which frames a sampling takes: of numbered times in ticks, or of shots as they come."""
+"""How a video is sampled and at what resolution: declared once, for every command that reads video.
 
-import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+Nothing heavy is imported here: the help of the commands is made from it.
+"""
+
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
-
-from lvctx.vision.packets import PacketIndex
+from lvctx.config import Flag
+from lvctx.errors import UsageError
+from lvctx.vision.hybrid import Hybrid, HybridMode
+from lvctx.vision.squares import FrameMode
 
 Rate = float | Literal["native"]
-"""Frames a second, or every frame."""
+"""Frames per second, or every frame."""
+Decoder = Literal["auto", "pyav", "decord"]
+SeekMode = Literal["exact", "keyframe"]
+FrameSelection = Literal["group", "adaptive"]
+
+
+def parse_rate(text: str) -> Rate:
+    """`native`, a number such as 0.5, or a fraction such as 30000/1001. Raises ValueError for anything else."""
+    if text == "native":
+        return "native"
+    try:
+        rate = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        rate = 0.0
+    if not 1e-5 <= rate <= 1e5:
+        raise ValueError("no frame rate; give a number such as 1, or native")
+    return rate
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shot:
-    """A frame of the source that is not converted yet: what sampling decides on."""
+class VideoSampling:
+    """Which frames of a video are used, and at what resolution.
 
-    index: int
-    """As in `Frame`."""
-    pts: Fraction
-    """Exact seconds."""
-    end: Fraction
-    """When the next frame is due; equal to `pts` where the container does not say."""
-    data: Any = field(default=None, repr=False)
-    """The decoder's own frame."""
-
-
-def choose(index: PacketIndex, fps: Rate | None, frames: int | None) -> list[int]:
-    """Numbers of the frames to take, ascending, by the rules above; a frame may be taken several times."""
-    if frames is not None:
-        return spread(len(index), frames)
-    if fps == "native":
-        return list(range(len(index)))
-    pts_F = index.pts_N[index.packet_F]
-    first, last = int(pts_F[0]), int(pts_F[-1])
-    due = due_ticks(first, last, index.end, index.time_base, fps)
-    return (np.searchsorted(pts_F, due, "right") - 1).tolist()
-
-
-def due_ticks(first: int, last: int, end: int, tick: Fraction, fps: Any) -> list[int]:
-    """Ticks at which a frame is taken, from the first frame's on: before `end`, or when the last frame begins."""
-    step = 1 / Fraction(fps).limit_denominator(100_000) / tick
-    count = max(math.ceil((end - first) / step), (last - first) // step + 1)
-    return [first + k * step.numerator // step.denominator for k in range(count)]
-
-
-def nearest_key_frames(index: PacketIndex, wanted: list[int]) -> tuple[list[int], dict[str, float]]:
-    """For every wanted frame the key frame shown nearest to it (the earlier of two); mean and max error in seconds."""
-    pts_F, keys = index.pts_N[index.packet_F], index.key_frames
-    after = np.searchsorted(keys, wanted).clip(1, max(1, len(keys) - 1))
-    left, right = keys[after - 1], keys[np.minimum(after, len(keys) - 1)]
-    off_left, off_right = abs(pts_F[left] - pts_F[wanted]), abs(pts_F[right] - pts_F[wanted])
-    taken = np.where(off_left <= off_right, left, right)
-    off = np.minimum(off_left, off_right) * float(index.time_base)
-    return taken.tolist(), {"mean": round(float(off.mean()), 6), "max": round(float(off.max()), 6)}
-
-
-def sample(shots: Iterable[Shot], *, fps: Rate | None, wanted: Iterable[int] = ()) -> Iterator[Shot]:
-    """The shots to take, in order: at the rate `fps`, or where `fps` is None those numbered in ascending `wanted`.
-
-    A shot that stays on display over several sampling times is taken several times.
+    Times count from the first frame of the video. Raises UsageError for values that contradict each other.
     """
-    if fps is None:
-        todo = iter(wanted)
-        want = next(todo, None)
-        for shot in shots:
-            while want == shot.index:
-                yield shot
-                want = next(todo, None)
-        return
-    if fps == "native":
-        yield from shots
-        return
-    step = 1 / Fraction(fps).limit_denominator(100_000)
-    shown: Shot | None = None
-    due = Fraction(0)
-    for shot in shots:
-        if shown is None:
-            due = shot.pts
-        while shown is not None and due < shot.pts:
-            yield shown
-            due += step
-        shown = shot
-    while shown is not None and (due < shown.end or due == shown.pts):
-        yield shown
-        due += step
 
+    panel: ClassVar[str] = "Video sampling"
 
-def spread(count: int, frames: int) -> list[int]:
-    """Numbers of `frames` frames evenly spread over `count`, both ends included: LongVA's linspace, rounded down."""
-    return np.linspace(0, count - 1, frames, dtype=int).tolist()
+    fps: Annotated[Rate | None, Flag(parse=parse_rate, metavar="RATE|native")] = None
+    """Frames per second by timestamp, or `native` for every frame. Default: 2 for Qwen-VL, otherwise 1."""
+    frames: Annotated[int | None, Flag(min=1)] = None
+    """Number of frames, evenly spread, instead of a rate."""
+    max_frames: Annotated[int | None, Flag(min=1)] = None
+    """Where the rate gives more frames than this, take this many, evenly spread. Default: 768 for Qwen-VL."""
+    start: Annotated[float | None, Flag(min=0)] = None
+    """Begin this many seconds into the video."""
+    end: Annotated[float | None, Flag(min=0)] = None
+    """Stop this many seconds into the video."""
+    frame_mode: FrameMode | None = None
+    """How a frame becomes a square for CLIP and SigLIP towers. Default: crop."""
+    hybrid: Annotated[Hybrid | None, Flag(parse=Hybrid.parse, metavar="L,M,S")] = None
+    """Hybrid resolution L,M,S: of every L frames one has M tokens, the others M/S. Default: all frames alike."""
+    hybrid_mode: HybridMode = "pair"
+    """Qwen-VL: groups of merged pairs of frames, of frames as images, or of single frames."""
+    frame_selection: FrameSelection = "group"
+    """Which frames have the higher resolution: the first of each group, or those where the picture has changed."""
+    change_threshold: Annotated[float, Flag(min=0, max=1, needs=("frame_selection=adaptive",))] = 0.1
+    """With adaptive frame selection: smallest mean difference, 0 to 1, that counts as a change."""
+    allow_partial: bool = False
+    """Use what can be decoded of truncated or damaged videos; rows then have `partial`."""
+    decoder: Decoder = "auto"
+    """Video decoder; auto is PyAV. decord refuses videos that it would read wrongly."""
+    seek: SeekMode = "exact"
+    """keyframe takes the nearest key frames: fast, and off by up to seconds."""
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and self.frames is not None:
+            raise UsageError("give --fps or --frames, not both")
+        if self.max_frames is not None and (self.frames is not None or self.fps == "native"):
+            raise UsageError("--max-frames bounds a rate", fix="give --fps a number, and no --frames")
+        if (self.start or 0) < 0 or (self.end is not None and self.end <= (self.start or 0)):
+            raise UsageError("--start is at least 0 and before --end", where=f"{self.start or 0:g} to {self.end}")
+        if self.frame_selection == "adaptive" and (self.hybrid is None or self.hybrid.uniform):
+            raise UsageError("--frame-selection adaptive chooses between two resolutions", fix="give --hybrid L,M,S")
+
+    @property
+    def resolution(self) -> Hybrid | None:
+        """The hybrid resolution with its mode; None where neither was given. 240 tokens is what the paper has."""
+        if self.hybrid is None and self.hybrid_mode == "pair":
+            return None
+        return replace(self.hybrid or Hybrid(), mode=self.hybrid_mode)
+
+    @property
+    def threshold(self) -> float | None:
+        """`change_threshold` where frames are selected adaptively, otherwise None."""
+        return self.change_threshold if self.frame_selection == "adaptive" else None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides which pixels a model is shown, for rows and provenance: the options that differ from none."""
+        facts = {key: value for key, value in asdict(self).items() if value not in (None, False)}
+        del facts["frame_selection"], facts["change_threshold"]
+        if self.hybrid is not None:
+            facts["hybrid"] = [self.hybrid.group, self.hybrid.tokens, self.hybrid.ratio]
+        if self.threshold is not None:
+            facts["change_threshold"] = self.threshold
+        return facts

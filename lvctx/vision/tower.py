@@ -205,7 +205,7 @@ class Tower:
             parts.append(hidden[:, 1:] if self.files.drop_cls else hidden)
         return torch.cat(parts)
 
-    def see(self, images: list[Image.Image] | np.ndarray, *, batch: int = 64) -> Tensor:
+    def encode_images(self, images: list[Image.Image] | np.ndarray, *, batch: int = 64) -> Tensor:
         """Features (N, P, D) of square images; see `Preprocess`."""
         return self.encode(self.preprocess(images), batch=batch)
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lvctx.vision.decode import read_frames
+from lvctx.vision.decode import read_video
 from lvctx.vision.images import open_image
+from lvctx.vision.sampling import VideoSampling
 
 SIDE = 300
 """Short side they are reduced to, pixels."""
@@ -22,7 +23,7 @@ def load_photos(sources: tuple[Path, ...]) -> list[np.ndarray]:
     photos: list[Image.Image] = []
     for file in files:
         if file.suffix == ".mp4":
-            photos += [Image.fromarray(f.image) for f in read_frames(file, fps=None, frames=PER_CLIP)]
+            photos += [Image.fromarray(f.image) for f in read_video(file, VideoSampling(fps=None, frames=PER_CLIP))]
         else:
             photos.append(open_image(file))
     out = []

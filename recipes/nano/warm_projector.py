@@ -55,7 +55,7 @@ def main() -> None:
     tower = load_tower(args.tower, dtype=torch.bfloat16)
     photos = load_photos(tuple(args.photos))
     drawn = [draw(i, photos, tower.image_size) for i in range(PICTURES)]
-    features_NPD = tower.see([image for image, _ in drawn]).float()
+    features_NPD = tower.encode_images([image for image, _ in drawn]).float()
     targets_NE = torch.stack([torch.stack([embed(w) for w in words]).sum(0) for _, words in drawn])
     first, second = nn.Linear(tower.width, table.shape[1]), nn.Linear(table.shape[1], table.shape[1])
     optimizer = torch.optim.AdamW([*first.parameters(), *second.parameters()])

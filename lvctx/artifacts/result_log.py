@@ -1,0 +1,105 @@
+"""The result log of an evaluation: a JSON line for each sample, appended when it is done; a run that stopped goes on.
+
+Every row has `key` (which sample it is), `run` (a hash of what decided all of the run's results) and `made_of` (what
+that is). A row with `error` is no result: it stays in the file, and its key is run again.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from lvctx.artifacts.jsonl_log import JsonlLog, read_jsonl
+from lvctx.artifacts.lock import only_writer
+from lvctx.errors import InputError
+
+RESULTS = "results.jsonl"
+"""In a directory of results."""
+
+
+def short_hash(value: Any) -> str:
+    """Sixteen hex digits of the SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class ResultLog:
+    """The rows of one run by their keys, open for appending."""
+
+    def __init__(self, log: JsonlLog, made_of: Mapping[str, Any]) -> None:
+        """See `open`."""
+        self._log = log
+        self._identity = {"run": short_hash(made_of), "made_of": dict(made_of)}
+        self.rows: dict[str, dict[str, Any]] = {}
+        """Results by key, errors left out."""
+        for row in _keyed(log.path, log.stored).values():
+            if row.get("run") != self._identity["run"]:
+                raise InputError(
+                    f"holds results of another run (other {_differing(row.get('made_of'), made_of)})",
+                    where=log.path.parent,
+                    fix="choose another -o, or --force to start anew",
+                )
+            if "error" not in row:
+                self.rows[row["key"]] = row
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, path: Path, made_of: Mapping[str, Any], *, resume: str = "auto", force: bool = False, shared: bool = False
+    ) -> Iterator[Self]:
+        """The log at `path` of the run that `made_of` decides, as JSON values.
+
+        `resume` is `auto`, `never` or `must`; `force` starts anew whatever the file has. The lock of its directory is
+        held meanwhile; several processes of one run open the log `shared`, and one of them holds the lock.
+
+        Raises InputError where another process writes, the rows are of another run (naming what differs), a row is
+        malformed, or `resume` forbids to go on or to begin.
+        """
+        if resume == "must" and not path.is_file():
+            raise InputError("nothing to resume", where=path.parent, fix="drop --resume must")
+        if resume == "never" and path.is_file() and not force:
+            fix = "drop --resume never, or --force to start anew"
+            raise InputError("holds results already", where=path.parent, fix=fix)
+        with ExitStack() as stack:
+            if not shared:
+                stack.enter_context(only_writer(path.parent))
+            yield cls(stack.enter_context(JsonlLog(path, fresh=force)), made_of)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.rows
+
+    def append(self, key: str, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the row of a key that has no result yet, and return it as it is stored."""
+        assert key not in self.rows, key
+        stored = {"key": key, **self._identity, **row}
+        self._log.append(stored)
+        if "error" not in stored:
+            self.rows[key] = stored
+        return stored
+
+
+def _differing(old: Any, new: Mapping[str, Any]) -> str:
+    old = old if isinstance(old, dict) else {}
+    # JSON has no tuples: what was stored is compared with what would be.
+    stored = json.loads(json.dumps(new))
+    return ", ".join(sorted(key for key in old.keys() | new.keys() if old.get(key) != stored.get(key)))
+
+
+def _keyed(path: Path, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row.get("key"), str):
+            raise InputError("a row without a key", where=f"{path}:{number}", fix="remove the line")
+    return {f"{path}:{number}": row for number, row in enumerate(rows, start=1)}
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Rows of a directory's results.jsonl, or of such a file, by their place (`FILE:LINE`): the last row of each key.
+
+    Raises InputError where there is no such file, or a line is not a row with a key.
+    """
+    file = path / RESULTS if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"no {RESULTS}", where=path, fix="give a directory that a run wrote")
+    last = {row["key"]: (place, row) for place, row in _keyed(file, read_jsonl(file)).items()}
+    return dict(last.values())

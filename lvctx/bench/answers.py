@@ -1,0 +1,228 @@
+"""Multiple choice: a reply, the letter that each published scorer reads in it, and signs of a broken run. No torch.
+
+Four rules give one file four numbers, because they differ on replies that are not a bare letter:
+
+- `official`: Video-MME's own script, as it is now. Stock phrases are cut out, then the first capital letter of an
+  option anywhere in the reply is the answer; a reply without one leaves the denominator.
+- `official-2024`: the script as it was before it cut "Answer:", "Option:", "The correct answer" and "The correct
+  option". Numbers published until then rest on it.
+- `lmms-eval`: lmms-eval 0.7.3, `extract_mcq_answer` on the reply without its reasoning. Candidates by how they are
+  written (alone at the start or end, after "the answer is", in brackets, ...); the most telling form wins, the last of
+  its kind. No letter: wrong.
+- `strict`: the reply begins with the letter, alone or closed by punctuation. Anything else is wrong.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
+from typing import Any
+
+RULES = ("official", "official-2024", "lmms-eval", "strict")
+RULE_SOURCES = {
+    "official": "Video-MME's eval_your_results.py as it is now: also cuts Answer:, Option:, The correct answer/option",
+    "official-2024": "Video-MME's eval_your_results.py as it was before it cut these four",
+    "lmms-eval": "lmms-eval 0.7.3, extract_mcq_answer after its removal of <think> and <analysis> blocks",
+    "strict": "the reply begins with the letter",
+}
+"""Whose rule each of `RULES` is, in which version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question as its benchmark releases it."""
+
+    id: str
+    """Unique within the benchmark."""
+    video: str
+    """File name below the folder of videos, or its stem: what questions share. A name for the set of `images`."""
+    images: tuple[str, ...] = ()
+    """Paths below the folder of images, in the order they are shown, for benchmarks on sets of images."""
+    question: str
+    """Without its options."""
+    options: tuple[str, ...] = ()
+    """As they are shown, with their letters; empty for a free answer."""
+    answer: str
+    """Letter of the right option; the released answer for a free one."""
+    groups: Mapping[str, str] = field(default_factory=dict)
+    """What accuracy is broken down by: duration, domain, task_type, ..."""
+    max_new_tokens: int | None = None
+    """Longest reply, where the task wants another than the run's."""
+    released: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """The released row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a model said to one question."""
+
+    id: str
+    """The question's."""
+    video: str
+    """Which video it is about: replies about one video are correlated."""
+    answer: str
+    """Letter of the right option."""
+    response: str
+    """What the model said; empty where it said nothing."""
+    letters: str = "ABCD"
+    """Letters of the options."""
+    groups: Mapping[str, str] = field(default_factory=dict)
+    """As in `Question`."""
+
+
+def format_options(options: Sequence[str]) -> tuple[str, ...]:
+    """`A. first`, `B. second`, ..."""
+    return tuple(f"{chr(65 + i)}. {option}" for i, option in enumerate(options))
+
+
+def extract_letter(reply: Reply, rule: str) -> str:
+    """The letter that a rule reads in a reply; empty where it finds none."""
+    return _read(rule, reply.response, reply.letters)
+
+
+@cache  # a run repeats few replies, and every table asks again
+def _read(rule: str, response: str, letters: str) -> str:
+    return _READERS[rule](response, letters)
+
+
+def is_correct(reply: Reply, rule: str) -> bool | None:
+    """Right or wrong under a rule; None where the rule does not count the reply."""
+    found = extract_letter(reply, rule)
+    if not found and rule.startswith("official"):
+        return None
+    return found == reply.answer
+
+
+PHRASES_2024 = (
+    "The best answer is",
+    "The correct answer is",
+    "The answer is",
+    "The answer",
+    # Two commas are missing in the script, so these are two long phrases that nobody writes; and since the B of
+    # "Best answer: C" is therefore not cut out, that reply is read as B. Kept: it is what published numbers rest on.
+    "The best option isThe correct option is",
+    "Best answer:Best option:",
+)
+OFFICIAL_PHRASES = (*PHRASES_2024, "Answer:", "Option:", "The correct answer", "The correct option")
+
+
+def first_letter(text: str, letters: str, phrases: Sequence[str] = OFFICIAL_PHRASES) -> str:
+    """The first of `letters` in a reply once `phrases` are cut out, one after the other; empty where there is none.
+
+    The script's other condition, more than ten words without a letter, finds nothing either.
+    """
+    text = text.strip()
+    for phrase in phrases:
+        text = text.replace(phrase, "")
+    found = re.search(f"[{letters}]", text)
+    return found[0] if found else ""
+
+
+REASONING_TAGS = (("<think>", "</think>"), ("<analysis>", "</analysis>"))
+"""lmms-eval's default."""
+
+
+def strip_reasoning(text: str) -> str:
+    """A reply without its reasoning blocks, as lmms-eval gives it to its scorers (`strip_reasoning_tags`).
+
+    Where only an end tag is left (the prompt held the start), what follows the last one is the reply. A block that is
+    never closed stays: its letters count.
+    """
+    for start, end in REASONING_TAGS:
+        # Only up to the last end tag, so that every start that is tried has an end: the time stays linear.
+        closed = text.rfind(end) + len(end) if end in text else 0
+        text = re.sub(f"{start}.*?{end}", "", text[:closed], flags=re.DOTALL) + text[closed:]
+        if end in text and start not in text:
+            text = text.rpartition(end)[2]
+    return text.strip()
+
+
+_NOUNS = ("answer", "correct answer", "best answer", "correct option", "best option", "choice", "correct choice")
+LMMS_PHRASES = (
+    *(f"{article}{noun} is" for noun in _NOUNS for article in ("", "the ")),
+    *("my answer is", "my choice is", "i choose", "i select", "i pick"),
+    *("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
+)
+"""Each is looked for once, where it first stands; so a longer phrase may find what a shorter one inside it does not."""
+
+
+def _lmms_eval(text: str, letters: str) -> str:
+    text = strip_reasoning(text)
+    if not text:
+        return ""
+    for mark in ",.!?;:'\"":
+        text = text.strip(mark)
+    text = f" {text} "
+    bare, lower = text.strip(), text.lower()
+    found: list[tuple[int, int, str]] = []
+    for one in letters:
+        written = {6: f"({one})", 5: f"{one}.", 4: f"{one}:", 3: f"{one})", 2: f"{one} "}
+        found += [(rank, text.rfind(form), one) for rank, form in written.items() if form in text]
+        for phrase in LMMS_PHRASES:
+            at = lower.find(phrase)
+            if at != -1 and (after := text.find(one, at + len(phrase))) != -1:
+                found.append((7, after, one))
+        if bare.startswith(one) and not bare[1:2].isalpha():
+            found.append((10, 0, one))
+        if bare.endswith(one) and not bare[-2:-1].isalpha():
+            found.append((9, len(text) - 1, one))
+    if not found:
+        found = [(0, text.rfind(one), one) for one in letters if one in text]
+    return max(found, key=lambda candidate: candidate[:2])[2] if found else ""
+
+
+def _strict(text: str, letters: str) -> str:
+    found = re.match(rf"\(?([{letters}])(?=[.):,\n]|$)", text.strip())
+    return found[1] if found else ""
+
+
+def _official_2024(text: str, letters: str) -> str:
+    return first_letter(text, letters, PHRASES_2024)
+
+
+_READERS = {"official": first_letter, "official-2024": _official_2024, "lmms-eval": _lmms_eval, "strict": _strict}
+
+
+def response_warnings(replies: Sequence[Reply]) -> list[str]:
+    """What a reader has to know before any number: replies that are empty, repeat themselves, or are all alike."""
+    total = len(replies)
+    if not total:
+        return ["no reply at all"]
+    empty = sum(not r.response.strip() for r in replies)
+    stuck = sum(is_degenerate(r.response) for r in replies)
+    reasoned = sum(any(tag in r.response for pair in REASONING_TAGS for tag in pair) for r in replies)
+    signs = (
+        (empty, "are empty"),
+        (stuck, "repeat one token"),
+        (reasoned, "hold reasoning in tags, which only the rule of lmms-eval removes"),
+    )
+    said = [f"{count:,} of {total:,} replies {what}" for count, what in signs if count]
+    picked = Counter(extract_letter(r, "official") for r in replies)
+    del picked[""]
+    if picked and total >= 8:
+        one, count = picked.most_common(1)[0]
+        right = sum(r.answer == one for r in replies) / total
+        if count >= 0.9 * picked.total():
+            said.append(
+                f"{count:,} of {picked.total():,} letters are {one}, the answer to {right:.0%} of the questions"
+            )
+    return said
+
+
+def is_degenerate(text: str) -> bool:
+    """Whether a reply is one short piece over and over, as in `the the the the` or `!!!!!!!!`.
+
+    A piece is 1 to 20 characters without white space, at least four times; white space may stand between two pieces.
+    """
+    words = text.split()
+    solid = "".join(words)
+    ends = list(accumulate(map(len, words)))
+    return any(
+        len(solid) % size == 0
+        and len(solid) >= 4 * size
+        and solid == solid[:size] * (len(solid) // size)
+        and all(end % size == 0 for end in ends)
+        for size in range(1, 21)
+    )

@@ -1,0 +1,60 @@
+"""Accuracy with a 95% interval when questions come in clusters: three about one video are less than three answers.
+
+The estimate is a ratio, right answers over counted ones. Its standard error is the cluster-robust one (the linearised
+ratio of Cochran, Sampling Techniques, section 6.3): with r_g the sum of (x - mean) in video g,
+
+    se^2 = G / (G - 1) * sum_g r_g^2 / n^2        over G videos and n counted questions,
+
+and the interval is mean +- 1.96 se, cut at the ends of the scale. It wants some tens of videos. Where all videos came
+out alike (se 0: all right, or all wrong), Wilson's interval for G answers is given instead of one of no width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+
+Z = 1.959963984540054
+"""Normal quantile of 0.975."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean over clustered values."""
+
+    mean: float | None
+    """None where nothing was counted."""
+    low: float | None
+    """Lower end of the 95% interval; None with fewer than two videos."""
+    high: float | None
+    """Upper end."""
+    counted: int
+    """Values in the mean."""
+    clusters: int
+    """Videos they come from."""
+
+
+def clustered_mean(values: Sequence[float], clusters: Sequence[str], *, lowest: float = 0.0) -> Estimate:
+    """The mean of `values` in [`lowest`, 1], with its interval clustered by the equally long `clusters`."""
+    if not len(values):
+        return Estimate(mean=None, low=None, high=None, counted=0, clusters=0)
+    x = np.asarray(values, dtype=np.float64)
+    _, which = np.unique(np.asarray(clusters), return_inverse=True)
+    n, groups = len(x), int(which.max()) + 1
+    mean = float(x.mean())
+    low = high = None
+    if groups > 1:
+        residuals = np.bincount(which, weights=x - mean)
+        half = Z * sqrt(groups / (groups - 1) * float(residuals @ residuals)) / n
+        low, high = max(lowest, mean - half), min(1.0, mean + half)
+        if half < 1e-12 and lowest == 0.0:
+            low, high = wilson_interval(mean, groups)
+    return Estimate(mean=mean, low=low, high=high, counted=n, clusters=groups)
+
+
+def wilson_interval(mean: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share `mean` of `n` independent answers (Wilson 1927)."""
+    centre, scale = mean + Z * Z / (2 * n), 1 + Z * Z / n
+    half = Z * sqrt(mean * (1 - mean) / n + Z * Z / (4 * n * n))
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)

@@ -1,0 +1,54 @@
+"""Videos of a benchmark by the names that its questions have."""
+
+import os
+import unicodedata
+from pathlib import Path
+
+from lvctx.errors import InputError
+
+VIDEO_SUFFIXES = frozenset((
+    ".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".h264", ".h265", ".hevc", ".ivf", ".m1v",
+    ".m2t", ".m2ts", ".m2v", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mpv", ".mts",
+    ".mxf", ".nut", ".ogm", ".ogv", ".qt", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".wtv", ".y4m",
+))  # fmt: skip
+"""In lower case; those of FFmpeg's demuxers that users meet."""
+
+
+def video_stem(name: str) -> str:
+    """A video's name without its folder and a video's suffix; other dots stay, as in `talk.part2`."""
+    stem, suffix = os.path.splitext(os.path.basename(name))
+    return stem if suffix.lower() in VIDEO_SUFFIXES else f"{stem}{suffix}"
+
+
+def find_video(folder: Path, name: str) -> Path:
+    """The file called `name` in `folder` or anywhere below it, hidden folders left out.
+
+    Next best is the same suffix in other case, then the same stem with any video's suffix. Of equals, those in the
+    folder that `name` says come first, then those directly in `folder`. Raises InputError where there is none, or where
+    two fit as well.
+    """
+    name = unicodedata.normalize("NFC", name)  # macOS writes file names the other way
+    wanted, parents = os.path.basename(name), [part for part in Path(name).parts[:-1] if part not in ("/", "..")]
+    suffix = os.path.splitext(wanted)[1].lower()
+    ranked: dict[tuple[bool, int, bool], list[Path]] = {}
+    for at, folders, files in os.walk(folder):
+        folders[:] = [one for one in folders if not one.startswith(".")]
+        here = Path(at).relative_to(folder).parts
+        elsewhere = list(here[len(here) - len(parents) :]) != parents
+        for file in files:
+            called = unicodedata.normalize("NFC", file)
+            its = os.path.splitext(called)[1].lower()
+            if called == wanted:
+                fit = 0
+            elif its in VIDEO_SUFFIXES and video_stem(called) == video_stem(wanted):
+                fit = 1 if its == suffix else 2
+            else:
+                continue
+            ranked.setdefault((elsewhere, fit, bool(here)), []).append(Path(at, file))
+    if not ranked or not wanted:
+        raise InputError(f"no video {name}", where=folder, fix="put it there; its questions count as failed")
+    best = sorted(ranked[min(ranked)])
+    if len(best) > 1:
+        both = " and ".join(str(file.relative_to(folder)) for file in best[:2])
+        raise InputError(f"two videos for {name}: {both}", where=folder, fix="keep one; its questions count as failed")
+    return best[0]

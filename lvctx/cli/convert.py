@@ -1,0 +1,43 @@
+"""Commands that convert models: `import-longva` and `export`."""
+
+from lvctx.artifacts import schemas
+from lvctx.cli.options import RunOptions, command
+from lvctx.cli.output import artifact_row, emit, progress
+from lvctx.stages.convert_config import ExportConfig, ImportLongvaConfig
+
+
+@command(
+    "import-longva",
+    "lvctx import-longva longva-released -o longva",
+    "lvctx import-longva longva-released --context 224000 --dry-run -o longva-224k",
+)
+def import_longva(config: ImportLongvaConfig, run: RunOptions) -> None:
+    """Convert a released LongVA checkpoint for transformers and vLLM.
+
+    The result is a model directory like those that align writes. Every tensor of the checkpoint is accounted for.
+    """
+    with progress("import-longva", "checking the checkpoint") as on_progress:
+        from lvctx.stages.import_longva import plan_import_longva, run_import_longva
+
+        job = plan_import_longva(config)
+        if not run.dry_run:
+            run_import_longva(job, resume=run.resume, force=run.force, on_progress=on_progress)
+    if run.dry_run:
+        emit({"dry_run": True, "path": str(config.out), **job.facts})
+    else:
+        emit(artifact_row(schemas.MODEL, config.out, job.facts))
+
+
+@command("export", "lvctx export vlm --to hf -o vlm-hf", "lvctx export vlm --to llava -o vlm-llava")
+def export(config: ExportConfig, run: RunOptions) -> None:
+    """Write a model in the format that another program reads.
+
+    import-longva reads the result of --to llava back, bit for bit.
+    """
+    with progress("export", "checking the model") as on_progress:
+        from lvctx.stages.export import plan_export, run_export
+
+        job = plan_export(config)
+        if not run.dry_run:
+            row = run_export(job, resume=run.resume, force=run.force, on_progress=on_progress)
+    emit({"dry_run": True, "path": str(config.out), **job.facts} if run.dry_run else row)

@@ -1,0 +1,1 @@
+"""Evaluation: what models are asked, and what their replies are worth."""

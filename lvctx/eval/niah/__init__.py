@@ -1,0 +1,1 @@
+"""Needle-in-a-haystack tests over text and video."""

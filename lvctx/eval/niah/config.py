@@ -1,0 +1,116 @@
+"""What a needle test tests. Nothing heavy is imported here: the help of the commands is made from it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Self, get_args
+
+from lvctx.config import Flag, parse_integers, parse_numbers
+from lvctx.errors import UsageError
+
+Scoring = Literal["forced", "generate", "both"]
+Question = Literal["what", "when"]
+TextTask = Literal["single", "multi-key", "multi-value", "multi-query", "variable-tracking"]
+RopeScheme = Literal["theta", "pi", "ntk", "yarn"]
+DEPTHS = "0,0.2,0.4,0.6,0.8,1"
+"""LongVA's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depths:
+    """Where needles are inserted, as shares of the haystack."""
+
+    values: tuple[float, ...]
+    """0 to 1, ascending."""
+    nested: bool = False
+    """Whether they are places of the longest haystack, which all lengths share (see `task.py`)."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`0,0.5,1`, `nested` or `nested:0,0.5,1`. Raises ValueError."""
+        nested = text == "nested" or text.startswith("nested:")
+        listed = (text.partition(":")[2] or DEPTHS) if nested else text
+        values = parse_numbers(listed)
+        if any(not 0 <= depth <= 1 for depth in values):
+            raise ValueError("depths are between 0 and 1")
+        return cls(values=values, nested=nested)
+
+    def __str__(self) -> str:
+        return ("nested:" if self.nested else "") + ",".join(f"{depth:g}" for depth in self.values)
+
+
+DEFAULT_DEPTHS = Depths.parse(DEPTHS)
+
+
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """Comma-separated whole numbers from 1 on, each once, ascending. Raises ValueError."""
+    lengths = parse_integers(text)
+    if min(lengths) < 1:
+        raise ValueError("lengths are at least 1")
+    return lengths
+
+
+def parse_ropes(text: str) -> tuple[tuple[RopeScheme, float], ...]:
+    """`yarn:2,yarn:4,theta:1e6`. Raises UsageError for an unknown scheme or a number below 1."""
+    found: list[tuple[RopeScheme, float]] = []
+    for part in text.split(",") if text else ():
+        name, _, number = part.strip().partition(":")
+        scheme = next((one for one in get_args(RopeScheme) if one == name), None)
+        if scheme is None:
+            raise UsageError(f"--rope {name} is unknown", fix="one of theta, pi, ntk, yarn, then : and a number")
+        (value,) = parse_numbers(number)
+        if value < 1:
+            raise UsageError(f"--rope {name}:{value:g} is less than 1")
+        found.append((scheme, value))
+    return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NiahConfig:
+    """What text and video needles have in common."""
+
+    model: str
+    """Model: directory or hub id."""
+    haystack: tuple[Path, ...]
+    """What needles are hidden in."""
+    lengths: Annotated[tuple[int, ...], Flag(parse=parse_lengths)]
+    """Haystack lengths, comma-separated: tokens of the whole sequence for text, frames for video."""
+    depths: Annotated[Depths, Flag(parse=Depths.parse)] = DEFAULT_DEPTHS
+    """Needle depths, 0 to 1, comma-separated. `nested[:...]` uses insertion points that all lengths share."""
+    trials: Annotated[int, Flag(min=1)] = 5
+    """Trials per cell, each with a needle of its own."""
+    distractors: Annotated[int, Flag(min=0, max=20)] = 0
+    """Distractors in the haystack: needles of the same kind with other answers."""
+    loop: bool = False
+    """Repeat a haystack that is shorter than a length."""
+    scoring: Scoring | None = None
+    """Teacher forcing, greedy generation, or both. Default: forced, and generate where answers have several forms."""
+    training_length: Annotated[int | None, Flag(min=1)] = None
+    """Tokens that the language model was trained on, drawn as a line. Default: as its directory has it."""
+    rope: Annotated[tuple[tuple[RopeScheme, float], ...], Flag(parse=parse_ropes, metavar="SCHEME:NUMBER,...")] = ()
+    """Evaluate with these positions instead of the model's own, without training: theta:1e6,yarn:2,yarn:4."""
+    seed: int = 0
+    """Seed of needles and of distractors' places."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextNiahConfig(NiahConfig):
+    """Needles in text."""
+
+    task: TextTask = "single"
+    """What is hidden, as in RULER."""
+    count: Annotated[int, Flag(min=2, max=10)] = 4
+    """Keys, values, queries or hops of the task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoNiahConfig(NiahConfig):
+    """Needles in a video: V-NIAH."""
+
+    needles: str = "drawn"
+    """Needle images: drawn, or a folder with images and one .jsonl."""
+    question: Question = "what"
+    """Ask what the needle shows, or when it is shown."""
+    tolerance: Annotated[float, Flag(min=0, needs=("question=when",))] = 2.0
+    """Seconds that the answer to when may be off."""
+    as_images: bool = False
+    """Show every frame as an image of its own, as in Visual Haystacks, instead of one video (Qwen-VL)."""

@@ -1,0 +1,180 @@
+"""From rows to a grid: accuracy by length and depth, with what a reader needs to judge it. No model, no torch."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lvctx.artifacts import schemas
+from lvctx.artifacts.result_log import read_results
+from lvctx.bench.statistics import wilson_interval
+from lvctx.errors import InputError
+
+THRESHOLD = 0.9
+"""Accuracy from which a length counts as read. LongVA-7B falls below it where its figure 4 begins to fade; RULER takes
+0.856 and Visual Haystacks 0.6, so it is a choice and always stated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleResults:
+    """One run of a needle test."""
+
+    name: str
+    """What to call the run."""
+    modality: str
+    """`text` or `video`."""
+    lengths: list[int]
+    """Ascending; tokens for text, haystack frames for video."""
+    tokens: list[int]
+    """Mean tokens of a sequence of each length."""
+    depths: list[float]
+    """Ascending, 0 to 1. Where insertion points are nested: each point's share of the longest haystack; the last, 1, is
+    every haystack's own end."""
+    labels: list[str]
+    """What a reader is told about each depth: `20%`, or where nested `after 600`."""
+    correct: list[list[int]]
+    """Right answers, depths x lengths."""
+    trials: list[list[int]]
+    """Cells that ran, depths x lengths."""
+    errors: int
+    """Cells that failed to run; they are in neither count."""
+    chance: float | None
+    """Accuracy of guessing; None where it is not known."""
+    trained_length: int | None
+    """Tokens of the longest sequence the language model was trained on; None where it is not known."""
+    longest_sample: int
+    """Tokens of the longest sample of the alignment; 0 for a language model."""
+
+    @property
+    def unit(self) -> str:
+        """What a length counts."""
+        return "tokens" if self.modality == "text" else "frames"
+
+    def accuracy(self, depth: int, length: int) -> float | None:
+        """Of one cell, by indices; None where nothing ran."""
+        n = self.trials[depth][length]
+        return self.correct[depth][length] / n if n else None
+
+    def count(self, length: int) -> tuple[int, int]:
+        """Right answers and cells of all depths of one length, by index."""
+        return sum(row[length] for row in self.correct), sum(row[length] for row in self.trials)
+
+    def by_length(self, length: int) -> float | None:
+        """Over all depths of one length, by index."""
+        right, n = self.count(length)
+        return right / n if n else None
+
+    @property
+    def guessing(self) -> str:
+        """The chance level for a title; empty where it is not known."""
+        return "" if self.chance is None else f"chance {self.chance:.2f}"
+
+    @property
+    def total(self) -> tuple[int, int]:
+        """Right answers and cells in all."""
+        return sum(map(sum, self.correct)), sum(map(sum, self.trials))
+
+    @property
+    def mean(self) -> float | None:
+        """Over all cells."""
+        right, n = self.total
+        return right / n if n else None
+
+    def effective(self, threshold: float) -> int | None:
+        """Index of the effective length: the longest up to which no length's accuracy falls under `threshold`.
+
+        None where the shortest does already. A length at which nothing ran ends it as well.
+        """
+        last = None
+        for i in range(len(self.lengths)):
+            right, n = self.count(i)
+            if not n or right < threshold * n - 1e-9:  # 27 of 30 are 0.9
+                break
+            last = i
+        return last
+
+    def verdict(self, threshold: float) -> str:
+        """The effective length in words; `at least` where the accuracy falls nowhere."""
+        i = self.effective(threshold)
+        if i is None:
+            return f"under {threshold:g} at every length" if len(self.lengths) == 1 else f"under {threshold:g} at once"
+        tokens = f" ({self.tokens[i]:,} tokens)" if self.modality == "video" and self.tokens[i] else ""
+        least = "at least " if i == len(self.lengths) - 1 else ""
+        return f"effective length {least}{self.lengths[i]:,} {self.unit}{tokens} at {threshold:g}"
+
+    def to_dict(self, threshold: float = THRESHOLD) -> dict[str, Any]:
+        """JSON form: this object's fields, means with their 95 % Wilson intervals, and the effective length."""
+        i = self.effective(threshold)
+        return {
+            "schema": schemas.NIAH,
+            **vars(self),
+            "unit": self.unit,
+            "intervals": [
+                [wilson(c, n) for c, n in zip(*pair, strict=True)]
+                for pair in zip(self.correct, self.trials, strict=True)
+            ],
+            "accuracy_by_length": [self.by_length(n) for n in range(len(self.lengths))],
+            "interval_by_length": [wilson(*self.count(n)) for n in range(len(self.lengths))],
+            "accuracy": self.mean,
+            "interval": wilson(*self.total),
+            "threshold": threshold,
+            "effective_length": None if i is None else self.lengths[i],
+            "effective_tokens": None if i is None else self.tokens[i],
+            "falls": i != len(self.lengths) - 1,
+        }
+
+
+def wilson(right: int, n: int) -> tuple[float, float] | None:
+    """The 95 % interval of a share of which `right` of `n` were seen (Wilson 1927); None where nothing was.
+
+    The needles of a cell are the sample: between models it says what chance of the draw may explain.
+    """
+    if not n:
+        return None
+    low, high = wilson_interval(right / n, n)
+    return round(low, 4), round(high, 4)
+
+
+def build_results(rows: Iterable[dict[str, Any]], name: str) -> NeedleResults:
+    """The grid of a results file's rows. Raises InputError where there is no row."""
+    rows = list(rows)
+    if not rows:
+        raise InputError("no result", where=name, fix="run lvctx niah first")
+    lengths = sorted({r["length"] for r in rows})
+    # Nested points lie at other depths in every length: there a line of the grid is a point.
+    key = "point" if rows[0].get("point") is not None else "depth"
+    depths = sorted({r[key] for r in rows})
+    positions = {r[key]: r["position"] for r in rows} if key == "point" else {}
+    shape = [[0] * len(lengths) for _ in depths]
+    correct, trials = [list(r) for r in shape], [list(r) for r in shape]
+    for r in rows:
+        if "error" not in r:
+            d, n = depths.index(r[key]), lengths.index(r["length"])
+            trials[d][n] += 1
+            correct[d][n] += bool(r["correct"])
+    sizes = {n: [r["tokens"] for r in rows if r["length"] == n] for n in lengths}
+    return NeedleResults(
+        name=name,
+        modality=rows[0]["modality"],
+        lengths=lengths,
+        tokens=[round(sum(sizes[n]) / len(sizes[n])) for n in lengths],
+        depths=depths,
+        labels=[_label(d, positions) for d in depths],
+        correct=correct,
+        trials=trials,
+        errors=sum("error" in r for r in rows),
+        chance=rows[0]["chance"],
+        trained_length=rows[0]["trained_length"],
+        longest_sample=rows[0]["longest_sample"],
+    )
+
+
+def _label(depth: float, positions: dict[float, int]) -> str:
+    if not positions:
+        return f"{100 * depth:g}%"
+    return "at the end" if depth == 1 else f"after {positions[depth]:,}"
+
+
+def read_needle_results(path: Path) -> NeedleResults:
+    """The grid of a results directory, from results.jsonl alone. Raises InputError where there is none."""
+    return build_results(read_results(path).values(), path.name)

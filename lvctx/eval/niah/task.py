@@ -1,0 +1,111 @@
+"""Needle in a haystack, text and video (V-NIAH, LongVA section 4): what a cell is, and where its needle goes.
+
+A cell is a haystack length, a depth and a trial. Its sequence is the haystack with the needle inserted at
+int(depth * haystack), then the question, then the answer; right if the model's first choice is the answer at every
+answer token, or if what it writes is judged to be the answer.
+
+Insertion points of different lengths are different places of the haystack, so two lengths share what they read only
+up to the earlier point. `nested` points are places of the longest haystack; a shorter one has those that fall into it
+and its own end. What stands behind a point is then shared as well: a grid of any number of lengths reads what its
+longest does, and asks on the way.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One test."""
+
+    length: int
+    """Text: tokens of the whole sequence. Video: frames of the haystack."""
+    depth: float
+    """Place of the needle, 0 (start) to 1 (end): as asked for, or where nested as it is."""
+    trial: int
+    """Which needle."""
+    position: int
+    """Where it is inserted: haystack tokens (text) or frames (video) before it."""
+    point: float | None = None
+    """Nested: the place as a share of the longest haystack; 1 is this haystack's own end."""
+    needle: str
+    """What is inserted: the sentence (text), or the hash of the picture's pixels (video)."""
+    question: str
+    """What the model is asked."""
+    answer: str
+    """What it should say."""
+
+
+class NeedleTask(Protocol):
+    """A modality: its cells and their sequences."""
+
+    modality: str
+    chance: float | None
+    """Accuracy of guessing; None where it is not known."""
+    can_force: bool
+    """Whether the answer has one form, so that teacher forcing can score it."""
+    extra_tokens: int
+    """Tokens that a generated answer may take beyond the answer's own."""
+
+    def cells(self, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
+        """Every cell of a grid."""
+
+    def sequence(self, cell: Cell) -> tuple[np.ndarray, int]:
+        """Ids over the extended vocabulary, and how many of the last are the answer."""
+
+    def score_text(self, cell: Cell, generated: str) -> float:
+        """How much of the answer is in what the model generated, 0 to 1."""
+
+    def prompt(self) -> dict[str, Any]:
+        """What of the prompt all cells share, for the rows' keys."""
+
+
+def insertion_points(
+    depths: Sequence[float], room: int, longest: int, nested: bool, unit: int = 1
+) -> Iterator[tuple[float, float | None, int]]:
+    """Depth, point (see `Cell`) and place of each needle in a haystack of `room`; `longest` is the longest's room.
+
+    Places are multiples of `unit`, rounded down.
+    """
+    for depth in depths:
+        if not nested:
+            yield depth, None, int(depth * room) // unit * unit
+        elif depth == 1:
+            yield 1.0, 1.0, room
+        elif (at := int(depth * longest) // unit * unit) < room:
+            yield round(at / room, 4), depth, at
+
+
+def splice(haystack: np.ndarray, pieces: Iterable[tuple[int, Any]]) -> list[Any]:
+    """The parts of a haystack with pieces inserted at places of it; of equal places the earlier piece comes first."""
+    parts, last = [], 0
+    for at, piece in sorted(pieces, key=lambda p: p[0]):
+        parts += [haystack[last:at], piece]
+        last = at
+    return [*parts, haystack[last:]]
+
+
+def normalize(text: str) -> str:
+    """Lower case, single spaces, no space at the ends: what an answer is compared by."""
+    return " ".join(text.lower().split())
+
+
+def begins_with(generated: str, answer: str) -> bool:
+    """Whether the generated text begins with the answer."""
+    return normalize(generated).startswith(normalize(answer))
+
+
+def share_listed(generated: str, answers: Sequence[str]) -> float:
+    """Share of the answers that are in the generated text as whole words (RULER's string match over all)."""
+    words = set(re.findall(r"\w+", generated.lower()))
+    return sum(answer.lower() in words for answer in answers) / len(answers)
+
+
+def first_number(generated: str) -> float | None:
+    """The first number in a text; None where there is none."""
+    found = re.search(r"\d+(?:\.\d+)?", generated.replace(",", ""))
+    return float(found[0]) if found else None

@@ -1,0 +1,61 @@
+"""Where and how a model runs: nothing that decides a result. Nothing heavy is imported here, for the commands' help."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from lvctx.config import Flag
+from lvctx.device import DeviceMap
+from lvctx.errors import InputError, UsageError
+
+CachePlacement = Literal["device", "host", "int8"]
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def parse_device_map(text: str) -> DeviceMap:
+    """A word that accelerate knows, or a JSON file of module: device. Raises UsageError, InputError."""
+    if text in DEVICE_MAPS:
+        return text
+    if not Path(text).is_file():
+        fix = "give auto, balanced, sequential or a JSON file of module: device"
+        raise UsageError(f"--device-map {text!r} is no file", fix=fix)
+    try:
+        found = json.loads(Path(text).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise InputError(f"malformed JSON ({e})", where=text) from e
+    if not isinstance(found, dict):
+        raise InputError("not an object of modules and their devices", where=text)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """One model on one device, or on the ranks of torchrun."""
+
+    panel: ClassVar[str] = "Device"
+
+    device: str = "auto"
+    """Device: cpu, cuda or mps. auto takes the first GPU, else the CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the weights in memory. auto is the checkpoint's own."""
+    prefill_chunk: Annotated[int, Flag(min=1)] = 2048
+    """Tokens per forward pass while a prompt is computed; fewer need less memory."""
+    reuse: bool = True
+    """Compute what prompts have in common only once."""
+    cp: Annotated[int, Flag(min=1)] = 1
+    """Context parallelism: processes that share each sequence and its KV cache (torchrun)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(DeviceConfig):
+    """The same, for questions about videos."""
+
+    device_map: Annotated[DeviceMap | None, Flag(parse=parse_device_map, metavar="MAP")] = None
+    """Spread the model over devices with accelerate: auto, balanced, sequential, or a JSON file of module: device."""
+    feature_cache: Path | None = None
+    """Folder that keeps the vision features of videos, for models with a CLIP or SigLIP tower."""
+
+    def __post_init__(self) -> None:
+        if self.device_map is not None and self.cp > 1:
+            raise UsageError("--device-map is for one process", fix="drop --cp")

@@ -1,0 +1,128 @@
+"""Models of lvctx in lmms-eval: `lmms-eval --model lvctx --model_args pretrained=DIR,frames=32 --tasks ...`.
+
+Found through the entry-point group `lmms_eval.models`; nothing of lmms-eval is needed to use this project without it.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+
+from lvctx.errors import LvctxError, UsageError
+from lvctx.inference.transformers_engine import PREFILL_CHUNK, TransformersEngine
+from lvctx.vision.hybrid import Hybrid
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vlm.registry import open_vlm
+
+log = logging.getLogger(__name__)
+
+
+def manifest() -> ModelManifest:
+    """What the entry point gives lmms-eval."""
+    return ModelManifest(model_id="lvctx", simple_class_path=f"{__name__}.Lvctx")
+
+
+class Lvctx(lmms):
+    """A VLM directory or hub id of any family. A video is 32 frames evenly spread unless `frames` or `fps` is given.
+
+    Under accelerate or torchrun every process has the model and a share of the samples.
+    """
+
+    is_simple = True
+
+    def __init__(self, pretrained: str, device: str | None = None, batch_size: int | str = 1, **options: Any) -> None:
+        """Find the model; `options` are `VideoSampling`'s as text, hybrid as `L:M:S`, and `prefill_chunk`.
+
+        Raises InputError where there is no such model, UsageError for what its family cannot do, ValueError for
+        arguments that nobody knows.
+        """
+        super().__init__()
+        accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        self.accelerator = accelerator  # lmms-eval gathers by it
+        # lmms-eval says cuda:0 unless it is told otherwise; each process has a device of its own.
+        place = str(accelerator.device) if device is None or device.startswith("cuda") else device
+        chunk = int(options.pop("prefill_chunk", PREFILL_CHUNK))
+        vlm = open_vlm(pretrained, device=place)
+        self.sampling = _sampling(options)
+        vlm.resolve(self.sampling)
+        self.engine = TransformersEngine(vlm, device=place, prefill_chunk=chunk)
+        self.device = torch.device(place)
+        self._shown: Any = None
+
+    def generate_until(self, requests: list[Any]) -> list[str]:
+        """Greedy replies, cut before the first of the request's `until`; empty where a visual cannot be read."""
+        replies = []
+        for request in requests:
+            context, options, visuals = request.args[0], request.args[1], self._visuals(request)
+            try:
+                self._show(visuals)
+                reply = self.engine.reply([context], int(options.get("max_new_tokens", 1024))).text
+            except LvctxError as e:
+                log.warning("no reply to %s: %s", request.args[3], e)
+                reply = ""
+            until = options.get("until") or []
+            for end in [until] if isinstance(until, str) else until:
+                reply = reply.split(end)[0] if end else reply
+            replies.append(reply)
+        return replies
+
+    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation, in nats, and whether greedy decoding would generate it."""
+        scores = []
+        for request in requests:
+            context, target = request.args[:2]
+            _, _, visuals, doc_id, task, split = request.args
+            doc = self.task_dict[task][split][doc_id]
+            self._show(visuals(doc))
+            score = self.engine.score([context], target if isinstance(target, str) else target(doc))
+            scores.append((score.log_prob, score.is_greedy))
+        return scores
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
+        """Raises UsageError: nothing here goes on from an answer."""
+        raise UsageError("lmms-eval's tasks of several rounds are not supported", fix="leave them out of --tasks")
+
+    def _visuals(self, request: Any) -> list[Any]:
+        _, _, visuals, doc_id, task, split = request.args
+        found: list[Any] = visuals(self.task_dict[task][split][doc_id]) or []
+        return found
+
+    def _show(self, visuals: list[Any]) -> None:
+        """Show videos and images, unless they were shown last: their keys and values are still there."""
+        if self._shown is not None and self._shown == visuals:
+            return
+        self._shown = None
+        if not visuals:
+            raise LvctxError("a question without an image or a video")
+        items = [Path(item) if isinstance(item, str | Path) else item.convert("RGB") for item in visuals]
+        has_video = any(isinstance(item, Path) for item in items)
+        self.engine.show(items, self.sampling if has_video else VideoSampling())
+        self._shown = visuals
+
+
+def _sampling(options: dict[str, Any]) -> VideoSampling:
+    """From model arguments, which lmms-eval gives as text or numbers."""
+    known = VideoSampling.__dataclass_fields__
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"unknown model arguments: {', '.join(unknown)}")
+    values = dict(options)
+    for name in ("frames", "max_frames"):
+        if name in values:
+            values[name] = int(values[name])
+    for name in ("start", "end", "change_threshold"):
+        if name in values:
+            values[name] = float(values[name])
+    if values.get("fps") not in (None, "native"):
+        values["fps"] = float(values["fps"])
+    if "hybrid" in values:
+        values["hybrid"] = Hybrid.parse(str(values["hybrid"]).replace(":", ","))
+    if "allow_partial" in values:
+        values["allow_partial"] = str(values["allow_partial"]).lower() in ("true", "1")
+    if not {"fps", "frames"} & values.keys():
+        values["frames"] = 32
+    return VideoSampling(**values)

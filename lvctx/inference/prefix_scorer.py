@@ -1,0 +1,207 @@
+"""Score many sequences that begin alike, computing what they share once: a walk over the tree of their prefixes.
+
+One KV cache holds the path from the root to where the walk stands. The next sequence keeps the longest common prefix,
+crops the rest and runs only what is new; visited in depth-first order, every edge of the tree is computed exactly once.
+That covers a haystack before a needle that all needles share, and a haystack after it that longer cells share.
+
+A sequence is one int array over an extended vocabulary: below V a text token, from V on a row of a table of visual
+embeddings. Shapes: L tokens, A answer tokens, E width, V text vocabulary, R rows of visual embeddings.
+"""
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lvctx.dist.ring import ALONE, Ring
+from lvctx.dist.stripes import Stripe, held, last_rows, needs_no_mask, prepare
+from lvctx.inference.kv_cache import CachePlacement, empty_cache
+from lvctx.model.load import device_of
+from lvctx.vlm.base import Positions, sequential_positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What a model makes of an answer."""
+
+    forced: bool
+    """Teacher forcing: at every answer token the answer is the model's first choice (V-NIAH's verdict)."""
+    log_prob: float
+    """Summed log-probability of the answer, in nats."""
+    rank: int
+    """Worst rank of an answer token among the vocabulary; 0 is the first choice."""
+    generated: list[int] | None
+    """Greedy continuation of the prompt, as many tokens as asked for; None if not asked for."""
+
+
+class PrefixScorer:
+    """A model, a KV cache, and the sequence the cache holds."""
+
+    def __init__(
+        self,
+        model: Any,
+        visual_RE: Tensor | None = None,
+        *,
+        chunk: int = 2048,
+        reuse: bool = True,
+        kv_cache: CachePlacement = "device",
+        positions: Positions = sequential_positions,
+        ring: Ring = ALONE,
+    ) -> None:
+        """Score with a language model or VLM; `visual_RE` are the embeddings that ids from V on stand for.
+
+        A table wider than E has in its further columns, E by E, what is added to the first layers' states.
+
+        `chunk` bounds the tokens of one forward, and so the memory of its activations; `reuse=False` empties the
+        cache before every sequence; `kv_cache` is where the cache is kept (see `inference.kv_cache`);
+        `positions` are the model's. The ranks of a `ring` read every sequence together, each with its share of the
+        cache and all of the weights: they must make the same calls, and all get the same scores.
+        """
+        self.lm = model.model.language_model if hasattr(model.model, "language_model") else model.model
+        self.head, self.embedding = model.lm_head, model.get_input_embeddings()
+        self.visual_RE, self.chunk, self.reuse, self.kv_cache = visual_RE, chunk, reuse, kv_cache
+        self.positions, self.ring = positions, ring
+        self.device = device_of(self.embedding)
+        # Beside a cache transformers gives torch's kernel a mask: 1.4 to 1.9 times the time on a CPU.
+        if ring.world > 1 or needs_no_mask(self.lm, self.device):
+            prepare(self.lm)
+        self.tokens_run = 0
+        """Tokens that went through the model so far, on all ranks together."""
+        self._empty()
+
+    def _empty(self) -> None:
+        self._cache = empty_cache(self.kv_cache)
+        self._held = np.empty(0, dtype=np.int64)
+
+    @property
+    def vocabulary(self) -> int:
+        """V: the first id that is a row of the visual table."""
+        return int(self.embedding.weight.shape[0])
+
+    @torch.inference_mode()
+    def score(self, ids_L: np.ndarray, answer: int, *, generate: int = 0) -> Score:
+        """Score the last `answer` ids given all before; with `generate`, also continue the prompt greedily that far."""
+        prompt = len(ids_L) - answer
+        if not self.reuse:
+            self._empty()
+        # The hidden state of the last prompt token is needed, so at least that token is run.
+        self._crop(min(common_prefix(self._held, ids_L), prompt - 1))
+        try:
+            hidden_AE = self._run(ids_L[len(self._held) : -1], keep=answer)
+            logits_AV = self.head(hidden_AE).float().to(self.device)
+            wanted_A = torch.from_numpy(ids_L[prompt:].astype(np.int64)).to(self.device)
+            picked_A = logits_AV.gather(1, wanted_A[:, None])[:, 0]
+            generated = self._continue(prompt, logits_AV[0], generate) if generate else None
+        except RuntimeError:
+            self._empty()  # what an interrupted forward left in the cache belongs to no sequence
+            raise
+        return Score(
+            forced=bool((logits_AV.argmax(1) == wanted_A).all()),
+            log_prob=float((picked_A - logits_AV.logsumexp(1)).sum()),
+            rank=int((logits_AV > picked_A[:, None]).sum(1).max()),
+            generated=generated,
+        )
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        ids_L: np.ndarray,
+        count: int,
+        stop: Collection[int],
+        on_token: Callable[[int], None] = lambda token: None,
+    ) -> list[int]:
+        """The greedy continuation of a prompt: at most `count` ids, up to and without the first of `stop`.
+
+        The cache keeps the prompt and the continuation, so a prompt that begins with both runs only what is new.
+        `on_token` gets each id as soon as it is chosen.
+        """
+        if not self.reuse:
+            self._empty()
+        # The last token is run again even if it is held: its hidden state is what chooses the first word.
+        self._crop(min(common_prefix(self._held, ids_L), len(ids_L) - 1))
+        generated: list[int] = []
+        try:
+            hidden_1E = self._run(ids_L[len(self._held) :], keep=1)
+            while len(generated) < count:
+                token = int(self.head(hidden_1E).float().argmax())
+                if token in stop:
+                    break
+                generated.append(token)
+                on_token(token)
+                if len(generated) < count:
+                    hidden_1E = self._run(np.array([token], dtype=np.int64), keep=1)
+        except RuntimeError:
+            self._empty()  # what an interrupted forward left in the cache belongs to no sequence
+            raise
+        return generated
+
+    def show(self, visual_RE: Tensor | None, positions: Positions) -> None:
+        """Take another visual table, and the positions of sequences with its rows; empties the cache."""
+        self.visual_RE, self.positions = visual_RE, positions
+        self._empty()
+
+    def _continue(self, prompt: int, logits_V: Tensor, count: int) -> list[int]:
+        self._crop(prompt)
+        written = [int(logits_V.argmax())]
+        while len(written) < count:
+            hidden_1E = self._run(np.array(written[-1:], dtype=np.int64), keep=1)
+            written.append(int(self.head(hidden_1E).float().argmax()))
+        return written
+
+    def _run(self, ids_L: np.ndarray, *, keep: int) -> Tensor:
+        """Append ids to the cache; the final hidden states (keep, E) of the last ones."""
+        kept: list[Tensor] = []
+        for start in range(0, len(ids_L), self.chunk):
+            part = ids_L[start : start + self.chunk]
+            stripe = Stripe(ring=self.ring, first=len(self._held), count=len(part))
+            self._held = np.concatenate([self._held, part])
+            embeds_LE, deep = self._embed(part[stripe.mine])
+            states = self.lm(
+                inputs_embeds=embeds_LE[None],
+                **deep,
+                position_ids=self.positions(self._held, stripe.first)[..., stripe.mine].to(self.device),
+                past_key_values=self._cache,
+                use_cache=True,
+                **({"stripe": stripe} if self.ring.world > 1 else {}),
+            ).last_hidden_state[0, : stripe.own]
+            if not stripe.own:
+                self._cache.crop(-1)
+            self.tokens_run += len(part)
+            kept = [torch.cat([*kept, states])[-keep:]]
+        return last_rows(kept[0], end=len(self._held), count=keep, ring=self.ring)
+
+    def _embed(self, ids_L: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
+        """Embeddings (L, E), and what visual ones add to the first layers' states (Qwen3-VL)."""
+        ids = torch.from_numpy(ids_L.astype(np.int64)).to(self.device)
+        if self.visual_RE is None:
+            return self.embedding(ids), {}
+        is_visual = ids >= self.vocabulary
+        embeds_LE = self.embedding(ids.masked_fill(is_visual, 0))
+        rows = self.visual_RE[(ids[is_visual] - self.vocabulary).to(self.visual_RE.device)]
+        first, *deep = rows.to(embeds_LE.device, embeds_LE.dtype).split(embeds_LE.shape[1], dim=1)
+        embeds_LE[is_visual] = first
+        if not deep or not len(first):
+            return embeds_LE, {}
+        return embeds_LE, {"visual_pos_masks": is_visual[None], "deepstack_visual_embeds": deep}
+
+    def _crop(self, length: int) -> None:
+        if length < len(self._held):
+            self._cache.crop(held(length, self.ring) - held(len(self._held), self.ring))
+            self._held = self._held[:length]
+
+
+def walk_order(sequences: Iterable[np.ndarray]) -> list[int]:
+    """Indices of the sequences depth-first (lexicographically): in this order every edge of their tree is run once."""
+    # Big-endian bytes compare as the ids do, and as fast as memory is read.
+    keys = [ids.astype(">i4").tobytes() for ids in sequences]
+    return sorted(range(len(keys)), key=keys.__getitem__)
+
+
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the longest common prefix of two id arrays."""
+    n = min(len(a), len(b))
+    differs = np.flatnonzero(a[:n] != b[:n])
+    return int(differs[0]) if len(differs) else n

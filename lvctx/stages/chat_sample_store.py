@@ -1,0 +1,58 @@
+"""Tokenized chat samples on disk between reading and packing: ids, labels and a line of facts for each."""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+FILES = (".spool.tokens", ".spool.jsonl")
+
+
+class ChatSampleStore:
+    """Samples are numbered in the order they are added. In memory are two numbers and a kind for each."""
+
+    def __init__(self, directory: Path) -> None:
+        """Begin an empty store in two hidden files of a directory."""
+        self._paths = [directory / name for name in FILES]
+        self._tokens, self._lines = (open(path, "w+b") for path in self._paths)  # noqa: SIM115 (closed in __exit__)
+        self.kinds: list[str] = []
+        self.lengths: list[int] = []
+        self._line_offsets = [0]
+        self._token_offsets = [0]
+
+    def __enter__(self) -> "ChatSampleStore":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Close and remove the files."""
+        for file, path in zip((self._tokens, self._lines), self._paths, strict=True):
+            file.close()
+            path.unlink(missing_ok=True)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def add(self, ids: list[int], labels: list[int], facts: dict[str, Any]) -> None:
+        """Append a sample; `facts` has its `kind`."""
+        self._tokens.write(np.array([ids, labels], np.int32).tobytes())
+        line = json.dumps(facts, ensure_ascii=False).encode()
+        self._lines.write(line)
+        self._line_offsets.append(self._line_offsets[-1] + len(line))
+        self._token_offsets.append(self._token_offsets[-1] + 2 * len(ids))
+        self.kinds.append(facts["kind"])
+        self.lengths.append(len(ids))
+
+    def tokens(self, number: int) -> np.ndarray:
+        """Ids and labels of a sample, int32 (2, L)."""
+        first, end = self._token_offsets[number : number + 2]
+        self._tokens.seek(4 * first)
+        return np.frombuffer(self._tokens.read(4 * (end - first)), np.int32).reshape(2, -1)
+
+    def facts(self, number: int) -> dict[str, Any]:
+        """The facts that were added with a sample."""
+        first, end = self._line_offsets[number : number + 2]
+        self._lines.seek(first)
+        facts: dict[str, Any] = json.loads(self._lines.read(end - first))
+        return facts

@@ -1,0 +1,34 @@
+"""Configurations of `import-longva` and `export`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from lvctx.config import Flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportLongvaConfig:
+    """What to convert, and how."""
+
+    source: Annotated[str, Flag(argument=True, metavar="SRC")]
+    """LLaVA checkpoint: directory, or hub id such as lmms-lab/LongVA-7B."""
+    out: Annotated[Path, Flag(names=("-o", "--out"))]
+    """Directory of the converted model."""
+    tower: str | None = None
+    """CLIP vision tower: its configuration, and its weights if SRC has none. Default: the one that SRC names."""
+    context: Annotated[int | None, Flag(min=1)] = None
+    """Context length in tokens that config.json gets. Default: that of SRC."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What to export, and how."""
+
+    model: Annotated[str, Flag(argument=True, metavar="MODEL")]
+    """Model: directory or hub id."""
+    to: Literal["hf", "llava"]
+    """hf: only the standard Hugging Face files, weights linked. llava: the format in which LongVA was released (for
+    VLMs with a CLIP tower)."""
+    out: Annotated[Path, Flag(names=("-o", "--out"))]
+    """Directory to write."""

@@ -1,0 +1,114 @@
+"""What a family of vision-language models has to give, for one checkpoint and without its weights.
+
+A family turns images and videos into ids of an extended vocabulary: below V a text token, from V on a row of a table of
+visual embeddings. With position ids that is all that the language model needs, and so all that scoring and generation
+know of a family. A new family is one file with a class like `VLM`, and one line in `registry.py`.
+
+Shapes: F frames, N visual tokens, L tokens of a sequence, R rows of the table, E width of the language model; the table
+is wider than E where deeper layers are fed too (Qwen3-VL).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vision.tokens import VisualRule
+
+Positions = Callable[[np.ndarray, int], Tensor]
+"""Position ids of a sequence's tokens from the given one on, as the language model takes them: (1, L), or (3, 1, L) for
+M-RoPE. A token's may depend on what comes before it, not on what follows: otherwise prefixes could not be shared."""
+
+
+def sequential_positions(ids_L: np.ndarray, first: int) -> Tensor:
+    """Positions of a model that counts its tokens."""
+    return torch.arange(first, len(ids_L))[None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisualInput:
+    """Images and videos that a prompt is about, in order."""
+
+    ids_N: np.ndarray
+    """Ids of the extended vocabulary, delimiters included."""
+    table: Callable[[Any], Tensor]
+    """Given the loaded model, the embeddings (R, E) that ids from V on stand for."""
+    placeholder: str
+    """The token that stands for the whole block in a chat's text."""
+    positions: Positions = sequential_positions
+    """Of sequences with these ids."""
+    tokens: int
+    """Visual tokens, without delimiters."""
+    pts: tuple[float, ...] = ()
+    """When each frame of the videos is shown, in seconds."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What rows have about it: frames, `visual_tokens`, the hash of the video, damage."""
+
+
+class VisualTokens(Protocol):
+    """Frames of a haystack and images inserted among them, for sequences of any order; equal frames have equal ids."""
+
+    placeholder: str
+    """The token that stands for the block in a chat's text."""
+    frames_per_grid: int
+    """Frames that the model merges: an inserted image is shown that often, and between whole grids."""
+    facts: dict[str, Any]
+    """What of it decides a result, for the keys of rows."""
+
+    def ids(self, order_F: np.ndarray) -> np.ndarray:
+        """Ids of these frames in this order: haystack frames by number, then the inserted images."""
+
+    def table(self, model: Any) -> Tensor:
+        """Embeddings (R, E), given the loaded model; those of all orders that `ids` was asked for."""
+
+    def positions(self, ids_L: np.ndarray, first: int) -> Tensor:
+        """See `Positions`."""
+
+
+class Haystack(Protocol):
+    """One long video, of one or more files after each other, in which needles are hidden."""
+
+    seconds: np.ndarray
+    """When each frame is shown; only whole grids of frames are counted."""
+    image_size: int
+    """Side in pixels of an image that is drawn for it."""
+
+    def tokens(self, frames: int, images: Sequence[Image.Image]) -> VisualTokens:
+        """The first `frames` frames with these images to insert."""
+
+
+class VLM(Protocol):
+    """A checkpoint of a family."""
+
+    path: Path
+    """Its directory."""
+
+    def resolve(self, sampling: VideoSampling) -> VideoSampling:
+        """With the family's defaults. Raises UsageError for what the family cannot do, before anything is loaded."""
+
+    def load(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> VisualInput:
+        """Read videos (files, or feature caches where the family has them) and RGB images, in order.
+
+        Raises InputError for what cannot be read or was encoded by another model, UsageError as `resolve` does.
+        """
+
+    def image_facts(self) -> dict[str, Any]:
+        """What decides which pixels the model is shown of an image, for rows."""
+
+    def haystack(self, files: Sequence[Path], sampling: VideoSampling, *, as_images: bool) -> Haystack:
+        """The files as one video, sampled at one frame per second (V-NIAH's) unless `sampling` has another rate.
+
+        `as_images` makes every frame an image of its own. Raises as `load`.
+        """
+
+    def count(self, frames: int, width: int, height: int, sampling: VideoSampling) -> dict[str, int]:
+        """Tokens and last position of a video of so many frames of a size in pixels, without reading any."""
+
+    def token_rule(self, sampling: VideoSampling) -> VisualRule:
+        """How training samples count images and videos. Raises InputError for checkpoints that cannot be packed for."""

@@ -1,0 +1,156 @@
+"""The feature cache: what a vision tower made of a video's sampled frames, written while the video is still read.
+
+A safetensors file in which `features` comes first, so that batches are appended as they arrive and memory does not
+grow with the length of the video. The header is written last, into room kept for it (the format allows spaces there).
+
+Suffixes: F frames, P features a frame, D tower width.
+"""
+
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvctx.artifacts import schemas
+from lvctx.artifacts.manifest import Provenance, read_provenance
+from lvctx.artifacts.sniff import encode_first, mistaken, sniff
+from lvctx.artifacts.store import atomic_file, read_safetensors_header
+from lvctx.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIX = ".frames.safetensors"
+"""How the name of a frames artifact ends."""
+KINDS = (schemas.FRAMES, schemas.FRAMES_HYBRID)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureCache:
+    """The vision features of a video's sampled frames."""
+
+    features: "Tensor"
+    """bf16 (F, P, D): the tower's selected layer, before any projector. Paged in from the file as it is used."""
+    pts: "Tensor"
+    """f64 (F,): when each frame is shown, in seconds."""
+    index: "Tensor"
+    """i64 (F,): each frame's number in the source, in the order of presentation, from 0."""
+    grid: "Tensor | None"
+    """i64 (F, 2): rows and columns of tokens that each frame is pooled to; None where all are pooled 2x2."""
+    provenance: dict[str, Any]
+    """What made it; `provenance["inputs"]["tower"]` is the fingerprint of the tower."""
+
+    def tokens(self, per_frame: int) -> int:
+        """Visual tokens of all frames; `per_frame` of those that are pooled 2x2."""
+        return per_frame * len(self.pts) if self.grid is None else int(self.grid.prod(1).sum())
+
+    def batches(self, size: int, count: int | None = None) -> "Iterator[tuple[Tensor, Tensor | None]]":
+        """Features and grids of the first `count` frames, `size` at a time."""
+        last = len(self.features) if count is None else min(count, len(self.features))
+        for i in range(0, last, size):
+            part = slice(i, min(i + size, last))
+            yield self.features[part], None if self.grid is None else self.grid[part]
+
+
+class FramesWriter:
+    """An artifact being written: append batches in order."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self._file, self._room = file, room
+        self._pts: list[float] = []
+        self._index: list[int] = []
+        self._grid: list[int] = []
+        self._shape: tuple[int, ...] = ()
+
+    def append(
+        self, features_BPD: "Tensor", pts: list[float], index: list[int], grid: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Add a batch: features (B, P, D) of any float type, stored as bf16, and each frame's time and number.
+
+        `grid` is every frame's rows and columns of tokens, or nothing for all of them.
+        """
+        import torch
+
+        raw = features_BPD.detach().to("cpu", torch.bfloat16).contiguous()
+        assert len(raw) == len(pts) == len(index)
+        assert self._shape in ((), tuple(raw.shape[1:]))
+        self._shape = tuple(raw.shape[1:])
+        self._file.write(raw.view(torch.uint8).numpy().data)
+        self._pts += pts
+        self._index += index
+        self._grid += [n for one in grid for n in one]
+
+    def _finish(self, metadata: dict[str, str]) -> None:
+        count = len(self._pts)
+        self._file.write(struct.pack(f"<{count}d", *self._pts) + struct.pack(f"<{count}q", *self._index))
+        self._file.write(struct.pack(f"<{len(self._grid)}q", *self._grid))
+        assert len(self._grid) in (0, 2 * count)
+        header: dict[str, Any] = {"__metadata__": metadata}
+        end = 0
+        for name, dtype, shape, size in (
+            ("features", "BF16", [count, *self._shape], 2),
+            ("pts", "F64", [count], 8),
+            ("index", "I64", [count], 8),
+            *([("grid", "I64", [count, 2], 8)] if self._grid else []),
+        ):
+            start = end
+            for n in shape:
+                size *= n
+            end += size
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        assert len(raw) <= self._room, (len(raw), self._room)
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", self._room) + raw.ljust(self._room))
+
+
+@contextmanager
+def open_frames(target: Path, provenance: Provenance, facts: dict[str, Any]) -> Iterator[FramesWriter]:
+    """Write a frames artifact: append to what this yields; on a clean exit it stands whole under `target`.
+
+    `facts` (what was found out on the way, JSON values) may be filled until then; it is stored beside the provenance.
+    """
+    base = json.dumps(provenance.to_dict(), sort_keys=True)
+    # Quotes in the metadata are escaped once more in the header; facts and the three tensors' entries take the rest.
+    room = -(-(2 * len(base.encode()) + 4096) // 8) * 8
+    with atomic_file(target) as partial, open(partial, "wb") as file:
+        file.seek(8 + room)
+        writer = FramesWriter(file, room)
+        yield writer
+        value = {**provenance.to_dict(), "facts": facts}
+        writer._finish({"lvctx": json.dumps(value, sort_keys=True, separators=(",", ":"))})
+
+
+def write_frames(target: Path, features_FPD: "Tensor", pts: list[float], index: list[int], made: Provenance) -> None:
+    """Write a whole frames artifact at once; see `FramesWriter.append`."""
+    with open_frames(target, made, {}) as writer:
+        writer.append(features_FPD, pts, index)
+
+
+def is_feature_cache(path: Path) -> bool:
+    """Whether a file is a feature cache, whole or not, by what is in it."""
+    return sniff(path).name in ("frames", "tensors")
+
+
+def read_feature_cache(path: Path, *, model: str | None = None) -> FeatureCache:
+    """Open a frames artifact. Raises InputError for a file that is not a whole one; `model` is who wants to read it."""
+    from safetensors import safe_open
+
+    found = sniff(path)
+    if found.name not in ("frames", "tensors"):
+        fix = encode_first(path, model) if found.name == "video" else "write one with lvctx encode-video"
+        raise mistaken(path, "a frames artifact", fix=fix, found=found)
+    header = read_safetensors_header(path)
+    provenance = read_provenance(path)
+    if provenance is None or provenance.get("schema") not in KINDS:
+        raise mistaken(path, "a frames artifact", fix="write one with lvctx encode-video", found=found)
+    missing = {"features", "pts", "index"} - header.keys()
+    if missing:
+        raise InputError(f"frames artifact without {', '.join(sorted(missing))}", where=path, fix="encode it again")
+    with safe_open(path, "pt") as f:
+        tensors = {name: f.get_tensor(name) for name in ("features", "pts", "index")}
+        grid = f.get_tensor("grid") if "grid" in header else None
+    return FeatureCache(**tensors, grid=grid, provenance=provenance)

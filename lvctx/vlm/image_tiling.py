@@ -1,0 +1,109 @@
+"""Images as a VLM in training sees them: UniRes (LongVA section 3.2), AnyRes (its ablation, appendix B) or one grid.
+
+`unires`: grids like a video's frames, each pooled 2x2, then one newline. `anyres`: a base image and at most 4 grids,
+not pooled, a newline a row; of an image among several one grid alone, padded to a square, then one newline, which is
+what stock LlavaOnevision does. `single`: one grid, padded to a square and pooled like a frame, then one newline.
+Whatever is chosen, a frame of a video is one pooled grid.
+
+Shapes: G tiles, P features a tile, D tower width, N visual tokens, E language-model width.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lvctx.model.vlm import Grid, embed_frames, frame_features, image_grid, image_rule
+from lvctx.vision.anyres import anyres_flatten, anyres_pinpoints, anyres_tiles, anyres_tokens, single_tiles
+from lvctx.vision.grids import MAX_GRIDS, GridRule, MaxGrids, image_max_grids, tell_grids, unires_grid, unires_tiles
+from lvctx.vision.images import Preprocess, image_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoding:
+    """How an image becomes tiles, and how many tokens that makes."""
+
+    grid: Grid
+    """Which of the three."""
+    rule: GridRule
+    """UniRes as the released code or as the paper."""
+    max_grids: MaxGrids = MAX_GRIDS
+    """UniRes's grids an image at most, or these grids alone."""
+    tile: int
+    """Pixels of a tower's side: 336 for CLIP ViT-L/14-336."""
+    side: int
+    """Features along a tile's side: 24."""
+
+    @classmethod
+    def of(cls, vision_config: Any, *, grid: Grid, rule: GridRule, max_grids: MaxGrids = MAX_GRIDS) -> Self:
+        """For a tower's configuration."""
+        tile = vision_config.image_size
+        return cls(grid=grid, rule=rule, max_grids=max_grids, tile=tile, side=tile // vision_config.patch_size)
+
+    @classmethod
+    def from_config(cls, config: Any) -> Self:
+        """What `write_to` wrote into a VLM's configuration. Raises InputError where it names a grid that is none."""
+        rule, max_grids = image_rule(config), image_max_grids(config)
+        return cls.of(config.vision_config, grid=image_grid(config), rule=rule, max_grids=max_grids)
+
+    def tokens(self, image: Path, *, alone: bool) -> int:
+        """Tokens of an image's block, newlines included, from the file's header; `alone`: its sample has no other."""
+        return self.tokens_of(*image_size(image), alone=alone)
+
+    def tokens_of(self, width: int, height: int, *, alone: bool) -> int:
+        """The same of an image of this size in pixels."""
+        if self.grid == "anyres":
+            if not alone:
+                return self.side**2 + 1
+            return anyres_tokens(width, height, tile=self.tile, side=self.side)
+        tiles = 1
+        if self.grid == "unires":
+            tiles = math.prod(unires_grid(width, height, tile=self.tile, rule=self.rule, max_grids=self.max_grids))
+        return tiles * math.ceil(self.side / 2) ** 2 + 1
+
+    def tiles(self, image: Image.Image, *, alone: bool, background: tuple[int, int, int]) -> list[Image.Image]:
+        """The squares that the tower reads."""
+        if self.grid == "unires":
+            return unires_tiles(image, tile=self.tile, rule=self.rule, max_grids=self.max_grids)
+        if self.grid == "anyres" and alone:
+            return anyres_tiles(image, self.tile)
+        return single_tiles(image, self.tile, "pad", background)
+
+    def write_to(self, config: Any) -> None:
+        """Write it into a VLM's configuration: for us in keys of our own, for stock LlavaOnevision in its own terms."""
+        config.image_grid, config.image_grid_rule = self.grid, self.rule
+        tell_grids(config, self.max_grids)
+        if self.grid == "anyres":
+            config.image_grid_pinpoints, config.vision_aspect_ratio = anyres_pinpoints(self.tile), "anyres_max_4"
+        else:  # images go the way of videos, which knows neither
+            sides = [self.tile * n for n in range(1, 7)]
+            config.image_grid_pinpoints = [[down, across] for down in sides for across in sides]
+            config.vision_aspect_ratio = "anyres_max_9"
+
+
+def embed_image(
+    vlm: Any,
+    image: Image.Image,
+    newline_E: Tensor,
+    encoding: ImageEncoding,
+    preprocess: Preprocess,
+    *,
+    alone: bool,
+    tower_grad: bool,
+) -> Tensor:
+    """The block (N, E) of an image (RGB, upright), `ImageEncoding.tokens` long."""
+    tiles = encoding.tiles(image, alone=alone, background=preprocess.background)
+    with torch.set_grad_enabled(tower_grad and torch.is_grad_enabled()):
+        features_GPD = frame_features(vlm, preprocess(tiles).to(vlm.device, vlm.model.vision_tower.dtype))
+    if encoding.grid != "anyres":
+        visual = embed_frames(vlm, features_GPD)
+        return torch.cat([visual, newline_E[None]])
+    linear = vlm.model.multi_modal_projector.linear_1.weight
+    projected_GPE = vlm.model.multi_modal_projector(features_GPD.to(linear.device, linear.dtype))
+    if alone:
+        return anyres_flatten(projected_GPE, newline_E, *image.size, tile=encoding.tile)
+    return torch.cat([projected_GPE[0], newline_E[None]])

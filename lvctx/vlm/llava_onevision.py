@@ -1,0 +1,272 @@
+"""LlavaOnevision as `lvctx align` makes it: a CLIP or SigLIP tower, a projector with a 2x2 pool, a language model.
+
+The features of a video are in a feature cache, which `encode-video` writes, or this file does on the way. Frames
+follow each other without delimiter and one newline closes the block; positions count tokens. In a haystack of hybrid
+resolution an inserted image has the resolution of the frame before which it comes; at the end, of the last one.
+
+Shapes: F frames, P features a frame, D tower width, N tokens, R rows of the table, E width of the language model.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lvctx.errors import InputError, UsageError
+from lvctx.model.load import load_config, load_tokenizer
+from lvctx.model.vlm import VIDEO_TOKEN, embed_frames, newline_embedding, tokens_per_frame
+from lvctx.vision.hybrid import Hybrid
+from lvctx.vision.images import Preprocess
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vision.tokens import LlavaRule, pooling
+from lvctx.vision.tower import TowerFiles, load_tower
+from lvctx.vlm.base import VisualInput, sequential_positions
+from lvctx.vlm.feature_cache import FeatureCache, is_feature_cache, read_feature_cache
+from lvctx.vlm.image_tiling import ImageEncoding, embed_image
+from lvctx.vlm.video_encoder import VideoEncoder, resolve_for_tower
+
+BATCH = 64
+"""Frames that go through the projector at once: before its pooling a frame is four times its tokens."""
+
+
+class LlavaOnevision:
+    """A LlavaOnevision checkpoint."""
+
+    def __init__(self, path: Path, *, device: str = "cpu", feature_cache: Path | None = None) -> None:
+        """See `open_vlm`."""
+        self.path, self.device, self.feature_cache = path, device, feature_cache
+        self.config = load_config(path)
+        self.vocabulary = int(self.config.get_text_config().vocab_size)
+        """V: the first id that is a row of the table."""
+        self._encoders: dict[VideoSampling, VideoEncoder] = {}
+
+    @cached_property
+    def tower(self) -> TowerFiles:
+        """The files of its vision tower."""
+        return TowerFiles.find(self.path)
+
+    @cached_property
+    def image_encoding(self) -> ImageEncoding:
+        """How it was trained to read images."""
+        return ImageEncoding.from_config(self.config)
+
+    def resolve(self, sampling: VideoSampling) -> VideoSampling:
+        """See `VLM`."""
+        return resolve_for_tower(self.tower, sampling)
+
+    def image_facts(self) -> dict[str, Any]:
+        """See `VLM`."""
+        encoding = self.image_encoding
+        return {"image_encoding": encoding.grid, "unires_rule": encoding.rule, "max_grids": encoding.max_grids}
+
+    def count(self, frames: int, width: int, height: int, sampling: VideoSampling) -> dict[str, int]:
+        """See `VLM`."""
+        tokens = sum(block.tokens for block in self.token_rule(sampling).video(width, height, frames))
+        return {"nominal": tokens, "actual": tokens, "delimiters": 1, "last_position": tokens}
+
+    def token_rule(self, sampling: VideoSampling) -> LlavaRule:
+        """See `VLM`; UniRes rows alone can be packed."""
+        vision, encoding = self.config.vision_config, self.image_encoding
+        if encoding.grid != "unires":
+            what = f"aligned with --image-encoding {encoding.grid}: only UniRes rows can be packed"
+            raise InputError(what, where=self.path)
+        side = vision.image_size // vision.patch_size
+        usual = ((side + 1) // 2) ** 2
+        hybrid = sampling.resolution
+        if hybrid is not None and hybrid.tokens != usual:
+            raise UsageError(f"this model's frames have {usual} tokens, not {hybrid.tokens}", fix="change m")
+        pooling(side, hybrid.ratio if hybrid else 1)
+        placeholder = load_tokenizer(self.path).get_vocab().get(VIDEO_TOKEN)
+        if placeholder is None:
+            raise InputError(f"the tokenizer has no {VIDEO_TOKEN}", where=self.path)
+        return LlavaRule(
+            placeholder=int(placeholder),
+            tile=encoding.tile,
+            side=side,
+            grid_rule=encoding.rule,
+            max_grids=encoding.max_grids,
+            hybrid=hybrid or Hybrid(tokens=usual),
+        )
+
+    def open_cache(self, path: Path, sampling: VideoSampling) -> FeatureCache:
+        """The features of a video file, kept in the folder of feature caches if there is one, or of a feature cache.
+
+        Raises InputError for features of another tower, UsageError for sampling options given for a feature cache.
+        """
+        if not is_feature_cache(path):
+            if sampling not in self._encoders:
+                self._encoders[sampling] = VideoEncoder.open(self.path, sampling, device=self.device)
+            encoder = self._encoders[sampling]
+            if self.feature_cache is None:
+                return encoder.read(path)
+            return read_feature_cache(Path(encoder.encode(path, self.feature_cache)["path"]))
+        cache = read_feature_cache(path, model=str(self.path))
+        if cache.provenance["inputs"].get("tower") != self.tower.fingerprint:
+            fix = f"lvctx encode-video VIDEO --model {self.path}"
+            raise InputError("features of another vision tower", where=path, fix=fix)
+        if sampling != VideoSampling():
+            raise UsageError("encoded features are used as they are", where=path, fix="drop the options of sampling")
+        return cache
+
+    def load(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> VisualInput:
+        """See `VLM`."""
+        alone = sum(isinstance(item, Image.Image) for item in items) == 1
+        embed: list[Callable[[Any], Tensor]] = []
+        tokens: list[int] = []
+        caches: list[FeatureCache] = []
+        for item in items:
+            if isinstance(item, Image.Image):
+                embed.append(self._image_embedder(item, alone=alone))
+                tokens.append(self.image_encoding.tokens_of(*item.size, alone=alone))
+            else:
+                cache = self.open_cache(item, sampling)
+                caches.append(cache)
+                embed.append(_video_embedder(cache))
+                tokens.append(cache.tokens(tokens_per_frame(self.config)) + 1)
+        facts: dict[str, Any] = {"visual_tokens": sum(tokens)}
+        if len(caches) == len(items) == 1:
+            known = caches[0].provenance.get("facts", {})
+            facts = {
+                "video_sha256": caches[0].provenance["inputs"].get("video", "")[:16],
+                "frames": len(caches[0].pts),
+                "visual_tokens": tokens[0] - 1,
+                "corrupt_frames": known.get("corrupt", 0),
+                **({"partial": True} if known.get("partial") else {}),
+            }
+        return VisualInput(
+            ids_N=self.vocabulary + np.arange(sum(tokens)),
+            table=lambda model: torch.cat([block(model) for block in embed]),
+            placeholder=VIDEO_TOKEN,
+            tokens=facts["visual_tokens"],
+            pts=tuple(t for cache in caches for t in cache.pts.tolist()),
+            facts=facts,
+        )
+
+    def _image_embedder(self, image: Image.Image, *, alone: bool) -> Callable[[Any], Tensor]:
+        @torch.inference_mode()
+        def embed(model: Any) -> Tensor:
+            newline_E, preprocess = newline_embedding(model)[0], Preprocess.from_directory(self.path)
+            return embed_image(model, image, newline_E, self.image_encoding, preprocess, alone=alone, tower_grad=False)
+
+        return embed
+
+    def haystack(self, files: Sequence[Path], sampling: VideoSampling, *, as_images: bool) -> "LlavaHaystack":
+        """See `VLM`: feature caches or video files."""
+        if as_images:
+            raise UsageError("this model's haystack is a video", where="--as-images", fix="drop it, or use a Qwen-VL")
+        return LlavaHaystack(self, [self.open_cache(file, sampling) for file in files])
+
+
+def _video_embedder(cache: FeatureCache) -> Callable[[Any], Tensor]:
+    @torch.inference_mode()
+    def embed(model: Any) -> Tensor:
+        embedded = [embed_frames(model, *batch) for batch in cache.batches(BATCH)]
+        return torch.cat([*embedded, newline_embedding(model).to(embedded[0].device)])
+
+    return embed
+
+
+class LlavaHaystack:
+    """Feature caches, one after the other."""
+
+    def __init__(self, vlm: LlavaOnevision, caches: Sequence[FeatureCache]) -> None:
+        self.vlm, self.caches = vlm, caches
+        self.seconds = joined_times([cache.pts.numpy() for cache in caches])
+        self.image_size = int(vlm.config.vision_config.image_size)
+
+    def grids(self, frames: int) -> list[tuple[int, int]]:
+        """Rows and columns of the first frames' tokens."""
+        side = math.isqrt(tokens_per_frame(self.vlm.config))
+        found = [
+            (side, side) if cache.grid is None else (int(cache.grid[i, 0]), int(cache.grid[i, 1]))
+            for cache in self.caches
+            for i in range(len(cache.pts))
+        ]
+        return found[:frames]
+
+    def tokens(self, frames: int, images: Sequence[Image.Image]) -> "LlavaTokens":
+        """See `Haystack`."""
+        return LlavaTokens(self, frames, images)
+
+
+class LlavaTokens:
+    """See `VisualTokens`. The table has the frames, every inserted image once in each size, and the newline."""
+
+    placeholder, frames_per_grid = VIDEO_TOKEN, 1
+
+    def __init__(self, haystack: LlavaHaystack, frames: int, images: Sequence[Image.Image]) -> None:
+        self.haystack, self.frames, self.images = haystack, frames, images
+        grids = haystack.grids(frames)
+        self.grids = sorted(set(grids), reverse=True)
+        """Of a frame, each once, the finest first."""
+        self._layout = FrameRows(
+            vocabulary=haystack.vlm.vocabulary,
+            tokens=[rows * columns for rows, columns in grids],
+            sizes=[rows * columns for rows, columns in self.grids],
+            inserted=len(images),
+        )
+        self.facts = {"tokens_per_frame": self._layout.sizes}
+
+    def ids(self, order_F: np.ndarray) -> np.ndarray:
+        """See `VisualTokens`."""
+        return self._layout.ids(order_F)
+
+    positions = staticmethod(sequential_positions)
+
+    @torch.inference_mode()
+    def table(self, model: Any) -> Tensor:
+        """See `VisualTokens`."""
+        rows, left = [], self.frames
+        for cache in self.haystack.caches:
+            rows += [embed_frames(model, *batch) for batch in cache.batches(BATCH, left)]
+            left -= min(left, len(cache.pts))
+        if self.images:
+            # Needles become squares the way the haystack's frames did.
+            mode = self.haystack.caches[0].provenance["config"].get("frame_mode", "pad")
+            tower = load_tower(self.haystack.vlm.path, dtype=model.dtype, device=str(model.device))
+            features = tower.encode_images([tower.preprocess.square(image, mode) for image in self.images])
+            even = all(cache.grid is None for cache in self.haystack.caches)
+            sizes = [None if even else torch.tensor([grid] * len(self.images)) for grid in self.grids]
+            inserted = [embed_frames(model, features, size).unflatten(0, (len(self.images), -1)) for size in sizes]
+            rows.append(torch.cat(inserted, 1).flatten(0, 1))
+        return torch.cat([*rows, newline_embedding(model)])
+
+
+class FrameRows:
+    """Which rows of a table each frame has."""
+
+    def __init__(self, *, vocabulary: int, tokens: Sequence[int], sizes: Sequence[int], inserted: int) -> None:
+        """`tokens` of each haystack frame; every inserted image is in the table once in each of `sizes`."""
+        self._tokens, self.sizes = np.asarray(tokens), list(sizes)
+        self._starts = vocabulary + np.cumsum(self._tokens) - self._tokens
+        self._inserted = vocabulary + int(self._tokens.sum())
+        self._newline = self._inserted + inserted * sum(sizes)
+
+    def ids(self, order_F: np.ndarray) -> np.ndarray:
+        """The block of these frames in this order, closed by the newline."""
+        is_hay = order_F < len(self._tokens)
+        hay = np.minimum(order_F, len(self._tokens) - 1)
+        counts, starts = self._tokens[hay], self._starts[hay]
+        for place in np.flatnonzero(~is_hay)[::-1]:
+            # At the end the last frame of the haystack before it decides.
+            before = counts[:place][is_hay[:place]][-1:]
+            counts[place] = counts[place + 1] if place + 1 < len(counts) else [*before, self._tokens[-1]][0]
+            offset = sum(self.sizes[: self.sizes.index(int(counts[place]))])
+            starts[place] = self._inserted + (int(order_F[place]) - len(self._tokens)) * sum(self.sizes) + offset
+        within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.append(np.repeat(starts, counts) + within, self._newline)
+
+
+def joined_times(times: Sequence[np.ndarray]) -> np.ndarray:
+    """When each frame is shown, in seconds: a video that follows another begins one of its own steps after its end."""
+    parts: list[np.ndarray] = []
+    for pts in times:
+        step = float(np.median(np.diff(pts))) if len(pts) > 1 else 1.0
+        parts.append(pts if not parts else pts - pts[0] + parts[-1][-1] + step)
+    return np.concatenate(parts)

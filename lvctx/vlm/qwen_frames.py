@@ -1,0 +1,204 @@
+"""Frames of a video for Qwen-VL: each at its own resolution, in runs of one size, with times that go on.
+
+Hybrid resolution (GIRAFFE section 3.5) changes a video's size from grid to grid, and an item of the model has one size.
+So each run of one size is a video item of its own (an image item each frame in mode `image`), and position ids are
+given explicitly, so that time does not start again at each (`positions/mrope_ids.py`). Uniform resolution is one run.
+
+Frames are resized as they are read, with the arithmetic of the model's own processor but without its lower limit for
+video (128 tokens), which would enlarge the small frames again; its own code then normalises them and cuts patches.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lvctx.errors import UsageError
+from lvctx.positions import mrope_ids
+from lvctx.positions.mrope_ids import Grids
+from lvctx.vision.hybrid import Hybrid, Run, hybrid_tokens, select_high
+from lvctx.vision.tokens import Block, QwenRule
+
+LEAST = 4
+"""Tokens of the smallest frame: what the processor's least number of pixels is set to."""
+
+
+def check_reachable(hybrid: Hybrid) -> None:
+    """Raise UsageError, with the nearest that can be had, where m/s is no whole number or fewer than `LEAST` tokens."""
+    group, m, s = hybrid.group, hybrid.tokens, hybrid.ratio
+    if m < LEAST or m // s < LEAST:
+        fix = f"m at least {LEAST * s}, or s at most {max(m // LEAST, 1)}"
+        raise UsageError(
+            f"a frame has at least {LEAST} tokens, and m/s is {m / s:g}", where=f"{group},{m},{s}", fix=fix
+        )
+    if m % s:
+        near = max(round(m / s), LEAST) * s
+        raise UsageError(f"m/s is {m / s:g}, no whole number", where=f"{group},{m},{s}", fix=f"the nearest m is {near}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledVideo:
+    """Sampled frames at their sizes."""
+
+    frames: list[Image.Image]
+    """RGB, resized."""
+    pts: list[float]
+    """Seconds."""
+    high: list[bool]
+    """Whether each is of high resolution."""
+    size: tuple[int, int]
+    """Width and height of the source, in pixels."""
+    rule: QwenRule
+    """How the model counts."""
+
+    @property
+    def runs(self) -> list[Run]:
+        """Frames of one resolution that follow each other."""
+        return runs_of(self.high, self.rule)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The items the model reads; the sum of their tokens is exact."""
+        return blocks_of(self.runs, self.rule, *self.size)
+
+    @property
+    def nominal(self) -> int:
+        """Visual tokens if every grid filled its budget."""
+        hybrid = self.rule.hybrid
+        return sum(run.grids * (hybrid.tokens if run.high else hybrid.low_tokens) for run in self.runs)
+
+    def part(self, tokens_per_second: float | None) -> mrope_ids.Film:
+        """What position ids are made of. Times count grids, or seconds where the model does."""
+        return part(self.blocks, self.pts, self.rule.merge, tokens_per_second)
+
+
+def runs_of(high: Iterable[bool], rule: QwenRule) -> list[Run]:
+    """Frames of one resolution that follow each other, from the resolution of each frame."""
+    merge = 1 if rule.hybrid.mode == "image" else rule.merge
+    lengths = [(is_high, len(list(same))) for is_high, same in groupby(high)]
+    return [Run(n, -(-n // merge), is_high) for is_high, n in lengths]
+
+
+def blocks_of(runs: Iterable[Run], rule: QwenRule, width: int, height: int) -> list[Block]:
+    """The items that the model is given of runs of frames of this size in pixels."""
+    return [block for run in runs for block in _blocks(rule, run, width, height)]
+
+
+def _blocks(rule: QwenRule, run: Run, width: int, height: int) -> list[Block]:
+    tokens = rule.hybrid.tokens if run.high else rule.hybrid.low_tokens
+    one_size = replace(rule, hybrid=Hybrid(group=1, tokens=tokens, ratio=1, mode=rule.hybrid.mode))
+    return one_size.video(width, height, run.frames)
+
+
+def part(blocks: Sequence[Block], pts: Sequence[float], merge: int, tokens_per_second: float | None) -> mrope_ids.Film:
+    """What position ids of a film's blocks are made of; `pts` are its frames' times in seconds."""
+    times = tuple(grid_times(blocks, pts, merge, tokens_per_second))
+    return mrope_ids.Film(runs=tuple(Grids(*block.grid) for block in blocks), times=times)
+
+
+def grid_times(
+    blocks: Iterable[Block], pts: Sequence[float], merge: int, tokens_per_second: float | None
+) -> Iterator[int]:
+    """The position of each grid on the axis of time, from 0: its number, or its first frame's time in positions."""
+    number = frame = 0
+    for block in blocks:
+        a_grid = merge if block.kind == "video" else 1
+        for i in range(block.grid[0]):
+            seconds = pts[frame + i * a_grid] - pts[0]
+            # Times of a regular sampling are whole positions but for their last bits.
+            yield number if tokens_per_second is None else int(seconds * tokens_per_second + 1e-6)
+            number += 1
+        frame += block.frames
+
+
+def resize_frames(
+    frames: Iterable[tuple[float, np.ndarray]], rule: QwenRule, *, threshold: float | None = None, resample: int
+) -> SampledVideo:
+    """Resize frames (seconds, uint8 (H, W, 3)) as they come; memory holds the resized ones only.
+
+    `threshold` selects adaptively (see `select_high`). Raises UsageError for a resolution that cannot be had.
+    """
+    check_reachable(rule.hybrid)
+    is_high = select_high(rule.hybrid, merge=rule.merge, threshold=threshold)
+    pictures: list[Image.Image] = []
+    pts: list[float] = []
+    high: list[bool] = []
+    sizes: dict[bool, tuple[int, int]] = {}
+    size = (0, 0)
+    for number, (seconds, picture_HW3) in enumerate(frames):
+        if not number:
+            size = (picture_HW3.shape[1], picture_HW3.shape[0])
+            for level in (True, False):
+                _, down, across = _blocks(rule, Run(1, 1, level), *size)[0].grid
+                sizes[level] = (across * rule.factor, down * rule.factor)
+        high.append(is_high(number, picture_HW3))
+        pictures.append(Image.fromarray(picture_HW3).resize(sizes[high[-1]], resample=resample))
+        pts.append(seconds)
+    return SampledVideo(frames=pictures, pts=pts, high=high, size=size, rule=rule)
+
+
+def pixels(video: SampledVideo, processor: Any) -> dict[str, Tensor]:
+    """Patches and grids as the model's forward takes them, for all items of the film in order.
+
+    `processor` is the model's own image processor. It fills both frames of a grid with one picture; a video's grid has
+    the first picture's first half and the second picture's second. A run's odd last frame is merged with itself.
+    """
+    merged = video.blocks[0].kind == "video"
+    found, grids = [], []
+    at = 0
+    for block in video.blocks:
+        rows, (down, across) = patches(video.frames[at : at + block.frames], processor, merged=merged)
+        at += block.frames
+        assert (down, across) == tuple(2 * n for n in block.grid[1:])
+        found.append(rows)
+        grids.append([block.grid[0], down, across])
+    names = ("pixel_values_videos", "video_grid_thw") if merged else ("pixel_values", "image_grid_thw")
+    return dict(zip(names, (torch.cat(found), torch.tensor(grids)), strict=True))
+
+
+def patches(frames: Sequence[Image.Image], processor: Any, *, merged: bool) -> tuple[Tensor, tuple[int, int]]:
+    """Patches of frames of one size, and how many a frame has down and across.
+
+    `merged` in twos, an odd last with itself; otherwise each with itself, as the processor does with an image.
+    """
+    seen = processor(images=list(frames), do_resize=False, return_tensors="pt")
+    down, across = (int(n) for n in seen["image_grid_thw"][0, 1:])
+    rows = seen["pixel_values"].reshape(len(frames), down * across, 3, processor.temporal_patch_size, -1)
+    if merged:
+        rows = torch.cat([rows, rows[-1:].expand(-len(frames) % rows.shape[3], -1, -1, -1, -1)])
+        rows = torch.stack([rows[i :: rows.shape[3], :, :, i] for i in range(rows.shape[3])], dim=3)
+    return rows.flatten(2).flatten(0, 1), (down, across)
+
+
+class VideoCount(NamedTuple):
+    """What a video costs, before there is one."""
+
+    nominal: int
+    """Visual tokens if every grid filled its budget."""
+    actual: int
+    """Visual tokens at the sizes that the aspect allows."""
+    delimiters: int
+    """Tokens around the items."""
+    last_position: int
+    """Largest position of the video, which begins at 0."""
+
+
+def count_video(
+    frames: int, width: int, height: int, rule: QwenRule, *, fps: float, tokens_per_second: float | None
+) -> VideoCount:
+    """Tokens and positions of `frames` frames of a size in pixels, `fps` per second. Raises UsageError."""
+    check_reachable(rule.hybrid)
+    blocks = rule.video(width, height, frames)
+    pts = [i / fps for i in range(frames)]
+    _, after = mrope_ids.positions([part(blocks, pts, rule.merge, tokens_per_second)])
+    return VideoCount(
+        nominal=hybrid_tokens(frames, rule.hybrid, merge=rule.merge),
+        actual=sum(block.tokens for block in blocks),
+        delimiters=2 * len(blocks),
+        last_position=after - 1,
+    )

@@ -1,0 +1,188 @@
+"""A haystack for Qwen-VL: video files or folders of images, with images inserted among their frames.
+
+An inserted image is a grid of the video: where two frames are merged it is shown for both, so that it has a grid to
+itself, and groups of hybrid resolution are counted with it among them. A frame's time is its number in that sequence
+over the rate. As images, every frame has delimiters around it and positions that go on by its height or width (Visual
+Haystacks; GIRAFFE section 3.1), so positions grow much faster than in a video.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from lvctx.errors import InputError, UsageError
+from lvctx.vision.decode import Count, count_frames, read_video
+from lvctx.vision.hybrid import Hybrid, select_high, thumbnail
+from lvctx.vision.images import image_size, open_image
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vision.tokens import Block
+from lvctx.vlm.grid_table import Grid, empty_table, encode_grids
+from lvctx.vlm.qwen_frames import blocks_of, runs_of
+
+if TYPE_CHECKING:
+    from lvctx.vlm.qwen_vl import QwenVL
+
+IMAGES = (".png", ".jpg", ".jpeg")
+"""What is read of a folder, in the order of names; `lvctx niah haystack` writes such."""
+
+
+class QwenHaystack:
+    """Video files or folders of images, read when the table is made, and never kept."""
+
+    def __init__(self, vlm: "QwenVL", files: Sequence[Path], sampling: VideoSampling, *, as_images: bool) -> None:
+        """Of a video the first frame is decoded, and all where its packets do not tell how many there are."""
+        self.natural_size = as_images and sampling.resolution is None
+        if sampling.fps is None and sampling.frames is None:
+            sampling = replace(sampling, fps=1.0)  # V-NIAH's
+        sampling = replace(vlm.resolve(sampling), max_frames=None)
+        if as_images and not self.natural_size:
+            sampling = replace(sampling, hybrid_mode="image")
+        hybrid = sampling.resolution or Hybrid()
+        if hybrid.mode == "literal" and not hybrid.uniform:
+            raise UsageError("--hybrid-mode literal merges a needle with its neighbours", fix="pair, or image")
+        if sampling.fps is None:
+            raise UsageError("a haystack is sampled at a rate", where="--frames", fix="give --fps")
+        self.vlm, self.files, self.sampling, self.as_images = vlm, tuple(files), sampling, as_images
+        self.fps = float(sampling.fps)
+        self.rule = vlm.rule(hybrid)
+        self.unit = 1 if as_images or hybrid.mode == "image" else self.rule.merge
+        counted = [_count(file, sampling) for file in self.files]
+        self.size = (counted[0].width, counted[0].height)
+        """Of the source's frames, in pixels."""
+        self._check_sizes(counted)
+        partial_files = [str(file) for file, count in zip(self.files, counted, strict=True) if count.partial]
+        total = sum(count.frames for count in counted) // self.unit * self.unit
+        self.seconds = np.arange(total) / self.fps
+        self.image_size = min(self.size)
+        self.facts = {
+            "positions": "mrope",
+            "fps": self.fps,
+            "hybrid": [hybrid.group, hybrid.tokens, hybrid.ratio],
+            "hybrid_mode": hybrid.mode,
+            "tokens_per_second": vlm.seconds_to_positions,
+            "source_size": list(self.size),
+            **({"change_threshold": sampling.threshold} if sampling.threshold is not None else {}),
+            **({"partial": partial_files} if partial_files else {}),
+            **({"as_images": True, "natural_size": self.natural_size} if as_images else {}),
+        }
+
+    def _check_sizes(self, counted: Sequence[Count]) -> None:
+        sizes = {block.grid[1:] for block in self.blocks(*self.size, 2 * self.rule.merge)}
+        for file, one in zip(self.files, counted, strict=True):
+            if {block.grid[1:] for block in self.blocks(one.width, one.height, 2 * self.rule.merge)} != sizes:
+                what = f"{one.width} x {one.height} pixels beside {self.size[0]} x {self.size[1]}"
+                raise InputError(what, where=file, fix="give one shape")
+
+    def blocks(self, width: int, height: int, count: int) -> list[Block]:
+        """What so many frames of a size are for the model, groups counted from the first."""
+        return self.rule.image(width, height) * count if self.natural_size else self.rule.video(width, height, count)
+
+    def read(self) -> Iterator[Image.Image]:
+        """All frames in order."""
+        return chain.from_iterable(_frames(file, self.sampling) for file in self.files)
+
+    def as_frame(self, image: Image.Image) -> Image.Image:
+        """An image as a frame of the source, so that it keeps its shape as the frames keep theirs."""
+        background = tuple(round(255 * mean) for mean in self.vlm.processor.image_mean)
+        return ImageOps.pad(image, self.size, color=background)
+
+    def tokens(self, frames: int, images: Sequence[Image.Image]) -> "QwenTokens":
+        """See `Haystack`."""
+        return QwenTokens(self, frames, [self.as_frame(image) for image in images])
+
+
+class QwenTokens:
+    """See `VisualTokens`."""
+
+    def __init__(self, haystack: QwenHaystack, frames: int, inserted: Sequence[Image.Image]) -> None:
+        self.haystack, self.frames, self.inserted = haystack, frames, inserted
+        self.placeholder, self.frames_per_grid = haystack.rule.mark("video"), haystack.unit
+        self.facts = haystack.facts
+        fps = haystack.fps
+        self.grids = haystack.vlm.grid_table(haystack.rule, lambda numbers: (np.arange(len(numbers)) / fps).tolist())
+        self.positions = self.grids.positions
+
+    @cached_property
+    def _thumbnails(self) -> list[np.ndarray]:
+        read = islice(self.haystack.read(), self.frames)
+        return [thumbnail(np.asarray(image)) for image in chain(read, self.inserted)]
+
+    def _blocks(self, order: Sequence[int]) -> list[Block]:
+        threshold, rule = self.haystack.sampling.threshold, self.haystack.rule
+        if threshold is None:
+            return self.haystack.blocks(*self.haystack.size, len(order))
+        is_high = select_high(rule.hybrid, merge=rule.merge, threshold=threshold)
+        high = [is_high(place, self._thumbnails[number]) for place, number in enumerate(order)]
+        return blocks_of(runs_of(high, rule), rule, *self.haystack.size)
+
+    def ids(self, order_F: np.ndarray) -> np.ndarray:
+        """See `VisualTokens`."""
+        order = order_F.tolist()
+        blocks = self._blocks(order)
+        if not self.haystack.as_images:
+            return self.grids.ids(order, blocks)
+        # A needle has the size of the frame whose place it takes, as in a video.
+        return np.concatenate([self.grids.ids([n], [block]) for n, block in zip(order, blocks, strict=True)])
+
+    def table(self, model: Any) -> torch.Tensor:
+        """See `VisualTokens`: the grids of all sequences so far. Frames are decoded once and not kept."""
+        vlm, frames = self.haystack.vlm, self.frames
+        table_RE = empty_table(model, self.grids)
+        waiting: dict[int, list[Grid]] = defaultdict(list)
+        for grid in self.grids.grids:
+            waiting[grid.pictures[-1]].append(grid)
+        held: dict[int, Image.Image] = {}
+        ready: list[Grid] = []
+
+        def take(number: int, size: tuple[int, int]) -> Image.Image:
+            image = held[number] if number < frames else self.inserted[number - frames]
+            return image.resize(size, resample=vlm.processor.resample)
+
+        def encode() -> None:
+            by_size = sorted(ready, key=lambda grid: grid[1:])
+            encode_grids(model, vlm.processor, self.grids, table_RE, by_size, take)
+
+        for number, image in enumerate(islice(self.haystack.read(), frames)):
+            held[number] = image
+            ready += waiting.pop(number, [])
+            if len(held) == 16 * self.frames_per_grid:
+                encode()
+                held, ready = {}, []
+        missing = [number for number in waiting if number < frames]
+        if missing:
+            last = self.haystack.files[-1]
+            raise InputError(f"ends before frame {min(missing)}", where=last, fix="is the file whole?")
+        ready += [grid for grids in waiting.values() for grid in grids]
+        encode()
+        return table_RE
+
+
+def _count(file: Path, sampling: VideoSampling) -> Count:
+    """Size and number of frames of a video or a folder of images."""
+    if not file.is_dir():
+        return count_frames(file, sampling)
+    images = _listed(file)
+    if not images:
+        raise InputError("no image in it", where=file, fix=f"put {' or '.join(IMAGES)} there")
+    width, height = image_size(images[0])
+    duration = len(images) / float(sampling.fps or 1)
+    return Count(frames=len(images), exact=True, width=width, height=height, duration=duration)
+
+
+def _listed(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
+
+
+def _frames(file: Path, sampling: VideoSampling) -> Iterator[Image.Image]:
+    if file.is_dir():
+        yield from map(open_image, _listed(file))
+    else:
+        yield from (Image.fromarray(frame.image) for frame in read_video(file, sampling))

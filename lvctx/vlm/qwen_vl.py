@@ -1,0 +1,214 @@
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: whole frames, merged in pairs, with M-RoPE positions of our own.
+
+A video is sampled at a rate, sized by hybrid resolution, and its grids go through the model's own tower. Stock
+generation is not used: it asks the model for positions, and transformers 5.3 and later give it wrong ones after a video
+(`positions/mrope_ids.py`).
+
+Shapes: F frames, N tokens, E width of the language model, R rows of the table.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from lvctx.artifacts.store import read_json, sha256_file
+from lvctx.errors import InputError, UsageError
+from lvctx.model.load import load_config, load_image_processor, load_tokenizer
+from lvctx.positions.mrope_ids import Rules
+from lvctx.vision.decode import Frame, bounded, read_video
+from lvctx.vision.hybrid import Hybrid
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vision.tokens import QwenRule
+from lvctx.vlm.base import VisualInput
+from lvctx.vlm.grid_table import GridTable, empty_table, encode_grids
+from lvctx.vlm.qwen_frames import (
+    SampledVideo,
+    check_reachable,
+    count_video,
+    resize_frames,
+)
+from lvctx.vlm.qwen_haystack import QwenHaystack
+
+MAX_FRAMES = 768
+"""Frames of a video at most; the processor's own default."""
+
+
+class QwenVL:
+    """A Qwen2-VL or Qwen2.5-VL checkpoint."""
+
+    writes_times = False
+    """Whether the time of each grid is written in text before it."""
+
+    def __init__(self, path: Path, *, device: str = "cpu", feature_cache: Path | None = None) -> None:
+        """See `open_vlm`; nothing of this family is cached, as resolution decides what its tower computes."""
+        self.path, self.config = path, load_config(path)
+        self.seconds_to_positions = Rules.of(self.config).tokens_per_second
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return load_tokenizer(self.path)
+
+    @cached_property
+    def processor(self) -> Any:
+        """The model's own image processor."""
+        return load_image_processor(self.path)
+
+    def resolve(self, sampling: VideoSampling) -> VideoSampling:
+        """See `VLM`: two frames per second (GIRAFFE), at most 768; uniform resolution at 240 tokens a grid."""
+        if sampling.fps == "native" or sampling.frame_mode is not None:
+            raise UsageError("Qwen-VL takes frames whole, at a rate", fix="drop --frame-mode; give --fps a number")
+        hybrid = sampling.resolution or Hybrid()
+        check_reachable(hybrid)
+        if self.writes_times and hybrid.mode != "pair":
+            raise UsageError(f"--hybrid-mode {hybrid.mode}: this model reads pairs of frames", fix="drop it")
+        rate = sampling.frames is None
+        return replace(
+            sampling,
+            fps=(sampling.fps or 2.0) if rate else None,
+            max_frames=(sampling.max_frames or MAX_FRAMES) if rate else None,
+            hybrid=hybrid,
+            hybrid_mode=hybrid.mode,
+            decoder="decord" if sampling.decoder == "decord" else "pyav",
+        )
+
+    def image_facts(self) -> dict[str, Any]:
+        """See `VLM`."""
+        return {"image_encoding": "whole"}
+
+    def token_rule(self, sampling: VideoSampling) -> QwenRule:
+        """See `VLM`."""
+        return self.rule(sampling.resolution or Hybrid())
+
+    def rule(self, hybrid: Hybrid) -> QwenRule:
+        """How many tokens an image or a video of this resolution has, from the tokenizer's and processor's files."""
+        vision, file = self.config.vision_config, self.path / "preprocessor_config.json"
+        pixels = read_json(file) if file.is_file() else {}
+        stated = pixels.get("size")
+        size: dict[str, Any] = stated if isinstance(stated, dict) else {}
+        least = pixels.get("min_pixels") or size.get("shortest_edge", QwenRule.min_pixels)
+        most = pixels.get("max_pixels") or size.get("longest_edge", QwenRule.max_pixels)
+        if not (isinstance(least, int) and isinstance(most, int) and 0 < least <= most):
+            raise InputError(
+                f"images of {least!r} to {most!r} pixels", where=file, fix="correct min_pixels and max_pixels"
+            )
+        return QwenRule(
+            start=self._id("<|vision_start|>"),
+            end=self._id("<|vision_end|>"),
+            pads={"image": self._id("<|image_pad|>"), "video": self._id("<|video_pad|>")},
+            hybrid=hybrid,
+            min_pixels=least,
+            max_pixels=most,
+            factor=vision.patch_size * vision.spatial_merge_size,
+            merge=vision.temporal_patch_size,
+        )
+
+    def _id(self, token: str) -> int:
+        found = self.tokenizer.get_vocab().get(token)
+        if found is None:
+            raise InputError(f"the tokenizer has no {token}", where=self.path)
+        return int(found)
+
+    def count(self, frames: int, width: int, height: int, sampling: VideoSampling) -> dict[str, int]:
+        """See `VLM`."""
+        rate = sampling.fps if isinstance(sampling.fps, float | int) else 1.0
+        seconds = self.seconds_to_positions
+        return count_video(
+            frames, width, height, self.token_rule(sampling), fps=rate, tokens_per_second=seconds
+        )._asdict()
+
+    def load(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> VisualInput:
+        """See `VLM`; of a video only the resized frames are in memory."""
+        sampling = self.resolve(sampling)
+        read = [item if isinstance(item, Image.Image) else self._read(item, sampling) for item in items]
+        shown = self.visual_input([item if isinstance(item, Image.Image) else item[0] for item in read], sampling)
+        videos = [item for item in read if not isinstance(item, Image.Image)]
+        if len(videos) == len(items) == 1:
+            (video, facts), (path,) = videos[0], items
+            assert isinstance(path, Path)
+            shown.facts.update(
+                video_sha256=sha256_file(path)[:16],
+                frames=len(video.frames),
+                high_frames=sum(video.high),
+                runs=len(video.runs),
+                nominal_tokens=video.nominal,
+                delimiters=len(shown.ids_N) - shown.tokens,
+                frame_size=list(video.frames[0].size),
+                corrupt_frames=facts.get("corrupt", 0),
+                **({"partial": True} if facts.get("partial") else {}),
+            )
+        return shown
+
+    def _read(self, path: Path, sampling: VideoSampling) -> tuple[SampledVideo, dict[str, Any]]:
+        reader = read_video(path, bounded(path, sampling))
+        return self.resize(reader, sampling), reader.facts
+
+    def resize(self, frames: Iterable[Frame], sampling: VideoSampling) -> SampledVideo:
+        """Frames at the sizes that the model takes."""
+        timed = ((frame.pts, frame.image) for frame in frames)
+        rule = self.token_rule(sampling)
+        return resize_frames(timed, rule, threshold=sampling.threshold, resample=self.processor.resample)
+
+    def visual_input(self, items: Sequence[SampledVideo | Image.Image], sampling: VideoSampling) -> VisualInput:
+        """Resized videos, and images at the size that the model takes, in order."""
+        rule, frames, parts = self.token_rule(sampling), list[Image.Image](), list[np.ndarray]()
+        pts: list[float] = []
+        tokens = 0
+        grids = self.grid_table(rule, lambda numbers: [pts[n] for n in numbers])
+        for item in items:
+            if isinstance(item, Image.Image):
+                blocks = rule.image(*item.size)
+                _, down, across = blocks[0].grid
+                size = across * rule.factor, down * rule.factor
+                sized, times = [item.resize(size, resample=self.processor.resample)], [0.0]
+            else:
+                blocks, sized, times = item.blocks, item.frames, item.pts
+            pts += times
+            parts.append(grids.ids(range(len(frames), len(frames) + len(sized)), blocks))
+            frames += sized
+            tokens += sum(block.tokens for block in blocks)
+
+        def table(model: Any) -> Tensor:
+            table_RE = empty_table(model, grids)
+            encode_grids(model, self.processor, grids, table_RE, list(grids.grids), lambda number, size: frames[number])
+            return table_RE
+
+        return VisualInput(
+            ids_N=np.concatenate(parts),
+            table=table,
+            placeholder=rule.mark("video"),
+            positions=grids.positions,
+            tokens=tokens,
+            pts=tuple(t for item in items if isinstance(item, SampledVideo) for t in item.pts),
+            facts={"visual_tokens": tokens},
+        )
+
+    def grid_table(self, rule: QwenRule, times: Any) -> GridTable:
+        """An empty table; `times(numbers)` is when these frames are shown, in seconds."""
+        return GridTable(
+            rule,
+            vocabulary=int(self.config.get_text_config().vocab_size),
+            tokens_per_second=self.seconds_to_positions,
+            times=times,
+            write=partial(self.tokenizer.encode, add_special_tokens=False) if self.writes_times else None,
+        )
+
+    def haystack(self, files: Sequence[Path], sampling: VideoSampling, *, as_images: bool) -> QwenHaystack:
+        """See `VLM`: video files, or folders of images."""
+        return QwenHaystack(self, files, sampling, as_images=as_images)
+
+
+class Qwen3VL(QwenVL):
+    """A Qwen3-VL checkpoint: times in text, and every grid an item of its own."""
+
+    writes_times = True
+
+    def count(self, frames: int, width: int, height: int, sampling: VideoSampling) -> dict[str, int]:
+        """Raises InputError: the times in text are tokens too, and their number depends on the times."""
+        raise InputError("only videos of Qwen2-VL and Qwen2.5-VL are counted", where=self.path, fix="drop --frames")

@@ -1,0 +1,368 @@
+"""Watch videos with a frozen tower: sampled frames in, one frames artifact a video out.
+
+The features are those before any projector, so a new projector never invalidates them: the same tower in another VLM
+finds its artifacts finished. A process of its own decodes ahead while the tower encodes batch by batch; several videos
+may be decoded at once, and take turns at the tower. A batch holds frames of one video, so the company that a video is
+encoded in leaves no trace in its features.
+
+Suffixes: N frames of a batch, S side in pixels, 3 the RGB channels.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import queue
+import sys
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lvctx.artifacts import schemas
+from lvctx.artifacts.manifest import Provenance, is_finished, read_provenance
+from lvctx.artifacts.store import read_safetensors_header, sha256_file
+from lvctx.device import Dtype, resolve_dtype
+from lvctx.errors import LvctxError, Stopped, UsageError
+from lvctx.vision.apart import DecodeRequest, Decoders
+from lvctx.vision.container import check_whole, probe
+from lvctx.vision.decode import Count, bounded, count_frames
+from lvctx.vision.hybrid import Hybrid, hybrid_tokens, select_high
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vision.tokens import pooling
+from lvctx.vision.tower import Tower, TowerFiles
+from lvctx.vlm.feature_cache import SUFFIX, FeatureCache, open_frames
+
+log = logging.getLogger(__name__)
+Row = dict[str, Any]
+Batch = tuple[torch.Tensor, list[float], list[int], list[tuple[int, int]]]
+FACTS = ("duration", "source_frames", "time_error", "visual_tokens", "nominal_tokens", "partial")
+"""What a row says of those in the artifact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """What decides a feature cache, besides video and tower."""
+
+    sampling: VideoSampling
+    """With its defaults: a rate or a number of frames, a frame mode, a decoder."""
+    batch: int
+    """Frames that go through the tower at once; it decides how sums are rounded."""
+    dtype: Literal["float32", "bfloat16"]
+    """What the tower computes in. Features are stored as bfloat16 either way."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For provenance and rows."""
+        return {"fps": None, "frames": None, **self.sampling.facts, "batch": self.batch, "dtype": self.dtype}
+
+
+class VideoEncoder:
+    """One tower and one way to sample, for any number of videos. Weights are loaded with the first that needs them."""
+
+    def __init__(self, files: TowerFiles, config: EncoderConfig, *, device: str) -> None:
+        self.files, self.config, self.device = files, config, device
+        self._names: dict[str, str] = {}
+        self._hashes: dict[Path, str] = {}
+        self._decoders, self._stop = Decoders(), threading.Event()
+        self._turn, self._naming = threading.Lock(), threading.Lock()
+        self._tower: Tower | None = None
+
+    @classmethod
+    def open(
+        cls, name: str | Path, sampling: VideoSampling, *, batch: int = 64, dtype: Dtype = "auto", device: str = "cpu"
+    ) -> Self:
+        """Find the tower of a VLM, CLIP or SigLIP (directory or hub id) and resolve the defaults; loads no weights.
+
+        Raises UsageError for a resolution that the tower cannot have, InputError without a tower, MissingError without
+        decord.
+        """
+        files = TowerFiles.find(name)
+        config = EncoderConfig(
+            sampling=resolve_for_tower(files, sampling),
+            batch=batch,
+            dtype=resolve_dtype(dtype, device),
+        )
+        return cls(files, config, device=device)
+
+    def close(self) -> None:
+        """Let videos that are being encoded in other threads fail at their next batch, and end idle decoders."""
+        self._stop.set()
+        self._decoders.close()
+
+    def encode_images(self, images: list[Image.Image] | np.ndarray) -> torch.Tensor:
+        """Features (N, P, D) of square images, in batches."""
+        with self._turn:
+            if self._tower is None:
+                self._tower = Tower(self.files, dtype=getattr(torch, self.config.dtype), device=self.device)
+            return self._tower.encode_images(images, batch=self.config.batch)
+
+    def provenance(self, video: Path) -> Provenance:
+        """What will have made the artifact of `video`."""
+        fingerprint = self._hashes[video] = self._hashes.get(video) or sha256_file(video)
+        return Provenance(
+            schema=schemas.FRAMES_HYBRID if self.hybrid else schemas.FRAMES,
+            command="encode-video",
+            config=self.config.facts,
+            inputs={"tower": self.files.fingerprint, "video": fingerprint},
+        )
+
+    def target(self, video: Path, out: Path, fingerprint: str) -> Path:
+        """`out`/NAME.frames.safetensors; of several videos called NAME all but the first get part of their hash."""
+        name = video.stem
+        with self._naming:
+            if self._names.setdefault(name, fingerprint) != fingerprint:
+                name = f"{name}-{fingerprint[:8]}"
+        return out / f"{name}{SUFFIX}"
+
+    def describe(self, video: Path, out: Path) -> dict[str, Any]:
+        """What `encode` would do: the resolved options, the target, and the bytes that it predicts.
+
+        `about`: the frames, and so the bytes, are near; only decoding would tell.
+        """
+        facts = probe(video)
+        made = self.provenance(video)
+        count = self._count(video)
+        size = count.frames * self.files.patches_per_frame * self.files.width * 2
+        return {
+            "video": str(video),
+            "path": str(self.target(video, out, made.inputs["video"])),
+            **self.config.facts,
+            **facts,
+            "duration": count.duration,
+            "device": self.device,
+            "expected_frames": count.frames,
+            "about": not count.exact,
+            "expected_bytes": size,
+            **self.tokens(count.frames),
+        }
+
+    def count(self, video: Path) -> tuple[int, bool, dict[str, int]]:
+        """Frames that a video will have, whether exactly, and their `tokens`. Raises InputError."""
+        count = self._count(video)
+        return count.frames, count.exact, self.tokens(count.frames)
+
+    def _count(self, video: Path) -> Count:
+        return count_frames(video, bounded(video, self.config.sampling), decode=False)
+
+    @property
+    def hybrid(self) -> Hybrid | None:
+        """The resolutions; None where all frames are alike."""
+        return self.config.sampling.hybrid
+
+    def tokens(self, frames: int) -> dict[str, int]:
+        """Visual tokens of so many frames of hybrid resolution, as they will be and by L, m, s; otherwise nothing.
+
+        With adaptive selection nothing: it depends on what the frames show.
+        """
+        if self.hybrid is None or self.config.sampling.threshold is not None:
+            return {}
+        is_high = select_high(self.hybrid, merge=1)
+        actual = _total([self._grid(is_high(i, None)) for i in range(frames)])
+        return {"visual_tokens": actual, "nominal_tokens": hybrid_tokens(frames, self.hybrid, merge=1)}
+
+    def _grid(self, high: bool) -> tuple[int, int]:
+        """Rows and columns of the tokens of a frame of high or low resolution."""
+        assert self.hybrid is not None
+        side = math.isqrt(self.files.patches_per_frame)
+        if high:
+            return (math.ceil(side / 2),) * 2
+        down, across = pooling(side, self.hybrid.ratio)
+        return side // down, side // across
+
+    def encode(
+        self,
+        video: Path,
+        out: Path,
+        *,
+        resume: str = "auto",
+        force: bool = False,
+        threads: int | None = None,
+        report: Callable[[int, int, str], None] = lambda done, total, note: None,
+    ) -> dict[str, Any]:
+        """Write the artifact of one video into `out`, unless it stands already; the row that describes it.
+
+        May run in several threads at once; `threads` is how many the decoder of this one uses (all cores unless given).
+        Raises InputError for a video that cannot be read (see `decode.read_video`); nothing is left under its name.
+        """
+        check_whole(video, allow_partial=self.config.sampling.allow_partial)
+        made = self.provenance(video)
+        target = self.target(video, out, made.inputs["video"])
+        if is_finished(target, made, resume=resume, force=force):
+            log.info("%s: finished already", target)
+            return _row(video, target)
+        total = self._rough_total(video)
+        report(0, total, video.name)
+        done = 0
+        facts: dict[str, Any] = {"source": str(video)}
+        with open_frames(target, made, facts) as writer:
+            for features, pts, index, grids in self._batches(video, facts, threads=threads):
+                writer.append(features, pts, index, grids)
+                done += len(pts)
+                report(done, max(total, done), video.name)
+        return _row(video, target)
+
+    def read(self, video: Path) -> FeatureCache:
+        """The same in memory, for features that are not kept. Raises as `encode`."""
+        check_whole(video, allow_partial=self.config.sampling.allow_partial)
+        made = self.provenance(video)
+        facts: dict[str, Any] = {"source": str(video)}
+        features, pts, index, grids = zip(*self._batches(video, facts), strict=True)
+        grid = torch.tensor(list(chain.from_iterable(grids))) if self.hybrid else None
+        return FeatureCache(
+            features=torch.cat([batch.to("cpu", torch.bfloat16) for batch in features]),
+            pts=torch.tensor(list(chain.from_iterable(pts)), dtype=torch.float64),
+            index=torch.tensor(list(chain.from_iterable(index))),
+            grid=grid,
+            provenance={**made.to_dict(), "facts": facts},
+        )
+
+    def _batches(self, video: Path, facts: dict[str, Any], *, threads: int | None = None) -> Iterator[Batch]:
+        """Features, times, numbers and token grids (none where all are alike) of the frames; fills `facts`."""
+        sampling, preprocess = bounded(video, self.config.sampling), self.files.preprocess
+        request = DecodeRequest(
+            path=str(video),
+            sampling=sampling,
+            threads=threads,
+            size=preprocess.size,
+            background=preprocess.background,
+        )
+        is_high = select_high(self.hybrid, merge=1, threshold=sampling.threshold) if self.hybrid else None
+        done = tokens = nominal = 0
+        with self._decoders.read(request, facts) as frames:
+            while batch := list(islice(frames, self.config.batch)):
+                if self._stop.is_set():
+                    raise Stopped
+                features = self.encode_images(np.stack([frame.image for frame in batch]))
+                high = [is_high(done + i, frame.image) for i, frame in enumerate(batch)] if is_high else []
+                grids = [self._grid(one) for one in high]
+                yield features, [frame.pts for frame in batch], [frame.index for frame in batch], grids
+                done, tokens = done + len(batch), tokens + _total(grids)
+                nominal += sum(self.hybrid.tokens if one else self.hybrid.low_tokens for one in high if self.hybrid)
+        if self.hybrid:
+            facts |= {"visual_tokens": tokens, "nominal_tokens": nominal}
+
+    def encode_all(
+        self, videos: Iterable[tuple[Path, Row]], out: Path, *, jobs: int, processes: int = 1, **options: Any
+    ) -> Iterator[tuple[Path, Row, Row | LvctxError]]:
+        """`encode` for each (video, row), `jobs` at once; video, row and result or error, in the order they came.
+
+        The decoders of `processes` like this one share the machine.
+
+        Videos are read from the iterable while others are encoded, so a slow producer holds nothing back.
+        """
+        todo: queue.Queue[Any] = queue.Queue(jobs)
+        threads = max(1, (os.cpu_count() or 1) // (jobs * processes))
+
+        def one(video: Path) -> Row | LvctxError:
+            try:
+                return self.encode(video, out, threads=threads, **options)
+            except LvctxError as e:
+                return e
+
+        def feed() -> None:
+            try:
+                for video, row in videos:
+                    with contextlib.suppress(LvctxError, OSError):  # one() will say it
+                        self.target(video, out, self.provenance(video).inputs["video"])  # names go by order
+                    todo.put((video, row, pool.submit(one, video)))
+                todo.put(None)
+            except BaseException as e:
+                todo.put(e)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                threading.Thread(target=feed, daemon=True).start()
+                while (item := todo.get()) is not None:
+                    if isinstance(item, BaseException):
+                        raise item
+                    yield item[0], item[1], item[2].result()
+            finally:
+                self.close()
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _rough_total(self, video: Path) -> int:
+        """For progress, which must not read the file first."""
+        sampling = self.config.sampling
+        if sampling.frames is not None:
+            return sampling.frames
+        facts = probe(video)
+        rate = facts["source_fps"] if sampling.fps == "native" else sampling.fps
+        seconds = min(facts["duration"], sampling.end or math.inf) - (sampling.start or 0)
+        return max(1, min(math.ceil(seconds * rate), sampling.max_frames or sys.maxsize))
+
+
+def resolve_for_tower(files: TowerFiles, sampling: VideoSampling) -> VideoSampling:
+    """The sampling with the defaults of a CLIP or SigLIP tower.
+
+    Raises UsageError for a resolution that it cannot have, MissingError without decord.
+    """
+    if sampling.decoder == "decord":
+        from lvctx.vision.decord import require_decord
+
+        require_decord()
+    if sampling.hybrid_mode != "pair":
+        raise UsageError("a CLIP or SigLIP tower merges no frames", where="--hybrid-mode", fix="drop it")
+    hybrid = sampling.hybrid
+    if hybrid is not None:
+        if hybrid.tokens != files.tokens_per_frame:
+            raise UsageError(f"m is {files.tokens_per_frame} for this tower, not {hybrid.tokens}", where="--hybrid")
+        pooling(math.isqrt(files.patches_per_frame), hybrid.ratio)
+    return replace(
+        sampling,
+        fps=1.0 if sampling.fps is None and sampling.frames is None else sampling.fps,
+        frame_mode=sampling.frame_mode or "crop",
+        hybrid=None if hybrid is None or hybrid.uniform else hybrid,
+        decoder="decord" if sampling.decoder == "decord" else "pyav",
+    )
+
+
+def _total(grids: Sequence[tuple[int, int]]) -> int:
+    return sum(rows * columns for rows, columns in grids)
+
+
+def share_videos(videos: Sequence[tuple[Path, Row]], processes: int) -> list[list[int]]:
+    """Indices of the videos that each process encodes, in order; the largest files go first to whom has least.
+
+    Videos called alike stay together: which of them gets the plain name is for one process to say.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    sizes: dict[str, int] = defaultdict(int)
+    for i, (video, _) in enumerate(videos):
+        groups[video.stem].append(i)
+        sizes[video.stem] += video.stat().st_size if video.is_file() else 0
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    loads = [0] * processes
+    for stem in sorted(groups, key=lambda s: (-sizes[s], groups[s])):
+        least = loads.index(min(loads))
+        shares[least] += groups[stem]
+        loads[least] += sizes[stem] + 1
+    return [sorted(share) for share in shares]
+
+
+def _row(video: Path, target: Path) -> dict[str, Any]:
+    made = read_provenance(target) or {}
+    frames, features, width = read_safetensors_header(target)["features"]["shape"]
+    tokens = made["facts"].get("visual_tokens")
+    return {
+        "schema": made["schema"],
+        "path": str(target),
+        "sha256": sha256_file(target),
+        "video": str(video),
+        "frames": frames,
+        "tokens_per_frame": tokens / frames if tokens else math.ceil(math.isqrt(features) / 2) ** 2,
+        "features_per_frame": features,
+        "width": width,
+        "fps": made["config"].get("fps"),
+        "frame_mode": made["config"]["frame_mode"],
+        **{key: made["facts"][key] for key in FACTS if key in made["facts"]},
+        "corrupt_frames": made["facts"].get("corrupt", 0),
+    }
