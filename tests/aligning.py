@@ -34,7 +34,7 @@ def talk(*turns: str, **extra: Any) -> dict[str, Any]:
 def make_forward(vlm: Any, tokenizer: Any, encoding: Any, pixels_from: Path, *, pose: bool = False) -> Any:
     """A VLM ready for micro-batches, its tower frozen."""
     from lvctx.model.vlm import newline_id
-    from lvctx.train.micro import Forward
+    from lvctx.train.batching import Forward
     from lvctx.vision.images import Preprocess
 
     return Forward(
@@ -54,52 +54,24 @@ def align(
     lm: Path | None,
     tower: Path | None,
     *,
-    report: Callable[[int, int, str], None] = lambda done, total, note: None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, note: None,
     micro_tokens: int = 256,
-    device: str = "cpu",
     checkpoint_activations: bool = True,
     **changed: Any,
 ) -> Any:
-    """Align in this process, images beside `data`; the plan."""
-    from lvctx.stages.align import run_align
-    from lvctx.stages.align_plan import plan_align
+    """Align in this process, images beside `data`; the job."""
+    from lvctx.stages.align_job import resolve_align
+    from lvctx.stages.dpo import align_task
+    from lvctx.train.align_config import AlignConfig
+    from lvctx.train.config import ParallelConfig, RunControl
+    from lvctx.train.run import run_training
 
-    options: dict[str, Any] = {
-        "stage": "projector",
-        "lm": str(lm) if lm else None,
-        "tower": str(tower) if tower else None,
-        "init": None,
-        "adapters": [],
-        "data": data,
-        "images": data.parent,
-        "grid": None,
-        "grid_rule": None,
-        "max_grids": None,
-        "pose": False,
-        "steps": 3,
-        "epochs": None,
-        "batch": 3,
-        "lr": 1e-2,
-        "projector_lr": None,
-        "tower_lr": 0.0,
-        "warmup": 0.0,
-        "lora": 0,
-        "beta": None,
-        "max_length": 4096,
-        "seed": 0,
-    }
-    plan = plan_align(**options | changed)
-    run_align(
-        plan,
-        out,
-        resume="auto",
-        force=False,
-        micro_tokens=micro_tokens,
-        checkpoint_activations=checkpoint_activations,
-        device=device,
-        report=report,
-    )
-    return plan
+    options: dict[str, Any] = {"steps": 3, "batch": 3, "lr": 1e-2, "tower_lr": 0.0, "warmup": 0.0, "max_length": 4096}
+    options |= {"lm": str(lm) if lm else None, "tower": str(tower) if tower else None}
+    job = resolve_align(AlignConfig(data=data, images=data.parent, out=out, **options | changed))
+    parallel = ParallelConfig(device="cpu", micro_tokens=micro_tokens, checkpoint_activations=checkpoint_activations)
+    run_training(align_task(job), parallel, RunControl(out=out, on_progress=on_progress))
+    return job
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

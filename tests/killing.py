@@ -6,7 +6,7 @@ The fork server imports what training needs once, so that a process costs little
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -20,44 +20,62 @@ import transformers.models.clip.modeling_clip
 import transformers.models.llama.modeling_llama
 import transformers.models.llava_onevision.modeling_llava_onevision
 import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lvctx.artifacts.manifest import Provenance
 from lvctx.dist.context import ParallelContext
 from lvctx.errors import Stopped
-from lvctx.train import loop, preference
+from lvctx.stages import dpo
+from lvctx.train import trainer
+from lvctx.train.config import ParallelConfig, RunControl
 from lvctx.train.data import indices
-from lvctx.train.loop import Group, TrainConfig, train
+from lvctx.train.run import run_training
+from lvctx.train.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
+from lvctx.train.trainer import train
 
 
-class Toy:
+class Toy(TrainingTask[int]):
     """A regression whose every step can be watched, or interrupted."""
 
     def __init__(self, out: Path, steps: int = 6, stop_at: int | None = None, *, lr: float = 0.1) -> None:
         torch.manual_seed(0)
         self.model = nn.Linear(3, 1)
-        self.out, self.steps, self.stop_at, self.lr = out, steps, stop_at, lr
+        self.out, self.stop_at, self.lr = out, stop_at, lr
+        self.train_config = TrainConfig(steps=steps, schedule="cosine", warmup=0.3, weight_decay=0.1, save_every=2)
+        self.provenance = toy_provenance()
         self.calls = 0
 
-    def loss(self, sample: int) -> tuple[Tensor, int]:
+    def load(self, device: str) -> TrainableModel:
+        groups = [ParameterGroup(name="all", modules=[self.model], lr=self.lr)]
+        return TrainableModel(model=self.model, groups=groups)
+
+    def build(self, trainable: TrainableModel, context: ParallelContext, parallel: ParallelConfig) -> nn.Module:
+        return self.model
+
+    def batches(self, step: int) -> list[int]:
+        return indices(step, batch=2, samples=5, seed=0)
+
+    def loss(self, micro: int) -> tuple[Tensor, int]:
         self.calls += 1
         if self.stop_at is not None and self.calls == self.stop_at:
             raise Stopped
-        x = torch.from_numpy(np.random.default_rng(sample).normal(size=(sample + 1, 3)).astype("float32"))
+        x = torch.from_numpy(np.random.default_rng(micro).normal(size=(micro + 1, 3)).astype("float32"))
         return ((self.model(x) - x.sum(1, keepdim=True)) ** 2).sum(), len(x)
 
+    def save(self, model: nn.Module, out: Path, metrics: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+        save_file(model.state_dict(), out / "model.safetensors")
+        return ["model.safetensors"], {"steps": len(metrics)}
+
     def run(self, seed: int = 0) -> list[Tensor]:
-        train(
-            groups=[Group(name="all", parameters=list(self.model.parameters()), lr=self.lr)],
-            batch=lambda step: indices(step, batch=2, samples=5, seed=0),
-            loss=self.loss,
-            config=TrainConfig(steps=self.steps, schedule="cosine", warmup=0.3, weight_decay=0.1, save_every=2),
-            out=self.out,
-            run=Provenance(schema="toy/1", command="toy", config={}, inputs={}, seed=seed),
-            report=lambda done, total, note: None,
-            world=ParallelContext(device="cpu"),
-        )
+        """The steps alone, without the rest of the life cycle; the trained parameters."""
+        self.provenance = toy_provenance(seed)
+        train(self, self.load("cpu").groups, ParallelContext(device="cpu"), RunControl(out=self.out))
         return [p.detach().clone() for p in self.model.parameters()]
+
+
+def toy_provenance(seed: int = 0) -> Provenance:
+    return Provenance(schema="toy/1", command="toy", config={}, inputs={}, seed=seed)
 
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -89,19 +107,19 @@ def _train(kind: str, folder: Path, out: Path, blow: tuple[str, int] | None) -> 
     if blow is not None:
         place, number = blow
         if place == "stop":
-            at_call(loop, "_accumulate", number, stop)
+            at_call(trainer, "_accumulate", number, stop)
         elif place == "step":
-            at_call(loop, "_accumulate", number)
+            at_call(trainer, "_accumulate", number)
         elif place == "row":
-            at_call(loop, "note", number)  # the row is written, no checkpoint has the step
+            at_call(trainer, "note", number)  # the row is written, no checkpoint has the step
         elif place == "rewrite":
-            at_call(loop, "write_jsonl", number)
+            at_call(trainer, "write_jsonl", number)
         elif place == "save":
-            at_call(loop, "_state", number)
+            at_call(trainer, "_state", number)
         elif place == "reference":
-            at_call(preference.ResultLog, "append", number)
+            at_call(dpo.ResultLog, "append", number)
         elif place == "end":
-            at_call(loop, "read_jsonl", number)
+            at_call(trainer, "read_jsonl", number)
     try:
         RUNS[kind](folder, out)
     except Stopped:
@@ -126,16 +144,12 @@ def _toy(folder: Path, out: Path) -> None:
 
 
 def _extend(folder: Path, out: Path) -> None:
-    from lvctx.stages.extend import Machine, plan_extend, run_extend
+    from lvctx.stages.extend import resolve_extend
+    from lvctx.train.extend_config import ExtendConfig
 
-    options: dict[str, Any] = {"rope": "theta", "rope_theta": 1e6, "context": 512, "lr": 1e-3, "lora": 0, "seed": 0}
-    unset = dict.fromkeys(("factor", "attention_factor", "seq_len", "adapter"))
-    no = dict.fromkeys(("checkpoint_activations", "doc_mask", "pose"), False)
-    plan = plan_extend(
-        model=str(folder / "lm"), data=folder / "rows", steps=4, batch_tokens=128, **options, **unset, **no
-    )
-    machine = Machine(device="cpu")
-    run_extend(plan, out, resume="auto", force=False, machine=machine, report=lambda done, total, note: None)
+    options: dict[str, Any] = {"rope_theta": 1e6, "context": 512, "lr": 1e-3, "steps": 4, "batch_tokens": 128}
+    job = resolve_extend(ExtendConfig(model=str(folder / "lm"), out=out, data=folder / "rows", **options))
+    run_training(job.task(), ParallelConfig(checkpoint_activations=False, micro_tokens=1), RunControl(out=out))
 
 
 def _align(folder: Path, out: Path) -> None:
@@ -148,17 +162,12 @@ def _dpo(folder: Path, out: Path) -> None:
 
 
 def _mrope(folder: Path, out: Path) -> None:
-    from lvctx.stages.extend import Machine
-    from lvctx.stages.mrope import plan_mrope
-    from lvctx.stages.mrope_train import plan_training, run_training
+    from lvctx.stages.mrope import resolve_mrope_training
+    from lvctx.train.mrope_config import MropeConfig
 
-    model = str(folder / "qwen")
-    plan = plan_mrope(model=model, scale=2, original_length=None, method=None, ramp="index", force=False)
-    options: dict[str, Any] = {"steps": 4, "batch": 1, "lr": 1e-2, "warmup": 0.0, "lora": 4, "seed": 0}
-    unset = dict.fromkeys(("seq_len", "hybrid"))
-    trained = plan_training(plan, data=folder / "chat", media=folder, checkpoint_activations=True, **options, **unset)
-    machine = Machine(device="cpu")
-    run_training(trained, out, resume="auto", force=False, machine=machine, report=lambda done, total, note: None)
+    options: dict[str, Any] = {"steps": 4, "lr": 1e-2, "warmup": 0.0, "lora": 4}
+    config = MropeConfig(model=str(folder / "qwen"), out=out, scale=2, data=folder / "chat", media=folder, **options)
+    run_training(resolve_mrope_training(config).task(), ParallelConfig(), RunControl(out=out))
 
 
 RUNS: dict[str, Callable[[Path, Path], None]] = {

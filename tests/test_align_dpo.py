@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,11 @@ from lvctx.errors import InputError, Stopped, UsageError
 from lvctx.model.load import load_model, load_tokenizer
 from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import newline_id
+from lvctx.stages.dpo import REFERENCE, log_probs, reference_loss
 from lvctx.text.conversations import read_pairs
+from lvctx.train.batching import Forward, Sample, encode_sample, pack_samples
 from lvctx.train.chat import TokenSequence
 from lvctx.train.data import indices
-from lvctx.train.micro import Forward, Sample, encode_sample, pack_samples
-from lvctx.train.preference import REFERENCE, Preference, log_probs
 from lvctx.vision.images import Preprocess
 from lvctx.vlm.image_tiling import ImageEncoding
 
@@ -92,7 +93,7 @@ def test_loss_and_gradient_are_the_formula_on_stock_logits(vlm: Path, pairs: Pat
             if "language_model" in name or "projector" in name:
                 parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
     model.requires_grad_(True)
-    total, count = forward(samples, Preference(reference, beta=0.3))
+    total, count = forward(samples, partial(reference_loss, reference=reference, beta=0.3))
     total.backward()
 
     stock = LlavaOnevisionForConditionalGeneration.from_pretrained(vlm).double().eval()
@@ -134,8 +135,8 @@ def dpo(pairs: Path, out: Path, vlm: Path, **changed: Any) -> Any:
 
 
 def test_it_starts_at_log_two_learns_and_leaves_the_tower(pairs: Path, vlm: Path, tmp_path: Path) -> None:
-    plan = dpo(pairs, tmp_path / "out", vlm, steps=5, batch=4)
-    assert (plan.config.beta, plan.config.tower_lr) == (0.1, 0.0)
+    job = dpo(pairs, tmp_path / "out", vlm, steps=5, batch=4)
+    assert (job.config.beta, job.config.tower_lr) == (0.1, 0.0)
     rows = metrics(tmp_path / "out")
     assert rows[0]["tokens"] == 4, "pairs are counted"
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4), "the starting model is its own reference"
@@ -166,16 +167,16 @@ def test_the_reference_is_computed_once_and_a_stopped_run_ends_with_the_same_byt
     dpo(pairs, tmp_path / "whole", vlm, **options)
     out = tmp_path / "parts"
     with pytest.raises(Stopped):
-        dpo(pairs, out, vlm, **options, report=stop(2, "reference"))
+        dpo(pairs, out, vlm, **options, on_progress=stop(2, "reference"))
     first = (out / REFERENCE).read_bytes()
     assert first.count(b"\n") == 2
     (out / REFERENCE).write_bytes(first + b'{"key": "torn')
     with pytest.raises(Stopped):
-        dpo(pairs, out, vlm, **options, report=stop(2, "loss"))
+        dpo(pairs, out, vlm, **options, on_progress=stop(2, "loss"))
     assert (out / REFERENCE).read_bytes().startswith(first)
     assert (out / REFERENCE).read_bytes().count(b"\n") == 4
     counted: list[str] = []
-    dpo(pairs, out, vlm, **options, report=lambda done, total, note: counted.append(note))
+    dpo(pairs, out, vlm, **options, on_progress=lambda done, total, note: counted.append(note))
     assert "reference" not in counted, "nothing was computed again"
     assert (out / REFERENCE).read_bytes() == (tmp_path / "whole" / REFERENCE).read_bytes()
     assert metrics(out) == metrics(tmp_path / "whole")

@@ -31,9 +31,9 @@ from lvctx.model.vlm import (
     newline_embedding,
     save_vlm,
 )
-from lvctx.stages.align_plan import count_tokens
+from lvctx.stages.align_job import count_tokens
 from lvctx.text.conversations import read_conversations
-from lvctx.train.micro import Sample, encode_sample
+from lvctx.train.batching import Sample, encode_sample
 from lvctx.vision.images import Preprocess, open_image
 from lvctx.vlm.image_tiling import ImageEncoding
 
@@ -99,10 +99,10 @@ def test_the_rule_of_unires_stays_with_the_model(tiny_lm: Path, tiny_tower: Path
     """Through the next stage, which is not told it again, a longer context, and export: config.json holds it."""
     draw(tmp_path)
     data = write(tmp_path / "data.json", [talk("<image>What?", "red", image="1.png")])
-    unires: Any = {"grid_rule": "paper", "max_grids": 64}
+    unires: Any = {"unires_rule": "paper", "max_grids": 64}
     aligning.align(data, tmp_path / "a", tiny_lm, tiny_tower, **unires, steps=1, batch=1)
     plan = aligning.align(data, tmp_path / "b", None, None, init=str(tmp_path / "a"), steps=1, batch=1)
-    assert (plan.config.grid_rule, plan.config.max_grids) == ("paper", 64)
+    assert (plan.config.unires_rule, plan.config.max_grids) == ("paper", 64)
     for command in (
         f"extend-lm --model {tmp_path}/b --rope-theta 2e4 --steps 0 -o {tmp_path}/c -q",
         f"export {tmp_path}/c --to hf -o {tmp_path}/d",
@@ -207,16 +207,16 @@ def test_the_directory_says_which_and_the_next_stage_goes_on_with_it(
     draw(tmp_path)
     data = write(tmp_path / "data.json", [talk("<image>What?", "red", image=f"{i}.png") for i in range(4)])
     assert {grid: image_grid(load_config(path)) for grid, path in vlms.items()} == {g: g for g in GRIDS}
-    first = aligning.align(data, tmp_path / "first", tiny_lm, tiny_tower, grid="anyres", steps=1)
+    first = aligning.align(data, tmp_path / "first", tiny_lm, tiny_tower, image_encoding="anyres", steps=1)
     assert count_tokens(first, lambda *_: None)["visual_tokens"] == 2 * (16 + 4 * 9) + 2 * (16 + 8 * 9)
     full: dict[str, Any] = {"stage": "full", "init": str(tmp_path / "first"), "steps": 1, "lora": 4}
     second = aligning.align(data, tmp_path / "second", None, None, **full)
     assert second.config.grid == "anyres"
     assert image_grid(load_config(tmp_path / "second")) == "anyres"
-    back = aligning.align(data, tmp_path / "back", None, None, **full, grid="single")
+    back = aligning.align(data, tmp_path / "back", None, None, **full, image_encoding="single")
     assert count_tokens(back, lambda *_: None)["visual_tokens"] == 4 * 5
     assert image_grid(load_config(tmp_path / "back")) == "single"
-    single = aligning.align(data, tmp_path / "single", tiny_lm, tiny_tower, grid="single", steps=1)
+    single = aligning.align(data, tmp_path / "single", tiny_lm, tiny_tower, image_encoding="single", steps=1)
     assert single.config.grid == "single"
     first_longest, back_longest, single_longest = (aligning_longest(tmp_path / n) for n in ("first", "back", "single"))
     assert first_longest - single_longest == 16 + 8 * 9 - 5

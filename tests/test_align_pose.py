@@ -17,7 +17,7 @@ from lvctx.cli.app import app
 from lvctx.model.load import context_length, load_model, load_tokenizer
 from lvctx.model.vlm import VIDEO_TOKEN, assemble
 from lvctx.text.conversations import read_conversations
-from lvctx.train.micro import encode_sample, spread
+from lvctx.train.batching import encode_sample, skip_positions
 from lvctx.vlm.image_tiling import ImageEncoding
 
 ROWS = [
@@ -39,12 +39,12 @@ def test_spread_samples_are_read_as_stock_transformers_reads_them_at_these_posit
     encoding = ImageEncoding.of(vlm.config.vision_config, grid="unires", rule="code")
     context, rng = context_length(vlm.config), np.random.default_rng(5)
     samples = [
-        spread(encode_sample(n, (row,), tokenizer, encoding, max_length=999), context, rng)
+        skip_positions(encode_sample(n, (row,), tokenizer, encoding, max_length=999), context, rng)
         for n, row in enumerate(read)
     ]
     jumps = [int(np.diff(s.sequences[0].positions or []).max()) for s in samples]
     assert all(jump > 1 for jump in jumps), "this seed moves all three apart"
-    (whole,) = spread(samples[0], 5, rng).sequences
+    (whole,) = skip_positions(samples[0], 5, rng).sequences
     assert whole.positions == list(range(len(whole.ids))), "longer than the context: as it is"
     forward = make_forward(vlm, tokenizer, encoding, tiny_tower, pose=True)
     video = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)

@@ -302,7 +302,7 @@ def test_pack_chat_writes_control_tokens_of_turns_as_text(template: str, tiny_vl
 
 
 def test_align_writes_them_as_text_too(tiny_lm: Path, tiny_tower: Path, tmp_path: Path) -> None:
-    from lvctx.stages.align_plan import count_tokens
+    from lvctx.stages.align_job import count_tokens
 
     plan = aligning.align(write(tmp_path / "d.json", WRITTEN), tmp_path / "vlm", tiny_lm, tiny_tower, steps=1, batch=3)
     assert count_tokens(plan, lambda done, total, note: None)["visual_tokens"] == 0

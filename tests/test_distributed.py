@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from lvctx.dist.fsdp import full_tensor, gather_into, shard_model
 from lvctx.errors import InputError, Stopped
 from lvctx.model.lora import ATTENTION, add_lora
 from lvctx.train.activations import checkpoint_layers
+from lvctx.train.config import ParallelConfig, RunControl
 from lvctx.train.data import indices
-from lvctx.train.loop import Group, TrainConfig, train
 from lvctx.train.rows import RowLoss, shard_row
+from lvctx.train.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
+from lvctx.train.trainer import train
 
 
 def row(number: int) -> Tensor:
@@ -46,30 +49,46 @@ def train_tiny(
     checkpoint_layers(lm, offload=True)
     row_loss = RowLoss(lm)
     shard_model(row_loss, lm.model.layers, world)
-    calls = 0
+    task = TinyTask(row_loss, world, steps=steps, stop=stop, bad=bad)
+    groups = [ParameterGroup(name="lm", modules=[lm], lr=1e-2)]
+    train(task, groups, world, RunControl(out=out))
+    return lm
 
-    def loss(number: int) -> tuple[Tensor, int]:
-        nonlocal calls
-        calls += 1
-        if stop == (world.rank, calls):
-            if world.size == 1:
+
+class TinyTask(TrainingTask[int]):
+    """See `train_tiny`."""
+
+    provenance = Provenance(schema="tiny/1", command="tiny", config={}, inputs={})
+
+    def __init__(
+        self, row_loss: RowLoss, world: ParallelContext, *, steps: int, stop: tuple[int, int] | None, bad: int | None
+    ) -> None:
+        self.row_loss, self.world, self.stop, self.bad, self.calls = row_loss, world, stop, bad, 0
+        self.train_config = TrainConfig(steps=steps, schedule="constant", warmup=0.0, weight_decay=0.1, save_every=1)
+
+    def load(self, device: str) -> TrainableModel:
+        raise NotImplementedError
+
+    def build(self, trainable: TrainableModel, context: ParallelContext, parallel: ParallelConfig) -> RowLoss:
+        raise NotImplementedError
+
+    def batches(self, step: int) -> list[int]:
+        return indices(step, batch=3, samples=7, seed=0)
+
+    def loss(self, micro: int) -> tuple[Tensor, int]:
+        self.calls += 1
+        if self.stop == (self.world.rank, self.calls):
+            if self.world.size == 1:
                 raise Stopped
             os.kill(os.getpid(), signal.SIGTERM)
-        total, count = row_loss(**shard_row(row(number), world, None))
-        return total * (math.inf if number == bad else 1.0), count
+        total, count = self.row_loss(**shard_row(row(micro), self.world, None))
+        return total * (math.inf if micro == self.bad else 1.0), count
 
-    train(
-        groups=[Group(name="lm", parameters=list(lm.parameters()), lr=1e-2)],
-        batch=lambda step: indices(step, batch=3, samples=7, seed=0),
-        loss=loss,
-        config=TrainConfig(steps=steps, schedule="constant", warmup=0.0, weight_decay=0.1, save_every=1),
-        out=out,
-        run=Provenance(schema="tiny/1", command="tiny", config={}, inputs={}),
-        report=lambda done, total, note: None,
-        world=world,
-        name=lambda number: f"row {number}",
-    )
-    return lm
+    def describe(self, micro: int) -> str:
+        return f"row {micro}"
+
+    def save(self, model: Any, out: Path, metrics: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+        raise NotImplementedError
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
@@ -206,6 +225,7 @@ def test_ranks_train_stop_resume_and_fail_together(tmp_path: Path) -> None:
 def test_an_output_has_one_writer_and_its_lock_dies_with_it(tmp_path: Path) -> None:
     script = f"""
 import sys, time
+from collections.abc import Sequence
 from pathlib import Path
 from lvctx.artifacts.lock import only_writer
 with only_writer(Path({str(tmp_path)!r})):

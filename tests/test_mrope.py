@@ -14,9 +14,10 @@ from test_cli import fails, lvctx
 from lvctx.errors import InputError, UsageError
 from lvctx.positions.mrope_pp import MropeSpec, betas, inv_freq
 from lvctx.positions.runtimes import llama_cpp, sglang, vllm
-from lvctx.stages.mrope import plan_mrope, read_checkpoint, run_mrope
+from lvctx.stages.mrope_checkpoint import read_checkpoint, resolve_mrope, run_mrope
 from lvctx.stages.mrope_verify import verify
 from lvctx.stages.side_files import with_rope
+from lvctx.train.mrope_config import MropeConfig
 
 QWEN2 = {"head_dim": 128, "theta": 1e6, "sections": (16, 24, 24)}
 
@@ -54,9 +55,9 @@ def test_turns_at_the_ends_of_height(length: int, golden: tuple[float, float]) -
 
 
 def extend(model: Path, out: Path, **changed: Any) -> Path:
-    flags: dict[str, Any] = {"scale": 4.0, "original_length": None, "method": None, "ramp": "index", "force": False}
-    plan = plan_mrope(model=str(model), **(flags | changed))
-    run_mrope(plan, out, resume="auto", force=False)
+    force = changed.pop("force", False)
+    config = MropeConfig(model=str(model), out=out, **({"scale": 4.0} | changed))
+    run_mrope(resolve_mrope(config, force=force), out, resume="auto", force=False)
     return out
 
 
@@ -245,9 +246,9 @@ def test_no_mrope_pp_for_qwen3_and_the_reason(tmp_path: Path) -> None:
     model = mrope_models.save("qwen3_vl", tmp_path / "model")
     with pytest.raises(UsageError, match="alternate over all frequencies"):
         extend(model, tmp_path / "x", method="mrope++")
-    plan = plan_mrope(model=str(model), scale=2, original_length=None, method=None, ramp="index", force=False)
-    assert plan.stretch.method == "yarn"
-    assert "alternate over all frequencies" in plan.note
+    job = resolve_mrope(MropeConfig(model=str(model), out=tmp_path / "x", scale=2))
+    assert job.stretch.method == "yarn"
+    assert "alternate over all frequencies" in job.note
 
 
 def test_qwen25_does_not_say_its_length(tmp_path: Path) -> None:

@@ -23,27 +23,16 @@ from lvctx.dist import attention
 from lvctx.dist.context import ParallelContext, joined, make_context
 from lvctx.model.load import load_model
 from lvctx.positions.mrope_ids import Grids, Part, Text, positions
-from lvctx.stages.mrope import plan_mrope
-from lvctx.stages.mrope_train import ChatLoss, Machine, TrainingConfig, adapt, plan_training, run_training, shard_chat
+from lvctx.stages.mrope import ChatLoss, resolve_mrope_training, shard_chat
 from lvctx.train.chat_rows import ChatRow, RowReader
+from lvctx.train.config import ParallelConfig, RunControl
+from lvctx.train.mrope_config import MropeConfig
+from lvctx.train.run import run_training
 from lvctx.vision.decode import read_video
 from lvctx.vision.hybrid import Hybrid
 from lvctx.vision.sampling import VideoSampling
 from lvctx.vlm.qwen_frames import pixels, resize_frames
 from lvctx.vlm.registry import open_vlm
-
-FLAGS: dict[str, Any] = {
-    "media": Path(),
-    "seq_len": None,
-    "hybrid": None,
-    "steps": 2,
-    "batch": 2,
-    "lr": 1e-2,
-    "warmup": 0.0,
-    "lora": 4,
-    "checkpoint_activations": True,
-    "seed": 0,
-}
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +119,9 @@ def _compare(rank: int, here: Path, size: int) -> None:
     torch.set_num_threads(1)
     row = reader_of(here).read(0)
     vlm = load_model(here / "model", dtype=torch.float32)
-    options = {k: v for k, v in FLAGS.items() if k in TrainingConfig.__dataclass_fields__}
-    adapt(vlm, TrainingConfig(**{**options, "seq_len": 400, "lora": 0}))
+    vlm.requires_grad_(False)
+    for part in (vlm.model.language_model, vlm.lm_head):
+        part.requires_grad_(True)
     expected, truth = gradients(vlm, row, ParallelContext(device="cpu"))
     with joined(here / f"store-{size}", rank=rank, size=size):
         world = make_context(device="cpu", cp=size)
@@ -156,19 +146,19 @@ def test_two_ranks_share_a_row_exactly(here: Path) -> None:
 def test_only_the_language_model_changes_and_a_stopped_run_goes_on(here: Path, tmp_path: Path) -> None:
     from lvctx.errors import Stopped
 
-    plan = plan_mrope(model=str(here / "model"), scale=2, original_length=None, method=None, ramp="index", force=False)
-    trained = plan_training(plan, data=here / "chat", **{**FLAGS, "media": here})
-    how: dict[str, Any] = {"resume": "auto", "force": False, "machine": Machine(device="cpu")}
+    options: dict[str, Any] = {"steps": 2, "batch": 2, "lr": 1e-2, "warmup": 0.0, "lora": 4}
+    config = MropeConfig(model=str(here / "model"), out=tmp_path, scale=2, data=here / "chat", media=here, **options)
+    job, parallel = resolve_mrope_training(config), ParallelConfig(device="cpu")
 
     def stop(done: int, total: int, note: str) -> None:
         if done == 1:
             raise Stopped
 
     with pytest.raises(Stopped):
-        run_training(trained, tmp_path / "parts", report=stop, **how)
+        run_training(job.task(), parallel, RunControl(out=tmp_path / "parts", on_progress=stop))
     assert not (tmp_path / "parts" / "MANIFEST.json").exists()
     for name in ("parts", "whole"):
-        run_training(trained, tmp_path / name, report=lambda done, total, note: None, **how)
+        run_training(job.task(), parallel, RunControl(out=tmp_path / name))
     before, whole, parts = (
         load_file(path / "model.safetensors") for path in (here / "model", tmp_path / "whole", tmp_path / "parts")
     )
@@ -177,7 +167,7 @@ def test_only_the_language_model_changes_and_a_stopped_run_goes_on(here: Path, t
     changed = {name for name in whole if not torch.equal(before[name], whole[name])}
     assert changed == {name for name in whole if "self_attn" in name and name.endswith("proj.weight")}
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
-    assert config["text_config"]["rope_parameters"] == plan.rope
+    assert config["text_config"]["rope_parameters"] == job.rope
     manifest = read_manifest(tmp_path / "whole")
     assert manifest["config"]["training"]["lora"] == 4
     assert {"model.safetensors", "adapter/adapter_model.safetensors", "vllm.json"} <= manifest["files"].keys()

@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lvctx.errors import InputError
-from lvctx.train.plan import DEVICES, Shape, Spread, flops, longest, memory, read_shape, remedies, rows_together
+from lvctx.train.memory_model import (
+    DEVICES,
+    DecoderShape,
+    Spread,
+    flops,
+    longest,
+    memory,
+    read_shape,
+    remedies,
+    rows_together,
+)
 
 QWEN2_7B = Path(__file__).parent / "configs" / "qwen2-7b.json"
 LLAMA2_7B = {
@@ -31,7 +41,7 @@ A100 = DEVICES["a100"]
 EIGHT = Spread(world=8, cp=8, rows=4)  # the paper: 4 rows a step, each over all devices
 
 
-def qwen2() -> Shape:
+def qwen2() -> DecoderShape:
     return read_shape(json.loads(QWEN2_7B.read_text()), where=QWEN2_7B)
 
 

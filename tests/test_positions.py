@@ -193,28 +193,13 @@ def test_the_axes_of_m_rope_survive(scheme: Any) -> None:
 
 def test_extend_lm_writes_what_was_asked(tiny_lm: Path, tmp_path: Path) -> None:
     from lvctx.model.load import load_model
-    from lvctx.stages.extend import Machine, plan_extend, run_extend
+    from lvctx.stages.extend import resolve_extend
+    from lvctx.train.config import ParallelConfig, RunControl
+    from lvctx.train.extend_config import ExtendConfig
+    from lvctx.train.run import run_training
 
-    plan = plan_extend(
-        model=str(tiny_lm),
-        data=None,
-        rope="yarn",
-        rope_theta=None,
-        factor=4.0,
-        attention_factor=None,
-        context=None,
-        seq_len=None,
-        steps=0,
-        batch_tokens=1,
-        lr=0.0,
-        lora=0,
-        adapter=None,
-        checkpoint_activations=False,
-        doc_mask=False,
-        pose=False,
-        seed=0,
-    )
-    run_extend(plan, tmp_path, resume="auto", force=False, machine=Machine(device="cpu"), report=lambda *_: None)
+    config = ExtendConfig(model=str(tiny_lm), out=tmp_path, rope="yarn", factor=4.0, steps=0)
+    run_training(resolve_extend(config).task(), ParallelConfig(), RunControl(out=tmp_path))
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["max_position_embeddings"] == 2048
     spec = RopeSpec(head_dim=16, theta=1e4, factor=4.0, original=512)

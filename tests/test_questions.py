@@ -485,7 +485,7 @@ def test_the_rule_of_unires_is_the_alignments(tiny_lm: Path, tiny_tower: Path, t
 
     aligning.draw(tmp_path)
     data = aligning.write(tmp_path / "data.json", [aligning.talk("<image>What?", "red", image="0.png")])
-    aligning.align(data, tmp_path / "vlm", tiny_lm, tiny_tower, grid_rule="paper", steps=1)
+    aligning.align(data, tmp_path / "vlm", tiny_lm, tiny_tower, unires_rule="paper", steps=1)
     (tmp_path / "vlm" / "MANIFEST.json").unlink()
     assert ImageEncoding.from_config(load_config(tmp_path / "vlm")).rule == "paper"
 

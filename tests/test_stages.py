@@ -200,18 +200,18 @@ def test_search_scores_each_base_as_a_model_that_has_it(nano: Any, tiny_lm: Path
 
     plain = extend("--model", tiny_lm, "--steps", 0, "--rope-theta", 1e8, "-o", tmp_path / "plain")
     assert plain.returncode == 0, plain.stderr
-    from lvctx.stages.search import plan_search
+    from lvctx.stages.search import resolve_search
+    from lvctx.train.extend_config import BaseSearchConfig, ExtendConfig
 
-    search = plan_search(
-        model=str(tiny_lm),
-        span="1e4:1e8",
-        points=3,
-        haystack=[nano.essays],
-        lengths=[200, 256],
-        depths=[0.0, 1.0],
-        trials=1,
-        seed=0,
+    config = ExtendConfig(model=str(tiny_lm), out=tmp_path / "found", steps=0)
+    asked = BaseSearchConfig(
+        search_base="1e4:1e8",
+        search_points=3,
+        search_lengths=(200, 256),
+        search_depths=(0.0, 1.0),
+        haystack=(nano.essays,),
     )
+    search = resolve_search(config, asked)
     scorer = PrefixScorer(load_model(tmp_path / "plain"))
     expected = [round(scorer.score(*search.niah.test.sequence(cell)).log_prob, 4) for cell in search.niah.cells]
     assert [cell["log_prob"] for cell in rows[2]["cells"]] == expected

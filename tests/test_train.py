@@ -29,8 +29,8 @@ from lvctx.model.vlm import VIDEO_TOKEN
 from lvctx.text.conversations import read_conversations
 from lvctx.train.chat import encode_conversation
 from lvctx.train.data import indices
-from lvctx.train.loop import uninterrupted
 from lvctx.train.schedule import rate
+from lvctx.train.signals import uninterrupted
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 
@@ -301,7 +301,7 @@ def test_an_adapter_is_small_and_another_run_starts_from_it(
     first = tmp_path / "a" / "adapter" / "adapter_model.safetensors"
     assert longest_sample(first.parent) == longest_sample(first)
     still = {"lr": 0.0, "projector_lr": 1e-30, "steps": 1}
-    align(drawn, tmp_path / "b", tiny_lm, tiny_tower, **full | still, adapters=[first])
+    align(drawn, tmp_path / "b", tiny_lm, tiny_tower, **full | still, adapter=(first,))
     old, new = load_file(first), load_file(tmp_path / "b" / "adapter" / "adapter_model.safetensors")
     assert old.keys() == new.keys()
     assert all(torch.equal(old[name], new[name]) for name in old)
@@ -309,11 +309,11 @@ def test_an_adapter_is_small_and_another_run_starts_from_it(
     write(tmp_path / "data.json", [talk("Say hi.", "hi")])
     align(drawn, tmp_path / "short", tiny_lm, tiny_tower, **full, steps=1, batch=1)
     alone = longest_sample(tmp_path / "short" / "adapter" / "adapter_model.safetensors")
-    align(drawn, tmp_path / "after", tiny_lm, tiny_tower, **full | still, batch=1, adapters=[first])
+    align(drawn, tmp_path / "after", tiny_lm, tiny_tower, **full | still, batch=1, adapter=(first,))
     assert 0 < alone < longest_sample(first) == longest_sample(tmp_path / "after") == longest_sample(tmp_path / "b")
     assert first.stat().st_size < 0.1 * (tmp_path / "a" / "model.safetensors").stat().st_size
     with pytest.raises(InputError, match="another rank"):
-        align(drawn, tmp_path / "c", tiny_lm, tiny_tower, **full | {"lora": 8}, adapters=[first])
+        align(drawn, tmp_path / "c", tiny_lm, tiny_tower, **full | {"lora": 8}, adapter=(first,))
 
 
 def test_a_frozen_projector_stays_out_of_the_adapter_and_the_later_adapter_wins(
@@ -323,13 +323,13 @@ def test_a_frozen_projector_stays_out_of_the_adapter_and_the_later_adapter_wins(
     full = {"stage": "full", "lora": 4}
     align(drawn, tmp_path / "both", tiny_lm, tiny_tower, **full)
     both = tmp_path / "both" / "adapter" / "adapter_model.safetensors"
-    align(drawn, tmp_path / "lora", tiny_lm, tiny_tower, **full, projector_lr=0.0, adapters=[both])
+    align(drawn, tmp_path / "lora", tiny_lm, tiny_tower, **full, projector_lr=0.0, adapter=(both,))
     lora = tmp_path / "lora" / "adapter" / "adapter_model.safetensors"
     assert all("lora_" in name for name in load_file(lora))
     given = load_file(both)["base_model.model.model.multi_modal_projector.linear_1.weight"].float()
     assert torch.equal(weights(tmp_path / "lora")["multi_modal_projector.linear_1.weight"], given)
     still = {"lr": 0.0, "projector_lr": 1e-30, "steps": 1}
-    align(drawn, tmp_path / "end", tiny_lm, tiny_tower, **full | still, adapters=[both, lora])
+    align(drawn, tmp_path / "end", tiny_lm, tiny_tower, **full | still, adapter=(both, lora))
     end, want = load_file(tmp_path / "end" / "adapter" / "adapter_model.safetensors"), load_file(both) | load_file(lora)
     assert end.keys() == want.keys()
     assert all(torch.equal(end[name], want[name]) for name in want)

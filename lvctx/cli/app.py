@@ -20,15 +20,15 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Training": {
         "pack-text": ("prepare", "Tokenize documents and pack them into fixed-length rows."),
         "extend-lm": (
-            "extend_lm",
+            "train",
             "Extend the context of a language model: a new RoPE base, then training on long packed rows of text.",
         ),
-        "align": ("align", "Train a language model to process images, with a vision tower and a projector."),
+        "align": ("train", "Train a language model to process images, with a vision tower and a projector."),
         "pack-chat": ("prepare", "Mix chat samples with text, images and videos and pack them into long rows."),
     },
     "Video and evaluation": {
         "encode-video": ("video", "Sample videos and store the vision tower's features of their frames."),
-        "mrope-extend": ("mrope_extend", "Extend the context of a Qwen-VL model with M-RoPE++."),
+        "mrope-extend": ("train", "Extend the context of a Qwen-VL model with M-RoPE++."),
         "niah": ("niah", "Needle-in-a-haystack test over context lengths and needle depths."),
         "vqa": ("video", "Answer questions about videos."),
         "videomme": ("videomme", "Video-MME: run a model on its questions, and score it."),

@@ -69,7 +69,7 @@ def info(config: InfoConfig, run: OutputOptions) -> None:
         # A terminal that is too narrow folds the lines; rich would cut names and numbers short.
         Console(width=max(console.width, 160)).print(_source_table(sources))
     if positions is not None:
-        from lvctx.cli.mrope_extend import print_channels
+        from lvctx.cli.train import print_channels
 
         print_channels(positions, stderr=False)
     if config.plot:

@@ -1,49 +1,50 @@
 """Training curves elsewhere than in metrics.jsonl: TensorBoard or Weights & Biases, each an extra of its own name."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from lvctx.cli.common import Report, is_rank_zero
+from lvctx.cli.output import is_rank_zero
 from lvctx.errors import MissingError
+from lvctx.train.config import OnStep
 
 
-class Tracker(StrEnum):
-    """Where curves go."""
+@dataclass(frozen=True, kw_only=True)
+class TrackingOptions:
+    """Where training curves go."""
 
-    tensorboard = "tensorboard"
-    wandb = "wandb"
+    panel: ClassVar[str] = "Run"
+
+    log: Literal["tensorboard", "wandb"] | None = None
+    """Send training curves there too; metrics.jsonl always has them."""
+
+
+Send = Callable[[dict[str, float], int], None]
 
 
 @contextmanager
-def tracked(report: Report, tracker: Tracker | None, out: Path) -> Iterator[Report]:
-    """`report`, which from then on also sends the row of metrics.jsonl that was written before it was called.
+def tracker(options: TrackingOptions, out: Path) -> Iterator[OnStep]:
+    """A function that sends a row of metrics.jsonl to the tracker that the user chose.
 
-    A stage's curves carry its folder's name. Raises MissingError without the extra.
+    The curves of a stage carry the name of its directory. Raises MissingError without the extra.
     """
-    if tracker is None or not is_rank_zero():
-        yield report
+    if options.log is None or not is_rank_zero():
+        yield lambda folder, row: None
         return
-    send, close = (_tensorboard if tracker is Tracker.tensorboard else _wandb)(out)
+    send, close = (_tensorboard if options.log == "tensorboard" else _wandb)(out)
 
-    def told(done: int, total: int, note: str) -> None:
-        report(done, total, note)
-        files = sorted(out.rglob("metrics.jsonl"), key=lambda p: p.stat().st_mtime_ns)
-        row = json.loads(files[-1].read_bytes().rstrip(b"\n").rpartition(b"\n")[2])
-        folder = files[-1].parent.relative_to(out).as_posix()
+    def send_row(directory: Path, row: dict[str, Any]) -> None:
+        folder = directory.relative_to(out).as_posix()
         values = {k: v for k, v in row.items() if isinstance(v, int | float) and k != "step"}
         values |= {f"lr_{group}": rate for group, rate in row["lr"].items()}
         send({k if folder == "." else f"{folder}/{k}": v for k, v in values.items()}, row["step"])
 
     try:
-        yield told
+        yield send_row
     finally:
         close()
-
-
-Send = Callable[[dict[str, float], int], None]
 
 
 def _tensorboard(out: Path) -> tuple[Send, Callable[[], None]]:

@@ -25,17 +25,16 @@ def shard_model(
 
     From then on `model` must be entered through its own forward. Trained parameters become float32 here, a layer at a
     time, so that no rank ever holds the whole model in float32. `offload` keeps parameters, gradients and optimizer
-    state in host memory between their uses. Does nothing for one process alone.
+    state in host memory between their uses. Without a mesh (one process alone) nothing is sharded.
     """
-    if world.mesh is None:
-        return
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     where = CPUOffloadPolicy(pin_memory=torch.device(world.device).type == "cuda") if offload else OffloadPolicy()
     for part in (*layers, model):
         for p in part.parameters():
             if p.requires_grad and not isinstance(p, DTensor):
                 p.data = p.data.float()
-        fully_shard(part, mesh=world.mesh, mp_policy=precision, offload_policy=where)
+        if world.mesh is not None:
+            fully_shard(part, mesh=world.mesh, mp_policy=precision, offload_policy=where)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -1,232 +1,164 @@
-"""Teach a language model to see, with single images only: first the projector, then the whole model (or LoRA).
+"""Align a language model with a vision tower on single images: first the projector, then the whole model (or LoRA).
 
 LongVA section 3.2 and LLaVA-1.6: stage `projector` trains the MLP alone on caption pairs; stage `full` trains
-projector, language model and tower on instructions; stage `dpo` on preferences between answers. A grid of an image
-looks to the model like a frame of a video.
+projector, language model and tower on instructions; stage `dpo` on preferences between answers (`lvctx.stages.dpo`).
+To the model, a grid of an image is like a frame of a video.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from lvctx.artifacts.lock import only_writer
-from lvctx.artifacts.manifest import MANIFEST, is_finished, write_manifest
-from lvctx.dist import checkpoint
-from lvctx.dist.context import ParallelContext, open_context
-from lvctx.dist.fsdp import gather_into, shard_model
-from lvctx.errors import InputError
-from lvctx.model.adapter import load_adapter, longest_sample, save_adapter
+from lvctx.dist.context import ParallelContext
+from lvctx.errors import InputError, UsageError
+from lvctx.model.adapter import load_adapter, longest_sample
 from lvctx.model.export import model_files
 from lvctx.model.load import context_length, load_model, load_tokenizer, trained_length
-from lvctx.model.lora import ATTENTION, add_lora, merge_lora
+from lvctx.model.lora import ATTENTION, add_lora
 from lvctx.model.loss import IGNORED
 from lvctx.model.vlm import assemble, newline_id, save_vlm
-from lvctx.stages.align_plan import AlignConfig, Plan
+from lvctx.stages.align_job import AlignJob
 from lvctx.stages.side_files import write_side_files
-from lvctx.train.activations import checkpoint_layers
+from lvctx.train.batching import (
+    Forward,
+    LossFn,
+    Sample,
+    answer_loss,
+    encode_sample,
+    pack_samples,
+    skip_positions,
+)
+from lvctx.train.config import ParallelConfig
 from lvctx.train.data import indices
-from lvctx.train.loop import Group, TrainConfig, train
-from lvctx.train.micro import Forward, Sample, answer_loss, encode_sample, pack_samples, spread
-from lvctx.train.preference import REFERENCE, Preference, compute_reference
+from lvctx.train.schedule import Schedule
+from lvctx.train.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
 from lvctx.vision.images import Preprocess
 from lvctx.vision.tower import load_vision_model
 
 
-def run_align(
-    plan: Plan,
-    out: Path,
-    *,
-    resume: str,
-    force: bool,
-    micro_tokens: int,
-    checkpoint_activations: bool,
-    device: str,
-    report: Callable[[int, int, str], None],
-) -> None:
-    """Train (or resume) and write the aligned VLM to `out`; nothing to do if it stands finished.
+class AlignTask(TrainingTask[Sequence[Sample]]):
+    """Cross-entropy of the answers; a micro-batch holds samples that share a forward pass."""
 
-    `micro_tokens` bounds the tokens of one forward, and `checkpoint_activations` recomputes the language model's layers
-    in the backward pass; both change speed and memory, not the result's definition.
-    """
-    if is_finished(out, plan.provenance, resume=resume, force=force):
-        return
-    with open_context(device=device) as world, ExitStack() as held:
-        if world.rank == 0:
-            held.enter_context(only_writer(out))
-            if force or resume == "never":
-                checkpoint.remove(out)
-                (out / MANIFEST).unlink(missing_ok=True)
-                (out / REFERENCE).unlink(missing_ok=True)
-        world.barrier()
-        trained = _train(
-            plan,
-            out,
-            micro_tokens=micro_tokens,
-            checkpoint_activations=checkpoint_activations,
-            world=world,
-            report=report,
-        )
-        if world.rank == 0:
-            _save(plan, out, *trained)
-        world.barrier()
+    schedule: Schedule = "cosine"
 
-
-def _save(plan: Plan, out: Path, vlm: Any, tokenizer: Any, wrapped: Any, longest: int) -> None:
-    """Write the trained VLM, and where there is LoRA the adapter."""
-    if wrapped is not None:
-        save_adapter(out, vlm, wrapped, plan.provenance, longest=longest)
-        vlm.model.language_model = merge_lora(wrapped)
-    vlm.to(vlm.config.dtype)
-    pixels_from, source = plan.init or plan.tower, plan.init or plan.lm
-    assert pixels_from is not None
-    assert source is not None
-    save_vlm(vlm, tokenizer, pixels_from, out)
-    write_side_files(out)
-    facts = {
-        "context": context_length(vlm.config),
-        "trained_length": trained_length(source),
-        "longest_sample": longest,
-    }
-    write_manifest(out, plan.provenance, model_files(out), **facts)
-    checkpoint.remove(out)
-
-
-def _load(plan: Plan, device: str) -> tuple[Any, Any, Path]:
-    """The VLM to train, its tokenizer, and the directory that says how pixels are prepared."""
-    if plan.init is not None:
-        return load_model(plan.init, device=device), load_tokenizer(plan.init), plan.init
-    assert plan.lm is not None
-    assert plan.tower is not None
-    lm = load_model(plan.lm)
-    tokenizer = load_tokenizer(plan.lm)
-    tower = load_vision_model(plan.tower, dtype=lm.dtype)
-    vlm = assemble(lm, tower, tokenizer, where=plan.lm, seed=plan.config.seed)
-    return vlm.to(device), tokenizer, plan.tower
-
-
-def _train(
-    plan: Plan,
-    out: Path,
-    *,
-    micro_tokens: int,
-    checkpoint_activations: bool,
-    world: ParallelContext,
-    report: Callable[[int, int, str], None],
-) -> tuple[Any, Any, Any, int]:
-    """The trained VLM (on rank 0 if there are several), its tokenizer, its LoRA wrapper, and the longest sample."""
-    config = plan.config
-    device = world.device
-    vlm, tokenizer, pixels_from = _load(plan, "cpu" if world.mesh is not None else device)
-    encoding = config.encoding(vlm.config.vision_config)
-    encoding.write_to(vlm.config)
-    trained, wrapped = _trained(vlm, config)
-    for adapter in plan.adapters:
-        load_adapter(adapter, vlm, wrapped)
-    if checkpoint_activations:
-        checkpoint_layers(vlm.model.language_model, offload=False)
-
-    def sample(number: int) -> Sample:
-        return encode_sample(number, plan.rows[number], tokenizer, encoding, max_length=config.max_length)
-
-    def chosen(step: int) -> list[int]:
-        return indices(step, batch=config.batch, samples=len(plan.rows), seed=config.seed)
-
-    def batch(step: int) -> list[list[Sample]]:
-        samples = [sample(number) for number in chosen(step)]
-        if config.pose:
-            context = context_length(vlm.config)
-            samples = [spread(one, context, np.random.default_rng([config.seed, step, one.number])) for one in samples]
-        if all(label == IGNORED for one in samples for s in one.sequences for label in s.labels):
-            raise InputError("a whole step without an answer left", where=samples[0].where, fix="raise --max-length")
-        return pack_samples(samples, micro_tokens)
-
-    forward = Forward(
-        vlm,
-        encoding=encoding,
-        preprocess=Preprocess.from_directory(pixels_from),
-        newline=newline_id(tokenizer),
-        tower_grad=config.tower_lr > 0,
-        device=device,
-        pose=config.pose,
-    )
-    shard_model(forward, vlm.model.language_model.get_submodule("layers"), world)
-    groups = [Group(name=name, parameters=_parameters(parts), lr=lr) for name, parts, lr in trained]
-    loss: Callable[[Any], tuple[Tensor, int]] = partial(forward, judge=answer_loss)
-    if config.stage == "dpo":
-        reference = compute_reference(
-            {number for step in range(config.steps) for number in chosen(step)},
-            sample=sample,
-            forward=forward,
-            path=out / REFERENCE,
-            made_of=_reference_made_of(plan),
-            micro_tokens=micro_tokens,
-            world=world,
-            report=report,
-        )
-        loss = partial(forward, judge=Preference(reference, config.beta))
-    rows = train(
-        groups=groups,
-        batch=batch,
-        loss=loss,
-        config=TrainConfig(
-            steps=config.steps,
-            schedule="linear" if config.stage == "dpo" else "cosine",
-            warmup=config.warmup,
+    def __init__(self, job: AlignJob) -> None:
+        self.job, self.config, self.provenance = job, job.config, job.provenance
+        assert job.config.steps is not None
+        self.train_config = TrainConfig(
+            steps=job.config.steps,
+            schedule=self.schedule,
+            warmup=job.config.warmup,
             weight_decay=0.0,
             betas=(0.9, 0.999),
-        ),
-        out=out,
-        run=plan.provenance,
-        report=report,
-        world=world,
-        name=lambda micro: ", ".join(one.where for one in micro),
-        longest=lambda micro: max(one.longest for one in micro),
-    )
-    before = [longest_sample(path) for path in (*plan.adapters, plan.init) if path is not None]
-    longest = max([*before, *(row.get("longest_sample", 0) for row in rows)], default=0)
-    if world.mesh is not None:
-        twin = _load(plan, "cpu")[0] if world.rank == 0 else None
-        wrapped = None
-        if twin is not None:
-            encoding.write_to(twin.config)
-            wrapped = _trained(twin, config)[1]
-        gather_into(twin, vlm)
-        vlm = twin
-    return vlm, tokenizer, wrapped, longest
+        )
+        self.loss_fn: LossFn[tuple[Tensor, int]] = answer_loss
+
+    def load(self, device: str) -> TrainableModel:
+        """The VLM, from one directory or assembled from a language model and a tower."""
+        job = self.job
+        self.tokenizer = load_tokenizer(job.text_source)
+        if job.init is not None:
+            vlm = load_model(job.init, device=device)
+        else:
+            lm = load_model(job.text_source)
+            tower = load_vision_model(job.vision_source, dtype=lm.dtype)
+            vlm = assemble(lm, tower, self.tokenizer, where=job.text_source, seed=self.config.seed).to(device)
+        self.encoding = job.encoding(vlm.config.vision_config)
+        self.encoding.write_to(vlm.config)
+        groups, lora = _freeze(vlm, job)
+        for adapter in self.config.adapter:
+            load_adapter(adapter, vlm, lora)
+        return TrainableModel(model=vlm, groups=groups, decoder=vlm.model.language_model, lora=lora)
+
+    def build(self, trainable: TrainableModel, context: ParallelContext, parallel: ParallelConfig) -> nn.Module:
+        """The VLM with its loss."""
+        if context.cp > 1:
+            raise UsageError("--cp has no meaning here: samples are not shared by processes", fix="drop it")
+        self.context, self.micro_tokens = context, parallel.forward_tokens
+        self.positions = context_length(trainable.model.config)
+        self.forward = Forward(
+            trainable.model,
+            encoding=self.encoding,
+            preprocess=Preprocess.from_directory(self.job.vision_source),
+            newline=newline_id(self.tokenizer),
+            tower_grad=bool(self.config.tower_lr),
+            device=context.device,
+            pose=self.config.pose,
+        )
+        return self.forward
+
+    def sample(self, number: int) -> Sample:
+        """A row of the data, encoded."""
+        row, length = self.job.rows[number], self.config.max_length
+        return encode_sample(number, row, self.tokenizer, self.encoding, max_length=length)
+
+    def sample_numbers(self, step: int) -> list[int]:
+        """Rows of the data that a step reads."""
+        assert self.config.batch is not None
+        return indices(step, batch=self.config.batch, samples=len(self.job.rows), seed=self.config.seed)
+
+    def batches(self, step: int) -> list[list[Sample]]:
+        """Samples of a step, packed. Raises InputError where truncation left no answer in any of them."""
+        samples = [self.sample(number) for number in self.sample_numbers(step)]
+        if self.config.pose:
+            rngs = [np.random.default_rng([self.config.seed, step, sample.number]) for sample in samples]
+            samples = [skip_positions(s, self.positions, rng) for s, rng in zip(samples, rngs, strict=True)]
+        if all(label == IGNORED for sample in samples for s in sample.sequences for label in s.labels):
+            raise InputError("a whole step without an answer left", where=samples[0].where, fix="raise --max-length")
+        return pack_samples(samples, self.micro_tokens)
+
+    def loss(self, micro: Sequence[Sample]) -> tuple[Tensor, int]:
+        """`loss_fn` of a micro-batch."""
+        total, count = self.forward(micro, self.loss_fn)
+        return total, count
+
+    def describe(self, micro: Sequence[Sample]) -> str:
+        """Files and rows of the samples."""
+        return ", ".join(sample.where for sample in micro)
+
+    def longest(self, micro: Sequence[Sample]) -> int:
+        """Tokens of the longest sample."""
+        return max(sample.longest for sample in micro)
+
+    def longest_sample(self, metrics: Sequence[dict[str, Any]]) -> int:
+        """Tokens of the longest sample of this run and of those that it starts from."""
+        sources = [*self.config.adapter, *([self.job.init] if self.job.init else [])]
+        before = [longest_sample(path) for path in sources]
+        return max([*before, *(row.get("longest_sample", 0) for row in metrics)], default=0)
+
+    def save(self, model: Any, out: Path, metrics: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+        """Write the VLM, its tokenizer and processor, and files for the runtimes that need more."""
+        model.to(model.config.dtype)
+        save_vlm(model, self.tokenizer, self.job.vision_source, out)
+        write_side_files(out)
+        return model_files(out), {
+            "context": context_length(model.config),
+            "trained_length": trained_length(self.job.text_source),
+            "longest_sample": self.longest_sample(metrics),
+        }
 
 
-def _reference_made_of(plan: Plan) -> dict[str, Any]:
-    """What decides the starting model's log-probabilities."""
-    encoding = {key: getattr(plan.config, key) for key in ("grid", "grid_rule", "max_grids", "max_length")}
-    return {**{name: value[:16] for name, value in plan.provenance.inputs.items()}, **encoding}
-
-
-def _trained(vlm: Any, config: AlignConfig) -> tuple[list[tuple[str, list[nn.Module], float]], Any]:
-    """Freeze what the stage freezes; what trains at which peak rate, and the language model's LoRA wrapper if any."""
+def _freeze(vlm: Any, job: AlignJob) -> tuple[list[ParameterGroup], Any]:
+    """Freeze what the stage freezes; what trains, and the language model's LoRA wrapper if there is one."""
+    config, groups, lora = job.config, [], None
+    assert config.lr is not None
     vlm.requires_grad_(False)
-    trained: list[tuple[str, list[nn.Module], float]] = []
     projector = vlm.model.multi_modal_projector.float()
     if config.projector_lr:
-        trained.append(("projector", [projector.requires_grad_(True)], config.projector_lr))
+        modules = [projector.requires_grad_(True)]
+        groups.append(ParameterGroup(name="projector", modules=modules, lr=config.projector_lr))
     if config.stage == "projector":
-        return trained, None
-    wrapped = None
+        return groups, None
     if config.lora:
-        wrapped = add_lora(vlm.model.language_model, rank=config.lora, targets=ATTENTION, seed=config.seed)
-        trained.append(("lm", [wrapped], config.lr))
+        lora = add_lora(vlm.model.language_model, rank=config.lora, targets=ATTENTION, seed=config.seed)
+        groups.append(ParameterGroup(name="lm", modules=[lora], lr=config.lr))
     else:
-        lm = [part.float().requires_grad_(True) for part in (vlm.model.language_model, vlm.lm_head)]
-        trained.append(("lm", lm, config.lr))
+        modules = [part.requires_grad_(True) for part in (vlm.model.language_model, vlm.lm_head)]
+        groups.append(ParameterGroup(name="lm", modules=modules, lr=config.lr))
     if config.tower_lr:
-        trained.append(("tower", [vlm.model.vision_tower.float().requires_grad_(True)], config.tower_lr))
-    return trained, wrapped
-
-
-def _parameters(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """The trained parameters, each once: the head may share its weight with the embedding."""
-    return list({id(p): p for part in parts for p in part.parameters() if p.requires_grad}.values())
+        modules = [vlm.model.vision_tower.requires_grad_(True)]
+        groups.append(ParameterGroup(name="tower", modules=modules, lr=config.tower_lr))
+    return groups, lora

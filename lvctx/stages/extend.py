@@ -1,31 +1,28 @@
 """Extend a language model's context on text alone: raise the RoPE base, then train on long packed rows.
 
-LongVA section 3.1 (Qwen2-7B-Instruct: base 1e9, 224K tokens, 1000 steps of about 1M tokens, lr 1e-5 constant).
-The result is a plain Hugging Face directory whose config.json says the new base and the new length.
+LongVA section 3.1 (Qwen2-7B-Instruct: base 1e9, 224K tokens, 1000 steps of about 1M tokens, lr 1e-5 constant). The
+result is a plain Hugging Face directory whose config.json has the new base and the new length.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.lock import only_writer
-from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
+from lvctx.artifacts.manifest import MANIFEST, Provenance, read_manifest
 from lvctx.artifacts.packed import PackedRows
 from lvctx.artifacts.store import fingerprint
-from lvctx.dist import attention, checkpoint
-from lvctx.dist.context import ParallelContext, open_context
-from lvctx.dist.fsdp import gather_into, shard_model
-from lvctx.dist.kernels import cudnn_first
+from lvctx.config import hashed_fields
+from lvctx.dist import attention
+from lvctx.dist.context import ParallelContext
 from lvctx.errors import InputError, UsageError
-from lvctx.model.adapter import load_adapter, longest_sample, save_adapter
+from lvctx.model.adapter import load_adapter, longest_sample
 from lvctx.model.export import copy_processors, model_files, save_model
 from lvctx.model.load import (
     context_length,
@@ -38,369 +35,260 @@ from lvctx.model.load import (
     trained_length,
     try_forward,
 )
-from lvctx.model.lora import ATTENTION, add_lora, lora_parameters, merge_lora
-from lvctx.positions.choose import Scheme, check_rope, choose
+from lvctx.model.lora import ATTENTION, add_lora
+from lvctx.positions.choose import check_rope, choose
 from lvctx.positions.pose import skipped
 from lvctx.stages.side_files import write_side_files
-from lvctx.train.activations import checkpoint_layers
+from lvctx.train.config import ParallelConfig
 from lvctx.train.data import indices
-from lvctx.train.loop import Group, TrainConfig, train
-from lvctx.train.plan import KINDS, flops, read_shape, rows_together
+from lvctx.train.extend_config import ExtendConfig
+from lvctx.train.memory_model import PLANNED_TYPES, flops, read_shape, rows_together
 from lvctx.train.rows import RowLoss, shard_row
+from lvctx.train.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtendConfig:
-    """What decides an extended model, besides model and data."""
-
-    rope: Scheme
-    """Position scheme: `theta` a new base, `pi`, `ntk` and `yarn` stretch, `none` keeps the model's."""
-    rope_theta: float
-    """RoPE base; LongVA 1e9. With `ntk` the one that `rope_factor` stretches became."""
-    rope_factor: float
-    """Times the pretrained length; 1 for `theta` and `none`."""
-    attention_factor: float | None
-    """What `yarn` multiplies cos and sin by; None: its paper's 0.1 ln(factor) + 1."""
-    context: int
-    """Positions the new config.json promises, in tokens."""
-    seq_len: int
-    """Tokens of a training row: the packed rows' own length, or that of the pieces they are cut into."""
-    steps: int
-    """Optimizer steps; 0 changes the positions only."""
-    batch_tokens: int
-    """Tokens a step, rounded down to whole rows; LongVA about 1M."""
-    lr: float
-    """Peak learning rate; LongVA 1e-5."""
-    lora: int
-    """Rank of LoRA on the attention projections; 0 trains all parameters, as LongVA."""
-    checkpoint_activations: bool
-    """Recompute each layer in the backward pass instead of keeping its activations."""
-    doc_mask: bool
-    """Tokens attend in their own document only; LongVA lets them see the whole row."""
-    pose: bool
-    """Rows are cut in two and spread over the whole context (PoSE); LongVA trains at full length."""
-    seed: int
-    """Order of the rows and LoRA's initialisation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
+class ExtendJob:
     """A checked run: what will be read and written."""
 
     model: Path
     """Resolved model directory."""
     config: ExtendConfig
-    """With every default resolved."""
+    """With every default resolved; `seq_len` is 0 where nothing is trained."""
     data: PackedRows | None
     """Packed rows; None when there is nothing to train."""
-    adapter: Path | None
-    """A LoRA to start from."""
     rope_parameters: dict[str, Any]
     """Of the new config.json."""
     original_context: int
-    """Positions the model says it can read before."""
-    original_length: int | None
-    """Pretrained length that `config.rope_factor` counts from; None where nothing is stretched."""
+    """Context length that the model's config.json has."""
     provenance: Provenance
     """What identifies the run."""
-    found: Mapping[str, Any] = field(default_factory=dict)
-    """What else the manifest says: how a search found the base."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What else the manifest has: how a search found the base."""
 
     @property
-    def rows_a_step(self) -> int:
+    def rows_per_step(self) -> int:
         """Whole rows of `batch_tokens`."""
-        return self.config.batch_tokens // self.config.seq_len if self.data else 0
+        return self.config.batch_tokens // (self.config.seq_len or 1) if self.data else 0
 
     @property
     def epochs(self) -> float:
         """Times that training reads the rows."""
-        return self.config.steps * self.rows_a_step / len(self.data) if self.data else 0.0
+        return self.config.steps * self.rows_per_step / len(self.data) if self.data else 0.0
+
+    def task(self) -> "ExtendTask":
+        """The training."""
+        return ExtendTask(self)
+
+    def as_final_stage(self, first: Self, provenance: Provenance) -> Self:
+        """This job as the last of several stages that began with `first`, under the provenance of the whole run."""
+        return replace(self, provenance=provenance, original_context=first.original_context)
 
 
-def plan_extend(
-    *,
-    model: str,
-    data: Path | None,
-    rope: Scheme,
-    rope_theta: float | None,
-    factor: float | None,
-    attention_factor: float | None,
-    context: int | None,
-    original_length: int | None = None,
-    seq_len: int | None,
-    steps: int,
-    batch_tokens: int,
-    lr: float,
-    lora: int,
-    adapter: Path | None,
-    checkpoint_activations: bool,
-    doc_mask: bool,
-    pose: bool,
-    seed: int,
-) -> Plan:
+def resolve_extend(config: ExtendConfig) -> ExtendJob:
     """Check the inputs and resolve the defaults. Raises UsageError and InputError; loads no weights."""
-    if adapter and not lora:
+    if config.adapter and not config.lora:
         raise UsageError("--adapter holds a LoRA: it goes with --lora")
-    path = resolve_model(model)
-    whole = load_config(path)
-    refuse_quantized(whole, path)
-    hf = whole.get_text_config()
-    if "mrope_section" in (hf.rope_parameters or {}):
+    path = resolve_model(config.model)
+    model_config = load_config(path)
+    refuse_quantized(model_config, path)
+    text = model_config.get_text_config()
+    if "mrope_section" in (text.rope_parameters or {}):
         raise InputError("positions have three axes (M-RoPE)", where=path, fix="lvctx mrope-extend")
-    rows = None
-    if steps > 0:
-        if data is None:
-            raise UsageError("--data is needed to train", fix="give packed rows, or --steps 0 to change the base only")
-        rows = PackedRows(data, seq_len=seq_len)
-        _check_rows(rows, path, data)
+    rows = _open_rows(config, path) if config.steps else None
     length = rows.seq_len if rows else 0
-    if rope == "none":
-        check_rope(hf, path)
+    if config.rope == "none":
+        check_rope(text, path)
     positions = choose(
-        hf,
-        scheme=rope,
-        theta=rope_theta,
-        factor=factor,
-        context=context,
+        text,
+        scheme=config.rope,
+        theta=config.rope_theta,
+        factor=config.factor,
+        context=config.context,
         seq_len=length,
-        attention_factor=attention_factor,
-        original=_original(path, hf, original_length),
+        attention_factor=config.attention_factor,
+        original=_pretrained_length(path, text, config.original_length),
     )
     if positions.context < length:
         raise UsageError(
             f"rows of {length} are longer than the {positions.context} positions", fix="raise --context or --factor"
         )
-    config = ExtendConfig(
-        rope=rope,
+    if config.pose and positions.context <= length:
+        raise UsageError(f"--pose spreads rows of {length} over {positions.context} positions", fix="raise --context")
+    if rows:
+        _check_batch(config, rows)
+    resolved = replace(
+        config,
         rope_theta=positions.rope_parameters["rope_theta"],
-        rope_factor=positions.factor,
-        attention_factor=attention_factor,
+        factor=positions.factor,
+        original_length=positions.original,
         context=positions.context,
         seq_len=length,
-        steps=steps,
-        batch_tokens=batch_tokens,
-        lr=lr,
-        lora=lora,
-        checkpoint_activations=checkpoint_activations,
-        doc_mask=doc_mask,
-        pose=pose,
-        seed=seed,
     )
-    if pose and positions.context <= length:
-        raise UsageError(f"--pose spreads rows of {length} over {positions.context} positions", fix="raise --context")
-    if rows and batch_tokens < length:
-        raise UsageError(f"--batch-tokens {batch_tokens} is less than one row of {length}", fix="raise it")
-    if rows and len(rows) < batch_tokens // length:
-        raise InputError(
-            f"{len(rows)} rows of {length} tokens do not make a step of {batch_tokens}",
-            where=data,
-            fix="pack more text, or lower --batch-tokens",
-        )
-    inputs = {"model": fingerprint(path)} | ({"data": fingerprint(data)} if data and rows else {})
-    inputs |= {"adapter": fingerprint(adapter)} if adapter else {}
-    provenance = Provenance(schema=schemas.MODEL, command="extend-lm", config=asdict(config), inputs=inputs, seed=seed)
-    return Plan(
+    inputs = {"model": path, "data": config.data if rows else None, "adapter": config.adapter}
+    provenance = Provenance(
+        schema=schemas.MODEL,
+        command="extend-lm",
+        config=hashed_fields(resolved),
+        inputs={role: fingerprint(source) for role, source in inputs.items() if source},
+        seed=config.seed,
+    )
+    return ExtendJob(
         model=path,
-        config=config,
+        config=resolved,
         data=rows,
-        adapter=adapter,
         rope_parameters=positions.rope_parameters,
-        original_context=context_length(hf),
-        original_length=positions.original,
+        original_context=context_length(text),
         provenance=provenance,
     )
 
 
-def _original(model: Path, config: Any, asked: int | None) -> int | None:
-    """The pretrained length where config.json does not say it: as `asked`, or as an earlier stretch of ours recorded.
+def _pretrained_length(model: Path, config: Any, original_length: int | None) -> int | None:
+    """The pretrained length where config.json does not have it: as the user says, or as an earlier scaling recorded.
 
-    Of a stretch that is a larger base (ntk) the next one starts from what that reaches. Raises UsageError where the
+    After a scaling that is a larger base (ntk) the next one starts from what that reaches. Raises UsageError where the
     two differ.
     """
     recorded = read_manifest(model).get("original_length") if (model / MANIFEST).is_file() else None
     if not isinstance(recorded, int):
-        return asked
-    if asked not in (None, recorded):
-        raise UsageError(f"--original-length {asked}, but {model / MANIFEST} has {recorded}", fix="drop it")
+        return original_length
+    if original_length not in (None, recorded):
+        raise UsageError(f"--original-length {original_length}, but {model / MANIFEST} has {recorded}", fix="drop it")
     linear = (config.rope_parameters or {}).get("rope_type") == "linear"
     return recorded if linear else None
 
 
-def _check_rows(rows: PackedRows, model: Path, data: Path) -> None:
+def _open_rows(config: ExtendConfig, model: Path) -> PackedRows:
+    if config.data is None:
+        raise UsageError("--data is needed to train", fix="give packed rows, or --steps 0 to change the base only")
+    rows = PackedRows(config.data, seq_len=config.seq_len)
     tokenizer = model / "tokenizer.json"
     packed_with = rows.manifest["inputs"].get("tokenizer")
     if tokenizer.is_file() and packed_with and packed_with != fingerprint(tokenizer):
         raise InputError(
-            "rows were packed with another tokenizer", where=data, fix=f"pack-text --tokenizer {model} again"
+            "rows were packed with another tokenizer", where=config.data, fix=f"pack-text --tokenizer {model} again"
+        )
+    return rows
+
+
+def _check_batch(config: ExtendConfig, rows: PackedRows) -> None:
+    if config.batch_tokens < rows.seq_len:
+        raise UsageError(f"--batch-tokens {config.batch_tokens} is less than one row of {rows.seq_len}", fix="raise it")
+    if len(rows) < config.batch_tokens // rows.seq_len:
+        raise InputError(
+            f"{len(rows)} rows of {rows.seq_len} tokens do not make a step of {config.batch_tokens}",
+            where=config.data,
+            fix="pack more text, or lower --batch-tokens",
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """How a run is spread and where it keeps things: no part of what it makes."""
+class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
+    """Next-token prediction on packed rows; a micro-batch holds rows, each with the epoch that reads it."""
 
-    device: str
-    """Where to train: cpu, cuda."""
-    cp: int = 1
-    """Ranks that share a row."""
-    offload: bool = False
-    """Keep parameters and optimizer state in host memory."""
-    offload_activations: bool = False
-    """Keep the layers' inputs in host memory between forward and backward."""
-    micro_tokens: int = 1
-    """Tokens of one forward, in whole rows and at least one; with `doc_mask` one row."""
+    equal_lengths = True
 
+    def __init__(self, job: ExtendJob) -> None:
+        self.job, self.provenance = job, job.provenance
+        steps = job.config.steps if job.data else 0
+        self.train_config = TrainConfig(steps=steps, schedule="constant", warmup=0.0, weight_decay=0.1)
+        self.flops = _flops(job)
 
-def run_extend(
-    plan: Plan, out: Path, *, resume: str, force: bool, machine: Machine, report: Callable[[int, int, str], None]
-) -> None:
-    """Train (or resume) and write the extended model to `out`; nothing to do if it stands finished.
+    def load(self, device: str) -> TrainableModel:
+        """The model with its new positions. Of a VLM only the language model can train."""
+        job, config = self.job, self.job.config
+        model_config = load_config(job.model)
+        text = model_config.get_text_config()
+        text.rope_parameters, text.max_position_embeddings = job.rope_parameters, config.context
+        dtype = model_config.dtype or torch.bfloat16
+        model = load_model(job.model, config=model_config, dtype=dtype, device=device).requires_grad_(False)
+        try_forward(model, job.model)
+        decoder, lora = model.get_decoder(), None
+        if not config.lora:
+            decoder.requires_grad_(True)
+            model.get_output_embeddings().requires_grad_(True)
+        elif job.data or config.adapter:
+            lora = add_lora(decoder, rank=config.lora, targets=ATTENTION, seed=config.seed)
+        if config.adapter:
+            load_adapter(config.adapter, model, lora)
+        groups = [ParameterGroup(name="lm", modules=[model], lr=config.lr)]
+        return TrainableModel(model=model, groups=groups, decoder=decoder, lora=lora)
 
-    Under torchrun every rank calls it, and rank 0 writes.
-    """
-    if is_finished(out, plan.provenance, resume=resume, force=force):
-        return
-    with open_context(device=machine.device, cp=machine.cp, sharded=machine.offload) as world, ExitStack() as held:
-        if world.rank == 0:
-            held.enter_context(only_writer(out))
-            if force or resume == "never":
-                checkpoint.remove(out)
-                (out / MANIFEST).unlink(missing_ok=True)
-        world.barrier()
-        model = _train(plan, out, machine, world, report)
-        if world.rank == 0:
-            save_model(model.to(_dtype(plan)), load_tokenizer(plan.model), out)
-            copy_processors(plan.model, out)
-            write_side_files(out)
-            facts = {
-                "original_context": plan.original_context,
-                "context": plan.config.context,
-                "trained_length": max(trained_length(plan.model), _longest_row(plan)),
-            }
-            if plan.original_length is not None:
-                facts["original_length"] = plan.original_length
-            if aligned := longest_sample(plan.model):
-                facts["longest_sample"] = aligned
-            write_manifest(out, plan.provenance, model_files(out), **facts, **plan.found)
-            checkpoint.remove(out)
-        world.barrier()
+    def build(self, trainable: TrainableModel, context: ParallelContext, parallel: ParallelConfig) -> nn.Module:
+        """The language model with its loss."""
+        job, config = self.job, self.job.config
+        if job.rows_per_step < context.dp:
+            rows = f"--batch-tokens {config.batch_tokens} is {job.rows_per_step} rows"
+            raise UsageError(f"{rows} for {context.dp} data-parallel groups", fix="raise it or --cp")
+        if job.epochs > 1:
+            few = "%d rows are few for %d steps: each is read %.1f times"
+            log.warning(few, len(self.rows), config.steps, job.epochs)
+        if context.cp > 1 or config.doc_mask:
+            attention.use(trainable.decoder, where=job.model)
+        share = -(-job.rows_per_step // context.dp)
+        row_length = self.rows.seq_len
+        self.rows_per_forward = 1 if config.doc_mask else rows_together(row_length, parallel.forward_tokens, share)
+        self.context, self.row_loss = context, RowLoss(trainable.model)
+        return self.row_loss
 
+    @property
+    def rows(self) -> PackedRows:
+        """The rows trained on."""
+        assert self.job.data is not None
+        return self.job.data
 
-def _longest_row(plan: Plan) -> int:
-    """Tokens of the longest row trained on, in this run or in the one that its LoRA goes on from."""
-    return max(plan.config.seq_len, longest_sample(plan.adapter) if plan.adapter else 0)
+    def batches(self, step: int) -> Sequence[Sequence[tuple[int, int]]]:
+        """Rows of a step, by forward."""
+        per_step, count = self.job.rows_per_step, len(self.rows)
+        drawn = indices(step, batch=per_step, samples=count, seed=self.job.config.seed)
+        read = [(row, (step * per_step + n) // count) for n, row in enumerate(drawn)]
+        return [read[first : first + self.rows_per_forward] for first in range(0, len(read), self.rows_per_forward)]
 
-
-def _dtype(plan: Plan) -> torch.dtype:
-    return load_config(plan.model).dtype or torch.bfloat16
-
-
-def _load(plan: Plan, device: str, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """The model with its new positions, in its own dtype or another, and its LoRA wrapper if any.
-
-    Of a VLM only the language model can train.
-    """
-    hf, config = load_config(plan.model), plan.config
-    text = hf.get_text_config()
-    text.rope_parameters, text.max_position_embeddings = plan.rope_parameters, config.context
-    model = load_model(plan.model, config=hf, dtype=dtype or _dtype(plan), device=device).requires_grad_(False)
-    try_forward(model, plan.model)
-    decoder = model.get_decoder()
-    if not config.lora:
-        decoder.requires_grad_(True)
-        model.get_output_embeddings().requires_grad_(True)
-    if not config.lora or not (plan.data or plan.adapter):
-        return model, None
-    wrapped = add_lora(decoder, rank=config.lora, targets=ATTENTION, seed=config.seed)
-    if plan.adapter:
-        load_adapter(plan.adapter, model, wrapped)
-    return model, wrapped
-
-
-def _train(
-    plan: Plan, out: Path, machine: Machine, world: ParallelContext, report: Callable[[int, int, str], None]
-) -> Any:
-    """The model to save, trained if there are rows; on ranks other than 0, None."""
-    config, rows = plan.config, plan.data
-    # Sharding makes float32 of what it keeps; before it, each rank holds the model in its own dtype.
-    dtype = torch.float32 if rows and world.mesh is None and not config.lora else None
-    model, wrapped = _load(plan, "cpu" if world.mesh is not None else world.device, dtype)
-    if rows:
-        _run_steps(plan, rows, model, out, machine, world, report)
-        if world.mesh is not None:
-            twin, wrapped = _load(plan, "cpu") if world.rank == 0 else (None, None)
-            gather_into(twin, model)
-            model = twin
-    if wrapped is not None and world.rank == 0:
-        save_adapter(out, model, wrapped, plan.provenance, longest=_longest_row(plan))
-        merge_lora(wrapped)  # in place
-    return model.eval() if model is not None else None
-
-
-def _run_steps(
-    plan: Plan,
-    rows: PackedRows,
-    model: Any,
-    out: Path,
-    machine: Machine,
-    world: ParallelContext,
-    report: Callable[[int, int, str], None],
-) -> None:
-    """Train `model` in place."""
-    config, decoder = plan.config, model.get_decoder()
-    if world.cp > 1 or config.doc_mask:
-        attention.use(decoder, where=plan.model)
-    if config.checkpoint_activations:
-        checkpoint_layers(decoder, offload=machine.offload_activations)
-    row_loss = RowLoss(model)
-    shard_model(row_loss, decoder.layers, world, offload=machine.offload)
-    if plan.rows_a_step < world.dp:
-        raise UsageError(
-            f"--batch-tokens {config.batch_tokens} is {plan.rows_a_step} rows for {world.dp} data-parallel groups",
-            fix="raise it or --cp",
-        )
-    if plan.epochs > 1:
-        log.warning("%d rows are few for %d steps: each is read %.1f times", len(rows), config.steps, plan.epochs)
-
-    share = -(-plan.rows_a_step // world.dp)
-    together = 1 if config.doc_mask else rows_together(config.seq_len, machine.micro_tokens, share)
-
-    def batch(step: int) -> Sequence[Sequence[tuple[int, int]]]:
-        """Rows of a step, each with the epoch that reads it, by forward."""
-        drawn = indices(step, batch=plan.rows_a_step, samples=len(rows), seed=config.seed)
-        read = [(row, (step * plan.rows_a_step + n) // len(rows)) for n, row in enumerate(drawn)]
-        return [read[first : first + together] for first in range(0, len(read), together)]
-
-    def loss(micro: Sequence[tuple[int, int]]) -> tuple[Tensor, int]:
-        ids = torch.from_numpy(np.stack([rows.row(row) for row, _ in micro]).astype("int64"))
+    def loss(self, micro: Sequence[tuple[int, int]]) -> tuple[Tensor, int]:
+        """Cross-entropy of every next token."""
+        config, rows = self.job.config, self.rows
+        ids_BL = torch.from_numpy(np.stack([rows.row(row) for row, _ in micro]).astype("int64"))
         starts = attention.document_starts(rows.doc_starts(micro[0][0]).tolist()) if config.doc_mask else None
-        positions = None
+        positions_BL = None
         if config.pose:
+            assert config.context is not None
             rngs = [np.random.default_rng([config.seed, epoch, row]) for row, epoch in micro]
-            positions = torch.from_numpy(np.stack([skipped(config.seq_len, config.context, rng) for rng in rngs]))
-        return row_loss(**shard_row(ids, world, starts, positions))
+            positions_BL = torch.from_numpy(np.stack([skipped(rows.seq_len, config.context, rng) for rng in rngs]))
+        total, count = self.row_loss(**shard_row(ids_BL, self.context, starts, positions_BL))
+        return total, count
 
-    with cudnn_first(world.device):  # all rows are of one length
-        train(
-            groups=[Group(name="lm", parameters=lora_parameters(model), lr=config.lr)],
-            batch=batch,
-            loss=loss,
-            config=TrainConfig(steps=config.steps, schedule="constant", warmup=0.0, weight_decay=0.1),
-            out=out,
-            run=plan.provenance,
-            report=report,
-            world=world,
-            name=lambda micro: ", ".join(f"row {row}" for row, _ in micro),
-            flops=_flops(plan),
-        )
+    def describe(self, micro: Sequence[tuple[int, int]]) -> str:
+        """Numbers of the rows."""
+        return ", ".join(f"row {row}" for row, _ in micro)
+
+    def longest_sample(self, metrics: Sequence[dict[str, Any]]) -> int:
+        """Tokens of the longest row trained on, in this run or in the one whose LoRA it starts from."""
+        adapter = self.job.config.adapter
+        return max(self.job.config.seq_len or 0, longest_sample(adapter) if adapter else 0)
+
+    def save(self, model: Any, out: Path, metrics: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+        """Write the model, its tokenizer, and files for the runtimes that need more."""
+        job = self.job
+        save_model(model.to(load_config(job.model).dtype or torch.bfloat16), load_tokenizer(job.model), out)
+        copy_processors(job.model, out)
+        write_side_files(out)
+        facts = {
+            "original_context": job.original_context,
+            "context": job.config.context,
+            "trained_length": max(trained_length(job.model), self.longest_sample(metrics)),
+        }
+        if job.config.original_length is not None:
+            facts["original_length"] = job.config.original_length
+        if aligned := longest_sample(job.model):
+            facts["longest_sample"] = aligned
+        return model_files(out), {**facts, **job.facts}
 
 
-def _flops(plan: Plan) -> float | None:
-    """Operations of a step; None for a model that the arithmetic does not know."""
-    raw, config = read_config(plan.model), plan.config
-    if raw.get("model_type") not in KINDS:
+def _flops(job: ExtendJob) -> float | None:
+    """Operations of a step; None for a model that the arithmetic does not know, and where nothing is trained."""
+    raw = read_config(job.model)
+    if raw.get("model_type") not in PLANNED_TYPES or job.data is None:
         return None
-    tokens = plan.rows_a_step * config.seq_len
-    return flops(read_shape(raw, where=plan.model), config.seq_len, tokens, lora=bool(config.lora))
+    shape, length = read_shape(raw, where=job.model), job.data.seq_len
+    return flops(shape, length, job.rows_per_step * length, lora=bool(job.config.lora))

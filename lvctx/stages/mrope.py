@@ -1,233 +1,262 @@
-"""Stretch a Qwen-VL checkpoint: weights linked, never rewritten; config.json alone says the positions (GIRAFFE 3.2).
+"""Train an extended Qwen-VL model on long chat rows: its language model alone, by LoRA or whole (GIRAFFE, appendix E).
 
-The authors' released code replaces a class that Qwen2-VL does not use. Here M-RoPE++ is written in terms that stock
-transformers has, so that any program that loads the checkpoint computes it; for programs that read those terms
-differently there are side files (`stages/side_files.py`).
+The tower, the merger behind it and with LoRA the embeddings are frozen. The output is what `mrope-extend` writes
+without training, except for the weights, and beside them the LoRA by itself.
+
+Shapes: L tokens of a row, E width of the language model.
 """
 
-import math
-import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from lvctx.artifacts import schemas
-from lvctx.artifacts.config import language_part, read_model_config
-from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
-from lvctx.artifacts.store import disk_error, fingerprint, is_disk_error, link_file, write_json
+import torch
+from torch import Tensor, nn
+
+from lvctx.artifacts.chat import ChatRows
+from lvctx.artifacts.manifest import Provenance
+from lvctx.artifacts.store import fingerprint, scratch
+from lvctx.config import OnProgress, hashed_fields
+from lvctx.dist import attention
+from lvctx.dist.attention import Shard
+from lvctx.dist.context import ParallelContext
+from lvctx.dist.fsdp import keep_in_graph
+from lvctx.dist.ring import Ring
+from lvctx.dist.zigzag import shard
 from lvctx.errors import InputError, UsageError
-from lvctx.model.card import CARD
-from lvctx.model.load import load_config, resolve_model
-from lvctx.positions.choose import rope_number
-from lvctx.positions.mrope import Method, Mrope, Stretch, to_hf
-from lvctx.positions.mrope_pp import Ramp
-from lvctx.stages.side_files import SGLANG, SIDE_FILES, with_rope, write_side_files
-
-COMMAND = "mrope-extend"
-MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-"""Model types with M-RoPE."""
-
-RELEASED = 32_768
-"""Pretrained length of the released Qwen2-VL and Qwen2.5-VL; the latter's config.json promises 128,000."""
-
-INTERLEAVED = (
-    "time, height and width alternate over all frequencies, so there is no section to interpolate and none to keep"
-)
-"""Why M-RoPE++ has no meaning for Qwen3-VL."""
+from lvctx.model.adapter import ADAPTER
+from lvctx.model.load import load_config, load_image_processor, load_model, try_forward
+from lvctx.model.lora import ATTENTION, add_lora
+from lvctx.model.loss import IGNORED, token_loss
+from lvctx.positions.mrope_ids import Rules
+from lvctx.stages.mrope_checkpoint import MropeJob, clear, resolve_mrope, write_checkpoint
+from lvctx.stages.pack_chat import plan_pack_chat, run_pack_chat
+from lvctx.stages.pack_chat_config import PackChatConfig
+from lvctx.train.chat_rows import ChatRow, RowReader
+from lvctx.train.config import ParallelConfig
+from lvctx.train.data import indices
+from lvctx.train.mrope_config import MropeConfig
+from lvctx.train.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
+from lvctx.vision.hybrid import Hybrid
+from lvctx.vision.sampling import VideoSampling
+from lvctx.vlm.qwen_vl import QwenVL
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """What a Qwen-VL directory says about its positions."""
+class MropeTrainingJob(MropeJob):
+    """A checked run that trains."""
 
-    path: Path
-    """Resolved directory."""
-    model_type: str
-    """One of `MODEL_TYPES`."""
-    mrope: Mrope
-    """As pretrained, also where the checkpoint is stretched already."""
-    stretch: Stretch | None
-    """What made the checkpoint, where that was ours; None otherwise."""
-    stretched: str
-    """What stretched it, in words; empty for a plain checkpoint."""
-    length: int | None
-    """Pretrained length in tokens, where the configuration leaves no doubt."""
-    promised: int
-    """`max_position_embeddings` as it stands."""
+    rows: ChatRows
+    """Packed chat to train on."""
+
+    def task(self) -> "MropeTask":
+        """The training."""
+        return MropeTask(self)
+
+    def as_final_stage(self, first: Self, provenance: Provenance) -> Self:
+        """This job under the provenance of a run of several stages, which still has this stage's scaling."""
+        config = {**self.provenance.config, **provenance.config}
+        return replace(self, provenance=replace(provenance, config=config))
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a resolved directory. Raises InputError for a model without M-RoPE or with sections that do not fit."""
-    config = load_config(path)
-    if config.model_type not in MODEL_TYPES:
-        raise InputError(
-            f"{config.model_type} has no M-RoPE",
-            where=path,
-            fix="lvctx extend-lm --rope ntk stretches plain RoPE, also of a VLM's language model",
-        )
-    text = config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    rope = getattr(text, "rope_parameters", None)
-    if not isinstance(rope, dict):
-        raise InputError(f"rope_parameters is {rope!r}", where=path / "config.json", fix="correct it")
-    interleaved = config.model_type == "qwen3_vl"
-    stored = rope.get("mrope_section") or ([24, 20, 20] if interleaved else [16, 24, 24])
-    sections = tuple(stored) if isinstance(stored, list | tuple) else (0,)
-    whole = len(sections) == 3 and all(type(n) is int and n > 0 for n in sections)
-    if not whole or sum(sections) != head_dim // 2:
-        raise InputError(
-            f"mrope_section {stored} does not sum to {head_dim // 2}, half of the head's {head_dim} channels",
-            where=path / "config.json",
-            fix="correct it; Qwen2-VL has [16, 24, 24]",
-        )
-    ours = _made_by_us(path)
-    theta = ours["theta"] if ours else rope_number(rope, "rope_theta", above=1.0)
-    mrope = Mrope(head_dim=head_dim, theta=theta, sections=sections, interleaved=interleaved)
-    kind, length, words = rope.get("rope_type", "default"), _stated_length(path, config.model_type), ""
-    if ours:
-        length = ours["original"]
-        words = f"by {ours['factor']:g} with {ours['method']}"
-    elif kind != "default":
-        length = rope.get("original_max_position_embeddings")
-        words = f"by {rope_number(rope, 'factor', above=0.0):g} with {kind}" if "factor" in rope else f"with {kind}"
-    stretch = Stretch(**{key: ours[key] for key in ("method", "ramp", "factor", "original")}) if ours else None
-    return Checkpoint(
-        path=path,
-        model_type=config.model_type,
-        mrope=mrope,
-        stretch=stretch,
-        stretched=words,
-        length=length,
-        promised=text.max_position_embeddings,
+def resolve_mrope_training(config: MropeConfig, *, force: bool = False) -> MropeTrainingJob:
+    """Check model, options and packed rows; `config.data` are packed rows.
+
+    Raises UsageError and InputError; loads no weights and opens no media.
+    """
+    job, data = resolve_mrope(config, force=force), config.data
+    assert data is not None
+    if job.checkpoint.model_type not in ("qwen2_vl", "qwen2_5_vl"):
+        raise UsageError(f"{job.checkpoint.model_type} is extended but not trained here", fix="drop --data")
+    if config.lr <= 0:
+        raise UsageError("--lr 0 trains nothing")
+    rows = ChatRows(data)
+    if config.seq_len is not None and config.seq_len < rows.target_length:
+        longer = f"rows of up to {rows.target_length} tokens are not cut to {config.seq_len}"
+        raise UsageError(longer, fix="pack-chat --target-length")
+    hybrid = requested_hybrid(config)
+    if hybrid is not None and packed_hybrid(rows) != hybrid:
+        raise InputError("packed at another resolution", where=data, fix="pack-chat with this --hybrid")
+    _check_tokens(rows, job.checkpoint.path, data)
+    resolved = replace(config, seq_len=rows.target_length)
+    provenance = replace(
+        job.provenance,
+        config={**job.provenance.config, "training": hashed_fields(resolved)},
+        inputs={**job.provenance.inputs, "data": fingerprint(data)},
+        seed=config.seed,
     )
+    base = {name: getattr(job, name) for name in ("checkpoint", "stretch", "context", "note")}
+    return MropeTrainingJob(config=resolved, provenance=provenance, rows=rows, **base)
 
 
-def _made_by_us(path: Path) -> dict[str, Any] | None:
-    """The configuration of the run that wrote this checkpoint."""
-    manifest = read_manifest(path) if (path / MANIFEST).is_file() else {}
-    return manifest["config"] if manifest.get("command") == COMMAND else None
+def requested_hybrid(config: MropeConfig) -> Hybrid | None:
+    """The resolution that the options ask for; None where they ask for none. Raises UsageError."""
+    hybrid = Hybrid.parse(config.hybrid) if config.hybrid else None
+    return VideoSampling(hybrid=hybrid, hybrid_mode=config.hybrid_mode).resolution
 
 
-def _stated_length(path: Path, model_type: str) -> int | None:
-    raw = read_model_config(path)
-    length = language_part(raw).get("max_position_embeddings", raw.get("max_position_embeddings"))
-    return None if model_type == "qwen2_5_vl" and length != RELEASED else length
+def packed_hybrid(rows: ChatRows) -> Hybrid:
+    """The resolution that rows were packed with."""
+    return Hybrid(**(rows.manifest["config"]["hybrid"] or {}))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A checked run."""
-
-    checkpoint: Checkpoint
-    """What is stretched."""
-    stretch: Stretch
-    """With every default resolved."""
-    context: int
-    """Positions the new config.json promises."""
-    provenance: Provenance
-    """What identifies the run."""
-    note: str
-    """Why the method is not M-RoPE++, where nobody asked for another; empty otherwise."""
-
-    @property
-    def rope(self) -> dict[str, Any]:
-        """The new rope_parameters."""
-        return to_hf(self.checkpoint.mrope, self.stretch)
+def _check_tokens(rows: ChatRows, model: Path, data: Path) -> None:
+    """Raise InputError for rows of another tokenizer, which are detected by their placeholder ids."""
+    rule = QwenVL(model).rule(Hybrid())
+    for number in range(len(rows)):
+        ids = rows.row(number)
+        for sample in rows.samples(number):
+            for item in sample["media"]:
+                if ids[item["blocks"][0][0]] not in rule.pads.values():
+                    raise InputError("packed for another model", where=data, fix=f"pack-chat --model {model} again")
+                return
 
 
-def plan_mrope(
-    *, model: str, scale: float, original_length: int | None, method: Method | None, ramp: Ramp, force: bool
-) -> Plan:
-    """Check the checkpoint and resolve the defaults; loads no weights.
+def pack_samples_file(config: MropeConfig, seq_len: int, on_progress: OnProgress) -> Path:
+    """Pack `config.data`, a file of chat samples, as `pack-chat` does without a mix; the new directory."""
+    assert config.data is not None
+    target = config.out.with_name(f"{config.out.name}-chat")
+    hybrid = requested_hybrid(config)
+    packing = PackChatConfig(
+        interleaved=(config.data,),
+        out=target,
+        model=config.model,
+        media=config.media,
+        hybrid=f"{hybrid.group},{hybrid.tokens},{hybrid.ratio}" if hybrid else None,
+        hybrid_mode=hybrid.mode if hybrid else "pair",
+        target_length=seq_len,
+        long_share=0.0,
+        video_fps=config.fps,
+        allow_partial=config.allow_partial,
+        seed=config.seed,
+    )
+    run_pack_chat(plan_pack_chat(packing), on_progress=on_progress)
+    return target
 
-    Raises UsageError for flags that make no sense for the model, InputError for a model that cannot be stretched, is
-    stretched already (unless `force`), or does not say how long it was pretrained.
-    """
-    if not (scale >= 1 and math.isfinite(scale)):
-        raise UsageError(f"--scale {scale:g} is less than 1", fix="give new length over pretrained length, e.g. 4")
-    checkpoint = read_checkpoint(resolve_model(model))
-    if checkpoint.stretched and not force:
-        raise InputError(
-            f"is stretched already, {checkpoint.stretched}",
-            where=checkpoint.path,
-            fix="start from the released checkpoint, or --force to put the new scale in place of the old one",
+
+class MropeTask(TrainingTask[int]):
+    """Cross-entropy of the answers in packed chat; a micro-batch is the number of a row."""
+
+    def __init__(self, job: MropeTrainingJob) -> None:
+        self.job, self.config, self.provenance = job, job.config, job.provenance
+        self.train_config = TrainConfig(
+            steps=job.config.steps, schedule="constant", warmup=job.config.warmup, weight_decay=0.0
         )
-    note = ""
-    if checkpoint.mrope.interleaved:
-        if method == "mrope++":
-            raise UsageError(f"no M-RoPE++ for {checkpoint.model_type}: {INTERLEAVED}", fix="--method yarn")
-        note = "" if method else f"yarn, because in {checkpoint.model_type} {INTERLEAVED}"
-    length = original_length or checkpoint.length
-    if length is None:
-        raise InputError(
-            f"does not say to which length it was pretrained (it promises {checkpoint.promised} positions)",
-            where=checkpoint.path,
-            fix=f"give --original-length; the released Qwen2.5-VL: {RELEASED}",
-        )
-    stretch = Stretch(method=method or ("yarn" if note else "mrope++"), ramp=ramp, factor=float(scale), original=length)
-    config = {**asdict(stretch), "theta": checkpoint.mrope.theta}
-    inputs = {"model": fingerprint(checkpoint.path)}
-    provenance = Provenance(schema=schemas.MODEL, command=COMMAND, config=config, inputs=inputs)
-    return Plan(checkpoint=checkpoint, stretch=stretch, context=round(scale * length), provenance=provenance, note=note)
+
+    def clear(self, out: Path) -> None:
+        """Remove files that may be links to the weights of a model."""
+        clear(out)
+
+    def load(self, device: str) -> TrainableModel:
+        """The VLM with its new positions."""
+        path, config = self.job.checkpoint.path, self.config
+        model_config = load_config(path)
+        text = model_config.get_text_config()
+        text.rope_parameters, text.max_position_embeddings = self.job.rope, self.job.context
+        vlm = load_model(path, config=model_config, device=device).requires_grad_(False)
+        try_forward(vlm, path)
+        decoder, lora = vlm.model.language_model, None
+        if config.lora:
+            lora = add_lora(decoder, rank=config.lora, targets=ATTENTION, seed=config.seed)
+        else:
+            decoder.requires_grad_(True)
+            vlm.lm_head.requires_grad_(True)
+        groups = [ParameterGroup(name="lm", modules=[vlm], lr=config.lr)]
+        return TrainableModel(model=vlm, groups=groups, decoder=decoder, lora=lora)
+
+    def build(self, trainable: TrainableModel, context: ParallelContext, parallel: ParallelConfig) -> nn.Module:
+        """The VLM with its loss."""
+        path, batch = self.job.checkpoint.path, self.config.batch
+        if batch < context.dp:
+            raise UsageError(f"--batch {batch} for {context.dp} data-parallel groups", fix="raise it or --cp")
+        if parallel.micro_tokens is not None:
+            raise UsageError("--micro-tokens has no meaning here: a forward pass takes one row", fix="drop it")
+        if context.cp > 1:
+            attention.use(trainable.decoder, where=path)
+        rule = QwenVL(path).rule(packed_hybrid(self.job.rows))
+        per_second = Rules.of(trainable.model.config).tokens_per_second
+        processor = load_image_processor(path)
+        self.reader = RowReader(self.job.rows, self.config.media, rule, processor, tokens_per_second=per_second)
+        self.context, self.chat_loss = context, ChatLoss(trainable.model, context.ring)
+        return self.chat_loss
+
+    def batches(self, step: int) -> Sequence[int]:
+        """Numbers of the rows of a step."""
+        return indices(step, batch=self.config.batch, samples=len(self.job.rows), seed=self.config.seed)
+
+    def loss(self, micro: int) -> tuple[Tensor, int]:
+        """Loss of a row."""
+        total, count = self.chat_loss(**shard_chat(self.reader.read(micro), self.context))
+        return total, count
+
+    def describe(self, micro: int) -> str:
+        """The row's number."""
+        return f"row {micro}"
+
+    def longest_sample(self, metrics: Sequence[dict[str, Any]]) -> int:
+        """Tokens that no row exceeds."""
+        return self.job.rows.target_length
+
+    def save(self, model: Any, out: Path, metrics: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+        """Write the weights, and link or write the rest as `mrope-extend` does without training."""
+
+        def write_weights() -> list[str]:
+            with scratch(out / "model") as folder:
+                model.to(model.config.dtype or torch.bfloat16).save_pretrained(folder)
+                names = sorted(p.name for p in folder.glob("model*.safetensors*"))
+                for name in names:
+                    (folder / name).replace(out / name)
+            return [*names, *(f"{ADAPTER}/{p.name}" for p in sorted((out / ADAPTER).glob("adapter_*")))]
+
+        return write_checkpoint(self.job, out, weights=write_weights, trained_length=self.job.rows.target_length)
 
 
-def run_mrope(plan: Plan, out: Path, *, resume: str, force: bool) -> None:
-    """Write the stretched checkpoint; nothing to do if it stands finished. Raises InputError if the disk refuses."""
-    source = plan.checkpoint.path
-    if out.resolve() == source.resolve():
-        raise UsageError("-o is the model itself", fix="choose another directory")
-    if is_finished(out, plan.provenance, resume=resume, force=force):
-        return
-    clear(out)
-    write_checkpoint(plan, out)
+class ChatLoss(nn.Module):
+    """A Qwen-VL model and its loss on a row as one module: where parameters are sharded, they are gathered in it."""
+
+    def __init__(self, vlm: Any, ring: Ring) -> None:
+        super().__init__()
+        self.vlm, self.ring = vlm, ring
+
+    def forward(
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        patches: Tensor | None,
+        grids: Tensor,
+        **attention: Any,
+    ) -> tuple[Tensor, int]:
+        """Summed loss and counted tokens of this rank's part: ids (1, L) complete, labels and positions its own."""
+        model = self.vlm.model
+        is_visual = (ids == self.vlm.config.image_token_id) | (ids == self.vlm.config.video_token_id)
+        embeds_1LE = model.get_input_embeddings()(ids.masked_fill(is_visual, 0))
+        if patches is not None:
+            with torch.no_grad():
+                seen = torch.cat(list(model.get_video_features(patches, grids).pooler_output))
+            embeds_1LE = embeds_1LE.masked_scatter(is_visual[..., None], seen.to(embeds_1LE.dtype))
+        embeds_1LE = shard(embeds_1LE, rank=self.ring.rank, world=self.ring.world, fill=0, dim=1)
+        hidden = model.language_model(
+            inputs_embeds=embeds_1LE, position_ids=positions, use_cache=False, **attention
+        ).last_hidden_state
+        head = self.vlm.lm_head.weight
+        total, count = token_loss(hidden.flatten(0, 1), head, labels.flatten())
+        return keep_in_graph(total, hidden, head), count
 
 
-def write_checkpoint(
-    plan: Plan, out: Path, *, weights: Callable[[], list[str]] | None = None, trained_length: int = 0
-) -> None:
-    """Link or write all files, the manifest last. `weights` writes new ones into `out` and names their files.
+def shard_chat(row: ChatRow, world: ParallelContext) -> Mapping[str, Any]:
+    """A row as `ChatLoss` takes it on this rank: its part of labels and positions, and all pixels.
 
-    `trained_length` are the tokens of the longest row they were trained on. Raises InputError if the disk refuses.
+    Every rank of a row embeds all of it and then keeps its part: a tower's work is small beside a long row's.
     """
-    source = plan.checkpoint.path
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        linked = [name for name in _kept(source) if name not in ("config.json", CARD)]
-        if weights is not None:
-            linked = [name for name in linked if ".safetensors" not in name]
-        for name in linked:
-            link_file(source / name, out / name)
-        if weights is not None:
-            linked = sorted([*linked, *weights()])
-    except OSError as e:
-        if is_disk_error(e):
-            raise disk_error(e, out) from e
-        raise
-    write_json(out / "config.json", with_rope(read_model_config(source), plan.rope, plan.context))
-    (out / CARD).unlink(missing_ok=True)
-    if (source / CARD).is_file():
-        shutil.copyfile(source / CARD, out / CARD)
-    stretch, original = plan.stretch, plan.stretch.original
-    what = f"{stretch.method} ({stretch.ramp})" if stretch.method == "mrope++" else stretch.method
-    trained = "trained at these positions" if "training" in plan.provenance.config else "unchanged"
-    title = f"{what}, {stretch.factor:g} x {original:,} = {plan.context:,} tokens; weights {trained}."
-    written = ["config.json", CARD, *write_side_files(out, title)]
-    facts = {"context": plan.context, "original_length": original, "trained_length": max(original, trained_length)}
-    write_manifest(out, plan.provenance, [*linked, *written], **facts)
-
-
-def clear(out: Path) -> None:
-    """Remove what an earlier run wrote: its weights may be links to a model, which must not be written through."""
-    if (out / MANIFEST).is_file():
-        names = read_manifest(out).get("files", {})
-        (out / MANIFEST).unlink()
-        for name in names:
-            (out / name).unlink(missing_ok=True)
-        shutil.rmtree(out / SGLANG, ignore_errors=True)
-
-
-def _kept(source: Path) -> list[str]:
-    """Names of a model directory's files; manifest and log of its own making stay behind."""
-    names = (p.name for p in source.iterdir() if p.is_file() and not p.name.startswith("."))
-    return sorted(name for name in names if name not in (MANIFEST, "metrics.jsonl", *SIDE_FILES))
+    ring, device = world.ring, world.device
+    own = {"rank": ring.rank, "world": ring.world}
+    given: dict[str, Any] = {
+        "ids": row.ids_L[None].to(device),
+        "labels": shard(row.labels_L[None], fill=IGNORED, **own).to(device),
+        "positions": shard(row.positions_3L[:, None], fill=0, **own).to(device),
+        "patches": None if row.patches is None else row.patches.to(device),
+        "grids": row.grids_B3.to(device),
+    }
+    return given if ring.world == 1 else given | {"shard": Shard(ring=ring)}

@@ -13,7 +13,7 @@ from lvctx.errors import library_errors
 from lvctx.model.load import load_config, resolve_model
 from lvctx.positions.mrope import METHODS, Mrope, Stretch, attention_factor, inv_freq
 from lvctx.positions.mrope_pp import Ramp
-from lvctx.stages.mrope import Checkpoint, read_checkpoint
+from lvctx.stages.mrope_checkpoint import Checkpoint, read_checkpoint
 
 CLASSES = {
     "qwen2_vl": "Qwen2VLRotaryEmbedding",

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, cast
 from lvctx.errors import InputError, UsageError
 from lvctx.model.load import read_config
 from lvctx.stages.plan_config import DeviceKind, PlanConfig
-from lvctx.train.plan import (
+from lvctx.train.memory_model import (
     DEVICES,
     GIB,
-    KINDS,
+    PLANNED_TYPES,
     Device,
     Spread,
     flops,
@@ -23,7 +23,8 @@ from lvctx.train.plan import (
 )
 
 if TYPE_CHECKING:
-    from lvctx.stages.extend import Machine, Plan
+    from lvctx.stages.extend import ExtendJob
+    from lvctx.train.config import ParallelConfig
 
 
 def predict(config: PlanConfig) -> dict[str, Any]:
@@ -73,38 +74,38 @@ def predict(config: PlanConfig) -> dict[str, Any]:
     }
 
 
-def predict_extend(plan: "Plan", machine: "Machine", *, world: int) -> dict[str, Any] | None:
+def predict_extend(job: "ExtendJob", parallel: "ParallelConfig", *, world: int) -> dict[str, Any] | None:
     """`predict` for a checked run on this machine's devices; None where nothing is trained or the model is not known.
 
     A stage's bytes are those of its own rows.
     """
-    config = plan.config
-    raw = read_config(plan.model)
-    if plan.data is None or raw.get("model_type") not in KINDS:
+    config = job.config
+    raw = read_config(job.model)
+    if job.data is None or raw.get("model_type") not in PLANNED_TYPES:
         return None
-    name, room = _this_device(machine.device)
+    name, room = _this_device(parallel.device)
     return predict(
         PlanConfig(
-            model=str(plan.model),
-            seq_len=config.seq_len,
+            model=str(job.model),
+            seq_len=job.data.seq_len,
             batch_tokens=config.batch_tokens,
             steps=config.steps,
             world=world,
-            cp=machine.cp,
-            checkpoint_activations=config.checkpoint_activations,
-            offload=machine.offload,
-            offload_activations=machine.offload_activations,
+            cp=parallel.cp,
+            checkpoint_activations=parallel.checkpoint_activations,
+            offload=parallel.offload,
+            offload_activations=parallel.offload_activations,
             lora=config.lora,
             device=name,
             device_memory=room,
-            micro_tokens=1 if config.doc_mask else machine.micro_tokens,
+            micro_tokens=1 if config.doc_mask else parallel.forward_tokens,
             mfu=0.35,
         )
     )
 
 
 def _this_device(device: str) -> tuple[DeviceKind, int]:
-    """Key of `train.plan.DEVICES` and bytes of a run's device; a GPU that is none of them counts as an A100."""
+    """Key of `train.memory_model.DEVICES` and bytes of a run's device; a GPU that is none of them counts as an A100."""
     if device == "cpu":
         return "cpu", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     import torch

@@ -1,37 +1,42 @@
 """Progressive extension: train at one length, then at the next from what that made (EasyContext; GIRAFFE, appendix E).
 
-A stage is `extend-lm` (or `mrope-extend`) with flags of its own. All but the last write a finished model into
+A stage is `extend-lm` (or `mrope-extend`) with options of its own. All but the last write a finished model into
 `OUT/stage-N`, so whatever stands is not done again; the last writes OUT itself, under the name of the whole run.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from lvctx.artifacts.manifest import Provenance, is_finished
+from lvctx.config import OnProgress
 from lvctx.errors import LvctxError, UsageError
-from lvctx.stages.extend import Plan, run_extend
+from lvctx.train.config import ParallelConfig, RunControl
+from lvctx.train.extend_config import ExtendConfig
+from lvctx.train.mrope_config import MropeConfig
+from lvctx.train.run import run_training
+from lvctx.train.task import TrainingTask
 
-Planner = Callable[..., Any]
-"""`plan_extend` with the run's own flags filled in; a stage's come on top. What it makes has a `provenance`."""
-
-KEYS: dict[str, Callable[[str], Any]] = {
-    "seq_len": int,
-    "context": int,
-    "steps": int,
-    "batch_tokens": int,
-    "rope_theta": float,
-    "factor": float,
-    "lr": float,
-    "data": Path,
-}
-"""What a stage may set."""
+ConfigT = TypeVar("ConfigT", ExtendConfig, MropeConfig)
 
 
-def parse_stage(text: str, keys: Mapping[str, Callable[[str], Any]] = KEYS) -> dict[str, Any]:
-    """Flags of a stage written as `seq-len=32768,rope-theta=1e6,steps=1000`; `keys` may be set. Raises UsageError."""
-    flags = {}
+class StageJob(Protocol):
+    """A checked stage."""
+
+    @property
+    def provenance(self) -> Provenance:
+        """What identifies the stage."""
+
+    def task(self) -> TrainingTask[Any]:
+        """Its training."""
+
+    def as_final_stage(self, first: Any, provenance: Provenance) -> "StageJob":
+        """This job as the last of several stages that began with `first`, under the provenance of the whole run."""
+
+
+def parse_stage(text: str, keys: Mapping[str, Callable[[str], Any]] = ExtendConfig.stage_keys) -> dict[str, Any]:
+    """Fields of a stage written as `seq-len=32768,rope-theta=1e6,steps=1000`; `keys` may be set. Raises UsageError."""
+    values = {}
     for pair in text.split(","):
         name, _, value = pair.partition("=")
         key = name.strip().replace("-", "_")
@@ -40,76 +45,76 @@ def parse_stage(text: str, keys: Mapping[str, Callable[[str], Any]] = KEYS) -> d
                 f"--stage has no {name.strip()!r}", fix="it has " + ", ".join(keys).replace("_", "-") + " as KEY=VALUE"
             )
         try:
-            flags[key] = keys[key](value.strip())
+            values[key] = keys[key](value.strip())
         except ValueError:
             raise UsageError(f"--stage {name.strip()}: {value!r} is no {keys[key].__name__}") from None
-    return flags
+    return values
 
 
-def plan_stages(plan: Planner, stages: Sequence[Mapping[str, Any]], *, seed: int) -> list[Any]:
-    """Check every stage, each as if it were the first: what their rows and positions are does not depend on training.
+def stage_configs(config: ConfigT) -> list[ConfigT]:
+    """A configuration for each of `config.stages`, or `config` alone without any. Raises UsageError.
 
     Stage N draws its rows with seed + N: the same length again is to read other rows.
     """
-    plans = []
-    for number, flags in enumerate(stages):
+    stages = [parse_stage(text, config.stage_keys) for text in config.stages]
+    if not stages:
+        return [config]
+    return [replace(config, **stage, stages=(), seed=config.seed + n) for n, stage in enumerate(stages)]
+
+
+def resolve_stages(resolve: Callable[[ConfigT], Any], configs: Sequence[ConfigT]) -> list[Any]:
+    """Check every stage, each as if it were the first: its rows and positions do not depend on training."""
+    jobs = []
+    for number, config in enumerate(configs):
         try:
-            plans.append(plan(**flags, seed=seed + number))
+            jobs.append(resolve(config))
         except LvctxError as e:
-            e.args = (f"stage {number + 1}: {e}",)
+            if len(configs) > 1:
+                e.args = (f"stage {number + 1}: {e}",)
             raise
-    return plans
-
-
-def whole(plans: Sequence[Any]) -> Provenance:
-    """What identifies all stages as one run."""
-    first = plans[0].provenance
-    data = {f"data-{n + 1}": p.provenance.inputs["data"] for n, p in enumerate(plans) if "data" in p.provenance.inputs}
-    return replace(
-        first,
-        config={"stages": [dict(p.provenance.config) for p in plans]},
-        inputs={"model": first.inputs["model"], **data},
-    )
-
-
-def unite(last: Plan, first: Plan, provenance: Provenance) -> Plan:
-    """The last stage under the name of the whole run, which began where the first does."""
-    return replace(last, provenance=provenance, original_context=first.original_context)
+    return jobs
 
 
 def run_stages(
-    plan: Planner,
-    stages: Sequence[Mapping[str, Any]],
-    out: Path,
-    *,
-    seed: int,
-    resume: str,
-    force: bool,
-    report: Callable[[int, int, str], None],
-    run: Callable[..., None] = run_extend,
-    unite: Callable[[Any, Any, Provenance], Any] = unite,
-    **how: Any,
+    configs: Sequence[ConfigT],
+    jobs: Sequence[StageJob],
+    resolve: Callable[[ConfigT], StageJob],
+    parallel: ParallelConfig,
+    control: RunControl,
 ) -> None:
-    """Run the stages that are not finished, with `how` for what else `run` takes; none if `out` is finished."""
-    plans = plan_stages(plan, stages, seed=seed)
-    provenance = whole(plans)
-    if is_finished(out, unite(plans[-1], plans[0], provenance).provenance, resume=resume, force=force):
+    """Run the stages that are not finished; none if `control.out` is finished. `jobs` are those of `resolve_stages`."""
+    if len(jobs) == 1:
+        run_training(jobs[0].task(), parallel, control)
         return
-    anew = force or resume == "never"
-    source: dict[str, Any] = {}
-    for number, flags in enumerate(stages):
-        step = plan(**flags, **source, seed=seed + number)
-        last = number == len(stages) - 1
-        target = out if last else out / f"stage-{number + 1}"
+    provenance = _run_provenance(jobs)
+    final = jobs[-1].as_final_stage(jobs[0], provenance).provenance
+    if is_finished(control.out, final, resume=control.resume, force=control.force):
+        return
+    model = configs[0].model
+    for number, config in enumerate(configs, start=1):
+        last = number == len(configs)
+        job = resolve(replace(config, model=model))
         if last:
-            step = unite(step, plans[0], provenance)
-        note = f"stage {number + 1}/{len(stages)}"
-        run(
-            step,
-            target,
-            resume="auto",
-            force=anew,
-            report=lambda done, total, said, note=note: report(done, total, f"{note}, {said}"),
-            **how,
-        )
-        source = {"model": str(target)}
+            job = job.as_final_stage(jobs[0], provenance)
+
+        out = control.out if last else control.out / f"stage-{number}"
+        again = control.force or control.resume == "never"
+        on_progress = _labelled(control.on_progress, f"stage {number}/{len(configs)}")
+        stage_control = RunControl(out=out, force=again, on_progress=on_progress, on_step=control.on_step)
+        run_training(job.task(), parallel, stage_control)
+        model = str(out)
+
+
+def _labelled(on_progress: OnProgress, label: str) -> OnProgress:
+    return lambda done, total, note: on_progress(done, total, f"{label}, {note}")
+
+
+def _run_provenance(jobs: Sequence[StageJob]) -> Provenance:
+    """What identifies all stages as one run."""
+    parts = [job.provenance for job in jobs]
+    data = {f"data-{n + 1}": part.inputs["data"] for n, part in enumerate(parts) if "data" in part.inputs}
+    return replace(
+        parts[0],
+        config={"stages": [dict(part.config) for part in parts]},
+        inputs={"model": parts[0].inputs["model"], **data},
+    )

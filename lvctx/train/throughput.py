@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from lvctx.dist.context import ParallelContext
-from lvctx.train.plan import DEVICES, GIB, known_device
+from lvctx.train.memory_model import DEVICES, GIB, known_device
 
 
 def measure(world: ParallelContext, *, tokens: int, seconds: float, flops: float | None) -> dict[str, Any]:
-    """Columns of metrics.jsonl for a step of `tokens` over all ranks; `flops` are its operations (`train.plan.flops`).
+    """Columns of metrics.jsonl for a step of `tokens` on all ranks; `flops` are its operations (`memory_model.flops`).
 
     `memory_bytes` is this rank's largest so far: what torch allocated on the GPU, on a CPU the process's resident set.
     `mfu` is None where the operations or the device's peak are not known.

@@ -76,7 +76,7 @@ def encode_sample(
     return Sample(number=number, where=row[0].where, images=images, sequences=tuple(sequences))
 
 
-def spread(sample: Sample, context: int, rng: np.random.Generator) -> Sample:
+def skip_positions(sample: Sample, context: int, rng: np.random.Generator) -> Sample:
     """The sample with every sequence cut in two and moved apart over `context` positions (PoSE), if it is shorter."""
     sequences = [
         replace(s, positions=skipped(len(s.ids), max(context, len(s.ids)), rng).tolist()) for s in sample.sequences
@@ -96,9 +96,9 @@ def pack_samples(samples: Sequence[Sample], micro_tokens: int) -> list[list[Samp
     return groups
 
 
-T = TypeVar("T")
-Judge = Callable[[Tensor, Tensor, Tensor, Sequence[Sample]], T]
-"""What is made of hidden states (T, E), the head's weight (V, E), labels (T,) and the samples, in this order."""
+ResultT = TypeVar("ResultT")
+LossFn = Callable[[Tensor, Tensor, Tensor, Sequence[Sample]], ResultT]
+"""Takes hidden states (T, E), the head's weight (V, E), labels (T,) and the samples."""
 
 
 def answer_loss(hidden_TE: Tensor, head_VE: Tensor, labels_T: Tensor, micro: Sequence[Sample]) -> tuple[Tensor, int]:
@@ -108,7 +108,7 @@ def answer_loss(hidden_TE: Tensor, head_VE: Tensor, labels_T: Tensor, micro: Seq
 
 
 class Forward(nn.Module):
-    """A VLM and what is asked of it as one module: where parameters are sharded, they are gathered in it."""
+    """A VLM and a loss as one module: sharded parameters are gathered in its forward."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class Forward(nn.Module):
         pose: bool = False,
     ) -> None:
         """`newline` is the token of a line's end; `tower_grad` says whether the tower learns; `pose`, whether samples
-        are `spread`, for which a model's attention must be plain (InputError)."""
+        have positions from `skip_positions`, for which a model's attention must be plain (InputError)."""
         super().__init__()
         self.vlm, self.encoding, self.preprocess = vlm, encoding, preprocess
         self.newline, self.tower_grad, self.device = newline, tower_grad, device
@@ -133,8 +133,8 @@ class Forward(nn.Module):
         if self.ours:
             attention.use(lm, where=lm.config.name_or_path or lm.config.model_type)
 
-    def forward(self, micro: Sequence[Sample], judge: Judge[T]) -> T:
-        """What `judge` makes of a micro-batch."""
+    def forward(self, micro: Sequence[Sample], loss_fn: LossFn[ResultT]) -> ResultT:
+        """`loss_fn` of a micro-batch."""
         vlm, sequences = self.vlm, [s for sample in micro for s in sample.sequences]
         lengths = [len(s.ids) for s in sequences]
         ids_T = torch.tensor([i for s in sequences for i in s.ids], device=self.device)
@@ -144,15 +144,15 @@ class Forward(nn.Module):
         starts = attention.document_starts(list(accumulate(lengths[:-1])))
         is_visual_T = ids_T == vlm.config.video_token_id
         embeds_TE = vlm.get_input_embeddings()(ids_T.masked_fill(is_visual_T, 0))
-        embeds_TE = self._see(embeds_TE, is_visual_T, micro)
-        # transformers' own attention is told by the positions where sequences begin.
+        embeds_TE = self._embed_images(embeds_TE, is_visual_T, micro)
+        # transformers' own attention finds from the positions where sequences begin.
         ours = {"shard": attention.Shard(starts=starts)} if self.ours else {}
         hidden_BTE = vlm.model.language_model(
             inputs_embeds=embeds_TE[None], position_ids=positions_T[None], use_cache=False, **ours
         ).last_hidden_state
-        return judge(hidden_BTE[0], vlm.lm_head.weight, labels_T, micro)
+        return loss_fn(hidden_BTE[0], vlm.lm_head.weight, labels_T, micro)
 
-    def _see(self, embeds_TE: Tensor, is_visual_T: Tensor, micro: Sequence[Sample]) -> Tensor:
+    def _embed_images(self, embeds_TE: Tensor, is_visual_T: Tensor, micro: Sequence[Sample]) -> Tensor:
         """The embeddings with those of the images in their places; a sequence that was cut lacks some at its end."""
         vlm, tile = self.vlm, self.encoding.tile
         parts, visual = iter(is_visual_T.split([len(s.ids) for sample in micro for s in sample.sequences])), []

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from lvctx.dist.context import ParallelContext
-from lvctx.train import meter
-from lvctx.train.plan import known_device
+from lvctx.train import throughput
+from lvctx.train.memory_model import known_device
 
 
 def test_speed_is_tokens_over_seconds_and_mfu_needs_a_known_device() -> None:
     held = torch.ones(1 << 20)  # the process holds at least this
-    row = meter.measure(ParallelContext(device="cpu"), tokens=3000, seconds=1.5, flops=1e9)
+    row = throughput.measure(ParallelContext(device="cpu"), tokens=3000, seconds=1.5, flops=1e9)
     assert (row["seconds"], row["tokens_per_second"], row["mfu"]) == (1.5, 2000.0, None)
     assert row["memory_bytes"] > held.nbytes
 
@@ -18,9 +18,9 @@ def test_speed_is_tokens_over_seconds_and_mfu_needs_a_known_device() -> None:
 def test_mfu_is_the_share_of_the_vendors_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    row = meter.measure(ParallelContext(device="cuda:0"), tokens=100, seconds=2.0, flops=989e12)
+    row = throughput.measure(ParallelContext(device="cuda:0"), tokens=100, seconds=2.0, flops=989e12)
     assert row["mfu"] == 0.5  # half of 2 s at 989 TFLOP/s
-    assert meter.note({**row, "loss": 2.0}) == "loss 2.000, 50 tokens/s, 3.0 GiB, MFU 50%"
+    assert throughput.note({**row, "loss": 2.0}) == "loss 2.000, 50 tokens/s, 3.0 GiB, MFU 50%"
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,11 @@ from typing import Any
 
 from lvctx.errors import InputError
 
-CHUNK = 1024
+LOGITS_CHUNK = 1024
 """Tokens whose logits exist at a time."""
 
 GIB = 1 << 30
-KINDS = ("llama", "mistral", "qwen2", "qwen3")
+PLANNED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Models whose layers are as above."""
 
 
@@ -62,7 +62,7 @@ def known_device(name: str) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class DecoderShape:
     """A decoder with RoPE, grouped-query attention and a gated MLP."""
 
     hidden: int
@@ -106,11 +106,11 @@ class Shape:
         return self.layers * rank * sides
 
 
-def read_shape(config: Mapping[str, Any], *, where: object) -> Shape:
+def read_shape(config: Mapping[str, Any], *, where: object) -> DecoderShape:
     """The shape that a config.json describes. Raises InputError for a model of another kind, or a missing number."""
     kind = config.get("model_type")
-    if kind not in KINDS:
-        raise InputError(f"no plan for a model of type {kind}", where=where, fix=f"it knows {', '.join(KINDS)}")
+    if kind not in PLANNED_TYPES:
+        raise InputError(f"no plan for a model of type {kind}", where=where, fix=f"it knows {', '.join(PLANNED_TYPES)}")
 
     def size(key: str, default: int | None = None) -> int:
         value = default if config.get(key) is None else config[key]
@@ -127,7 +127,7 @@ def read_shape(config: Mapping[str, Any], *, where: object) -> Shape:
     extra = dim * (heads + 2 * key_heads) if biased else 0
     extra += hidden if biased and kind != "qwen2" else 0  # the output projection's
     extra += 2 * dim if kind == "qwen3" else 0
-    return Shape(
+    return DecoderShape(
         hidden=hidden,
         inner=inner,
         layers=layers,
@@ -168,7 +168,7 @@ def rows_together(seq_len: int, micro_tokens: int, rows: int) -> int:
     return max(1, min(micro_tokens // seq_len, rows))
 
 
-def memory(shape: Shape, spread: Spread, seq_len: int, *, runtime: int) -> tuple[dict[str, int], int, int]:
+def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -> tuple[dict[str, int], int, int]:
     """Bytes of one device by part, of its peak, and those that one device's process keeps on the host.
 
     Not all parts are there at once: the peak is the largest of three moments: loss, a layer's backward, the last
@@ -201,7 +201,7 @@ def memory(shape: Shape, spread: Spread, seq_len: int, *, runtime: int) -> tuple
             host, stored = host + inputs, 2 * w * shape.hidden * tokens
     else:
         stored, layer = shape.layers * inside, back
-    logits = 12 * shape.vocab * (tokens if spread.full_logits else min(tokens, CHUNK))
+    logits = 12 * shape.vocab * (tokens if spread.full_logits else min(tokens, LOGITS_CHUNK))
     loss = logits + 2 * w * shape.hidden * tokens
     ring = tokens * shape.head_dim * (24 * shape.key_heads + 8 * shape.heads) if spread.cp > 1 else 0
     parts = {
@@ -223,7 +223,7 @@ def memory(shape: Shape, spread: Spread, seq_len: int, *, runtime: int) -> tuple
     return parts, peak, host
 
 
-def flops(shape: Shape, seq_len: int, tokens: int, *, lora: bool = False) -> float:
+def flops(shape: DecoderShape, seq_len: int, tokens: int, *, lora: bool = False) -> float:
     """Operations of a step over `tokens` in rows of `seq_len`: forward and backward, nothing computed twice.
 
     LoRA leaves out the frozen weights' gradients.
@@ -233,7 +233,7 @@ def flops(shape: Shape, seq_len: int, tokens: int, *, lora: bool = False) -> flo
     return float(tokens) * ((2 if lora else 3) * 2 * weights + 3 * attention)
 
 
-def longest(shape: Shape, spread: Spread, device: Device) -> int:
+def longest(shape: DecoderShape, spread: Spread, device: Device) -> int:
     """Tokens of the longest row that fits, a multiple of 1,024 per device that shares it; 0 where none does."""
     step = 1024 * spread.cp
 
@@ -249,7 +249,7 @@ def longest(shape: Shape, spread: Spread, device: Device) -> int:
     return low * step
 
 
-def remedies(shape: Shape, spread: Spread, seq_len: int, device: Device) -> list[tuple[str, int]]:
+def remedies(shape: DecoderShape, spread: Spread, seq_len: int, device: Device) -> list[tuple[str, int]]:
     """Flags that bring the peak down, each by itself, and the peak with it; the smallest change first."""
     tried = []
     if not spread.checkpointing:

@@ -1,0 +1,242 @@
+"""Commands that train models: `extend-lm`, `align` and `mrope-extend`."""
+
+import os
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lvctx.artifacts import schemas
+from lvctx.cli.options import RunOptions, command
+from lvctx.cli.output import artifact_row, emit, progress, say
+from lvctx.cli.tracking import TrackingOptions, tracker
+from lvctx.config import hashed_fields
+from lvctx.errors import InputError, UsageError
+from lvctx.train.align_config import AlignConfig
+from lvctx.train.config import ParallelConfig, RunControl
+from lvctx.train.extend_config import BaseSearchConfig, ExtendConfig
+from lvctx.train.mrope_config import MropeConfig
+
+if TYPE_CHECKING:
+    from lvctx.stages.mrope_verify import Verified
+
+
+@command(
+    "extend-lm",
+    "lvctx extend-lm --model lm --rope-theta 250000 --context 32768 --steps 0 -o lm-rope",
+    "lvctx extend-lm --model lm --data packed --rope yarn --steps 1 --batch-tokens 2048 --dry-run -o lm-long",
+)
+def extend_lm(
+    config: ExtendConfig,
+    search: BaseSearchConfig,
+    parallel: ParallelConfig,
+    tracking: TrackingOptions,
+    run: RunOptions,
+) -> None:
+    """Extend the context of a language model: a new RoPE base, then training on long packed rows of text."""
+    from lvctx.stages.extend import resolve_extend
+    from lvctx.stages.progressive import resolve_stages, run_stages, stage_configs
+
+    facts: dict[str, Any] = {}
+    if search.search_base:
+        from lvctx.stages.search import best, resolve_search, run_search, search_facts
+
+        if _processes() > 1:
+            raise UsageError("--search-base runs in one process", fix="search first, then give torchrun --rope-theta")
+        checked = resolve_search(config, search)
+        if run.dry_run:
+            emit({"dry_run": True, "path": str(config.out), "bases": checked.bases, **checked.niah.costs()})
+            return
+        with progress("extend-lm --search-base") as on_progress:
+            rows = run_search(checked, config.out, device=parallel.device, force=run.force, on_progress=on_progress)
+        config, facts = replace(config, rope_theta=best(rows)), {"search": search_facts(checked, rows)}
+    if config.adapter and config.stages:
+        raise UsageError("--adapter is where one run starts, and each stage starts from the one before", fix="drop one")
+    configs = stage_configs(config)
+    jobs = [replace(job, facts=facts) for job in resolve_stages(resolve_extend, configs)]
+    facts = {"original_context": jobs[0].original_context, **hashed_fields(jobs[-1].config), **facts}
+    if config.stages:
+        facts["stages"] = [hashed_fields(job.config) for job in jobs]
+    if run.dry_run:
+        from lvctx.stages.plan import predict_extend, refuse
+
+        sizes = [{"rows": len(job.data or ()), "epochs": round(job.epochs, 3)} for job in jobs]
+        facts |= {key: [size[key] for size in sizes] if config.stages else sizes[0][key] for key in sizes[0]}
+        longest = max(jobs, key=lambda job: job.config.seq_len or 0)
+        predicted = predict_extend(longest, parallel, world=max(_processes(), parallel.cp))
+        emit({"dry_run": True, "path": str(config.out), **facts, "predicted": predicted})
+        if predicted:
+            refuse(predicted)
+        return
+    with ExitStack() as stack:
+        control = _control(stack, "extend-lm", config.out, tracking, run)
+        run_stages(configs, jobs, resolve_extend, parallel, control)
+    emit(artifact_row(schemas.MODEL, config.out, facts))
+
+
+@command(
+    "align",
+    "lvctx align --lm lm-32k --tower tower --data shapes/projector.json --images shapes --steps 2 -o vlm-0",
+    "lvctx align --stage full --init vlm --data shapes/full.json --images shapes --lora 16 --dry-run -o vlm-1",
+)
+def align(config: AlignConfig, parallel: ParallelConfig, tracking: TrackingOptions, run: RunOptions) -> None:
+    """Train a language model to process images, with a vision tower and a projector.
+
+    The projector is trained first, then the whole model or LoRA. Answers and the end of their turn are learned, or what
+    the chat template marks as generated; a template that rewrites earlier turns is refused. The text of a special token
+    in a turn (<|im_end|>), and <image> in a row without images, is encoded as plain text. An assistant turn before the
+    first question is left out.
+
+    Stage dpo reads rows of "image" (or "images", or neither), "prompt" (or "conversations"), "chosen" and "rejected",
+    each text or messages.
+    """
+    from lvctx.stages.align_job import count_tokens, resolve_align
+
+    job = resolve_align(config)
+    facts = {"samples": len(job.rows), **hashed_fields(job.config)}
+    if run.dry_run:
+        with progress("align: count") as on_progress:
+            emit({"dry_run": True, "path": str(config.out), **facts, **count_tokens(job, on_progress)})
+        return
+    from lvctx.stages.dpo import align_task
+    from lvctx.train.run import run_training
+
+    with ExitStack() as stack:
+        control = _control(stack, f"align {config.stage}", config.out, tracking, run)
+        run_training(align_task(job), parallel, control)
+    emit(artifact_row(schemas.MODEL, config.out, facts))
+
+
+@command(
+    "mrope-extend",
+    "lvctx mrope-extend --model qwen2-vl --scale 4 --verify -o qwen2-vl-4x",
+    "lvctx mrope-extend --model qwen2-vl --scale 2 --data shapes/full.json --media shapes --seq-len 1024 --steps 1 "
+    "-o qwen2-vl-2x",
+)
+def mrope_extend(config: MropeConfig, parallel: ParallelConfig, tracking: TrackingOptions, run: RunOptions) -> None:
+    """Extend the context of a Qwen-VL model with M-RoPE++ (GIRAFFE). Weights are linked, config.json changes.
+
+    With --data the language model is trained at the new positions on long rows of chat samples; the tower is frozen.
+    """
+    from lvctx.stages.mrope_checkpoint import resolve_mrope, run_mrope
+
+    if config.plot is not None and config.plot.suffix not in (".png", ".svg"):
+        raise UsageError("--plot draws .png or .svg", where=config.plot)
+    job = resolve_mrope(config, force=run.force)
+    if job.note:
+        say(f"lvctx: {job.note}")
+    facts = job.describe()
+    if config.frames is not None:
+        facts["video"] = _count_video(config, config.frames)
+    if config.allow_partial and (config.data is None or config.data.is_dir()):
+        raise UsageError("--allow-partial is for videos of samples that are packed here", fix="give it to pack-chat")
+    if config.stages and config.data is None:
+        raise UsageError("--stage is for training", fix="give --data")
+    if config.data is not None and not (run.dry_run and config.data.is_file()):
+        facts |= _train_mrope(config, job.context, parallel, tracking, run)
+    elif not run.dry_run:
+        run_mrope(job, config.out, resume=run.resume, force=run.force)
+    if run.dry_run:
+        emit({"dry_run": True, "path": str(config.out), **facts, "rope_parameters": job.rope})
+        return
+    if config.plot is not None:
+        from lvctx.stages.mrope_verify import draw_curves
+
+        draw_curves(job.checkpoint.mrope, job.stretch, config.plot)
+    if config.verify:
+        facts["largest_relative_error"] = _verify(config.out)
+    emit(artifact_row(schemas.MODEL, config.out, facts))
+
+
+def _train_mrope(
+    config: MropeConfig, context: int, parallel: ParallelConfig, tracking: TrackingOptions, run: RunOptions
+) -> dict[str, Any]:
+    """Pack the samples if they are not packed, and train in one run or in stages; facts for the output row."""
+    from lvctx.stages.mrope import MropeTrainingJob, pack_samples_file, resolve_mrope_training
+    from lvctx.stages.progressive import resolve_stages, run_stages, stage_configs
+
+    if config.data is not None and config.data.is_file():
+        if "WORLD_SIZE" in os.environ:
+            raise UsageError("several processes train on packed chat", fix="lvctx pack-chat first")
+        with progress("mrope-extend, packing") as on_progress:
+            config = replace(config, data=pack_samples_file(config, config.seq_len or context, on_progress))
+
+    def resolve(stage: MropeConfig) -> MropeTrainingJob:
+        # Every stage after the first starts from a model that is extended already.
+        return resolve_mrope_training(stage, force=run.force or stage.model != config.model)
+
+    configs = stage_configs(config)
+    jobs = resolve_stages(resolve, configs)
+    trained = [{**hashed_fields(job.config), "rows": len(job.rows)} for job in jobs]
+    facts = {**jobs[-1].describe(), **trained[-1], **({"stages": trained} if config.stages else {})}
+    if not run.dry_run:
+        with ExitStack() as stack:
+            control = _control(stack, "mrope-extend", config.out, tracking, run)
+            run_stages(configs, jobs, resolve, parallel, control)
+    return facts
+
+
+def _count_video(config: MropeConfig, frames: int) -> dict[str, Any]:
+    """Tokens and positions of a video of `frames` frames."""
+    from lvctx.vision.hybrid import Hybrid
+    from lvctx.vision.sampling import VideoSampling
+    from lvctx.vlm.registry import open_vlm
+
+    try:
+        width, height = map(int, config.size.lower().split("x"))
+    except ValueError:
+        raise UsageError(f"--size {config.size!r} is not WxH", fix="write 1280x720") from None
+    hybrid = Hybrid.parse(config.hybrid) if config.hybrid else None
+    sampling = VideoSampling(hybrid=hybrid, hybrid_mode=config.hybrid_mode, fps=config.fps)
+    counted = open_vlm(config.model).count(frames, width, height, sampling)
+    say(
+        f"lvctx: {frames} frames of {config.size}: {counted['actual']} visual tokens (nominal {counted['nominal']}) "
+        f"and {counted['delimiters']} delimiters, but positions end at {counted['last_position']}"
+    )
+    return {"frames": frames, "size": config.size, **counted}
+
+
+def _verify(out: Path) -> float | None:
+    """Compare the frequencies that transformers computes with the formula; the largest relative error."""
+    from lvctx.stages.mrope_verify import verify
+
+    verified = verify(out)
+    print_channels(verified)
+    if not verified.holds:
+        raise InputError(
+            f"this transformers computes other frequencies (relative error {verified.error:.1e})",
+            where=out,
+            fix="report it with the version of transformers",
+        )
+    return verified.error
+
+
+def _control(stack: ExitStack, label: str, out: Path, tracking: TrackingOptions, run: RunOptions) -> RunControl:
+    """How a training runs and reports, until `stack` ends."""
+
+    on_progress = stack.enter_context(progress(label))
+    on_step = stack.enter_context(tracker(tracking, out))
+    return RunControl(out=out, resume=run.resume, force=run.force, on_progress=on_progress, on_step=on_step)
+
+
+def _processes() -> int:
+    """Number of processes that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def print_channels(verified: "Verified", *, stderr: bool = True) -> None:
+    """A table of wavelengths, a line for each channel."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("channel", "axis", box=None, pad_edge=False)
+    for name in ("pretrained", "formula", "transformers"):
+        table.add_column(name, justify="right")
+    for j, channel in enumerate(verified.channels):
+        formula = "" if channel.formula is None else f"{channel.formula:,.1f}"
+        table.add_row(str(j), channel.axis, f"{channel.plain:,.1f}", formula, f"{channel.wavelength:,.1f}")
+    console = Console(stderr=stderr)
+    console.print("wavelengths, in positions", highlight=False)
+    console.print(table)
+    error = "formula not known" if verified.error is None else f"largest relative error {verified.error:.1e}"
+    console.print(f"{error}; attention factor {verified.attention:g}", highlight=False)

@@ -1,0 +1,72 @@
+"""Configuration of `align`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from lvctx.config import Flag, Seed
+
+IMAGES, TRAINING = "Images", "Training"
+
+
+def parse_max_grids(text: str) -> int:
+    """Text of --max-grids. Raises ValueError."""
+    if not text.isdecimal() or int(text) < 2:
+        raise ValueError("a whole number of at least 2 is wanted")
+    return int(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig:
+    """What decides an aligned model."""
+
+    data: Annotated[Path, Flag(in_hash=False)]
+    """LLaVA rows or OpenAI messages, for dpo preference pairs: JSON, JSONL, Parquet, a directory that datasets saved,
+    or a hub id. Images inside the rows are written to --images."""
+    images: Annotated[Path, Flag(in_hash=False)]
+    """Directory that the image paths are relative to."""
+    out: Annotated[Path, Flag(names=("-o", "--out"), in_hash=False)]
+    """Directory of the aligned model."""
+    stage: Literal["projector", "full", "dpo"] = "projector"
+    """What trains. projector: the MLP only. full: the whole model. dpo: the whole model, on preferences."""
+    lm: Annotated[str | None, Flag(in_hash=False)] = None
+    """Language model: directory or hub id."""
+    tower: Annotated[str | None, Flag(in_hash=False)] = None
+    """CLIP or SigLIP vision tower: directory or hub id."""
+    init: Annotated[str | None, Flag(in_hash=False)] = None
+    """VLM to start from, instead of --lm and --tower."""
+    adapter: Annotated[tuple[Path, ...], Flag(in_hash=False)] = ()
+    """adapter/ of an earlier run with --lora, to start from; of several, the later one wins."""
+    image_encoding: Annotated[Literal["unires", "anyres", "single"] | None, Flag(panel=IMAGES)] = None
+    """unires: grids that are encoded like video frames. anyres: a base image and at most 4 grids (LLaVA-NeXT). single:
+    one grid. Default: that of --init, else unires."""
+    unires_rule: Annotated[Literal["code", "paper"] | None, Flag(panel=IMAGES)] = None
+    """UniRes as in LongVA's released code or as in its paper. Default: that of --init, else code."""
+    max_grids: Annotated[
+        int | tuple[tuple[int, int], ...] | None, Flag(parse=parse_max_grids, metavar="INTEGER", panel=IMAGES)
+    ] = None
+    """UniRes: grids per image at most. Default: that of --init, else 49 (LongVA)."""
+    steps: Annotated[int | None, Flag(min=1, panel=TRAINING)] = None
+    """Optimizer steps. Default: --epochs."""
+    epochs: Annotated[float | None, Flag(in_hash=False, panel=TRAINING)] = None
+    """Passes over the data, instead of --steps. Default: 1, for dpo 3."""
+    batch: Annotated[int | None, Flag(min=1, panel=TRAINING)] = None
+    """Samples per step. Default (LongVA): 128 for projector, 32 for full, 128 for dpo."""
+    lr: Annotated[float | None, Flag(panel=TRAINING)] = None
+    """Peak learning rate. Default (LongVA): 1e-3 for projector, 1e-5 for full, 5e-7 for dpo."""
+    projector_lr: Annotated[float | None, Flag(min=0, panel=TRAINING)] = None
+    """Peak learning rate of the projector for full and dpo; 0 freezes it. Default: --lr."""
+    tower_lr: Annotated[float | None, Flag(min=0, panel=TRAINING)] = None
+    """Peak learning rate of the vision tower; 0 freezes it. Default: 2e-6 for full, else 0."""
+    warmup: Annotated[float, Flag(min=0, max=1, panel=TRAINING)] = 0.03
+    """Fraction of the steps over which the learning rate rises; then cosine decay, for dpo linear."""
+    lora: Annotated[int, Flag(min=0, panel=TRAINING)] = 0
+    """Rank of LoRA on the language model's attention for full and dpo; 0 trains all of its parameters."""
+    beta: Annotated[float | None, Flag(panel=TRAINING)] = None
+    """DPO: strength of the penalty for leaving the starting model. Default: 0.1."""
+    max_length: Annotated[int, Flag(min=2, panel=TRAINING)] = 32_768
+    """Tokens after which a sample is truncated."""
+    pose: Annotated[bool, Flag(panel=TRAINING)] = False
+    """PoSE: cut each sample in two and move the parts apart, so that short samples cover the whole context."""
+    seed: Seed = 0
+    """Seed of the order of the samples and of the initialisation of projector and LoRA."""

@@ -1,0 +1,52 @@
+"""How a training uses the machine and where it writes: no part of its result, so of no configuration hash."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from lvctx.config import Flag, OnProgress
+
+OnStep = Callable[[Path, dict[str, Any]], None]
+"""Called with the output directory and the row of metrics.jsonl that a step has just written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Devices, memory and speed."""
+
+    panel: ClassVar[str] = "Devices, memory and speed"
+
+    device: str = "auto"
+    """Where to train: cuda, mps or cpu. auto: CUDA if there is one, else MPS, else the CPU."""
+    cp: Annotated[int, Flag(min=1)] = 1
+    """Processes that share a row (context parallelism); start them with torchrun."""
+    offload: bool = False
+    """Keep parameters and optimizer state in host memory."""
+    checkpoint_activations: bool = True
+    """Recompute each layer in the backward pass instead of keeping its activations: less memory, a third more time."""
+    offload_activations: bool = False
+    """Keep the inputs of the layers in host memory between forward and backward pass."""
+    micro_tokens: Annotated[int | None, Flag(min=1)] = None
+    """Tokens per forward pass, in whole rows or samples and at least one. Default: 4096."""
+
+    @property
+    def forward_tokens(self) -> int:
+        """`micro_tokens` with its default."""
+        return self.micro_tokens or 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunControl:
+    """Where a training writes, what it does with what is there, and whom it keeps informed."""
+
+    out: Path
+    """Directory of the trained model."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """Continue an unfinished output: if there is one, never, or fail if there is none."""
+    force: bool = False
+    """Overwrite the output of another run."""
+    on_progress: OnProgress = lambda done, total, note: None
+    """Called after every step, and in longer preparations."""
+    on_step: OnStep = lambda out, row: None
+    """Called after every step, on rank 0."""
