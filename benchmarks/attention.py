@@ -2,10 +2,10 @@
 
     python benchmarks/attention.py [--heads 9 --key-heads 3 --channels 64] [--length 32768] [--chunk 2048]
 
-Rows: torch's own FlashAttention-2 against cuDNN, which training tries first (`lvctx.dist.kernels.cudnn_first`). Cache:
-the last `chunk` of `length` tokens by one masked call, as transformers makes it, against two flash calls merged by
-their log-sum-exp (`lvctx.dist.stripes`), as needles and questions are read. Medians of five; `limit` is the speed of a
-large bfloat16 matrix product on this device. Operations: two a channel, product and pair of tokens that attend.
+Rows: torch's own FlashAttention-2 against cuDNN, which training tries first (`block_attention.cudnn_first`). Cache: the
+last `chunk` of `length` tokens by one masked call, as transformers makes it, against two flash calls merged by their
+log-sum-exp (`striped_attention`), as evaluation does. Medians of five; `limit` is the speed of a large bfloat16 matrix
+product on this device. Operations: two a channel, product and pair of tokens that attend.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lvctx.dist.kernels import FlashCUDA
-from lvctx.dist.stripes import attend_alone
+from lvctx.parallel.block_attention import FlashCUDA
+from lvctx.parallel.striped_attention import attend_alone
 
 
 def milliseconds(run: Callable[[], object]) -> float:

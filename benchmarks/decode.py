@@ -17,10 +17,10 @@ from pathlib import Path
 import av
 import decord
 
-from lvctx.vision.decode import read_video
-from lvctx.vision.frame_selection import frame_numbers
-from lvctx.vision.packets import read_packets
-from lvctx.vision.sampling import VideoSampling
+from lvctx.video.frame_selection import frame_numbers
+from lvctx.video.packet_index import read_packets
+from lvctx.video.reader import read_video
+from lvctx.video.sampling import VideoSampling
 
 CHUNK = 32
 """Frames of one get_batch: all at once would hold them all."""

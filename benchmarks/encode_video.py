@@ -19,9 +19,9 @@ from typing import Any
 import decord
 
 from lvctx.device import resolve_device
-from lvctx.vision.frame_selection import frame_numbers
-from lvctx.vision.packets import read_packets
-from lvctx.vision.sampling import VideoSampling
+from lvctx.video.frame_selection import frame_numbers
+from lvctx.video.packet_index import read_packets
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.video_encoder import VideoEncoder
 
 CHUNK = 32

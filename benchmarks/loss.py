@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lvctx.model.loss import token_loss
+from lvctx.models.loss import token_loss
 
 WAYS = ("chunks", "torch", "full")
 

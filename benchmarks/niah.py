@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from lvctx.eval.niah.task import insertion_points
+from lvctx.eval.niah.needle_task import insertion_points
 from lvctx.inference.prefix_scorer import PrefixScorer, common_prefix, walk_order
 
 
@@ -73,9 +73,9 @@ def paper(nested: bool) -> dict[str, Any]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Both walks over one grid of text, in turns of a thirtieth of the cells."""
-    from lvctx.eval.niah.config import Depths, TextNiahConfig
+    from lvctx.eval.niah.niah_config import Depths, TextNiahConfig
     from lvctx.eval.niah.run import plan_text
-    from lvctx.model.load import load_model
+    from lvctx.models.loading import load_model
 
     step = arguments.longest // 15
     depths = tuple(i / (arguments.depths - 1) for i in range(arguments.depths))

@@ -25,7 +25,7 @@ import numpy as np
 def rows(out: Path, length: int, vocab: int) -> None:
     """Packed rows of random ids: what is in them does not change a step's cost."""
     from lvctx.artifacts.manifest import Provenance, write_manifest
-    from lvctx.artifacts.packed import shard_name, write_shard
+    from lvctx.data.packed import shard_name, write_shard
 
     out.mkdir()
     ids = np.random.default_rng(0).integers(0, vocab, (4, length)).astype(np.int32)
@@ -59,7 +59,7 @@ def plain(arguments: argparse.Namespace, work: Path) -> list[float]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lvctx.artifacts.packed import PackedRows
+    from lvctx.data.packed import PackedRows
 
     model: Any = AutoModelForCausalLM.from_pretrained(
         arguments.model, dtype=torch.float32, attn_implementation="sdpa"
@@ -108,8 +108,8 @@ def speed(device: str) -> float:
 
 def predicted(arguments: argparse.Namespace, length: int) -> tuple[int, float]:
     """Peak of ours by the plan, and the model's operations of a step."""
-    from lvctx.stages.plan import predict
-    from lvctx.stages.plan_config import PlanConfig
+    from lvctx.training.plan import predict
+    from lvctx.training.plan_config import PlanConfig
 
     found = predict(
         PlanConfig(
@@ -128,7 +128,7 @@ def predicted(arguments: argparse.Namespace, length: int) -> tuple[int, float]:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Every length by both paths, a row each as it is done."""
-    from lvctx.model.load import read_config
+    from lvctx.models.loading import read_config
 
     limit, vocab = speed(arguments.device), int(read_config(arguments.model)["vocab_size"])
     for length in (int(n) for n in arguments.lengths.split(",")):

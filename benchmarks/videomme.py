@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from niah import flops
 
-from lvctx.bench import videomme
+from lvctx.eval.benchmarks import videomme
 from lvctx.inference.prefix_scorer import common_prefix
 from lvctx.inference.transformers_engine import TransformersEngine
-from lvctx.model.vlm import VIDEO_TOKEN, embed_frames, newline_embedding, tokens_per_frame
-from lvctx.vision.tower import TowerFiles
+from lvctx.models.vision_encoder import TowerFiles
+from lvctx.models.vlm_assembly import VIDEO_TOKEN, embed_frames, newline_embedding, tokens_per_frame
 from lvctx.vlm.base import VisualInput
 from lvctx.vlm.llava_onevision import BATCH
 from lvctx.vlm.registry import open_vlm
@@ -40,9 +40,9 @@ GOAL = 1.3
 
 def draw_model(lm_dir: Path, tower_dir: Path, out: Path) -> Path:
     """A VLM of both with a drawn projector, and room for 32,768 positions."""
-    from lvctx.model.load import load_model, load_tokenizer
-    from lvctx.model.vlm import assemble, save_vlm
-    from lvctx.vision.tower import load_vision_model
+    from lvctx.models.loading import load_model, load_tokenizer
+    from lvctx.models.vision_encoder import load_vision_model
+    from lvctx.models.vlm_assembly import assemble, save_vlm
 
     lm, tokenizer = load_model(lm_dir), load_tokenizer(lm_dir)
     lm.config.max_position_embeddings = 32_768

@@ -33,9 +33,9 @@ def talk(*turns: str, **extra: Any) -> dict[str, Any]:
 
 def make_forward(vlm: Any, tokenizer: Any, encoding: Any, pixels_from: Path, *, pose: bool = False) -> Any:
     """A VLM ready for micro-batches, its tower frozen."""
-    from lvctx.model.vlm import newline_id
-    from lvctx.train.batching import Forward
-    from lvctx.vision.images import Preprocess
+    from lvctx.models.image_processing import Preprocess
+    from lvctx.models.vlm_assembly import newline_id
+    from lvctx.training.batching import Forward
 
     return Forward(
         vlm,
@@ -60,11 +60,11 @@ def align(
     **changed: Any,
 ) -> Any:
     """Align in this process, images beside `data`; the job."""
-    from lvctx.stages.align_job import resolve_align
-    from lvctx.stages.dpo import align_task
-    from lvctx.train.align_config import AlignConfig
-    from lvctx.train.config import ParallelConfig, RunControl
-    from lvctx.train.run import run_training
+    from lvctx.training.align_config import AlignConfig
+    from lvctx.training.align_job import resolve_align
+    from lvctx.training.dpo import align_task
+    from lvctx.training.parallel_config import ParallelConfig, RunControl
+    from lvctx.training.run_training import run_training
 
     options: dict[str, Any] = {"steps": 3, "batch": 3, "lr": 1e-2, "tower_lr": 0.0, "warmup": 0.0, "max_length": 4096}
     options |= {"lm": str(lm) if lm else None, "tower": str(tower) if tower else None}

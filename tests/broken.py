@@ -75,10 +75,10 @@ def save_lm(out: Path, *, tied: bool = True, layers: int = 2) -> Path:
 
 def save_vlm(lm: Path, tower: Path, out: Path) -> Path:
     """The two and a random projector."""
-    from lvctx.model.load import load_model, load_tokenizer
-    from lvctx.model.vlm import assemble
-    from lvctx.model.vlm import save_vlm as save
-    from lvctx.vision.tower import load_vision_model
+    from lvctx.models.loading import load_model, load_tokenizer
+    from lvctx.models.vision_encoder import load_vision_model
+    from lvctx.models.vlm_assembly import assemble
+    from lvctx.models.vlm_assembly import save_vlm as save
 
     model, tokenizer = load_model(lm), load_tokenizer(lm)
     vision = load_vision_model(tower, dtype=model.dtype)

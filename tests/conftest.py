@@ -93,7 +93,7 @@ def tiny_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_vlm(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The two and a random projector: a VLM that says nothing of sense, and hardly two things."""
-    from lvctx.model.load import load_model
+    from lvctx.models.loading import load_model
 
     return save_tiny_vlm(load_model(tiny_lm), tiny_lm, tiny_tower, tmp_path_factory.mktemp("tiny_vlm"))
 
@@ -103,7 +103,7 @@ def loud_vlm(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathF
     """One whose answers differ, as its weights are ten times the usual, and that reads 2,048 positions."""
     import torch
 
-    from lvctx.model.load import load_model
+    from lvctx.models.loading import load_model
 
     lm = load_model(tiny_lm)
     lm.config.max_position_embeddings = 2048
@@ -119,8 +119,8 @@ def save_tiny_vlm(lm: Any, tiny_lm: Path, tiny_tower: Path, out: Path) -> Path:
     """Write a language model with the tiny tower and a random projector in front."""
     from transformers import CLIPVisionModel
 
-    from lvctx.model.load import load_tokenizer
-    from lvctx.model.vlm import assemble, save_vlm
+    from lvctx.models.loading import load_tokenizer
+    from lvctx.models.vlm_assembly import assemble, save_vlm
 
     tokenizer, tower = load_tokenizer(tiny_lm), CLIPVisionModel.from_pretrained(tiny_tower).eval()
     save_vlm(assemble(lm, tower, tokenizer, where=tiny_lm, seed=0), tokenizer, tiny_tower, out)

@@ -24,15 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lvctx.artifacts.manifest import Provenance
-from lvctx.dist.context import ParallelContext
 from lvctx.errors import Stopped
-from lvctx.stages import dpo
-from lvctx.train import trainer
-from lvctx.train.config import ParallelConfig, RunControl
-from lvctx.train.data import indices
-from lvctx.train.run import run_training
-from lvctx.train.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
-from lvctx.train.trainer import train
+from lvctx.parallel.context import ParallelContext
+from lvctx.training import dpo, trainer
+from lvctx.training.parallel_config import ParallelConfig, RunControl
+from lvctx.training.row_order import indices
+from lvctx.training.run_training import run_training
+from lvctx.training.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
+from lvctx.training.trainer import train
 
 
 class Toy(TrainingTask[int]):
@@ -144,8 +143,8 @@ def _toy(folder: Path, out: Path) -> None:
 
 
 def _extend(folder: Path, out: Path) -> None:
-    from lvctx.stages.extend import resolve_extend
-    from lvctx.train.extend_config import ExtendConfig
+    from lvctx.training.extend import resolve_extend
+    from lvctx.training.extend_config import ExtendConfig
 
     options: dict[str, Any] = {"rope_theta": 1e6, "context": 512, "lr": 1e-3, "steps": 4, "batch_tokens": 128}
     job = resolve_extend(ExtendConfig(model=str(folder / "lm"), out=out, data=folder / "rows", **options))
@@ -162,8 +161,8 @@ def _dpo(folder: Path, out: Path) -> None:
 
 
 def _mrope(folder: Path, out: Path) -> None:
-    from lvctx.stages.mrope import resolve_mrope_training
-    from lvctx.train.mrope_config import MropeConfig
+    from lvctx.training.mrope_config import MropeConfig
+    from lvctx.training.mrope_extend import resolve_mrope_training
 
     options: dict[str, Any] = {"steps": 4, "lr": 1e-2, "warmup": 0.0, "lora": 4}
     config = MropeConfig(model=str(folder / "qwen"), out=out, scale=2, data=folder / "chat", media=folder, **options)

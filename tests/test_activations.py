@@ -9,7 +9,7 @@ FORWARD = """
 import os
 import torch
 from transformers import LlamaConfig, LlamaModel
-from lvctx.train.activations import checkpoint_layers
+from lvctx.training.activations import checkpoint_layers
 
 def resident():
     with open("/proc/self/statm") as f:

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from lvctx.cli.app import app
 from lvctx.errors import InputError
-from lvctx.model.adapter import load_adapter
-from lvctx.model.load import load_model
-from lvctx.model.lora import ATTENTION, add_lora
+from lvctx.models.adapter import load_adapter
+from lvctx.models.loading import load_model
+from lvctx.models.lora import ATTENTION, add_lora
 
 
 @pytest.fixture(scope="module")

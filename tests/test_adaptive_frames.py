@@ -17,12 +17,12 @@ from test_prefix import assert_same, plain
 
 from lvctx.artifacts.jsonl_log import read_jsonl
 from lvctx.eval.niah.image_needles import ImageNeedle, NeedleSet
-from lvctx.eval.niah.video import VideoNeedleTask
+from lvctx.eval.niah.video_task import VideoNeedleTask
 from lvctx.inference.prefix_scorer import PrefixScorer
-from lvctx.model.vlm import chat_ids
-from lvctx.positions.mrope_ids import Rules, Text, positions
-from lvctx.vision.hybrid import Hybrid
-from lvctx.vision.sampling import VideoSampling
+from lvctx.models.vlm_assembly import chat_ids
+from lvctx.rope.mrope_positions import Rules, Text, positions
+from lvctx.video.hybrid import Hybrid
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.feature_cache import read_feature_cache
 from lvctx.vlm.qwen_frames import pixels, resize_frames
 from lvctx.vlm.qwen_haystack import QwenHaystack

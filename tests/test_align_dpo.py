@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import LlavaOnevisionForConditionalGeneration
 
+from lvctx.data.chat_encoding import TokenSequence
+from lvctx.data.conversations import read_pairs
 from lvctx.errors import InputError, Stopped, UsageError
-from lvctx.model.load import load_model, load_tokenizer
-from lvctx.model.loss import IGNORED
-from lvctx.model.vlm import newline_id
-from lvctx.stages.dpo import REFERENCE, log_probs, reference_loss
-from lvctx.text.conversations import read_pairs
-from lvctx.train.batching import Forward, Sample, encode_sample, pack_samples
-from lvctx.train.chat import TokenSequence
-from lvctx.train.data import indices
-from lvctx.vision.images import Preprocess
+from lvctx.models.image_processing import Preprocess
+from lvctx.models.loading import load_model, load_tokenizer
+from lvctx.models.loss import IGNORED
+from lvctx.models.vlm_assembly import newline_id
+from lvctx.training.batching import Forward, Sample, encode_sample, pack_samples
+from lvctx.training.dpo import REFERENCE, log_probs, reference_loss
+from lvctx.training.row_order import indices
 from lvctx.vlm.image_tiling import ImageEncoding
 
 PAIRS = [
@@ -58,7 +58,7 @@ def stock_log_prob(stock: Any, sample: Sample, sequence: TokenSequence, forward:
     if sample.images:
         seen = []
         for image in sample.images:
-            from lvctx.vision.images import open_image
+            from lvctx.models.image_processing import open_image
 
             tiles = forward.encoding.tiles(open_image(image), alone=True, background=(0, 0, 0))
             pixels = forward.preprocess(tiles).double()

@@ -20,9 +20,11 @@ from typer.testing import CliRunner
 
 from lvctx.artifacts.manifest import read_manifest
 from lvctx.cli.app import app
+from lvctx.data.conversations import read_conversations
 from lvctx.errors import InputError
-from lvctx.model.load import load_config, load_model, load_tokenizer
-from lvctx.model.vlm import (
+from lvctx.models.image_processing import Preprocess, open_image
+from lvctx.models.loading import load_config, load_model, load_tokenizer
+from lvctx.models.vlm_assembly import (
     Grid,
     assemble,
     embed_frames,
@@ -31,10 +33,8 @@ from lvctx.model.vlm import (
     newline_embedding,
     save_vlm,
 )
-from lvctx.stages.align_job import count_tokens
-from lvctx.text.conversations import read_conversations
-from lvctx.train.batching import Sample, encode_sample
-from lvctx.vision.images import Preprocess, open_image
+from lvctx.training.align_job import count_tokens
+from lvctx.training.batching import Sample, encode_sample
 from lvctx.vlm.image_tiling import ImageEncoding
 
 GRIDS: tuple[Grid, ...] = ("unires", "anyres", "single")

@@ -11,11 +11,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lvctx.data.chat_encoding import TokenSequence, encode_conversation
+from lvctx.data.conversations import Conversation, Media, Turn
 from lvctx.errors import InputError
-from lvctx.model.loss import IGNORED
-from lvctx.model.vlm import VIDEO_TOKEN
-from lvctx.text.conversations import Conversation, Media, Turn
-from lvctx.train.chat import TokenSequence, encode_conversation
+from lvctx.models.loss import IGNORED
+from lvctx.models.vlm_assembly import VIDEO_TOKEN
 
 TEMPLATES = Path(__file__).parent / "data" / "chat"
 SPECIAL = (

@@ -14,10 +14,10 @@ from transformers import CLIPVisionModel
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app
-from lvctx.model.load import context_length, load_model, load_tokenizer
-from lvctx.model.vlm import VIDEO_TOKEN, assemble
-from lvctx.text.conversations import read_conversations
-from lvctx.train.batching import encode_sample, skip_positions
+from lvctx.data.conversations import read_conversations
+from lvctx.models.loading import context_length, load_model, load_tokenizer
+from lvctx.models.vlm_assembly import VIDEO_TOKEN, assemble
+from lvctx.training.batching import encode_sample, skip_positions
 from lvctx.vlm.image_tiling import ImageEncoding
 
 ROWS = [

@@ -11,9 +11,9 @@ import pytest
 from aligning import draw, talk, write
 from PIL import Image
 
+from lvctx.data.chat_encoding import to_messages
+from lvctx.data.conversations import read_conversations, read_pairs
 from lvctx.errors import InputError
-from lvctx.text.conversations import read_conversations, read_pairs
-from lvctx.train.chat import to_messages
 
 ROWS = [talk("<image>\nWhat?", "red", image="0.png"), talk("Hi.", "Hello."), talk("<image>\nAnd?", "no", image="1.png")]
 

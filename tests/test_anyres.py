@@ -12,7 +12,7 @@ from PIL import Image
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from lvctx.vision.anyres import (
+from lvctx.vlm.anyres import (
     anyres_flatten,
     anyres_grid,
     anyres_map,

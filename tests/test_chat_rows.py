@@ -12,17 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 from aligning import draw, talk, write
 
-from lvctx.artifacts.chat import ChatRows
+from lvctx.data.chat_encoding import to_messages
+from lvctx.data.conversations import Conversation, Media, parse_conversation, read_conversations, read_pairs
+from lvctx.data.pack_chat import plan_pack_chat, run_pack_chat
+from lvctx.data.pack_chat_config import PackChatConfig
+from lvctx.data.packed_chat import ChatRows
+from lvctx.data.records import Record
 from lvctx.errors import InputError
-from lvctx.model.load import load_tokenizer
-from lvctx.model.loss import IGNORED
-from lvctx.model.template import Visual
-from lvctx.model.vlm import VIDEO_TOKEN
-from lvctx.stages.pack_chat import plan_pack_chat, run_pack_chat
-from lvctx.stages.pack_chat_config import PackChatConfig
-from lvctx.text.conversations import Conversation, Media, parse_conversation, read_conversations, read_pairs
-from lvctx.text.records import Record
-from lvctx.train.chat import to_messages
+from lvctx.models.chat_template import Visual
+from lvctx.models.loading import load_tokenizer
+from lvctx.models.loss import IGNORED
+from lvctx.models.vlm_assembly import VIDEO_TOKEN
 
 IMAGE = Visual(VIDEO_TOKEN)
 HI = talk("Hi", "Hello")
@@ -302,7 +302,7 @@ def test_pack_chat_writes_control_tokens_of_turns_as_text(template: str, tiny_vl
 
 
 def test_align_writes_them_as_text_too(tiny_lm: Path, tiny_tower: Path, tmp_path: Path) -> None:
-    from lvctx.stages.align_job import count_tokens
+    from lvctx.training.align_job import count_tokens
 
     plan = aligning.align(write(tmp_path / "d.json", WRITTEN), tmp_path / "vlm", tiny_lm, tiny_tower, steps=1, batch=3)
     assert count_tokens(plan, lambda done, total, note: None)["visual_tokens"] == 0

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lvctx.data.chat_encoding import TokenSequence, encode_messages
 from lvctx.errors import InputError
-from lvctx.model.loss import IGNORED
-from lvctx.model.template import Visual, chat_encoder
-from lvctx.model.vlm import add_visual_tokens, answer_ids, chat_ids, flatten_content
-from lvctx.train.chat import TokenSequence, encode_messages
+from lvctx.models.chat_template import Visual, chat_encoder
+from lvctx.models.loss import IGNORED
+from lvctx.models.vlm_assembly import add_visual_tokens, answer_ids, chat_ids, flatten_content
 
 IMAGE = "<video>"
 THINK = "<think>\n\n</think>\n\n"
@@ -418,7 +418,7 @@ def test_forced_needles_read_a_training_sequence() -> None:
     from support.frames import even_tokens
 
     from lvctx.eval.niah.image_needles import ImageNeedle, NeedleSet
-    from lvctx.eval.niah.video import VideoNeedleTask
+    from lvctx.eval.niah.video_task import VideoNeedleTask
 
     tokenizer = tokenizer_of(QWEN3)
     vocabulary = len(tokenizer)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from test_mrope_train import reader_of
 from test_niah import run
 
-from lvctx.vision.decode import count_frames, read_video
-from lvctx.vision.hybrid import Hybrid
-from lvctx.vision.sampling import VideoSampling
+from lvctx.video.hybrid import Hybrid
+from lvctx.video.reader import count_frames, read_video
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.registry import open_vlm
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()

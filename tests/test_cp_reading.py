@@ -19,14 +19,14 @@ from test_prefix import plain_text, small_model, tree_size
 from test_ring import tiny_config
 from torch.nn import functional as F
 
-from lvctx.dist.context import ParallelContext, joined, make_context
-from lvctx.dist.stripes import Stripe, _attend, held, prepare
 from lvctx.errors import InputError
-from lvctx.eval.niah.config import Depths, TextNiahConfig
+from lvctx.eval.niah.niah_config import Depths, TextNiahConfig
 from lvctx.eval.niah.run import NiahJob, NiahRun, plan_text, run_niah
-from lvctx.eval.niah.text import TextNeedleTask
+from lvctx.eval.niah.text_task import TextNeedleTask
 from lvctx.inference.prefix_scorer import PrefixScorer, Score, walk_order
-from lvctx.model.load import load_model, load_tokenizer
+from lvctx.models.loading import load_model, load_tokenizer
+from lvctx.parallel.context import ParallelContext, joined, make_context
+from lvctx.parallel.striped_attention import Stripe, _attend, held, prepare
 
 WORDS = ["the", "old", "tree", "stood", "by", "a", "river", "and", "people", "came", "from", "far"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -190,7 +190,7 @@ def test_a_sliding_window_is_refused(tiny_lm: Path) -> None:
 
 def test_two_ranks_watch_together(tiny_vlm: Path, tmp_path: Path) -> None:
     """Names come in a pipe, which one rank alone can read."""
-    from lvctx.vision.tower import load_tower
+    from lvctx.models.vision_encoder import load_tower
 
     frames = encode(load_tower(tiny_vlm, dtype=None), tmp_path / "a.frames.safetensors")
     flags = ["--model", str(tiny_vlm), "--ask", "What is it?", "--ask", "What color?", "--max-new-tokens", "6"]

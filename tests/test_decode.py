@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lvctx.errors import InputError, UsageError
-from lvctx.vision.container import probe
-from lvctx.vision.decode import count_frames, read_video
-from lvctx.vision.frame_selection import DecodedFrame, spread, take_sampled
-from lvctx.vision.packets import read_packets
-from lvctx.vision.sampling import VideoSampling
+from lvctx.video.container import probe
+from lvctx.video.frame_selection import DecodedFrame, spread, take_sampled
+from lvctx.video.packet_index import read_packets
+from lvctx.video.reader import count_frames, read_video
+from lvctx.video.sampling import VideoSampling
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 H264 = ["-c:v", "libx264", "-bf", "3", "-g", "20", "-pix_fmt", "yuv420p"]

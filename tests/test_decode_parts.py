@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from lvctx.errors import InputError
-from lvctx.vision.apart import DecodeRequest, Decoders
-from lvctx.vision.decode import read_video
-from lvctx.vision.frame_selection import frame_numbers
-from lvctx.vision.packets import ENTRY, SPARE, read_packets
-from lvctx.vision.sampling import VideoSampling
+from lvctx.video.decode_worker import DecodeRequest, Decoders
+from lvctx.video.frame_selection import frame_numbers
+from lvctx.video.packet_index import ENTRY, SPARE, read_packets
+from lvctx.video.reader import read_video
+from lvctx.video.sampling import VideoSampling
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 H264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-bf", "3"]

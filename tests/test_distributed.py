@@ -19,17 +19,17 @@ from torch import Tensor
 
 from lvctx.artifacts.lock import only_writer
 from lvctx.artifacts.manifest import Provenance
-from lvctx.dist import attention
-from lvctx.dist.context import ParallelContext, joined, make_context, propagate_errors
-from lvctx.dist.fsdp import full_tensor, gather_into, shard_model
 from lvctx.errors import InputError, Stopped
-from lvctx.model.lora import ATTENTION, add_lora
-from lvctx.train.activations import checkpoint_layers
-from lvctx.train.config import ParallelConfig, RunControl
-from lvctx.train.data import indices
-from lvctx.train.rows import RowLoss, shard_row
-from lvctx.train.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
-from lvctx.train.trainer import train
+from lvctx.models.lora import ATTENTION, add_lora
+from lvctx.parallel import hf_attention
+from lvctx.parallel.context import ParallelContext, joined, make_context, propagate_errors
+from lvctx.parallel.fsdp import full_tensor, gather_into, shard_model
+from lvctx.training.activations import checkpoint_layers
+from lvctx.training.parallel_config import ParallelConfig, RunControl
+from lvctx.training.row_order import indices
+from lvctx.training.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
+from lvctx.training.text_rows import RowLoss, shard_row
+from lvctx.training.trainer import train
 
 
 def row(number: int) -> Tensor:
@@ -43,9 +43,9 @@ def train_tiny(
 
     `stop`: SIGTERM comes to a rank (or, alone, is raised) at its n-th row. `bad`: a row whose loss is not finite.
     """
-    attention.register()
+    hf_attention.register()
     lm = tiny_model("llama", tie_word_embeddings=True)
-    lm.set_attn_implementation(attention.NAME)
+    lm.set_attn_implementation(hf_attention.NAME)
     checkpoint_layers(lm, offload=True)
     row_loss = RowLoss(lm)
     shard_model(row_loss, lm.model.layers, world)
@@ -155,11 +155,11 @@ def two(rank: int, out: Path) -> None:
 
 def check_sharded_gradients(world: ParallelContext) -> None:
     """FSDP over 2 x 2 in float32: the mean over ranks, times ranks, is stock transformers' gradient."""
-    attention.register()
+    hf_attention.register()
     lm = tiny_model("qwen2", tie_word_embeddings=True)
     ids = torch.cat([row(10 + i) for i in range(2)])
     expected = [reference(lm, one[None], one[None], None)[1] for one in ids]
-    lm.set_attn_implementation(attention.NAME)
+    lm.set_attn_implementation(hf_attention.NAME)
     lm.zero_grad(set_to_none=True)
     row_loss = RowLoss(lm)
     shard_model(row_loss, lm.model.layers, world, compute=torch.float32)
@@ -178,8 +178,8 @@ def check_lora_comes_back_whole(world: ParallelContext) -> None:
 
     model, twin = make(), make()
     lm = model.get_base_model()
-    attention.register()
-    lm.set_attn_implementation(attention.NAME)
+    hf_attention.register()
+    lm.set_attn_implementation(hf_attention.NAME)
     row_loss = RowLoss(lm)
     shard_model(row_loss, lm.model.layers, world, offload=True)
     total, _ = row_loss(**shard_row(row(0), world, None))

@@ -14,11 +14,11 @@ import pytest
 import zstandard
 from test_pack_text import make_documents, make_tokenizer, write_lines
 
+from lvctx.data import documents
+from lvctx.data.documents import UNNAMED, Chunk, Corpus, Fields, Place
+from lvctx.data.streams import find_parts
+from lvctx.data.tokenization import MALFORMED, OK, REPAIRED, SKIPPED, UNREADABLE, Encoder, Policy
 from lvctx.errors import InputError
-from lvctx.text import documents
-from lvctx.text.documents import UNNAMED, Chunk, Corpus, Fields, Place
-from lvctx.text.streams import find_parts
-from lvctx.text.tokenize import MALFORMED, OK, REPAIRED, SKIPPED, UNREADABLE, Encoder, Policy
 
 TEXTS = [f"document {i}: " + "é漢字 word " * (i % 7) for i in range(300)]
 START = Place(0, 0, 0)

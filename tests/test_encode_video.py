@@ -24,9 +24,9 @@ from lvctx.artifacts.manifest import Provenance
 from lvctx.artifacts.store import sha256_file
 from lvctx.cli.app import app
 from lvctx.errors import InputError
-from lvctx.vision.decode import read_video
-from lvctx.vision.sampling import VideoSampling, parse_rate
-from lvctx.vision.tower import TowerFiles, load_tower
+from lvctx.models.vision_encoder import TowerFiles, load_tower
+from lvctx.video.reader import read_video
+from lvctx.video.sampling import VideoSampling, parse_rate
 from lvctx.vlm.feature_cache import open_frames, read_feature_cache, write_frames
 from lvctx.vlm.video_encoder import share_videos
 

@@ -13,7 +13,7 @@ from transformers import LlavaOnevisionForConditionalGeneration
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app
-from lvctx.model.load import trained_length
+from lvctx.models.loading import trained_length
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from test_niah import run
 from transformers import AutoTokenizer, CLIPVisionModel, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from lvctx.inference.transformers_engine import TransformersEngine
-from lvctx.vision.decode import read_video
-from lvctx.vision.images import Preprocess
-from lvctx.vision.sampling import VideoSampling
+from lvctx.models.image_processing import Preprocess
+from lvctx.video.reader import read_video
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm import registry
 from lvctx.vlm.registry import open_vlm
 

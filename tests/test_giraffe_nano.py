@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_niah import run
 
-from lvctx.model.load import load_model
+from lvctx.models.loading import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 NANO = ROOT / "recipes" / "nano"

@@ -17,14 +17,14 @@ from test_mrope_train import here
 from test_niah import encode, essays, results, run
 from torch import Tensor
 
-from lvctx.dist import attention
-from lvctx.dist.kernels import FlashCUDA, Plain
-from lvctx.dist.ring import ALONE, ring_attention
-from lvctx.dist.stripes import NAME
-from lvctx.inference.config import CachePlacement
+from lvctx.inference.engine_config import CachePlacement
 from lvctx.inference.prefix_scorer import PrefixScorer
-from lvctx.model.load import load_model
-from lvctx.model.loss import shift_labels, token_loss
+from lvctx.models.loading import load_model
+from lvctx.models.loss import shift_labels, token_loss
+from lvctx.parallel import hf_attention
+from lvctx.parallel.block_attention import FlashCUDA, Plain
+from lvctx.parallel.ring_attention import ALONE, ring_attention
+from lvctx.parallel.striped_attention import NAME
 
 CUDA = os.environ.get("LVCTX_TEST_DEVICE", "cuda")
 """Another device tries the tests themselves where there is no GPU."""
@@ -40,7 +40,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 @pytest.fixture(scope="module")
 def half_lm(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny language model in bfloat16, which flash kernels take."""
-    from lvctx.model.load import load_tokenizer
+    from lvctx.models.loading import load_tokenizer
 
     out = tmp_path_factory.mktemp("half_lm")
     load_model(tiny_lm, dtype=torch.bfloat16).save_pretrained(out)
@@ -122,7 +122,7 @@ def twice(command: Callable[[str, Path], Any], tmp_path: Path) -> Iterator[Path]
 
 
 def test_both_niahs(tiny_lm: Path, tiny_vlm: Path, essays: Path, tmp_path: Path) -> None:
-    from lvctx.vision.tower import load_tower
+    from lvctx.models.vision_encoder import load_tower
 
     frames = encode(load_tower(tiny_vlm, dtype=None), tmp_path / "a.frames.safetensors")
     grids = {
@@ -253,5 +253,5 @@ def test_a_plain_forward_uses_torchs_own_attention(half_lm: Path) -> None:
     ids = torch.randint(0, 1000, (1, 64), generator=torch.Generator().manual_seed(0)).to(CUDA)
     model = load_model(half_lm, device=CUDA)
     stock = model(ids).logits
-    attention.use(model.model, where=half_lm)
+    hf_attention.use(model.model, where=half_lm)
     torch.testing.assert_close(model(ids).logits, stock, rtol=2e-2, atol=2e-2)

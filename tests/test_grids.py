@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lvctx.errors import InputError
-from lvctx.vision.grids import MAX_GRIDS, unires_grid, unires_tiles
-from lvctx.vision.images import MAX_PIXELS, Preprocess, image_size, open_image, square
+from lvctx.models.image_processing import MAX_PIXELS, Preprocess, image_size, open_image, square
+from lvctx.models.unires import MAX_GRIDS, unires_grid, unires_tiles
 
 SIDES = st.integers(1, 20_000)
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from lvctx.cli.app import app
 from lvctx.eval.niah.haystack import HaystackConfig, hash_frame, haystack_frames
-from lvctx.vision.scenes import _Dice, _lattice, _noise, scene
+from lvctx.video.drawn_scenes import _Dice, _lattice, _noise, scene
 
 
 def run(*arguments: object) -> Any:
@@ -86,7 +86,7 @@ def test_artifact_pictures_and_a_needle_in_them(tiny_lm: Path, tiny_tower: Path,
     pictures = sorted((tmp_path / "pictures").glob("*.png"))
     assert [hash_frame(np.asarray(Image.open(p))) for p in pictures] == hashes
 
-    from lvctx.vision.tower import load_tower
+    from lvctx.models.vision_encoder import load_tower
     from lvctx.vlm.feature_cache import read_feature_cache
 
     frames = read_feature_cache(artifact)

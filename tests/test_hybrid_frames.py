@@ -11,14 +11,14 @@ from typer.testing import CliRunner
 
 from lvctx.cli.app import app
 from lvctx.errors import InputError
-from lvctx.model.load import load_model
-from lvctx.model.vlm import embed_frames, newline_embedding
-from lvctx.vision.draw import draw_picture
-from lvctx.vision.sampling import VideoSampling
-from lvctx.vision.tokens import pooling
-from lvctx.vision.tower import load_tower
+from lvctx.models.loading import load_model
+from lvctx.models.vision_encoder import load_tower
+from lvctx.models.vlm_assembly import embed_frames, newline_embedding
+from lvctx.video.drawn_images import draw_picture
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.feature_cache import read_feature_cache
 from lvctx.vlm.llava_onevision import FrameRows, LlavaOnevision
+from lvctx.vlm.token_count import pooling
 
 
 def lvctx(*args: object) -> tuple[int, list[dict[str, Any]], str]:

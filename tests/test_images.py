@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from lvctx.errors import InputError
-from lvctx.vision.images import MAX_PIXELS, image_size, open_image
+from lvctx.models.image_processing import MAX_PIXELS, image_size, open_image
 
 RNG = np.random.default_rng(0)
 COLORS = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)

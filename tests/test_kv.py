@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lvctx.inference.kv_cache import empty_cache
 from lvctx.inference.prefix_scorer import PrefixScorer
-from lvctx.model.load import load_model
+from lvctx.models.loading import load_model
 
 
 @settings(deadline=None, max_examples=40)

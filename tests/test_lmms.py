@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lvctx.inference.transformers_engine import TransformersEngine
-from lvctx.vision.sampling import VideoSampling
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.registry import open_vlm
 
 pytestmark = [pytest.mark.lmms, pytest.mark.nano]

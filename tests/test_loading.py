@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, CLIPConfig, CLIPModel, LlamaForCa
 from lvctx.artifacts.describe import describe
 from lvctx.artifacts.weights import read_weights, shard_names
 from lvctx.errors import InputError, MissingError, library_errors
-from lvctx.model.adapter import load_adapter, save_adapter
-from lvctx.model.load import load_config, load_model, load_tokenizer, resolve_model
-from lvctx.model.lora import ATTENTION, add_lora
-from lvctx.model.template import chat_encoder
-from lvctx.vision.tower import load_tower, load_vision_model
+from lvctx.models.adapter import load_adapter, save_adapter
+from lvctx.models.chat_template import chat_encoder
+from lvctx.models.loading import load_config, load_model, load_tokenizer, resolve_model
+from lvctx.models.lora import ATTENTION, add_lora
+from lvctx.models.vision_encoder import load_tower, load_vision_model
 
 UP = "model.layers.1.mlp.up_proj.weight"
 Tensors = dict[str, torch.Tensor]

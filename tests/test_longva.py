@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 from lvctx.artifacts.weights import read_weights, write_shard
 from lvctx.cli.app import app
 from lvctx.errors import UsageError
-from lvctx.model.llava import llava_config
-from lvctx.model.load import load_model
-from lvctx.model.vlm import assemble, save_vlm
-from lvctx.stages.side_files import write_side_files
-from lvctx.vision.images import Preprocess
+from lvctx.models.image_processing import Preprocess
+from lvctx.models.llava_format import llava_config
+from lvctx.models.loading import load_model
+from lvctx.models.side_files import write_side_files
+from lvctx.models.vlm_assembly import assemble, save_vlm
 
 
 def lvctx(*args: object) -> tuple[int, list[dict[str, Any]], str]:
@@ -107,7 +107,7 @@ def test_an_image_becomes_one_of_the_checkpoints_own_grids(
     from transformers import AutoConfig
     from transformers.image_processing_utils import select_best_resolution
 
-    from lvctx.vision.grids import unires_grid
+    from lvctx.models.unires import unires_grid
     from lvctx.vlm.image_tiling import ImageEncoding
 
     lm, tower, projector = llava_models.parts(tokenizer)

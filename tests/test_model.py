@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaOnevisionForConditionalGeneration
 
 from lvctx.errors import InputError
-from lvctx.model.export import save_model
-from lvctx.model.load import load_model, load_tokenizer, resolve_model
-from lvctx.model.loss import IGNORED, shift_labels, token_loss
-from lvctx.model.vlm import (
+from lvctx.models.loading import load_model, load_tokenizer, resolve_model
+from lvctx.models.loss import IGNORED, shift_labels, token_loss
+from lvctx.models.saving import save_model
+from lvctx.models.vlm_assembly import (
     assemble,
     chat_ids,
     embed_frames,

@@ -12,12 +12,12 @@ import torch
 from test_cli import fails, lvctx
 
 from lvctx.errors import InputError, UsageError
-from lvctx.positions.mrope_pp import MropeSpec, betas, inv_freq
-from lvctx.positions.runtimes import llama_cpp, sglang, vllm
-from lvctx.stages.mrope_checkpoint import read_checkpoint, resolve_mrope, run_mrope
-from lvctx.stages.mrope_verify import verify
-from lvctx.stages.side_files import with_rope
-from lvctx.train.mrope_config import MropeConfig
+from lvctx.models.mrope_verify import verify
+from lvctx.models.side_files import with_rope
+from lvctx.rope.mrope_pp import MropeSpec, betas, inv_freq
+from lvctx.rope.runtimes import llama_cpp, sglang, vllm
+from lvctx.training.mrope_checkpoint import read_checkpoint, resolve_mrope, run_mrope
+from lvctx.training.mrope_config import MropeConfig
 
 QWEN2 = {"head_dim": 128, "theta": 1e6, "sections": (16, 24, 24)}
 
@@ -108,7 +108,7 @@ def test_axes_are_those_that_transformers_rotates_by(kind: str) -> None:
             if sin[0, 0, j] != 0:
                 assert found[j] == "?"
                 found[j] = axis
-    from lvctx.positions.mrope import Mrope
+    from lvctx.rope.mrope import Mrope
 
     sections = tuple(model.config.text_config.rope_parameters["mrope_section"])
     assert "".join(found) == Mrope(head_dim=128, theta=1e6, sections=sections, interleaved=kind == "qwen3_vl").axes

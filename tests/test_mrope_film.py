@@ -16,12 +16,12 @@ from PIL import Image
 from test_cli import fails, lvctx, on_terminal
 
 from lvctx.errors import UsageError
-from lvctx.positions.mrope_ids import Rules, Text, positions, positions_of_ids
-from lvctx.vision.hybrid import Hybrid, HybridMode, hybrid_tokens, runs, select_high
-from lvctx.vision.sampling import VideoSampling
-from lvctx.vision.tokens import QwenRule
+from lvctx.rope.mrope_positions import Rules, Text, positions, positions_of_ids
+from lvctx.video.hybrid import Hybrid, HybridMode, hybrid_tokens, runs, select_high
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.qwen_frames import SampledVideo, check_reachable, count_video, grid_times, pixels, resize_frames
 from lvctx.vlm.registry import open_vlm
+from lvctx.vlm.token_count import QwenRule
 
 MODES = ("pair", "image", "literal")
 BICUBIC = 3

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lvctx.errors import InputError
-from lvctx.positions.mrope_ids import Film, Grids, Rules, Text, positions, positions_of_ids
+from lvctx.rope.mrope_positions import Film, Grids, Rules, Text, positions, positions_of_ids
 
 IMAGE, VIDEO, START, END = 1, 2, 3, 4
 QWEN2 = Rules(image=IMAGE, video=VIDEO, merge=2, tokens_per_second=None, split=False)

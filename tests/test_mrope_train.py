@@ -17,20 +17,20 @@ from test_niah import run
 from test_qwen_niah import fails
 from torch.nn import functional as F
 
-from lvctx.artifacts.chat import ChatRows
 from lvctx.artifacts.manifest import read_manifest
-from lvctx.dist import attention
-from lvctx.dist.context import ParallelContext, joined, make_context
-from lvctx.model.load import load_model
-from lvctx.positions.mrope_ids import Grids, Part, Text, positions
-from lvctx.stages.mrope import ChatLoss, resolve_mrope_training, shard_chat
-from lvctx.train.chat_rows import ChatRow, RowReader
-from lvctx.train.config import ParallelConfig, RunControl
-from lvctx.train.mrope_config import MropeConfig
-from lvctx.train.run import run_training
-from lvctx.vision.decode import read_video
-from lvctx.vision.hybrid import Hybrid
-from lvctx.vision.sampling import VideoSampling
+from lvctx.data.packed_chat import ChatRows
+from lvctx.models.loading import load_model
+from lvctx.parallel import hf_attention
+from lvctx.parallel.context import ParallelContext, joined, make_context
+from lvctx.rope.mrope_positions import Grids, Part, Text, positions
+from lvctx.training.chat_rows import ChatRow, RowReader
+from lvctx.training.mrope_config import MropeConfig
+from lvctx.training.mrope_extend import ChatLoss, resolve_mrope_training, shard_chat
+from lvctx.training.parallel_config import ParallelConfig, RunControl
+from lvctx.training.run_training import run_training
+from lvctx.video.hybrid import Hybrid
+from lvctx.video.reader import read_video
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.qwen_frames import pixels, resize_frames
 from lvctx.vlm.registry import open_vlm
 
@@ -125,8 +125,8 @@ def _compare(rank: int, here: Path, size: int) -> None:
     expected, truth = gradients(vlm, row, ParallelContext(device="cpu"))
     with joined(here / f"store-{size}", rank=rank, size=size):
         world = make_context(device="cpu", cp=size)
-        attention.register()
-        vlm.model.language_model.set_attn_implementation(attention.NAME)
+        hf_attention.register()
+        vlm.model.language_model.set_attn_implementation(hf_attention.NAME)
         part, found = gradients(vlm, row, world)
         (loss,) = world.sum([part])
         assert abs(part) < abs(expected)

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from test_tables import LVB, MLVU, NEXTQA, VHS, VIDEOMME
 from typer.testing import CliRunner
 
-from lvctx.bench import longvideobench, mlvu, nextqa, vhs, videomme
-from lvctx.bench.responses import write_responses
-from lvctx.bench.subtitles import NONE, read_subtitles
 from lvctx.cli.app import app
 from lvctx.errors import LvctxError
+from lvctx.eval.benchmarks import longvideobench, mlvu, nextqa, vhs, videomme
+from lvctx.eval.benchmarks.responses import write_responses
+from lvctx.eval.benchmarks.subtitles import NONE, read_subtitles
 
 ROWS = {videomme: VIDEOMME, nextqa: NEXTQA, longvideobench: LVB, mlvu: MLVU, vhs: VHS}
 ODD = [

@@ -14,14 +14,14 @@ from support.frames import even_tokens
 
 from lvctx.errors import InputError
 from lvctx.eval.niah.image_needles import chance_of, drawn_needles, read_needles
+from lvctx.eval.niah.needle_task import Cell, first_number, share_listed
 from lvctx.eval.niah.run import partition_cells
-from lvctx.eval.niah.task import Cell, first_number, share_listed
-from lvctx.eval.niah.text import TextNeedleTask
-from lvctx.eval.niah.video import VideoNeedleTask
+from lvctx.eval.niah.text_needles import LISTS, draw_riddle
+from lvctx.eval.niah.text_task import TextNeedleTask
+from lvctx.eval.niah.video_task import VideoNeedleTask
 from lvctx.inference.prefix_scorer import PrefixScorer, common_prefix, walk_order
-from lvctx.model.load import load_model, load_tokenizer
-from lvctx.model.vlm import IMAGE_TOKEN, VIDEO_TOKEN
-from lvctx.text.needle import LISTS, draw_riddle
+from lvctx.models.loading import load_model, load_tokenizer
+from lvctx.models.vlm_assembly import IMAGE_TOKEN, VIDEO_TOKEN
 from lvctx.vlm.llava_onevision import joined_times
 
 STORY = "The old tree stood by a river. People came from far. They sat in its shade, and told what they had seen. " * 60

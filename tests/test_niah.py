@@ -19,14 +19,22 @@ from lvctx.artifacts.jsonl_log import JsonlLog, read_jsonl
 from lvctx.artifacts.manifest import Provenance
 from lvctx.cli.app import app
 from lvctx.errors import InputError
-from lvctx.eval.niah.config import TextNiahConfig
 from lvctx.eval.niah.heatmap import draw_heatmaps, trained_at
 from lvctx.eval.niah.longva_format import read_longva
+from lvctx.eval.niah.niah_config import TextNiahConfig
 from lvctx.eval.niah.results import build_results, read_needle_results, wilson
 from lvctx.eval.niah.run import plan_text
-from lvctx.eval.niah.text import TextNeedleTask
+from lvctx.eval.niah.text_needles import (
+    NEEDLE,
+    PREFIX,
+    QUESTION,
+    Riddle,
+    question_and_answer,
+    read_haystack,
+    sentence_ends,
+)
+from lvctx.eval.niah.text_task import TextNeedleTask
 from lvctx.inference.prefix_scorer import PrefixScorer
-from lvctx.text.needle import NEEDLE, PREFIX, QUESTION, Riddle, question_and_answer, read_haystack, sentence_ends
 from lvctx.vlm.feature_cache import write_frames
 
 
@@ -44,7 +52,7 @@ def essays(nano: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def frames(tiny_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from lvctx.vision.tower import load_tower
+    from lvctx.models.vision_encoder import load_tower
 
     return encode(load_tower(tiny_vlm, dtype=None), tmp_path_factory.mktemp("frames") / "a.frames.safetensors")
 
@@ -62,7 +70,7 @@ def encode(tower: Any, target: Path) -> Path:
 
 
 def test_a_sequence_says_what_it_should_in_exactly_as_many_tokens(tiny_lm: Path, essays: Path) -> None:
-    from lvctx.model.load import load_tokenizer
+    from lvctx.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_lm)
     hay = read_haystack([essays])
@@ -88,7 +96,7 @@ def test_a_sequence_says_what_it_should_in_exactly_as_many_tokens(tiny_lm: Path,
 
 
 def test_true_depth_is_at_most_a_sentence_before_the_asked_one(tiny_lm: Path, essays: Path) -> None:
-    from lvctx.model.load import load_tokenizer
+    from lvctx.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_lm)
     hay = read_haystack([essays])
@@ -302,7 +310,7 @@ def test_needles_of_a_folder(tiny_vlm: Path, frames: Path, tmp_path: Path) -> No
 def test_bad_input_is_one_line(
     tiny_lm: Path, tiny_tower: Path, tiny_vlm: Path, frames: Path, essays: Path, tmp_path: Path
 ) -> None:
-    from lvctx.vision.tower import load_tower
+    from lvctx.models.vision_encoder import load_tower
 
     def refused(code: int, said: str, *changes: object, video: bool = False) -> None:
         arguments = text_arguments(tiny_lm, essays, tmp_path / "out")

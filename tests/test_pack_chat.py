@@ -17,17 +17,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lvctx.artifacts.chat import ChatRows
+from lvctx.data.bin_packing import best_fit_decreasing
+from lvctx.data.chat_mixture import choose, largest_blend
+from lvctx.data.pack_chat import SHARES, plan_pack_chat, run_pack_chat
+from lvctx.data.pack_chat_config import PackChatConfig
+from lvctx.data.packed_chat import ChatRows
 from lvctx.errors import InputError, UsageError
-from lvctx.stages.pack_chat import SHARES, plan_pack_chat, run_pack_chat
-from lvctx.stages.pack_chat_config import PackChatConfig
-from lvctx.text.bestfit import best_fit_decreasing
-from lvctx.text.blend import choose, largest_blend
-from lvctx.vision.decode import count_frames, read_video
-from lvctx.vision.grids import unires_grid
-from lvctx.vision.hybrid import Hybrid, hybrid_tokens, runs
-from lvctx.vision.sampling import VideoSampling
-from lvctx.vision.tokens import LlavaRule, QwenRule, pooling, smart_resize
+from lvctx.models.unires import unires_grid
+from lvctx.video.hybrid import Hybrid, hybrid_tokens, runs
+from lvctx.video.reader import count_frames, read_video
+from lvctx.video.sampling import VideoSampling
+from lvctx.vlm.token_count import LlavaRule, QwenRule, pooling, smart_resize
 
 MODES = ("pair", "image", "literal")
 QWEN_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]

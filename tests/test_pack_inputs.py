@@ -30,12 +30,14 @@ from test_documents import START, TEXTS, corpus, lines, read
 from test_niah import run
 from test_pack_text import make_tokenizer
 
-from lvctx.artifacts.packed import PackedRows
+from lvctx.data import decompress as unpack
+from lvctx.data import json_values
+from lvctx.data import tokenization as tokenize
+from lvctx.data.documents import UNNAMED, Place
+from lvctx.data.packed import PackedRows
+from lvctx.data.streams import find_parts
+from lvctx.data.tokenization import OK, REPAIRED, SKIPPED
 from lvctx.errors import InputError
-from lvctx.text import json_values, tokenize, unpack
-from lvctx.text.documents import UNNAMED, Place
-from lvctx.text.streams import find_parts
-from lvctx.text.tokenize import OK, REPAIRED, SKIPPED
 
 SKIPPABLE = b"\x5a\x2a\x4d\x18\x04\0\0\0skip"
 """A skippable frame of RFC 8878, 3.1.2: magic 0x184D2A5A, size 4."""

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pack_text import make_tokenizer
 
+from lvctx.data.documents import Chunk, Place
+from lvctx.data.mixture import apportion, check_budgets, largest_total, load_mix
+from lvctx.data.row_packing import LengthRule, PackingStats, ShardBuffer, take_all, take_budgets, uniform
+from lvctx.data.tokenization import Tokens
 from lvctx.errors import InputError
-from lvctx.text.documents import Chunk, Place
-from lvctx.text.mix import apportion, check_budgets, largest_total, load_mix
-from lvctx.text.pack import LengthRule, PackingStats, ShardBuffer, take_all, take_budgets, uniform
-from lvctx.text.tokenize import Tokens
 
 SHARES = st.lists(st.floats(1e-4, 1), min_size=1, max_size=6).map(
     lambda w: {f"s{i}": x / sum(w) for i, x in enumerate(w)}
@@ -150,8 +150,8 @@ def test_a_mix_that_is_none_is_told(text: str, what: str, tmp_path: Path) -> Non
 PEAK = """
 import resource, sys
 from pathlib import Path
-from lvctx.stages.pack_text import plan_pack_text, run_pack_text
-from lvctx.stages.pack_text_config import PackTextConfig
+from lvctx.data.pack_text import plan_pack_text, run_pack_text
+from lvctx.data.pack_text_config import PackTextConfig
 if __name__ == "__main__":
     config = PackTextConfig(inputs=(sys.argv[1],), tokenizer=sys.argv[2], out=Path(sys.argv[3]), mix=sys.argv[4],
                             seq_len=4096, shard_tokens=1 << 18, workers=1)

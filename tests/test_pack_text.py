@@ -18,12 +18,13 @@ from conftest import Nano
 from test_cli import on_terminal
 
 from lvctx.artifacts.manifest import read_manifest
-from lvctx.artifacts.packed import PackedRows
+from lvctx.data import documents
+from lvctx.data import tokenization as tokenize
+from lvctx.data.pack_text import plan_pack_text, run_pack_text
+from lvctx.data.pack_text_config import PackTextConfig
+from lvctx.data.packed import PackedRows
+from lvctx.data.row_packing import uniform
 from lvctx.errors import InputError, UsageError
-from lvctx.stages.pack_text import plan_pack_text, run_pack_text
-from lvctx.stages.pack_text_config import PackTextConfig
-from lvctx.text import documents, tokenize
-from lvctx.text.pack import uniform
 
 TEXT = "the long book of rivers and mountains was read by nobody but the moon 0 1 2 3 4 5 é 漢字 \n"
 WORDS = tuple(TEXT.split(" "))
@@ -270,7 +271,7 @@ def test_keep_keeps_the_inputs_own_shares(bpe: Path, tmp_path: Path) -> None:
 
 
 def test_slimpajamas_names_get_its_shares(bpe: Path, tmp_path: Path) -> None:
-    from lvctx.text.mix import SLIMPAJAMA
+    from lvctx.data.mixture import SLIMPAJAMA
 
     texts = make_documents(900, seed=7)
     for i, document in enumerate(texts):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lvctx.errors import InputError
-from lvctx.train.memory_model import (
+from lvctx.training.memory_model import (
     DEVICES,
     DecoderShape,
     Spread,
@@ -75,8 +75,8 @@ def test_parameters_are_those_of_the_stock_model(kind: str, tied: bool, bias: bo
 
 
 def test_lora_is_what_peft_adds(tiny_lm: Path) -> None:
-    from lvctx.model.load import load_model, read_config
-    from lvctx.model.lora import ATTENTION, add_lora, lora_parameters
+    from lvctx.models.loading import load_model, read_config
+    from lvctx.models.lora import ATTENTION, add_lora, lora_parameters
 
     wrapped = add_lora(load_model(tiny_lm), rank=4, targets=ATTENTION, seed=0)
     shape = read_shape(read_config(tiny_lm), where=tiny_lm)

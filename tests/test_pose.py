@@ -13,9 +13,9 @@ from test_ring import reference, tiny_model
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app
-from lvctx.dist.context import ParallelContext
-from lvctx.positions.pose import skipped
-from lvctx.train.rows import RowLoss, shard_row
+from lvctx.parallel.context import ParallelContext
+from lvctx.rope.pose import skipped
+from lvctx.training.text_rows import RowLoss, shard_row
 
 
 @given(st.integers(1, 80), st.integers(0, 300), st.integers(0, 99))

@@ -14,10 +14,11 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lvctx.errors import InputError, UsageError
-from lvctx.positions import ntk, pi, rope, yarn
-from lvctx.positions.choose import choose
-from lvctx.positions.runtimes import sglang
-from lvctx.positions.spec import RopeSpec
+from lvctx.rope import frequencies as rope
+from lvctx.rope import ntk, pi, yarn
+from lvctx.rope.runtimes import sglang
+from lvctx.rope.scaling import choose
+from lvctx.rope.spec import RopeSpec
 
 SPECS = [
     RopeSpec(head_dim=16, theta=2.5e5, factor=4.0, original=512),
@@ -192,11 +193,11 @@ def test_the_axes_of_m_rope_survive(scheme: Any) -> None:
 
 
 def test_extend_lm_writes_what_was_asked(tiny_lm: Path, tmp_path: Path) -> None:
-    from lvctx.model.load import load_model
-    from lvctx.stages.extend import resolve_extend
-    from lvctx.train.config import ParallelConfig, RunControl
-    from lvctx.train.extend_config import ExtendConfig
-    from lvctx.train.run import run_training
+    from lvctx.models.loading import load_model
+    from lvctx.training.extend import resolve_extend
+    from lvctx.training.extend_config import ExtendConfig
+    from lvctx.training.parallel_config import ParallelConfig, RunControl
+    from lvctx.training.run_training import run_training
 
     config = ExtendConfig(model=str(tiny_lm), out=tmp_path, rope="yarn", factor=4.0, steps=0)
     run_training(resolve_extend(config).task(), ParallelConfig(), RunControl(out=tmp_path))

@@ -14,11 +14,11 @@ from support.frames import even_tokens
 from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lvctx.eval.niah.image_needles import drawn_needles
-from lvctx.eval.niah.text import TextNeedleTask
-from lvctx.eval.niah.video import VideoNeedleTask
+from lvctx.eval.niah.text_task import TextNeedleTask
+from lvctx.eval.niah.video_task import VideoNeedleTask
 from lvctx.inference.prefix_scorer import PrefixScorer, Score, common_prefix, walk_order
-from lvctx.model.load import load_model, load_tokenizer
-from lvctx.model.vlm import assemble, embed_frames, frame_features, newline_embedding, tokens_per_frame
+from lvctx.models.loading import load_model, load_tokenizer
+from lvctx.models.vlm_assembly import assemble, embed_frames, frame_features, newline_embedding, tokens_per_frame
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,

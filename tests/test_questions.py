@@ -17,17 +17,17 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from lvctx.bench import longvideobench, mlvu, nextqa, vhs, videomme
-from lvctx.bench.answers import Question
-from lvctx.bench.subtitles import read_subtitles
-from lvctx.bench.videomme import prompt
 from lvctx.cli.app import app
 from lvctx.errors import InputError
+from lvctx.eval.benchmarks import longvideobench, mlvu, nextqa, vhs, videomme
+from lvctx.eval.benchmarks.answers import Question
+from lvctx.eval.benchmarks.subtitles import read_subtitles
+from lvctx.eval.benchmarks.videomme import prompt
 from lvctx.inference.transformers_engine import TransformersEngine
 from lvctx.inference.vqa import VideoQuestions
-from lvctx.model.load import load_config
-from lvctx.model.vlm import Grid
-from lvctx.vision.sampling import VideoSampling
+from lvctx.models.loading import load_config
+from lvctx.models.vlm_assembly import Grid
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.registry import open_vlm
 
 DATA = Path(__file__).parent / "data"
@@ -72,7 +72,7 @@ class PlainModel:
 
     @torch.no_grad()
     def answer(self, frames: Path, turns: list[str], count: int) -> tuple[str, int]:
-        from lvctx.model.vlm import embed_frames, newline_embedding
+        from lvctx.models.vlm_assembly import embed_frames, newline_embedding
         from lvctx.vlm.feature_cache import read_feature_cache
 
         film = read_feature_cache(frames)
@@ -82,7 +82,7 @@ class PlainModel:
     @torch.no_grad()
     def picture_blocks(self, pictures: list[Image.Image], grid: Grid) -> torch.Tensor:
         """What stock transformers' own image path (AnyRes) or video path embeds."""
-        from lvctx.vision.images import Preprocess
+        from lvctx.models.image_processing import Preprocess
         from lvctx.vlm.image_tiling import ImageEncoding
 
         config, preprocess = self.vlm.config, Preprocess.from_directory(self.path)

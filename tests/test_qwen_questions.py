@@ -18,9 +18,9 @@ from lvctx.artifacts.jsonl_log import read_jsonl
 from lvctx.errors import InputError
 from lvctx.inference.prefix_scorer import PrefixScorer
 from lvctx.inference.transformers_engine import TransformersEngine
-from lvctx.positions.mrope_ids import Rules, Text, positions, positions_of_ids
-from lvctx.vision.hybrid import Hybrid
-from lvctx.vision.sampling import VideoSampling
+from lvctx.rope.mrope_positions import Rules, Text, positions, positions_of_ids
+from lvctx.video.hybrid import Hybrid
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.qwen_frames import SampledVideo, pixels, resize_frames
 from lvctx.vlm.qwen_vl import QwenVL
 from lvctx.vlm.registry import open_vlm

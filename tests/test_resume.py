@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from lvctx.artifacts.jsonl_log import read_jsonl
 from lvctx.artifacts.result_log import ResultLog
 from lvctx.errors import InputError, Stopped
-from lvctx.stages.dpo import REFERENCE
+from lvctx.training.dpo import REFERENCE
 
 
 @pytest.fixture(scope="module")

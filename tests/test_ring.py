@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DeepseekV3Config
 
-from lvctx.dist import attention
-from lvctx.dist.context import ParallelContext, joined, make_context
-from lvctx.dist.kernels import FlashCPU, Plain
-from lvctx.dist.ring import Ring, blocks, ring_attention
-from lvctx.dist.zigzag import chunks_of, shard, unshard
 from lvctx.errors import InputError, UsageError
-from lvctx.model.loss import IGNORED
-from lvctx.train.rows import RowLoss, shard_row
+from lvctx.models.loss import IGNORED
+from lvctx.parallel import hf_attention
+from lvctx.parallel.block_attention import FlashCPU, Plain
+from lvctx.parallel.context import ParallelContext, joined, make_context
+from lvctx.parallel.ring_attention import Ring, blocks, ring_attention
+from lvctx.parallel.zigzag import chunks_of, shard, unshard
+from lvctx.training.text_rows import RowLoss, shard_row
 
 lengths, worlds = st.integers(1, 60), st.sampled_from([1, 2, 3, 4, 8])
 
@@ -47,7 +47,7 @@ def test_shards_hold_their_places_and_come_back_whole(length: int, world: int) -
 def test_every_pair_that_may_meet_meets_once(length: int, world: int, begins: set[int] | None) -> None:
     """The rectangles of all ranks and steps are the causal triangle, cut into documents, each pair once."""
     padded = len(places(0, world, length)) * world
-    starts = None if begins is None else attention.document_starts(sorted(b for b in begins if b < length))
+    starts = None if begins is None else hf_attention.document_starts(sorted(b for b in begins if b < length))
     met = torch.zeros(padded, padded, dtype=torch.int)
     for rank in range(world):
         mine = places(rank, world, length)
@@ -137,7 +137,7 @@ CASES = [
 
 
 def check_models(world: ParallelContext) -> None:
-    attention.register()
+    hf_attention.register()
     for kind, length, starts, changed in CASES:
         lm = tiny_model(kind, **changed)
         ids = torch.randint(0, 101, (1, length), generator=torch.Generator().manual_seed(1))
@@ -145,7 +145,7 @@ def check_models(world: ParallelContext) -> None:
         positions = torch.arange(length)[None]
         positions[:, length // 3 :] += 50  # the second chunk of a row under --pose
         expected_loss, expected = reference(lm, ids, labels, starts, positions)
-        lm.set_attn_implementation(attention.NAME)
+        lm.set_attn_implementation(hf_attention.NAME)
         lm.zero_grad(set_to_none=True)
         given = shard_row(ids, world, starts, positions)
         given["labels"] = shard(
@@ -241,7 +241,7 @@ def check_package(world: ParallelContext) -> None:
     with pytest.MonkeyPatch.context() as patch:  # for the package alone: transformers would take it for flash-attn
         for name, module in flash_attn_modules().items():
             patch.setitem(sys.modules, name, module)
-        package = attention.load_package()
+        package = hf_attention.load_package()
     assert package is not None
     torch.manual_seed(3)
     whole = [torch.randn(1, h, 8 * world.cp, 8).bfloat16() for h in (4, 2, 2)]
@@ -253,7 +253,7 @@ def check_package(world: ParallelContext) -> None:
         if ours:
             out = ring_attention(q, k, v, ring=world.ring, kernel=FlashCPU(), scale=0.3).transpose(1, 2)
         else:
-            out = attention.PackageRing(package)(q, k, v, world.ring, 0.3)
+            out = hf_attention.PackageRing(package)(q, k, v, world.ring, 0.3)
         (out * torch.arange(out.numel()).view_as(out)).sum().backward()
         results.append([out, q.grad, k.grad, v.grad])
     for a, b in zip(*results, strict=True):
@@ -292,12 +292,12 @@ def test_one_process_is_the_identity() -> None:
 
 
 def test_a_sliding_window_is_refused() -> None:
-    attention.check_config(tiny_config("mistral"), where="m")
-    attention.check_config(tiny_config("qwen2"), where="m")
+    hf_attention.check_config(tiny_config("mistral"), where="m")
+    hf_attention.check_config(tiny_config("qwen2"), where="m")
     with pytest.raises(InputError, match="m: its attention has a sliding window"):
-        attention.check_config(tiny_config("mistral", sliding_window=16), where="m")
+        hf_attention.check_config(tiny_config("mistral", sliding_window=16), where="m")
     with pytest.raises(InputError, match="latent keys"):
-        attention.check_config(DeepseekV3Config(), where="m")
+        hf_attention.check_config(DeepseekV3Config(), where="m")
 
 
 def test_a_run_of_one_refuses_context_parallelism() -> None:

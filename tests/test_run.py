@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from lvctx.artifacts.lock import only_writer
 from lvctx.errors import InputError, Stopped
-from lvctx.train.config import ParallelConfig, RunControl
-from lvctx.train.run import run_training
+from lvctx.training.parallel_config import ParallelConfig, RunControl
+from lvctx.training.run_training import run_training
 
 CPU = ParallelConfig(device="cpu")
 STEPS = 30

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from lvctx.bench import longvideobench, vhs
-from lvctx.bench.answers import Reply, extract_letter, is_correct, is_degenerate, strip_reasoning
-from lvctx.bench.responses import read_responses
-from lvctx.bench.subtitles import read_subtitles
 from lvctx.cli.app import app
+from lvctx.eval.benchmarks import longvideobench, vhs
+from lvctx.eval.benchmarks.answers import Reply, extract_letter, is_correct, is_degenerate, strip_reasoning
+from lvctx.eval.benchmarks.responses import read_responses
+from lvctx.eval.benchmarks.subtitles import read_subtitles
 
 
 def run(*arguments: object) -> Any:

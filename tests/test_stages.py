@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from lvctx.artifacts.manifest import Provenance, write_manifest
-from lvctx.artifacts.packed import PackedRows, shard_name, write_shard
+from lvctx.data.packed import PackedRows, shard_name, write_shard
 from lvctx.errors import InputError, UsageError
-from lvctx.stages.progressive import parse_stage
-from lvctx.stages.search import bases, best
+from lvctx.eval.niah.base_search import bases, best
+from lvctx.training.progressive import parse_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = [
@@ -184,7 +184,7 @@ def test_the_best_base_finds_most_then_is_surer_then_smaller() -> None:
 def test_search_scores_each_base_as_a_model_that_has_it(nano: Any, tiny_lm: Path, tmp_path: Path) -> None:
     """A candidate's row equals niah on a model written with that base; a torn row is redone, the others are not."""
     from lvctx.inference.prefix_scorer import PrefixScorer
-    from lvctx.model.load import load_model
+    from lvctx.models.loading import load_model
 
     flags = ["--model", tiny_lm, "--steps", 0, "--haystack", nano.essays, "--search-base", "1e4:1e8"]
     flags += ["--search-points", 3, "--search-lengths", "200,256", "--search-depths", "0,1"]
@@ -200,8 +200,8 @@ def test_search_scores_each_base_as_a_model_that_has_it(nano: Any, tiny_lm: Path
 
     plain = extend("--model", tiny_lm, "--steps", 0, "--rope-theta", 1e8, "-o", tmp_path / "plain")
     assert plain.returncode == 0, plain.stderr
-    from lvctx.stages.search import resolve_search
-    from lvctx.train.extend_config import BaseSearchConfig, ExtendConfig
+    from lvctx.eval.niah.base_search import resolve_search
+    from lvctx.training.extend_config import BaseSearchConfig, ExtendConfig
 
     config = ExtendConfig(model=str(tiny_lm), out=tmp_path / "found", steps=0)
     asked = BaseSearchConfig(

@@ -17,8 +17,8 @@ from support import torchvision_cpu
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app
-from lvctx.model.card import CARD
-from lvctx.vision.sampling import VideoSampling
+from lvctx.models.card import CARD
+from lvctx.video.sampling import VideoSampling
 
 FFMPEG = get_ffmpeg_exe()
 SUPPORT = Path(__file__).parent / "support"
@@ -57,7 +57,7 @@ def test_stock_video_is_cropped_and_answered_like_ours(
     stock_environment: dict[str, str], loud_vlm: Path, short_clip: Path, tmp_path: Path
 ) -> None:
     """`apply_chat_template` on the file itself against encode-video and vqa."""
-    from lvctx.vision.images import Preprocess
+    from lvctx.models.image_processing import Preprocess
     from lvctx.vlm.video_encoder import VideoEncoder
 
     ask = "What is on the road?"
@@ -93,8 +93,8 @@ def test_the_cards_lines_give_tiles_as_a_video(
     stock_environment: dict[str, str], loud_vlm: Path, tmp_path: Path
 ) -> None:
     """Run as the card has them; the model is fed what alignment feeds it."""
-    from lvctx.vision.grids import unires_tiles
-    from lvctx.vision.images import Preprocess
+    from lvctx.models.image_processing import Preprocess
+    from lvctx.models.unires import unires_tiles
 
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 255, (90, 150, 3), dtype=np.uint8))

@@ -5,9 +5,9 @@ from pathlib import Path
 import av
 import pytest
 
-from lvctx.bench.subtitles import find_subtitles, read_subtitles
-from lvctx.bench.video_files import find_video, video_stem
 from lvctx.errors import InputError
+from lvctx.eval.benchmarks.subtitles import find_subtitles, read_subtitles
+from lvctx.eval.benchmarks.video_files import find_video, video_stem
 
 CUES = ((1.0, 2.0, "one"), (3.0, 4.0, "two"), (5.0, 6.0, "three"))
 BARE = [f"00:00:0{start:.0f},000 --> 00:00:0{end:.0f},000\n{text}\n" for start, end, text in CUES]

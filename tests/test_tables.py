@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import ipc
 
-from lvctx.bench import longvideobench, mlvu, nextqa, vhs, videomme
 from lvctx.errors import InputError
+from lvctx.eval.benchmarks import longvideobench, mlvu, nextqa, vhs, videomme
 
 OPTIONS = ["A. it's 1", 'B. "two", or 2', "C. [3] é", "D. 4"]
 VIDEOMME = {

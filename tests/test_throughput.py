@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lvctx.dist.context import ParallelContext
-from lvctx.train import throughput
-from lvctx.train.memory_model import known_device
+from lvctx.parallel.context import ParallelContext
+from lvctx.training import throughput
+from lvctx.training.memory_model import known_device
 
 
 def test_speed_is_tokens_over_seconds_and_mfu_needs_a_known_device() -> None:

@@ -14,8 +14,8 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from lvctx.vision.decode import read_video
-from lvctx.vision.sampling import VideoSampling
+from lvctx.video.reader import read_video
+from lvctx.video.sampling import VideoSampling
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 WIDTH, HEIGHT = 80, 32
@@ -106,7 +106,7 @@ def test_frames_are_numbered_as_they_leave_the_decoder(name: str, make: Make) ->
 
 
 def test_frames_without_reordering_need_no_full_decode(make: Make) -> None:
-    from lvctx.vision.packets import read_packets
+    from lvctx.video.packet_index import read_packets
 
     for path in (make("plain.avi", *H264[:-4], "-bf", 0), make("low.mp4", *H264, "-tune", "zerolatency")):
         assert read_packets(path) is not None

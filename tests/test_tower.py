@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from lvctx.errors import InputError
-from lvctx.vision.tower import TowerFiles, load_tower, load_vision_model
+from lvctx.models.vision_encoder import TowerFiles, load_tower, load_vision_model
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
 VISION = {**SHAPE, "num_hidden_layers": 3, "image_size": 24, "patch_size": 6}
@@ -149,7 +149,7 @@ def test_what_is_no_tower_is_refused(towers: dict[str, tuple[Path, Any]], tmp_pa
 
 
 def test_the_same_as_the_vlm_sees(towers: dict[str, tuple[Path, Any]]) -> None:
-    from lvctx.model.vlm import frame_features
+    from lvctx.models.vlm_assembly import frame_features
 
     for kind in ("clip vlm", "siglip vlm"):
         path = towers[kind][0]

@@ -21,16 +21,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lvctx.data.chat_encoding import encode_conversation
+from lvctx.data.conversations import read_conversations
 from lvctx.errors import InputError, Stopped, UsageError
-from lvctx.model.adapter import longest_sample
-from lvctx.model.load import load_tokenizer
-from lvctx.model.loss import IGNORED
-from lvctx.model.vlm import VIDEO_TOKEN
-from lvctx.text.conversations import read_conversations
-from lvctx.train.chat import encode_conversation
-from lvctx.train.data import indices
-from lvctx.train.schedule import rate
-from lvctx.train.signals import uninterrupted
+from lvctx.models.adapter import longest_sample
+from lvctx.models.loading import load_tokenizer
+from lvctx.models.loss import IGNORED
+from lvctx.models.vlm_assembly import VIDEO_TOKEN
+from lvctx.training.row_order import indices
+from lvctx.training.schedule import rate
+from lvctx.training.signals import uninterrupted
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 

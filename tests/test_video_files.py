@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 from lvctx.artifacts.sniff import sniff
 from lvctx.cli.app import app
 from lvctx.errors import InputError
-from lvctx.vision import container, planned
-from lvctx.vision.decode import read_video
-from lvctx.vision.sampling import VideoSampling
+from lvctx.video import container
+from lvctx.video import segment_decoder as planned
+from lvctx.video.reader import read_video
+from lvctx.video.sampling import VideoSampling
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 H264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-g", "12"]

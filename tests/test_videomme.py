@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from lvctx.bench.accuracy import accuracy, difference
-from lvctx.bench.accuracy_plot import accuracy_series
-from lvctx.bench.answers import Reply, extract_letter, is_correct, is_degenerate, response_warnings
-from lvctx.bench.responses import read_responses
-from lvctx.bench.statistics import clustered_mean
 from lvctx.cli.app import app
+from lvctx.eval.benchmarks.accuracy import accuracy, difference
+from lvctx.eval.benchmarks.accuracy_plot import accuracy_series
+from lvctx.eval.benchmarks.answers import Reply, extract_letter, is_correct, is_degenerate, response_warnings
+from lvctx.eval.benchmarks.responses import read_responses
+from lvctx.eval.statistics import clustered_mean
 
 
 def run(*arguments: object) -> Any:
@@ -233,7 +233,7 @@ def finish_run(folder: Path, frames: int, made: list[dict[str, Any]], failed: in
 
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What gets drawn: the arguments of every call, which goes on as it would."""
-    from lvctx.bench import accuracy_plot
+    from lvctx.eval.benchmarks import accuracy_plot
 
     calls, draw = [], accuracy_plot.draw_accuracy
     monkeypatch.setattr(accuracy_plot, "draw_accuracy", lambda *given: (calls.append(given), draw(*given)))

@@ -18,8 +18,8 @@ from lvctx.cli.app import app
 from lvctx.cli.video import StreamPrinter
 from lvctx.inference.transformers_engine import TransformersEngine
 from lvctx.inference.vqa import VideoQuestions
-from lvctx.vision.decode import read_video
-from lvctx.vision.sampling import VideoSampling
+from lvctx.video.reader import read_video
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.feature_cache import read_feature_cache
 from lvctx.vlm.registry import open_vlm
 

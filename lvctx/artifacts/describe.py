@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.config import language_part, read_model_config
 from lvctx.artifacts.manifest import MANIFEST, read_manifest, read_provenance
+from lvctx.artifacts.model_config import language_part, read_model_config
 from lvctx.artifacts.result_log import RESULTS, read_results
 from lvctx.artifacts.sniff import encode_first, mistaken, sniff
 from lvctx.artifacts.store import read_safetensors_header

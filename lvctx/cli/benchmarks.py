@@ -13,8 +13,8 @@ from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
 from lvctx.cli.output import emit, is_quiet, progress, say, wants_json
 from lvctx.config import Flag
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
-from lvctx.inference.config import EngineConfig
-from lvctx.vision.sampling import VideoSampling
+from lvctx.inference.engine_config import EngineConfig
+from lvctx.video.sampling import VideoSampling
 
 BENCHMARKS = {
     "mlvu": "MLVU: nine tasks on long videos; generation tasks are exported for a judge.",
@@ -101,7 +101,7 @@ for _name, _what in BENCHMARKS.items():
 
 def load_benchmark(name: str) -> ModuleType:
     """A benchmark: one module of `bench`."""
-    return import_module(f"lvctx.bench.{name}")
+    return import_module(f"lvctx.eval.benchmarks.{name}")
 
 
 def _run(
@@ -123,10 +123,10 @@ def _run(
         raise UsageError("vhs shows images, as the model was trained to read them", fix=f"drop {what}")
     if sampling.fps is None and sampling.frames is None:
         sampling = replace(sampling, frames=128)
-    from lvctx.bench.run import BenchmarkConfig, plan_benchmark, run_benchmark
     from lvctx.device import resolve_device
-    from lvctx.dist.context import SHARED_WORK_TIMEOUT, open_context
+    from lvctx.eval.benchmarks.run_benchmark import BenchmarkConfig, plan_benchmark, run_benchmark
     from lvctx.inference.transformers_engine import TransformersEngine
+    from lvctx.parallel.context import SHARED_WORK_TIMEOUT, open_context
     from lvctx.vlm.registry import open_vlm
 
     device = resolve_device(engine.device)
@@ -193,7 +193,7 @@ def _find_questions(bench: ModuleType, questions: str) -> Path:
 
 def _score(name: str, config: ScoreConfig) -> None:
     from lvctx.artifacts.schemas import SCORE
-    from lvctx.bench.accuracy import read_benchmark_run
+    from lvctx.eval.benchmarks.accuracy import read_benchmark_run
 
     bench = load_benchmark(name)
     for path in config.runs:
@@ -240,7 +240,7 @@ def _print(found: dict[str, Any]) -> None:
 
 def print_sources(console: Any, rules: Iterable[str]) -> None:
     """Which version of whose scorer each rule is."""
-    from lvctx.bench.answers import RULE_SOURCES
+    from lvctx.eval.benchmarks.answers import RULE_SOURCES
 
     for rule in rules:
         if rule in RULE_SOURCES:

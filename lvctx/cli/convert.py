@@ -3,7 +3,7 @@
 from lvctx.artifacts import schemas
 from lvctx.cli.options import RunOptions, command
 from lvctx.cli.output import artifact_row, emit, progress
-from lvctx.stages.convert_config import ExportConfig, ImportLongvaConfig
+from lvctx.models.convert_config import ExportConfig, ImportLongvaConfig
 
 
 @command(
@@ -17,7 +17,7 @@ def import_longva(config: ImportLongvaConfig, run: RunOptions) -> None:
     The result is a model directory like those that align writes. Every tensor of the checkpoint is accounted for.
     """
     with progress("import-longva", "checking the checkpoint") as on_progress:
-        from lvctx.stages.import_longva import plan_import_longva, run_import_longva
+        from lvctx.models.import_longva import plan_import_longva, run_import_longva
 
         job = plan_import_longva(config)
         if not run.dry_run:
@@ -35,7 +35,7 @@ def export(config: ExportConfig, run: RunOptions) -> None:
     import-longva reads the result of --to llava back, bit for bit.
     """
     with progress("export", "checking the model") as on_progress:
-        from lvctx.stages.export import plan_export, run_export
+        from lvctx.models.export import plan_export, run_export
 
         job = plan_export(config)
         if not run.dry_run:

@@ -8,8 +8,8 @@ from lvctx.cli.options import OutputOptions, command
 from lvctx.cli.output import emit, flatten, progress, say, wants_json
 from lvctx.config import Flag
 from lvctx.errors import InputError, UsageError
-from lvctx.stages.doctor_config import DoctorConfig
-from lvctx.stages.plan_config import PlanConfig
+from lvctx.training.doctor_config import DoctorConfig
+from lvctx.training.plan_config import PlanConfig
 
 MROPE = (
     "Qwen2VLForConditionalGeneration",
@@ -40,7 +40,7 @@ def info(config: InfoConfig, run: OutputOptions) -> None:
 
     facts = describe(config.artifact)
     if config.contact_sheet is not None:
-        from lvctx.stages.sheet import contact_sheet
+        from lvctx.vlm.contact_sheet import contact_sheet
 
         facts |= contact_sheet(config.artifact, config.contact_sheet, video=config.video)
     if config.plot and "lengths" not in facts:
@@ -48,7 +48,7 @@ def info(config: InfoConfig, run: OutputOptions) -> None:
     positions = None
     model = facts.get("model")
     if isinstance(model, dict) and model.get("architecture") in MROPE:
-        from lvctx.stages.mrope_verify import verify
+        from lvctx.models.mrope_verify import verify
 
         with progress("info", "computing the wavelengths with transformers"):
             positions = verify(config.artifact)
@@ -122,7 +122,7 @@ def plan(config: PlanOptions, run: OutputOptions) -> None:
 
     Exits with code 3 if the run does not fit into the devices' memory, and names the flags that would help.
     """
-    from lvctx.stages.plan import predict, refuse
+    from lvctx.training.plan import predict, refuse
 
     prediction = predict(config)
     table = _prediction_table(prediction)
@@ -157,7 +157,7 @@ def doctor(config: DoctorConfig, run: OutputOptions) -> None:
     starts the processes on the CPU; under torchrun it checks the devices that extend-lm would use.
     """
     with progress("doctor", f"computing gradients on 1 and on {config.cp} processes"):
-        from lvctx.stages.doctor import TOLERANCE, diagnose
+        from lvctx.training.doctor import TOLERANCE, diagnose
 
         findings = diagnose(config)
     for f in findings:

@@ -11,10 +11,10 @@ from lvctx.cli.options import OutputOptions, RunOptions, command, group
 from lvctx.cli.output import emit, is_quiet, progress, wants_json
 from lvctx.config import Flag
 from lvctx.errors import EXIT_SAMPLES_FAILED, UsageError
-from lvctx.eval.niah.config import NiahConfig, TextNiahConfig, VideoNiahConfig
 from lvctx.eval.niah.haystack_config import HaystackConfig
-from lvctx.inference.config import CachePlacement, DeviceConfig
-from lvctx.vision.sampling import VideoSampling
+from lvctx.eval.niah.niah_config import NiahConfig, TextNiahConfig, VideoNiahConfig
+from lvctx.inference.engine_config import CachePlacement, DeviceConfig
+from lvctx.video.sampling import VideoSampling
 
 if TYPE_CHECKING:
     from lvctx.eval.niah.results import NeedleResults
@@ -79,10 +79,10 @@ def video(config: VideoNiahConfig, sampling: VideoSampling, device: DeviceConfig
 def _run(
     name: str, config: NiahConfig, plan: Callable[..., "NiahJob"], device: DeviceConfig, run: NiahRunOptions
 ) -> None:
-    from lvctx.dist.context import SHARED_WORK_TIMEOUT, open_context
     from lvctx.eval.niah.heatmap import draw_heatmaps
     from lvctx.eval.niah.results import read_needle_results
     from lvctx.eval.niah.run import NiahRun, run_niah
+    from lvctx.parallel.context import SHARED_WORK_TIMEOUT, open_context
 
     with progress(name, "reading the haystack") as on_progress:
         folders = {run.out / f"{scheme}-{n:g}": replace(config, rope=((scheme, n),)) for scheme, n in config.rope}

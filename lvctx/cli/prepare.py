@@ -3,8 +3,8 @@
 from lvctx.artifacts import schemas
 from lvctx.cli.options import RunOptions, command
 from lvctx.cli.output import artifact_row, emit, progress
-from lvctx.stages.pack_chat_config import PackChatConfig
-from lvctx.stages.pack_text_config import PackTextConfig
+from lvctx.data.pack_chat_config import PackChatConfig
+from lvctx.data.pack_text_config import PackTextConfig
 
 
 @command(
@@ -21,7 +21,7 @@ def pack_text(config: PackTextConfig, run: RunOptions) -> None:
     as text (Unigram with it among its pieces), the document is malformed.
     """
     with progress("pack-text", "loading the tokenizer and listing the input") as on_progress:
-        from lvctx.stages.pack_text import plan_pack_text, run_pack_text
+        from lvctx.data.pack_text import plan_pack_text, run_pack_text
 
         job = plan_pack_text(config)
         if not run.dry_run:
@@ -51,7 +51,7 @@ def pack_chat(config: PackChatConfig, run: RunOptions) -> None:
     A stopped run begins again: it keeps no partial result.
     """
     with progress("pack-chat", "loading the tokenizer") as on_progress:
-        from lvctx.stages.pack_chat import plan_pack_chat, run_pack_chat
+        from lvctx.data.pack_chat import plan_pack_chat, run_pack_chat
 
         job = plan_pack_chat(config)
         if not run.dry_run:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from lvctx.cli.output import is_rank_zero
 from lvctx.errors import MissingError
-from lvctx.train.config import OnStep
+from lvctx.training.parallel_config import OnStep
 
 
 @dataclass(frozen=True, kw_only=True)

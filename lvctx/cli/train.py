@@ -12,13 +12,13 @@ from lvctx.cli.output import artifact_row, emit, progress, say
 from lvctx.cli.tracking import TrackingOptions, tracker
 from lvctx.config import hashed_fields
 from lvctx.errors import InputError, UsageError
-from lvctx.train.align_config import AlignConfig
-from lvctx.train.config import ParallelConfig, RunControl
-from lvctx.train.extend_config import BaseSearchConfig, ExtendConfig
-from lvctx.train.mrope_config import MropeConfig
+from lvctx.training.align_config import AlignConfig
+from lvctx.training.extend_config import BaseSearchConfig, ExtendConfig
+from lvctx.training.mrope_config import MropeConfig
+from lvctx.training.parallel_config import ParallelConfig, RunControl
 
 if TYPE_CHECKING:
-    from lvctx.stages.mrope_verify import Verified
+    from lvctx.models.mrope_verify import Verified
 
 
 @command(
@@ -34,12 +34,12 @@ def extend_lm(
     run: RunOptions,
 ) -> None:
     """Extend the context of a language model: a new RoPE base, then training on long packed rows of text."""
-    from lvctx.stages.extend import resolve_extend
-    from lvctx.stages.progressive import resolve_stages, run_stages, stage_configs
+    from lvctx.training.extend import resolve_extend
+    from lvctx.training.progressive import resolve_stages, run_stages, stage_configs
 
     facts: dict[str, Any] = {}
     if search.search_base:
-        from lvctx.stages.search import best, resolve_search, run_search, search_facts
+        from lvctx.eval.niah.base_search import best, resolve_search, run_search, search_facts
 
         if _processes() > 1:
             raise UsageError("--search-base runs in one process", fix="search first, then give torchrun --rope-theta")
@@ -58,7 +58,7 @@ def extend_lm(
     if config.stages:
         facts["stages"] = [hashed_fields(job.config) for job in jobs]
     if run.dry_run:
-        from lvctx.stages.plan import predict_extend, refuse
+        from lvctx.training.plan import predict_extend, refuse
 
         sizes = [{"rows": len(job.data or ()), "epochs": round(job.epochs, 3)} for job in jobs]
         facts |= {key: [size[key] for size in sizes] if config.stages else sizes[0][key] for key in sizes[0]}
@@ -90,7 +90,7 @@ def align(config: AlignConfig, parallel: ParallelConfig, tracking: TrackingOptio
     Stage dpo reads rows of "image" (or "images", or neither), "prompt" (or "conversations"), "chosen" and "rejected",
     each text or messages.
     """
-    from lvctx.stages.align_job import count_tokens, resolve_align
+    from lvctx.training.align_job import count_tokens, resolve_align
 
     job = resolve_align(config)
     facts = {"samples": len(job.rows), **hashed_fields(job.config)}
@@ -98,8 +98,8 @@ def align(config: AlignConfig, parallel: ParallelConfig, tracking: TrackingOptio
         with progress("align: count") as on_progress:
             emit({"dry_run": True, "path": str(config.out), **facts, **count_tokens(job, on_progress)})
         return
-    from lvctx.stages.dpo import align_task
-    from lvctx.train.run import run_training
+    from lvctx.training.dpo import align_task
+    from lvctx.training.run_training import run_training
 
     with ExitStack() as stack:
         control = _control(stack, f"align {config.stage}", config.out, tracking, run)
@@ -118,7 +118,7 @@ def mrope_extend(config: MropeConfig, parallel: ParallelConfig, tracking: Tracki
 
     With --data the language model is trained at the new positions on long rows of chat samples; the tower is frozen.
     """
-    from lvctx.stages.mrope_checkpoint import resolve_mrope, run_mrope
+    from lvctx.training.mrope_checkpoint import resolve_mrope, run_mrope
 
     if config.plot is not None and config.plot.suffix not in (".png", ".svg"):
         raise UsageError("--plot draws .png or .svg", where=config.plot)
@@ -140,7 +140,7 @@ def mrope_extend(config: MropeConfig, parallel: ParallelConfig, tracking: Tracki
         emit({"dry_run": True, "path": str(config.out), **facts, "rope_parameters": job.rope})
         return
     if config.plot is not None:
-        from lvctx.stages.mrope_verify import draw_curves
+        from lvctx.models.mrope_verify import draw_curves
 
         draw_curves(job.checkpoint.mrope, job.stretch, config.plot)
     if config.verify:
@@ -152,8 +152,8 @@ def _train_mrope(
     config: MropeConfig, context: int, parallel: ParallelConfig, tracking: TrackingOptions, run: RunOptions
 ) -> dict[str, Any]:
     """Pack the samples if they are not packed, and train in one run or in stages; facts for the output row."""
-    from lvctx.stages.mrope import MropeTrainingJob, pack_samples_file, resolve_mrope_training
-    from lvctx.stages.progressive import resolve_stages, run_stages, stage_configs
+    from lvctx.training.mrope_extend import MropeTrainingJob, pack_samples_file, resolve_mrope_training
+    from lvctx.training.progressive import resolve_stages, run_stages, stage_configs
 
     if config.data is not None and config.data.is_file():
         if "WORLD_SIZE" in os.environ:
@@ -178,8 +178,8 @@ def _train_mrope(
 
 def _count_video(config: MropeConfig, frames: int) -> dict[str, Any]:
     """Tokens and positions of a video of `frames` frames."""
-    from lvctx.vision.hybrid import Hybrid
-    from lvctx.vision.sampling import VideoSampling
+    from lvctx.video.hybrid import Hybrid
+    from lvctx.video.sampling import VideoSampling
     from lvctx.vlm.registry import open_vlm
 
     try:
@@ -198,7 +198,7 @@ def _count_video(config: MropeConfig, frames: int) -> dict[str, Any]:
 
 def _verify(out: Path) -> float | None:
     """Compare the frequencies that transformers computes with the formula; the largest relative error."""
-    from lvctx.stages.mrope_verify import verify
+    from lvctx.models.mrope_verify import verify
 
     verified = verify(out)
     print_channels(verified)

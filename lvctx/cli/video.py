@@ -19,12 +19,12 @@ from lvctx.cli.output import emit, is_quiet, is_rank_zero, progress, say, wants_
 from lvctx.config import Flag
 from lvctx.device import Dtype
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, LvctxError, UsageError
-from lvctx.inference.config import EngineConfig
-from lvctx.vision.sampling import VideoSampling
+from lvctx.inference.engine_config import EngineConfig
+from lvctx.video.sampling import VideoSampling
 
 if TYPE_CHECKING:
-    from lvctx.dist.context import ParallelContext
     from lvctx.inference.vqa import Answer, VideoQuestions
+    from lvctx.parallel.context import ParallelContext
     from lvctx.vlm.video_encoder import VideoEncoder
 
 Row = dict[str, Any]
@@ -67,7 +67,7 @@ def encode_video(config: EncodeVideoConfig, sampling: VideoSampling, run: RunOpt
     """
     if (config.model is None) == (config.tower is None):
         raise UsageError("give either --model or --tower")
-    from lvctx.dist.context import SHARED_WORK_TIMEOUT, open_context
+    from lvctx.parallel.context import SHARED_WORK_TIMEOUT, open_context
     from lvctx.vlm.video_encoder import VideoEncoder
 
     done = 0
@@ -207,7 +207,7 @@ def vqa(config: VqaConfig, sampling: VideoSampling, engine: EngineConfig, output
     """
     if config.piped and sys.stdin.isatty():
         raise UsageError("no video", fix="name one, or pipe from lvctx encode-video")
-    from lvctx.dist.context import SHARED_WORK_TIMEOUT, open_context
+    from lvctx.parallel.context import SHARED_WORK_TIMEOUT, open_context
 
     opened = open_context(device=engine.device, cp=engine.cp, timeout=SHARED_WORK_TIMEOUT)
     with opened as parallel:

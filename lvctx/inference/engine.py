@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from lvctx.vision.sampling import VideoSampling
+from lvctx.video.sampling import VideoSampling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from lvctx.inference.config import CachePlacement
+from lvctx.inference.engine_config import CachePlacement
 
 
 class Buffer:

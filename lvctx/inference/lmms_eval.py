@@ -14,8 +14,8 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 from lvctx.errors import LvctxError, UsageError
 from lvctx.inference.transformers_engine import PREFILL_CHUNK, TransformersEngine
-from lvctx.vision.hybrid import Hybrid
-from lvctx.vision.sampling import VideoSampling
+from lvctx.video.hybrid import Hybrid
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.registry import open_vlm
 
 log = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lvctx.dist.ring import ALONE, Ring
-from lvctx.dist.stripes import Stripe, held, last_rows, needs_no_mask, prepare
 from lvctx.inference.kv_cache import CachePlacement, empty_cache
-from lvctx.model.load import device_of
+from lvctx.models.loading import device_of
+from lvctx.parallel.ring_attention import ALONE, Ring
+from lvctx.parallel.striped_attention import Stripe, held, last_rows, needs_no_mask, prepare
 from lvctx.vlm.base import Positions, sequential_positions
 
 

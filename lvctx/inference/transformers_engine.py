@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 
 from lvctx.device import DeviceMap
-from lvctx.dist.ring import ALONE, Ring
 from lvctx.errors import InputError
-from lvctx.inference.config import EngineConfig
 from lvctx.inference.engine import AnswerScore, Reply, Shown
+from lvctx.inference.engine_config import EngineConfig
 from lvctx.inference.prefix_scorer import PrefixScorer
-from lvctx.model.load import context_length, load_model, load_tokenizer, require_accelerate, try_forward
-from lvctx.model.vlm import chat_ids
-from lvctx.vision.sampling import VideoSampling
+from lvctx.models.loading import context_length, load_model, load_tokenizer, require_accelerate, try_forward
+from lvctx.models.vlm_assembly import chat_ids
+from lvctx.parallel.ring_attention import ALONE, Ring
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.base import VLM, VisualInput
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lvctx.errors import InputError
 from lvctx.inference.engine import Engine, Shown
-from lvctx.vision.sampling import VideoSampling
+from lvctx.video.sampling import VideoSampling
 
 
 @dataclass(frozen=True, kw_only=True)

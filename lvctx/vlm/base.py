@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lvctx.vision.sampling import VideoSampling
-from lvctx.vision.tokens import VisualRule
+from lvctx.video.sampling import VideoSampling
+from lvctx.vlm.token_count import VisualRule
 
 Positions = Callable[[np.ndarray, int], Tensor]
 """Position ids of a sequence's tokens from the given one on, as the language model takes them: (1, L), or (3, 1, L) for

@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lvctx.model.load import device_of
-from lvctx.positions import mrope_ids
-from lvctx.positions.mrope_ids import Part, Text
-from lvctx.vision.tokens import Block, QwenRule
+from lvctx.models.loading import device_of
+from lvctx.rope import mrope_positions
+from lvctx.rope.mrope_positions import Part, Text
 from lvctx.vlm.qwen_frames import part, patches
+from lvctx.vlm.token_count import Block, QwenRule
 
 END, START = 0, 1
 """Rows of the delimiters between runs."""
@@ -104,7 +104,7 @@ class GridTable:
 
     def positions(self, ids_L: np.ndarray, first: int) -> Tensor:
         """Position ids (3, 1, L - first) of a sequence, or the beginning of one, from its token `first` on."""
-        return mrope_ids.positions(self._parts(ids_L))[0][:, None, first : len(ids_L)]
+        return mrope_positions.positions(self._parts(ids_L))[0][:, None, first : len(ids_L)]
 
     def _parts(self, ids_L: np.ndarray) -> Iterator[Part]:
         """Text and films. A film that is cut is completed to its next grid: that moves nothing before the cut."""
@@ -115,7 +115,7 @@ class GridTable:
             else:
                 yield self._film(piece - self.vocabulary)
 
-    def _film(self, rows: np.ndarray) -> mrope_ids.Film:
+    def _film(self, rows: np.ndarray) -> mrope_positions.Film:
         runs: list[list[Grid]] = [[]]
         at = 0
         while at < len(rows):

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lvctx.model.vlm import Grid, embed_frames, frame_features, image_grid, image_rule
-from lvctx.vision.anyres import anyres_flatten, anyres_pinpoints, anyres_tiles, anyres_tokens, single_tiles
-from lvctx.vision.grids import MAX_GRIDS, GridRule, MaxGrids, image_max_grids, tell_grids, unires_grid, unires_tiles
-from lvctx.vision.images import Preprocess, image_size
+from lvctx.models.image_processing import Preprocess, image_size
+from lvctx.models.unires import MAX_GRIDS, GridRule, MaxGrids, image_max_grids, tell_grids, unires_grid, unires_tiles
+from lvctx.models.vlm_assembly import Grid, embed_frames, frame_features, image_grid, image_rule
+from lvctx.vlm.anyres import anyres_flatten, anyres_pinpoints, anyres_tiles, anyres_tokens, single_tiles
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,16 +19,16 @@ from PIL import Image
 from torch import Tensor
 
 from lvctx.errors import InputError, UsageError
-from lvctx.model.load import load_config, load_tokenizer
-from lvctx.model.vlm import VIDEO_TOKEN, embed_frames, newline_embedding, tokens_per_frame
-from lvctx.vision.hybrid import Hybrid
-from lvctx.vision.images import Preprocess
-from lvctx.vision.sampling import VideoSampling
-from lvctx.vision.tokens import LlavaRule, pooling
-from lvctx.vision.tower import TowerFiles, load_tower
+from lvctx.models.image_processing import Preprocess
+from lvctx.models.loading import load_config, load_tokenizer
+from lvctx.models.vision_encoder import TowerFiles, load_tower
+from lvctx.models.vlm_assembly import VIDEO_TOKEN, embed_frames, newline_embedding, tokens_per_frame
+from lvctx.video.hybrid import Hybrid
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.base import VisualInput, sequential_positions
 from lvctx.vlm.feature_cache import FeatureCache, is_feature_cache, read_feature_cache
 from lvctx.vlm.image_tiling import ImageEncoding, embed_image
+from lvctx.vlm.token_count import LlavaRule, pooling
 from lvctx.vlm.video_encoder import VideoEncoder, resolve_for_tower
 
 BATCH = 64

@@ -2,7 +2,7 @@
 
 Hybrid resolution (GIRAFFE section 3.5) changes a video's size from grid to grid, and an item of the model has one size.
 So each run of one size is a video item of its own (an image item each frame in mode `image`), and position ids are
-given explicitly, so that time does not start again at each (`positions/mrope_ids.py`). Uniform resolution is one run.
+given explicitly, so that time does not start again at each (`rope/mrope_positions.py`). Uniform resolution is one run.
 
 Frames are resized as they are read, with the arithmetic of the model's own processor but without its lower limit for
 video (128 tokens), which would enlarge the small frames again; its own code then normalises them and cuts patches.
@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from lvctx.errors import UsageError
-from lvctx.positions import mrope_ids
-from lvctx.positions.mrope_ids import Grids
-from lvctx.vision.hybrid import Hybrid, Run, hybrid_tokens, select_high
-from lvctx.vision.tokens import Block, QwenRule
+from lvctx.rope import mrope_positions
+from lvctx.rope.mrope_positions import Grids
+from lvctx.video.hybrid import Hybrid, Run, hybrid_tokens, select_high
+from lvctx.vlm.token_count import Block, QwenRule
 
 LEAST = 4
 """Tokens of the smallest frame: what the processor's least number of pixels is set to."""
@@ -72,7 +72,7 @@ class SampledVideo:
         hybrid = self.rule.hybrid
         return sum(run.grids * (hybrid.tokens if run.high else hybrid.low_tokens) for run in self.runs)
 
-    def part(self, tokens_per_second: float | None) -> mrope_ids.Film:
+    def part(self, tokens_per_second: float | None) -> mrope_positions.Film:
         """What position ids are made of. Times count grids, or seconds where the model does."""
         return part(self.blocks, self.pts, self.rule.merge, tokens_per_second)
 
@@ -95,10 +95,12 @@ def _blocks(rule: QwenRule, run: Run, width: int, height: int) -> list[Block]:
     return one_size.video(width, height, run.frames)
 
 
-def part(blocks: Sequence[Block], pts: Sequence[float], merge: int, tokens_per_second: float | None) -> mrope_ids.Film:
+def part(
+    blocks: Sequence[Block], pts: Sequence[float], merge: int, tokens_per_second: float | None
+) -> mrope_positions.Film:
     """What position ids of a film's blocks are made of; `pts` are its frames' times in seconds."""
     times = tuple(grid_times(blocks, pts, merge, tokens_per_second))
-    return mrope_ids.Film(runs=tuple(Grids(*block.grid) for block in blocks), times=times)
+    return mrope_positions.Film(runs=tuple(Grids(*block.grid) for block in blocks), times=times)
 
 
 def grid_times(
@@ -195,7 +197,7 @@ def count_video(
     check_reachable(rule.hybrid)
     blocks = rule.video(width, height, frames)
     pts = [i / fps for i in range(frames)]
-    _, after = mrope_ids.positions([part(blocks, pts, rule.merge, tokens_per_second)])
+    _, after = mrope_positions.positions([part(blocks, pts, rule.merge, tokens_per_second)])
     return VideoCount(
         nominal=hybrid_tokens(frames, rule.hybrid, merge=rule.merge),
         actual=sum(block.tokens for block in blocks),

@@ -19,13 +19,13 @@ import torch
 from PIL import Image, ImageOps
 
 from lvctx.errors import InputError, UsageError
-from lvctx.vision.decode import Count, count_frames, read_video
-from lvctx.vision.hybrid import Hybrid, select_high, thumbnail
-from lvctx.vision.images import image_size, open_image
-from lvctx.vision.sampling import VideoSampling
-from lvctx.vision.tokens import Block
+from lvctx.models.image_processing import image_size, open_image
+from lvctx.video.hybrid import Hybrid, select_high, thumbnail
+from lvctx.video.reader import Count, count_frames, read_video
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.grid_table import Grid, empty_table, encode_grids
 from lvctx.vlm.qwen_frames import blocks_of, runs_of
+from lvctx.vlm.token_count import Block
 
 if TYPE_CHECKING:
     from lvctx.vlm.qwen_vl import QwenVL

@@ -2,7 +2,7 @@
 
 A video is sampled at a rate, sized by hybrid resolution, and its grids go through the model's own tower. Stock
 generation is not used: it asks the model for positions, and transformers 5.3 and later give it wrong ones after a video
-(`positions/mrope_ids.py`).
+(`rope/mrope_positions.py`).
 
 Shapes: F frames, N tokens, E width of the language model, R rows of the table.
 """
@@ -19,12 +19,11 @@ from torch import Tensor
 
 from lvctx.artifacts.store import read_json, sha256_file
 from lvctx.errors import InputError, UsageError
-from lvctx.model.load import load_config, load_image_processor, load_tokenizer
-from lvctx.positions.mrope_ids import Rules
-from lvctx.vision.decode import Frame, bounded, read_video
-from lvctx.vision.hybrid import Hybrid
-from lvctx.vision.sampling import VideoSampling
-from lvctx.vision.tokens import QwenRule
+from lvctx.models.loading import load_config, load_image_processor, load_tokenizer
+from lvctx.rope.mrope_positions import Rules
+from lvctx.video.hybrid import Hybrid
+from lvctx.video.reader import Frame, bounded, read_video
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.base import VisualInput
 from lvctx.vlm.grid_table import GridTable, empty_table, encode_grids
 from lvctx.vlm.qwen_frames import (
@@ -34,6 +33,7 @@ from lvctx.vlm.qwen_frames import (
     resize_frames,
 )
 from lvctx.vlm.qwen_haystack import QwenHaystack
+from lvctx.vlm.token_count import QwenRule
 
 MAX_FRAMES = 768
 """Frames of a video at most; the processor's own default."""

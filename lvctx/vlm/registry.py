@@ -4,7 +4,7 @@ from importlib import import_module
 from pathlib import Path
 
 from lvctx.errors import UsageError
-from lvctx.model.load import load_config, resolve_model
+from lvctx.models.loading import load_config, resolve_model
 from lvctx.vlm.base import VLM
 
 FAMILIES = {

@@ -32,14 +32,14 @@ from lvctx.artifacts.manifest import Provenance, is_finished, read_provenance
 from lvctx.artifacts.store import read_safetensors_header, sha256_file
 from lvctx.device import Dtype, resolve_dtype
 from lvctx.errors import LvctxError, Stopped, UsageError
-from lvctx.vision.apart import DecodeRequest, Decoders
-from lvctx.vision.container import check_whole, probe
-from lvctx.vision.decode import Count, bounded, count_frames
-from lvctx.vision.hybrid import Hybrid, hybrid_tokens, select_high
-from lvctx.vision.sampling import VideoSampling
-from lvctx.vision.tokens import pooling
-from lvctx.vision.tower import Tower, TowerFiles
+from lvctx.models.vision_encoder import Tower, TowerFiles
+from lvctx.video.container import check_whole, probe
+from lvctx.video.decode_worker import DecodeRequest, Decoders
+from lvctx.video.hybrid import Hybrid, hybrid_tokens, select_high
+from lvctx.video.reader import Count, bounded, count_frames
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.feature_cache import SUFFIX, FeatureCache, open_frames
+from lvctx.vlm.token_count import pooling
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -306,7 +306,7 @@ def resolve_for_tower(files: TowerFiles, sampling: VideoSampling) -> VideoSampli
     Raises UsageError for a resolution that it cannot have, MissingError without decord.
     """
     if sampling.decoder == "decord":
-        from lvctx.vision.decord import require_decord
+        from lvctx.video.decord_reader import require_decord
 
         require_decord()
     if sampling.hybrid_mode != "pair":

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from photos import load_photos
 
-from lvctx.vision.draw import COLORS, SHAPES, draw_grids
+from lvctx.video.drawn_images import COLORS, SHAPES, draw_grids
 
 COLOR_NAMES = list(COLORS)
 QUESTION = "Find the image with the {shape}. What color is the {shape}?"

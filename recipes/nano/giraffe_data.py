@@ -21,7 +21,7 @@ from draw_data import COLOR_NAMES, QUESTION
 from photos import load_photos
 from PIL import Image
 
-from lvctx.vision.draw import SHAPES, draw_grids
+from lvctx.video.drawn_images import SHAPES, draw_grids
 
 LARGE = 96
 COST = {48: 6, 72: 11, 96: 18}

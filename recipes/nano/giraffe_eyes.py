@@ -31,8 +31,8 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     apply_rotary_pos_emb_vision,
 )
 
-from lvctx.model.load import load_model, load_tokenizer, resolve_model
-from lvctx.vision.draw import SHAPES
+from lvctx.models.loading import load_model, load_tokenizer, resolve_model
+from lvctx.video.drawn_images import SHAPES
 
 MERGE = 2
 SIZES = {48: 128, 72: 64, 96: 48}

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from lvctx.model.adapter import load_adapter
-from lvctx.model.load import load_model, load_tokenizer, resolve_model
-from lvctx.model.lora import ATTENTION, add_lora, merge_lora
+from lvctx.models.adapter import load_adapter
+from lvctx.models.loading import load_model, load_tokenizer, resolve_model
+from lvctx.models.lora import ATTENTION, add_lora, merge_lora
 
 DELIMITERS = {"<|vision_start|>": " [", "<|vision_end|>": "]"}
 """Tokens around an image, and the words whose embeddings they begin with."""

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lvctx.vision.decode import read_video
-from lvctx.vision.images import open_image
-from lvctx.vision.sampling import VideoSampling
+from lvctx.models.image_processing import open_image
+from lvctx.video.reader import read_video
+from lvctx.video.sampling import VideoSampling
 
 SIDE = 300
 """Short side they are reduced to, pixels."""

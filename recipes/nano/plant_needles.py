@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from lvctx.model.load import load_tokenizer
-from lvctx.text.needle import NEEDLE, PREFIX, QUESTION, read_haystack
+from lvctx.eval.niah.text_needles import NEEDLE, PREFIX, QUESTION, read_haystack
+from lvctx.models.loading import load_tokenizer
 
 KEYS = ("otter", "heron", "badger", "lynx", "walrus", "falcon", "beaver", "gecko", "bison", "stork", "raven", "moose")
 ASK, SAY = "What is the special magic {key} number?", "The special magic {key} number is:"

@@ -25,7 +25,7 @@ from photos import load_photos
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from lvctx.vision.draw import COLORS, SHAPES, draw_blank, draw_picture_with_mask
+from lvctx.video.drawn_images import COLORS, SHAPES, draw_blank, draw_picture_with_mask
 
 COLOR_NAMES = list(COLORS)
 BLANK = 0.25

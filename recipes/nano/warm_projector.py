@@ -21,9 +21,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lvctx.model.load import load_model, load_tokenizer, resolve_model
-from lvctx.vision.draw import SHAPES, draw_blank, draw_picture
-from lvctx.vision.tower import load_tower
+from lvctx.models.loading import load_model, load_tokenizer, resolve_model
+from lvctx.models.vision_encoder import load_tower
+from lvctx.video.drawn_images import SHAPES, draw_blank, draw_picture
 
 PICTURES, HELD_OUT, STEPS, BATCH, LR, BLANK = 3000, 200, 400, 64, 2e-3, 0.3
 

@@ -106,10 +106,10 @@ def make_tower(out: Path, kind: str) -> None:
 
 def make_vlm(lm: Path, tower: Path, out: Path) -> None:
     """Aligned for no step: a random projector."""
-    from lvctx.model.load import load_model, load_tokenizer
-    from lvctx.model.vlm import assemble, save_vlm
-    from lvctx.stages.side_files import write_side_files
-    from lvctx.vision.tower import load_vision_model
+    from lvctx.models.loading import load_model, load_tokenizer
+    from lvctx.models.side_files import write_side_files
+    from lvctx.models.vision_encoder import load_vision_model
+    from lvctx.models.vlm_assembly import assemble, save_vlm
 
     tokenizer = load_tokenizer(lm)
     vlm = assemble(load_model(lm), load_vision_model(tower, dtype=torch.float32), tokenizer, where=lm, seed=0)

@@ -20,8 +20,8 @@ from models import ADAPTED
 from PIL import Image
 from support import torchvision_cpu
 
-from lvctx.model.load import load_model, load_tokenizer
-from lvctx.positions.mrope_ids import Rules, positions_of_ids
+from lvctx.models.loading import load_model, load_tokenizer
+from lvctx.rope.mrope_positions import Rules, positions_of_ids
 
 LONG = 900
 """Tokens of the prompt: far beyond the 256 of the language model before it was extended."""
@@ -54,7 +54,7 @@ def grow(model: Any, ids: list[int], **inputs: Any) -> dict[str, Any]:
     seconds = torch.as_tensor(inputs.pop("second_per_grid_ts", [])).tolist()
     for _ in range(NEW):
         given = dict(inputs)
-        if grids:  # stock positions after a video are wrong: see positions/mrope_ids.py
+        if grids:  # stock positions after a video are wrong: see rope/mrope_positions.py
             positions_3S, _ = positions_of_ids(grown, Rules.of(model.config), **grids, seconds_per_grid=seconds)
             given["position_ids"] = positions_3S[:, None]
         with torch.no_grad():

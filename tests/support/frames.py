@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
-from lvctx.model.vlm import VIDEO_TOKEN
+from lvctx.models.vlm_assembly import VIDEO_TOKEN
 from lvctx.vlm.llava_onevision import FrameRows
 
 

@@ -11,12 +11,12 @@ from PIL import Image
 
 from lvctx.artifacts.store import sha256_file
 from lvctx.errors import UsageError
-from lvctx.model.load import load_config
-from lvctx.vision.decode import read_video
-from lvctx.vision.images import Preprocess
-from lvctx.vision.sampling import VideoSampling
-from lvctx.vision.tokens import VisualRule
+from lvctx.models.image_processing import Preprocess
+from lvctx.models.loading import load_config
+from lvctx.video.reader import read_video
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.base import VisualInput, sequential_positions
+from lvctx.vlm.token_count import VisualRule
 
 
 class StockLlava:

@@ -18,10 +18,10 @@ from lvctx.artifacts.manifest import Provenance, is_finished, write_manifest
 from lvctx.artifacts.store import atomic_file, sha256_file
 from lvctx.errors import InputError, UsageError
 from lvctx.eval.niah.haystack_config import HaystackConfig
-from lvctx.vision.container import check_whole
-from lvctx.vision.decode import read_video
-from lvctx.vision.sampling import VideoSampling
-from lvctx.vision.scenes import VERSION, scene
+from lvctx.video.container import check_whole
+from lvctx.video.drawn_scenes import VERSION, scene
+from lvctx.video.reader import read_video
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.feature_cache import SUFFIX, open_frames
 from lvctx.vlm.video_encoder import VideoEncoder
 

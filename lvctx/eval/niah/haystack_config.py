@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from lvctx.config import Flag
-from lvctx.vision.sampling import Rate, parse_rate
+from lvctx.video.sampling import Rate, parse_rate
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lvctx.data.records import read_records
 from lvctx.errors import InputError
-from lvctx.text.records import read_records
-from lvctx.vision.draw import COLORS, SHAPES, draw_picture
-from lvctx.vision.images import open_image
+from lvctx.models.image_processing import open_image
+from lvctx.video.drawn_images import COLORS, SHAPES, draw_picture
 
 FIND = "Find the image with the {shape}. What color is the {shape}?"
 """The question of a drawn needle; only the image knows the answer."""

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts.store import write_json
+from lvctx.data.records import read_records
 from lvctx.errors import InputError
 from lvctx.eval.niah.results import NeedleResults
-from lvctx.text.records import read_records
 
 NAME = "all_accuracies.json"
 KEYS = {"video": ("Num. Frame", "Frame Depth"), "text": ("Context Length", "Document Depth")}

@@ -7,8 +7,8 @@ from typing import Any
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.result_log import read_results
-from lvctx.bench.statistics import wilson_interval
 from lvctx.errors import InputError
+from lvctx.eval.statistics import wilson_interval
 
 THRESHOLD = 0.9
 """Accuracy from which a length counts as read. LongVA-7B falls below it where its figure 4 begins to fade; RULER takes

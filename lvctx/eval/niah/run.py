@@ -15,20 +15,19 @@ import torch
 from lvctx.artifacts import schemas
 from lvctx.artifacts.result_log import RESULTS, ResultLog, read_results, short_hash
 from lvctx.artifacts.store import fingerprint
-from lvctx.dist.context import ParallelContext
-from lvctx.dist.ring import Ring
 from lvctx.errors import InputError, UsageError
-from lvctx.eval.niah.config import NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
 from lvctx.eval.niah.heatmap import write_report
 from lvctx.eval.niah.image_needles import NeedleSet, drawn_needles, read_needles
+from lvctx.eval.niah.needle_task import Cell, NeedleTask
+from lvctx.eval.niah.niah_config import NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
 from lvctx.eval.niah.results import THRESHOLD, read_needle_results
-from lvctx.eval.niah.task import Cell, NeedleTask
-from lvctx.eval.niah.text import TextNeedleTask
-from lvctx.eval.niah.video import VideoNeedleTask
-from lvctx.inference.config import CachePlacement
+from lvctx.eval.niah.text_needles import read_haystack
+from lvctx.eval.niah.text_task import TextNeedleTask
+from lvctx.eval.niah.video_task import VideoNeedleTask
+from lvctx.inference.engine_config import CachePlacement
 from lvctx.inference.prefix_scorer import PrefixScorer, Score, common_prefix, walk_order
-from lvctx.model.adapter import longest_sample
-from lvctx.model.load import (
+from lvctx.models.adapter import longest_sample
+from lvctx.models.loading import (
     context_length,
     load_config,
     load_model,
@@ -37,9 +36,10 @@ from lvctx.model.load import (
     trained_length,
     try_forward,
 )
-from lvctx.positions.choose import choose
-from lvctx.text.needle import read_haystack
-from lvctx.vision.sampling import VideoSampling
+from lvctx.parallel.context import ParallelContext
+from lvctx.parallel.ring_attention import Ring
+from lvctx.rope.scaling import choose
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.base import VLM, VisualTokens, sequential_positions
 
 log = logging.getLogger(__name__)

@@ -1,1 +1,0 @@
-"""Benchmarks: samples, prompts, scores and reports, one file each."""

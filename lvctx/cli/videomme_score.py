@@ -1,0 +1,147 @@
+"""`lvctx videomme score`: responses of a run, or of anyone, under the scorers in use."""
+
+import csv
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from lvctx.cli.benchmarks import interval, percent, print_sources
+from lvctx.cli.options import OutputOptions, command
+from lvctx.cli.output import emit, wants_json
+from lvctx.config import Flag
+from lvctx.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoMMEScoreConfig:
+    """What to score, and how."""
+
+    files: Annotated[tuple[Path, ...], Flag(argument=True, metavar="FILE...")]
+    """Responses in the official format, or results directories of run."""
+    rule: Literal["official", "official-2024", "lmms-eval", "strict"] = "official"
+    """Scorer that the breakdown, the difference and the plot use."""
+    csv: Path | None = None
+    """Write duration x domain x task, with margins, for every rule."""
+    plot: Path | None = None
+    """Draw accuracy by duration, or by number of frames for several runs: .png or .svg."""
+
+
+@command(
+    "videomme score",
+    "lvctx videomme score videomme --json",
+    "lvctx videomme score videomme/responses.json videomme --csv cells.csv --plot both.png",
+)
+def score(config: VideoMMEScoreConfig, output: OutputOptions) -> None:
+    """Score responses under four rules with 95% intervals clustered by video; of two files, also their difference.
+
+    official is the authors' script as it is now, official-2024 as it was before; both drop replies without a letter
+    from the denominator. lmms-eval counts them wrong, strict wants the reply to begin with the letter. No model is
+    needed.
+    """
+    from lvctx.artifacts.schemas import SCORE
+    from lvctx.eval.benchmarks import videomme
+    from lvctx.eval.benchmarks.accuracy import difference
+    from lvctx.eval.benchmarks.answers import RULES
+    from lvctx.eval.benchmarks.responses import read_responses
+
+    files, plot = config.files, config.plot
+    if plot is not None and plot.suffix not in (".png", ".svg"):
+        raise UsageError(f"--plot {plot}: .png or .svg is wanted")
+    read = [read_responses(file) for file in files]
+    if len({one.name for one in read}) < len(read):
+        read = [replace(one, name=str(file)) for one, file in zip(read, files, strict=True)]
+    runs = [_read_run(file) for file in files]
+    scores = [videomme.score(one) | {"failed": failed} for one, (_, failed) in zip(read, runs, strict=True)]
+    versus: dict[str, Any] = {}
+    if len(read) == 2:
+        a, b = (one.replies for one in read)
+        versus = {name: vars(difference(a, b, name)) for name in RULES}
+    if config.csv is not None:
+        _write_csv(config.csv, [row for one in read for row in videomme.cells(one)])
+    if plot is not None:
+        from lvctx.eval.benchmarks.accuracy_plot import draw_accuracy
+
+        known = [frames for frames, _ in runs if frames is not None]
+        draw_accuracy(scores, known if len(set(known)) == len(files) > 1 else None, config.rule, plot)
+    if wants_json():
+        for row in scores:
+            emit(row)
+        if versus:
+            emit({"schema": SCORE, "first": read[0].name, "second": read[1].name, "difference": versus})
+        return
+    for row, one in zip(scores, read, strict=True):
+        _print(row, videomme.cells(one, [config.rule]), config.rule)
+    if versus:
+        _print_difference(read[0].name, read[1].name, versus)
+
+
+def _read_run(path: Path) -> tuple[int | None, int]:
+    """Frames of each video that a run of ours showed its model, and how many questions failed in it.
+
+    None and 0 for files of others; None for runs whose videos differ in frames.
+    """
+    from lvctx.artifacts.result_log import RESULTS, read_results
+
+    folder = path.parent if path.name == "responses.json" else path
+    rows = list(read_results(folder).values()) if (folder / RESULTS).is_file() else []
+    frames = {row["frames"] for row in rows if isinstance(row.get("frames"), int)}
+    return frames.pop() if len(frames) == 1 else None, sum("error" in row for row in rows)
+
+
+def _write_csv(target: Path, rows: list[dict[str, Any]]) -> None:
+    from lvctx.artifacts.store import atomic_file
+
+    with atomic_file(target) as partial, open(partial, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _print(row: dict[str, Any], cells: list[dict[str, Any]], rule: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, emoji=False)  # names and groups are text of others: [x] and :x: are no markup
+    for warning in row["warnings"]:
+        console.print(f"WARNING {row['file']}: {warning}", style="bold red", highlight=False)
+    left_out = f", {row['failed']:,} more failed and are left out" if row["failed"] else ""
+    asked = f"{row['questions']:,} questions about {row['videos']:,} videos"
+    console.print(f"{row['file']}: {asked}{left_out}", highlight=False)
+    for what, count in row["overlooked"].items():
+        console.print(f"  overlooked: {count:,} {what}", highlight=False)
+    rules = Table("rule", box=None, pad_edge=False)
+    for name in ("accuracy", "95% interval", "counted", "letter found"):
+        rules.add_column(name, justify="right")
+    for name, e in row["rules"].items():
+        rules.add_row(name, percent(e["mean"]), interval(e), f"{e['counted']:,}", percent(e["parsed"]))
+    console.print(rules)
+    print_sources(console, row["rules"])
+    durations = [*row["by_duration"], "all"]
+    found = {(c["domain"], c["task_type"], c["duration"]): c for c in cells}
+    kinds = Table(
+        "domain, task", title=f"{rule} rule, % (questions counted)", title_justify="left", box=None, pad_edge=False
+    )
+    for duration in durations:
+        kinds.add_column(duration, justify="right", no_wrap=True)
+    domains = dict.fromkeys(domain for domain, _, _ in found)
+    for domain in domains:
+        tasks = dict.fromkeys(task for one, task, _ in found if one == domain)
+        for task in sorted(tasks, key=lambda t: (t != "all", t)):
+            values = (found.get((domain, task, duration)) for duration in durations)
+            shown = (f"{percent(c['mean'])} ({c['counted']})" if c else "" for c in values)
+            kinds.add_row(domain if task == "all" else f"  {task}", *shown, style="bold" if task == "all" else "")
+    console.print(kinds)
+
+
+def _print_difference(first: str, second: str, versus: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "rule", title=f"{first} minus {second}, same questions", title_justify="left", box=None, pad_edge=False
+    )
+    for name in ("difference", "95% interval", "questions"):
+        table.add_column(name, justify="right")
+    for name, e in versus.items():
+        table.add_row(name, percent(e["mean"]), interval(e), f"{e['counted']:,}")
+    Console(markup=False, emoji=False).print(table)

@@ -1,0 +1,101 @@
+"""Conversations as training sequences: the model's own chat template, loss on the assistant's turns only.
+
+In the sequence an image is the block of its grids' tokens closed by one "\\n",
+and the "\\n" that LLaVA writes after `<image>` is that one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lvctx.data.conversations import Conversation, Media, MediaKind
+from lvctx.errors import InputError
+from lvctx.models.chat_template import Message, Visual, chat_encoder
+from lvctx.models.loss import IGNORED
+from lvctx.models.vlm_assembly import VIDEO_TOKEN
+
+CHATML = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""The template of Qwen's chat models, with their default system turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSequence:
+    """Token ids of a conversation, with its visual blocks unfolded."""
+
+    ids: list[int]
+    """`video` ids stand for visual tokens."""
+    labels: list[int]
+    """Target under each position's hidden state (already shifted): -100 where it is not the assistant's word."""
+    places: list[int] = field(default_factory=list)
+    """Where each visual block begins."""
+    positions: list[int] | None = None
+    """Of the tokens, where they do not count up from 0."""
+
+
+def to_messages(conversation: Conversation, mark: Callable[[MediaKind], str]) -> tuple[Message, ...]:
+    """A conversation as `{"role", "content"}`, each image or video one `Visual` part with the mark of its kind."""
+    return tuple(
+        {
+            "role": turn.role,
+            "content": tuple(Visual(mark(part.kind)) if isinstance(part, Media) else part for part in turn.content),
+        }
+        for turn in conversation.turns
+    )
+
+
+def encode_conversation(
+    conversation: Conversation, tokenizer: Any, visual_tokens: Callable[[Path], int], *, last_only: bool = False
+) -> TokenSequence:
+    """Ids and shifted labels of a conversation in the tokenizer's chat template; `last_only`: of its last answer.
+
+    `visual_tokens` gives the tokens of an image's block, its closing "\\n" included.
+    """
+    video = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+    blocks = [[video] * visual_tokens(image) for image in conversation.images]
+    messages = to_messages(conversation, lambda kind: VIDEO_TOKEN)
+    return encode_messages(messages, tokenizer, blocks, where=conversation.where, last_only=last_only)
+
+
+def encode_messages(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    blocks: Sequence[Sequence[int]],
+    *,
+    where: str,
+    last_only: bool = False,
+) -> TokenSequence:
+    """Ids and shifted labels of turns in the tokenizer's chat template, each `Visual` part replaced by its block.
+
+    Counted are the assistant's words and the end-of-turn token after them, as in LLaVA, or what the template marks as
+    generated (transformers' `return_assistant_tokens_mask`); `last_only` leaves out all answers but the last, and what
+    follows that is no part of the sequence. Raises InputError for a template that rewrites what it wrote before (see
+    `lvctx.models.chat_template`), and where parts and blocks are not of one number.
+    """
+    last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
+    if last < 0:
+        raise InputError("no answer to learn from", where=where)
+    chat = chat_encoder(tokenizer).encode(messages[: last + 1], where=where)
+    if len(chat.visual) != len(blocks):
+        raise InputError(f"{len(chat.visual)} marks in the text for {len(blocks)} images", where=where)
+    if last_only and len(chat.answers) != sum(message["role"] == "assistant" for message in messages):
+        raise InputError("the chat template does not mark one part of each answer as generated", where=where)
+    spoken = [False] * len(chat.ids)
+    for first, _, closed in chat.answers[-1:] if last_only else chat.answers:
+        spoken[first:closed] = [True] * (closed - first)
+    ids: list[int] = []
+    labels: list[int] = []
+    places: list[int] = []
+    shown = dict(zip(chat.visual, blocks, strict=True))
+    for at, (token, counts) in enumerate(zip(chat.ids, spoken, strict=True)):
+        if at in shown:
+            places.append(len(ids))
+            ids += shown[at]
+        else:
+            ids.append(token)
+        labels += [token if counts and at not in shown else IGNORED] * (len(ids) - len(labels))
+    return TokenSequence(ids=ids, labels=[*labels[1:], IGNORED], places=places)

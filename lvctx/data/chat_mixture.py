@@ -1,0 +1,95 @@
+"""Which samples of several kinds are taken, so that every kind has its share and enough of it is long.
+
+GIRAFFE section 2.3: of the tokens 20% long text, 25% short images, 25% interleaved, 30% video, and 60% or more in
+samples longer than 8K tokens. Both are shares of tokens: of samples, a quarter of short images leaves no room for 60%.
+
+Suffixes: N samples of one kind.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from lvctx.data.row_packing import uniform
+from lvctx.errors import InputError
+
+
+def largest_blend(
+    lengths: Mapping[str, np.ndarray], shares: Mapping[str, float], *, long_share: float, long_over: int
+) -> int:
+    """Most tokens at which every kind still meets its share and long samples theirs.
+
+    `lengths` are each kind's samples in tokens (N,). Raises InputError where long samples cannot meet theirs at all.
+    """
+    total = {kind: int(of.sum()) for kind, of in lengths.items()}
+    long = {kind: int(of[of > long_over].sum()) for kind, of in lengths.items()}
+    most = sum(shares[kind] for kind in shares if long[kind])
+    if most < long_share - 1e-9:
+        none = ", ".join(kind for kind in shares if not long[kind])
+        raise InputError(
+            f"{long_share:.0%} of the tokens are to be in samples of more than {long_over:,}, but no sample of {none} "
+            f"is that long, so at most {most:.0%} can be",
+            fix="give longer samples, change --mix, or lower --long-share or --long-over",
+        )
+    high = min(int(total[kind] / share) for kind, share in shares.items() if share > 0)
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        reachable = sum(min(share * middle, long[kind]) for kind, share in shares.items())
+        low, high = (middle, high) if reachable >= long_share * middle * (1 - 1e-12) else (low, middle - 1)
+    return low
+
+
+def choose(
+    lengths: Mapping[str, np.ndarray],
+    shares: Mapping[str, float],
+    *,
+    tokens: int,
+    long_share: float,
+    long_over: int,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Samples to take of each kind, ascending (int64), for `tokens` in all, which `largest_blend` must allow.
+
+    Inside a kind, long and short samples stand as in its source if that gives enough long ones; otherwise every kind
+    takes more of its long ones, each by the same part of what it could. A budget is filled with samples in an order
+    drawn from `seed`, leaving out what no longer fits, so a kind falls short of it by less than a sample; where long
+    samples then miss their share, short ones go.
+    """
+    budget, long, usual, most = {}, {}, {}, {}
+    for kind, share in shares.items():
+        of = lengths[kind]
+        long[kind] = of > long_over
+        budget[kind] = share * tokens
+        in_long = float(of[long[kind]].sum())
+        usual[kind] = budget[kind] * in_long / max(float(of.sum()), 1.0)
+        most[kind] = min(budget[kind], in_long)
+    missing, room = long_share * tokens - sum(usual.values()), sum(most.values()) - sum(usual.values())
+    part = min(1.0, max(0.0, missing / room)) if room > 0 else 0.0
+    taken: dict[str, set[int]] = {}
+    short: dict[str, list[int]] = {}
+    for number, kind in enumerate(shares):
+        of = lengths[kind]
+        order = np.argsort(uniform(seed + 1_000_003 * number, np.arange(len(of))), kind="stable")
+        for_long = usual[kind] + part * (most[kind] - usual[kind])
+        first = _fill(order[long[kind][order]], of, for_long)
+        rest = _fill(order[~long[kind][order]], of, budget[kind] - int(of[first].sum()))
+        taken[kind] = {*first, *rest}
+        short[kind] = rest
+    held = {kind: int(lengths[kind][sorted(numbers)].sum()) for kind, numbers in taken.items()}
+    in_long = sum(held.values()) - sum(int(lengths[kind][numbers].sum()) for kind, numbers in short.items())
+    while in_long < long_share * sum(held.values()) and any(short.values()):
+        kind = max((k for k in short if short[k]), key=lambda k: held[k] / budget[k])
+        number = short[kind].pop()
+        taken[kind].remove(number)
+        held[kind] -= int(lengths[kind][number])
+    return {kind: np.array(sorted(numbers), np.int64) for kind, numbers in taken.items()}
+
+
+def _fill(order: np.ndarray, lengths: np.ndarray, budget: float) -> list[int]:
+    taken, room = [], budget + 0.5  # budgets are products of floats; what fills one exactly must fit
+    for number in order.tolist():
+        if lengths[number] <= room:
+            taken.append(number)
+            room -= int(lengths[number])
+    return taken

@@ -1,0 +1,334 @@
+"""Conversations with images and videos: the parser of LLaVA's, ShareGPT's and OpenAI's rows, and of preference pairs.
+
+A row is `{"image": PATH or [PATHS], "video": ..., "conversations": [{"from": "human"|"gpt"|"system", "value": TEXT}]}`
+or `{"messages": [{"role": ..., "content": TEXT or [parts]}]}`; the keys `images` and `videos` mean the same, and
+`system` is the text of a system turn. `<image>` and `<video>` in a text stand for the next image and the next video;
+where a row has videos alone, `<image>` stands for one of them, as LLaVA-Video writes it; where it has neither, both are
+text. A part is `{"type": "text", "text": ...}`, `{"type": "image", "image": PATH}`, `{"type": "image_url", "image_url":
+{"url": PATH}}` or `{"type": "video", "video": PATH}`; without a path it stands for the next of the row's. What the
+assistant says before the first user turn is left out, as LLaVA does.
+
+A pair is `{"prompt": TEXT, "chosen": TEXT, "rejected": TEXT, "image" or "images": PATH or [PATHS]}`, or TRL's with
+lists of messages in their places; `conversations` in LLaVA's form, ending in a human turn, may stand in place of
+`prompt`, and the lists `chosen` and `rejected` may begin with the prompt.
+
+Files and datasets are those of `records`. Images in a dataset's rows are written to files named by their content.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from lvctx.data.records import Record, read_records
+from lvctx.errors import InputError
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+MediaKind = Literal["image", "video"]
+MEDIA_KINDS: tuple[MediaKind, ...] = ("image", "video")
+T = TypeVar("T")
+
+
+class Media(NamedTuple):
+    """An image or video of a conversation."""
+
+    kind: MediaKind
+    path: str
+    """As the row has it, relative to the folder of media."""
+
+
+class Turn(NamedTuple):
+    """What one of the two, or the system, says."""
+
+    role: str
+    """`user`, `assistant` or `system`."""
+    content: tuple[str | Media, ...]
+    """Text and media in their order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """One checked row."""
+
+    where: str
+    """Its place, for errors."""
+    turns: tuple[Turn, ...]
+    """Up to the last answer."""
+    folder: Path = Path()
+    """The folder of media."""
+
+    @property
+    def media(self) -> list[Media]:
+        """Images and videos in their order."""
+        return [part for turn in self.turns for part in turn.content if isinstance(part, Media)]
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """Files of the images in their order."""
+        return tuple(self.folder / media.path for media in self.media if media.kind == "image")
+
+
+def read_conversations(path: Path, images: Path) -> list[Conversation]:
+    """Every row of a file or dataset, of text and images; image paths are relative to `images`.
+
+    Raises InputError naming the first bad row (malformed JSON, a missing image file, a number of `<image>` marks other
+    than the number of images, an unknown role, no answer or an empty one), with the number of all of them.
+    """
+    return _parse_all(path, images, lambda record: _with_images(parse_conversation(record), images))
+
+
+def read_pairs(path: Path, images: Path) -> list[tuple[Conversation, Conversation]]:
+    """Every row of a file or dataset of preferences, once ending in the chosen answer and once in the rejected one.
+
+    Image paths are relative to `images`. Raises InputError naming the first bad row, as `read_conversations` does.
+    """
+
+    def parse(record: Record) -> tuple[Conversation, Conversation]:
+        chosen, rejected = parse_pair(record)
+        return _with_images(chosen, images), _with_images(rejected, images)
+
+    return _parse_all(path, images, parse)
+
+
+def _parse_all(path: Path, folder: Path, parse: Callable[[Record], T]) -> list[T]:
+    parsed, bad = [], []
+    for record in chat_records(path, folder):
+        try:
+            parsed.append(parse(record))
+        except InputError as e:
+            bad.append(e)
+    if bad:
+        more = f" ({len(bad):,} bad rows in all)" if len(bad) > 1 else ""
+        raise InputError(bad[0].what + more, where=bad[0].where, fix=bad[0].fix or "mend or remove the row")
+    if not parsed:
+        raise InputError("no row", where=path)
+    return parsed
+
+
+def _with_images(conversation: Conversation, folder: Path) -> Conversation:
+    """A conversation whose images are files of `folder`. Raises InputError for a video or a missing file."""
+    conversation = replace(conversation, folder=folder)
+    if len(conversation.images) < len(conversation.media):
+        raise InputError("a video", where=conversation.where, fix="samples are text and images")
+    for image in conversation.images:
+        if not _is_file(image):
+            raise InputError(
+                f"no such image {image}", where=conversation.where, fix="check --images, or remove the row"
+            )
+    return conversation
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except ValueError:  # no name that a file can have
+        return False
+
+
+def chat_records(path: Path, folder: Path) -> Iterator[Record]:
+    """Records of a file or dataset. Images in its rows are written to `folder`, and the rows have their names."""
+    for record in read_records(path):
+        if isinstance(record.value, dict):
+            for key in record.value.keys() & {"image", "images"}:
+                record.value[key] = _stored_image(record.value[key], folder)
+        yield record
+
+
+def _stored_image(cell: Any, folder: Path) -> Any:
+    """The file name of each image of a cell; what is a name already stays."""
+    if isinstance(cell, list):
+        return [_stored_image(one, folder) for one in cell]
+    if not isinstance(cell, dict):
+        return cell
+    content, path = cell.get("bytes"), cell.get("path")
+    if not isinstance(content, bytes):
+        return path
+    name = hashlib.sha256(content).hexdigest()[:32] + Path(path or "").suffix
+    if not (folder / name).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f".{name}.{os.getpid()}.partial"
+        partial.write_bytes(content)
+        partial.replace(folder / name)
+    return name
+
+
+def parse_conversation(record: Record) -> Conversation:
+    """A row as a conversation. Raises InputError for other rows, unknown roles, and marks that do not fit the media."""
+    row, where = record.fields(), record.where
+    turns = _first(row, "conversations", "messages")
+    if not isinstance(turns, list):
+        raise InputError("no list of `conversations` or `messages`", where=where)
+    roles = [_role(turn, where) for turn in turns]
+    begin = roles.index("user") if "user" in roles else len(roles)
+    media = _RowMedia(row, where)
+    parsed = [
+        Turn(role, tuple(media.parts(_first(turn, "value", "content"))))
+        for i, (role, turn) in enumerate(zip(roles, turns, strict=True))
+        if i >= begin or role == "system"
+    ]
+    parsed = [*_system_turn(row, parsed, where), *parsed]
+    answers = [i for i, turn in enumerate(parsed) if turn.role == "assistant"]
+    if not answers:
+        raise InputError("no answer to learn from", where=where)
+    media.check()
+    for i in answers:
+        if not any(isinstance(part, Media) or part.strip() for part in parsed[i].content):
+            raise InputError("an empty answer", where=where)
+    if any(isinstance(part, Media) for turn in parsed[answers[-1] + 1 :] for part in turn.content):
+        raise InputError("an image or video after the last answer", where=where, fix="remove what follows the answer")
+    return Conversation(where=where, turns=tuple(parsed[: answers[-1] + 1]))
+
+
+def parse_pair(record: Record) -> tuple[Conversation, Conversation]:
+    """A row of preferences, ending in the chosen and in the rejected answer. Raises InputError for other rows."""
+    row, where = record.fields(), record.where
+    prompt, *answers = _pair_turns(row, where)
+    if any(_role(answer, where) != "assistant" for answer in answers):
+        raise InputError("`chosen` or `rejected` does not end in the assistant's words", where=where)
+    chosen, rejected = (
+        parse_conversation(Record(where, {**row, "conversations": [*prompt, answer], "messages": None}))
+        for answer in answers
+    )
+    if len(chosen.turns) < 2 or chosen.turns[-2].role != "user":
+        raise InputError("the prompt does not end in a human turn", where=where)
+    texts = [[p.strip() if isinstance(p, str) else p for p in one.turns[-1].content] for one in (chosen, rejected)]
+    if texts[0] == texts[1]:
+        raise InputError("`chosen` and `rejected` are the same", where=where)
+    return chosen, rejected
+
+
+def _pair_turns(row: dict[str, Any], where: str) -> tuple[list[Any], Any, Any]:
+    """The turns of a pair's prompt, and the turn of either answer, as the row has them."""
+    prompts = [row[key] for key in ("prompt", "conversations") if row.get(key) is not None]
+    if len(prompts) > 1:
+        raise InputError("either `prompt` or `conversations` is wanted", where=where)
+    answers = [_as_turns(row.get(key), "gpt") for key in ("chosen", "rejected")]
+    if not all(answers):
+        raise InputError("`chosen` and `rejected` have to be text that is not empty, or messages", where=where)
+    inside = [answer[:-1] for answer in answers]
+    if not prompts and not all(inside):
+        raise InputError("either `prompt` or `conversations` is wanted", where=where)
+    if inside[0] != inside[1]:
+        raise InputError("`chosen` and `rejected` begin with different prompts", where=where)
+    turns = _as_turns(row.get("prompt"), "human") or row.get("conversations") or inside[0]
+    if not isinstance(turns, list) or not turns:
+        raise InputError("no list of `conversations`, or text or messages in `prompt`", where=where)
+    if inside[0] and not (turns == inside[0] or _last_text(turns) == _last_text(inside[0])):
+        raise InputError("`chosen` begins with another prompt than the row's own", where=where)
+    # Messages inside the answers may have turns before a prompt that is one text.
+    return inside[0] or turns, answers[0][-1], answers[1][-1]
+
+
+def _as_turns(value: Any, role: str) -> list[Any]:
+    """Text as a turn, a turn as a list of one; nothing for what is neither, or empty."""
+    if isinstance(value, str):
+        return [{"from": role, "value": value}] if value.strip() else []
+    if isinstance(value, dict):
+        return [value]
+    return value if isinstance(value, list) else []
+
+
+def _last_text(turns: list[Any]) -> Any:
+    return _first(turns[-1], "value", "content") if isinstance(turns[-1], dict) else None
+
+
+def _first(row: dict[str, Any], *keys: str) -> Any:
+    """The value of the first key that has one: a table's row has all keys of all rows."""
+    return next((row[key] for key in keys if row.get(key) is not None), None)
+
+
+def _role(turn: Any, where: str) -> str:
+    """user, assistant or system. Raises InputError for a turn of anyone else."""
+    named = _first(turn, "from", "role") if isinstance(turn, dict) else turn
+    role = ROLES.get(named) if isinstance(named, str) and isinstance(turn, dict) else None
+    if role is None:
+        raise InputError(f"a turn from {str(named)[:60]!r}", where=where, fix="use human, gpt or system")
+    return role
+
+
+def _system_turn(row: dict[str, Any], turns: list[Turn], where: str) -> list[Turn]:
+    """The system turn that the row's key `system` holds."""
+    text = row.get("system")
+    if text is None or text == "":
+        return []
+    if not isinstance(text, str):
+        raise InputError("`system` is not text", where=where)
+    _check_characters(text, where)
+    present = [turn.content for turn in turns if turn.role == "system"]
+    if present and present != [(text,)]:
+        raise InputError("a system turn and the key `system`", where=where, fix="keep one")
+    return [] if present else [Turn("system", (text,))]
+
+
+def _check_characters(text: str, where: str) -> None:
+    """Raise InputError for a lone surrogate, and for the noncharacter that `models.chat_template` marks turns with."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError("half a character (a lone surrogate) in the text", where=where) from None
+    if "\ufdd0" in text:
+        raise InputError("U+FDD0 in the text, which Unicode keeps out of text", where=where)
+
+
+class _RowMedia:
+    """Images and videos of a row, assigned to the marks of its turns."""
+
+    def __init__(self, row: dict[str, Any], where: str) -> None:
+        self.where = where
+        self._given = {kind: _media_of(row, kind, where) for kind in MEDIA_KINDS}
+        self._used = dict.fromkeys(MEDIA_KINDS, 0)
+
+    def _kind(self, mark: str) -> MediaKind:
+        """What a mark stands for: in a row with videos alone, a video."""
+        return "image" if mark == "image" and (self._given["image"] or not self._given["video"]) else "video"
+
+    def _next(self, kind: MediaKind) -> list[Media]:
+        self._used[kind] += 1
+        return self._given[kind][self._used[kind] - 1 : self._used[kind]]
+
+    def parts(self, content: Any) -> Iterator[str | Media]:
+        """A turn's text and media in their order."""
+        for part in content if isinstance(content, list) else [content]:
+            kind = part.get("type") if isinstance(part, dict) else None
+            value = part if kind is None else part.get(kind) if isinstance(kind, str) else None
+            if kind == "image_url" and isinstance(value, dict):
+                kind, value = "image", value.get("url")
+            if kind in MEDIA_KINDS and value is None and self._given[self._kind(kind)]:
+                yield from self._next(self._kind(kind))
+            elif not isinstance(value, str) or kind not in (None, "text", *MEDIA_KINDS):
+                shown = json.dumps(part, default=str)[:60]
+                raise InputError(f"a turn's content is {shown}", where=self.where, fix="give text or parts")
+            elif kind in MEDIA_KINDS:
+                yield Media(kind, value.removeprefix("file://"))
+            else:
+                yield from self._text(value)
+
+    def _text(self, text: str) -> Iterator[str | Media]:
+        _check_characters(text, self.where)
+        marks = [kind for kind in MEDIA_KINDS if self._given[self._kind(kind)]]
+        # The visual block closes with its own "\n", so the newline around a mark would be a second one.
+        pieces = re.split(rf"\n?<({'|'.join(marks)})>\n?", text) if marks else [text]
+        for i, piece in enumerate(pieces):
+            if i % 2:
+                yield from self._next(self._kind(piece))
+            elif piece:
+                yield piece
+
+    def check(self) -> None:
+        """Raises InputError where there were more marks than media, or fewer."""
+        for kind, given in self._given.items():
+            if self._used[kind] != len(given):
+                what = f"{self._used[kind]} <{kind}> marks for {len(given)} {kind}s"
+                raise InputError(what, where=self.where, fix=f"write <{kind}> where each belongs")
+
+
+def _media_of(row: dict[str, Any], kind: MediaKind, where: str) -> list[Media]:
+    paths = row.get(kind) or row.get(f"{kind}s") or []
+    paths = [paths] if isinstance(paths, str) else paths
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise InputError(f"`{kind}` is neither a path nor a list of paths", where=where)
+    return [Media(kind, path) for path in paths]

@@ -1,0 +1,287 @@
+"""Documents from wherever they lie, as chunks of about a mebibyte that another process can tokenize.
+
+JSON lines, JSON arrays and plain text (all also compressed, see `unpack`), Parquet, folders of these, stdin (`-`), a
+dataset saved by `datasets` and one on the Hugging Face hub (`name` or `name@revision`), several at once and in the
+order given. A chunk carries raw bytes where it can: parsing and decoding are the tokenizing process's work, so that one
+reader feeds many.
+
+Chunk borders depend on the input alone, and every chunk knows the place it begins and ends at, so a run that was killed
+starts reading at the chunk it was in. Nothing is held beyond one chunk (for Parquet: one row group's pages).
+"""
+
+import hashlib
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lvctx.data.decompress import MEBIBYTE, check_text, unpack
+from lvctx.data.hub import dataset_rows, hub_commit
+from lvctx.data.json_values import as_lines
+from lvctx.data.records import parquet_rows
+from lvctx.data.streams import (
+    BROKEN,
+    Part,
+    find_parts,
+    open_stream,
+    read_whole,
+    sample,
+    skip,
+)
+from lvctx.errors import InputError
+
+UNNAMED = "unnamed"
+"""The source of documents that name none."""
+
+
+class Place(NamedTuple):
+    """Where a chunk begins or ends; stored in resume states as a list."""
+
+    part: int
+    """Number of the input file or dataset, 0-based."""
+    at: int
+    """Bytes into its decompressed content, or rows; 0 for text files."""
+    line: int
+    """Lines or rows before this place, for messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Some documents in their order: either `lines` (JSON lines, unparsed) or `texts` with `sources`."""
+
+    start: Place
+    """Place of the first document."""
+    end: Place
+    """Place after the last document."""
+    where: str
+    """Name of the part; its lines or rows are numbered from `start.line + 1`."""
+    files: tuple[str, ...] = ()
+    """Name of each document where every one is a file of its own."""
+    lines: bytes | None = None
+    """Whole lines of JSON."""
+    elements: bool = False
+    """Whether the lines are made of the elements of an array or other values, which are then numbered from 0."""
+    texts: tuple[bytes | str | None, ...] = ()
+    """Documents, decoded or not; None where the record has no text."""
+    sources: tuple[str, ...] = ()
+    """Source of each of them."""
+
+    def name(self, number: int) -> str:
+        """How to call the `number`-th line or document in a message."""
+        if self.files:
+            return self.files[number]
+        at = self.start.line + number
+        return f"{self.where}[{at}]" if self.elements else f"{self.where}:{at + 1}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields:
+    """Which fields of a record hold what; a dot goes into a nested object."""
+
+    text: str = "text"
+    """The document."""
+    source: str | None = None
+    """The source's name; None looks at `source`, then at SlimPajama's `meta.redpajama_set_name`."""
+
+    def source_paths(self) -> tuple[str, ...]:
+        """Fields to look at for the source, first hit wins."""
+        return (self.source,) if self.source else ("source", "meta.redpajama_set_name")
+
+    def source_of(self, record: dict[str, Any]) -> str:
+        """The source a record names, or UNNAMED."""
+        for path in self.source_paths():
+            found = dig(record, path)
+            if isinstance(found, str | int):
+                # JSON can spell a lone surrogate, which no manifest can hold.
+                return str(found).encode(errors="surrogatepass").decode(errors="replace")
+        return UNNAMED
+
+
+def dig(record: Any, path: str) -> Any:
+    """`record["a"]["b"]` for path `a.b`, or `record["a.b"]` if it has that; None where anything is missing."""
+    if isinstance(record, dict) and path in record:
+        return record[path]
+    for key in path.split("."):
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+class Corpus:
+    """The documents of some inputs, readable from any place that a chunk of theirs began at."""
+
+    def __init__(self, inputs: Sequence[str], *, fields: Fields, split: str = "train") -> None:
+        """Find the parts. `split` is for datasets. Raises InputError for what does not exist."""
+        self.fields, self.split = fields, split
+        self.parts = find_parts(inputs)
+        self._stdin: io.BufferedReader | None = None
+        self._base = [0]
+        for part in self.parts:
+            self._base.append(self._base[-1] + part.size)
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk of all parts."""
+        return self._base[-1]
+
+    def bytes_before(self, place: Place) -> int:
+        """Bytes on disk before a place, roughly: what a progress bar needs."""
+        return self._base[place.part] + min(
+            place.at, self.parts[place.part].size if place.part < len(self.parts) else 0
+        )
+
+    def fingerprint(self) -> str:
+        """Hex SHA-256 that tells this input from another without reading all of it.
+
+        It covers every part's name (of the file alone), size and content: whole up to 4 MiB, else its first, middle and
+        last mebibyte; for stdin the first mebibyte; for a hub dataset its commit.
+        """
+        whole = hashlib.sha256()
+        for part in self.parts:
+            if part.kind == "stdin":
+                content = self._head()
+            elif part.kind == "hub":
+                content = hub_commit(part.name).encode()
+            else:
+                content = sample(Path(part.name))
+            name, digest = Path(part.name).name, hashlib.sha256(content).hexdigest()
+            whole.update(os.fsencode(f"{part.kind}\0{name}\0{part.size}\0{digest}\n"))
+        return whole.hexdigest()
+
+    def _head(self) -> bytes:
+        """The first mebibyte of stdin, unconsumed: `peek` waits for it because the buffer lies over another one."""
+        try:
+            return self._open_stdin().peek(MEBIBYTE)
+        except BROKEN as e:
+            raise InputError(f"cannot read ({e})", where="stdin") from e
+
+    def _open_stdin(self) -> io.BufferedReader:
+        if self._stdin is None:
+            self._stdin = unpack(sys.stdin.buffer, "stdin")
+        return self._stdin
+
+    def chunks(self, start: Place) -> Iterator[Chunk]:
+        """Chunks from a place on. Raises InputError for what cannot be read."""
+        texts: list[tuple[int, bytes]] = []  # small text files travel together
+        for number in range(start.part, len(self.parts)):
+            part = self.parts[number]
+            begin = start if number == start.part else Place(number, 0, 0)
+            if part.kind == "text":
+                content = read_whole(part.name)
+                check_text(content, part.name)
+                texts.append((number, content))
+                if sum(len(t) for _, t in texts) >= MEBIBYTE:
+                    yield self._together(texts)
+                    texts = []
+                continue
+            if texts:
+                yield self._together(texts)
+                texts = []
+            if part.kind == "lines":
+                yield from self._lines(begin, part.name)
+            elif part.kind == "stdin":
+                yield from self._read_stdin(begin)
+            else:
+                yield from self._table(begin, part)
+        if texts:
+            yield self._together(texts)
+
+    def _together(self, texts: list[tuple[int, bytes]]) -> Chunk:
+        first, last = texts[0][0], texts[-1][0]
+        names = tuple(self.parts[number].name for number, _ in texts)
+        return Chunk(
+            start=Place(first, 0, 0),
+            end=Place(last + 1, 0, 0),
+            where=names[0],
+            files=names,
+            texts=tuple(text for _, text in texts),
+            sources=(UNNAMED,) * len(texts),
+        )
+
+    def _read_stdin(self, begin: Place) -> Iterator[Chunk]:
+        stream = self._open_stdin()
+        if begin.at == 0 and not self._head().lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")):
+            try:
+                text = stream.read()
+            except BROKEN as e:
+                raise InputError(f"cannot read ({e})", where="stdin", fix="is it whole?") from e
+            check_text(text, "stdin")
+            if text:
+                end = Place(begin.part + 1, 0, 0)
+                yield Chunk(start=begin, end=end, where="stdin", files=("stdin",), texts=(text,), sources=(UNNAMED,))
+            return
+        yield from self._lines(begin, None)
+
+    def _lines(self, begin: Place, path: str | None) -> Iterator[Chunk]:
+        """Chunks of a file of JSON, or of stdin."""
+        at, line = begin.at, begin.line
+        name = path or "stdin"
+        try:
+            with open_stream(path) if path else nullcontext(self._open_stdin()) as stream:
+                values = as_lines(stream, name)
+                f = values or stream
+                skip(f, at, seek=path is not None)
+                while blob := f.read(MEBIBYTE):
+                    blob += f.readline()
+                    start, at, line = Place(begin.part, at, line), at + len(blob), line + blob.count(b"\n")
+                    end = Place(begin.part, at, line)
+                    yield Chunk(start=start, end=end, where=name, lines=blob, elements=values is not None)
+        except BROKEN as e:
+            raise InputError(f"cannot read past line {line} ({e})", where=name, fix="is the file whole?") from e
+
+    def _table(self, begin: Place, part: Part) -> Iterator[Chunk]:
+        """Chunks of a Parquet file or a dataset."""
+        if part.kind == "parquet":
+            # Text as bytes: what becomes of invalid UTF-8 is decided where it is tokenized.
+            names = {self.fields.text, self.fields.text.split(".")[0]}
+            pick = partial(self._wanted, where=part.name)
+            rows = parquet_rows(part.name, start=begin.at, columns=pick, as_bytes=names)
+        else:
+            rows = dataset_rows(part.name, self.split, saved=part.kind == "saved", start=begin.at)
+        gather = _Gather(begin, part.name)
+        for row in rows:
+            self._check_columns(list(row), part.name)
+            yield from gather.add(dig(row, self.fields.text), self.fields.source_of(row))
+        yield from gather.rest()
+
+    def _wanted(self, columns: Sequence[str], where: str) -> list[str]:
+        """The columns that hold text and sources."""
+        self._check_columns(columns, where)
+        paths = (self.fields.text, *self.fields.source_paths())
+        return list({path if path in columns else path.split(".")[0] for path in paths} & set(columns))
+
+    def _check_columns(self, columns: Sequence[str], name: str) -> None:
+        for flag, field in (("--text-field", self.fields.text), ("--source-field", self.fields.source)):
+            if field and field not in columns and field.split(".")[0] not in columns:
+                raise InputError(f"no field {field!r}", where=name, fix=f"{flag}: it has {', '.join(columns)}")
+
+
+class _Gather:
+    """Rows until they make a chunk."""
+
+    def __init__(self, begin: Place, name: str) -> None:
+        self.begin, self.name = begin, name
+        self.texts: list[Any] = []
+        self.sources: list[str] = []
+        self.size = 0
+
+    def add(self, text: Any, source: str) -> Iterator[Chunk]:
+        if text is not None and not isinstance(text, str | bytes):
+            row = self.begin.line + len(self.texts) + 1
+            raise InputError(f"the text is {type(text).__name__}, not a string", where=f"{self.name}:{row}")
+        self.texts.append(text)
+        self.sources.append(source)
+        self.size += len(text or "")
+        if self.size >= MEBIBYTE or len(self.texts) == 4096:
+            yield from self.rest()
+
+    def rest(self) -> Iterator[Chunk]:
+        if not self.texts:
+            return
+        end = Place(self.begin.part, self.begin.at + len(self.texts), self.begin.line + len(self.texts))
+        yield Chunk(start=self.begin, end=end, where=self.name, texts=tuple(self.texts), sources=tuple(self.sources))
+        self.begin, self.texts, self.sources, self.size = end, [], [], 0

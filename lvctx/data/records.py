@@ -1,0 +1,172 @@
+"""Records of files and datasets, one at a time, each with its place: the reader of every command that takes data.
+
+JSON (a list, lines, or values one after another), CSV and TSV with a header, Parquet, Arrow, a folder that the datasets
+library saved, and an id on the Hugging Face hub. Text may be compressed (see `unpack`). In memory are one value and a
+mebibyte of its file, or some rows of a table.
+"""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lvctx.data.decompress import MEBIBYTE
+from lvctx.data.hub import ROWS, dataset_rows
+from lvctx.data.json_values import as_lines
+from lvctx.data.streams import BROKEN, KNOWN, SQUEEZED, base_suffix, open_stream
+from lvctx.errors import InputError, first_line
+
+FILES = (*KNOWN, *SQUEEZED, ".csv", ".tsv", ".arrow")
+DELIMITERS = ",;\t|"
+_BOM = "\ufeff"
+
+
+class Record(NamedTuple):
+    """A value and its place."""
+
+    where: str
+    """`FILE:LINE` of JSON lines, `FILE[i]` (from 0) of a list or a dataset, `FILE, row n` (from 1) of a CSV file."""
+    value: Any
+    """The JSON value or row; the InputError that names it where it is malformed and others may follow."""
+
+    def fields(self) -> dict[str, Any]:
+        """The JSON object or row. Raises InputError where the value is another or malformed."""
+        if isinstance(self.value, InputError):
+            raise self.value
+        if not isinstance(self.value, dict):
+            raise InputError("not a JSON object", where=self.where)
+        return self.value
+
+
+def is_dataset(path: Path) -> bool:
+    """Whether this is a folder or, by its name, an id on the hub, rather than a file, there or not."""
+    is_id = not path.is_absolute() and len(path.parts) == 2 and path.suffix.lower() not in FILES
+    return path.is_dir() or (is_id and not path.exists())
+
+
+def read_records(path: Path, *, guess_encoding: bool = False) -> Iterator[Record]:
+    """Records of a file or a dataset (its split `train`); blank lines are none.
+
+    `guess_encoding` also takes UTF-16 and UTF-32 without a byte order mark. Raises InputError for what cannot be read.
+    """
+    suffix = base_suffix(path)
+    if is_dataset(path):
+        rows = dataset_rows(str(path), "train", saved=path.is_dir())
+    elif not path.exists():
+        raise InputError("no such file", where=path)
+    elif suffix == ".parquet":
+        rows = parquet_rows(str(path))
+    elif suffix == ".arrow":
+        rows = arrow_rows(str(path))
+    else:
+        try:
+            with open_stream(str(path), guess_encoding=guess_encoding) as stream:
+                yield from (csv_records if suffix in (".csv", ".tsv") else json_records)(stream, str(path))
+        except BROKEN as e:
+            raise InputError(f"cannot read ({e})", where=path, fix="is the file whole?") from e
+        return
+    yield from (Record(f"{path}[{number}]", row) for number, row in enumerate(rows))
+
+
+def json_records(stream: io.BufferedReader, name: str) -> Iterator[Record]:
+    """JSON values of a stream of UTF-8, as a list, in lines or one after another."""
+    values = as_lines(stream, name)
+    for number, line in enumerate(values or stream):
+        # A line ends in "\n" alone: strings may hold U+2028 and U+0085.
+        where = f"{name}:{number + 1}" if values is None else f"{name}[{number}]"
+        try:
+            text = line.decode().removeprefix(_BOM if number == 0 else "").strip()
+            value = json.loads(text) if text else None
+        except (ValueError, RecursionError) as e:
+            text, value = "?", InputError(f"malformed JSON ({e})", where=where, fix="mend or remove it")
+        if text:
+            yield Record(where, value)
+
+
+def csv_records(stream: io.BufferedReader, name: str) -> Iterator[Record]:
+    """Rows of a table in UTF-8 with a header; its delimiter is the one that cuts the header into most columns."""
+    head = stream.peek(MEBIBYTE).decode(errors="replace").removeprefix(_BOM)
+    start = len(head) - len(head.lstrip("\r\n"))
+    declared = re.compile(r"sep=([,;\t|])[\r\n]+").match(head, start)  # Excel's own first line
+    start = declared.end() if declared else start
+    number = 1
+    try:
+        headers = {d: next(csv.reader(io.StringIO(head[start:], newline=""), delimiter=d), []) for d in DELIMITERS}
+        delimiter = declared[1] if declared else max(DELIMITERS, key=lambda d: len(headers[d]))
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        text.read(start)
+        # Strict: a quote that is never closed would take all rows after it into its field.
+        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+        reader.fieldnames = [column.strip() for column in reader.fieldnames or ()]
+        for number, row in enumerate(reader, start=1):
+            if None in row:
+                raise InputError("more fields than the header", where=f"{name}, row {number}")
+            yield Record(f"{name}, row {number}", row)
+            number += 1
+    except (csv.Error, UnicodeDecodeError) as e:
+        fix = "mend its quotes and delimiters, and save it as UTF-8"
+        raise InputError(f"malformed CSV ({e})", where=f"{name}, row {number}", fix=fix) from e
+
+
+def parquet_rows(
+    name: str,
+    *,
+    start: int = 0,
+    columns: Callable[[Sequence[str]], list[str]] | None = None,
+    as_bytes: Collection[str] = (),
+) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file from row `start` on.
+
+    `columns` picks columns of those there are. Strings of the columns `as_bytes` come undecoded: pyarrow stops at
+    invalid UTF-8. Raises InputError for what is not a Parquet file.
+    """
+    import pyarrow.parquet as pq
+
+    try:
+        # Opened here: pyarrow takes no name that is not UTF-8.
+        with open(name, "rb") as opened, pq.ParquetFile(opened) as file:
+            wanted = columns(file.schema_arrow.names) if columns else None
+            counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            first = row = 0  # the row group that has the first wanted row, and that group's first row
+            while first < len(counts) and row + counts[first] <= start:
+                row += counts[first]
+                first += 1
+            groups = list(range(first, len(counts)))
+            for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=wanted):
+                yield from _undecoded(batch, as_bytes).to_pylist()[max(0, start - row) :]
+                row += len(batch)
+    except InputError:
+        raise
+    except Exception as e:  # what a damaged file makes pyarrow raise is not only its own errors
+        raise InputError(f"not readable as Parquet ({first_line(e)})", where=name) from e
+
+
+def _undecoded(batch: Any, names: Collection[str]) -> Any:
+    import pyarrow as pa
+
+    for at, column in enumerate(batch.schema):
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+        if column.name in names and text:
+            batch = batch.set_column(at, column.name, batch.column(at).cast(pa.large_binary()))
+    return batch
+
+
+def arrow_rows(name: str) -> Iterator[dict[str, Any]]:
+    """Rows of an Arrow file, or of an Arrow stream as the datasets library saves it. Raises InputError for others."""
+    from pyarrow import ipc
+
+    try:
+        with open(name, "rb") as file:
+            if file.peek(6).startswith(b"ARROW1"):
+                reader = ipc.open_file(file)
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            else:
+                batches = iter(ipc.open_stream(file))
+            for batch in batches:
+                yield from batch.to_pylist()
+    except Exception as e:  # see `parquet_rows`
+        raise InputError(f"not readable as Arrow ({first_line(e)})", where=name) from e

@@ -1,0 +1,162 @@
+"""Where documents lie, and their bytes: read from a place on, told by a sample."""
+
+import hashlib
+import io
+import os
+import stat
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lvctx.data.decompress import MEBIBYTE, unpack
+from lvctx.errors import InputError
+
+_WHOLE = 4 * MEBIBYTE
+BROKEN = (OSError, EOFError, zlib.error)
+"""What reading a damaged or cut file raises."""
+
+
+_LINES, _TEXTS = (".jsonl", ".ndjson", ".json"), (".txt", ".md", ".rst", ".text")
+KNOWN = (*_LINES, *_TEXTS, ".parquet")
+_READ = (".gz", ".zst", ".xz", ".bz2")
+SQUEEZED = (*_READ, ".lz4", ".br", ".z", ".lz", ".lzma", ".lzo", ".sz", ".7z", ".zip", ".rar")
+"""What may follow a file's own suffix; what is not read is refused when the file is opened, not passed by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One file, stream or dataset that is read from its beginning to its end."""
+
+    kind: str
+    """`lines`, `text`, `parquet`, `stdin`, `saved` (by `datasets`) or `hub`."""
+    name: str
+    """Path, `-` or hub id."""
+    size: int
+    """Bytes on disk; 0 where unknown."""
+
+
+def find_parts(inputs: Sequence[str]) -> list[Part]:
+    """What the inputs consist of; folders are walked in sorted order.
+
+    Raises InputError for a missing, empty or unknown input.
+    """
+    if inputs.count("-") > 1:
+        raise InputError("stdin is named twice", where="-", fix="give - once")
+    parts: list[Part] = []
+    for name in inputs:
+        path = Path(name)
+        found = None if name == "-" else _stat(path)
+        if name == "-":
+            parts.append(Part(kind="stdin", name=name, size=0))
+        elif found and stat.S_ISDIR(found.st_mode):
+            parts += _folder(path)
+        elif found and stat.S_ISREG(found.st_mode):
+            parts.append(Part(kind=_kind(path), name=name, size=found.st_size))
+        elif found:
+            raise InputError("a pipe or device: it can be read once only", where=name, fix="pipe it to -")
+        elif path.suffix.lower() in (*KNOWN, *SQUEEZED) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise InputError("no such file or folder", where=name)
+        else:
+            parts.append(Part(kind="hub", name=name, size=0))
+    return parts
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as e:  # a name that is too long, a folder that may not be entered
+        raise InputError(f"cannot read ({getattr(e, 'strerror', None) or e})", where=path) from e
+
+
+def _folder(path: Path) -> list[Part]:
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        size = sum(p.stat().st_size for p in path.rglob("*.arrow"))
+        return [Part(kind="saved", name=str(path), size=size)]
+    files = (p for p in path.rglob("*") if not any(q.startswith(".") for q in p.relative_to(path).parts))
+    known = sorted(p for p in files if base_suffix(p) in KNOWN and p.is_file())
+    if not known:
+        raise InputError(
+            "no documents in the folder", where=path, fix=f"it reads {' '.join(KNOWN)}, also {' '.join(_READ)}"
+        )
+    return [Part(kind=_kind(p), name=str(p), size=p.stat().st_size) for p in known]
+
+
+def base_suffix(path: Path) -> str:
+    """A file's suffix in lower case, without one that says how it is compressed."""
+    stem = Path(path.stem) if path.suffix.lower() in SQUEEZED else path
+    return stem.suffix.lower()
+
+
+def _kind(path: Path) -> str:
+    extension = base_suffix(path)
+    return "lines" if extension in _LINES else "parquet" if extension == ".parquet" else "text"
+
+
+def read_whole(name: str, *, guess_encoding: bool = False) -> bytes:
+    """All of a file, decompressed, as UTF-8, without a byte order mark. Raises InputError for what cannot be read."""
+    try:
+        with open_stream(name, guess_encoding=guess_encoding) as f:
+            return f.read().removeprefix(b"\xef\xbb\xbf")
+    except BROKEN as e:
+        raise InputError(f"cannot read ({e})", where=name, fix="is the file whole?") from e
+
+
+def read_text(path: Path) -> str:
+    """Text of a file in any encoding of Unicode. Raises InputError for what cannot be read, or is no such text."""
+    try:
+        return read_whole(str(path), guess_encoding=True).decode()
+    except UnicodeDecodeError as e:
+        raise InputError(f"byte {e.start:,} is not UTF-8", where=path, fix="save the file as UTF-8") from e
+
+
+def open_stream(name: str, *, guess_encoding: bool = False) -> io.BufferedReader:
+    """A file open for reading, decompressed and as UTF-8 (see `unpack`). Raises InputError for what is not read."""
+    if Path(name).suffix.lower() == ".br":
+        raise InputError("Brotli is not read, and nothing in a file shows it", where=name, fix="decompress it first")
+    try:
+        raw = open(name, "rb", buffering=0)  # noqa: SIM115 (closed with what wraps it)
+    except OSError as e:
+        raise InputError(f"cannot read ({e.strerror})", where=name) from e
+    try:
+        return unpack(raw, name, guess_encoding=guess_encoding)
+    except BaseException:
+        raw.close()
+        raise
+
+
+def skip(f: Any, count: int, *, seek: bool) -> None:
+    """Pass over `count` bytes from the beginning; a pipe has to be read for it."""
+    if seek and f.seekable():
+        f.seek(count)
+        return
+    while count > 0:
+        passed = len(f.read(min(count, MEBIBYTE)))
+        if not passed:
+            raise EOFError("it is shorter than when this run began")
+        count -= passed
+
+
+def sample(path: Path) -> bytes:
+    """Bytes that tell a file or folder from another: hashes of all up to 4 MiB, else of three mebibytes of it."""
+    if path.is_dir():
+        return b"".join(_sample_one(p) for p in sorted(path.rglob("*")) if p.is_file())
+    return _sample_one(path)
+
+
+def _sample_one(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as f:
+            size = path.stat().st_size
+            if size <= _WHOLE:
+                return hashlib.sha256(f.read()).digest()
+            digest = hashlib.sha256()
+            for at in (0, size // 2, size - MEBIBYTE):
+                f.seek(at)
+                digest.update(f.read(MEBIBYTE))
+            return digest.digest()
+    except OSError as e:
+        raise InputError(f"cannot read ({e.strerror})", where=path) from e

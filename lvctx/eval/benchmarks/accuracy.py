@@ -1,0 +1,150 @@
+"""Accuracy of replies under the rules of `choice`: whole, by group, and of two runs against each other. No torch."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lvctx.artifacts.result_log import read_results
+from lvctx.errors import InputError
+from lvctx.eval.benchmarks.answers import RULE_SOURCES, RULES, Reply, extract_letter, is_correct, response_warnings
+from lvctx.eval.benchmarks.fields import check_unicode
+from lvctx.eval.statistics import Estimate, clustered_mean
+
+DURATIONS = ("short", "medium", "long")
+
+
+def accuracy(replies: Iterable[Reply], rule: str) -> Estimate:
+    """Share of right answers under a rule, with its interval clustered by video."""
+    counted = [(float(v), r.video) for r in replies if (v := is_correct(r, rule)) is not None]
+    return clustered_mean([v for v, _ in counted], [video for _, video in counted])
+
+
+def difference(first: Sequence[Reply], second: Sequence[Reply], rule: str) -> Estimate:
+    """First minus second on the questions that both have and the rule counts in both; paired, clustered by video."""
+    others = {r.id: is_correct(r, rule) for r in second}
+    pairs = [
+        (float(a) - float(b), r.video)
+        for r in first
+        if (a := is_correct(r, rule)) is not None and (b := others.get(r.id)) is not None
+    ]
+    return clustered_mean([d for d, _ in pairs], [video for _, video in pairs], lowest=-1.0)
+
+
+def sorted_groups(replies: Iterable[Reply], group: str) -> list[str]:
+    """The values of a group that occur: durations by length, others by the alphabet."""
+    values = {r.groups[group] for r in replies}
+    rank = {name: i for i, name in enumerate(DURATIONS)}
+    return sorted(values, key=lambda v: (rank.get(v, len(rank)), v))
+
+
+def breakdown(replies: Sequence[Reply], groups: Sequence[str]) -> dict[str, Any]:
+    """Warnings, every rule over all replies, and every rule by every value of `groups`."""
+    found: dict[str, Any] = {
+        "warnings": response_warnings(replies),
+        "questions": len(replies),
+        "videos": len({r.video for r in replies}),
+        "rules": {
+            rule: vars(accuracy(replies, rule))
+            | {"parsed": sum(bool(extract_letter(r, rule)) for r in replies) / max(len(replies), 1)}
+            for rule in RULES
+        },
+        "rule_sources": RULE_SOURCES,
+    }
+    for group in groups:
+        parts: dict[str, list[Reply]] = {value: [] for value in sorted_groups(replies, group)}
+        for reply in replies:
+            parts[reply.groups[group]].append(reply)
+        found[f"by_{group}"] = {
+            value: {rule: vars(accuracy(part, rule)) for rule in RULES} for value, part in parts.items()
+        }
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkRun:
+    """A run's results, read."""
+
+    rows: list[dict[str, Any]]
+    """Rows of the questions that were answered and can be scored."""
+    failed: int
+    """Questions that were not answered."""
+    warnings: list[str]
+    """What was left out or read as empty, with the first question of each kind."""
+
+
+def read_benchmark_run(directory: Path, bench: ModuleType) -> BenchmarkRun:
+    """Rows of a run of `bench`. Raises InputError where there is no such run, or a row is not what a run writes."""
+    stored = read_results(directory)
+    answered = [row for row in stored.values() if "error" not in row]
+    for place, row in stored.items():
+        if "error" not in row:
+            _check_row(row, bench, place)
+    if not answered:
+        raise InputError("no question was answered", where=directory)
+    notes = Notes()
+    rows = []
+    for row in answered:
+        if not isinstance(row.get("response"), str):
+            notes.add(NO_TEXT, row["id"], row.get("response"))
+            row = {**row, "response": ""}
+        if row["answer"] in row["letters"] or (not row["letters"] and bench.FREE_ANSWERS):
+            rows.append(row)
+        else:
+            notes.add(NO_KEY, row["id"], row["answer"])
+    if not rows:
+        raise InputError(f"nothing can be scored: {notes.lines()[0]}", where=directory)
+    return BenchmarkRun(rows=rows, failed=len(stored) - len(answered), warnings=notes.lines())
+
+
+def _check_row(row: Mapping[str, Any], bench: ModuleType, place: str) -> None:
+    if row.get("bench") != bench.NAME:
+        name = f"{row.get('bench')!s:.60}"
+        raise InputError(f"a run of {name}", where=place, fix=f"lvctx bench {name} score")
+    groups = row.get("groups")
+    fits = {name: isinstance(row.get(name), str) for name in ("id", "video", "answer", "letters")}
+    fits["letters"] = fits["letters"] and re.fullmatch("[A-Z]{0,26}", row["letters"]) is not None
+    fits["groups"] = isinstance(groups, dict) and all(isinstance(groups.get(name), str) for name in bench.GROUPS)
+    wrong = [name for name, fit in fits.items() if not fit]
+    if wrong:
+        raise InputError(f"no or another {', '.join(wrong)} than a run writes", where=place)
+    try:
+        check_unicode(row)
+    except ValueError as e:
+        raise InputError(str(e), where=place) from None
+
+
+NO_KEY = "answers that are none of their question's options, left out"
+NO_TEXT = "responses that are no text, read as empty"
+
+
+class Notes:
+    """What a reader could not use, by kind: how often, and the first as an example."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def add(self, kind: str, name: str, value: object) -> None:
+        """Count one more of `kind`, found in the question `name`."""
+        self.counts[kind] += 1
+        self._first.setdefault(kind, f"{name}: {value!r:.60}")
+
+    def lines(self) -> list[str]:
+        """A line for each kind."""
+        return [f"{count:,} {kind}; the first is {self._first[kind]}" for kind, count in self.counts.items()]
+
+
+def to_reply(row: dict[str, Any]) -> Reply:
+    """The reply in a row of results.jsonl."""
+    return Reply(
+        id=row["id"],
+        video=row["video"],
+        answer=row["answer"],
+        response=row["response"],
+        letters=row["letters"],
+        groups=row["groups"],
+    )

@@ -1,0 +1,100 @@
+"""LongVideoBench: referred reasoning over up to an hour, two to five options (Wu et al. 2024, arXiv:2407.15754).
+
+Where no letter can be read in a reply its scorer (in lmms-eval, so on replies without their reasoning) draws one at
+random. So does this one, from a seed and the question's id, and says how often: such a score is part luck. Subtitles
+are not shown (its scripts interleave them with frames).
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from lvctx.errors import InputError
+from lvctx.eval.benchmarks.accuracy import accuracy, breakdown, to_reply
+from lvctx.eval.benchmarks.answers import Question, Reply, first_letter, format_options, strip_reasoning
+from lvctx.eval.benchmarks.fields import cell_text
+from lvctx.eval.benchmarks.question_files import (
+    Row,
+    check_options,
+    has_value,
+    key_field,
+    options_field,
+    read_question_rows,
+    row_place,
+    text_field,
+)
+
+NAME = "longvideobench"
+STYLES = ("official",)
+FREE_ANSWERS = False
+GROUPS = ("duration_group", "question_category", "topic_category")
+PHRASES = (
+    *("The best answer is", "The correct answer is", "The answer is", "The answer"),
+    *("The best option is", "The correct option is", "Best answer:", "Best option:"),
+)
+
+
+def samples(path: Path) -> list[Question]:
+    """Questions from lvb_val.json (`candidates`) or its Parquet (`option0`...); `correct_choice` counts from 0."""
+    found = []
+    for row in read_question_rows(path):
+        options = options_field(row, "candidates") if has_value(row, "candidates") else _columns(row)
+        found.append(
+            Question(
+                id=text_field(row, "id"),
+                video=text_field(row, "video_path", "video_id"),
+                question=text_field(row, "question"),
+                options=format_options(options),
+                answer=key_field(row, "correct_choice", len(options), indexed=True),
+                groups={
+                    **{group: text_field(row, group) for group in GROUPS[:2]},
+                    GROUPS[2]: cell_text(row.get(GROUPS[2])) or "unknown",
+                },
+                released=row,
+            )
+        )
+    return found
+
+
+def _columns(row: Row) -> list[str]:
+    """Options from columns `option0` to `option4`; those that a question does not have hold N/A, or nothing."""
+    cells = [cell_text(row.get(f"option{i}")) or "" for i in range(5)]
+    options = list(takewhile(lambda cell: cell.strip() not in ("", "N/A"), cells))
+    if any(cell.strip() not in ("", "N/A") for cell in cells[len(options) :]):
+        raise InputError(f"option{len(options)} is missing, but a later one is not", where=row_place(row))
+    return check_options(row, options)
+
+
+def prompt(sample: Question, style: str, subtitles: str | None) -> str:
+    """The user's turn after the frames."""
+    listed = "\n".join(sample.options)
+    return f"{sample.question}\n{listed}\nAnswer with the option's letter from the given choices directly.\n"
+
+
+def score(rows: Sequence[dict[str, Any]], *, seed: int = 0) -> dict[str, Any]:
+    """Breakdown under the common rules, and `guessing`: its own rule, with the number of `guessed` replies."""
+    replies = [to_reply(row) for row in rows]
+    settled = [_settle(reply, seed) for reply in replies]
+    guessed = sum(not _own_letter(reply) for reply in replies)
+    own = vars(accuracy(settled, "strict"))
+    by = {
+        value: vars(accuracy([r for r in settled if r.groups["duration_group"] == value], "strict"))
+        for value in sorted({r.groups["duration_group"] for r in replies}, key=lambda v: (len(v), v))
+    }
+    return {
+        **breakdown(replies, GROUPS),
+        "guessing": {**own, "guessed": guessed, "seed": seed, "by_duration_group": by},
+    }
+
+
+def _own_letter(reply: Reply) -> str:
+    return first_letter(strip_reasoning(reply.response), "ABCDE", PHRASES)
+
+
+def _settle(reply: Reply, seed: int) -> Reply:
+    """The reply as the letter its own scorer takes it for."""
+    found = _own_letter(reply) or random.Random(f"{seed}:{reply.id}").choice(reply.letters)
+    return replace(reply, response=found, letters="ABCDE")

@@ -1,0 +1,130 @@
+"""MLVU: long videos, nine tasks (Zhou et al. 2024, arXiv:2406.04264), seven or nine of them multiple choice.
+
+Its M-Avg is a macro average over tasks in lmms-eval and pooled over questions in VLMEvalKit: both are given. The two
+generation tasks are scored by a judging model elsewhere: their replies are exported in the form its scripts read.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lvctx.artifacts.store import write_json
+from lvctx.errors import InputError
+from lvctx.eval.benchmarks.accuracy import breakdown, to_reply
+from lvctx.eval.benchmarks.answers import RULES, Question, format_options
+from lvctx.eval.benchmarks.fields import cell_text
+from lvctx.eval.benchmarks.question_files import (
+    Row,
+    has_value,
+    key_field,
+    options_field,
+    read_question_rows,
+    row_place,
+    text_field,
+)
+
+NAME = "mlvu"
+STYLES = ("official", "lmms-eval")
+GROUPS = ("task_type",)
+FREE_ANSWERS = True
+GENERATION = {"subPlot": "subplot_all.json", "summary": "summary_all.json"}
+"""Generation tasks and the file that each one's judge reads."""
+LONGEST = 1000
+"""Tokens of a generated answer, as in MLVU's own scripts."""
+
+
+def samples(path: Path) -> list[Question]:
+    """Questions from the released JSON files (one, or a folder), or lmms-eval's Parquet with its options inlined.
+
+    Raises InputError naming the row and what is wrong with it.
+    """
+    found = []
+    for number, row in enumerate(read_question_rows(path)):
+        question = text_field(row, "question")
+        task = cell_text(row.get("question_type")) or cell_text(row.get("task_type"))
+        task = task or Path(row["_file"]).stem.split("_", 1)[-1]
+        candidates = options_field(row, "candidates") if has_value(row, "candidates") else []
+        inlined = not candidates and task not in GENERATION
+        letters = _letters_in(question) if inlined else format_options(candidates)
+        found.append(
+            Question(
+                id=cell_text(row.get("question_id")) or f"{task}-{number}",
+                video=text_field(row, "video", "video_name"),
+                question=question,
+                options=letters if inlined else tuple(f"({chr(65 + i)}) {c}" for i, c in enumerate(candidates)),
+                answer=_answer(row, candidates, len(letters)),
+                groups={"task_type": task},
+                max_new_tokens=LONGEST if task in GENERATION else None,
+                released={**row, "_inlined": inlined},
+            )
+        )
+    return found
+
+
+def _letters_in(question: str) -> tuple[str, ...]:
+    """The letters of the options that stand in a question's own text, each on its line; A to D where none are found."""
+    found = re.findall(r"^\(?([A-Z])[.):]", question, re.MULTILINE)
+    letters = [chr(65 + i) for i in range(len(found))]
+    return tuple(letters) if found == letters and len(found) > 1 else tuple("ABCD")
+
+
+def _answer(row: Row, candidates: Sequence[str], count: int) -> str:
+    """The letter of the right option: MLVU writes its text, others its letter. Generation tasks: the answer itself.
+
+    Raises InputError where it is no option, or several.
+    """
+    answer = text_field(row, "answer")
+    if not count:
+        return answer
+    for same in (str, str.strip, lambda text: text.strip().casefold()):
+        fits = [i for i, candidate in enumerate(candidates) if same(candidate) == same(answer)]
+        if len(fits) > 1:
+            raise InputError(f"answer {answer!r:.60} is several of its options", where=row_place(row))
+        if fits:
+            return chr(65 + fits[0])
+    return key_field(row, "answer", count)
+
+
+WATCH = "Carefully watch this video and pay attention to every detail. Based on your observations, "
+
+
+def prompt(sample: Question, style: str, subtitles: str | None) -> str:
+    """The user's turn after the frames; MLVU shows no subtitles."""
+    if not sample.options:
+        return f"{WATCH}answer the given questions.\n{sample.question}"
+    asked = sample.question
+    if not sample.released.get("_inlined"):
+        asked = f"Question: {sample.question}\nOptions:\n" + "\n".join(sample.options)
+    before = f"{WATCH}select the best option that accurately addresses the question.\n" if style == "official" else ""
+    return f"{before}{asked}\nOnly give the best option.\nBest option: ("
+
+
+def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Breakdown by task, and `m_avg` by rule: `macro` over tasks and `pooled` over questions; generation left out."""
+    replies = [to_reply(row) for row in rows if row["letters"]]
+    found = breakdown(replies, GROUPS)
+    tasks = found["by_task_type"].values()
+    m_avg = {}
+    for rule in RULES:
+        means = [task[rule]["mean"] for task in tasks if task[rule]["mean"] is not None]
+        m_avg[rule] = {"macro": sum(means) / len(means) if means else None, "pooled": found["rules"][rule]["mean"]}
+    return {**found, "generated": len(rows) - len(replies), "m_avg": m_avg}
+
+
+def export(out: Path, answered: Sequence[tuple[Question, str]]) -> None:
+    """Generated answers for their judges: {video_name, Q, A, pred} with the scoring points, one file a task."""
+    for task, name in GENERATION.items():
+        rows = [
+            {
+                "video_name": Path(sample.video).name,
+                "Q": sample.question,
+                "A": sample.answer,
+                "pred": said,
+                **{k: sample.released[k] for k in ("scoring_points",) if k in sample.released},
+            }
+            for sample, said in answered
+            if sample.groups["task_type"] == task
+        ]
+        if rows:
+            write_json(out / name, rows)

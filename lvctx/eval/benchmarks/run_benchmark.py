@@ -1,0 +1,191 @@
+"""Run a benchmark: every question is asked about its video, whose frames are run once for all its questions.
+
+Every question is a row of results.jsonl that has all that decided the reply. A video that is missing or broken makes
+error rows: a model is never asked about a video that it is not shown.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lvctx.artifacts import schemas
+from lvctx.artifacts.result_log import RESULTS, ResultLog, short_hash
+from lvctx.artifacts.store import fingerprint
+from lvctx.errors import InputError, LvctxError
+from lvctx.eval.benchmarks.answers import Question
+from lvctx.eval.benchmarks.subtitles import NONE, find_subtitles, read_subtitles
+from lvctx.eval.benchmarks.video_files import find_video, video_stem
+from lvctx.inference.engine import Engine, Shown
+from lvctx.models.image_processing import open_image
+from lvctx.models.loading import load_config
+from lvctx.video.sampling import VideoSampling
+from lvctx.vlm.base import VLM
+
+Asked = tuple[Question, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """What to ask whom, and how."""
+
+    model: str
+    """VLM: directory or hub id."""
+    videos: Path
+    """Folder of the videos (or images), searched recursively for names without their folder."""
+    questions: Path
+    """As released."""
+    prompt: str
+    """Prompt template; one of the benchmark's STYLES."""
+    subtitles: Path | None
+    """Folder of .srt or .vtt files named as the videos; None shows no subtitles."""
+    max_new_tokens: int
+    """Longest reply, in tokens; lmms-eval 16."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkJob:
+    """A checked run: everything but the model's weights."""
+
+    config: BenchmarkConfig
+    """As asked for."""
+    bench: ModuleType
+    """The benchmark: samples(), prompt(), STYLES."""
+    sampling: VideoSampling
+    """How videos are sampled."""
+    samples: tuple[Question, ...]
+    """All of them, grouped by video in the order in which videos first appear."""
+    run_facts: dict[str, Any]
+    """What every row says of the run; `run` in it identifies all that decides a reply but the video."""
+
+    def key(self, sample: Question) -> str:
+        """Sixteen hex digits of the run and the question."""
+        return short_hash({"run": self.run_facts["run"], "id": sample.id})
+
+
+def plan_benchmark(bench: ModuleType, config: BenchmarkConfig, vlm: VLM, sampling: VideoSampling) -> BenchmarkJob:
+    """Check everything that can be checked without weights or videos.
+
+    Raises InputError for questions that cannot be read or are of another benchmark, UsageError for sampling that the
+    model cannot have.
+    """
+    resolved = vlm.resolve(sampling)
+    if not config.videos.is_dir():
+        raise InputError("no such folder of videos", where=config.videos)
+    if config.subtitles is not None and not config.subtitles.is_dir():
+        raise InputError("no such folder of subtitles", where=config.subtitles)
+    samples = bench.samples(config.questions)
+    first = {name: i for i, name in reversed(list(enumerate(s.video for s in samples)))}
+    samples = sorted(samples, key=lambda s: first[s.video])
+    counts = Counter(s.id for s in samples)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        first_one = f"{twice[0]!r:.60}"
+        raise InputError(f"{len(twice)} question ids are given twice, the first {first_one}", where=config.questions)
+    probe = Question(id="", video="", question="{question}", options=("{options}",), answer="")
+    listing = None if config.subtitles is None else "{subtitles}"
+    made_of = {
+        "bench": bench.NAME,
+        "model": fingerprint(vlm.path)[:16],
+        "questions": fingerprint(config.questions)[:16],
+        "prompt": short_hash(bench.prompt(probe, config.prompt, listing)),
+        "style": config.prompt,
+        "subtitles": config.subtitles is not None,
+        "sampling": vlm.image_facts() if any(s.images for s in samples) else resolved.facts,
+        "dtype": str(load_config(vlm.path).dtype or torch.float32).removeprefix("torch."),
+        "max_new_tokens": config.max_new_tokens,
+    }
+    run_facts = {
+        "schema": schemas.QUESTIONS,
+        "bench": bench.NAME,
+        "run": short_hash(made_of),
+        "model": config.model,
+        "made_of": made_of,
+    }
+    return BenchmarkJob(config=config, bench=bench, sampling=sampling, samples=tuple(samples), run_facts=run_facts)
+
+
+def run_benchmark(
+    job: BenchmarkJob,
+    out: Path,
+    engine: Engine,
+    *,
+    resume: str,
+    force: bool,
+    on_progress: Callable[[int, int, str], None],
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for every question as it is answered; those that `out/results.jsonl` has are not asked again.
+
+    Raises InputError when `out` holds another run.
+    """
+    made_of = job.run_facts["made_of"]
+    with ResultLog.open(out / RESULTS, made_of, resume=resume, force=force) as results:
+        waiting = [s for s in job.samples if job.key(s) not in results]
+        total, done = len(job.samples), len(job.samples) - len(waiting)
+        for video, group in itertools.groupby(waiting, key=lambda s: s.video):
+            for sample, row in _ask_about(job, engine, list(group)):
+                stored = results.append(job.key(sample), row)
+                done += 1
+                on_progress(done, total, video)
+                yield stored
+        if hasattr(job.bench, "export"):
+            responses = {row["id"]: row["response"] for row in results.rows.values()}
+            job.bench.export(out, [(s, responses[s.id]) for s in job.samples if s.id in responses])
+
+
+def _ask_about(job: BenchmarkJob, engine: Engine, samples: Sequence[Question]) -> Iterator[Asked]:
+    """One video's questions, each with its row."""
+    base = {s.id: {**job.run_facts, **_described(s)} for s in samples}
+    try:
+        subtitles, facts = _show(job, engine, samples[0])
+    except (LvctxError, torch.OutOfMemoryError) as e:
+        yield from ((s, {**base[s.id], "error": str(e)}) for s in samples)
+        return
+    for sample in samples:
+        text = job.bench.prompt(sample, job.config.prompt, subtitles)
+        row = {**base[sample.id], **facts, "prompt_sha256": short_hash(text)}
+        try:
+            reply = engine.reply([text], sample.max_new_tokens or job.config.max_new_tokens)
+        except (InputError, RuntimeError) as e:
+            # Too long, or out of memory: this question is lost, the others need not be.
+            yield sample, {**row, "error": " ".join(str(e).split())[:300]}
+        else:
+            cost = {"tokens": reply.prompt_tokens, "last_position": reply.last_position}
+            yield sample, {**row, **cost, "response": reply.text, "reply_tokens": reply.tokens}
+
+
+def _described(sample: Question) -> dict[str, Any]:
+    return {
+        "id": sample.id,
+        "video": sample.video,
+        "answer": sample.answer,
+        "letters": "".join(chr(65 + i) for i in range(len(sample.options))),
+        "groups": dict(sample.groups),
+    }
+
+
+def _show(job: BenchmarkJob, engine: Engine, sample: Question) -> tuple[str | None, dict[str, Any]]:
+    """Show the model a sample's video or images; subtitles and facts for the rows.
+
+    Raises InputError where they are missing or broken.
+    """
+    if sample.images:
+        images = [open_image(job.config.videos / name) for name in sample.images]
+        return None, {"images": len(images), **engine.show(images, VideoSampling()).facts}
+    file = find_video(job.config.videos, sample.video)
+    shown = engine.show([file], job.sampling)
+    subtitles, facts = _subtitles(job, sample, shown)
+    return subtitles, {"file": str(file), **shown.facts, **facts}
+
+
+def _subtitles(job: BenchmarkJob, sample: Question, shown: Shown) -> tuple[str | None, dict[str, Any]]:
+    if job.config.subtitles is None:
+        return None, {}
+    listing = find_subtitles(job.config.subtitles, video_stem(sample.video))
+    read = read_subtitles(listing) if listing else NONE
+    lines = read.at(list(shown.pts))
+    return lines, {"subtitle_lines": lines.count("\n") + 1 if lines else 0, "bad_subtitles": read.bad}

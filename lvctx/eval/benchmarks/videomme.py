@@ -1,0 +1,94 @@
+"""Video-MME: 900 videos, 2,700 questions with four options (Fu et al. 2024, arXiv:2405.21075), and its report.
+
+Three prompts are in use, and the same model scores differently under each: the authors' (`official`), lmms-eval 0.7's
+and VLMEvalKit's. Three scorers are in use too: see `choice`. No torch.
+"""
+
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from lvctx.artifacts.schemas import SCORE
+from lvctx.eval.benchmarks.accuracy import accuracy, breakdown, sorted_groups
+from lvctx.eval.benchmarks.answers import RULES, Question, Reply
+from lvctx.eval.benchmarks.question_files import key_field, options_field, read_question_rows, text_field, with_letters
+from lvctx.eval.benchmarks.responses import GROUPS, Responses, write_responses
+
+NAME = "videomme"
+HUB = ("lmms-lab/Video-MME", "videomme/test-00000-of-00001.parquet")
+"""Dataset and file that `--questions hub` fetches."""
+STYLES = ("official", "lmms-eval", "vlmevalkit")
+ALL = "all"
+
+
+def samples(path: Path) -> list[Question]:
+    """Questions as released. Raises InputError naming the row and what it lacks."""
+    found = []
+    for row in read_question_rows(path):
+        options = with_letters(options_field(row, "options"))
+        found.append(
+            Question(
+                id=text_field(row, "question_id"),
+                video=text_field(row, "videoID", "video_id"),
+                question=text_field(row, "question"),
+                options=options,
+                answer=key_field(row, "answer", len(options)),
+                groups={g: text_field(row, g) for g in GROUPS},
+                released={**row, "video_id": text_field(row, "video_id")},
+            )
+        )
+    return found
+
+
+ASK = "Select the best answer to the following multiple-choice question based on the video{}. "
+ASK += "Respond with only the letter (A, B, C, or D) of the correct option."
+
+
+def prompt(sample: Question, style: str, subtitles: str | None) -> str:
+    """The user's turn after the frames; `subtitles` is None where the run has none, else the text (perhaps empty)."""
+    asked = f"{sample.question}\n" + "\n".join(sample.options)
+    if style == "vlmevalkit":
+        # The line break that this template begins with is the one that closes our visual block.
+        listed = f"This video's subtitles are listed below:\n{subtitles}\n" if subtitles is not None else ""
+        return f"These are the frames of a video. {listed}{ASK.format('')}\nQuestion: {asked}\nAnswer: "
+    heard = " and the subtitles"
+    if style == "lmms-eval":
+        if subtitles is None:
+            # It speaks of subtitles without showing any, and asks twice for the letter. That is what it does.
+            end = "\n\nAnswer with the option's letter from the given choices directly."
+            return f"{ASK.format(heard)}\n{asked}{end}"
+        shown = subtitles or "No subtitles available"
+        return f"This video's subtitles are listed below: \n{shown}\n{ASK.format(heard)}\n{asked}\nThe best answer is:"
+    if subtitles is None:
+        return f"{ASK.format('')}\n{asked}\nThe best answer is:"
+    return f"This video's subtitles are listed below:\n{subtitles}\n{ASK.format(heard)}\n{asked}\nThe best answer is:"
+
+
+def score(responses: Responses) -> dict[str, Any]:
+    """Everything the report of one file says: warnings first, every rule, and breakdowns by every group."""
+    found = breakdown(responses.replies, GROUPS)
+    found["warnings"] = [*responses.warnings, *found["warnings"]]
+    return {"schema": SCORE, "file": responses.name, "overlooked": responses.leniencies, **found}
+
+
+def export(out: Path, answered: Sequence[tuple[Question, str]]) -> None:
+    """responses.json in the official format; questions that failed are not in it."""
+    write_responses(out / "responses.json", answered)
+
+
+def cells(responses: Responses, rules: Sequence[str] = RULES) -> list[dict[str, Any]]:
+    """Rows of the table duration x domain x task category with all its margins (`all`), for every one of `rules`."""
+    axes = ("duration", "domain", "task_type")
+    replies = responses.replies
+    bins: dict[tuple[str, ...], list[Reply]] = {}
+    for reply in replies:
+        for key in product(*((reply.groups[axis], ALL) for axis in axes)):
+            bins.setdefault(key, []).append(reply)
+    places = [{value: i for i, value in enumerate([*sorted_groups(replies, axis), ALL])} for axis in axes]
+    rows = []
+    for key in sorted(bins, key=lambda key: [place[value] for place, value in zip(places, key, strict=True)]):
+        for rule in rules:
+            cell = {"file": responses.name, **dict(zip(axes, key, strict=True)), "rule": rule}
+            rows.append({**cell, "questions": len(bins[key]), **vars(accuracy(bins[key], rule))})
+    return rows

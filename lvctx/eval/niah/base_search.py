@@ -1,0 +1,122 @@
+"""Search the RoPE base with the best untrained long-context retrieval: needle tests at a given length for each base.
+
+LongVA's untrained baseline is found so over 3M to 1B (section 4). Every base is a row of `search.jsonl`; a search
+that was stopped goes on with the bases that are missing.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lvctx.artifacts import schemas
+from lvctx.artifacts.result_log import ResultLog, short_hash
+from lvctx.config import OnProgress
+from lvctx.device import resolve_device
+from lvctx.errors import UsageError
+from lvctx.eval.niah.niah_config import Depths, TextNiahConfig
+from lvctx.eval.niah.run import NiahJob, plan_text
+from lvctx.inference.prefix_scorer import PrefixScorer
+from lvctx.models.loading import load_config, load_model, try_forward
+from lvctx.rope.scaling import choose
+from lvctx.training.extend_config import BaseSearchConfig, ExtendConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSearch:
+    """A checked search."""
+
+    bases: tuple[float, ...]
+    """Candidates, ascending."""
+    niah: NiahJob
+    """Model, needles and cells that each base is tried on."""
+
+    @property
+    def made_of(self) -> dict[str, Any]:
+        """What decides a base's row: model, haystack and cells."""
+        return {**self.niah.run_facts["made_of"], "cells": short_hash([self.niah.key(c) for c in self.niah.cells])}
+
+
+def bases(span: str, points: int) -> tuple[float, ...]:
+    """`points` bases from LOW to HIGH (`LOW:HIGH`), evenly spaced by factor, to three digits. Raises UsageError."""
+    try:
+        low, high = (float(end) for end in span.split(":"))
+    except ValueError:
+        raise UsageError(f"--search-base {span!r} is not LOW:HIGH", fix="for example --search-base 3e6:1e9") from None
+    if not 1 < low < high < float("inf"):
+        raise UsageError(f"--search-base {span}: not 1 < LOW < HIGH")
+    return tuple(float(f"{low * (high / low) ** (i / (points - 1)):.3g}") for i in range(points))
+
+
+def resolve_search(config: ExtendConfig, search: BaseSearchConfig) -> BaseSearch:
+    """Check everything but the weights. Raises UsageError and InputError."""
+    if config.rope != "theta" or config.rope_theta or config.stages:
+        raise UsageError("--search-base is for --rope theta alone", fix="drop --rope, --rope-theta and --stage")
+    if not search.haystack:
+        raise UsageError("--search-base needs text to hide needles in", fix="give --haystack FOLDER")
+    lengths = search.search_lengths or ((config.context,) if config.context else ())
+    if not lengths:
+        raise UsageError("--search-base needs context lengths", fix="give --search-lengths or --context")
+    assert search.search_base is not None
+    needles = TextNiahConfig(
+        model=config.model,
+        haystack=search.haystack,
+        lengths=lengths,
+        depths=Depths(values=search.search_depths),
+        trials=search.search_trials,
+        scoring="forced",
+        seed=config.seed,
+    )
+    return BaseSearch(bases=bases(search.search_base, search.search_points), niah=plan_text(needles))
+
+
+def run_search(
+    search: BaseSearch, out: Path, *, device: str, force: bool, on_progress: OnProgress
+) -> list[dict[str, Any]]:
+    """A row for every base, ascending; those that stand in `out/search.jsonl` are not tried again."""
+    with ResultLog.open(out / "search.jsonl", search.made_of, force=force) as results:
+        waiting = [base for base in search.bases if f"{base:g}" not in results]
+        model = load_model(search.niah.path, device=resolve_device(device)) if waiting else None
+        if model is not None:
+            try_forward(model, search.niah.path)
+        for done, base in enumerate(waiting, start=len(search.bases) - len(waiting) + 1):
+            row = {"schema": schemas.BASE, "base": base, **_try_base(search, model, base)}
+            results.append(f"{base:g}", row)
+            log.info("base %g: %.3f of %d needles found", base, row["accuracy"], len(row["cells"]))
+            on_progress(done, len(search.bases), f"base {base:g}: {row['accuracy']:.2f}")
+        return [results.rows[f"{base:g}"] for base in search.bases]
+
+
+def _try_base(search: BaseSearch, model: Any, base: float) -> dict[str, Any]:
+    """Share of needles found, mean log-probability of their answers, and every cell."""
+    hf = load_config(search.niah.path)
+    hf.rope_parameters = choose(hf, scheme="theta", theta=base, factor=None, context=None, seq_len=0).rope_parameters
+    # Frequencies are all that a base decides: the model's own class computes them anew, the weights stay loaded.
+    decoder = model.model
+    decoder.rotary_emb = type(decoder.rotary_emb)(hf).to(model.device)
+    scorer = PrefixScorer(model)
+    cells = []
+    for cell in search.niah.cells:
+        score = scorer.score(*search.niah.task.sequence(cell))
+        verdict = {"correct": score.forced, "log_prob": round(score.log_prob, 4)}
+        cells.append({"length": cell.length, "depth": cell.depth, "trial": cell.trial, **verdict})
+    return {
+        "accuracy": sum(c["correct"] for c in cells) / len(cells),
+        "log_prob": round(sum(c["log_prob"] for c in cells) / len(cells), 4),
+        "cells": cells,
+    }
+
+
+def best(rows: Sequence[dict[str, Any]]) -> float:
+    """The base that finds most; of equals the one whose answers are likelier, then the smaller, which changes less."""
+    return float(max(rows, key=lambda row: (row["accuracy"], row["log_prob"], -row["base"]))["base"])
+
+
+def search_facts(search: BaseSearch, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the manifest has of a search: lengths, and the result of each base."""
+    lengths = sorted({cell.length for cell in search.niah.cells})
+    table = [{key: row[key] for key in ("base", "accuracy", "log_prob")} for row in rows]
+    return {"lengths": lengths, "table": table}

@@ -1,1 +1,0 @@
-"""Language and vision-language models: loading, visual embedding, loss, saving."""

@@ -1,0 +1,73 @@
+"""The model card, README.md of a model directory: sections that are replaced by their heading."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lvctx.artifacts.store import atomic_file
+
+CARD = "README.md"
+VISION = "Images and video"
+TILES = """\
+Stock code reads an image given as `image` in LLaVA-NeXT's AnyRes encoding: a base image and tiles, not pooled. This
+model was aligned with {aligned}, so it answers better when an image is given as a video of its tiles:
+
+```python
+import numpy as np
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+{imports}
+
+processor = AutoProcessor.from_pretrained(model_dir)
+model = AutoModelForImageTextToText.from_pretrained(model_dir)
+image = Image.open(image_file).convert("RGB")
+tiles = {tiles}
+content = [{{"type": "video"}}, {{"type": "text", "text": question}}]
+prompt = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True)
+inputs = processor(text=prompt, videos=[np.stack(tiles)], do_sample_frames=False, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=128)
+answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+```
+"""
+
+
+def write_section(out: Path, heading: str, body: str) -> None:
+    """Put a section at the end of a directory's card, in place of one with the same heading."""
+    path = out / CARD
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    mark = f"## {heading}\n"
+    before, _, after = text.partition(mark)
+    rest = after[after.find("\n## ") + 1 :] if "\n## " in after else ""
+    kept = "\n\n".join(part.strip() for part in (before, rest) if part.strip())
+    with atomic_file(path) as partial:
+        partial.write_text(f"{kept}\n\n{mark}\n{body}".lstrip(), encoding="utf-8")
+
+
+def write_vision_section(config: Any, out: Path) -> None:
+    """How a VLM is shown images and video in stock code, from its configuration."""
+    side = config.vision_config.image_size
+    grid = getattr(config, "image_grid", "unires")
+    body = (
+        f"Video frames are resized to a short side of {side} pixels and cropped to the centre, which is what the file\n"
+        "of the video processor makes of them in transformers and vLLM.\n\n"
+    )
+    if grid == "anyres":
+        body += "An image given as `image` is read in the AnyRes encoding that this model was aligned with.\n"
+    elif grid == "unires":
+        rule = getattr(config, "image_grid_rule", "code")
+        grids = getattr(config, "image_grids", None)
+        most = tuple(map(tuple, grids)) if grids else getattr(config, "image_max_grids", 49)
+        body += TILES.format(
+            aligned="UniRes (each tile is encoded like a video frame)",
+            imports="from lvctx.models.unires import unires_tiles",
+            tiles=f'unires_tiles(image, tile={side}, rule="{rule}", max_grids={most})',
+        )
+    else:
+        pixels = json.loads((out / "preprocessor_config.json").read_text(encoding="utf-8"))
+        background = tuple(int(mean * 255) for mean in pixels["image_mean"])
+        body += TILES.format(
+            aligned="one padded square an image, encoded like a video frame",
+            imports="from lvctx.vlm.anyres import single_tiles",
+            tiles=f'single_tiles(image, {side}, "pad", {background})',
+        )
+    write_section(out, VISION, body)

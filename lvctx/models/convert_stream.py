@@ -1,0 +1,63 @@
+"""Write a converted model: shard by shard, each whole under its name or absent, configuration and manifest last."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lvctx.artifacts.lock import LOCK, only_writer
+from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
+from lvctx.artifacts.store import write_json
+from lvctx.artifacts.weights import Weight, write_weights
+from lvctx.config import OnProgress
+from lvctx.errors import InputError
+from lvctx.models.saving import model_files
+
+STARTED = ".started.json"
+"""Written first: identifies the run that the shards of an unfinished output belong to."""
+
+
+def write_converted(
+    out: Path,
+    provenance: Provenance,
+    *,
+    shards: Callable[[], list[Mapping[str, Weight]]],
+    finish: Callable[[], Mapping[str, Any]],
+    resume: str,
+    force: bool,
+    on_progress: OnProgress,
+) -> None:
+    """Write a model directory, or continue one; a finished one is left as it is.
+
+    `shards` returns the weights to write; `finish` writes everything but the weights and returns facts for the
+    manifest. Raises InputError if another model is there, unless `force`.
+    """
+    if is_finished(out, provenance, resume=resume, force=force):
+        return
+    with only_writer(out):
+        started = out / STARTED
+        mine = started.is_file() and json.loads(started.read_bytes()).get("config_hash") == provenance.config_hash
+        if force or resume == "never" or not mine:
+            _clear(out, force=force)
+            write_json(started, provenance.to_dict())
+        write_weights(out, shards(), report=on_progress)
+        facts = finish()
+        nested = [
+            f"{folder.name}/{name}" for folder in out.iterdir() if folder.is_dir() for name in model_files(folder)
+        ]
+        write_manifest(out, provenance, [*model_files(out), *nested], **facts)
+        started.unlink(missing_ok=True)
+
+
+def _clear(out: Path, *, force: bool) -> None:
+    """Remove what an earlier conversion wrote. Raises InputError where the files are not ours to remove."""
+    ours = (out / STARTED).is_file() or (out / MANIFEST).is_file()
+    if not ours and not force and any(p.name != LOCK for p in out.iterdir()):
+        raise InputError("holds files already", where=out, fix="choose another -o, or --force to write into it")
+    if (out / MANIFEST).is_file():
+        names = read_manifest(out).get("files", {})
+        (out / MANIFEST).unlink()
+        for name in names:
+            (out / name).unlink(missing_ok=True)
+    for weights in out.glob("model*.safetensors*"):
+        weights.unlink()

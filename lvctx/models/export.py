@@ -1,0 +1,166 @@
+"""Writes a model for other programs: a plain Hugging Face directory, or the format in which LongVA was released."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lvctx.artifacts import schemas
+from lvctx.artifacts.manifest import Provenance
+from lvctx.artifacts.model_config import read_model_config
+from lvctx.artifacts.store import disk_error, fingerprint, is_disk_error, link_file, read_json, sha256_file, write_json
+from lvctx.artifacts.weights import Weight, read_weights, write_weights
+from lvctx.config import OnProgress
+from lvctx.errors import InputError, UsageError
+from lvctx.models import llava_format as llava
+from lvctx.models.card import CARD
+from lvctx.models.convert_config import ExportConfig
+from lvctx.models.convert_stream import write_converted
+from lvctx.models.loading import VLM_TYPE, context_length, load_config, resolve_model
+from lvctx.models.saving import model_files
+from lvctx.models.unires import image_max_grids
+from lvctx.models.vlm_assembly import PIXELS_FILE, VLM_FILES, own_template
+from lvctx.models.weight_check import check_shapes
+
+TEMPLATE = "chat_template.jinja"
+ADDED_FILES = frozenset({"config.json", CARD, TEMPLATE, PIXELS_FILE, *VLM_FILES})
+"""Files that a directory in LLaVA's format does not have, or has in another form."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaExport:
+    """A model in the form of LLaVA's checkpoints."""
+
+    config: dict[str, Any]
+    """LLaVA's flat config.json."""
+    vision_config: dict[str, Any]
+    """Configuration of the vision tower."""
+    shards: list[dict[str, Weight]]
+    """The weights as stored."""
+    names: dict[str, str]
+    """Stored name -> LLaVA's name."""
+    context: int
+    """Context length in tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportJob:
+    """A checked export."""
+
+    config: ExportConfig
+    """As given."""
+    source: Path
+    """Resolved model directory."""
+    llava: LlavaExport | None
+    """With `to="llava"` only."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """For the row."""
+        return {"format": self.config.to}
+
+
+def plan_export(config: ExportConfig) -> ExportJob:
+    """Check the model, from its headers alone.
+
+    Raises UsageError for a model that has no such form, InputError for one that is incomplete.
+    """
+    source = resolve_model(config.model)
+    if config.out.resolve() == source.resolve():
+        raise UsageError("-o is the model itself", fix="choose another directory")
+    return ExportJob(config=config, source=source, llava=_plan_llava(source) if config.to == "llava" else None)
+
+
+def _plan_llava(source: Path) -> LlavaExport:
+    config = load_config(source)
+    if config.model_type != VLM_TYPE:
+        raise UsageError(f"{source} is a {config.model_type} model and has no form of LLaVA's", fix="--to hf")
+    raw = read_model_config(source)
+    image_max_grids(config)
+    flat = llava.llava_config(raw, context_length(config))
+    expected = llava.expected(config.text_config, config.vision_config)
+    expected[llava.NEWLINE] = (config.text_config.hidden_size,)
+    shards = list(read_weights(source).values())
+    names = llava.rename({name for shard in shards for name in shard}, to_llava=True)
+    stored = {names.get(name, name): weight.shape for shard in shards for name, weight in shard.items()}
+    check_shapes(stored, expected, source)
+    return LlavaExport(
+        config=flat, vision_config=raw["vision_config"], shards=shards, names=names, context=context_length(config)
+    )
+
+
+def run_export(job: ExportJob, *, resume: str, force: bool, on_progress: OnProgress) -> dict[str, Any]:
+    """Write the model in that format, or continue; the row of the result. A finished one is left as it is.
+
+    Raises InputError if another model is there.
+    """
+    out = job.config.out
+    if job.llava is None:
+        _export_hf(job.source, out, force=force)
+    else:
+        _export_llava(job.llava, job.source, out, resume=resume, force=force, on_progress=on_progress)
+    return {"schema": schemas.MODEL, "path": str(out), "sha256": fingerprint(out), **job.facts}
+
+
+def _export_hf(source: Path, out: Path, *, force: bool) -> None:
+    """Link or copy a model's files, config.json last; files that are there already are compared and kept."""
+    names = sorted((name for name in model_files(source) if "/" not in name), key="config.json".__eq__)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        present = {name for name in names if (out / name).exists() and _same(source / name, out / name)}
+        other = [p.name for p in out.iterdir() if p.name not in present and not p.name.startswith(".")]
+        if other and not force:
+            raise InputError(
+                f"holds {', '.join(sorted(other)[:3])}, which is not of this model",
+                where=out,
+                fix="choose another -o, or --force to write into it",
+            )
+        for name in names:
+            if name not in present:
+                link_file(source / name, out / name)
+    except OSError as e:
+        if is_disk_error(e):
+            raise disk_error(e, out) from e
+        raise
+
+
+def _same(a: Path, b: Path) -> bool:
+    return a.samefile(b) or (a.stat().st_size == b.stat().st_size and sha256_file(a) == sha256_file(b))
+
+
+def _export_llava(
+    model: LlavaExport, source: Path, out: Path, *, resume: str, force: bool, on_progress: OnProgress
+) -> None:
+    def shards() -> list[Mapping[str, Weight]]:
+        return [{model.names[name]: weight for name, weight in shard.items()} for shard in model.shards]
+
+    def finish() -> dict[str, Any]:
+        _write_tower(source, model, out / "tower")
+        for name in model_files(source):
+            if "/" not in name and name not in ADDED_FILES and not name.startswith("model"):
+                shutil.copyfile(source / name, out / name)
+        if (source / TEMPLATE).is_file():
+            template = (source / TEMPLATE).read_text(encoding="utf-8")
+            (out / TEMPLATE).write_text(own_template(template), encoding="utf-8")
+        if llava.CONFIG_5 in model.config.get("configuration_files", ()):
+            write_json(out / llava.CONFIG_5, llava.config_for_5(model.config))
+        write_json(out / "config.json", model.config)
+        return {"context": model.context}
+
+    provenance = Provenance(
+        schema=schemas.MODEL, command="export", config={"to": "llava"}, inputs={"model": fingerprint(source)}
+    )
+    write_converted(out, provenance, shards=shards, finish=finish, resume=resume, force=force, on_progress=on_progress)
+
+
+def _write_tower(source: Path, model: LlavaExport, out: Path) -> None:
+    """What LLaVA's config.json does not have about the vision tower; its weights too if the hub has no such tower."""
+    out.mkdir(exist_ok=True)
+    write_json(out / "config.json", model.vision_config)
+    pixels = read_json(source / PIXELS_FILE)
+    write_json(out / PIXELS_FILE, llava.pixels_of(pixels))
+    if not llava.is_clip_336(model.vision_config):
+        prefix = "vision_tower."
+        inside = {n.removeprefix(prefix): w for shard in model.shards for n, w in shard.items() if n.startswith(prefix)}
+        write_weights(out, [inside])

@@ -1,0 +1,248 @@
+"""Find and load models and tokenizers: a local Hugging Face directory or a hub id, language model or VLM alike."""
+
+import copy
+from importlib.util import find_spec
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from lvctx.artifacts.manifest import MANIFEST, read_manifest
+from lvctx.artifacts.model_config import language_part, read_model_config
+from lvctx.artifacts.sniff import check_kind
+from lvctx.artifacts.weights import read_headers, shard_names
+from lvctx.device import DeviceMap, resolve_device
+from lvctx.errors import InputError, MissingError, first_line, library_errors
+from lvctx.models.weight_check import DERIVED, check_loaded
+
+VLM_TYPE = "llava_onevision"
+FLOATS = ("BF16", "F16", "F32", "F64")
+"""Types of weights that are not quantized, as safetensors names them."""
+
+
+def resolve_model(name: str | Path, *, weights: bool = True) -> Path:
+    """The local directory of a model: `name` itself, or the downloaded snapshot of a hub id such as `org/model`.
+
+    Without `weights` only the small files are asked for. Raises InputError when there is no such directory or
+    repository, no config.json, or a shard is missing.
+    """
+    path = Path(name)
+    if path.exists():
+        check_kind(path, "model", "a model directory", fix="give the directory that holds config.json, or a hub id")
+    else:
+        path = _download(str(name), weights=weights)
+    if not (path / "config.json").is_file():
+        raise InputError("no config.json: not a model directory", where=path)
+    if not weights:
+        return path
+    shard_names(path)
+    return path
+
+
+def _download(name: str, *, weights: bool) -> Path:
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError("no such model directory", where=name, fix="give a directory or a hub id like org/model")
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Weights in safetensors only: a pickle is never fetched, let alone loaded.
+        patterns = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as e:
+        raise InputError(
+            f"neither a directory nor a model the hub would give ({first_line(e)})",
+            where=name,
+            fix="check name and network",
+        ) from e
+
+
+def read_config(name: str | Path) -> dict[str, Any]:
+    """The raw config.json of a directory, of that file itself, or of a hub id; weights are not asked for.
+
+    A VLM's language model is what counts. Raises InputError.
+    """
+    path = Path(name)
+    if not path.exists():
+        path = _download(str(name), weights=False)
+    return language_part(read_model_config(path))
+
+
+def load_config(path: Path) -> Any:
+    """The transformers configuration of a resolved model directory."""
+    from transformers import AutoConfig
+
+    read_model_config(path)
+    with library_errors("unreadable config.json", where=path):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer of a model directory or hub id. Raises InputError where there is none."""
+    from transformers import AutoTokenizer
+
+    path = resolve_model(name) if not (Path(name) / "tokenizer.json").is_file() else Path(name)
+    with library_errors("no usable tokenizer", where=name):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def load_image_processor(path: Path) -> Any:
+    """The image processor of a Qwen-VL directory, tried on a blank image.
+
+    Raises InputError for a preprocessor_config.json that is unusable, or whose patches are not the model's.
+    """
+    from PIL import Image
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    where = path / "preprocessor_config.json"
+    with library_errors("unusable image processor", where=where):
+        processor: Any = Qwen2VLImageProcessorPil.from_pretrained(path)
+    vision = load_config(path).vision_config
+    for key, of_model in (
+        ("patch_size", vision.patch_size),
+        ("temporal_patch_size", vision.temporal_patch_size),
+        ("merge_size", vision.spatial_merge_size),
+    ):
+        if getattr(processor, key, None) != of_model:
+            raise InputError(f"{key} is {getattr(processor, key, None)!r}, the model's {of_model}", where=where)
+    with library_errors("unusable image processor", where=where):
+        side = processor.patch_size * processor.merge_size
+        blank = Image.new("RGB", (8, 8)).resize((side, side), resample=processor.resample)
+        rows = processor(images=[blank], do_resize=False, return_tensors="pt")["pixel_values"]
+        tuple(round(255 * mean) for mean in processor.image_mean)
+    if not bool(rows.isfinite().all()):
+        raise InputError(f"image_std is {processor.image_std}", where=where)
+    return processor
+
+
+def require_accelerate() -> None:
+    """Raise MissingError where accelerate, which places the modules of a device map, is not installed."""
+    if find_spec("accelerate") is None:
+        raise MissingError("a device map needs accelerate", where="--device-map", fix="pip install accelerate")
+
+
+def load_model(
+    path: Path,
+    *,
+    config: Any = None,
+    dtype: Any = "auto",
+    device: str = "cpu",
+    device_map: DeviceMap | None = None,
+) -> Any:
+    """A language model, a LlavaOnevision VLM or a Qwen-VL model, in eval mode with SDPA attention.
+
+    `dtype` is a torch dtype, or `auto` for the checkpoint's own. `device` may be `auto` (`lvctx.device`) and is not
+    used with a `device_map`. Raises InputError for weights that do not fit the configuration tensor by tensor, do not
+    fit the map, or cannot be read; MissingError for a map without accelerate, a package that quantized weights need,
+    or a device that is not here.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    from lvctx.rope.scaling import check_rope  # imports torch, which readers of config.json alone do without
+
+    if device_map is None:
+        device = resolve_device(device)
+    else:
+        require_accelerate()
+    config = config or load_config(path)
+    stored = _stored(path, config)
+    check_rope(config, path)
+    kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    with library_errors("cannot load the model", where=path), torch.device("meta"):
+        described = sum(parameter.numel() for parameter in kind.from_config(copy.deepcopy(config)).parameters())
+    if quantization(config) is None and described > 4 * sum(stored.values()):
+        # Before transformers makes room for all that the configuration describes.
+        raise InputError(
+            f"config.json describes {described:,} parameters, the weights are {sum(stored.values()):,}", where=path
+        )
+    with library_errors("cannot load the weights", where=path):
+        model, found = kind.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            device_map=device_map,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
+        )
+    check_loaded(model, found, stored, path)
+    return (model if device_map is not None else model.to(device)).eval()
+
+
+def try_forward(model: Any, where: object) -> None:
+    """Run a loaded model on two tokens. Raises InputError where its configuration makes it fail.
+
+    Many values of a config.json are used in no other place: positions, attention's windows, scales.
+    """
+    import torch
+
+    device = device_of(model.get_input_embeddings())
+    with library_errors("the model cannot compute with this config.json", where=where), torch.no_grad():
+        model.get_decoder()(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device))
+
+
+def _stored(path: Path, config: Any) -> dict[str, int]:
+    """Names in a checkpoint, and how many values each has. Raises InputError for values that are no plain numbers."""
+    if (path / "adapter_config.json").is_file():
+        raise InputError(
+            "holds a PEFT adapter (adapter_config.json)", where=path, fix="merge it into the weights first"
+        )
+    stored = {}
+    try:
+        headers = read_headers(path)
+    except InputError as e:
+        raise InputError(f"cannot load the weights ({e.what})", where=e.where, fix=e.fix) from None
+    for file, header in headers.items():
+        for name, entry in header.items():
+            if quantization(config) is None and entry["dtype"] not in FLOATS and not DERIVED.search(name):
+                raise InputError(
+                    f"{name} is {entry['dtype']}, and config.json has no quantization_config",
+                    where=path / file,
+                    fix="give the model in bfloat16",
+                )
+            stored[name] = prod(entry["shape"])
+    return stored
+
+
+def quantization(config: Any) -> str | None:
+    """The method that a model's weights are quantized by, from its configuration; None where they are not."""
+    found = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if found is None:
+        return None
+    return str((found if isinstance(found, dict) else vars(found)).get("quant_method", "an unknown method"))
+
+
+def refuse_quantized(config: Any, where: object) -> None:
+    """Raise InputError for a model with quantized weights, which cannot be trained and saved as plain ones."""
+    if (method := quantization(config)) is not None:
+        raise InputError(
+            f"its weights are quantized ({method})", where=where, fix="give the checkpoint that was quantized"
+        )
+
+
+def device_of(module: Any) -> Any:
+    """The torch device that a module computes on: where its weights are, or are brought to when it is called."""
+    import torch
+
+    hooked = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return next(module.parameters()).device if hooked is None else torch.device(hooked)
+
+
+def trained_length(path: Path) -> int:
+    """Tokens of the longest sequence a language model was trained on: its manifest's word, else the context it claims.
+
+    Extending the positions without training raises the context, not this.
+    """
+    manifest = read_manifest(path) if (path / MANIFEST).is_file() else {}
+    return int(manifest.get("trained_length") or context_length(load_config(path)))
+
+
+def context_length(config: Any) -> int:
+    """Positions a language model or VLM says it can read. Raises InputError where it does not say."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(length, int):
+        raise InputError("config.json has no max_position_embeddings", where=config.name_or_path or None)
+    return length

@@ -1,0 +1,59 @@
+"""LoRA on the language model through peft: few trained parameters, merged into the weights before saving."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lvctx.errors import InputError, library_errors
+from lvctx.models.weight_check import check_shapes
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""Projections of an attention block, as Llama, Qwen2, Qwen3 and Mistral name them."""
+
+
+def add_lora(model: Any, *, rank: int, targets: Sequence[str], seed: int) -> Any:
+    """Wrap `model` in LoRA of `rank` on the linear layers named `targets` (alpha = 2 rank); only LoRA can train.
+
+    The weights of LoRA are float32 and drawn from `seed`.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets))
+    with library_errors("LoRA finds no attention of a kind that it knows"):
+        wrapped = get_peft_model(model, config)
+    for parameter in lora_parameters(wrapped):
+        parameter.data = parameter.data.float()
+    return wrapped
+
+
+def lora_parameters(wrapped: Any) -> list[nn.Parameter]:
+    """The trained parameters of a wrapped model."""
+    return [p for p in wrapped.parameters() if p.requires_grad]
+
+
+def lora_state(wrapped: Any) -> dict[str, Tensor]:
+    """The trained tensors by name, to be saved and given to `load_lora_state` of another wrapped model."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+
+
+def load_lora_state(wrapped: Any, state: dict[str, Tensor], *, where: object = None) -> None:
+    """Start from saved tensors. Raises InputError when they are of another rank, other layers or another model."""
+    from peft import set_peft_model_state_dict
+
+    wanted = {name: tuple(tensor.shape) for name, tensor in lora_state(wrapped).items()}
+    try:
+        check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, wanted, where)
+    except InputError as e:
+        what = f"the adapter is of another rank or another model: {e.what}"
+        raise InputError(what, where=where, fix="give the --lora it was trained with") from None
+    set_peft_model_state_dict(wrapped, {name: tensor.float() for name, tensor in state.items()})
+
+
+def merge_lora(wrapped: Any) -> Any:
+    """The plain model with LoRA's products added to its weights."""
+    return wrapped.merge_and_unload()

@@ -1,0 +1,72 @@
+"""Write a model as a plain Hugging Face directory that stock transformers and vLLM load."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lvctx.artifacts.store import disk_error, is_disk_error, scratch
+from lvctx.models.adapter import ADAPTER
+from lvctx.models.card import CARD
+
+
+def save_model(model: Any, tokenizer: Any, out: Path) -> None:
+    """Save weights (safetensors), configuration, generation defaults and tokenizer into `out`.
+
+    The tokenizer's maximal length becomes the model's context. Raises InputError when the disk refuses.
+    """
+    forget_origin(model.config)
+    try:
+        with scratch(out / "model") as folder:
+            model.save_pretrained(folder, state_dict=tower_names(model.state_dict()))
+            for stale in out.glob("model*.safetensors*"):  # of a run whose weights were parted otherwise
+                stale.unlink()
+            for path in folder.iterdir():
+                os.replace(path, out / path.name)
+        save_tokenizer(tokenizer, model.config, out)
+    except Exception as e:
+        if is_disk_error(e):
+            raise disk_error(e, out) from e
+        raise
+
+
+TOWER = "vision_tower."
+
+
+def tower_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's tensors, a CLIP or SigLIP tower's under `vision_tower.vision_model.`, which every runtime reads.
+
+    transformers 5.19 dropped that level from its own names and reads both; vLLM 0.32 reads no other.
+    """
+    nested = f"{TOWER}vision_model."
+    return {name if nested in name else name.replace(TOWER, nested): tensor for name, tensor in state.items()}
+
+
+def forget_origin(config: Any) -> None:
+    """Where a model and its parts were loaded from is not part of it: the same weights must give the same bytes."""
+    config._name_or_path = ""
+    for name in config.sub_configs:
+        getattr(config, name)._name_or_path = ""
+
+
+def save_tokenizer(tokenizer: Any, config: Any, out: Path) -> None:
+    """Save a tokenizer whose maximal length is the model's context."""
+    tokenizer.model_max_length = config.get_text_config().max_position_embeddings
+    tokenizer.save_pretrained(out)
+
+
+def copy_processors(source: Path, out: Path) -> None:
+    """Take over a VLM's processors' files, which come with no weights and no tokenizer, and a model's card."""
+    (out / CARD).unlink(missing_ok=True)
+    for path in (*source.glob("*processor*.json"), *source.glob(CARD)):
+        shutil.copyfile(path, out / path.name)
+
+
+def model_files(out: Path) -> list[str]:
+    """Names of the files of a saved model directory and its adapter: everything but our own log and manifest."""
+    ours = {"MANIFEST.json", "metrics.jsonl", "search.jsonl"}
+    folders = [folder for folder in (out, out / ADAPTER, out / "sglang") if folder.is_dir()]
+    files = [path for folder in folders for path in folder.iterdir() if path.is_file() and not path.is_symlink()]
+    names = (path.relative_to(out).as_posix() for path in files if not path.name.startswith("."))
+    return sorted(name for name in names if name not in ours)

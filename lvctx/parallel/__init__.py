@@ -1,0 +1,1 @@
+"""Ranks, sharding and ring attention; the only importer of torch.distributed."""

@@ -1,0 +1,218 @@
+"""The ranks of a run: data parallel x context parallel on one DeviceMesh, their collectives, and their errors.
+
+Ranks of a CP group see the same sample, each a part of it; DP groups see different ones. Alone, all of this is the
+identity, so one process runs the same code as eight GPUs.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lvctx.device import resolve_device
+from lvctx.errors import EXIT_INTERRUPTED, EXIT_STOPPED, InputError, LvctxError, Stopped, UsageError
+from lvctx.parallel.ring_attention import ALONE, Ring
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+STEP_TIMEOUT = timedelta(minutes=10)
+"""Timeout of a collective in training: longer than a first step at the longest sequences, below torch's 30 minutes."""
+SHARED_WORK_TIMEOUT = timedelta(days=7)
+"""Timeout where ranks share out independent work: as long as the largest share takes, or a person's next question.
+torchrun ends all processes when one dies."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelContext:
+    """All ranks of a run, seen from one of them."""
+
+    device: str
+    """Where this rank computes, e.g. `cuda:3`."""
+    rank: int = 0
+    """0-based; rank 0 writes files and output."""
+    size: int = 1
+    """Number of ranks: dp x cp."""
+    cp: int = 1
+    """Ranks that share a sample."""
+    ring: Ring = ALONE
+    """This rank among those."""
+    mesh: Any = None
+    """DeviceMesh over all ranks (one dimension), over which parameters are sharded; None for one process alone."""
+    control: Any = None
+    """Process group on CPU for flags, apart from the gradients' traffic."""
+    saving: Any = None
+    """Process group on CPU for checkpoints: they are written by another thread, beside everything else."""
+
+    @property
+    def dp(self) -> int:
+        """Groups that see different samples."""
+        return self.size // self.cp
+
+    @property
+    def dp_rank(self) -> int:
+        """Number of this rank's group."""
+        return self.rank // self.cp
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over all ranks, in float64."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, value: float) -> float:
+        """Largest over all ranks."""
+        return self._reduce([value], dist.ReduceOp.MAX)[0]
+
+    def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(total, operation, group=self.control)
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def follow(self, values: Iterable[T]) -> Iterator[T]:
+        """What rank 0 iterates over, on every rank; the others' `values` are not touched."""
+        if self.size == 1:
+            yield from values
+            return
+        source = iter(values)
+        while True:
+            box = [list(islice(source, 1)) if self.rank == 0 else None]
+            dist.broadcast_object_list(box, group=self.control)
+            if not box[0]:
+                return
+            yield box[0][0]
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Make `tensor` the sum of every rank's, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.sum([0.0])
+
+
+def make_context(*, device: str, cp: int, timeout: timedelta = STEP_TIMEOUT) -> ParallelContext:
+    """The context of an initialised process group, or of one process alone.
+
+    Raises UsageError where `cp` does not divide the number of processes.
+    """
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    if size % cp:
+        raise UsageError(
+            f"--cp {cp} does not divide the run's {size} process{'es' if size > 1 else ''}",
+            fix=f"start it with `torchrun --nproc-per-node {cp} -m lvctx ...`",
+        )
+    if not dist.is_initialized():
+        return ParallelContext(device=device)
+    kind = torch.device(device).type
+    groups = init_device_mesh(kind, (size // cp, cp), mesh_dim_names=("dp", "cp"))
+    ring = Ring(rank=groups.get_local_rank("cp"), world=cp, group=groups["cp"].get_group())
+    mesh: DeviceMesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+    control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    return ParallelContext(
+        device=device, rank=dist.get_rank(), size=size, cp=cp, ring=ring, mesh=mesh, control=control, saving=saving
+    )
+
+
+@contextmanager
+def open_context(
+    *, device: str, cp: int = 1, sharded: bool = False, timeout: timedelta = STEP_TIMEOUT
+) -> Iterator[ParallelContext]:
+    """The process group that torchrun started this process in, or this process alone; closed at the end.
+
+    `device` may be `auto` (`lvctx.device`). `sharded` makes a process group, and so a mesh, for one process too.
+    `timeout` is how long a rank waits for another. An error on one rank ends the others with that error: they see it in
+    place of a lost connection.
+    """
+    device = resolve_device(device)
+    if not under_torchrun() and not sharded:
+        yield make_context(device=device, cp=cp)
+        return
+    backend = "gloo"
+    if torch.device(device).type == "cuda":
+        device = f"cuda:{dist.get_node_local_rank(0)}"
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    if under_torchrun():
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with propagate_errors():
+            yield make_context(device=device, cp=cp, timeout=timeout)
+    finally:
+        # Closing talks to ranks that may be gone; what ended this run matters more than how its connections end.
+        with suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_torchelastic_launched()
+
+
+@contextmanager
+def joined(store: Path, *, rank: int, size: int) -> Iterator[None]:
+    """A process group on CPU among processes of this machine that share a file."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def propagate_errors() -> Iterator[None]:
+    """Raise the error of the first rank that failed on every rank, in place of the lost connections that follow it."""
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        yield
+    except BaseException as e:
+        if isinstance(e, UsageError):  # flags are the same on every rank, and so is what is wrong with them
+            raise
+        try:
+            first = store.add("lvctx/failures", 1) == 1
+            if first:
+                store.set("lvctx/failure", json.dumps(_describe(e)))
+            else:
+                store.wait(["lvctx/failure"], timedelta(seconds=5))
+            origin = json.loads(store.get("lvctx/failure"))
+        except RuntimeError:  # the store went away with its owner
+            raise e from None
+        if first or isinstance(e, LvctxError | Stopped | KeyboardInterrupt):
+            raise
+        raise _error(origin) from e
+
+
+def _describe(e: BaseException) -> dict[str, Any]:
+    codes = {Stopped: EXIT_STOPPED, KeyboardInterrupt: EXIT_INTERRUPTED}
+    code = e.exit_code if isinstance(e, LvctxError) else codes.get(type(e), 1)
+    return {"rank": dist.get_rank(), "code": code, "what": str(e) if code != 1 else f"{type(e).__name__}: {e}"}
+
+
+def _error(origin: dict[str, Any]) -> BaseException:
+    if origin["code"] == EXIT_STOPPED:
+        return Stopped()
+    if origin["code"] == EXIT_INTERRUPTED:
+        return KeyboardInterrupt()
+    found = InputError(origin["what"], where=f"rank {origin['rank']}")
+    found.exit_code = origin["code"]
+    return found

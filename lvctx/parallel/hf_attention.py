@@ -1,0 +1,149 @@
+"""Ring attention as one of transformers' attention implementations, so that models know nothing of it.
+
+A forward carries one more keyword, `shard`, from the model's call down to its attention layers. Without it, and for one
+rank without documents, this is torch's own causal attention. transformers builds no mask for an implementation it has
+no mask function for, which is what we want: at 224K tokens an L x L mask is 50 GB.
+
+Shapes: B samples, H query heads, K key heads, L local tokens, D channels.
+"""
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lvctx.errors import InputError
+from lvctx.parallel.block_attention import Kernel, choose_kernel
+from lvctx.parallel.ring_attention import Ring, ring_attention
+
+log = logging.getLogger(__name__)
+NAME = "lvctx_ring"
+"""What a model's `attn_implementation` has to be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """Which part of which sequence a forward sees."""
+
+    ring: Ring = field(default_factory=Ring)
+    """The ranks that share the sequence."""
+    starts: tuple[int, ...] | None = None
+    """Where documents begin in the whole sequence, ascending from 0: tokens attend in their document only. None: to all
+    before them."""
+
+
+def document_starts(begins: Sequence[int]) -> tuple[int, ...]:
+    """`Shard.starts` of a row whose documents begin at these places; what stands before the first is one too."""
+    return tuple(sorted({0, *map(int, begins)}))
+
+
+def register() -> None:
+    """Make `attn_implementation="lvctx_ring"` known to transformers."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, _attend)
+
+
+def is_plain(config: Any) -> bool:
+    """Whether every token sees all before it, with values as wide as keys: that is what `_attend` computes."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    latent = getattr(config, "kv_lora_rank", None)  # DeepSeek's: values are of another width than keys
+    return not windowed and not latent and kinds == {"full_attention"}
+
+
+def check_config(config: Any, *, where: object) -> None:
+    """Raise InputError for a model with a sliding window or latent keys: ranks that share a sequence know neither."""
+    if not is_plain(config):
+        raise InputError(
+            "its attention has a sliding window or latent keys",
+            where=where,
+            fix="context parallelism is for models with neither",
+        )
+
+
+def use(lm: Any, *, where: object) -> None:
+    """Let a language model attend by `shard` from now on. Raises InputError where attention is not plain."""
+    check_config(lm.config, where=where)
+    register()
+    lm.set_attn_implementation(NAME)
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    shard: Shard | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention: q (B, H, L, D), k and v (B, K, L, D) to (B, L, H, D)."""
+    assert attention_mask is None, "ring attention knows documents, not masks"
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # RoPE leaves queries and keys in float32 there; torch's own attention is cast by autocast, a function is not.
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    shard = shard or Shard()
+    if shard.ring.world == 1 and shard.starts is None:
+        grouped = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2), None
+    kernel = choose(device, query.dtype, query.shape[-1], shard.starts is not None)
+    if isinstance(kernel, PackageRing):
+        return kernel(query, key, value, shard.ring, scale), None
+    out = ring_attention(query, key, value, ring=shard.ring, kernel=kernel, scale=scale, starts=shard.starts)
+    return out.transpose(1, 2), None
+
+
+@cache
+def choose(device: str, dtype: torch.dtype, head_dim: int, documents: bool) -> "Kernel | PackageRing":
+    """What computes the ring: ring-flash-attn where it can be loaded and serves, else ours on torch's kernels."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    package = load_package() if device == "cuda" and half and not documents else None
+    chosen = PackageRing(package) if package else choose_kernel(device, dtype, head_dim)
+    log.info("ring attention on %s, %s, heads of %d: %s", device, dtype, head_dim, chosen.name)
+    return chosen
+
+
+def load_package() -> ModuleType | None:
+    """ring-flash-attn (the `cuda` extra), or None where it is not installed or its kernels are not.
+
+    Its 0.1.8 fails to import beside transformers 5 for the sake of an adapter that we have no use for: an empty one
+    takes its place.
+    """
+    adapters = ModuleType("ring_flash_attn.adapters")
+    for name in ("substitute_hf_flash_attn", "update_ring_flash_attn_params"):
+        setattr(adapters, name, None)
+    sys.modules.setdefault("ring_flash_attn.adapters", adapters)
+    try:
+        return importlib.import_module("ring_flash_attn")
+    except (ImportError, OSError) as e:
+        sys.modules.pop("ring_flash_attn.adapters", None)
+        log.info("ring-flash-attn is not used: %s", e)
+        return None
+
+
+class PackageRing:
+    """The package's zigzag function, for causal attention without documents."""
+
+    name = "ring-flash-attn"
+
+    def __init__(self, package: ModuleType) -> None:
+        self._function: Callable[..., Tensor] = package.zigzag_ring_flash_attn_func
+
+    def __call__(self, q_BHLD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, ring: Ring, scale: float) -> Tensor:
+        """Attention (B, L, H, D) of this rank's queries over the whole sequence."""
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q_BHLD, k_BKLD, v_BKLD))
+        return self._function(q, k, v, softmax_scale=scale, causal=True, group=ring.group)

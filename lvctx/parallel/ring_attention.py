@@ -1,0 +1,207 @@
+"""Ring attention with exact gradients (Liu et al. 2023) on zigzag shards, with or without document masks.
+
+Keys and values go round the ring; each rank attends to what it holds and merges the pieces by their log-sum-exp, in
+float32 and through sigmoid and logsigmoid, which cannot overflow. In the backward pass their float32 gradients travel
+with them and come home after a full turn.
+
+Which tokens meet is a list of rectangles, so no mask is ever built. Without documents a step is one rectangle. With
+them: a document is one run of tokens, so of two different chunks at most one document lies in both, and its part in the
+later chunk sees all of its part in the earlier one; inside a chunk each document is a causal square.
+
+Shapes: B samples, H query heads, K key heads, L local tokens, D channels.
+"""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lvctx.parallel.block_attention import Kernel
+from lvctx.parallel.zigzag import chunks_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ring:
+    """Where a rank stands among those that share a sequence."""
+
+    rank: int = 0
+    """0-based place in the ring."""
+    world: int = 1
+    """Ranks that share the sequence."""
+    group: Any = None
+    """Their torch.distributed process group; None for a ring of one."""
+
+
+ALONE = Ring()
+"""One rank with the whole sequence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Queries that meet keys, as half-open ranges of local places."""
+
+    queries: tuple[int, int]
+    """In this rank's shard."""
+    keys: tuple[int, int]
+    """In the shard of the rank the keys come from."""
+    causal: bool
+    """Both ranges are the same tokens, and each sees itself and those before."""
+
+
+@lru_cache(maxsize=64)  # every layer asks again
+def blocks(rank: int, source: int, world: int, length: int, starts: tuple[int, ...] | None) -> list[Block]:
+    """What `rank` computes of the keys of rank `source`; `length` is a shard's, `starts` where documents begin.
+
+    `starts` are ascending places in the whole sequence, the first 0; None lets every token see all before it.
+    """
+    half = length // 2
+    if starts is None:
+        if source == rank:
+            return [Block(queries=(0, length), keys=(0, length), causal=True)]
+        if source < rank:
+            return [Block(queries=(0, length), keys=(0, half), causal=False)]
+        return [Block(queries=(half, length), keys=(0, length), causal=False)]
+    size = length if world == 1 else half
+    found = []
+    for i, mine in enumerate(chunks_of(rank, world)):
+        for j, theirs in enumerate(chunks_of(source, world)):
+            if theirs <= mine:
+                found += _chunk_blocks(mine, theirs, size, i * size, j * size, starts)
+    return found
+
+
+def _chunk_blocks(mine: int, theirs: int, size: int, at: int, key_at: int, starts: Sequence[int]) -> list[Block]:
+    """Blocks between two chunks of `size` tokens that lie at local places `at` and `key_at`, theirs not after mine."""
+    begin, key_begin = mine * size, theirs * size
+    if mine == theirs:
+        edges = [begin, *(s for s in starts if begin < s < begin + size), begin + size]
+        spans = [(at + a - begin, at + b - begin) for a, b in pairwise(edges)]
+        return [Block(queries=span, keys=span, causal=True) for span in spans]
+    following = bisect_right(starts, begin)
+    first = max(starts[following - 1], key_begin)
+    last = min([*starts[following : following + 1], begin + size])
+    if first >= key_begin + size:
+        return []
+    return [Block(queries=(at, at + last - begin), keys=(key_at + first - key_begin, key_at + size), causal=False)]
+
+
+def ring_attention(
+    q_BHLD: Tensor,
+    k_BKLD: Tensor,
+    v_BKLD: Tensor,
+    *,
+    ring: Ring,
+    kernel: Kernel,
+    scale: float,
+    starts: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Causal attention of this rank's queries over the whole sequence: (B, H, L, D), differentiable.
+
+    Every rank of the ring must call it, with shards of one length; see `blocks` for `starts`.
+    """
+    return _RingAttention.apply(q_BHLD, k_BKLD, v_BKLD, ring, kernel, scale, starts)
+
+
+class _RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ring: Ring,
+        kernel: Kernel,
+        scale: float,
+        starts: tuple[int, ...] | None,
+    ) -> Tensor:
+        length = q.shape[2]
+        own = kv = torch.stack([k, v])
+        out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
+        for step in range(ring.world):
+            coming = _Exchange(kv, ring) if step + 1 < ring.world else None
+            source = (ring.rank - step) % ring.world
+            for b in blocks(ring.rank, source, ring.world, length, starts):
+                (i, j), keys = b.queries, slice(*b.keys)
+                part, part_lse = kernel.forward(
+                    q[:, :, i:j], kv[0, :, :, keys], kv[1, :, :, keys], causal=b.causal, scale=scale
+                )
+                merge(out[:, :, i:j], lse[:, :, i:j], part, part_lse)
+            if coming:
+                kv = coming.wait()
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, own, out, lse)
+        ctx.given = ring, kernel, scale, starts
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, kv, out, lse = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        ring, kernel, scale, starts = ctx.given
+        dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+        coming_grad = None
+        for step in range(ring.world):
+            coming = _Exchange(kv, ring) if step + 1 < ring.world else None
+            source = (ring.rank - step) % ring.world
+            found = []
+            for b in blocks(ring.rank, source, ring.world, q.shape[2], starts):
+                (i, j), keys = b.queries, slice(*b.keys)
+                rows = [x[:, :, i:j] for x in (grad, q)]
+                part_q, part_k, part_v = kernel.backward(
+                    *rows,
+                    kv[0, :, :, keys],
+                    kv[1, :, :, keys],
+                    out[:, :, i:j],
+                    lse[:, :, i:j].contiguous(),
+                    causal=b.causal,
+                    scale=scale,
+                )
+                dq[:, :, i:j] += part_q
+                found.append((keys, part_k, part_v))
+            dkv = coming_grad.wait() if coming_grad else torch.zeros(kv.shape, dtype=torch.float32, device=q.device)
+            for keys, part_k, part_v in found:
+                dkv[0, :, :, keys] += part_k
+                dkv[1, :, :, keys] += part_v
+            # After its last step a gradient is one rank short of home.
+            coming_grad = _Exchange(dkv, ring) if ring.world > 1 else None
+            if coming:
+                kv = coming.wait()
+        if coming_grad:
+            dkv = coming_grad.wait()
+        dkv = dkv.to(kv.dtype)
+        return dq.to(q.dtype), dkv[0], dkv[1], None, None, None, None
+
+
+def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Take a block into the running output and log-sum-exp, in place and in float32."""
+    out.sub_(torch.sigmoid(part_lse - lse)[..., None] * (out - part.float()))
+    fresh = lse == -torch.inf  # nothing seen yet, and infinity minus infinity is not a number
+    merged = lse - torch.nn.functional.logsigmoid(lse - part_lse)
+    lse.copy_(torch.where(fresh, part_lse, merged))
+
+
+class _Exchange:
+    """A tensor on its way to the next rank while another comes from the one before."""
+
+    def __init__(self, send: Tensor, ring: Ring) -> None:
+        self.sent, self.received = send.contiguous(), torch.empty_like(send, memory_format=torch.contiguous_format)
+        to, by = ((ring.rank + d) % ring.world for d in (1, -1))
+        if ring.group is not None:
+            to, by = (dist.get_global_rank(ring.group, r) for r in (to, by))
+        operations = [
+            dist.P2POp(dist.isend, self.sent, to, group=ring.group),
+            dist.P2POp(dist.irecv, self.received, by, group=ring.group),
+        ]
+        self.requests = dist.batch_isend_irecv(operations)
+
+    def wait(self) -> Tensor:
+        for request in self.requests:
+            request.wait()
+        return self.received

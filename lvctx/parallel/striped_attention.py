@@ -1,0 +1,154 @@
+"""One sequence on several ranks: each has every W-th token's keys and values, so that the cache is divided too.
+
+Token p belongs to rank p mod W (Brandon et al. 2023, Striped Attention): whatever is appended or cropped, ranks hold
+the same number of tokens or one fewer. A forward's new tokens are divided the same way, so projections and MLP are not
+computed twice. In every layer the new queries go to all ranks, each attends to the keys it has, and the parts come back
+and are merged by their log-sum-exp (pass-Q of Yang et al. 2024, Context Parallelism for Scalable Million-Token
+Inference): a chunk's queries are fewer than the keys of all that stands before it, and those never travel.
+
+No mask is built. What is cached stands before all new tokens. Of two ranks' new tokens, i-th against j-th, those of
+rank a see those of rank b up to j = i where b's first comes no later than a's, else up to j = i - 1: a causal square.
+
+Shapes: W ranks, B samples, H query heads, K key heads, L this rank's new tokens, M the most that any rank has, S this
+rank's tokens so far, Q = W M queries, D channels, C rows, E width.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from lvctx.parallel.block_attention import Kernel, Plain, choose_kernel
+from lvctx.parallel.hf_attention import check_config, is_plain
+from lvctx.parallel.ring_attention import Ring, merge
+
+NAME = "lvctx_stripes"
+"""What a model's `attn_implementation` has to be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stripe:
+    """New tokens of a sequence that ranks read together, and which of them are one rank's."""
+
+    ring: Ring
+    """The ranks."""
+    first: int
+    """Tokens that stand before the new ones: their keys and values are cached."""
+    count: int
+    """New tokens of all ranks."""
+
+    @property
+    def mine(self) -> slice:
+        """This rank's among the new ones; where it has none, the first in its stead, for no model runs on nothing."""
+        return slice(self.lead(self.ring.rank), None, self.ring.world) if self.own else slice(0, 1)
+
+    @property
+    def own(self) -> int:
+        """How many of the new ones are this rank's. Keys and values of a token in their stead do not count."""
+        return held(self.first + self.count, self.ring) - held(self.first, self.ring)
+
+    def lead(self, rank: int) -> int:
+        """Place of a rank's first token among the new ones; it may lie behind their end."""
+        return (rank - self.first) % self.ring.world
+
+
+def held(length: int, ring: Ring) -> int:
+    """How many of a sequence's first `length` tokens are this rank's."""
+    return len(range(ring.rank, length, ring.world))
+
+
+def needs_no_mask(lm: Any, device: torch.device) -> bool:
+    """Whether one rank alone is served by `prepare` too: flash kernels take the model's attention there."""
+    head_dim = getattr(lm.config, "head_dim", None) or lm.config.hidden_size // lm.config.num_attention_heads
+    kernel = choose_kernel(device.type, lm.dtype, head_dim)
+    return is_plain(lm.config) and not isinstance(kernel, Plain)
+
+
+def prepare(lm: Any) -> None:
+    """Let a language model read in stripes: its forwards then need `stripe=`, unless one rank reads alone.
+
+    Raises InputError for a model whose attention is not plain.
+    """
+    from transformers import AttentionInterface
+
+    check_config(lm.config, where=lm.config.name_or_path or lm.config.model_type)
+    AttentionInterface.register(NAME, _attend)
+    lm.set_attn_implementation(NAME)
+
+
+def last_rows(mine_LE: Tensor, *, end: int, count: int, ring: Ring) -> Tensor:
+    """Rows (count, E) of the last tokens of a sequence of `end`, on every rank; `mine` ends with this rank's."""
+    if ring.world == 1:
+        return mine_LE[-count:]
+    lead = Stripe(ring=ring, first=end - count, count=count).lead(ring.rank)
+    whole_CE = torch.zeros(count, mine_LE.shape[-1], dtype=torch.float32, device=mine_LE.device)
+    places_CE = whole_CE[lead :: ring.world]
+    places_CE.copy_(mine_LE[len(mine_LE) - len(places_CE) :])
+    dist.all_reduce(whole_CE, group=ring.group)  # every row is one rank's, zero on the others: the sum is exact
+    return whole_CE.to(mine_LE.dtype)
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    stripe: Stripe | None = None,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention: q (B, H, L, D) of this rank's new tokens, k and v (B, K, S, D) of all it has.
+
+    Gives (B, L, H, D). Every rank must call it; without `stripe` there is one.
+    """
+    assert attention_mask is None, "ranks know places, not masks"
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kernel = choose_kernel(query.device.type, query.dtype, query.shape[-1])
+    if stripe is None:
+        return attend_alone(query, key, value, kernel, scale).transpose(1, 2), None
+    ring, own, rows = stripe.ring, stripe.own, query.shape[2]
+    before = held(stripe.first, ring)
+    assert rows == max(own, 1)
+    assert key.shape[2] == before + rows
+    most = -(-stripe.count // ring.world)
+    padded = F.pad(query, (0, 0, 0, most - rows)).contiguous()
+    q_WBHMD = padded.new_empty(ring.world, *padded.shape)
+    dist.all_gather(list(q_WBHMD), padded, group=ring.group)
+
+    # The log-sum-exp travels as one more channel of its output.
+    parts = torch.zeros(*q_WBHMD.shape[:-1], query.shape[-1] + 1, dtype=torch.float32, device=query.device)
+    out, lse = parts[..., :-1], parts[..., -1].fill_(-torch.inf)
+    if before:
+        q_BHQD = q_WBHMD.permute(1, 2, 0, 3, 4).flatten(2, 3)
+        found = kernel.forward(q_BHQD, key[:, :, :before], value[:, :, :before], causal=False, scale=scale)
+        merge(out, lse, *(x.unflatten(2, (ring.world, most)).movedim(2, 0) for x in found))
+    for source in range(ring.world):
+        skipped = int(stripe.lead(source) < stripe.lead(ring.rank))
+        square = min(most - skipped, own)
+        if square:
+            seeing, keys = slice(skipped, skipped + square), slice(before, before + square)
+            found = kernel.forward(
+                q_WBHMD[source, :, :, seeing], key[:, :, keys], value[:, :, keys], causal=True, scale=scale
+            )
+            merge(out[source, :, :, seeing], lse[source, :, :, seeing], *found)
+    mine = torch.empty_like(parts)
+    dist.all_to_all_single(mine, parts, group=ring.group)
+    weights_WBHM = mine[..., -1].softmax(0)
+    out_BHMD = (weights_WBHM[..., None] * mine[..., :-1]).sum(0)
+    return out_BHMD[:, :, :rows].transpose(1, 2).to(query.dtype), None
+
+
+def attend_alone(query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, scale: float) -> Tensor:
+    """One rank's (B, H, L, D): a causal square over the new tokens, and all of what stands before them."""
+    before = key.shape[2] - query.shape[2]
+    new, lse = kernel.forward(query, key[:, :, before:], value[:, :, before:], causal=True, scale=scale)
+    if not before:
+        return new
+    out = new.float()
+    merge(out, lse, *kernel.forward(query, key[:, :, :before], value[:, :, :before], causal=False, scale=scale))
+    return out.to(query.dtype)

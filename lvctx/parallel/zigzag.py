@@ -1,0 +1,43 @@
+"""Zigzag sharding of a sequence: 2W chunks, rank r holds chunks r and 2W-1-r, so causal attention costs each the same.
+
+Brandon et al. 2023 (Striped Attention) name the imbalance; this layout is ring-flash-attention's and EasyContext's.
+A length that 2W does not divide is padded at its end, where causal attention lets no real token see the padding.
+
+Shapes: L tokens of the whole sequence, W ranks, C = ceil(L / 2W) tokens of a chunk; a shard has 2C.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def chunk_length(length: int, world: int) -> int:
+    """Tokens of one of the 2W chunks of a sequence; the last ones may hold padding. One rank keeps all as it is."""
+    return length if world == 1 else -(-length // (2 * world))
+
+
+def chunks_of(rank: int, world: int) -> tuple[int, ...]:
+    """Numbers of the chunks a rank holds, ascending. One rank holds the one chunk there is."""
+    return (0,) if world == 1 else (rank, 2 * world - 1 - rank)
+
+
+def shard(whole: Tensor, *, rank: int, world: int, fill: int, dim: int = -1) -> Tensor:
+    """A rank's part of a tensor with L entries along `dim`, padded with `fill` where 2W does not divide L."""
+    if world == 1:
+        return whole
+    dim %= whole.ndim
+    size = chunk_length(whole.shape[dim], world)
+    missing = 2 * world * size - whole.shape[dim]
+    padded = F.pad(whole, [0, 0] * (whole.ndim - 1 - dim) + [0, missing], value=fill) if missing else whole
+    return torch.cat([padded.narrow(dim, c * size, size) for c in chunks_of(rank, world)], dim)
+
+
+def unshard(shards: Sequence[Tensor], *, length: int, dim: int = -1) -> Tensor:
+    """The whole tensor from every rank's part, in the order of ranks, without the padding."""
+    world = len(shards)
+    if world == 1:
+        return shards[0]
+    held = {c: part for r, s in enumerate(shards) for c, part in zip(chunks_of(r, world), s.chunk(2, dim), strict=True)}
+    return torch.cat([held[c] for c in range(2 * world)], dim).narrow(dim, 0, length)

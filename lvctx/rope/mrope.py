@@ -1,0 +1,90 @@
+"""Every way to stretch an M-RoPE model: M-RoPE++ and the methods it is compared with (GIRAFFE table 1)."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lvctx.rope import frequencies as rope
+from lvctx.rope import mrope_pp, ntk, pi, yarn
+from lvctx.rope.mrope_pp import MropeSpec, Ramp
+from lvctx.rope.spec import RopeSpec
+
+Method = Literal["mrope++", "pi", "ntk", "yarn", "none"]
+METHODS: tuple[Method, ...] = ("mrope++", "pi", "ntk", "yarn", "none")
+SCHEMES = {"pi": pi, "ntk": ntk, "yarn": yarn, "none": rope}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mrope:
+    """The positions of an M-RoPE model before it is stretched."""
+
+    head_dim: int
+    """Channels of one attention head."""
+    theta: float
+    """The base."""
+    sections: tuple[int, int, int]
+    """Frequencies of time, height and width."""
+    interleaved: bool
+    """Qwen3-VL: t h w t h w ... and t where height and width are used up, instead of one block after another."""
+
+    @property
+    def axes(self) -> str:
+        """One letter a channel, fastest first: the axis (t, h, w) whose position it rotates by."""
+        time, height, width = self.sections
+        if not self.interleaved:
+            return "t" * time + "h" * height + "w" * width
+        ends = {1: ("h", 3 * height), 2: ("w", 3 * width)}
+        return "".join(
+            ends[j % 3][0] if j % 3 in ends and j < ends[j % 3][1] else "t" for j in range(self.head_dim // 2)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """How far, and how."""
+
+    method: Method
+    """`none` keeps every frequency: direct extrapolation."""
+    ramp: Ramp
+    """M-RoPE++ alone: how height goes over from time to width."""
+    factor: float
+    """New length over pretrained length, at least 1."""
+    original: int
+    """Pretrained length in tokens."""
+
+
+def _specs(model: Mrope, stretch: Stretch) -> tuple[Any, Any]:
+    if stretch.method == "mrope++":
+        assert not model.interleaved
+        return mrope_pp, MropeSpec(
+            head_dim=model.head_dim,
+            theta=model.theta,
+            sections=model.sections,
+            factor=stretch.factor,
+            original=stretch.original,
+            ramp=stretch.ramp,
+        )
+    return SCHEMES[stretch.method], RopeSpec(
+        head_dim=model.head_dim, theta=model.theta, factor=stretch.factor, original=stretch.original
+    )
+
+
+def inv_freq(model: Mrope, stretch: Stretch) -> Tensor:
+    """Angular frequencies (head_dim / 2,) in radians per position, float64."""
+    scheme, spec = _specs(model, stretch)
+    frequencies: Tensor = scheme.inv_freq(spec)
+    return frequencies
+
+
+def attention_factor(model: Mrope, stretch: Stretch) -> float:
+    """What cos and sin are multiplied by: YaRN sharpens attention, the others leave it."""
+    scheme, spec = _specs(model, stretch)
+    return float(scheme.attention_factor(spec)) if scheme is yarn else 1.0
+
+
+def to_hf(model: Mrope, stretch: Stretch) -> dict[str, Any]:
+    """The `rope_parameters` that make stock transformers compute these frequencies."""
+    scheme, spec = _specs(model, stretch)
+    extra = {"mrope_interleaved": True} if model.interleaved else {}
+    return {**scheme.to_hf(spec), "mrope_section": list(model.sections), **extra}

@@ -1,0 +1,21 @@
+"""Position interpolation (Chen et al. 2023): positions divided by the factor, none larger than in training."""
+
+from typing import Any
+
+from torch import Tensor
+
+from lvctx.rope import frequencies as rope
+from lvctx.rope.spec import RopeSpec
+
+
+def inv_freq(spec: RopeSpec) -> Tensor:
+    """Angular frequencies (head_dim / 2,) in radians per position: rope's over the factor, float64."""
+    return rope.inv_freq(spec) / spec.factor
+
+
+def to_hf(spec: RopeSpec) -> dict[str, Any]:
+    """The `rope_parameters` of stock `linear`.
+
+    vLLM takes max_position_embeddings times the factor for the longest sequence; frequencies are the same.
+    """
+    return {"rope_type": "linear", "rope_theta": spec.theta, "factor": spec.factor}

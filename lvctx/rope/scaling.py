@@ -1,0 +1,164 @@
+"""From a model's configuration and what the user asks for to the positions its config.json will describe."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lvctx.errors import InputError, UsageError
+from lvctx.rope import frequencies as rope
+from lvctx.rope import ntk, pi, yarn
+from lvctx.rope.spec import RopeSpec
+
+log = logging.getLogger(__name__)
+Scheme = Literal["theta", "pi", "ntk", "yarn", "none"]
+
+LONGVA_THETA = 1e9
+"""The base of `theta` where none is given (LongVA section 3.1)."""
+
+KEPT = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
+"""Which channels turn, and with which axis: no scheme changes that."""
+
+SCHEMES = {"theta": (rope, "default"), "pi": (pi, "linear"), "ntk": (ntk, "default"), "yarn": (yarn, "yarn")}
+"""Name -> its file, and the `rope_type` of a model that has it already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Positions:
+    """What of a configuration changes."""
+
+    rope_parameters: dict[str, Any]
+    """As transformers 5 and vLLM read it."""
+    factor: float
+    """Times the pretrained length; 1 where only the base changes."""
+    context: int
+    """Positions the new configuration promises, in tokens."""
+    original: int | None = None
+    """Pretrained length in tokens that `factor` counts from; None for `theta` and `none`."""
+
+
+def check_rope(config: Any, where: object) -> None:
+    """Raise InputError for a RoPE type that this transformers does not compute. `config` is a model's or a VLM's."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    by_layer = [value for value in rope.values() if isinstance(value, dict)] if isinstance(rope, dict) else []
+    for one in by_layer or [rope]:
+        kind = one.get("rope_type", "default") if isinstance(one, dict) else one
+        known = {*ROPE_INIT_FUNCTIONS, "default", getattr(config.get_text_config(), "default_rope_type", "default")}
+        if not isinstance(kind, str) or kind not in known:
+            raise InputError(
+                f"its positions are of type {kind!r}, which transformers does not compute",
+                where=where,
+                fix="--rope theta makes them plain",
+            )
+
+
+def choose(
+    config: Any,
+    *,
+    scheme: Scheme,
+    theta: float | None,
+    factor: float | None,
+    context: int | None,
+    seq_len: int,
+    attention_factor: float | None = None,
+    original: int | None = None,
+) -> Positions:
+    """Positions of `scheme` for a model with this transformers configuration, trained on rows of `seq_len` (0: none).
+
+    `none` keeps what the model has (direct extrapolation). `theta` makes them plain, with base `theta`. The others
+    stretch: `factor` is relative to the length the model was pretrained on, so on a model that has the same scheme
+    already (pi, yarn) the new factor replaces the old one; ntk leaves no trace but its base and starts from that.
+    Without a factor, `context` or the rows say how far. `original` is the pretrained length, where the configuration
+    does not say it: `linear` positions do not, since some models write the stretched length into
+    max_position_embeddings and some the length before. `attention_factor` is yarn's alone, and not kept from a former
+    stretch. Raises UsageError for contradicting flags, InputError for a model whose positions are of another kind.
+    """
+    old, promised = _read(config)
+    kind = old.get("rope_type", "default")
+    if scheme in ("none", "theta") and original is not None:
+        raise UsageError(f"--original-length has no meaning with --rope {scheme}", fix="choose --rope pi, ntk or yarn")
+    if scheme in ("none", "theta") and factor is not None:
+        raise UsageError(f"--factor has no meaning with --rope {scheme}", fix="choose --rope pi, ntk or yarn")
+    if scheme != "yarn" and attention_factor is not None:
+        raise UsageError(f"--attention-factor has no meaning with --rope {scheme}", fix="choose --rope yarn")
+    if scheme == "none":
+        if theta is not None:
+            raise UsageError("--rope none keeps the base", fix="drop --rope-theta, or --rope theta")
+        return Positions(rope_parameters=old, factor=1.0, context=context or max(promised, seq_len))
+    module, own = SCHEMES[scheme]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kept = {key: old[key] for key in KEPT if key in old}
+    rotating = int(head_dim * rope_number(kept, "partial_rotary_factor", above=0.0, default=1.0))
+    if rotating < 4 or rotating % 2:
+        raise InputError(f"{rotating} channels of a head rotate; an even number of at least 4 is wanted")
+    if scheme == "theta":
+        stored = old.get("rope_theta")
+        if isinstance(stored, int | float) and (theta or LONGVA_THETA) < stored:
+            log.warning("base %g is lower than the model's own %g: it reads less far", theta or LONGVA_THETA, stored)
+        if kind != "default":
+            log.warning("the model's %s positions (factor %s) become plain ones", kind, old.get("factor"))
+        spec = RopeSpec(head_dim=rotating, theta=theta or LONGVA_THETA)
+        return Positions(
+            rope_parameters=module.to_hf(spec) | kept, factor=1.0, context=context or max(promised, seq_len)
+        )
+    if kind not in ("default", own):
+        raise InputError(
+            f"the model's positions are {kind} already", fix="--rope none keeps them, --rope theta makes them plain"
+        )
+    original = original or _original(old, promised, known=bool(factor and context))
+    factor = factor or (context or seq_len) / original
+    if factor < 1:
+        raise UsageError(f"--rope {scheme} stretches by {factor:g}", fix="give --factor, at least 1, or --context")
+    spec = RopeSpec(
+        head_dim=rotating,
+        theta=theta or rope_number(old, "rope_theta", above=1.0),
+        factor=factor,
+        original=original,
+        attention_factor=attention_factor,
+    )
+    return Positions(
+        rope_parameters=module.to_hf(spec) | kept,
+        factor=factor,
+        context=context or round(factor * original),
+        original=original,
+    )
+
+
+def _read(config: Any) -> tuple[dict[str, Any], int]:
+    """Rope parameters and max_position_embeddings. Raises InputError for a model without one RoPE in all layers."""
+    old, promised = getattr(config, "rope_parameters", None), getattr(config, "max_position_embeddings", None)
+    if not isinstance(old, dict) or not old:
+        raise InputError(
+            f"a {getattr(config, 'model_type', '')} model has no rotary positions, so they cannot be extended"
+        )
+    if any(isinstance(value, dict) for value in old.values()):
+        raise InputError("positions differ from layer to layer; only models with one RoPE can be extended")
+    if not isinstance(promised, int):
+        raise InputError("config.json has no max_position_embeddings")
+    return dict(old), promised
+
+
+def _original(old: Mapping[str, Any], promised: int, *, known: bool) -> int:
+    """The pretrained length. Raises InputError where the configuration leaves it open, unless nothing depends on it."""
+    stored = old.get("original_max_position_embeddings")
+    if isinstance(stored, int) and stored > 0:
+        return stored
+    if old.get("rope_type", "default") == "default" or known:
+        return promised
+    factor = rope_number(old, "factor", above=0.0)
+    raise InputError(
+        f"its {old['rope_type']} positions are stretched by {factor:g}, and config.json does not say whether "
+        f"{promised} positions are the length before or after",
+        fix=f"give --original-length, {promised} or {round(promised / factor)}",
+    )
+
+
+def rope_number(parameters: Mapping[str, Any], key: str, *, above: float, default: float | None = None) -> float:
+    """A number of the rope parameters. Raises InputError for anything else."""
+    value = parameters.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not above < value < math.inf:
+        raise InputError(f"config.json has {key} {value!r} among its rope parameters", fix="correct it")
+    return float(value)

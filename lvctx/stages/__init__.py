@@ -1,1 +1,0 @@
-"""What a command does: each stage composes the rooms below and knows nothing of the command line."""

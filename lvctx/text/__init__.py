@@ -1,1 +1,0 @@
-"""Text: documents, packing and needles."""

@@ -1,1 +1,0 @@
-"""The training loop, its data and its schedule."""

@@ -1,0 +1,1 @@
+"""The trainings and their common life cycle."""

@@ -1,0 +1,213 @@
+"""A checked alignment: options, models and data are checked before any weight is loaded."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lvctx.artifacts import schemas
+from lvctx.artifacts.manifest import Provenance
+from lvctx.artifacts.store import fingerprint
+from lvctx.config import OnProgress, hashed_fields
+from lvctx.data.chat_encoding import encode_conversation
+from lvctx.data.conversations import Conversation, read_conversations, read_pairs
+from lvctx.data.hub import hub_commit
+from lvctx.errors import InputError, UsageError
+from lvctx.models.loading import VLM_TYPE, load_config, load_tokenizer, refuse_quantized, resolve_model
+from lvctx.models.loss import IGNORED
+from lvctx.models.unires import MAX_GRIDS, image_max_grids
+from lvctx.models.vision_encoder import TowerFiles
+from lvctx.models.vlm_assembly import VIDEO_TOKEN, add_visual_tokens, image_grid, image_rule
+from lvctx.parallel.hf_attention import is_plain
+from lvctx.training.align_config import AlignConfig
+from lvctx.training.batching import encode_sample
+from lvctx.vlm.image_tiling import ImageEncoding
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignJob:
+    """A checked run."""
+
+    config: AlignConfig
+    """With every default resolved."""
+    lm: Path | None
+    """Resolved directory of the language model to start from, with `tower`."""
+    tower: Path | None
+    """Resolved directory of the vision tower to start from."""
+    init: Path | None
+    """Resolved directory of the VLM to start from, instead of the two."""
+    rows: Sequence[tuple[Conversation, ...]]
+    """Training samples: a conversation, or two of which the first has the preferred answer."""
+    provenance: Provenance
+    """What identifies the run."""
+
+    @property
+    def text_source(self) -> Path:
+        """Directory with the tokenizer and the language model."""
+        path = self.init or self.lm
+        assert path is not None
+        return path
+
+    @property
+    def vision_source(self) -> Path:
+        """Directory with the tower and the preprocessing of images."""
+        path = self.init or self.tower
+        assert path is not None
+        return path
+
+    def encoding(self, vision_config: Any) -> ImageEncoding:
+        """How images become tokens of this tower."""
+        config = self.config
+        assert config.image_encoding is not None
+        assert config.unires_rule is not None
+        assert config.max_grids is not None
+        return ImageEncoding.of(
+            vision_config, grid=config.image_encoding, rule=config.unires_rule, max_grids=config.max_grids
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageDefaults:
+    """What a stage does unless the user asks for something else."""
+
+    lr: float
+    batch: int
+    epochs: float
+    tower_lr: float
+
+
+DEFAULTS = {
+    "projector": StageDefaults(lr=1e-3, batch=128, epochs=1, tower_lr=0.0),
+    "full": StageDefaults(lr=1e-5, batch=32, epochs=1, tower_lr=2e-6),
+    "dpo": StageDefaults(lr=5e-7, batch=128, epochs=3, tower_lr=0.0),
+}
+"""LongVA's."""
+BETA = 0.1
+"""LLaVA-Hound-DPO's."""
+
+
+def resolve_align(config: AlignConfig) -> AlignJob:
+    """Check the inputs and resolve the defaults. Raises UsageError and InputError; loads no weights."""
+    _check_options(config)
+    sources = {"lm": config.lm, "tower": config.tower, "init": config.init}
+    paths = {role: resolve_model(source) for role, source in sources.items() if source}
+    text_source = paths.get("init") or paths["lm"]
+    model_config = load_config(text_source)
+    if "init" in paths and model_config.model_type != VLM_TYPE:
+        raise UsageError(f"--init {config.init} is no VLM", fix="start with --lm and --tower")
+    refuse_quantized(model_config, text_source)
+    if config.pose and not is_plain(model_config.get_text_config()):
+        raise InputError("its attention has a sliding window or latent keys", where=text_source, fix="drop --pose")
+    rows: Sequence[tuple[Conversation, ...]]
+    if config.stage == "dpo":
+        rows = read_pairs(config.data, config.images)
+    else:
+        rows = [(conversation,) for conversation in read_conversations(config.data, config.images)]
+    _check_template(rows, text_source, new="lm" in paths)
+    resolved = _resolve_defaults(config, len(rows), model_config if "init" in paths else None)
+    inputs = {role: fingerprint(path) for role, path in paths.items()}
+    inputs["data"] = fingerprint(config.data) if config.data.exists() else hub_commit(str(config.data))
+    inputs["images"] = _hash_images(rows, config.images)
+    inputs |= {f"adapter-{i}": fingerprint(adapter) for i, adapter in enumerate(config.adapter)}
+    provenance = Provenance(
+        schema=schemas.MODEL, command="align", config=hashed_fields(resolved), inputs=inputs, seed=config.seed
+    )
+    return AlignJob(
+        config=resolved,
+        lm=paths.get("lm"),
+        tower=paths.get("tower"),
+        init=paths.get("init"),
+        rows=rows,
+        provenance=provenance,
+    )
+
+
+def _check_options(config: AlignConfig) -> None:
+    """Raise UsageError for options that do not go together."""
+    stage, init = config.stage, config.init
+    if (init is None) == (config.lm is None and config.tower is None):
+        raise UsageError("give either --init, or --lm and --tower")
+    if init is None and (config.lm is None or config.tower is None):
+        raise UsageError("--lm and --tower go together")
+    if init is None and stage == "dpo":
+        raise UsageError("--stage dpo goes on from an aligned model", fix="give --init")
+    if stage != "dpo" and config.beta is not None:
+        raise UsageError("--beta goes with --stage dpo")
+    if stage == "dpo" and config.pose:
+        raise UsageError("--pose is for the stages projector and full", fix="drop it")
+    if stage == "projector" and config.lora:
+        raise UsageError("--lora trains the language model: it goes with --stage full")
+    if config.steps is not None and config.epochs is not None:
+        raise UsageError("give --steps or --epochs, not both")
+    if config.adapter and not config.lora:
+        raise UsageError("--adapter holds a LoRA: it goes with --lora")
+    if stage == "projector" and config.projector_lr is not None:
+        raise UsageError("--projector-lr goes with --stage full", fix="--lr is the projector's rate here")
+    tower_lr = DEFAULTS[stage].tower_lr if config.tower_lr is None else config.tower_lr
+    if config.lr == 0 and (stage == "projector" or not (config.projector_lr or tower_lr)):
+        raise UsageError("every rate is 0: nothing would be trained", fix="raise --lr")
+
+
+def _resolve_defaults(config: AlignConfig, samples: int, init: Any) -> AlignConfig:
+    """`config` without None; `init` is the configuration of the VLM to start from, if there is one."""
+    usual = DEFAULTS[config.stage]
+    batch = config.batch or usual.batch
+    lr = usual.lr if config.lr is None else config.lr
+    tower_lr = config.tower_lr
+    if config.stage == "projector" or tower_lr is None:
+        tower_lr = usual.tower_lr
+    return replace(
+        config,
+        image_encoding=config.image_encoding or (image_grid(init) if init is not None else "unires"),
+        unires_rule=config.unires_rule or (image_rule(init) if init is not None else "code"),
+        max_grids=config.max_grids or (image_max_grids(init) if init is not None else MAX_GRIDS),
+        steps=config.steps or max(1, round((config.epochs or usual.epochs) * samples / batch)),
+        batch=batch,
+        lr=lr,
+        projector_lr=lr if config.projector_lr is None else config.projector_lr,
+        tower_lr=tower_lr,
+        beta=(BETA if config.beta is None else config.beta) if config.stage == "dpo" else 0.0,
+    )
+
+
+def _hash_images(rows: Sequence[tuple[Conversation, ...]], images: Path) -> str:
+    """SHA-256 of the names, below `images`, and sizes of all image files that the rows use."""
+    digest = hashlib.sha256()
+    for image in sorted({i for row in rows for i in row[0].images}):
+        name = image.relative_to(images) if image.is_relative_to(images) else image
+        digest.update(f"{name}\0{image.stat().st_size}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _check_template(rows: Sequence[tuple[Conversation, ...]], path: Path, *, new: bool) -> None:
+    """Raise InputError where the chat template cannot write a row; rows with the same roles are one to it."""
+    tokenizer = load_tokenizer(path)
+    if new:
+        add_visual_tokens(tokenizer, path)
+    roles = {tuple(turn.role for turn in one.turns): (one, len(row) > 1) for row in reversed(rows) for one in row}
+    for one, last_only in roles.values():
+        encode_conversation(one, tokenizer, lambda image: 1, last_only=last_only)
+
+
+def count_tokens(job: AlignJob, on_progress: OnProgress) -> dict[str, Any]:
+    """What one pass over the data feeds the language model; images are read as far as their headers.
+
+    `tokens` are all of them, `visual_tokens` those of images, `counted_tokens` those that are learned. Raises
+    InputError for a file that is no image.
+    """
+    tokenizer = load_tokenizer(job.text_source)
+    if job.lm is not None:
+        add_visual_tokens(tokenizer, job.lm)
+    video = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+    encoding = job.encoding(TowerFiles.find(job.vision_source).config)
+    tokens = visual = counted = longest = 0
+    for number, row in enumerate(job.rows):
+        sample = encode_sample(number, row, tokenizer, encoding, max_length=job.config.max_length)
+        for sequence in sample.sequences:
+            tokens += len(sequence.ids)
+            visual += sequence.ids.count(video)
+            counted += sum(label != IGNORED for label in sequence.labels)
+        longest = max(longest, sample.longest)
+        on_progress(number + 1, len(job.rows), "tokens")
+    return {"tokens": tokens, "visual_tokens": visual, "counted_tokens": counted, "longest_sample": longest}

@@ -1,0 +1,182 @@
+"""Samples of an alignment as micro-batches: laid end to end in one row, their images embedded, one forward.
+
+A sample is one sequence, or several about the same images (an answer preferred and one not). Sequences of a row do not
+see each other, and nothing is padded: a row costs what its sequences cost.
+
+Shapes: T tokens of all sequences of a row, N visual tokens, E language-model width, V vocabulary.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lvctx.data.chat_encoding import TokenSequence, encode_conversation
+from lvctx.data.conversations import Conversation
+from lvctx.models.image_processing import Preprocess, open_image
+from lvctx.models.loss import IGNORED, token_loss
+from lvctx.models.vlm_assembly import embed_frames, frame_features
+from lvctx.parallel import hf_attention
+from lvctx.parallel.fsdp import keep_in_graph
+from lvctx.rope.pose import skipped
+from lvctx.vlm.image_tiling import ImageEncoding, embed_image
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What goes through the model together."""
+
+    number: int
+    """Its row in the data, from 0."""
+    where: str
+    """File and row, for errors."""
+    images: tuple[Path, ...]
+    """In the order of their blocks, which all sequences have."""
+    sequences: tuple[TokenSequence, ...]
+    """One, or the preferred answer's and the other's."""
+
+    @property
+    def tokens(self) -> int:
+        """Of all its sequences."""
+        return sum(len(s.ids) for s in self.sequences)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest sequence: what the language model must have positions for."""
+        return max(len(s.ids) for s in self.sequences)
+
+
+def encode_sample(
+    number: int, row: Sequence[Conversation], tokenizer: Any, encoding: ImageEncoding, *, max_length: int
+) -> Sample:
+    """A row of the data, one conversation or two that differ in their last answer, which then alone is counted.
+
+    What is longer than `max_length` is cut there, with a warning.
+    """
+    images, sequences = row[0].images, []
+
+    def tokens(image: Path) -> int:
+        return encoding.tokens(image, alone=len(images) == 1)
+
+    for conversation in row:
+        sequence = encode_conversation(conversation, tokenizer, tokens, last_only=len(row) > 1)
+        if len(sequence.ids) > max_length:
+            log.warning("%s: %d tokens, cut at %d", conversation.where, len(sequence.ids), max_length)
+            labels = [*sequence.labels[: max_length - 1], IGNORED]
+            sequence = replace(sequence, ids=sequence.ids[:max_length], labels=labels)
+        sequences.append(sequence)
+    return Sample(number=number, where=row[0].where, images=images, sequences=tuple(sequences))
+
+
+def skip_positions(sample: Sample, context: int, rng: np.random.Generator) -> Sample:
+    """The sample with every sequence cut in two and moved apart over `context` positions (PoSE), if it is shorter."""
+    sequences = [
+        replace(s, positions=skipped(len(s.ids), max(context, len(s.ids)), rng).tolist()) for s in sample.sequences
+    ]
+    return replace(sample, sequences=tuple(sequences))
+
+
+def pack_samples(samples: Sequence[Sample], micro_tokens: int) -> list[list[Sample]]:
+    """Micro-batches of at most `micro_tokens` each, or one sample alone: each, longest first, where it first fits."""
+    groups: list[list[Sample]] = []
+    for sample in sorted(samples, key=lambda s: s.tokens, reverse=True):
+        fits = (g for g in groups if sum(s.tokens for s in g) + sample.tokens <= micro_tokens)
+        group = next(fits, None)
+        if group is None:
+            groups.append(group := [])
+        group.append(sample)
+    return groups
+
+
+ResultT = TypeVar("ResultT")
+LossFn = Callable[[Tensor, Tensor, Tensor, Sequence[Sample]], ResultT]
+"""Takes hidden states (T, E), the head's weight (V, E), labels (T,) and the samples."""
+
+
+def answer_loss(hidden_TE: Tensor, head_VE: Tensor, labels_T: Tensor, micro: Sequence[Sample]) -> tuple[Tensor, int]:
+    """Summed cross-entropy of the counted tokens, and their number."""
+    total, count = token_loss(hidden_TE, head_VE, labels_T)
+    return keep_in_graph(total, hidden_TE, head_VE), count
+
+
+class Forward(nn.Module):
+    """A VLM and a loss as one module: sharded parameters are gathered in its forward."""
+
+    def __init__(
+        self,
+        vlm: Any,
+        *,
+        encoding: ImageEncoding,
+        preprocess: Preprocess,
+        newline: int,
+        tower_grad: bool,
+        device: str,
+        pose: bool = False,
+    ) -> None:
+        """`newline` is the token of a line's end; `tower_grad` says whether the tower learns; `pose`, whether samples
+        have positions from `skip_positions`, for which a model's attention must be plain (InputError)."""
+        super().__init__()
+        self.vlm, self.encoding, self.preprocess = vlm, encoding, preprocess
+        self.newline, self.tower_grad, self.device = newline, tower_grad, device
+        lm = vlm.model.language_model
+        self.ours = pose or (torch.device(device).type == "cpu" and hf_attention.is_plain(lm.config))
+        """Sequences are kept apart by our attention, which costs what they cost, on CPU and where positions jump, which
+        transformers takes for the beginning of another; else by transformers' mask."""
+        if self.ours:
+            hf_attention.use(lm, where=lm.config.name_or_path or lm.config.model_type)
+
+    def forward(self, micro: Sequence[Sample], loss_fn: LossFn[ResultT]) -> ResultT:
+        """`loss_fn` of a micro-batch."""
+        vlm, sequences = self.vlm, [s for sample in micro for s in sample.sequences]
+        lengths = [len(s.ids) for s in sequences]
+        ids_T = torch.tensor([i for s in sequences for i in s.ids], device=self.device)
+        labels_T = torch.tensor([i for s in sequences for i in s.labels], device=self.device)
+        counted = [s.positions or range(len(s.ids)) for s in sequences]
+        positions_T = torch.tensor(list(chain.from_iterable(counted)), device=self.device)
+        starts = hf_attention.document_starts(list(accumulate(lengths[:-1])))
+        is_visual_T = ids_T == vlm.config.video_token_id
+        embeds_TE = vlm.get_input_embeddings()(ids_T.masked_fill(is_visual_T, 0))
+        embeds_TE = self._embed_images(embeds_TE, is_visual_T, micro)
+        # transformers' own attention finds from the positions where sequences begin.
+        ours = {"shard": hf_attention.Shard(starts=starts)} if self.ours else {}
+        hidden_BTE = vlm.model.language_model(
+            inputs_embeds=embeds_TE[None], position_ids=positions_T[None], use_cache=False, **ours
+        ).last_hidden_state
+        return loss_fn(hidden_BTE[0], vlm.lm_head.weight, labels_T, micro)
+
+    def _embed_images(self, embeds_TE: Tensor, is_visual_T: Tensor, micro: Sequence[Sample]) -> Tensor:
+        """The embeddings with those of the images in their places; a sequence that was cut lacks some at its end."""
+        vlm, tile = self.vlm, self.encoding.tile
+        parts, visual = iter(is_visual_T.split([len(s.ids) for sample in micro for s in sample.sequences])), []
+        for sample in micro:
+            blocks = self.blocks(sample)
+            for _ in sample.sequences:
+                seen = int(next(parts).sum())
+                visual += [torch.cat(blocks)[:seen]] if blocks else []
+        if visual:
+            visual_NE = torch.cat(visual).to(embeds_TE.dtype)
+            return embeds_TE.masked_scatter(is_visual_T[:, None], visual_NE)
+        # What trains must take part in every backward: ranks add their gradients up in step.
+        blank = torch.zeros(1, 3, tile, tile, device=self.device, dtype=vlm.model.vision_tower.dtype)
+        return embeds_TE + 0 * embed_frames(vlm, frame_features(vlm, blank)).sum().to(embeds_TE.dtype)
+
+    def blocks(self, sample: Sample) -> list[Tensor]:
+        """The embeddings (N, E) of each of a sample's images."""
+        newline_E = self.vlm.get_input_embeddings().weight[self.newline]
+        alone = len(sample.images) == 1
+        return [
+            embed_image(
+                *(self.vlm, open_image(image), newline_E, self.encoding, self.preprocess),
+                alone=alone,
+                tower_grad=self.tower_grad,
+            )
+            for image in sample.images
+        ]

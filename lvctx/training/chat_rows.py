@@ -1,0 +1,106 @@
+"""Packed chat rows as a Qwen-VL model trains on them: pixels of all their media, and positions of the whole row.
+
+A row's samples follow each other on one time line, so that a long row has far positions (GIRAFFE, appendix E:
+concatenated to the target length). What an image or a video is resized to stands in the row's blocks.
+
+Shapes: L tokens of a row, N patches, B blocks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lvctx.data.packed_chat import ChatRows
+from lvctx.errors import InputError
+from lvctx.models.image_processing import open_image
+from lvctx.rope.mrope_positions import Part, Text, positions
+from lvctx.video.reader import read_video
+from lvctx.video.sampling import VideoSampling
+from lvctx.vlm.qwen_frames import part, patches
+from lvctx.vlm.token_count import Block, Kind, QwenRule
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRow:
+    """One row."""
+
+    ids_L: Tensor
+    """Tokens, with a placeholder for each visual token."""
+    labels_L: Tensor
+    """Targets, already shifted; -100 is not counted."""
+    positions_3L: Tensor
+    """Time, height and width."""
+    patches: Tensor | None
+    """(N, C) of all blocks in order; None for a row of text."""
+    grids_B3: Tensor
+    """Grids along time, patches down and across, of each block."""
+
+
+class RowReader:
+    """Rows with their media."""
+
+    def __init__(
+        self, rows: ChatRows, media: Path, rule: QwenRule, processor: Any, *, tokens_per_second: float | None
+    ) -> None:
+        """`media` is the folder that the rows' paths are relative to; `processor` the model's own of images."""
+        self.rows, self.media, self.rule, self.processor = rows, media, rule, processor
+        self._per_second = tokens_per_second
+
+    def read(self, number: int) -> ChatRow:
+        """A row. Raises InputError for media that are missing, or are others than when the row was packed."""
+        ids = self.rows.row(number)
+        items = [item for sample in self.rows.samples(number) for item in sample["media"]]
+        found, grids = [], []
+        parts: list[Part] = []
+        at = 0
+        for item in items:
+            frames, pts = self._look(item)
+            blocks = [Block(self._kind(ids[b[0]]), b[1], tuple(b[2:])) for b in item["blocks"]]
+            begin, end = item["blocks"][0][0], item["blocks"][-1][0] + blocks[-1].tokens
+            parts += [Text(begin - at), part(blocks, pts, self.rule.merge, self._per_second)]
+            at = end
+            for block, own in zip(blocks, _shared_out(frames, blocks), strict=True):
+                _, down, across = block.grid
+                size = across * self.rule.factor, down * self.rule.factor
+                sized = [frame.resize(size, resample=self.processor.resample) for frame in own]
+                rows, patched = patches(sized, self.processor, merged=block.kind == "video")
+                found.append(rows)
+                grids.append([block.grid[0], *patched])
+        placed, _ = positions([*parts, Text(len(ids) - at)])
+        return ChatRow(
+            ids_L=torch.from_numpy(ids.astype(np.int64)),
+            labels_L=torch.from_numpy(self.rows.labels(number).astype(np.int64)),
+            positions_3L=placed,
+            patches=torch.cat(found) if found else None,
+            grids_B3=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+        )
+
+    def _kind(self, token: int) -> Kind:
+        return "video" if token == self.rule.pads["video"] else "image"
+
+    def _look(self, item: dict[str, Any]) -> tuple[list[Image.Image], list[float]]:
+        path = self.media / item["path"]
+        if item["kind"] == "image":
+            return [open_image(path)], [0.0]
+        rate: dict[str, Any] = {"fps": item["fps"]} if item["fps"] else {"frames": item.get("spread", item["frames"])}
+        reader = read_video(path, VideoSampling(**rate, allow_partial=item.get("partial", False)))
+        shots = list(reader)
+        if len(shots) != item["frames"]:
+            what = f"{len(shots)} frames, and {item['frames']} when it was packed"
+            damaged = reader.facts["corrupt"]
+            fix = f"{damaged} are damaged: convert the video, then pack-chat" if damaged else "run pack-chat again"
+            raise InputError(what, where=path, fix=fix)
+        return [Image.fromarray(shot.image) for shot in shots], [shot.pts for shot in shots]
+
+
+def _shared_out(frames: list[Image.Image], blocks: list[Block]) -> Iterator[list[Image.Image]]:
+    at = 0
+    for block in blocks:
+        yield frames[at : at + block.frames]
+        at += block.frames

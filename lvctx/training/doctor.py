@@ -1,0 +1,133 @@
+"""Checks that context parallelism is exact: the loss and every gradient of one row, on one process and on N.
+
+Both run in float32. The row has every difficult case: a length that is not a multiple of 2N, targets that do not count,
+and documents that cross the boundaries of the shards. The run on one process is torch's own attention with a mask.
+"""
+
+import math
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+from torch import Tensor
+
+from lvctx.errors import InputError
+from lvctx.models.loading import context_length, load_config, load_model, resolve_model
+from lvctx.models.loss import IGNORED
+from lvctx.parallel import hf_attention
+from lvctx.parallel.context import ParallelContext, joined, make_context, open_context, under_torchrun
+from lvctx.training.doctor_config import DoctorConfig
+from lvctx.training.text_rows import RowLoss, shard_row
+
+TOLERANCE = 1e-5
+"""Largest relative difference in float32; ring and full attention add up in different orders."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """The differences between one process and N, with or without document masks."""
+
+    doc_mask: bool
+    """Whether tokens attended in their own document only."""
+    loss: float
+    """Relative difference of the summed loss."""
+    gradient: float
+    """Largest, over all parameters, of the difference's norm over the gradient's norm."""
+    parameter: str
+    """The parameter of that largest difference."""
+    parameters: int
+    """Number of parameters compared."""
+
+    @property
+    def exact(self) -> bool:
+        """Within `TOLERANCE`. A difference that is not a number is not."""
+        return self.loss <= TOLERANCE and self.gradient <= TOLERANCE
+
+
+def diagnose(config: DoctorConfig) -> list[Finding]:
+    """Compare one process with `cp` processes on a model's own weights; the findings, on every rank.
+
+    Under torchrun its processes are used; otherwise `cp` processes are started on the CPU. Raises InputError for a
+    model that ring attention does not support, UsageError if `cp` does not divide the number of processes.
+    """
+    path = resolve_model(config.model)
+    model_config = load_config(path)
+    hf_attention.check_config(model_config.get_text_config(), where=path)
+    cp, length, seed = config.cp, config.length, config.seed
+    if length > (longest := context_length(model_config)):
+        raise InputError(f"{length} tokens are more than its {longest}", where=path, fix="--length")
+    if under_torchrun() or cp == 1:
+        with open_context(device=config.device, cp=cp) as context:
+            return _compare(path, context, length, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        results = multiprocessing.get_context("spawn").SimpleQueue()
+        try:
+            multiprocessing.spawn(_one_of, args=(Path(folder), path, cp, length, seed, results), nprocs=cp)
+        except multiprocessing.ProcessRaisedException as e:
+            raise RuntimeError(str(e)) from e
+        return [Finding(**row) for row in results.get()]
+
+
+def _one_of(rank: int, folder: Path, path: Path, cp: int, length: int, seed: int, results: Any) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // cp))
+    with joined(folder / "store", rank=rank, size=cp):
+        findings = _compare(path, make_context(device="cpu", cp=cp), length, seed)
+    if rank == 0:
+        results.put([asdict(f) for f in findings])
+
+
+def _compare(path: Path, context: ParallelContext, length: int, seed: int) -> list[Finding]:
+    hf_attention.register()
+    lm = load_model(path, dtype=torch.float32, device=context.device)
+    row_loss = RowLoss(lm)
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, lm.config.vocab_size, (1, length), generator=draw)
+    boundaries = {0, 1, length // 3, length // 2, length - length // 5, length - 1}
+    single = ParallelContext(device=context.device)
+    findings = []
+    for starts in (None, tuple(sorted(boundaries))):
+        expected_loss, expected = _run(row_loss, single, ids, starts, ring=False)
+        loss, gradients = _run(row_loss, context, ids, starts, ring=True)
+        (loss,) = context.sum([loss])
+        loss /= context.dp
+        worst, name = 0.0, ""
+        for key, gradient in gradients.items():
+            context.add_up(gradient)
+            truth = expected[key]
+            off = float((gradient / context.dp - truth).norm() / truth.norm().clamp_min(1e-30))
+            if not off <= worst:
+                worst, name = off, key
+        findings.append(
+            Finding(
+                doc_mask=starts is not None,
+                loss=abs(loss - expected_loss) / abs(expected_loss),
+                gradient=worst if math.isfinite(worst) else math.inf,
+                parameter=name,
+                parameters=len(gradients),
+            )
+        )
+    return findings
+
+
+def _run(
+    row_loss: RowLoss, context: ParallelContext, ids: Tensor, starts: tuple[int, ...] | None, *, ring: bool
+) -> tuple[float, dict[str, Tensor]]:
+    """Summed loss and gradients of this rank's part; every seventh target does not count."""
+    lm = row_loss.lm
+    lm.set_attn_implementation(hf_attention.NAME if ring else "sdpa")
+    lm.zero_grad(set_to_none=True)
+    inputs = shard_row(ids, context, starts)
+    inputs["labels"] = inputs["labels"].masked_fill(inputs["positions"] % 7 == 3, IGNORED)
+    if not ring:
+        inputs.pop("shard", None)
+        if starts is not None:
+            places = torch.arange(ids.shape[1])
+            documents = torch.bucketize(places, torch.tensor(starts), right=True)
+            visible = (documents[:, None] == documents) & (places[:, None] >= places)
+            inputs["attention_mask"] = visible[None, None].to(context.device)
+    total, _ = row_loss(**inputs)
+    total.backward()
+    return total.item(), {n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None}

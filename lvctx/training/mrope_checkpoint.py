@@ -1,0 +1,249 @@
+"""Extend a Qwen-VL checkpoint by its config.json alone; weights are linked, never rewritten (GIRAFFE 3.2).
+
+The authors' released code replaces a class that Qwen2-VL does not use. Here M-RoPE++ is expressed in terms that stock
+transformers has, so that any program that loads the checkpoint computes it; for programs that read those terms
+differently there are side files (`models/side_files.py`).
+"""
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lvctx.artifacts import schemas
+from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
+from lvctx.artifacts.model_config import language_part, read_model_config
+from lvctx.artifacts.store import disk_error, fingerprint, is_disk_error, link_file, write_json
+from lvctx.errors import InputError, UsageError
+from lvctx.models.card import CARD
+from lvctx.models.loading import load_config, resolve_model
+from lvctx.models.side_files import SGLANG, SIDE_FILES, with_rope, write_side_files
+from lvctx.rope.mrope import Mrope, Stretch, to_hf
+from lvctx.rope.scaling import rope_number
+from lvctx.training.mrope_config import MropeConfig
+
+COMMAND = "mrope-extend"
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Model types with M-RoPE."""
+
+RELEASED = 32_768
+"""Pretrained length of the released Qwen2-VL and Qwen2.5-VL; the latter's config.json promises 128,000."""
+
+INTERLEAVED = (
+    "time, height and width alternate over all frequencies, so there is no section to interpolate and none to keep"
+)
+"""Why M-RoPE++ has no meaning for Qwen3-VL."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a Qwen-VL directory says about its positions."""
+
+    path: Path
+    """Resolved directory."""
+    model_type: str
+    """One of `MODEL_TYPES`."""
+    mrope: Mrope
+    """As pretrained, also where the checkpoint is stretched already."""
+    stretch: Stretch | None
+    """What made the checkpoint, where that was ours; None otherwise."""
+    stretched: str
+    """What stretched it, in words; empty for a plain checkpoint."""
+    length: int | None
+    """Pretrained length in tokens, where the configuration leaves no doubt."""
+    promised: int
+    """`max_position_embeddings` as it stands."""
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a resolved directory. Raises InputError for a model without M-RoPE or with sections that do not fit."""
+    config = load_config(path)
+    if config.model_type not in MODEL_TYPES:
+        raise InputError(
+            f"{config.model_type} has no M-RoPE",
+            where=path,
+            fix="lvctx extend-lm --rope ntk stretches plain RoPE, also of a VLM's language model",
+        )
+    text = config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    rope = getattr(text, "rope_parameters", None)
+    if not isinstance(rope, dict):
+        raise InputError(f"rope_parameters is {rope!r}", where=path / "config.json", fix="correct it")
+    interleaved = config.model_type == "qwen3_vl"
+    stored = rope.get("mrope_section") or ([24, 20, 20] if interleaved else [16, 24, 24])
+    sections = tuple(stored) if isinstance(stored, list | tuple) else (0,)
+    whole = len(sections) == 3 and all(type(n) is int and n > 0 for n in sections)
+    if not whole or sum(sections) != head_dim // 2:
+        raise InputError(
+            f"mrope_section {stored} does not sum to {head_dim // 2}, half of the head's {head_dim} channels",
+            where=path / "config.json",
+            fix="correct it; Qwen2-VL has [16, 24, 24]",
+        )
+    ours = _made_by_us(path)
+    theta = ours["theta"] if ours else rope_number(rope, "rope_theta", above=1.0)
+    mrope = Mrope(head_dim=head_dim, theta=theta, sections=sections, interleaved=interleaved)
+    kind, length, words = rope.get("rope_type", "default"), _stated_length(path, config.model_type), ""
+    if ours:
+        length = ours["original"]
+        words = f"by {ours['factor']:g} with {ours['method']}"
+    elif kind != "default":
+        length = rope.get("original_max_position_embeddings")
+        words = f"by {rope_number(rope, 'factor', above=0.0):g} with {kind}" if "factor" in rope else f"with {kind}"
+    stretch = Stretch(**{key: ours[key] for key in ("method", "ramp", "factor", "original")}) if ours else None
+    return Checkpoint(
+        path=path,
+        model_type=config.model_type,
+        mrope=mrope,
+        stretch=stretch,
+        stretched=words,
+        length=length,
+        promised=text.max_position_embeddings,
+    )
+
+
+def _made_by_us(path: Path) -> dict[str, Any] | None:
+    """The configuration of the run that wrote this checkpoint."""
+    manifest = read_manifest(path) if (path / MANIFEST).is_file() else {}
+    return manifest["config"] if manifest.get("command") == COMMAND else None
+
+
+def _stated_length(path: Path, model_type: str) -> int | None:
+    raw = read_model_config(path)
+    length = language_part(raw).get("max_position_embeddings", raw.get("max_position_embeddings"))
+    return None if model_type == "qwen2_5_vl" and length != RELEASED else length
+
+
+@dataclass(frozen=True, kw_only=True)
+class MropeJob:
+    """A checked run."""
+
+    config: MropeConfig
+    """As the user gave it; where it trains, with every default resolved."""
+    checkpoint: Checkpoint
+    """What is extended."""
+    stretch: Stretch
+    """With every default resolved."""
+    context: int
+    """Context length in tokens that the new config.json has."""
+    provenance: Provenance
+    """What identifies the run."""
+    note: str
+    """Why the method is not M-RoPE++, where the user chose none; empty otherwise."""
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """The new rope_parameters."""
+        return to_hf(self.checkpoint.mrope, self.stretch)
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the output row."""
+        return {**asdict(self.stretch), "context": self.context}
+
+
+def resolve_mrope(config: MropeConfig, *, force: bool = False) -> MropeJob:
+    """Check the checkpoint and resolve the defaults; loads no weights.
+
+    Raises UsageError for options that make no sense for the model, InputError for a model that cannot be extended, is
+    extended already (unless `force`), or does not have its pretrained length.
+    """
+    scale, method, ramp = config.scale, config.method, config.ramp
+    if not (scale >= 1 and math.isfinite(scale)):
+        raise UsageError(f"--scale {scale:g} is less than 1", fix="give new length over pretrained length, e.g. 4")
+    checkpoint = read_checkpoint(resolve_model(config.model))
+    if checkpoint.stretched and not force:
+        raise InputError(
+            f"is stretched already, {checkpoint.stretched}",
+            where=checkpoint.path,
+            fix="start from the released checkpoint, or --force to put the new scale in place of the old one",
+        )
+    note = ""
+    if checkpoint.mrope.interleaved:
+        if method == "mrope++":
+            raise UsageError(f"no M-RoPE++ for {checkpoint.model_type}: {INTERLEAVED}", fix="--method yarn")
+        note = "" if method else f"yarn, because in {checkpoint.model_type} {INTERLEAVED}"
+    length = config.original_length or checkpoint.length
+    if length is None:
+        raise InputError(
+            f"does not say to which length it was pretrained (it promises {checkpoint.promised} positions)",
+            where=checkpoint.path,
+            fix=f"give --original-length; the released Qwen2.5-VL: {RELEASED}",
+        )
+    stretch = Stretch(method=method or ("yarn" if note else "mrope++"), ramp=ramp, factor=float(scale), original=length)
+    provenance = Provenance(
+        schema=schemas.MODEL,
+        command=COMMAND,
+        config={**asdict(stretch), "theta": checkpoint.mrope.theta},
+        inputs={"model": fingerprint(checkpoint.path)},
+    )
+    return MropeJob(
+        config=config,
+        checkpoint=checkpoint,
+        stretch=stretch,
+        context=round(scale * length),
+        provenance=provenance,
+        note=note,
+    )
+
+
+def run_mrope(job: MropeJob, out: Path, *, resume: str, force: bool) -> None:
+    """Write the extended checkpoint; nothing to do if it is finished. Raises InputError if the disk refuses."""
+    if out.resolve() == job.checkpoint.path.resolve():
+        raise UsageError("-o is the model itself", fix="choose another directory")
+    if is_finished(out, job.provenance, resume=resume, force=force):
+        return
+    clear(out)
+    files, facts = write_checkpoint(job, out)
+    write_manifest(out, job.provenance, files, **facts)
+
+
+def write_checkpoint(
+    job: MropeJob, out: Path, *, weights: Callable[[], list[str]] | None = None, trained_length: int = 0
+) -> tuple[list[str], dict[str, Any]]:
+    """Link or write all files but the manifest; their names, and what the manifest says of them.
+
+    `weights` writes new ones into `out` and returns the names of their files; `trained_length` are the tokens of the
+    longest row they were trained on. Raises InputError if the disk refuses.
+    """
+    source = job.checkpoint.path
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        linked = [name for name in _source_files(source) if name not in ("config.json", CARD)]
+        if weights is not None:
+            linked = [name for name in linked if ".safetensors" not in name]
+        for name in linked:
+            link_file(source / name, out / name)
+        if weights is not None:
+            linked = sorted([*linked, *weights()])
+    except OSError as e:
+        if is_disk_error(e):
+            raise disk_error(e, out) from e
+        raise
+    write_json(out / "config.json", with_rope(read_model_config(source), job.rope, job.context))
+    (out / CARD).unlink(missing_ok=True)
+    if (source / CARD).is_file():
+        shutil.copyfile(source / CARD, out / CARD)
+    stretch, original = job.stretch, job.stretch.original
+    what = f"{stretch.method} ({stretch.ramp})" if stretch.method == "mrope++" else stretch.method
+    trained = "trained at these positions" if "training" in job.provenance.config else "unchanged"
+    title = f"{what}, {stretch.factor:g} x {original:,} = {job.context:,} tokens; weights {trained}."
+    written = ["config.json", CARD, *write_side_files(out, title)]
+    facts = {"context": job.context, "original_length": original, "trained_length": max(original, trained_length)}
+    return [*linked, *written], facts
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier run wrote: its weights may be links to a model, which must not be written through."""
+    if (out / MANIFEST).is_file():
+        names = read_manifest(out).get("files", {})
+        (out / MANIFEST).unlink()
+        for name in names:
+            (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out / SGLANG, ignore_errors=True)
+
+
+def _source_files(source: Path) -> list[str]:
+    """Names of a model directory's files; manifest and log of its own making stay behind."""
+    names = (p.name for p in source.iterdir() if p.is_file() and not p.name.startswith("."))
+    return sorted(name for name in names if name not in (MANIFEST, "metrics.jsonl", *SIDE_FILES))

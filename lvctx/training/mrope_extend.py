@@ -1,0 +1,262 @@
+"""Train an extended Qwen-VL model on long chat rows: its language model alone, by LoRA or whole (GIRAFFE, appendix E).
+
+The tower, the merger behind it and with LoRA the embeddings are frozen. The output is what `mrope-extend` writes
+without training, except for the weights, and beside them the LoRA by itself.
+
+Shapes: L tokens of a row, E width of the language model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lvctx.artifacts.manifest import Provenance
+from lvctx.artifacts.store import fingerprint, scratch
+from lvctx.config import OnProgress, hashed_fields
+from lvctx.data.pack_chat import plan_pack_chat, run_pack_chat
+from lvctx.data.pack_chat_config import PackChatConfig
+from lvctx.data.packed_chat import ChatRows
+from lvctx.errors import InputError, UsageError
+from lvctx.models.adapter import ADAPTER
+from lvctx.models.loading import load_config, load_image_processor, load_model, try_forward
+from lvctx.models.lora import ATTENTION, add_lora
+from lvctx.models.loss import IGNORED, token_loss
+from lvctx.parallel import hf_attention
+from lvctx.parallel.context import ParallelContext
+from lvctx.parallel.fsdp import keep_in_graph
+from lvctx.parallel.hf_attention import Shard
+from lvctx.parallel.ring_attention import Ring
+from lvctx.parallel.zigzag import shard
+from lvctx.rope.mrope_positions import Rules
+from lvctx.training.chat_rows import ChatRow, RowReader
+from lvctx.training.mrope_checkpoint import MropeJob, clear, resolve_mrope, write_checkpoint
+from lvctx.training.mrope_config import MropeConfig
+from lvctx.training.parallel_config import ParallelConfig
+from lvctx.training.row_order import indices
+from lvctx.training.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
+from lvctx.video.hybrid import Hybrid
+from lvctx.video.sampling import VideoSampling
+from lvctx.vlm.qwen_vl import QwenVL
+
+
+@dataclass(frozen=True, kw_only=True)
+class MropeTrainingJob(MropeJob):
+    """A checked run that trains."""
+
+    rows: ChatRows
+    """Packed chat to train on."""
+
+    def task(self) -> "MropeTask":
+        """The training."""
+        return MropeTask(self)
+
+    def as_final_stage(self, first: Self, provenance: Provenance) -> Self:
+        """This job under the provenance of a run of several stages, which still has this stage's scaling."""
+        config = {**self.provenance.config, **provenance.config}
+        return replace(self, provenance=replace(provenance, config=config))
+
+
+def resolve_mrope_training(config: MropeConfig, *, force: bool = False) -> MropeTrainingJob:
+    """Check model, options and packed rows; `config.data` are packed rows.
+
+    Raises UsageError and InputError; loads no weights and opens no media.
+    """
+    job, data = resolve_mrope(config, force=force), config.data
+    assert data is not None
+    if job.checkpoint.model_type not in ("qwen2_vl", "qwen2_5_vl"):
+        raise UsageError(f"{job.checkpoint.model_type} is extended but not trained here", fix="drop --data")
+    if config.lr <= 0:
+        raise UsageError("--lr 0 trains nothing")
+    rows = ChatRows(data)
+    if config.seq_len is not None and config.seq_len < rows.target_length:
+        longer = f"rows of up to {rows.target_length} tokens are not cut to {config.seq_len}"
+        raise UsageError(longer, fix="pack-chat --target-length")
+    hybrid = requested_hybrid(config)
+    if hybrid is not None and packed_hybrid(rows) != hybrid:
+        raise InputError("packed at another resolution", where=data, fix="pack-chat with this --hybrid")
+    _check_tokens(rows, job.checkpoint.path, data)
+    resolved = replace(config, seq_len=rows.target_length)
+    provenance = replace(
+        job.provenance,
+        config={**job.provenance.config, "training": hashed_fields(resolved)},
+        inputs={**job.provenance.inputs, "data": fingerprint(data)},
+        seed=config.seed,
+    )
+    base = {name: getattr(job, name) for name in ("checkpoint", "stretch", "context", "note")}
+    return MropeTrainingJob(config=resolved, provenance=provenance, rows=rows, **base)
+
+
+def requested_hybrid(config: MropeConfig) -> Hybrid | None:
+    """The resolution that the options ask for; None where they ask for none. Raises UsageError."""
+    hybrid = Hybrid.parse(config.hybrid) if config.hybrid else None
+    return VideoSampling(hybrid=hybrid, hybrid_mode=config.hybrid_mode).resolution
+
+
+def packed_hybrid(rows: ChatRows) -> Hybrid:
+    """The resolution that rows were packed with."""
+    return Hybrid(**(rows.manifest["config"]["hybrid"] or {}))
+
+
+def _check_tokens(rows: ChatRows, model: Path, data: Path) -> None:
+    """Raise InputError for rows of another tokenizer, which are detected by their placeholder ids."""
+    rule = QwenVL(model).rule(Hybrid())
+    for number in range(len(rows)):
+        ids = rows.row(number)
+        for sample in rows.samples(number):
+            for item in sample["media"]:
+                if ids[item["blocks"][0][0]] not in rule.pads.values():
+                    raise InputError("packed for another model", where=data, fix=f"pack-chat --model {model} again")
+                return
+
+
+def pack_samples_file(config: MropeConfig, seq_len: int, on_progress: OnProgress) -> Path:
+    """Pack `config.data`, a file of chat samples, as `pack-chat` does without a mix; the new directory."""
+    assert config.data is not None
+    target = config.out.with_name(f"{config.out.name}-chat")
+    hybrid = requested_hybrid(config)
+    packing = PackChatConfig(
+        interleaved=(config.data,),
+        out=target,
+        model=config.model,
+        media=config.media,
+        hybrid=f"{hybrid.group},{hybrid.tokens},{hybrid.ratio}" if hybrid else None,
+        hybrid_mode=hybrid.mode if hybrid else "pair",
+        target_length=seq_len,
+        long_share=0.0,
+        video_fps=config.fps,
+        allow_partial=config.allow_partial,
+        seed=config.seed,
+    )
+    run_pack_chat(plan_pack_chat(packing), on_progress=on_progress)
+    return target
+
+
+class MropeTask(TrainingTask[int]):
+    """Cross-entropy of the answers in packed chat; a micro-batch is the number of a row."""
+
+    def __init__(self, job: MropeTrainingJob) -> None:
+        self.job, self.config, self.provenance = job, job.config, job.provenance
+        self.train_config = TrainConfig(
+            steps=job.config.steps, schedule="constant", warmup=job.config.warmup, weight_decay=0.0
+        )
+
+    def clear(self, out: Path) -> None:
+        """Remove files that may be links to the weights of a model."""
+        clear(out)
+
+    def load(self, device: str) -> TrainableModel:
+        """The VLM with its new positions."""
+        path, config = self.job.checkpoint.path, self.config
+        model_config = load_config(path)
+        text = model_config.get_text_config()
+        text.rope_parameters, text.max_position_embeddings = self.job.rope, self.job.context
+        vlm = load_model(path, config=model_config, device=device).requires_grad_(False)
+        try_forward(vlm, path)
+        decoder, lora = vlm.model.language_model, None
+        if config.lora:
+            lora = add_lora(decoder, rank=config.lora, targets=ATTENTION, seed=config.seed)
+        else:
+            decoder.requires_grad_(True)
+            vlm.lm_head.requires_grad_(True)
+        groups = [ParameterGroup(name="lm", modules=[vlm], lr=config.lr)]
+        return TrainableModel(model=vlm, groups=groups, decoder=decoder, lora=lora)
+
+    def build(self, trainable: TrainableModel, context: ParallelContext, parallel: ParallelConfig) -> nn.Module:
+        """The VLM with its loss."""
+        path, batch = self.job.checkpoint.path, self.config.batch
+        if batch < context.dp:
+            raise UsageError(f"--batch {batch} for {context.dp} data-parallel groups", fix="raise it or --cp")
+        if parallel.micro_tokens is not None:
+            raise UsageError("--micro-tokens has no meaning here: a forward pass takes one row", fix="drop it")
+        if context.cp > 1:
+            hf_attention.use(trainable.decoder, where=path)
+        rule = QwenVL(path).rule(packed_hybrid(self.job.rows))
+        per_second = Rules.of(trainable.model.config).tokens_per_second
+        processor = load_image_processor(path)
+        self.reader = RowReader(self.job.rows, self.config.media, rule, processor, tokens_per_second=per_second)
+        self.context, self.chat_loss = context, ChatLoss(trainable.model, context.ring)
+        return self.chat_loss
+
+    def batches(self, step: int) -> Sequence[int]:
+        """Numbers of the rows of a step."""
+        return indices(step, batch=self.config.batch, samples=len(self.job.rows), seed=self.config.seed)
+
+    def loss(self, micro: int) -> tuple[Tensor, int]:
+        """Loss of a row."""
+        total, count = self.chat_loss(**shard_chat(self.reader.read(micro), self.context))
+        return total, count
+
+    def describe(self, micro: int) -> str:
+        """The row's number."""
+        return f"row {micro}"
+
+    def longest_sample(self, metrics: Sequence[dict[str, Any]]) -> int:
+        """Tokens that no row exceeds."""
+        return self.job.rows.target_length
+
+    def save(self, model: Any, out: Path, metrics: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+        """Write the weights, and link or write the rest as `mrope-extend` does without training."""
+
+        def write_weights() -> list[str]:
+            with scratch(out / "model") as folder:
+                model.to(model.config.dtype or torch.bfloat16).save_pretrained(folder)
+                names = sorted(p.name for p in folder.glob("model*.safetensors*"))
+                for name in names:
+                    (folder / name).replace(out / name)
+            return [*names, *(f"{ADAPTER}/{p.name}" for p in sorted((out / ADAPTER).glob("adapter_*")))]
+
+        return write_checkpoint(self.job, out, weights=write_weights, trained_length=self.job.rows.target_length)
+
+
+class ChatLoss(nn.Module):
+    """A Qwen-VL model and its loss on a row as one module: where parameters are sharded, they are gathered in it."""
+
+    def __init__(self, vlm: Any, ring: Ring) -> None:
+        super().__init__()
+        self.vlm, self.ring = vlm, ring
+
+    def forward(
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        patches: Tensor | None,
+        grids: Tensor,
+        **attention: Any,
+    ) -> tuple[Tensor, int]:
+        """Summed loss and counted tokens of this rank's part: ids (1, L) complete, labels and positions its own."""
+        model = self.vlm.model
+        is_visual = (ids == self.vlm.config.image_token_id) | (ids == self.vlm.config.video_token_id)
+        embeds_1LE = model.get_input_embeddings()(ids.masked_fill(is_visual, 0))
+        if patches is not None:
+            with torch.no_grad():
+                seen = torch.cat(list(model.get_video_features(patches, grids).pooler_output))
+            embeds_1LE = embeds_1LE.masked_scatter(is_visual[..., None], seen.to(embeds_1LE.dtype))
+        embeds_1LE = shard(embeds_1LE, rank=self.ring.rank, world=self.ring.world, fill=0, dim=1)
+        hidden = model.language_model(
+            inputs_embeds=embeds_1LE, position_ids=positions, use_cache=False, **attention
+        ).last_hidden_state
+        head = self.vlm.lm_head.weight
+        total, count = token_loss(hidden.flatten(0, 1), head, labels.flatten())
+        return keep_in_graph(total, hidden, head), count
+
+
+def shard_chat(row: ChatRow, world: ParallelContext) -> Mapping[str, Any]:
+    """A row as `ChatLoss` takes it on this rank: its part of labels and positions, and all pixels.
+
+    Every rank of a row embeds all of it and then keeps its part: a tower's work is small beside a long row's.
+    """
+    ring, device = world.ring, world.device
+    own = {"rank": ring.rank, "world": ring.world}
+    given: dict[str, Any] = {
+        "ids": row.ids_L[None].to(device),
+        "labels": shard(row.labels_L[None], fill=IGNORED, **own).to(device),
+        "positions": shard(row.positions_3L[:, None], fill=0, **own).to(device),
+        "patches": None if row.patches is None else row.patches.to(device),
+        "grids": row.grids_B3.to(device),
+    }
+    return given if ring.world == 1 else given | {"shard": Shard(ring=ring)}

@@ -1,0 +1,141 @@
+"""What a training run will need on each device, how long it will take, and what would help if it does not fit."""
+
+import os
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, cast
+
+from lvctx.errors import InputError, UsageError
+from lvctx.models.loading import read_config
+from lvctx.training.memory_model import (
+    DEVICES,
+    GIB,
+    PLANNED_TYPES,
+    Device,
+    Spread,
+    flops,
+    known_device,
+    longest,
+    memory,
+    read_shape,
+    remedies,
+    rows_together,
+)
+from lvctx.training.plan_config import DeviceKind, PlanConfig
+
+if TYPE_CHECKING:
+    from lvctx.training.extend import ExtendJob
+    from lvctx.training.parallel_config import ParallelConfig
+
+
+def predict(config: PlanConfig) -> dict[str, Any]:
+    """Bytes per device and part, host bytes, operations, hours, longest row. Raises UsageError and InputError.
+
+    `fits` says whether it does; see `refuse`.
+    """
+    if config.world % config.cp:
+        raise UsageError(f"--cp {config.cp} does not divide --world {config.world}")
+    rows = max(1, config.batch_tokens // config.seq_len)
+    spread = Spread(
+        world=config.world,
+        cp=config.cp,
+        rows=-(-rows * config.cp // config.world),
+        checkpointing=config.checkpoint_activations,
+        offload=config.offload,
+        offload_activations=config.offload_activations,
+        lora=config.lora,
+    )
+    shape = read_shape(read_config(config.model), where=config.model)
+    known = DEVICES[config.device]
+    device = replace(known, memory=config.device_memory or known.memory)
+    together = rows_together(config.seq_len, config.micro_tokens, spread.rows)
+    parts, peak, host = memory(shape, spread, together * config.seq_len, runtime=device.runtime)
+    tokens = rows * config.seq_len
+    work = flops(shape, config.seq_len, tokens, lora=bool(spread.lora))
+    speed = spread.world * device.flops * config.mfu
+    return {
+        "parameters": shape.parameters,
+        "trained": shape.lora(spread.lora) if spread.lora else shape.parameters,
+        "seq_len": config.seq_len,
+        "tokens_a_step": tokens,
+        **asdict(spread),
+        "device": config.device,
+        "device_memory": device.memory,
+        "bytes": parts,
+        "peak_bytes": peak,
+        "host_bytes": host * spread.world,
+        "fits": peak <= device.memory,
+        "longest": longest(shape, spread, device),
+        "longest_with_full_logits": longest(shape, replace(spread, full_logits=True), device),
+        "flops_a_step": work,
+        "mfu": config.mfu,
+        "seconds_a_step": round(work / speed, 2) if speed else None,
+        "hours": round(config.steps * work / speed / 3600, 2) if speed else None,
+        "helps": _helps(shape, spread, together * config.seq_len, device) if peak > device.memory else [],
+    }
+
+
+def predict_extend(job: "ExtendJob", parallel: "ParallelConfig", *, world: int) -> dict[str, Any] | None:
+    """`predict` for a checked run on this machine's devices; None where nothing is trained or the model is not known.
+
+    A stage's bytes are those of its own rows.
+    """
+    config = job.config
+    raw = read_config(job.model)
+    if job.data is None or raw.get("model_type") not in PLANNED_TYPES:
+        return None
+    name, room = _this_device(parallel.device)
+    return predict(
+        PlanConfig(
+            model=str(job.model),
+            seq_len=job.data.seq_len,
+            batch_tokens=config.batch_tokens,
+            steps=config.steps,
+            world=world,
+            cp=parallel.cp,
+            checkpoint_activations=parallel.checkpoint_activations,
+            offload=parallel.offload,
+            offload_activations=parallel.offload_activations,
+            lora=config.lora,
+            device=name,
+            device_memory=room,
+            micro_tokens=1 if config.doc_mask else parallel.forward_tokens,
+            mfu=0.35,
+        )
+    )
+
+
+def _this_device(device: str) -> tuple[DeviceKind, int]:
+    """Key of `training.memory_model.DEVICES` and bytes of a run's device; an unknown GPU counts as an A100."""
+    if device == "cpu":
+        return "cpu", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    import torch
+
+    found = torch.cuda.get_device_properties(torch.device(device))
+    kind = cast(DeviceKind | None, known_device(found.name))
+    return kind or "a100", int(found.total_memory)
+
+
+def _helps(shape: Any, spread: Spread, seq_len: int, device: Device) -> list[dict[str, Any]]:
+    found = remedies(shape, spread, seq_len, device)
+    return [{"flag": flag, "peak_bytes": peak, "fits": peak <= device.memory} for flag, peak in found]
+
+
+def refuse(prediction: dict[str, Any]) -> None:
+    """Raise InputError for a run that does not fit, naming the flags that would help."""
+    if prediction["fits"]:
+        return
+    needed, there = prediction["peak_bytes"] / GIB, prediction["device_memory"] / GIB
+    helps = prediction["helps"]
+    enough = [one for one in helps if one["fits"]]
+    shown = [f"{one['flag']} ({one['peak_bytes'] / GIB:.1f} GiB)" for one in enough or helps]
+    if enough:
+        fix = f"it fits with {' or '.join(shown)}"
+    elif shown:
+        fix = (
+            f"no flag alone is enough: {', '.join(shown)}; the longest row that fits has {prediction['longest']} tokens"
+        )
+    else:
+        fix = f"the longest row that fits has {prediction['longest']} tokens"
+    raise InputError(
+        f"{prediction['seq_len']} tokens a row need {needed:.1f} GiB a device, which has {there:.1f}", fix=fix
+    )

@@ -1,0 +1,216 @@
+"""Decoding in a process of its own, so that a decoder that dies or hangs costs one video and not the run.
+
+The process gets one request a line on stdin and answers on stdout with messages: a kind, a length, a body. It serves
+one video after another, and is replaced when one was too much for it. It imports no torch, so it starts at once, and it
+decodes ahead as far as its queues and the pipe have room: decoding overlaps with what the caller does.
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+
+from lvctx import errors
+from lvctx.video.reader import Frame, Tally, read_video
+from lvctx.video.sampling import VideoSampling
+from lvctx.video.squares import square
+
+PATIENCE = 120.0
+"""Seconds in which a decoder has to read at least one packet."""
+HEAD, FRAME = struct.Struct("<cQ"), struct.Struct("<qd")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeRequest:
+    """Which frames of which video, and as what squares."""
+
+    path: str
+    """The video."""
+    sampling: VideoSampling
+    """Which frames, and `frame_mode`: how a frame becomes a square."""
+    threads: int | None
+    """As in `read_video`."""
+    size: int
+    """Side of the squares in pixels."""
+    background: tuple[int, int, int]
+    """Colour that `pad` adds."""
+
+    def to_json(self) -> str:
+        """For the process; the resolution of frames is nothing to it."""
+        return json.dumps(asdict(replace(self, sampling=replace(self.sampling, hybrid=None, frame_selection="group"))))
+
+    @classmethod
+    def from_json(cls, line: bytes) -> Self:
+        """What `to_json` wrote."""
+        raw = json.loads(line)
+        return cls(**{**raw, "sampling": VideoSampling(**raw["sampling"])})
+
+
+class Decoders:
+    """Processes that decode; safe to use from several threads. `patience` is in seconds, see `PATIENCE`."""
+
+    def __init__(self, *, patience: float = PATIENCE) -> None:
+        self._patience = patience
+        self._idle: list[subprocess.Popen[bytes]] = []
+
+    @contextlib.contextmanager
+    def read(self, request: DecodeRequest, facts: dict[str, Any]) -> Iterator[Iterator[Frame]]:
+        """The frames of a video, each a square; `facts` is filled once they are exhausted.
+
+        Raises what `read_video` raises, and InputError where the decoder dies or stands still.
+        """
+        process = self._idle.pop() if self._idle else self._start()
+        clean = False
+        try:
+            reader = _Reader(process, request, facts, self._patience)
+            yield reader
+            clean = reader.over
+        except errors.LvctxError:
+            clean = reader.over
+            raise
+        finally:
+            if clean:
+                self._idle.append(process)
+            else:
+                _end(process)
+
+    @staticmethod
+    def _start() -> "subprocess.Popen[bytes]":
+        code = f"import sys; sys.path[:] = {sys.path!r}; from lvctx.video.decode_worker import serve; serve()"
+        return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+
+    def close(self) -> None:
+        """End the processes that wait for work."""
+        while self._idle:
+            _end(self._idle.pop())
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.kill()
+    process.communicate()
+
+
+class _Reader(Iterator[Frame]):
+    def __init__(self, process: Any, request: DecodeRequest, facts: dict[str, Any], patience: float) -> None:
+        self._process, self._request, self._facts, self._patience = process, request, facts, patience
+        self.over = False
+        with contextlib.suppress(BrokenPipeError):  # reading will say why
+            process.stdin.write(request.to_json().encode() + b"\n")
+
+    def __next__(self) -> Frame:
+        while not self.over:
+            kind, size = HEAD.unpack(self._take(HEAD.size))
+            body = self._take(size)
+            if kind == b"F":
+                index, pts = FRAME.unpack(body[: FRAME.size])
+                side = self._request.size
+                image = np.frombuffer(body, np.uint8, offset=FRAME.size).reshape(side, side, 3)
+                return Frame(index=index, pts=pts, image=image)
+            if kind == b"A":
+                continue
+            self.over = True
+            answer = json.loads(body)
+            if kind == b"D":
+                self._facts.update(answer)
+            elif "bug" in answer:
+                raise RuntimeError(answer["bug"])
+            else:
+                raise getattr(errors, answer["kind"])(answer["what"], where=answer["where"], fix=answer["fix"])
+        raise StopIteration
+
+    def _take(self, size: int) -> bytearray:
+        body = bytearray(size)
+        rest, pipe = memoryview(body), self._process.stdout.fileno()
+        while rest:
+            if not select.select([pipe], [], [], self._patience)[0]:
+                raise errors.InputError(
+                    f"the decoder stood still for {self._patience:g} s",
+                    where=self._request.path,
+                    fix="convert the video",
+                )
+            count = os.readv(pipe, [rest])
+            if count == 0:
+                code = self._process.wait()
+                how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                raise self._failed(f"died ({how})")
+            rest = rest[count:]
+        return body
+
+    def _failed(self, how: str) -> errors.InputError:
+        return errors.InputError(f"the decoder {how}", where=self._request.path, fix="convert the video with ffmpeg")
+
+
+def serve() -> None:
+    """What the process does: answer requests until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    out = os.dup(1)
+    os.dup2(2, 1)  # whatever a library prints must not come between messages
+    for line in sys.stdin.buffer:
+        _Answer(out, DecodeRequest.from_json(line)).run()
+
+
+class _Answer:
+    """One video's messages."""
+
+    def __init__(self, out: int, request: DecodeRequest) -> None:
+        self._out, self._request = out, request
+        self._lock, self._over, self._tally = threading.Lock(), threading.Event(), Tally()
+
+    def run(self) -> None:
+        beats = threading.Thread(target=self._beat, daemon=True)
+        beats.start()
+        try:
+            kind, answer = b"D", self._frames()
+        except errors.LvctxError as e:
+            where = None if e.where is None else str(e.where)
+            kind, answer = b"E", {"kind": type(e).__name__, "what": e.what, "where": where, "fix": e.fix}
+        except Exception:
+            kind, answer = b"E", {"bug": traceback.format_exc()}
+        self._over.set()
+        beats.join()
+        self._send(kind, json.dumps(answer).encode())
+
+    def _frames(self) -> dict[str, Any]:
+        asked = self._request
+        reader = read_video(
+            Path(asked.path), asked.sampling, prepare=self._square, threads=asked.threads, tally=self._tally
+        )
+        for frame in reader:
+            self._send(b"F", FRAME.pack(frame.index, frame.pts), frame.image.data)
+        return reader.facts
+
+    def _square(self, image: np.ndarray) -> np.ndarray:
+        asked = self._request
+        red, green, blue = asked.background
+        done = square(Image.fromarray(image), asked.size, asked.sampling.frame_mode or "crop", (red, green, blue))
+        return np.ascontiguousarray(np.asarray(done))
+
+    def _beat(self) -> None:
+        seen = 0
+        while not self._over.wait(1):
+            if self._tally.packets != seen:
+                seen = self._tally.packets
+                self._send(b"A")
+
+    def _send(self, kind: bytes, *parts: Any) -> None:
+        with self._lock:
+            try:
+                for part in (HEAD.pack(kind, sum(memoryview(p).nbytes for p in parts)), *parts):
+                    rest = memoryview(part).cast("B")
+                    while rest:
+                        rest = rest[os.write(self._out, rest) :]
+            except BrokenPipeError:
+                os._exit(1)  # nobody listens any more

@@ -1,0 +1,118 @@
+"""Which frames a sampling takes: of numbered times in ticks, or of decoded frames as they come."""
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from lvctx.video.packet_index import PacketIndex
+from lvctx.video.sampling import VideoSampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedFrame:
+    """A frame of the source that is not converted yet: what sampling decides on."""
+
+    index: int
+    """Number in the source, in the order of presentation, from 0."""
+    pts: Fraction
+    """Exact seconds."""
+    end: Fraction
+    """When the next frame is due; equal to `pts` where the container does not have it."""
+    data: Any = field(default=None, repr=False)
+    """The decoder's own frame."""
+
+
+def frame_numbers(index: PacketIndex, sampling: VideoSampling) -> list[int]:
+    """Numbers of the frames to take, ascending; a frame may be taken several times."""
+    pts_F = index.pts_N[index.packet_F]
+    first, last = int(pts_F[0]), int(pts_F[-1])
+    if sampling.frames is not None or sampling.fps == "native":
+        low, high = numbers_between((pts_F - first).tolist(), sampling, tick=index.time_base)
+        count = high - low
+        return [low + n for n in (range(count) if sampling.frames is None else spread(count, sampling.frames))]
+    due = due_ticks(first, last, index.end, index.time_base, sampling)
+    return (np.searchsorted(pts_F, due, "right") - 1).tolist()
+
+
+def numbers_between(
+    times: Sequence[int | Fraction], sampling: VideoSampling, *, tick: Fraction = Fraction(1)
+) -> tuple[int, int]:
+    """First and after-last number of the times, ascending ticks from the first frame, between `start` and `end`."""
+    low = bisect_left(times, _exact(sampling.start or 0) / tick)
+    return low, len(times) if sampling.end is None else max(low, bisect_left(times, _exact(sampling.end) / tick))
+
+
+def due_ticks(first: int, last: int, end: int, tick: Fraction, sampling: VideoSampling) -> list[int]:
+    """Ticks at which a rate takes a frame: from the first frame or `start` on, before the video's or the given end."""
+    step = _step(sampling) / tick
+    begin = first + _exact(sampling.start or 0) / tick
+    count = max(math.ceil((end - begin) / step), (last - begin) // step + 1)
+    if sampling.end is not None:
+        count = min(count, math.ceil((first + _exact(sampling.end) / tick - begin) / step))
+    # begin + k * step, rounded down: in whole numbers, as there may be a hundred thousand.
+    whole, part = begin.numerator * step.denominator, begin.denominator * step.numerator
+    return [(whole + k * part) // (begin.denominator * step.denominator) for k in range(count)]
+
+
+def _exact(seconds: float) -> Fraction:
+    """The decimals that were given: as a float, 0.44 is a little more."""
+    return Fraction(seconds).limit_denominator(1_000_000)
+
+
+def _step(sampling: VideoSampling) -> Fraction:
+    """Seconds from one sampling time to the next."""
+    return 1 / Fraction(sampling.fps or 1).limit_denominator(100_000)
+
+
+def nearest_key_frames(index: PacketIndex, wanted: list[int]) -> tuple[list[int], dict[str, float]]:
+    """For every wanted frame the key frame shown nearest to it (the earlier of two); mean and max error in seconds."""
+    pts_F, keys = index.pts_N[index.packet_F], index.key_frames
+    after = np.searchsorted(keys, wanted).clip(1, max(1, len(keys) - 1))
+    left, right = keys[after - 1], keys[np.minimum(after, len(keys) - 1)]
+    off_left, off_right = abs(pts_F[left] - pts_F[wanted]), abs(pts_F[right] - pts_F[wanted])
+    taken = np.where(off_left <= off_right, left, right)
+    off = np.minimum(off_left, off_right) * float(index.time_base)
+    return taken.tolist(), {"mean": round(float(off.mean()), 6), "max": round(float(off.max()), 6)}
+
+
+def take_numbered(frames: Iterable[DecodedFrame], wanted: Iterable[int]) -> Iterator[DecodedFrame]:
+    """The frames numbered in ascending `wanted`, each as often as it is there."""
+    numbers = iter(wanted)
+    number = next(numbers, None)
+    for frame in frames:
+        while number == frame.index:
+            yield frame
+            number = next(numbers, None)
+
+
+def take_sampled(frames: Iterable[DecodedFrame], sampling: VideoSampling) -> Iterator[DecodedFrame]:
+    """The frames that a rate takes, in order; one that stays on display over several sampling times several times."""
+    native = sampling.fps == "native"
+    begin = _exact(sampling.start or 0)
+    until: Fraction | float = math.inf
+    due = Fraction(0)
+    shown: DecodedFrame | None = None
+    for frame in frames:
+        if shown is None:
+            due = frame.pts + begin
+            until = math.inf if sampling.end is None else frame.pts + _exact(sampling.end)
+            begin = due
+        if native and begin <= frame.pts < until:
+            yield frame
+        while not native and shown is not None and due < min(frame.pts, until):
+            yield shown
+            due += _step(sampling)
+        shown = frame
+    while not native and shown is not None and due < until and (due < shown.end or due == shown.pts):
+        yield shown
+        due += _step(sampling)
+
+
+def spread(count: int, frames: int) -> list[int]:
+    """Numbers of `frames` frames evenly spread over `count`, both ends included: LongVA's linspace, rounded down."""
+    return np.linspace(0, count - 1, frames, dtype=int).tolist() if count else []

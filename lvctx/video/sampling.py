@@ -1,0 +1,102 @@
+"""How a video is sampled and at what resolution: declared once, for every command that reads video.
+
+Nothing heavy is imported here: the help of the commands is made from it.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from typing import Annotated, Any, ClassVar, Literal
+
+from lvctx.config import Flag
+from lvctx.errors import UsageError
+from lvctx.video.hybrid import Hybrid, HybridMode
+from lvctx.video.squares import FrameMode
+
+Rate = float | Literal["native"]
+"""Frames per second, or every frame."""
+Decoder = Literal["auto", "pyav", "decord"]
+SeekMode = Literal["exact", "keyframe"]
+FrameSelection = Literal["group", "adaptive"]
+
+
+def parse_rate(text: str) -> Rate:
+    """`native`, a number such as 0.5, or a fraction such as 30000/1001. Raises ValueError for anything else."""
+    if text == "native":
+        return "native"
+    try:
+        rate = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        rate = 0.0
+    if not 1e-5 <= rate <= 1e5:
+        raise ValueError("no frame rate; give a number such as 1, or native")
+    return rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSampling:
+    """Which frames of a video are used, and at what resolution.
+
+    Times count from the first frame of the video. Raises UsageError for values that contradict each other.
+    """
+
+    panel: ClassVar[str] = "Video sampling"
+
+    fps: Annotated[Rate | None, Flag(parse=parse_rate, metavar="RATE|native")] = None
+    """Frames per second by timestamp, or `native` for every frame. Default: 2 for Qwen-VL, otherwise 1."""
+    frames: Annotated[int | None, Flag(min=1)] = None
+    """Number of frames, evenly spread, instead of a rate."""
+    max_frames: Annotated[int | None, Flag(min=1)] = None
+    """Where the rate gives more frames than this, take this many, evenly spread. Default: 768 for Qwen-VL."""
+    start: Annotated[float | None, Flag(min=0)] = None
+    """Begin this many seconds into the video."""
+    end: Annotated[float | None, Flag(min=0)] = None
+    """Stop this many seconds into the video."""
+    frame_mode: FrameMode | None = None
+    """How a frame becomes a square for CLIP and SigLIP towers. Default: crop."""
+    hybrid: Annotated[Hybrid | None, Flag(parse=Hybrid.parse, metavar="L,M,S")] = None
+    """Hybrid resolution L,M,S: of every L frames one has M tokens, the others M/S. Default: all frames alike."""
+    hybrid_mode: HybridMode = "pair"
+    """Qwen-VL: groups of merged pairs of frames, of frames as images, or of single frames."""
+    frame_selection: FrameSelection = "group"
+    """Which frames have the higher resolution: the first of each group, or those where the picture has changed."""
+    change_threshold: Annotated[float, Flag(min=0, max=1, needs=("frame_selection=adaptive",))] = 0.1
+    """With adaptive frame selection: smallest mean difference, 0 to 1, that counts as a change."""
+    allow_partial: bool = False
+    """Use what can be decoded of truncated or damaged videos; rows then have `partial`."""
+    decoder: Decoder = "auto"
+    """Video decoder; auto is PyAV. decord refuses videos that it would read wrongly."""
+    seek: SeekMode = "exact"
+    """keyframe takes the nearest key frames: fast, and off by up to seconds."""
+
+    def __post_init__(self) -> None:
+        if self.fps is not None and self.frames is not None:
+            raise UsageError("give --fps or --frames, not both")
+        if self.max_frames is not None and (self.frames is not None or self.fps == "native"):
+            raise UsageError("--max-frames bounds a rate", fix="give --fps a number, and no --frames")
+        if (self.start or 0) < 0 or (self.end is not None and self.end <= (self.start or 0)):
+            raise UsageError("--start is at least 0 and before --end", where=f"{self.start or 0:g} to {self.end}")
+        if self.frame_selection == "adaptive" and (self.hybrid is None or self.hybrid.uniform):
+            raise UsageError("--frame-selection adaptive chooses between two resolutions", fix="give --hybrid L,M,S")
+
+    @property
+    def resolution(self) -> Hybrid | None:
+        """The hybrid resolution with its mode; None where neither was given. 240 tokens is what the paper has."""
+        if self.hybrid is None and self.hybrid_mode == "pair":
+            return None
+        return replace(self.hybrid or Hybrid(), mode=self.hybrid_mode)
+
+    @property
+    def threshold(self) -> float | None:
+        """`change_threshold` where frames are selected adaptively, otherwise None."""
+        return self.change_threshold if self.frame_selection == "adaptive" else None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides which pixels a model is shown, for rows and provenance: the options that differ from none."""
+        facts = {key: value for key, value in asdict(self).items() if value not in (None, False)}
+        del facts["frame_selection"], facts["change_threshold"]
+        if self.hybrid is not None:
+            facts["hybrid"] = [self.hybrid.group, self.hybrid.tokens, self.hybrid.ratio]
+        if self.threshold is not None:
+            facts["change_threshold"] = self.threshold
+        return facts

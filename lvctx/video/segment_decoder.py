@@ -1,0 +1,245 @@
+"""Decode only what the wanted frames need, in several threads, in the order of presentation.
+
+Every thread has a container and a decoder of its own and takes stretches one after another: seek to the entry, leave
+out spare packets that nobody wants, stop after the last that somebody does. A video of one stretch is decoded by one
+thread whose decoder has threads itself. Conversion and whatever the caller makes of a picture run in a pool beside.
+"""
+
+import contextlib
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from lvctx.video.container import demux, open_video
+from lvctx.video.packet_index import HIDDEN, SPARE, PacketIndex, Stretch
+from lvctx.video.pixel_conversion import Picture
+
+AHEAD_BYTES = 200_000_000
+"""RGB bytes that may wait for the consumer, all threads together."""
+NEAR = 64
+"""Packets that are rather read over than sought past."""
+
+Prepare = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What was decoded so far, over all threads."""
+
+    decoded: int = 0
+    """Frames that should have come out of the decoder."""
+    damaged: int = 0
+    """Of these, frames that did not, or that the decoder calls corrupt."""
+    packets: int = 0
+    """Packets read: a sign of life."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Converter(threading.local):
+    """One `Picture` a thread."""
+
+    def __init__(self, prepare: Prepare | None) -> None:
+        self._picture, self._prepare = Picture(), prepare
+
+    def __call__(self, frame: Any) -> tuple[tuple[int, int], np.ndarray]:
+        """(height, width) of the upright picture, and what the caller makes of it."""
+        image = self._picture.rgb(frame)
+        return image.shape[:2], self._prepare(image) if self._prepare else image
+
+
+def read_planned(
+    path: Path, index: PacketIndex, stretches: Sequence[Stretch], *, prepare: Prepare | None, threads: int, tally: Tally
+) -> Iterator[tuple[int, tuple[int, int], np.ndarray]]:
+    """(frame, (height, width), picture) of each wanted frame, ascending; frames that do not decode are left out."""
+    work = _Work(path, index, stretches, Converter(prepare), threads, tally)
+    with work:
+        for number in range(len(stretches)):
+            yield from work.results(number)
+
+
+class _Work:
+    def __init__(
+        self,
+        path: Path,
+        index: PacketIndex,
+        stretches: Sequence[Stretch],
+        convert: Converter,
+        threads: int,
+        tally: Tally,
+    ) -> None:
+        self.path, self.index, self.stretches, self.convert, self.tally = path, index, stretches, convert, tally
+        container, stream = open_video(path)
+        with container:
+            room = max(4, min(128, AHEAD_BYTES // max(1, stream.width * stream.height * 3)))
+        dense = max((len(s.frames) for s in stretches), default=1)
+        # With more wanted frames in a stretch than may wait, other threads would stand still: one with all cores then.
+        workers = min(threads, len(stretches), max(1, room // dense))
+        self.decoder_threads = max(1, threads // workers) if workers > 1 or threads == 1 else 0
+        self.open_stretches = max(workers, min(len(stretches), room // dense))
+        self.room = max(1, room // self.open_stretches)
+        self.queues: dict[int, queue.Queue[Any]] = {}
+        self.turn = threading.Semaphore(self.open_stretches)
+        self.lock, self.next, self.stop = threading.Lock(), 0, threading.Event()
+        self.pool = ThreadPoolExecutor(threads)
+        self.workers = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
+
+    def __enter__(self) -> "_Work":
+        for worker in self.workers:
+            worker.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.turn.release(len(self.workers) or 1)
+        for worker in self.workers:
+            worker.join()
+        self.pool.shutdown(cancel_futures=True)
+
+    def _queue(self, number: int) -> "queue.Queue[Any]":
+        with self.lock:
+            return self.queues.setdefault(number, queue.Queue(self.room))
+
+    def results(self, number: int) -> Iterator[tuple[int, tuple[int, int], np.ndarray]]:
+        results = self._queue(number)
+        while (item := results.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            frame, future = item
+            yield frame, *future.result()
+        del self.queues[number]
+        self.turn.release()
+
+    def _put(self, number: int, item: Any) -> None:
+        results = self._queue(number)
+        while not self.stop.is_set():
+            try:
+                return results.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def _work(self) -> None:
+        reader: _StretchReader | None = None
+        while True:
+            self.turn.acquire()
+            with self.lock:
+                number, self.next = self.next, self.next + 1
+            if self.stop.is_set() or number >= len(self.stretches):
+                break
+            end: BaseException | None = None
+            try:
+                reader = reader or _StretchReader(self.path, self.index, self.decoder_threads, self.tally)
+                for frame, decoded in reader.read(self.stretches[number]):
+                    self._put(number, (frame, self.pool.submit(self.convert, decoded)))
+                    if self.stop.is_set():
+                        break
+            except BaseException as e:
+                end = e
+            self._put(number, end)
+        if reader is not None:
+            reader.close()
+
+
+class _StretchReader:
+    """One thread's container and decoder."""
+
+    def __init__(self, path: Path, index: PacketIndex, threads: int, tally: Tally) -> None:
+        self.path, self.index, self.threads, self.tally = path, index, threads, tally
+        self.entry_at = {int(index.pts_N[number]): number for number in index.entry_dts}
+        self._open()
+
+    def _open(self) -> None:
+        self.container, self.stream = open_video(self.path)
+        self.stream.codec_context.thread_count = self.threads
+        self.packets, self.at = demux(self.container, self.stream), 0
+
+    def close(self) -> None:
+        self.container.close()
+
+    def read(self, stretch: Stretch) -> Iterator[tuple[int, Any]]:
+        """(frame, decoded) of the stretch's wanted frames, in order."""
+        index = self.index
+        wanted = {int(index.pts_N[index.packet_F[frame]]): frame for frame in stretch.frames}
+        first = int(index.pts_N[stretch.start])
+        expected = got = corrupt = 0
+        for decoded in self._decode(stretch, wanted):
+            if isinstance(decoded, int):  # the time of a packet that went in
+                expected += decoded >= first
+                continue
+            # Pictures that lead the entry refer to what was before; nobody wants them from here.
+            if decoded.pts is None or decoded.pts < first:
+                continue
+            got += 1
+            corrupt += bool(decoded.is_corrupt)
+            if decoded.pts in wanted:
+                yield wanted.pop(decoded.pts), decoded
+        with self.tally.lock:
+            self.tally.decoded += expected
+            self.tally.damaged += max(0, expected - got) + corrupt
+
+    def _decode(self, stretch: Stretch, wanted: dict[int, int]) -> Iterator[Any]:
+        """The times of the packets that are decoded and shown, and the frames that come out."""
+        flags_N, pts_N = self.index.flags_N, self.index.pts_N
+        self._go_to(stretch.start)
+        for packet in self.packets:
+            number, self.at = self.at, self.at + 1
+            self.tally.packets += 1
+            if not flags_N[number] & SPARE or int(pts_N[number]) in wanted:
+                if not flags_N[number] & HIDDEN:
+                    yield int(pts_N[number])
+                if self.index.jumps:
+                    packet.pts = int(pts_N[number])
+                try:
+                    yield from packet.decode()
+                except av.EOFError:
+                    return
+                except av.FFmpegError:
+                    pass  # its frame will be missing, and counted
+            if self.at == stretch.stop:
+                break
+        with contextlib.suppress(av.FFmpegError):
+            yield from self.stream.decode(None)
+        self.stream.codec_context.flush_buffers()
+
+    def _go_to(self, start: int) -> None:
+        """Make packet `start`, an entry, the next one of `self.packets`."""
+        if self.index.jumps:
+            if start < self.at:
+                self._reopen()
+        elif not self.at <= start <= self.at + NEAR:
+            self._seek(start)
+        while self.at < start:
+            next(self.packets)
+            self.at += 1
+
+    def _seek(self, start: int) -> None:
+        """Let `self.packets` begin at an entry at or shortly before `start`."""
+        entries = [number for number in self.index.entry_dts if number <= start][::-1]
+        # Containers differ in whether they seek by the time of showing or of decoding.
+        for tick in (int(self.index.pts_N[start]), *(self.index.entry_dts[number] for number in entries[:3])):
+            try:
+                self.container.seek(tick, stream=self.stream)
+            except av.FFmpegError:
+                break
+            packets = demux(self.container, self.stream)
+            for packet in packets:
+                number = self.entry_at.get(packet.pts)
+                if number is not None:
+                    break
+            else:
+                continue
+            if number <= start:
+                self.packets, self.at = itertools.chain([packet], packets), number
+                return
+        self._reopen()
+
+    def _reopen(self) -> None:
+        self.container.close()
+        self._open()

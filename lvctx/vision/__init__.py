@@ -1,1 +1,0 @@
-"""Pixels: decoding, grids, towers and drawn pictures."""

@@ -1,0 +1,70 @@
+"""A contact sheet of a frames artifact: the frames that the tower saw, with their times, from the video itself."""
+
+import math
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from lvctx.artifacts.manifest import read_provenance
+from lvctx.artifacts.store import atomic_file, sha256_file
+from lvctx.errors import InputError
+from lvctx.video.frame_selection import spread
+from lvctx.video.reader import read_video
+from lvctx.video.sampling import VideoSampling
+from lvctx.vlm.feature_cache import KINDS
+
+MOST, COLUMNS, WIDTH, LABEL = 64, 8, 192, 14
+"""Pictures on a sheet (of more frames some are left out, evenly), columns, pixels of a picture and of its line."""
+
+
+def contact_sheet(artifact: Path, out: Path, *, video: Path | None = None) -> dict[str, object]:
+    """Draw the sampled frames of `artifact` into the image file `out`; a row that says which.
+
+    The video is where it was when it was encoded, beside the artifact under the same name, or `video`. Raises
+    InputError for no frames artifact, a video that is gone or not the one that was encoded, or an unknown image suffix.
+    """
+    from safetensors import safe_open
+
+    made = read_provenance(artifact)
+    if made is None or made.get("schema") not in KINDS:
+        raise InputError("not a frames artifact", where=artifact, fix="write one with lvctx encode-video")
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise InputError("no image format of this suffix", where=out, fix="call it sheet.png")
+    source = video or _find(Path(made.get("facts", {}).get("source", "")), artifact)
+    if sha256_file(source) != made["inputs"]["video"]:
+        raise InputError("not the video that was encoded", where=source, fix="give that one with --video")
+    with safe_open(artifact, "np") as f:
+        pts, index = f.get_tensor("pts"), f.get_tensor("index")
+    shown = sorted(set(spread(len(index), min(len(index), MOST))))
+    numbers = list(dict.fromkeys(int(index[i]) for i in shown))
+    decoder = made["config"].get("decoder", "auto")
+    frames = {
+        f.index: f.image for f in read_video(source, VideoSampling(decoder=decoder, allow_partial=True), wanted=numbers)
+    }
+    height, across, _ = next(iter(frames.values())).shape
+    side = WIDTH, max(1, round(WIDTH * height / across))
+    columns = min(COLUMNS, len(shown))
+    sheet = Image.new("RGB", (columns * side[0], math.ceil(len(shown) / columns) * (side[1] + LABEL)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, i in enumerate(shown):
+        x, y = place % columns * side[0], place // columns * (side[1] + LABEL)
+        if int(index[i]) in frames:
+            sheet.paste(Image.fromarray(frames[int(index[i])]).resize(side), (x, y))
+        pen.text((x + 2, y + side[1] + 1), f"{clock(float(pts[i]))}  #{index[i]}", fill="black")
+    with atomic_file(out) as partial:
+        sheet.save(partial, format=Image.registered_extensions()[out.suffix.lower()])
+    return {"contact_sheet": str(out), "shown": len(shown), "frames": len(index), "video": str(source)}
+
+
+def _find(source: Path, artifact: Path) -> Path:
+    for place in (source, artifact.parent / source.name):
+        if place.is_file():
+            return place
+    raise InputError(f"its video is gone: {source or 'not recorded'}", where=artifact, fix="say where with --video")
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03.5`, and `-0:00:00.5` before zero."""
+    tenths = round(abs(seconds) * 10)
+    sign = "-" if seconds < 0 and tenths else ""
+    return f"{sign}{tenths // 36000}:{tenths // 600 % 60:02}:{tenths // 10 % 60:02}.{tenths % 10}"

@@ -1,0 +1,198 @@
+"""How many tokens an image or a video takes in a model, and how they stand in the sequence.
+
+Two families. LlavaOnevision as `align` makes it: UniRes grids of a fixed number of tokens, one block closed by "\\n".
+Qwen2-VL: pixels rounded to multiples of 28 inside a budget, one token each 28 x 28 pixels and two frames.
+
+Sizes are pixels; a grid is (t, h, w) in tokens of the language model. Qwen's own `image_grid_thw` and `video_grid_thw`
+count patches before the 2 x 2 merge: (t, 2h, 2w).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+from lvctx.errors import InputError, UsageError
+from lvctx.models.unires import MAX_GRIDS, GridRule, MaxGrids, unires_grid
+from lvctx.video.hybrid import Hybrid, Run, runs
+
+Kind = Literal["image", "video"]
+
+
+class Block(NamedTuple):
+    """Visual tokens of one size."""
+
+    kind: Kind
+    """Which placeholder they have."""
+    frames: int
+    """Frames of the source in it."""
+    grid: tuple[int, int, int]
+    """Tokens along time, height and width."""
+
+    @property
+    def tokens(self) -> int:
+        """Their number."""
+        return math.prod(self.grid)
+
+
+class Layout(NamedTuple):
+    """Blocks as they stand in a sequence."""
+
+    ids: list[int]
+    """Placeholders and delimiters."""
+    at: list[int]
+    """Where each block's first placeholder is."""
+
+
+class VisualRule(Protocol):
+    """What a family of models makes of pixels."""
+
+    marks: ClassVar[frozenset[str]]
+    """Special tokens that stand for an image or a video in a chat's text."""
+
+    def mark(self, kind: Kind) -> str:
+        """The token that stands for media of this kind in the text."""
+
+    def image(self, width: int, height: int) -> list[Block]:
+        """Blocks of an image."""
+
+    def video(self, width: int, height: int, frames: int) -> list[Block]:
+        """Blocks of a video's sampled frames."""
+
+    def layout(self, blocks: Sequence[Block]) -> Layout:
+        """How the blocks of one image or video stand in the sequence."""
+
+
+def smart_resize(width: int, height: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Qwen2-VL's size for an image: multiples of `factor`, aspect about kept, pixels inside the budget.
+
+    Raises InputError for a side more than 200 times the other, which the model's own processor refuses.
+    """
+    if max(width, height) > 200 * min(width, height):
+        raise InputError(f"{width} x {height} pixels: one side is more than 200 times the other")
+    across, down = round(width / factor) * factor, round(height / factor) * factor
+    if across * down > max_pixels:
+        shrink = math.sqrt(width * height / max_pixels)
+        across, down = (max(factor, math.floor(n / shrink / factor) * factor) for n in (width, height))
+    elif across * down < min_pixels:
+        grow = math.sqrt(min_pixels / (width * height))
+        across, down = (math.ceil(n * grow / factor) * factor for n in (width, height))
+    return across, down
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenRule:
+    """Qwen2-VL and Qwen2.5-VL: an item is `<|vision_start|>`, its placeholders, `<|vision_end|>`."""
+
+    marks: ClassVar = frozenset({"<|image_pad|>", "<|video_pad|>"})
+
+    start: int
+    """Id of `<|vision_start|>`."""
+    end: int
+    """Id of `<|vision_end|>`."""
+    pads: dict[Kind, int]
+    """Ids of `<|image_pad|>` and `<|video_pad|>`."""
+    hybrid: Hybrid
+    """Tokens of a video's grids; m is a budget that the aspect may leave a little of."""
+    min_pixels: int = 56 * 56
+    """Least pixels of an image; the released preprocessor_config.json."""
+    max_pixels: int = 14 * 14 * 4 * 1280
+    """Most pixels of an image; 16,384 tokens in the released preprocessor_config.json."""
+    factor: int = 28
+    """Pixels along a side of a token: patch 14, 2 x 2 merged."""
+    merge: int = 2
+    """Frames of a grid: `temporal_patch_size`."""
+
+    def mark(self, kind: Kind) -> str:
+        """See `VisualRule`."""
+        return f"<|{kind}_pad|>"
+
+    def image(self, width: int, height: int) -> list[Block]:
+        """One block."""
+        return [self._block("image", Run(1, 1, True), width, height, self.min_pixels, self.max_pixels)]
+
+    def video(self, width: int, height: int, frames: int) -> list[Block]:
+        """A block for every run; in mode `image` one for every frame. Small frames are not enlarged beyond 4 tokens."""
+        area = self.factor**2
+        blocks: list[Block] = []
+        for run in runs(frames, self.hybrid, merge=self.merge):
+            budget = (self.hybrid.tokens if run.high else self.hybrid.low_tokens) * area
+            if self.hybrid.mode == "image":
+                blocks += [self._block("image", Run(1, 1, True), width, height, 4 * area, budget)] * run.frames
+            else:
+                blocks.append(self._block("video", run, width, height, 4 * area, budget))
+        return blocks
+
+    def _block(self, kind: Kind, run: Run, width: int, height: int, low: int, high: int) -> Block:
+        across, down = smart_resize(width, height, factor=self.factor, min_pixels=low, max_pixels=high)
+        return Block(kind, run.frames, (run.grids, down // self.factor, across // self.factor))
+
+    def layout(self, blocks: Sequence[Block]) -> Layout:
+        """Every block between its delimiters."""
+        ids: list[int] = []
+        at = []
+        for block in blocks:
+            at.append(len(ids) + 1)
+            ids += [self.start, *[self.pads[block.kind]] * block.tokens, self.end]
+        return Layout(ids, at)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlavaRule:
+    """LlavaOnevision: grids of the tower's square, each pooled to the same tokens, then one token for "\\n".
+
+    Images and videos look alike to it.
+    """
+
+    marks: ClassVar = frozenset({"<video>"})
+
+    placeholder: int
+    """Id of `<video>`; the closing "\\n" is a placeholder too, the model's own embedding goes there."""
+    tile: int
+    """Pixels of a tower's side: 336 for CLIP ViT-L/14-336."""
+    side: int
+    """Features along a side of the tower: 24."""
+    grid_rule: GridRule = "code"
+    """UniRes as the released code or as the paper."""
+    max_grids: MaxGrids = MAX_GRIDS
+    """UniRes's grids an image at most, or these grids alone."""
+    hybrid: Hybrid
+    """m is what 2 x 2 pooling gives (144); m/s comes from pooling s times more."""
+
+    def mark(self, kind: Kind) -> str:
+        """See `VisualRule`."""
+        return "<video>"
+
+    def image(self, width: int, height: int) -> list[Block]:
+        """One block: the UniRes tiles, row by row, as if they were frames."""
+        tiles = math.prod(unires_grid(width, height, tile=self.tile, rule=self.grid_rule, max_grids=self.max_grids))
+        return [Block("image", 1, (tiles, *self._pooled(2, 2)))]
+
+    def video(self, width: int, height: int, frames: int) -> list[Block]:
+        """A block for every run; whatever their size, frames become squares."""
+        low = pooling(self.side, self.hybrid.ratio)
+        return [
+            Block("video", run.frames, (run.grids, *(self._pooled(2, 2) if run.high else self._pooled(*low))))
+            for run in runs(frames, self.hybrid, merge=1)
+        ]
+
+    def _pooled(self, down: int, across: int) -> tuple[int, int]:
+        return math.ceil(self.side / down), math.ceil(self.side / across)
+
+    def layout(self, blocks: Sequence[Block]) -> Layout:
+        """All blocks, then the token of the line's end."""
+        at = [sum(block.tokens for block in blocks[:i]) for i in range(len(blocks))]
+        return Layout([self.placeholder] * (sum(block.tokens for block in blocks) + 1), at)
+
+
+def pooling(side: int, ratio: int) -> tuple[int, int]:
+    """Features pooled (down, across) for `ratio` times fewer tokens than 2 x 2: (4, 3) for a side of 24 and 3.
+
+    Of the ways to fold 4 * ratio features that divide the side the squarest, taller first. Raises UsageError for none.
+    """
+    area = 4 * ratio
+    for across in range(math.isqrt(area), 0, -1):
+        down = area // across
+        if across * down == area and side % across == 0 and side % down == 0:
+            return down, across
+    raise UsageError(f"{side} x {side} features cannot be pooled to {ratio} times fewer", fix="choose another s")
