@@ -12,12 +12,12 @@ import torch
 from test_cli import fails, lvctx
 
 from lvctx.errors import InputError, UsageError
-from lvctx.models.mrope_verify import verify
 from lvctx.models.side_files import with_rope
 from lvctx.rope.mrope_pp import MropeSpec, betas, inv_freq
 from lvctx.rope.runtimes import llama_cpp, sglang, vllm
 from lvctx.training.mrope_checkpoint import read_checkpoint, resolve_mrope, run_mrope
 from lvctx.training.mrope_config import MropeConfig
+from lvctx.training.mrope_verify import verify
 
 QWEN2 = {"head_dim": 128, "theta": 1e6, "sections": (16, 24, 24)}
 

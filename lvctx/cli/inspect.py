@@ -48,7 +48,7 @@ def info(config: InfoConfig, run: OutputOptions) -> None:
     positions = None
     model = facts.get("model")
     if isinstance(model, dict) and model.get("architecture") in MROPE:
-        from lvctx.models.mrope_verify import verify
+        from lvctx.training.mrope_verify import verify
 
         with progress("info", "computing the wavelengths with transformers"):
             positions = verify(config.artifact)

@@ -18,7 +18,7 @@ from lvctx.training.mrope_config import MropeConfig
 from lvctx.training.parallel_config import ParallelConfig, RunControl
 
 if TYPE_CHECKING:
-    from lvctx.models.mrope_verify import Verified
+    from lvctx.training.mrope_verify import Verified
 
 
 @command(
@@ -140,7 +140,7 @@ def mrope_extend(config: MropeConfig, parallel: ParallelConfig, tracking: Tracki
         emit({"dry_run": True, "path": str(config.out), **facts, "rope_parameters": job.rope})
         return
     if config.plot is not None:
-        from lvctx.models.mrope_verify import draw_curves
+        from lvctx.training.mrope_verify import draw_curves
 
         draw_curves(job.checkpoint.mrope, job.stretch, config.plot)
     if config.verify:
@@ -198,7 +198,7 @@ def _count_video(config: MropeConfig, frames: int) -> dict[str, Any]:
 
 def _verify(out: Path) -> float | None:
     """Compare the frequencies that transformers computes with the formula; the largest relative error."""
-    from lvctx.models.mrope_verify import verify
+    from lvctx.training.mrope_verify import verify
 
     verified = verify(out)
     print_channels(verified)
