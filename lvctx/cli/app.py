@@ -31,7 +31,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "mrope-extend": ("train", "Extend the context of a Qwen-VL model with M-RoPE++."),
         "niah": ("niah", "Needle-in-a-haystack test over context lengths and needle depths."),
         "vqa": ("video", "Answer questions about videos."),
-        "videomme": ("videomme", "Video-MME: run a model on its questions, and score it."),
+        "videomme": ("videomme_score", "Video-MME: run a model on its questions, and score it."),
         "bench": ("benchmarks", "Other benchmarks of long video: run a model on their questions, and score it."),
     },
     "Utilities": {
