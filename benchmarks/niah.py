@@ -73,8 +73,8 @@ def paper(nested: bool) -> dict[str, Any]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Both walks over one grid of text, in turns of a thirtieth of the cells."""
+    from lvctx.eval.niah.job import plan_text
     from lvctx.eval.niah.niah_config import Depths, TextNiahConfig
-    from lvctx.eval.niah.run import plan_text
     from lvctx.models.loading import load_model
 
     step = arguments.longest // 15

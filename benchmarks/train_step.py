@@ -25,11 +25,11 @@ import numpy as np
 def rows(out: Path, length: int, vocab: int) -> None:
     """Packed rows of random ids: what is in them does not change a step's cost."""
     from lvctx.artifacts.manifest import Provenance, write_manifest
-    from lvctx.data.packed import shard_name, write_shard
+    from lvctx.data.packed import shard_name, write_token_shard
 
     out.mkdir()
     ids = np.random.default_rng(0).integers(0, vocab, (4, length)).astype(np.int32)
-    write_shard(out / shard_name(0), ids, np.zeros(5, np.int64), np.zeros(0, np.int32), {})
+    write_token_shard(out / shard_name(0), ids, np.zeros(5, np.int64), np.zeros(0, np.int32), {})
     provenance = Provenance(schema="lvctx.packed/1", command="pack-text", config={}, inputs={})
     write_manifest(out, provenance, [shard_name(0)], rows=4, seq_len=length, shard_rows=[4])
 

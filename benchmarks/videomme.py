@@ -31,7 +31,7 @@ from lvctx.inference.transformers_engine import TransformersEngine
 from lvctx.models.vision_encoder import TowerFiles
 from lvctx.models.vlm_assembly import VIDEO_TOKEN, embed_frames, newline_embedding, tokens_per_frame
 from lvctx.vlm.base import VisualInput
-from lvctx.vlm.llava_onevision import BATCH
+from lvctx.vlm.llava_onevision import PROJECTOR_BATCH
 from lvctx.vlm.registry import open_vlm
 
 QUESTIONS = Path(__file__).resolve().parent.parent / "tests" / "data" / "questions.json"
@@ -77,7 +77,7 @@ class Bench:
 
         @torch.inference_mode()
         def table(model: Any) -> torch.Tensor:
-            embedded = [embed_frames(model, part) for part in self.features.split(BATCH)]
+            embedded = [embed_frames(model, part) for part in self.features.split(PROJECTOR_BATCH)]
             return torch.cat([*embedded, newline_embedding(model)])
 
         ids = vlm.vocabulary + np.arange(count)

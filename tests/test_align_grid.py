@@ -25,7 +25,7 @@ from lvctx.errors import InputError
 from lvctx.models.image_processing import Preprocess, open_image
 from lvctx.models.loading import load_config, load_model, load_tokenizer
 from lvctx.models.vlm_assembly import (
-    Grid,
+    ImageGrid,
     assemble,
     embed_frames,
     frame_features,
@@ -37,11 +37,11 @@ from lvctx.training.align_job import count_tokens
 from lvctx.training.batching import Sample, encode_sample
 from lvctx.vlm.image_tiling import ImageEncoding
 
-GRIDS: tuple[Grid, ...] = ("unires", "anyres", "single")
+GRIDS: tuple[ImageGrid, ...] = ("unires", "anyres", "single")
 
 
 @pytest.fixture(scope="module")
-def vlms(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Grid, Path]:
+def vlms(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[ImageGrid, Path]:
     """A saved VLM for every grid, the last two written over a tokenizer that spoke of another."""
     out = tmp_path_factory.mktemp("vlms")
     tokenizer = load_tokenizer(tiny_lm)
@@ -64,7 +64,7 @@ def vlms(tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytest.TempPathFacto
     ],
 )
 def test_tokens_are_those_written_by_hand_and_those_embedded(
-    vlms: dict[Grid, Path], tmp_path: Path, grid: Grid, tokens: dict[str, int]
+    vlms: dict[ImageGrid, Path], tmp_path: Path, grid: ImageGrid, tokens: dict[str, int]
 ) -> None:
     draw(tmp_path)
     shown = {"wide": ["1.png"], "square": ["0.png"], "two": ["1.png", "3.png"]}
@@ -81,7 +81,7 @@ def test_tokens_are_those_written_by_hand_and_those_embedded(
         assert sum(len(block) for block in blocks) == tokens[name]
 
 
-def test_no_image_has_more_grids_than_asked_for(vlms: dict[Grid, Path], tmp_path: Path) -> None:
+def test_no_image_has_more_grids_than_asked_for(vlms: dict[ImageGrid, Path], tmp_path: Path) -> None:
     """A picture of 8 x 8 tiles: 64 grids where they are allowed, else as near 49 or 5 as a grid of its aspect comes."""
     Image.new("RGB", (8 * 48, 8 * 48), "red").save(tmp_path / "large.png")
     data = write(tmp_path / "data.json", [talk("<image>What?", "red", image="large.png")])
@@ -116,7 +116,9 @@ def test_the_rule_of_unires_stays_with_the_model(tiny_lm: Path, tiny_tower: Path
 
 
 @pytest.mark.parametrize("windowed", [False, True])
-def test_samples_of_a_micro_batch_do_not_see_each_other(vlms: dict[Grid, Path], tmp_path: Path, windowed: bool) -> None:
+def test_samples_of_a_micro_batch_do_not_see_each_other(
+    vlms: dict[ImageGrid, Path], tmp_path: Path, windowed: bool
+) -> None:
     """Hidden states and gradients of four samples in one row are those of each alone, also beside a sliding window."""
     draw(tmp_path)
     rows: list[Any] = [talk("<image>What?", "red", image="1.png"), talk("Hi.", "Hello there, how are you?")]
@@ -147,7 +149,7 @@ def test_samples_of_a_micro_batch_do_not_see_each_other(vlms: dict[Grid, Path], 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("images", [["0.png"], ["1.png"], ["0.png", "1.png", "3.png"]], ids=len)
 def test_training_sees_what_stock_transformers_sees_on_the_saved_model(
-    vlms: dict[Grid, Path], tmp_path: Path, grid: Grid, images: list[str]
+    vlms: dict[ImageGrid, Path], tmp_path: Path, grid: ImageGrid, images: list[str]
 ) -> None:
     """The stock chat template, the stock image processor's pixels and the stock model: logit for logit."""
     draw(tmp_path)
@@ -191,7 +193,7 @@ def test_training_sees_what_stock_transformers_sees_on_the_saved_model(
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_a_frame_of_a_video_is_one_pooled_grid_under_anyres_too(vlms: dict[Grid, Path]) -> None:
+def test_a_frame_of_a_video_is_one_pooled_grid_under_anyres_too(vlms: dict[ImageGrid, Path]) -> None:
     model = load_model(vlms["anyres"])
     pixels = torch.randn(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -202,7 +204,7 @@ def test_a_frame_of_a_video_is_one_pooled_grid_under_anyres_too(vlms: dict[Grid,
 
 
 def test_the_directory_says_which_and_the_next_stage_goes_on_with_it(
-    vlms: dict[Grid, Path], tmp_path: Path, tiny_lm: Path, tiny_tower: Path
+    vlms: dict[ImageGrid, Path], tmp_path: Path, tiny_lm: Path, tiny_tower: Path
 ) -> None:
     draw(tmp_path)
     data = write(tmp_path / "data.json", [talk("<image>What?", "red", image=f"{i}.png") for i in range(4)])
@@ -229,7 +231,7 @@ def aligning_longest(path: Path) -> int:
     return int(read_manifest(path)["longest_sample"])
 
 
-def test_other_words_and_rows_that_cannot_be_packed_are_one_line(vlms: dict[Grid, Path]) -> None:
+def test_other_words_and_rows_that_cannot_be_packed_are_one_line(vlms: dict[ImageGrid, Path]) -> None:
     config = load_config(vlms["single"])
     config.image_grid = "tiles"
     with pytest.raises(InputError, match=r"image_grid 'tiles'; it is one of unires, anyres, single"):

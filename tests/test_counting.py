@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from test_mrope_train import reader_of
 from test_niah import run
 
+from lvctx.video.frame_count import count_frames
 from lvctx.video.hybrid import Hybrid
-from lvctx.video.reader import count_frames, read_video
+from lvctx.video.reader import read_video
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.registry import open_vlm
 

@@ -20,8 +20,9 @@ from test_ring import tiny_config
 from torch.nn import functional as F
 
 from lvctx.errors import InputError
+from lvctx.eval.niah.job import NiahJob, plan_text
 from lvctx.eval.niah.niah_config import Depths, TextNiahConfig
-from lvctx.eval.niah.run import NiahJob, NiahRun, plan_text, run_niah
+from lvctx.eval.niah.run import NiahRun, run_niah
 from lvctx.eval.niah.text_task import TextNeedleTask
 from lvctx.inference.prefix_scorer import PrefixScorer, Score, walk_order
 from lvctx.models.loading import load_model, load_tokenizer

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from lvctx.errors import InputError, UsageError
 from lvctx.video.container import probe
+from lvctx.video.frame_count import count_frames
 from lvctx.video.frame_selection import DecodedFrame, spread, take_sampled
 from lvctx.video.packet_index import read_packets
-from lvctx.video.reader import count_frames, read_video
+from lvctx.video.reader import read_video
 from lvctx.video.sampling import VideoSampling
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()

@@ -45,7 +45,7 @@ def train_tiny(
     """
     hf_attention.register()
     lm = tiny_model("llama", tie_word_embeddings=True)
-    lm.set_attn_implementation(hf_attention.NAME)
+    lm.set_attn_implementation(hf_attention.RING_ATTENTION)
     checkpoint_layers(lm, offload=True)
     row_loss = RowLoss(lm)
     shard_model(row_loss, lm.model.layers, world)
@@ -159,7 +159,7 @@ def check_sharded_gradients(world: ParallelContext) -> None:
     lm = tiny_model("qwen2", tie_word_embeddings=True)
     ids = torch.cat([row(10 + i) for i in range(2)])
     expected = [reference(lm, one[None], one[None], None)[1] for one in ids]
-    lm.set_attn_implementation(hf_attention.NAME)
+    lm.set_attn_implementation(hf_attention.RING_ATTENTION)
     lm.zero_grad(set_to_none=True)
     row_loss = RowLoss(lm)
     shard_model(row_loss, lm.model.layers, world, compute=torch.float32)
@@ -179,7 +179,7 @@ def check_lora_comes_back_whole(world: ParallelContext) -> None:
     model, twin = make(), make()
     lm = model.get_base_model()
     hf_attention.register()
-    lm.set_attn_implementation(hf_attention.NAME)
+    lm.set_attn_implementation(hf_attention.RING_ATTENTION)
     row_loss = RowLoss(lm)
     shard_model(row_loss, lm.model.layers, world, offload=True)
     total, _ = row_loss(**shard_row(row(0), world, None))

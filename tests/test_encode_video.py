@@ -25,10 +25,10 @@ from lvctx.artifacts.store import sha256_file
 from lvctx.cli.app import app
 from lvctx.errors import InputError
 from lvctx.models.vision_encoder import TowerFiles, load_tower
+from lvctx.parallel.video_shares import share_videos
 from lvctx.video.reader import read_video
 from lvctx.video.sampling import VideoSampling, parse_rate
 from lvctx.vlm.feature_cache import open_frames, read_feature_cache, write_frames
-from lvctx.vlm.video_encoder import share_videos
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 Row = dict[str, Any]

@@ -24,7 +24,7 @@ from lvctx.models.loss import shift_labels, token_loss
 from lvctx.parallel import hf_attention
 from lvctx.parallel.block_attention import FlashCUDA, Plain
 from lvctx.parallel.ring_attention import ALONE, ring_attention
-from lvctx.parallel.striped_attention import NAME
+from lvctx.parallel.striped_attention import STRIPED_ATTENTION
 
 CUDA = os.environ.get("LVCTX_TEST_DEVICE", "cuda")
 """Another device tries the tests themselves where there is no GPU."""
@@ -99,7 +99,7 @@ def test_needles_score_alike(half_lm: Path, kv_cache: CachePlacement) -> None:
     sequences = [np.concatenate([head, rng.integers(0, 1000, 40)]) for _ in range(2)]
     models = [load_model(half_lm, device=d) for d in ("cpu", CUDA)]
     scorers = [PrefixScorer(model, chunk=64, kv_cache=kv_cache) for model in models]
-    assert models[1].config._attn_implementation == NAME, "by kernels that need no mask"
+    assert models[1].config._attn_implementation == STRIPED_ATTENTION, "by kernels that need no mask"
     for ids in sequences:
         here, there = (scorer.score(ids, 5, generate=3) for scorer in scorers)
         assert there.log_prob == pytest.approx(here.log_prob, rel=1e-2)

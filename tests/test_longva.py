@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration, LlavaOnevisionImageProcessor
 from typer.testing import CliRunner
 
-from lvctx.artifacts.weights import read_weights, write_shard
+from lvctx.artifacts.weights import read_weights, write_weight_shard
 from lvctx.cli.app import app
 from lvctx.errors import UsageError
 from lvctx.models.image_processing import Preprocess
@@ -285,12 +285,12 @@ def test_a_shard_is_what_safetensors_writes(tmp_path: Path) -> None:
     }
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     shards = read_weights(tmp_path)
-    write_shard(tmp_path / "again", shards["model.safetensors"])
+    write_weight_shard(tmp_path / "again", shards["model.safetensors"])
     again = load_file(tmp_path / "again")
     assert all(torch.equal(again[name], tensors[name]) for name in tensors | again)
     same = {name: value.bfloat16() for name, value in tensors.items()}
     save_file(same, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    write_shard(tmp_path / "again", read_weights(tmp_path)["model.safetensors"])
+    write_weight_shard(tmp_path / "again", read_weights(tmp_path)["model.safetensors"])
     assert (tmp_path / "again").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 

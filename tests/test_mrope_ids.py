@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lvctx.errors import InputError
-from lvctx.rope.mrope_positions import Film, Grids, Rules, Text, positions, positions_of_ids
+from lvctx.rope.mrope_positions import Grids, Rules, Text, VideoGrids, positions, positions_of_ids
 
 IMAGE, VIDEO, START, END = 1, 2, 3, 4
 QWEN2 = Rules(image=IMAGE, video=VIDEO, merge=2, tokens_per_second=None, split=False)
@@ -55,7 +55,7 @@ def test_qwen3_makes_every_grid_an_item_by_hand() -> None:
 
 def test_a_film_of_two_sizes_by_hand_time_goes_on() -> None:
     """A grid of 2 x 2, then two of 1 x 1: times 1, 2, 3; the two delimiters between stand at 1 and 2."""
-    film = Film(runs=(Grids(1, 2, 2), Grids(2, 1, 1)), times=(0, 1, 2))
+    film = VideoGrids(runs=(Grids(1, 2, 2), Grids(2, 1, 1)), times=(0, 1, 2))
     ids, after = positions([Text(1), film, Text(1)])
     assert ids.tolist() == [
         [0, 1, 1, 1, 1, 1, 2, 2, 3, 4],
@@ -75,7 +75,7 @@ def test_what_follows_is_after_everything(count: int, height: int, width: int, s
 
 
 def test_one_run_is_the_plain_video() -> None:
-    film = Film(runs=(Grids(5, 2, 3),), times=tuple(range(5)))
+    film = VideoGrids(runs=(Grids(5, 2, 3),), times=tuple(range(5)))
     assert torch.equal(positions([Text(2), film])[0], positions([Text(2), Grids(5, 2, 3)])[0])
 
 

@@ -22,7 +22,7 @@ from lvctx.data.packed_chat import ChatRows
 from lvctx.models.loading import load_model
 from lvctx.parallel import hf_attention
 from lvctx.parallel.context import ParallelContext, joined, make_context
-from lvctx.rope.mrope_positions import Grids, Part, Text, positions
+from lvctx.rope.mrope_positions import Grids, SequencePart, Text, positions
 from lvctx.training.chat_rows import ChatRow, RowReader
 from lvctx.training.mrope_config import MropeConfig
 from lvctx.training.mrope_extend import ChatLoss, resolve_mrope_training, shard_chat
@@ -79,7 +79,7 @@ def test_the_loss_is_the_stock_models(here: Path) -> None:
     assert len(reader.rows) == 1
     row, ids = reader.read(0), reader.rows.row(0).astype(np.int64)
     seen: dict[str, torch.Tensor] = {}
-    parts: list[Part] = []
+    parts: list[SequencePart] = []
     at = 0
     for item in (item for sample in reader.rows.samples(0) for item in sample["media"]):
         begin = item["blocks"][0][0]
@@ -126,7 +126,7 @@ def _compare(rank: int, here: Path, size: int) -> None:
     with joined(here / f"store-{size}", rank=rank, size=size):
         world = make_context(device="cpu", cp=size)
         hf_attention.register()
-        vlm.model.language_model.set_attn_implementation(hf_attention.NAME)
+        vlm.model.language_model.set_attn_implementation(hf_attention.RING_ATTENTION)
         part, found = gradients(vlm, row, world)
         (loss,) = world.sum([part])
         assert abs(part) < abs(expected)

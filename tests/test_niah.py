@@ -20,10 +20,10 @@ from lvctx.artifacts.manifest import Provenance
 from lvctx.cli.app import app
 from lvctx.errors import InputError
 from lvctx.eval.niah.heatmap import draw_heatmaps, trained_at
+from lvctx.eval.niah.job import plan_text
 from lvctx.eval.niah.longva_format import read_longva
 from lvctx.eval.niah.niah_config import TextNiahConfig
 from lvctx.eval.niah.results import build_results, read_needle_results, wilson
-from lvctx.eval.niah.run import plan_text
 from lvctx.eval.niah.text_needles import (
     NEEDLE,
     PREFIX,

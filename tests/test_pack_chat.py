@@ -18,14 +18,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lvctx.data.bin_packing import best_fit_decreasing
-from lvctx.data.chat_mixture import choose, largest_blend
+from lvctx.data.chat_mixture import choose_samples, largest_blend
 from lvctx.data.pack_chat import SHARES, plan_pack_chat, run_pack_chat
 from lvctx.data.pack_chat_config import PackChatConfig
 from lvctx.data.packed_chat import ChatRows
 from lvctx.errors import InputError, UsageError
 from lvctx.models.unires import unires_grid
+from lvctx.video.frame_count import count_frames
 from lvctx.video.hybrid import Hybrid, hybrid_tokens, runs
-from lvctx.video.reader import count_frames, read_video
+from lvctx.video.reader import read_video
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.token_count import LlavaRule, QwenRule, pooling, smart_resize
 
@@ -321,7 +322,7 @@ def test_long_samples_have_their_share_and_kinds_at_most_theirs(
             largest_blend(of, shares, **rule)
         return
     tokens = largest_blend(of, shares, **rule)
-    taken = choose(of, shares, tokens=tokens, seed=seed, **rule)
+    taken = choose_samples(of, shares, tokens=tokens, seed=seed, **rule)
     total = sum(int(of[k][n].sum()) for k, n in taken.items())
     long = sum(int(of[k][n][of[k][n] > long_over].sum()) for k, n in taken.items())
     assert long >= long_share * total - 1e-6
@@ -341,16 +342,16 @@ def test_a_share_is_met_to_a_sample_and_long_ones_only_as_often_as_needed() -> N
     of = {"a": rng.integers(1, 100, 3000), "b": rng.integers(1, 100, 6000)}
     shares = {"a": 0.3, "b": 0.7}
     rule: dict[str, Any] = {"long_over": 50, "tokens": 150_000, "seed": 5}
-    plain = choose(of, shares, long_share=0.0, **rule)
+    plain = choose_samples(of, shares, long_share=0.0, **rule)
     for kind, share in shares.items():
         assert of[kind][plain[kind]].sum() == pytest.approx(share * 150_000, abs=100)
         own = of[kind][of[kind] > 50].sum() / of[kind].sum()
         chosen = of[kind][plain[kind]]
         assert chosen[chosen > 50].sum() / chosen.sum() == pytest.approx(own, abs=0.01)
-    many = choose(of, shares, long_share=0.9, **rule)
+    many = choose_samples(of, shares, long_share=0.9, **rule)
     held = np.concatenate([of[k][many[k]] for k in of])
     assert held[held > 50].sum() / held.sum() == pytest.approx(0.9, abs=0.002)
-    assert choose(of, shares, long_share=0.9, **rule)["a"].tolist() == many["a"].tolist()
+    assert choose_samples(of, shares, long_share=0.9, **rule)["a"].tolist() == many["a"].tolist()
 
 
 # The command

@@ -17,7 +17,7 @@ from lvctx.errors import InputError, UsageError
 from lvctx.rope import frequencies as rope
 from lvctx.rope import ntk, pi, yarn
 from lvctx.rope.runtimes import sglang
-from lvctx.rope.scaling import choose
+from lvctx.rope.scaling import resolve_scaling
 from lvctx.rope.spec import RopeSpec
 
 SPECS = [
@@ -110,7 +110,9 @@ def config(**rope_parameters: Any) -> Any:
 
 
 def chosen(model: Any, scheme: Any, **asked: Any) -> Any:
-    return choose(model, scheme=scheme, **{"theta": None, "factor": None, "context": None, "seq_len": 0} | asked)
+    return resolve_scaling(
+        model, scheme=scheme, **{"theta": None, "factor": None, "context": None, "seq_len": 0} | asked
+    )
 
 
 def test_what_is_not_said_follows_from_what_is() -> None:

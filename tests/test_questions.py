@@ -26,7 +26,7 @@ from lvctx.eval.benchmarks.videomme import prompt
 from lvctx.inference.transformers_engine import TransformersEngine
 from lvctx.inference.vqa import VideoQuestions
 from lvctx.models.loading import load_config
-from lvctx.models.vlm_assembly import Grid
+from lvctx.models.vlm_assembly import ImageGrid
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.registry import open_vlm
 
@@ -80,7 +80,7 @@ class PlainModel:
         return self.answer_about(block, turns, count)
 
     @torch.no_grad()
-    def picture_blocks(self, pictures: list[Image.Image], grid: Grid) -> torch.Tensor:
+    def picture_blocks(self, pictures: list[Image.Image], grid: ImageGrid) -> torch.Tensor:
         """What stock transformers' own image path (AnyRes) or video path embeds."""
         from lvctx.models.image_processing import Preprocess
         from lvctx.vlm.image_tiling import ImageEncoding
@@ -454,7 +454,7 @@ def haystack(folder: Path, sizes: tuple[int, ...]) -> None:
     ],
 )
 def test_pictures_are_shown_as_the_model_was_taught(
-    grid: Grid, tokens: tuple[int, int], loud_vlm: Path, tmp_path: Path
+    grid: ImageGrid, tokens: tuple[int, int], loud_vlm: Path, tmp_path: Path
 ) -> None:
     """Replies and lengths are those of stock transformers' own image and video paths."""
     from lvctx.vlm.image_tiling import ImageEncoding

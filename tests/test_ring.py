@@ -145,7 +145,7 @@ def check_models(world: ParallelContext) -> None:
         positions = torch.arange(length)[None]
         positions[:, length // 3 :] += 50  # the second chunk of a row under --pose
         expected_loss, expected = reference(lm, ids, labels, starts, positions)
-        lm.set_attn_implementation(hf_attention.NAME)
+        lm.set_attn_implementation(hf_attention.RING_ATTENTION)
         lm.zero_grad(set_to_none=True)
         given = shard_row(ids, world, starts, positions)
         given["labels"] = shard(

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from lvctx.cli.app import app
 from lvctx.eval.benchmarks import longvideobench, vhs
-from lvctx.eval.benchmarks.answers import Reply, extract_letter, is_correct, is_degenerate, strip_reasoning
+from lvctx.eval.benchmarks.answers import BenchmarkReply, extract_letter, is_correct, is_degenerate, strip_reasoning
 from lvctx.eval.benchmarks.responses import read_responses
 from lvctx.eval.benchmarks.subtitles import read_subtitles
 
@@ -23,8 +23,8 @@ def run(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
 
 
-def reply(text: str, answer: str = "B") -> Reply:
-    return Reply(id="1", video="v", answer=answer, response=text)
+def reply(text: str, answer: str = "B") -> BenchmarkReply:
+    return BenchmarkReply(id="1", video="v", answer=answer, response=text)
 
 
 # --- the authors' script

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lvctx.artifacts.manifest import Provenance, write_manifest
-from lvctx.data.packed import PackedRows, shard_name, write_shard
+from lvctx.data.packed import PackedRows, shard_name, write_token_shard
 from lvctx.errors import InputError, UsageError
 from lvctx.eval.niah.base_search import bases, best
 from lvctx.training.progressive import parse_stage
@@ -34,7 +34,7 @@ def pack(out: Path, *, rows: int = 7, length: int = 100, shards: int = 2) -> Pat
         ids = rng.integers(0, 1000, (len(part), length)).astype(np.int32)
         starts = [np.flatnonzero(rng.random(length) < 0.1).astype(np.int32) for _ in part]
         offsets = np.concatenate([[0], np.cumsum([len(s) for s in starts])]).astype(np.int64)
-        write_shard(out / shard_name(number), ids, offsets, np.concatenate(starts), {})
+        write_token_shard(out / shard_name(number), ids, offsets, np.concatenate(starts), {})
     provenance = Provenance(schema="lvctx.packed/1", command="pack-text", config={}, inputs={})
     names = [shard_name(n) for n in range(shards)]
     write_manifest(out, provenance, names, rows=rows, seq_len=length, shard_rows=[len(p) for p in parts])

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from lvctx.cli.app import app
 from lvctx.eval.benchmarks.accuracy import accuracy, difference
 from lvctx.eval.benchmarks.accuracy_plot import accuracy_series
-from lvctx.eval.benchmarks.answers import Reply, extract_letter, is_correct, is_degenerate, response_warnings
+from lvctx.eval.benchmarks.answers import BenchmarkReply, extract_letter, is_correct, is_degenerate, response_warnings
 from lvctx.eval.benchmarks.responses import read_responses
 from lvctx.eval.statistics import clustered_mean
 
@@ -50,7 +50,7 @@ READ = [
 
 @pytest.mark.parametrize(("text", "official", "lmms", "strict"), READ)
 def test_each_rule_reads_the_letter_that_its_scorer_reads(text: str, official: str, lmms: str, strict: str) -> None:
-    reply = Reply(id="1", video="v", answer="C", response=text)
+    reply = BenchmarkReply(id="1", video="v", answer="C", response=text)
     assert [extract_letter(reply, rule) for rule in ("official", "lmms-eval", "strict")] == [official, lmms, strict]
     assert is_correct(reply, "official") is (official == "C" if official else None)
     assert is_correct(reply, "lmms-eval") is (lmms == "C")
@@ -58,8 +58,8 @@ def test_each_rule_reads_the_letter_that_its_scorer_reads(text: str, official: s
 
 
 def test_signs_of_trouble() -> None:
-    def replies(*texts: str) -> list[Reply]:
-        return [Reply(id=str(i), video="v", answer="ABCD"[i % 4], response=t) for i, t in enumerate(texts)]
+    def replies(*texts: str) -> list[BenchmarkReply]:
+        return [BenchmarkReply(id=str(i), video="v", answer="ABCD"[i % 4], response=t) for i, t in enumerate(texts)]
 
     assert response_warnings(replies(*"ABCDABCD")) == []
     assert response_warnings(replies(*"AAAAAAAA")) == ["8 of 8 letters are A, the answer to 25% of the questions"]

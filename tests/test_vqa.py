@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app
-from lvctx.cli.video import StreamPrinter
+from lvctx.cli.vqa import StreamPrinter
 from lvctx.inference.transformers_engine import TransformersEngine
 from lvctx.inference.vqa import VideoQuestions
 from lvctx.video.reader import read_video

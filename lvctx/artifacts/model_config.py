@@ -6,7 +6,7 @@ from typing import Any
 from lvctx.artifacts.store import read_json
 from lvctx.errors import InputError
 
-CONFIG = "config.json"
+CONFIG_FILE = "config.json"
 PARTS = ("text_config", "vision_config")
 """Keys under which a VLM's config.json has the configurations of its language model and vision tower."""
 
@@ -25,7 +25,7 @@ def read_model_config(directory: Path) -> dict[str, Any]:
 
     Raises InputError for a missing file, for JSON that is no model's configuration, and for sizes that no model has.
     """
-    path = directory if directory.is_file() else directory / CONFIG
+    path = directory if directory.is_file() else directory / CONFIG_FILE
     raw = read_json(path)
     if not isinstance(raw.get("model_type"), str) or not raw["model_type"]:
         raise InputError("no model_type: not the config.json of a model", where=path)

@@ -17,7 +17,7 @@ from lvctx.artifacts.store import atomic_file, read_json, read_safetensors_heade
 from lvctx.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-CHUNK = 1 << 24
+COPY_BYTES = 1 << 24
 """Bytes read at once."""
 WIDTHS = {"BF16": 2, "F16": 2, "F32": 4}
 """Types that weights come in, and their bytes."""
@@ -111,7 +111,7 @@ def _copied(path: Path, begin: int, end: int) -> Iterator[bytes]:
     with open(path, "rb") as f:
         f.seek(begin)
         while begin < end:
-            chunk = f.read(min(CHUNK, end - begin))
+            chunk = f.read(min(COPY_BYTES, end - begin))
             assert chunk
             begin += len(chunk)
             yield chunk
@@ -128,7 +128,7 @@ def write_weights(
     for done, (name, shard) in enumerate(zip(names, shards, strict=True)):
         report(done, count, name)
         if not (out / name).exists():
-            write_shard(out / name, shard)
+            write_weight_shard(out / name, shard)
     report(count, count, "")
     if count > 1:
         total = sum(weight.size for shard in shards for weight in shard.values())
@@ -136,7 +136,7 @@ def write_weights(
         write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
 
 
-def write_shard(target: Path, shard: Mapping[str, Weight]) -> None:
+def write_weight_shard(target: Path, shard: Mapping[str, Weight]) -> None:
     """Write one safetensors file, byte for byte as safetensors would."""
     order = sorted(shard, key=lambda name: (-WIDTHS[shard[name].dtype], name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

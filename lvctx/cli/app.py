@@ -27,10 +27,10 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "pack-chat": ("prepare", "Mix chat samples with text, images and videos and pack them into long rows."),
     },
     "Video and evaluation": {
-        "encode-video": ("video", "Sample videos and store the vision tower's features of their frames."),
+        "encode-video": ("encode_video", "Sample videos and store the vision tower's features of their frames."),
         "mrope-extend": ("train", "Extend the context of a Qwen-VL model with M-RoPE++."),
         "niah": ("niah", "Needle-in-a-haystack test over context lengths and needle depths."),
-        "vqa": ("video", "Answer questions about videos."),
+        "vqa": ("vqa", "Answer questions about videos."),
         "videomme": ("videomme_score", "Video-MME: run a model on its questions, and score it."),
         "bench": ("benchmarks", "Other benchmarks of long video: run a model on their questions, and score it."),
     },
@@ -50,16 +50,7 @@ MODULES = {name: module for commands in COMMANDS.values() for name, (module, _) 
 
 def load_command(name: str) -> Any:
     """Import a command's module and build the command, or the group, with all its options."""
-    module = import_module(f"lvctx.cli.{MODULES[name]}")
-    if hasattr(module, "register"):  # commands whose options are still written by hand
-        from lvctx.cli.common import hide_variables
-
-        by_hand = typer.Typer(add_completion=False)
-        by_hand.callback()(lambda: None)
-        module.register(by_hand)
-        command: Any = typer.main.get_command(by_hand).commands[name]  # type: ignore[attr-defined]
-        hide_variables(command)
-        return command
+    import_module(f"lvctx.cli.{MODULES[name]}")
     from lvctx.cli.options import build
 
     return build(name)

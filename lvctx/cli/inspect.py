@@ -157,7 +157,7 @@ def doctor(config: DoctorConfig, run: OutputOptions) -> None:
     starts the processes on the CPU; under torchrun it checks the devices that extend-lm would use.
     """
     with progress("doctor", f"computing gradients on 1 and on {config.cp} processes"):
-        from lvctx.training.doctor import TOLERANCE, diagnose
+        from lvctx.training.doctor import GRADIENT_TOLERANCE, diagnose
 
         findings = diagnose(config)
     for f in findings:
@@ -167,7 +167,7 @@ def doctor(config: DoctorConfig, run: OutputOptions) -> None:
         emit(row, f"{'exact' if f.exact else 'NOT EXACT'}: {mask}: {difference}")
     if not all(f.exact for f in findings):
         raise InputError(
-            f"{config.cp} processes do not compute what one does (allowed relative difference {TOLERANCE:.0e})",
+            f"{config.cp} processes do not compute what one does (allowed difference {GRADIENT_TOLERANCE:.0e})",
             where=config.model,
             fix="please report it with the lines above",
         )

@@ -17,8 +17,8 @@ from lvctx.inference.engine_config import CachePlacement, DeviceConfig
 from lvctx.video.sampling import VideoSampling
 
 if TYPE_CHECKING:
+    from lvctx.eval.niah.job import NiahJob
     from lvctx.eval.niah.results import NeedleResults
-    from lvctx.eval.niah.run import NiahJob
 
 Threshold = Annotated[float, Flag(min=0, max=1)]
 
@@ -52,7 +52,7 @@ def text(config: TextNiahConfig, device: DeviceConfig, run: NiahRunOptions) -> N
 
     On a pipe there is one JSON line for each cell.
     """
-    from lvctx.eval.niah.run import plan_text
+    from lvctx.eval.niah.job import plan_text
 
     _run("niah text", config, lambda one: plan_text(one, kv_cache=run.kv_cache), device, run)
 
@@ -69,7 +69,7 @@ def video(config: VideoNiahConfig, sampling: VideoSampling, device: DeviceConfig
     On a pipe there is one JSON line for each cell.
     """
     from lvctx.device import resolve_device
-    from lvctx.eval.niah.run import plan_video
+    from lvctx.eval.niah.job import plan_video
     from lvctx.vlm.registry import open_vlm
 
     vlm = open_vlm(config.model, device=resolve_device(device.device))
@@ -125,7 +125,7 @@ class HaystackRunOptions(OutputOptions):
     """Where a haystack goes."""
 
     out: Annotated[Path, Flag(names=("-o", "--out"))] = Path("haystack")
-    """NAME.frames.safetensors (with --model), NAME.mp4, or a directory of images."""
+    """LONGVA_FILE.frames.safetensors (with --model), LONGVA_FILE.mp4, or a directory of images."""
     model: str | None = None
     """VLM or vision tower that encodes the frames: directory or hub id."""
     pixels: Path | None = None
@@ -193,13 +193,13 @@ def report(config: ReportConfig, output: OutputOptions) -> None:
     """
     from lvctx.artifacts.store import write_json
     from lvctx.eval.niah.heatmap import draw_heatmaps, write_report
-    from lvctx.eval.niah.longva_format import NAME, read_longva, write_longva
+    from lvctx.eval.niah.longva_format import LONGVA_FILE, read_longva, write_longva
     from lvctx.eval.niah.results import read_needle_results
 
     out, threshold = config.out, config.threshold
     if out is not None and out.suffix not in (".png", ".svg", ".json"):
         raise UsageError(f"-o {out}: .png, .svg or .json is wanted")
-    if out is not None and out.name == NAME and len(config.runs) > 1:
+    if out is not None and out.name == LONGVA_FILE and len(config.runs) > 1:
         raise UsageError(f"-o {out}: LongVA's file holds one run")
     results = [
         read_longva(run, trained_length=config.training_length) if run.suffix == ".json" else read_needle_results(run)
@@ -209,7 +209,7 @@ def report(config: ReportConfig, output: OutputOptions) -> None:
         for run, one in zip(config.runs, results, strict=True):
             if run.suffix != ".json":
                 write_report(run, one, threshold=threshold)
-    elif out.name == NAME:
+    elif out.name == LONGVA_FILE:
         write_longva(out, results[0])
     elif out.suffix == ".json":
         write_json(out, [one.to_dict(threshold) for one in results])

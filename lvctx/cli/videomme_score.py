@@ -1,4 +1,4 @@
-"""`lvctx videomme score`: responses of a run, or of anyone, under the scorers in use."""
+"""`lvctx videomme score_videomme`: responses of a run, or of anyone, under the scorers in use."""
 
 import csv
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from lvctx.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class VideoMMEScoreConfig:
-    """What to score, and how."""
+    """What to score_videomme, and how."""
 
     files: Annotated[tuple[Path, ...], Flag(argument=True, metavar="FILE...")]
     """Responses in the official format, or results directories of run."""
@@ -27,11 +27,11 @@ class VideoMMEScoreConfig:
 
 
 @command(
-    "videomme score",
-    "lvctx videomme score videomme --json",
-    "lvctx videomme score videomme/responses.json videomme --csv cells.csv --plot both.png",
+    "videomme score_videomme",
+    "lvctx videomme score_videomme videomme --json",
+    "lvctx videomme score_videomme videomme/responses.json videomme --csv cells.csv --plot both.png",
 )
-def score(config: VideoMMEScoreConfig, output: OutputOptions) -> None:
+def score_videomme(config: VideoMMEScoreConfig, output: OutputOptions) -> None:
     """Score responses under four rules with 95% intervals clustered by video; of two files, also their difference.
 
     official is the authors' script as it is now, official-2024 as it was before; both drop replies without a letter

@@ -40,7 +40,7 @@ def largest_blend(
     return low
 
 
-def choose(
+def choose_samples(
     lengths: Mapping[str, np.ndarray],
     shares: Mapping[str, float],
     *,

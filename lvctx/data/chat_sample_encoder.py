@@ -64,7 +64,7 @@ class ChatSampleEncoder:
         if media.kind == "image":
             width, height = image_size(path)
             return {**facts, "width": width, "height": height}, rule.image(width, height)
-        from lvctx.video.reader import count_frames
+        from lvctx.video.frame_count import count_frames
 
         fps, partial = self.video_fps, self.allow_partial
         count = count_frames(path, VideoSampling(fps=fps, allow_partial=partial))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-FILES = (".spool.tokens", ".spool.jsonl")
+STORE_FILES = (".spool.tokens", ".spool.jsonl")
 
 
 class ChatSampleStore:
@@ -15,7 +15,7 @@ class ChatSampleStore:
 
     def __init__(self, directory: Path) -> None:
         """Begin an empty store in two hidden files of a directory."""
-        self._paths = [directory / name for name in FILES]
+        self._paths = [directory / name for name in STORE_FILES]
         self._tokens, self._lines = (open(path, "w+b") for path in self._paths)  # noqa: SIM115 (closed in __exit__)
         self.kinds: list[str] = []
         self.lengths: list[int] = []

@@ -30,7 +30,7 @@ from lvctx.errors import InputError
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 MediaKind = Literal["image", "video"]
 MEDIA_KINDS: tuple[MediaKind, ...] = ("image", "video")
-T = TypeVar("T")
+ParsedT = TypeVar("ParsedT")
 
 
 class Media(NamedTuple):
@@ -94,7 +94,7 @@ def read_pairs(path: Path, images: Path) -> list[tuple[Conversation, Conversatio
     return _parse_all(path, images, parse)
 
 
-def _parse_all(path: Path, folder: Path, parse: Callable[[Record], T]) -> list[T]:
+def _parse_all(path: Path, folder: Path, parse: Callable[[Record], ParsedT]) -> list[ParsedT]:
     parsed, bad = [], []
     for record in chat_records(path, folder):
         try:

@@ -85,7 +85,7 @@ def unpack(raw: Any, name: str, *, guess_encoding: bool = False) -> io.BufferedR
     return stream
 
 
-def check_text(content: bytes, name: str) -> None:
+def check_is_text(content: bytes, name: str) -> None:
     """Raise InputError for what is no text: it holds a NUL, or is neither UTF-8 nor free of other control bytes.
 
     Text in another 8-bit encoding passes: invalid UTF-8 is the tokenizer's to judge. A NUL shows UTF-16 without a

@@ -20,13 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lvctx.data.decompress import MEBIBYTE, check_text, unpack
+from lvctx.data.decompress import MEBIBYTE, check_is_text, unpack
 from lvctx.data.hub import dataset_rows, hub_commit
 from lvctx.data.json_values import as_lines
 from lvctx.data.records import parquet_rows
 from lvctx.data.streams import (
     BROKEN,
-    Part,
+    InputPart,
     find_parts,
     open_stream,
     read_whole,
@@ -172,7 +172,7 @@ class Corpus:
             begin = start if number == start.part else Place(number, 0, 0)
             if part.kind == "text":
                 content = read_whole(part.name)
-                check_text(content, part.name)
+                check_is_text(content, part.name)
                 texts.append((number, content))
                 if sum(len(t) for _, t in texts) >= MEBIBYTE:
                     yield self._together(texts)
@@ -209,7 +209,7 @@ class Corpus:
                 text = stream.read()
             except BROKEN as e:
                 raise InputError(f"cannot read ({e})", where="stdin", fix="is it whole?") from e
-            check_text(text, "stdin")
+            check_is_text(text, "stdin")
             if text:
                 end = Place(begin.part + 1, 0, 0)
                 yield Chunk(start=begin, end=end, where="stdin", files=("stdin",), texts=(text,), sources=(UNNAMED,))
@@ -233,7 +233,7 @@ class Corpus:
         except BROKEN as e:
             raise InputError(f"cannot read past line {line} ({e})", where=name, fix="is the file whole?") from e
 
-    def _table(self, begin: Place, part: Part) -> Iterator[Chunk]:
+    def _table(self, begin: Place, part: InputPart) -> Iterator[Chunk]:
         """Chunks of a Parquet file or a dataset."""
         if part.kind == "parquet":
             # Text as bytes: what becomes of invalid UTF-8 is decided where it is tokenized.

@@ -20,7 +20,7 @@ from lvctx.artifacts.store import disk_error, fingerprint, is_disk_error, sha256
 from lvctx.config import OnProgress, hashed_fields
 from lvctx.data.bin_packing import best_fit_decreasing
 from lvctx.data.chat_encoding import CHATML
-from lvctx.data.chat_mixture import choose, largest_blend
+from lvctx.data.chat_mixture import choose_samples, largest_blend
 from lvctx.data.chat_sample_encoder import ChatSampleEncoder
 from lvctx.data.chat_sample_store import ChatSampleStore
 from lvctx.data.conversations import chat_records, parse_conversation
@@ -157,7 +157,7 @@ def run_pack_chat(
 
 
 class _ChatPacker:
-    """One run: read all samples into the store, choose, pack, write."""
+    """One run: read all samples into the store, choose_samples, pack, write."""
 
     def __init__(self, job: PackChatJob, samples: ChatSampleStore, on_progress: OnProgress) -> None:
         self.job, self.config, self.out, self.on_progress = job, job.config, job.config.out, on_progress
@@ -231,7 +231,7 @@ class _ChatPacker:
                 fix=f"--tokens {largest} is the most that mix and long share allow, or add samples",
             )
         limits: dict[str, Any] = {"long_share": config.long_share, "long_over": config.long_over}
-        taken = choose(lengths, mix, tokens=tokens, seed=config.seed, **limits)
+        taken = choose_samples(lengths, mix, tokens=tokens, seed=config.seed, **limits)
         chosen = np.sort(np.concatenate([numbers[kind][taken[kind]] for kind in mix]))
         if not len(chosen):
             raise InputError(

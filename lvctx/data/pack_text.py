@@ -25,7 +25,7 @@ from lvctx.config import OnProgress, hashed_fields
 from lvctx.data import mixture
 from lvctx.data.documents import UNNAMED, Corpus, Fields, Place
 from lvctx.data.pack_text_config import PackTextConfig
-from lvctx.data.packed import read_state, shard_name, write_shard
+from lvctx.data.packed import read_state, shard_name, write_token_shard
 from lvctx.data.row_packing import LengthRule, PackingStats, ShardBuffer, bin_names, take_all, take_budgets
 from lvctx.data.spool import Spool, part_name
 from lvctx.data.tokenization import UNREADABLE, Policy, Tokens, tokenize
@@ -270,7 +270,7 @@ class _Packer:
     def _write_shard(self, state: dict[str, Any]) -> None:
         rows, offsets, starts = self.buffer.arrays()
         state = {**state, "rows": len(rows)}
-        write_shard(self.out / shard_name(self.shards), rows, offsets, starts, self._metadata(state))
+        write_token_shard(self.out / shard_name(self.shards), rows, offsets, starts, self._metadata(state))
         self.shards += 1
         self.buffer.clear()
 

@@ -27,7 +27,7 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def write_shard(
+def write_token_shard(
     path: Path, rows: np.ndarray, offsets: np.ndarray, starts: np.ndarray, metadata: Mapping[str, str]
 ) -> None:
     """Write one shard atomically: rows int32 (R, S), offsets int64 (R + 1,), starts int32."""

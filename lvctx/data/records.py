@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 from lvctx.data.decompress import MEBIBYTE
 from lvctx.data.hub import ROWS, dataset_rows
 from lvctx.data.json_values import as_lines
-from lvctx.data.streams import BROKEN, KNOWN, SQUEEZED, base_suffix, open_stream
+from lvctx.data.streams import BROKEN, DOCUMENT_SUFFIXES, SQUEEZED, base_suffix, open_stream
 from lvctx.errors import InputError, first_line
 
-FILES = (*KNOWN, *SQUEEZED, ".csv", ".tsv", ".arrow")
+RECORD_SUFFIXES = (*DOCUMENT_SUFFIXES, *SQUEEZED, ".csv", ".tsv", ".arrow")
 DELIMITERS = ",;\t|"
 _BOM = "\ufeff"
 
@@ -43,7 +43,7 @@ class Record(NamedTuple):
 
 def is_dataset(path: Path) -> bool:
     """Whether this is a folder or, by its name, an id on the hub, rather than a file, there or not."""
-    is_id = not path.is_absolute() and len(path.parts) == 2 and path.suffix.lower() not in FILES
+    is_id = not path.is_absolute() and len(path.parts) == 2 and path.suffix.lower() not in RECORD_SUFFIXES
     return path.is_dir() or (is_id and not path.exists())
 
 

@@ -19,14 +19,14 @@ BROKEN = (OSError, EOFError, zlib.error)
 
 
 _LINES, _TEXTS = (".jsonl", ".ndjson", ".json"), (".txt", ".md", ".rst", ".text")
-KNOWN = (*_LINES, *_TEXTS, ".parquet")
+DOCUMENT_SUFFIXES = (*_LINES, *_TEXTS, ".parquet")
 _READ = (".gz", ".zst", ".xz", ".bz2")
 SQUEEZED = (*_READ, ".lz4", ".br", ".z", ".lz", ".lzma", ".lzo", ".sz", ".7z", ".zip", ".rar")
 """What may follow a file's own suffix; what is not read is refused when the file is opened, not passed by."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class InputPart:
     """One file, stream or dataset that is read from its beginning to its end."""
 
     kind: str
@@ -37,29 +37,33 @@ class Part:
     """Bytes on disk; 0 where unknown."""
 
 
-def find_parts(inputs: Sequence[str]) -> list[Part]:
+def find_parts(inputs: Sequence[str]) -> list[InputPart]:
     """What the inputs consist of; folders are walked in sorted order.
 
     Raises InputError for a missing, empty or unknown input.
     """
     if inputs.count("-") > 1:
         raise InputError("stdin is named twice", where="-", fix="give - once")
-    parts: list[Part] = []
+    parts: list[InputPart] = []
     for name in inputs:
         path = Path(name)
         found = None if name == "-" else _stat(path)
         if name == "-":
-            parts.append(Part(kind="stdin", name=name, size=0))
+            parts.append(InputPart(kind="stdin", name=name, size=0))
         elif found and stat.S_ISDIR(found.st_mode):
             parts += _folder(path)
         elif found and stat.S_ISREG(found.st_mode):
-            parts.append(Part(kind=_kind(path), name=name, size=found.st_size))
+            parts.append(InputPart(kind=_kind(path), name=name, size=found.st_size))
         elif found:
             raise InputError("a pipe or device: it can be read once only", where=name, fix="pipe it to -")
-        elif path.suffix.lower() in (*KNOWN, *SQUEEZED) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        elif (
+            path.suffix.lower() in (*DOCUMENT_SUFFIXES, *SQUEEZED)
+            or name.startswith((".", "/", "~"))
+            or name.count("/") > 1
+        ):
             raise InputError("no such file or folder", where=name)
         else:
-            parts.append(Part(kind="hub", name=name, size=0))
+            parts.append(InputPart(kind="hub", name=name, size=0))
     return parts
 
 
@@ -72,17 +76,19 @@ def _stat(path: Path) -> os.stat_result | None:
         raise InputError(f"cannot read ({getattr(e, 'strerror', None) or e})", where=path) from e
 
 
-def _folder(path: Path) -> list[Part]:
+def _folder(path: Path) -> list[InputPart]:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         size = sum(p.stat().st_size for p in path.rglob("*.arrow"))
-        return [Part(kind="saved", name=str(path), size=size)]
+        return [InputPart(kind="saved", name=str(path), size=size)]
     files = (p for p in path.rglob("*") if not any(q.startswith(".") for q in p.relative_to(path).parts))
-    known = sorted(p for p in files if base_suffix(p) in KNOWN and p.is_file())
+    known = sorted(p for p in files if base_suffix(p) in DOCUMENT_SUFFIXES and p.is_file())
     if not known:
         raise InputError(
-            "no documents in the folder", where=path, fix=f"it reads {' '.join(KNOWN)}, also {' '.join(_READ)}"
+            "no documents in the folder",
+            where=path,
+            fix=f"it reads {' '.join(DOCUMENT_SUFFIXES)}, also {' '.join(_READ)}",
         )
-    return [Part(kind=_kind(p), name=str(p), size=p.stat().st_size) for p in known]
+    return [InputPart(kind=_kind(p), name=str(p), size=p.stat().st_size) for p in known]
 
 
 def base_suffix(path: Path) -> str:

@@ -23,7 +23,7 @@ from lvctx.models.weight_check import check_shapes
 ADAPTER = "adapter"
 """In the output of a run with LoRA: the directory of what it trained."""
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 ROOT = "base_model.model."
 """How PEFT's names begin."""
 PROJECTOR = "multi_modal_projector"
@@ -55,9 +55,9 @@ def save_adapter(out: Path, model: Any, wrapped: Any, provenance: Provenance, *,
         task_type="CAUSAL_LM",
     )
     (out / ADAPTER).mkdir(parents=True, exist_ok=True)
-    with scratch(out / ADAPTER / CONFIG) as folder:
+    with scratch(out / ADAPTER / ADAPTER_CONFIG_FILE) as folder:
         config.save_pretrained(folder)
-        os.replace(folder / CONFIG, out / ADAPTER / CONFIG)
+        os.replace(folder / ADAPTER_CONFIG_FILE, out / ADAPTER / ADAPTER_CONFIG_FILE)
     metadata = provenance.to_metadata(longest_sample=longest)
     save_tensors(out / ADAPTER / WEIGHTS, {name: tensor.bfloat16() for name, tensor in tensors.items()}, metadata)
 
@@ -78,7 +78,7 @@ def load_adapter(path: Path, model: Any, wrapped: Any) -> None:
     from safetensors.torch import load_file
 
     if path.is_dir():
-        _check_scale(path / CONFIG)
+        _check_scale(path / ADAPTER_CONFIG_FILE)
         path = path / WEIGHTS
     read_safetensors_header(path)
     with library_errors("cannot read the adapter", where=path):
@@ -117,7 +117,9 @@ def _check_scale(path: Path) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))
         rank, alpha = config["r"], config["lora_alpha"]
     except FileNotFoundError:
-        raise InputError(f"no {CONFIG}", where=path.parent, fix="give the adapter/ of a run with --lora") from None
+        raise InputError(
+            f"no {ADAPTER_CONFIG_FILE}", where=path.parent, fix="give the adapter/ of a run with --lora"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise InputError(f"not the configuration of a LoRA ({e})", where=path) from e
     if alpha != 2 * rank:

@@ -12,7 +12,6 @@ tokens that the template writes around turns.
 
 import json
 import re
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,10 +19,9 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from lvctx.errors import InputError
+from lvctx.models.text_marks import END, MARK, SIGN, insert_marks, mark, until_mark, wrap_in_marks
+from lvctx.models.token_offsets import TokenOffsets
 
-_SIGN, _END = "\ufdd0", "\ufdd1"
-"""Around our marks: characters that Unicode keeps out of text ("noncharacters")."""
-_MARK = f"{_SIGN}([a-z])([0-9]+){_END}"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -39,7 +37,7 @@ Message = Mapping[str, Any]
 """`role` and `content` (`Content`)."""
 
 
-class Answer(NamedTuple):
+class AnswerSpan(NamedTuple):
     """Tokens of an answer: `[first, end)` are its words, `[end, closed)` what ends its turn."""
 
     first: int
@@ -55,13 +53,8 @@ class ChatTokens:
     """Token ids; an image or a video is one token."""
     visual: list[int]
     """Where the tokens of images and videos are, in order."""
-    answers: list[Answer]
+    answers: list[AnswerSpan]
     """The assistant's, in order."""
-
-
-def mark(kind: str, number: int) -> str:
-    """o, c: a turn's content begins, ends. s, e: an answer's tokens begin, end. v, t: a visual token, one as text."""
-    return f"{_SIGN}{kind}{number}{_END}"
 
 
 def chat_encoder(tokenizer: Any) -> "ChatEncoder":
@@ -99,7 +92,7 @@ class ChatEncoder:
         }
         """Control tokens: text to id."""
         texts = "|".join(map(re.escape, sorted(self._ids, key=len, reverse=True))) or "(?!)"
-        self._control, self._scan = re.compile(texts), re.compile(f"{_MARK}|({texts})")
+        self._control, self._scan = re.compile(texts), re.compile(f"{MARK}|({texts})")
         self._closing = re.compile(rf"\s*(?:{texts})")
         self._content = {i: text for text, i in self._ids.items()}
         self._encoder, self._alias = self._plain_encoder({i: added[text][1] for text, i in self._ids.items()})
@@ -187,7 +180,7 @@ class ChatEncoder:
 
     def _marked(self, turns: Sequence[tuple[str, str]], where: str | None) -> str:
         """The conversation with marks around each turn's content, before each answer, and after what ends its turn."""
-        wrapped = [(role, _wrap(text, i)) for i, (role, text) in enumerate(turns)]
+        wrapped = [(role, wrap_in_marks(text, i)) for i, (role, text) in enumerate(turns)]
         text = self._render(wrapped, where=where)
         answers = [i for i, (role, _) in enumerate(turns) if role == "assistant"]
         if not answers:
@@ -199,13 +192,13 @@ class ChatEncoder:
             opened, closed = text.count(mark("o", i)), text.count(mark("c", i))
             if content.strip() and (closed != 1 or opened > 1 if role == "assistant" else not (opened and closed)):
                 raise InputError(f"the chat template leaves out or repeats a turn of the {role}", where=where)
-        if re.sub(f"{_SIGN}[oc][0-9]+{_END}", "", text) != self._render(turns, where=where):
+        if re.sub(f"{SIGN}[oc][0-9]+{END}", "", text) != self._render(turns, where=where):
             raise InputError("the chat template reads what a turn begins or ends with", where=where)
         ends = [text.index(mark("c", i)) + len(mark("c", i)) for i in answers]
-        counts = self._closings([_rest(text, end) for end in ends])
+        counts = self._closings([until_mark(text, end) for end in ends])
         inserted = [(end + count, mark("e", i)) for end, count, i in zip(ends, counts, answers, strict=True)]
         inserted += [(len(starts[i]), mark("s", i)) for i in answers]
-        return _insert(text, inserted)
+        return insert_marks(text, inserted)
 
     def _closings(self, rests: list[str]) -> list[int]:
         """How much of what follows each answer ends its turn: a control token, or what follows each of them.
@@ -252,7 +245,7 @@ class ChatEncoder:
         if not spans:
             raise InputError("the chat template marks nothing as generated", where=where)
         marks = [(begin, mark("s", i)) for i, (begin, _) in enumerate(spans)]
-        return _insert(text, [*marks, *((end, mark("c", i) + mark("e", i)) for i, (_, end) in enumerate(spans))])
+        return insert_marks(text, [*marks, *((end, mark("c", i) + mark("e", i)) for i, (_, end) in enumerate(spans))])
 
     def prompt(self, messages: Sequence[Message]) -> ChatTokens:
         """What stands before an answer to the last of the messages, as `encode` has it.
@@ -293,7 +286,7 @@ class ChatEncoder:
 
     def _tokens(self, text: str, at: Mapping[tuple[str, int], int], where: str | None) -> ChatTokens:
         plain, _, expected = self._unmarked(text)
-        if plain.count(_SIGN) != len(re.findall(_MARK, plain)):
+        if plain.count(SIGN) != len(re.findall(MARK, plain)):
             raise InputError("the chat template takes a turn's text apart", where=where)
         encoded = self._encoder.encode(plain, add_special_tokens=False)
         leaked = set(encoded.ids) & (self._content.keys() - {self.tokenizer.unk_token_id})
@@ -304,38 +297,13 @@ class ChatEncoder:
         visual = [place for place, i in enumerate(ids) if i in set(expected)]
         if [ids[place] for place in visual] != expected:
             raise InputError("the chat template moves or repeats images", where=where)
-        places = _Places(plain, encoded.offsets)
+        places = TokenOffsets(plain, encoded.offsets)
         numbers = [number for kind, number in at if kind == "s"]
         answers = []
         for i in numbers:
             first, closed = places.tokens(at["s", i], at["e", i])
-            answers.append(Answer(first, places.tokens(at["s", i], at["c", i])[1], closed))
+            answers.append(AnswerSpan(first, places.tokens(at["s", i], at["c", i])[1], closed))
         return ChatTokens(ids=ids, visual=visual, answers=answers)
-
-
-class _Places:
-    """Offsets of tokens in a text."""
-
-    def __init__(self, text: str, offsets: Sequence[tuple[int, int]]) -> None:
-        self.text, self.offsets = text, offsets
-        self._stops = [stop for _, stop in offsets]
-
-    def tokens(self, begin: int, end: int) -> tuple[int, int]:
-        """The tokens of `text[begin:end]`; one that reaches beyond it is among them if that is white space."""
-        first = bisect_left(self._stops, begin)
-        while first < len(self.offsets) and not self._inside(first, begin, end) and self.offsets[first][0] < end:
-            first += 1
-        last = first
-        while last < len(self.offsets) and self._inside(last, begin, end):
-            last += 1
-        return first, last
-
-    def _inside(self, token: int, begin: int, end: int) -> bool:
-        start, stop = self.offsets[token]
-        if start == stop:
-            return begin <= start < end
-        beyond = self.text[start:begin] + self.text[end:stop]
-        return stop > begin and start < end and not beyond.strip()
 
 
 def _is_visual(part: str | Visual) -> bool:
@@ -348,30 +316,11 @@ def check_text(text: str, where: str | None) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise InputError("half a character (a lone surrogate) in the text", where=where) from None
-    if _SIGN in text:
+    if SIGN in text:
         raise InputError("U+FDD0 in the text, which Unicode keeps out of text", where=where)
-
-
-def _wrap(text: str, i: int) -> str:
-    """Marks around a text, inside its outer white space, which templates strip."""
-    core = text.strip()
-    return text.replace(core, mark("o", i) + core + mark("c", i), 1) if core else text
 
 
 def _shared(texts: Sequence[str]) -> str:
     """What all of them begin with."""
     lowest, highest = min(texts), max(texts)
     return lowest[: next((i for i, (a, b) in enumerate(zip(lowest, highest, strict=False)) if a != b), len(lowest))]
-
-
-def _rest(text: str, begin: int) -> str:
-    """What follows, up to the next mark."""
-    return text[begin:].partition(_SIGN)[0]
-
-
-def _insert(text: str, marks: Sequence[tuple[int, str]]) -> str:
-    pieces, done = [], 0
-    for at, inserted in sorted(marks, key=lambda one: one[0]):
-        pieces += [text[done:at], inserted]
-        done = at
-    return "".join([*pieces, text[done:]])

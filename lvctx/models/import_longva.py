@@ -44,7 +44,7 @@ from lvctx.models.vlm_assembly import (
 from lvctx.models.weight_check import DERIVED, check_shapes
 
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
-NEWLINE = "image_newline"
+NEWLINE_PARAMETER = "image_newline"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -97,7 +97,7 @@ def plan_import_longva(config: ImportLongvaConfig) -> ImportLongvaJob:
     flat = read_model_config(path)
     text = llava.text_config(flat, context=config.context, where=path)
     stored = {name: weight for shard in read_weights(path).values() for name, weight in shard.items()}
-    inside = any(name.startswith(llava.TOWER) for name in stored)
+    inside = any(name.startswith(llava.TOWER_PREFIX) for name in stored)
     shapes = {name: weight.shape for name, weight in stored.items() if not DERIVED.search(name)}
     vision, pixels, tower_path = _tower(path, flat, config.tower, shapes if inside else None)
     tokenizer = load_tokenizer(path)
@@ -220,7 +220,7 @@ def _shards(job: ImportLongvaJob) -> list[Mapping[str, Weight]]:
     for shard in job.shards:
         made = {n: _grown(w, job.rows) if n in (EMBEDDING, HEAD) else w for n, w in shard.items()}
         if EMBEDDING in shard:
-            made[NEWLINE] = _row(shard[EMBEDDING], line_end)
+            made[NEWLINE_PARAMETER] = _row(shard[EMBEDDING], line_end)
         shards.append(made)
     if job.tower is not None:
         state = load_vision_model(job.tower, dtype=job.config.dtype).state_dict()

@@ -15,17 +15,21 @@ from typing import Any
 import torch
 
 from lvctx.errors import InputError, UsageError, library_errors
-from lvctx.models.vlm_assembly import PIXELS
+from lvctx.models.vlm_assembly import PIXEL_OPTIONS
 from lvctx.models.weight_check import DERIVED
 
 LANGUAGE = {"llava_qwen": "qwen2", "llava_llama": "llama", "llava_mistral": "mistral"}
 """LLaVA's model types, and the language model's."""
-CLASSES = {"qwen2": "LlavaQwenForCausalLM", "llama": "LlavaLlamaForCausalLM", "mistral": "LlavaMistralForCausalLM"}
-TOWER = "model.vision_tower.vision_tower.vision_model."
+LANGUAGE_CLASSES = {
+    "qwen2": "LlavaQwenForCausalLM",
+    "llama": "LlavaLlamaForCausalLM",
+    "mistral": "LlavaMistralForCausalLM",
+}
+TOWER_PREFIX = "model.vision_tower.vision_tower.vision_model."
 NEWLINE = "model.image_newline"
 RENAMED = (
-    (TOWER, "vision_tower.vision_model."),
-    (TOWER, "vision_tower."),
+    (TOWER_PREFIX, "vision_tower.vision_model."),
+    (TOWER_PREFIX, "vision_tower."),
     ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
     ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
     (NEWLINE, "image_newline"),
@@ -84,7 +88,7 @@ def expected(text: Any, vision: Any, *, tower: bool = True) -> dict[str, tuple[i
         wanted[f"model.mm_projector.{layer}.bias"] = (wide,)
     if tower:
         wanted |= {
-            TOWER + name.removeprefix("vision_model."): tuple(value.shape)
+            TOWER_PREFIX + name.removeprefix("vision_model."): tuple(value.shape)
             for name, value in seen.state_dict().items()
             if not DERIVED.search(name)
         }
@@ -117,7 +121,7 @@ def text_config(flat: Mapping[str, Any], *, context: int | None, where: object) 
         values = {key: value for key, value in values.items() if key not in ("rope_theta", "rope_scaling")}
     with library_errors("unreadable config.json", where=where):
         config = type(default).from_dict(values)
-    config.architectures = [CLASSES[kind].removeprefix("Llava").replace("Qwen", "Qwen2")]
+    config.architectures = [LANGUAGE_CLASSES[kind].removeprefix("Llava").replace("Qwen", "Qwen2")]
     if context:
         config.max_position_embeddings = context
     return config
@@ -133,18 +137,18 @@ def clip_config(shapes: Mapping[str, tuple[int, ...]], name: str, *, where: obje
     decisive = {"embeddings.patch_embedding.weight": 4, "embeddings.position_embedding.weight": 2}
     decisive["encoder.layers.0.mlp.fc1.weight"] = 2
     for key, axes in decisive.items():
-        if TOWER + key not in shapes:
-            raise InputError(f"lacks {TOWER}{key}", where=where, fix="download or save it again")
-        if len(shapes[TOWER + key]) != axes or not all(shapes[TOWER + key]):
-            raise InputError(f"{TOWER}{key} has shape {list(shapes[TOWER + key])}", where=where)
-    width, _, patch, _ = shapes[f"{TOWER}embeddings.patch_embedding.weight"]
-    positions = shapes[f"{TOWER}embeddings.position_embedding.weight"][0]
+        if TOWER_PREFIX + key not in shapes:
+            raise InputError(f"lacks {TOWER_PREFIX}{key}", where=where, fix="download or save it again")
+        if len(shapes[TOWER_PREFIX + key]) != axes or not all(shapes[TOWER_PREFIX + key]):
+            raise InputError(f"{TOWER_PREFIX}{key} has shape {list(shapes[TOWER_PREFIX + key])}", where=where)
+    width, _, patch, _ = shapes[f"{TOWER_PREFIX}embeddings.patch_embedding.weight"]
+    positions = shapes[f"{TOWER_PREFIX}embeddings.position_embedding.weight"][0]
     if width % 64 or math.isqrt(positions - 1) < 1:
         raise InputError(f"a tower of {width} channels and {positions} positions is none of OpenAI's", where=where)
-    layers = {m[1] for key in shapes if (m := re.match(re.escape(TOWER) + r"encoder\.layers\.(\d+)\.", key))}
+    layers = {m[1] for key in shapes if (m := re.match(re.escape(TOWER_PREFIX) + r"encoder\.layers\.(\d+)\.", key))}
     config = CLIPVisionConfig(
         hidden_size=width,
-        intermediate_size=shapes[f"{TOWER}encoder.layers.0.mlp.fc1.weight"][0],
+        intermediate_size=shapes[f"{TOWER_PREFIX}encoder.layers.0.mlp.fc1.weight"][0],
         num_hidden_layers=len(layers),
         num_attention_heads=width // 64,
         image_size=math.isqrt(positions - 1) * patch,
@@ -159,9 +163,9 @@ def llava_config(config: Mapping[str, Any], tokenizer_length: int) -> dict[str, 
     """LLaVA's config.json from that of a VLM of ours. Raises UsageError for a model that has no form there."""
     text, vision = _value(config, "text_config", dict), _value(config, "vision_config", dict)
     kind = _value(text, "model_type", str)
-    if _value(vision, "model_type", str) != "clip_vision_model" or kind not in CLASSES:
+    if _value(vision, "model_type", str) != "clip_vision_model" or kind not in LANGUAGE_CLASSES:
         raise UsageError(
-            f"LLaVA's names are for a CLIP tower on {', '.join(CLASSES)}, not {vision['model_type']} on {kind}",
+            f"LLaVA's names are for CLIP on {', '.join(LANGUAGE_CLASSES)}, not {vision['model_type']} on {kind}",
             fix="--to hf",
         )
     if config.get("image_grid", "unires") != "unires":
@@ -183,7 +187,7 @@ def llava_config(config: Mapping[str, Any], tokenizer_length: int) -> dict[str, 
     ]
     grids = [[w * side, h * side] for w, h in tiles]
     return flat | {
-        "architectures": [CLASSES[kind]],
+        "architectures": [LANGUAGE_CLASSES[kind]],
         "model_type": next(name for name, lm in LANGUAGE.items() if lm == kind),
         "torch_dtype": config.get("dtype"),
         "mm_vision_tower": CLIP_336 if is_clip_336(vision) else "tower",
@@ -227,4 +231,4 @@ def is_clip_336(vision: Mapping[str, Any]) -> bool:
 
 def pixels_of(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a preprocessor_config.json."""
-    return {key: preprocessor[key] for key in PIXELS if key in preprocessor}
+    return {key: preprocessor[key] for key in PIXEL_OPTIONS if key in preprocessor}

@@ -31,7 +31,7 @@ def save_model(model: Any, tokenizer: Any, out: Path) -> None:
         raise
 
 
-TOWER = "vision_tower."
+TOWER_NAMES = "vision_tower."
 
 
 def tower_names(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,8 +39,8 @@ def tower_names(state: Mapping[str, Any]) -> dict[str, Any]:
 
     transformers 5.19 dropped that level from its own names and reads both; vLLM 0.32 reads no other.
     """
-    nested = f"{TOWER}vision_model."
-    return {name if nested in name else name.replace(TOWER, nested): tensor for name, tensor in state.items()}
+    nested = f"{TOWER_NAMES}vision_model."
+    return {name if nested in name else name.replace(TOWER_NAMES, nested): tensor for name, tensor in state.items()}
 
 
 def forget_origin(config: Any) -> None:

@@ -24,7 +24,7 @@ from lvctx.models.loading import device_of
 from lvctx.models.saving import save_model
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
-Grid = Literal["unires", "anyres", "single"]
+ImageGrid = Literal["unires", "anyres", "single"]
 """How a model was taught to read an image: see `lvctx.vlm.image_tiling`. A video's frame is one pooled grid in all."""
 
 FLATTEN_CONTENT = """\
@@ -46,13 +46,13 @@ FLATTEN_PARTS = FLATTEN_CONTENT.replace("'content': turn.text", "'content': [{'t
 """The same for a template that takes lists of parts alone."""
 
 
-def image_grid(config: Any) -> Grid:
+def image_grid(config: Any) -> ImageGrid:
     """How a VLM reads images, from its configuration. Raises InputError for a word that is none of ours."""
     named = getattr(config, "image_grid", "unires")
-    for grid in get_args(Grid):
+    for grid in get_args(ImageGrid):
         if grid == named:
             return grid
-    raise InputError(f"config.json has image_grid {named!r}", fix=f"it is one of {', '.join(get_args(Grid))}")
+    raise InputError(f"config.json has image_grid {named!r}", fix=f"it is one of {', '.join(get_args(ImageGrid))}")
 
 
 def image_rule(config: Any) -> Literal["code", "paper"]:
@@ -246,7 +246,7 @@ def own_template(template: str) -> str:
 
 PIXELS_FILE = "preprocessor_config.json"
 VLM_FILES = ("processor_config.json", "video_preprocessor_config.json")
-PIXELS = ("do_normalize", "do_rescale", "rescale_factor", "image_mean", "image_std", "resample")
+PIXEL_OPTIONS = ("do_normalize", "do_rescale", "rescale_factor", "image_mean", "image_std", "resample")
 """What a VLM takes over from its tower's `PIXELS_FILE`."""
 
 
@@ -254,7 +254,7 @@ def write_processors(config: Any, pixels: Mapping[str, Any], out: Path) -> None:
     """Write the processors' files of a VLM; `pixels` is what its tower's `PIXELS_FILE` says."""
     vision = config.vision_config
     square = {"height": vision.image_size, "width": vision.image_size}
-    kept = {key: pixels[key] for key in PIXELS if key in pixels} | {"do_resize": True}
+    kept = {key: pixels[key] for key in PIXEL_OPTIONS if key in pixels} | {"do_resize": True}
     drop_cls = config.vision_feature_select_strategy == "default"
     files = {
         PIXELS_FILE: {

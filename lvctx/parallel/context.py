@@ -24,7 +24,7 @@ from lvctx.errors import EXIT_INTERRUPTED, EXIT_STOPPED, InputError, LvctxError,
 from lvctx.parallel.ring_attention import ALONE, Ring
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
+ValueT = TypeVar("ValueT")
 STEP_TIMEOUT = timedelta(minutes=10)
 """Timeout of a collective in training: longer than a first step at the longest sequences, below torch's 30 minutes."""
 SHARED_WORK_TIMEOUT = timedelta(days=7)
@@ -86,7 +86,7 @@ class ParallelContext:
         dist.all_gather_object(found, value, group=self.control)
         return found
 
-    def follow(self, values: Iterable[T]) -> Iterator[T]:
+    def follow(self, values: Iterable[ValueT]) -> Iterator[ValueT]:
         """What rank 0 iterates over, on every rank; the others' `values` are not touched."""
         if self.size == 1:
             yield from values

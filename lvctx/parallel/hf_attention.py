@@ -25,7 +25,7 @@ from lvctx.parallel.block_attention import Kernel, choose_kernel
 from lvctx.parallel.ring_attention import Ring, ring_attention
 
 log = logging.getLogger(__name__)
-NAME = "lvctx_ring"
+RING_ATTENTION = "lvctx_ring"
 """What a model's `attn_implementation` has to be."""
 
 
@@ -49,7 +49,7 @@ def register() -> None:
     """Make `attn_implementation="lvctx_ring"` known to transformers."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(NAME, _attend)
+    AttentionInterface.register(RING_ATTENTION, _attend)
 
 
 def is_plain(config: Any) -> bool:
@@ -74,7 +74,7 @@ def use(lm: Any, *, where: object) -> None:
     """Let a language model attend by `shard` from now on. Raises InputError where attention is not plain."""
     check_config(lm.config, where=where)
     register()
-    lm.set_attn_implementation(NAME)
+    lm.set_attn_implementation(RING_ATTENTION)
 
 
 def _attend(
@@ -100,7 +100,7 @@ def _attend(
         grouped = query.shape[1] != key.shape[1]
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
         return out.transpose(1, 2), None
-    kernel = choose(device, query.dtype, query.shape[-1], shard.starts is not None)
+    kernel = select_kernel(device, query.dtype, query.shape[-1], shard.starts is not None)
     if isinstance(kernel, PackageRing):
         return kernel(query, key, value, shard.ring, scale), None
     out = ring_attention(query, key, value, ring=shard.ring, kernel=kernel, scale=scale, starts=shard.starts)
@@ -108,7 +108,7 @@ def _attend(
 
 
 @cache
-def choose(device: str, dtype: torch.dtype, head_dim: int, documents: bool) -> "Kernel | PackageRing":
+def select_kernel(device: str, dtype: torch.dtype, head_dim: int, documents: bool) -> "Kernel | PackageRing":
     """What computes the ring: ring-flash-attn where it can be loaded and serves, else ours on torch's kernels."""
     half = dtype in (torch.bfloat16, torch.float16)
     package = load_package() if device == "cuda" and half and not documents else None

@@ -43,7 +43,7 @@ ALONE = Ring()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
+class AttentionBlock:
     """Queries that meet keys, as half-open ranges of local places."""
 
     queries: tuple[int, int]
@@ -55,7 +55,7 @@ class Block:
 
 
 @lru_cache(maxsize=64)  # every layer asks again
-def blocks(rank: int, source: int, world: int, length: int, starts: tuple[int, ...] | None) -> list[Block]:
+def blocks(rank: int, source: int, world: int, length: int, starts: tuple[int, ...] | None) -> list[AttentionBlock]:
     """What `rank` computes of the keys of rank `source`; `length` is a shard's, `starts` where documents begin.
 
     `starts` are ascending places in the whole sequence, the first 0; None lets every token see all before it.
@@ -63,10 +63,10 @@ def blocks(rank: int, source: int, world: int, length: int, starts: tuple[int, .
     half = length // 2
     if starts is None:
         if source == rank:
-            return [Block(queries=(0, length), keys=(0, length), causal=True)]
+            return [AttentionBlock(queries=(0, length), keys=(0, length), causal=True)]
         if source < rank:
-            return [Block(queries=(0, length), keys=(0, half), causal=False)]
-        return [Block(queries=(half, length), keys=(0, length), causal=False)]
+            return [AttentionBlock(queries=(0, length), keys=(0, half), causal=False)]
+        return [AttentionBlock(queries=(half, length), keys=(0, length), causal=False)]
     size = length if world == 1 else half
     found = []
     for i, mine in enumerate(chunks_of(rank, world)):
@@ -76,19 +76,23 @@ def blocks(rank: int, source: int, world: int, length: int, starts: tuple[int, .
     return found
 
 
-def _chunk_blocks(mine: int, theirs: int, size: int, at: int, key_at: int, starts: Sequence[int]) -> list[Block]:
+def _chunk_blocks(
+    mine: int, theirs: int, size: int, at: int, key_at: int, starts: Sequence[int]
+) -> list[AttentionBlock]:
     """Blocks between two chunks of `size` tokens that lie at local places `at` and `key_at`, theirs not after mine."""
     begin, key_begin = mine * size, theirs * size
     if mine == theirs:
         edges = [begin, *(s for s in starts if begin < s < begin + size), begin + size]
         spans = [(at + a - begin, at + b - begin) for a, b in pairwise(edges)]
-        return [Block(queries=span, keys=span, causal=True) for span in spans]
+        return [AttentionBlock(queries=span, keys=span, causal=True) for span in spans]
     following = bisect_right(starts, begin)
     first = max(starts[following - 1], key_begin)
     last = min([*starts[following : following + 1], begin + size])
     if first >= key_begin + size:
         return []
-    return [Block(queries=(at, at + last - begin), keys=(key_at + first - key_begin, key_at + size), causal=False)]
+    return [
+        AttentionBlock(queries=(at, at + last - begin), keys=(key_at + first - key_begin, key_at + size), causal=False)
+    ]
 
 
 def ring_attention(

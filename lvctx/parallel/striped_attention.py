@@ -25,7 +25,7 @@ from lvctx.parallel.block_attention import Kernel, Plain, choose_kernel
 from lvctx.parallel.hf_attention import check_config, is_plain
 from lvctx.parallel.ring_attention import Ring, merge
 
-NAME = "lvctx_stripes"
+STRIPED_ATTENTION = "lvctx_stripes"
 """What a model's `attn_implementation` has to be."""
 
 
@@ -75,8 +75,8 @@ def prepare(lm: Any) -> None:
     from transformers import AttentionInterface
 
     check_config(lm.config, where=lm.config.name_or_path or lm.config.model_type)
-    AttentionInterface.register(NAME, _attend)
-    lm.set_attn_implementation(NAME)
+    AttentionInterface.register(STRIPED_ATTENTION, _attend)
+    lm.set_attn_implementation(STRIPED_ATTENTION)
 
 
 def last_rows(mine_LE: Tensor, *, end: int, count: int, ring: Ring) -> Tensor:

@@ -12,7 +12,7 @@ from lvctx.rope.spec import RopeSpec
 
 Method = Literal["mrope++", "pi", "ntk", "yarn", "none"]
 METHODS: tuple[Method, ...] = ("mrope++", "pi", "ntk", "yarn", "none")
-SCHEMES = {"pi": pi, "ntk": ntk, "yarn": yarn, "none": rope}
+MROPE_SCHEMES = {"pi": pi, "ntk": ntk, "yarn": yarn, "none": rope}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Mrope:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stretch:
+class RopeScaling:
     """How far, and how."""
 
     method: Method
@@ -54,7 +54,7 @@ class Stretch:
     """Pretrained length in tokens."""
 
 
-def _specs(model: Mrope, stretch: Stretch) -> tuple[Any, Any]:
+def _specs(model: Mrope, stretch: RopeScaling) -> tuple[Any, Any]:
     if stretch.method == "mrope++":
         assert not model.interleaved
         return mrope_pp, MropeSpec(
@@ -65,25 +65,25 @@ def _specs(model: Mrope, stretch: Stretch) -> tuple[Any, Any]:
             original=stretch.original,
             ramp=stretch.ramp,
         )
-    return SCHEMES[stretch.method], RopeSpec(
+    return MROPE_SCHEMES[stretch.method], RopeSpec(
         head_dim=model.head_dim, theta=model.theta, factor=stretch.factor, original=stretch.original
     )
 
 
-def inv_freq(model: Mrope, stretch: Stretch) -> Tensor:
+def inv_freq(model: Mrope, stretch: RopeScaling) -> Tensor:
     """Angular frequencies (head_dim / 2,) in radians per position, float64."""
     scheme, spec = _specs(model, stretch)
     frequencies: Tensor = scheme.inv_freq(spec)
     return frequencies
 
 
-def attention_factor(model: Mrope, stretch: Stretch) -> float:
+def mrope_attention_factor(model: Mrope, stretch: RopeScaling) -> float:
     """What cos and sin are multiplied by: YaRN sharpens attention, the others leave it."""
     scheme, spec = _specs(model, stretch)
     return float(scheme.attention_factor(spec)) if scheme is yarn else 1.0
 
 
-def to_hf(model: Mrope, stretch: Stretch) -> dict[str, Any]:
+def to_hf(model: Mrope, stretch: RopeScaling) -> dict[str, Any]:
     """The `rope_parameters` that make stock transformers compute these frequencies."""
     scheme, spec = _specs(model, stretch)
     extra = {"mrope_interleaved": True} if model.interleaved else {}

@@ -40,7 +40,7 @@ class Grids(NamedTuple):
     """Positions from one grid to the next, rounded down at each grid."""
 
 
-class Film(NamedTuple):
+class VideoGrids(NamedTuple):
     """One video in runs of different sizes, each between its own delimiters, whose time goes on from run to run.
 
     All runs share the height and width positions of the first, as the frames of one video do. Delimiters between runs
@@ -53,10 +53,10 @@ class Film(NamedTuple):
     """Position of every grid, counted from the film's first; ascending, from 0."""
 
 
-Part = Text | Grids | Film
+SequencePart = Text | Grids | VideoGrids
 
 
-def positions(parts: Iterable[Part]) -> tuple[Tensor, int]:
+def positions(parts: Iterable[SequencePart]) -> tuple[Tensor, int]:
     """Position ids (3, S) int64 of a sequence, and the position of the token after it."""
     found: list[Tensor] = []
     free = 0
@@ -79,7 +79,7 @@ def _grid(times: Tensor, height: int, width: int) -> Tensor:
     return torch.stack(axes).reshape(3, -1)
 
 
-def _film(film: Film) -> Tensor:
+def _film(film: VideoGrids) -> Tensor:
     found = []
     at = 0
     for run in film.runs:
@@ -143,7 +143,7 @@ def _parts(
     images: Sequence[Sequence[int]],
     videos: Sequence[Sequence[int]],
     seconds_per_grid: Sequence[float],
-) -> Iterator[Part]:
+) -> Iterator[SequencePart]:
     waiting = {rules.image: _image_grids(images, rules), rules.video: _video_grids(videos, rules, seconds_per_grid)}
     at = text = 0
     while at < len(ids):

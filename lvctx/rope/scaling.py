@@ -25,7 +25,7 @@ SCHEMES = {"theta": (rope, "default"), "pi": (pi, "linear"), "ntk": (ntk, "defau
 
 
 @dataclass(frozen=True, kw_only=True)
-class Positions:
+class ScaledRope:
     """What of a configuration changes."""
 
     rope_parameters: dict[str, Any]
@@ -33,7 +33,7 @@ class Positions:
     factor: float
     """Times the pretrained length; 1 where only the base changes."""
     context: int
-    """Positions the new configuration promises, in tokens."""
+    """ScaledRope the new configuration promises, in tokens."""
     original: int | None = None
     """Pretrained length in tokens that `factor` counts from; None for `theta` and `none`."""
 
@@ -55,7 +55,7 @@ def check_rope(config: Any, where: object) -> None:
             )
 
 
-def choose(
+def resolve_scaling(
     config: Any,
     *,
     scheme: Scheme,
@@ -65,8 +65,8 @@ def choose(
     seq_len: int,
     attention_factor: float | None = None,
     original: int | None = None,
-) -> Positions:
-    """Positions of `scheme` for a model with this transformers configuration, trained on rows of `seq_len` (0: none).
+) -> ScaledRope:
+    """ScaledRope of `scheme` for a model with this transformers configuration, trained on rows of `seq_len` (0: none).
 
     `none` keeps what the model has (direct extrapolation). `theta` makes them plain, with base `theta`. The others
     stretch: `factor` is relative to the length the model was pretrained on, so on a model that has the same scheme
@@ -79,15 +79,17 @@ def choose(
     old, promised = _read(config)
     kind = old.get("rope_type", "default")
     if scheme in ("none", "theta") and original is not None:
-        raise UsageError(f"--original-length has no meaning with --rope {scheme}", fix="choose --rope pi, ntk or yarn")
+        raise UsageError(
+            f"--original-length has no meaning with --rope {scheme}", fix="resolve_scaling --rope pi, ntk or yarn"
+        )
     if scheme in ("none", "theta") and factor is not None:
-        raise UsageError(f"--factor has no meaning with --rope {scheme}", fix="choose --rope pi, ntk or yarn")
+        raise UsageError(f"--factor has no meaning with --rope {scheme}", fix="resolve_scaling --rope pi, ntk or yarn")
     if scheme != "yarn" and attention_factor is not None:
-        raise UsageError(f"--attention-factor has no meaning with --rope {scheme}", fix="choose --rope yarn")
+        raise UsageError(f"--attention-factor has no meaning with --rope {scheme}", fix="resolve_scaling --rope yarn")
     if scheme == "none":
         if theta is not None:
             raise UsageError("--rope none keeps the base", fix="drop --rope-theta, or --rope theta")
-        return Positions(rope_parameters=old, factor=1.0, context=context or max(promised, seq_len))
+        return ScaledRope(rope_parameters=old, factor=1.0, context=context or max(promised, seq_len))
     module, own = SCHEMES[scheme]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kept = {key: old[key] for key in KEPT if key in old}
@@ -101,7 +103,7 @@ def choose(
         if kind != "default":
             log.warning("the model's %s positions (factor %s) become plain ones", kind, old.get("factor"))
         spec = RopeSpec(head_dim=rotating, theta=theta or LONGVA_THETA)
-        return Positions(
+        return ScaledRope(
             rope_parameters=module.to_hf(spec) | kept, factor=1.0, context=context or max(promised, seq_len)
         )
     if kind not in ("default", own):
@@ -119,7 +121,7 @@ def choose(
         original=original,
         attention_factor=attention_factor,
     )
-    return Positions(
+    return ScaledRope(
         rope_parameters=module.to_hf(spec) | kept,
         factor=factor,
         context=context or round(factor * original),

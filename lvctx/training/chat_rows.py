@@ -19,7 +19,7 @@ from torch import Tensor
 from lvctx.data.packed_chat import ChatRows
 from lvctx.errors import InputError
 from lvctx.models.image_processing import open_image
-from lvctx.rope.mrope_positions import Part, Text, positions
+from lvctx.rope.mrope_positions import SequencePart, Text, positions
 from lvctx.video.reader import read_video
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.qwen_frames import part, patches
@@ -57,7 +57,7 @@ class RowReader:
         ids = self.rows.row(number)
         items = [item for sample in self.rows.samples(number) for item in sample["media"]]
         found, grids = [], []
-        parts: list[Part] = []
+        parts: list[SequencePart] = []
         at = 0
         for item in items:
             frames, pts = self._look(item)

@@ -22,7 +22,7 @@ from lvctx.parallel.context import ParallelContext, joined, make_context, open_c
 from lvctx.training.doctor_config import DoctorConfig
 from lvctx.training.text_rows import RowLoss, shard_row
 
-TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-5
 """Largest relative difference in float32; ring and full attention add up in different orders."""
 
 
@@ -43,8 +43,8 @@ class Finding:
 
     @property
     def exact(self) -> bool:
-        """Within `TOLERANCE`. A difference that is not a number is not."""
-        return self.loss <= TOLERANCE and self.gradient <= TOLERANCE
+        """Within `GRADIENT_TOLERANCE`. A difference that is not a number is not."""
+        return self.loss <= GRADIENT_TOLERANCE and self.gradient <= GRADIENT_TOLERANCE
 
 
 def diagnose(config: DoctorConfig) -> list[Finding]:
@@ -117,7 +117,7 @@ def _run(
 ) -> tuple[float, dict[str, Tensor]]:
     """Summed loss and gradients of this rank's part; every seventh target does not count."""
     lm = row_loss.lm
-    lm.set_attn_implementation(hf_attention.NAME if ring else "sdpa")
+    lm.set_attn_implementation(hf_attention.RING_ATTENTION if ring else "sdpa")
     lm.zero_grad(set_to_none=True)
     inputs = shard_row(ids, context, starts)
     inputs["labels"] = inputs["labels"].masked_fill(inputs["positions"] % 7 == 3, IGNORED)

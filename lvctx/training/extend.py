@@ -38,7 +38,7 @@ from lvctx.models.side_files import write_side_files
 from lvctx.parallel import hf_attention
 from lvctx.parallel.context import ParallelContext
 from lvctx.rope.pose import skipped
-from lvctx.rope.scaling import check_rope, choose
+from lvctx.rope.scaling import check_rope, resolve_scaling
 from lvctx.training.extend_config import ExtendConfig
 from lvctx.training.memory_model import PLANNED_TYPES, flops, read_shape, rows_together
 from lvctx.training.parallel_config import ParallelConfig
@@ -101,7 +101,7 @@ def resolve_extend(config: ExtendConfig) -> ExtendJob:
     length = rows.seq_len if rows else 0
     if config.rope == "none":
         check_rope(text, path)
-    positions = choose(
+    positions = resolve_scaling(
         text,
         scheme=config.rope,
         theta=config.rope_theta,

@@ -20,7 +20,7 @@ from lvctx.errors import InputError, UsageError
 from lvctx.models.card import CARD
 from lvctx.models.loading import load_config, resolve_model
 from lvctx.models.side_files import SGLANG, SIDE_FILES, with_rope, write_side_files
-from lvctx.rope.mrope import Mrope, Stretch, to_hf
+from lvctx.rope.mrope import Mrope, RopeScaling, to_hf
 from lvctx.rope.scaling import rope_number
 from lvctx.training.mrope_config import MropeConfig
 
@@ -47,7 +47,7 @@ class Checkpoint:
     """One of `MODEL_TYPES`."""
     mrope: Mrope
     """As pretrained, also where the checkpoint is stretched already."""
-    stretch: Stretch | None
+    stretch: RopeScaling | None
     """What made the checkpoint, where that was ours; None otherwise."""
     stretched: str
     """What stretched it, in words; empty for a plain checkpoint."""
@@ -91,7 +91,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     elif kind != "default":
         length = rope.get("original_max_position_embeddings")
         words = f"by {rope_number(rope, 'factor', above=0.0):g} with {kind}" if "factor" in rope else f"with {kind}"
-    stretch = Stretch(**{key: ours[key] for key in ("method", "ramp", "factor", "original")}) if ours else None
+    stretch = RopeScaling(**{key: ours[key] for key in ("method", "ramp", "factor", "original")}) if ours else None
     return Checkpoint(
         path=path,
         model_type=config.model_type,
@@ -123,7 +123,7 @@ class MropeJob:
     """As the user gave it; where it trains, with every default resolved."""
     checkpoint: Checkpoint
     """What is extended."""
-    stretch: Stretch
+    stretch: RopeScaling
     """With every default resolved."""
     context: int
     """Context length in tokens that the new config.json has."""
@@ -170,7 +170,9 @@ def resolve_mrope(config: MropeConfig, *, force: bool = False) -> MropeJob:
             where=checkpoint.path,
             fix=f"give --original-length; the released Qwen2.5-VL: {RELEASED}",
         )
-    stretch = Stretch(method=method or ("yarn" if note else "mrope++"), ramp=ramp, factor=float(scale), original=length)
+    stretch = RopeScaling(
+        method=method or ("yarn" if note else "mrope++"), ramp=ramp, factor=float(scale), original=length
+    )
     provenance = Provenance(
         schema=schemas.MODEL,
         command=COMMAND,

@@ -11,18 +11,18 @@ import torch
 from lvctx.artifacts.store import atomic_file
 from lvctx.errors import library_errors
 from lvctx.models.loading import load_config, resolve_model
-from lvctx.rope.mrope import METHODS, Mrope, Stretch, attention_factor, inv_freq
+from lvctx.rope.mrope import METHODS, Mrope, RopeScaling, inv_freq, mrope_attention_factor
 from lvctx.rope.mrope_pp import Ramp
 from lvctx.training.mrope_checkpoint import Checkpoint, read_checkpoint
 
-CLASSES = {
+ROTARY_CLASSES = {
     "qwen2_vl": "Qwen2VLRotaryEmbedding",
     "qwen2_5_vl": "Qwen2_5_VLRotaryEmbedding",
     "qwen3_vl": "Qwen3VLTextRotaryEmbedding",
 }
 """Model type -> the class of transformers' `modeling_TYPE` that turns positions into angles."""
 
-TOLERANCE = 1e-6
+FREQUENCY_TOLERANCE = 1e-6
 """Relative; what float32 arithmetic may cost."""
 
 
@@ -55,7 +55,7 @@ class Verified:
     @property
     def holds(self) -> bool:
         """Whether formula and transformers agree, as far as there is a formula."""
-        return self.error is None or self.error <= TOLERANCE
+        return self.error is None or self.error <= FREQUENCY_TOLERANCE
 
     def summary(self) -> dict[str, Any]:
         """Facts for a row: how it was stretched, channels of each axis, largest relative error."""
@@ -65,7 +65,7 @@ class Verified:
             "pretrained_length": self.checkpoint.length,
             "channels": {name: axes.count(name[0]) for name in ("time", "height", "width")},
             "interleaved": self.checkpoint.mrope.interleaved,
-            "attention_factor": self.attention,
+            "mrope_attention_factor": self.attention,
             "largest_relative_error": self.error,
         }
 
@@ -77,14 +77,14 @@ def verify(model: str | Path) -> Verified:
     module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
     config = load_config(checkpoint.path).get_text_config()
     with library_errors("transformers cannot compute its positions", where=checkpoint.path):
-        rotary = getattr(module, CLASSES[kind])(config)
+        rotary = getattr(module, ROTARY_CLASSES[kind])(config)
     stock = rotary.inv_freq.double()
-    plain = Stretch(method="none", ramp="index", factor=1.0, original=checkpoint.length or checkpoint.promised)
+    plain = RopeScaling(method="none", ramp="index", factor=1.0, original=checkpoint.length or checkpoint.promised)
     stretch = checkpoint.stretch or (None if checkpoint.stretched else plain)
     formula = inv_freq(checkpoint.mrope, stretch) if stretch else None
     error = None
     if stretch is not None and formula is not None:
-        wanted = attention_factor(checkpoint.mrope, stretch)
+        wanted = mrope_attention_factor(checkpoint.mrope, stretch)
         frequencies = float(((stock - formula) / formula).abs().max())
         error = max(frequencies, abs(rotary.attention_scaling - wanted) / wanted)
     before = inv_freq(checkpoint.mrope, plain)
@@ -104,13 +104,13 @@ def _wavelength(frequency: torch.Tensor) -> float:
     return 2 * math.pi / float(frequency)
 
 
-def draw_curves(mrope: Mrope, stretch: Stretch, target: Path) -> None:
+def draw_curves(mrope: Mrope, stretch: RopeScaling, target: Path) -> None:
     """Draw how much slower each method makes each channel, as a .png or .svg; sections are shaded."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    plain = inv_freq(mrope, Stretch(method="none", ramp="index", factor=1.0, original=stretch.original))
+    plain = inv_freq(mrope, RopeScaling(method="none", ramp="index", factor=1.0, original=stretch.original))
     figure = Figure(figsize=(7.5, 4.2), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     ax: Any = figure.subplots()
@@ -119,7 +119,7 @@ def draw_curves(mrope: Mrope, stretch: Stretch, target: Path) -> None:
             continue
         ours = method == "mrope++"
         for ramp in get_args(Ramp) if ours else ("index",):
-            one = Stretch(method=method, ramp=ramp, factor=stretch.factor, original=stretch.original)
+            one = RopeScaling(method=method, ramp=ramp, factor=stretch.factor, original=stretch.original)
             label, style = (f"{method} {ramp}", "-") if ours else (method, "--")
             ax.plot((inv_freq(mrope, one) / plain).tolist(), style, label=label, lw=1.8 if ours else 1.1)
     if not mrope.interleaved:

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from lvctx import errors
-from lvctx.video.reader import Frame, Tally, read_video
+from lvctx.video.reader import DecodeStats, Frame, read_video
 from lvctx.video.sampling import VideoSampling
 from lvctx.video.squares import square
 
@@ -167,7 +167,7 @@ class _Answer:
 
     def __init__(self, out: int, request: DecodeRequest) -> None:
         self._out, self._request = out, request
-        self._lock, self._over, self._tally = threading.Lock(), threading.Event(), Tally()
+        self._lock, self._over, self._tally = threading.Lock(), threading.Event(), DecodeStats()
 
     def run(self) -> None:
         beats = threading.Thread(target=self._beat, daemon=True)

@@ -21,9 +21,9 @@ from lvctx.video.container import open_video
 from lvctx.video.packet_index import HIDDEN, PacketIndex
 from lvctx.video.pixel_conversion import upright
 
-CHUNK = 16
+DECORD_BATCH = 16
 """Frames decoded in one call."""
-KNOWN = ("h264", "hevc", "vp9")
+DECORD_CODECS = ("h264", "hevc", "vp9")
 """Codecs whose packets we can count and that decord decodes."""
 TURNS = ((), (("transpose", "clock"),), (("transpose", "cclock"),), (("hflip",), ("vflip",)))
 """What decord does to a picture that is not upright."""
@@ -47,7 +47,7 @@ def check_decord(path: Path, index: PacketIndex | None) -> PacketIndex:
 
 
 def _why_not(index: PacketIndex | None) -> str:
-    if index is None or index.codec not in KNOWN:
+    if index is None or index.codec not in DECORD_CODECS:
         return "a codec it does not know or whose frames cannot be counted"
     if not index.constant_rate:
         return "its rate varies"
@@ -82,7 +82,7 @@ def read_with_decord(
         if len(reader) != len(index):
             raise InputError(f"decord counts {len(reader)} frames of {len(index)}", where=path, fix="--decoder auto")
         todo = iter(wanted)
-        while chunk := list(islice(todo, CHUNK)):
+        while chunk := list(islice(todo, DECORD_BATCH)):
             yield from zip(chunk, reader.get_batch(chunk).asnumpy(), strict=True)
     except (decord.DECORDError, RuntimeError) as e:
         raise InputError("decord cannot read it", where=path, fix="--decoder auto") from e

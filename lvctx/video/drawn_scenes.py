@@ -153,13 +153,13 @@ def _pebbles(dice: _Dice) -> Scene:
     return frame
 
 
-KINDS = (_sky, _hills, _pebbles)
+SCENE_KINDS = (_sky, _hills, _pebbles)
 
 
 def scene(seed: int, number: int, side: int) -> Iterator[np.ndarray]:
     """The frames, uint8 (S, S, 3), of one scene: 4 to 40 seconds."""
     dice = _Dice(seed, number)
-    draw = KINDS[dice.between(0, len(KINDS) - 1)](dice)
+    draw = SCENE_KINDS[dice.between(0, len(SCENE_KINDS) - 1)](dice)
     grain, light, turn = dice.between(0, 1 << 40), dice.between(0, 48), dice.between(8, 32)
     for t in range(dice.between(4, 40)):
         swing = abs((t % (2 * turn)) - turn) * light // turn  # daylight comes and goes

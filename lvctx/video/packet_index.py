@@ -33,7 +33,7 @@ MERGE = 128
 """Packets up to which stretches that touch are decoded as one: beginning anew costs about a frame."""
 
 
-class Stretch(NamedTuple):
+class SeekRange(NamedTuple):
     """Packets to decode in one go."""
 
     start: int
@@ -84,10 +84,10 @@ class PacketIndex:
         gaps = np.diff(self.pts_N[self.packet_F])
         return len(gaps) == 0 or int(gaps.max() - gaps.min()) <= 1
 
-    def stretches(self, frames: Iterable[int]) -> list[Stretch] | None:
+    def stretches(self, frames: Iterable[int]) -> list[SeekRange] | None:
         """What to decode for these frames (ascending, distinct); None where the order of packets is not as expected."""
         entries_E = np.fromiter(self.entry_dts, np.int64)
-        found: list[Stretch] = []
+        found: list[SeekRange] = []
         before = -1
         for frame in frames:
             packet = int(self.packet_F[frame])
@@ -97,11 +97,11 @@ class PacketIndex:
                 e -= 1
             if e < 0 or (entry := int(entries_E[e])) < before:
                 return None
-            last = found[-1] if found else Stretch(-MERGE, -1, [])
+            last = found[-1] if found else SeekRange(-MERGE, -1, [])
             if entry == before or (entry <= last.stop and packet - last.start < MERGE):
-                found[-1] = Stretch(last.start, max(last.stop, packet + 1), [*last.frames, frame])
+                found[-1] = SeekRange(last.start, max(last.stop, packet + 1), [*last.frames, frame])
             else:
-                found.append(Stretch(entry, packet + 1, [frame]))
+                found.append(SeekRange(entry, packet + 1, [frame]))
             before = entry
         return found
 

@@ -9,12 +9,10 @@ frames need is decoded (`planned.py`); elsewhere the video is read front to back
 """
 
 import contextlib
-import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +20,8 @@ import av
 import numpy as np
 
 from lvctx.errors import InputError, UsageError
-from lvctx.video.container import check_whole, decoder_errors, demux, open_video, probe
+from lvctx.video.container import check_whole, decoder_errors
 from lvctx.video.frame_selection import (
-    DecodedFrame,
-    due_ticks,
     frame_numbers,
     nearest_key_frames,
     numbers_between,
@@ -33,14 +29,10 @@ from lvctx.video.frame_selection import (
     take_numbered,
     take_sampled,
 )
-from lvctx.video.packet_index import PacketIndex, read_packets
+from lvctx.video.packet_index import read_packets
 from lvctx.video.sampling import VideoSampling
-from lvctx.video.segment_decoder import Converter, Prepare, Tally, read_planned
-from lvctx.video.timestamps import Clock, frame_ticks, in_order
-from lvctx.video.truncation import ends_inside_packet
-
-CORRUPT_LIMIT = 0.01
-"""Share of frames that may be damaged before the video is refused."""
+from lvctx.video.segment_decoder import Converter, DecodeStats, Prepare, read_planned
+from lvctx.video.sequential_decoder import ReadJob, check_damage, decode_all, no_frame
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +71,7 @@ def read_video(
     wanted: Sequence[int] | None = None,
     prepare: Prepare | None = None,
     threads: int | None = None,
-    tally: Tally | None = None,
+    tally: DecodeStats | None = None,
 ) -> FrameReader:
     """Read the frames that `sampling` takes of `path`, or those numbered in ascending `wanted`.
 
@@ -94,151 +86,20 @@ def read_video(
     if sum(given is not None for given in (sampling.fps, sampling.frames, wanted)) != 1:
         raise UsageError("give either a rate or a number of frames")
     facts: dict[str, Any] = {} if check_whole(path, allow_partial=sampling.allow_partial) else {"partial": True}
-    job = _Job(path=path, sampling=sampling, wanted=wanted, prepare=prepare, threads=threads or (os.cpu_count() or 1))
-    return FrameReader(_read(job, facts, tally or Tally()), facts, path)
-
-
-def bounded(path: Path, sampling: VideoSampling) -> VideoSampling:
-    """The sampling, or `max_frames` evenly spread where its rate gives more of this video. Raises as `read_video`."""
-    bound = sampling.max_frames
-    if bound is None or sampling.frames is not None or count_frames(path, sampling, decode=False).frames <= bound:
-        return sampling
-    return replace(sampling, fps=None, frames=bound, max_frames=None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Count:
-    """What a sampling finds in a video."""
-
-    frames: int
-    """Frames that `read_video` gives, if none is damaged."""
-    exact: bool
-    """False: about so many, as only decoding would tell."""
-    width: int
-    """Pixels across once upright; where nothing was decoded as the container says, before a turn."""
-    height: int
-    """Pixels down, likewise."""
-    duration: float
-    """Seconds from the first frame to the end of the last."""
-    partial: bool = False
-    """Whether the video is cut short or damaged; known only where it was decoded."""
-
-
-def count_frames(path: Path, sampling: VideoSampling, *, decode: bool = True) -> Count:
-    """How many frames `read_video` gives, by the packets; the first frame is decoded for its size.
-
-    Where packets do not tell (see `packets.py`), and with `allow_partial`, everything is decoded, or without `decode`
-    nothing at all and the count is near. Raises as `read_video`.
-    """
-    check_whole(path, allow_partial=sampling.allow_partial)
-    job = _Job(path=path, sampling=sampling, threads=os.cpu_count() or 1)
-    with decoder_errors(path):
-        if sampling.allow_partial and decode:
-            return _count_readable(job)
-        index = read_packets(path)
-        wanted = frame_numbers(index, sampling) if index is not None else []
-        if index is not None and not wanted:
-            raise _nothing(job)
-        if index is None or index.stretches(sorted(set(wanted))) is None:
-            return _count_all(job) if decode else _count_about(job)
-        duration = float(index.end * index.time_base - index.time(0))
-        facts = probe(path)
-        width, height = facts["width"], facts["height"]
-        if decode:
-            height, width = _upright_size(job, index, wanted)
-        # What cannot be decoded is left out then.
-        return Count(
-            frames=len(wanted), exact=not sampling.allow_partial, width=width, height=height, duration=duration
-        )
-
-
-def _count_readable(job: "_Job") -> Count:
-    reader = read_video(job.path, job.sampling)
-    found = sum(1 for _ in reader)
-    facts = reader.facts
-    return Count(
-        frames=found,
-        exact=True,
-        width=facts["width"],
-        height=facts["height"],
-        duration=facts["duration"],
-        partial=facts.get("partial", False),
+    job = ReadJob(
+        path=path, sampling=sampling, wanted=wanted, prepare=prepare, threads=threads or (os.cpu_count() or 1)
     )
+    return FrameReader(_read(job, facts, tally or DecodeStats()), facts, path)
 
 
-def _upright_size(job: "_Job", index: PacketIndex, wanted: list[int]) -> tuple[int, int]:
-    """Height and width of the first of the wanted frames that can be decoded."""
-    for some in (wanted[:1], sorted(set(wanted))):
-        stretches = index.stretches(some) or []
-        read: Any = read_planned(job.path, index, stretches, prepare=None, threads=job.threads, tally=Tally())
-        with contextlib.closing(read):
-            for _, size, _ in read:
-                return size
-    raise InputError("not one frame could be decoded", where=job.path)
-
-
-def _count_all(job: "_Job") -> Count:
-    facts: dict[str, Any] = {}
-    tally = Tally()
-    decoded = _decode_all(job, facts, tally)
-    first = next(decoded, None)
-    if first is None:
-        raise InputError("not one frame could be decoded", where=job.path)
-    (height, width), _ = Converter(None)(first.data)
-    frames = itertools.chain([first], decoded)
-    if job.sampling.frames is None:
-        taken = sum(1 for _ in take_sampled(frames, job.sampling))
-    else:
-        low, high = numbers_between([frame.pts - first.pts for frame in frames], job.sampling)
-        taken = job.sampling.frames if low < high else 0
-    if not taken:
-        raise _nothing(job)
-    _check_damage(job, facts, tally.damaged, tally.decoded + tally.damaged)
-    return Count(
-        frames=taken,
-        exact=True,
-        width=width,
-        height=height,
-        duration=facts["duration"],
-    )
-
-
-def _count_about(job: "_Job") -> Count:
-    container, stream = open_video(job.path)
-    with container:
-        clock, a_frame = Clock(container, stream), frame_ticks(stream)
-        spans: list[tuple[int, int]] = []
-        for packet in demux(container, stream):
-            clock.mend(packet)
-            if not packet.is_discard:
-                stamp = packet.dts if packet.pts is None else packet.pts
-                start = stamp if stamp is not None else spans[-1][1] if spans else 0
-                spans.append((start, start + (packet.duration or a_frame)))
-        tick, width, height = Fraction(stream.time_base), stream.width, stream.height
-    if not spans:
-        raise InputError("not one frame could be decoded", where=job.path)
-    first, last, end = min(spans)[0], max(spans)[0], max(end for _, end in spans)
-    sampling = job.sampling
-    if sampling.frames is not None:
-        frames = sampling.frames
-    elif sampling.fps == "native":
-        low, high = numbers_between(sorted(start - first for start, _ in spans), sampling, tick=tick)
-        frames = high - low
-    else:
-        frames = len(due_ticks(first, last, end, tick, sampling))
-    duration = float((end - first) * tick)
-    exact = sampling.frames is not None and not sampling.allow_partial
-    return Count(frames=frames, exact=exact, width=width, height=height, duration=duration)
-
-
-def _read(job: "_Job", facts: dict[str, Any], tally: Tally) -> Iterator[Frame]:
+def _read(job: ReadJob, facts: dict[str, Any], tally: DecodeStats) -> Iterator[Frame]:
     index = read_packets(job.path)
     wanted = list(job.wanted or ())
     if index is not None:
         numbers = frame_numbers(index, job.sampling) if job.wanted is None else wanted
         wanted = [n for n in numbers if n < len(index)]
         if not wanted:
-            raise _nothing(job)
+            raise no_frame(job)
     if index is not None and job.sampling.seek == "keyframe":
         wanted, facts["time_error"] = nearest_key_frames(index, wanted)
     times = Counter(wanted)
@@ -268,87 +129,30 @@ def _read(job: "_Job", facts: dict[str, Any], tally: Tally) -> Iterator[Frame]:
                 yield Frame(index=number, pts=float(index.time(number)), image=image)
     if found == 0 or index is None:
         raise InputError("not one frame could be decoded", where=job.path)
-    _check_damage(job, facts, tally.damaged, tally.decoded)
-    _check_damage(job, facts, len(times) - found, len(times))
+    check_damage(job, facts, tally.damaged, tally.decoded)
+    check_damage(job, facts, len(times) - found, len(times))
     facts["source_frames"] = len(index)
     facts["duration"] = float(index.end * index.time_base - index.time(0))
     facts["corrupt"] = tally.damaged
 
 
-def _check_damage(job: "_Job", facts: dict[str, Any], damaged: int, frames: int) -> None:
-    if damaged <= CORRUPT_LIMIT * frames or damaged <= ends_inside_packet(job.path):
-        return
-    facts["partial"] = True
-    if not job.sampling.allow_partial:
-        fix = "get the video again, or --allow-partial takes what there is"
-        raise InputError(f"{damaged} of {frames} decoded frames are damaged or missing", where=job.path, fix=fix)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """The arguments of `read_video`."""
-
-    path: Path
-    sampling: VideoSampling
-    wanted: Sequence[int] | None = None
-    prepare: Prepare | None = None
-    threads: int
-
-
-def _nothing(job: _Job) -> InputError:
-    if job.sampling.start is None and job.sampling.end is None:
-        return InputError("not one frame could be decoded", where=job.path)
-    return InputError("no frame between --start and --end", where=job.path, fix="check them against the duration")
-
-
-def _read_everything(job: _Job, facts: dict[str, Any], tally: Tally) -> Iterator[Frame]:
+def _read_everything(job: ReadJob, facts: dict[str, Any], tally: DecodeStats) -> Iterator[Frame]:
     """Front to back, every frame decoded: where packets do not tell what is in them."""
     wanted = job.wanted
     if job.sampling.frames is not None:
-        seconds = [frame.pts for frame in _decode_all(job, {}, Tally())]
+        seconds = [frame.pts for frame in decode_all(job, {}, DecodeStats())]
         tally.packets = 0
         low, high = numbers_between([pts - seconds[0] for pts in seconds], job.sampling)
         wanted = [low + n for n in spread(high - low, job.sampling.frames)]
     convert = Converter(job.prepare)
     last: Frame | None = None
-    decoded = _decode_all(job, facts, tally)
+    decoded = decode_all(job, facts, tally)
     for frame in take_sampled(decoded, job.sampling) if wanted is None else take_numbered(decoded, wanted):
         if last is None or last.index != frame.index:
             (facts["height"], facts["width"]), image = convert(frame.data)
             last = Frame(index=frame.index, pts=float(frame.pts), image=image)
         yield last
     if last is None:
-        raise _nothing(job)
+        raise no_frame(job)
     facts["corrupt"] = tally.damaged
-    _check_damage(job, facts, tally.damaged, tally.decoded + tally.damaged)
-
-
-def _decode_all(job: _Job, facts: dict[str, Any], tally: Tally) -> Iterator[DecodedFrame]:
-    """Every frame in the order of presentation."""
-    container, stream = open_video(job.path)
-    stream.codec_context.thread_count = 0 if job.threads > 1 else 1
-    tick = Fraction(stream.time_base)
-    first = last = Fraction(0)
-    with container:
-        for frame, start, end in in_order(_decode(container, stream, tally), stream):
-            first = start * tick if tally.decoded == 0 else first
-            last = end * tick
-            tally.damaged += bool(frame.is_corrupt)
-            yield DecodedFrame(index=tally.decoded, pts=start * tick, end=last, data=frame)
-            tally.decoded += 1
-    facts["source_frames"], facts["duration"] = tally.decoded, float(last - first)
-
-
-def _decode(container: Any, stream: Any, tally: Tally) -> Iterator[Any]:
-    clock = Clock(container, stream)
-    for packet in demux(container, stream):
-        clock.mend(packet)
-        tally.packets += 1
-        try:
-            yield from packet.decode()
-        except av.EOFError:
-            return
-        except av.FFmpegError:
-            tally.damaged += 1
-    with contextlib.suppress(av.FFmpegError):
-        yield from stream.decode(None)
+    check_damage(job, facts, tally.damaged, tally.decoded + tally.damaged)

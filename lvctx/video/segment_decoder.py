@@ -19,7 +19,7 @@ import av
 import numpy as np
 
 from lvctx.video.container import demux, open_video
-from lvctx.video.packet_index import HIDDEN, SPARE, PacketIndex, Stretch
+from lvctx.video.packet_index import HIDDEN, SPARE, PacketIndex, SeekRange
 from lvctx.video.pixel_conversion import Picture
 
 AHEAD_BYTES = 200_000_000
@@ -31,7 +31,7 @@ Prepare = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(kw_only=True)
-class Tally:
+class DecodeStats:
     """What was decoded so far, over all threads."""
 
     decoded: int = 0
@@ -56,7 +56,13 @@ class Converter(threading.local):
 
 
 def read_planned(
-    path: Path, index: PacketIndex, stretches: Sequence[Stretch], *, prepare: Prepare | None, threads: int, tally: Tally
+    path: Path,
+    index: PacketIndex,
+    stretches: Sequence[SeekRange],
+    *,
+    prepare: Prepare | None,
+    threads: int,
+    tally: DecodeStats,
 ) -> Iterator[tuple[int, tuple[int, int], np.ndarray]]:
     """(frame, (height, width), picture) of each wanted frame, ascending; frames that do not decode are left out."""
     work = _Work(path, index, stretches, Converter(prepare), threads, tally)
@@ -70,10 +76,10 @@ class _Work:
         self,
         path: Path,
         index: PacketIndex,
-        stretches: Sequence[Stretch],
+        stretches: Sequence[SeekRange],
         convert: Converter,
         threads: int,
-        tally: Tally,
+        tally: DecodeStats,
     ) -> None:
         self.path, self.index, self.stretches, self.convert, self.tally = path, index, stretches, convert, tally
         container, stream = open_video(path)
@@ -150,7 +156,7 @@ class _Work:
 class _StretchReader:
     """One thread's container and decoder."""
 
-    def __init__(self, path: Path, index: PacketIndex, threads: int, tally: Tally) -> None:
+    def __init__(self, path: Path, index: PacketIndex, threads: int, tally: DecodeStats) -> None:
         self.path, self.index, self.threads, self.tally = path, index, threads, tally
         self.entry_at = {int(index.pts_N[number]): number for number in index.entry_dts}
         self._open()
@@ -163,7 +169,7 @@ class _StretchReader:
     def close(self) -> None:
         self.container.close()
 
-    def read(self, stretch: Stretch) -> Iterator[tuple[int, Any]]:
+    def read(self, stretch: SeekRange) -> Iterator[tuple[int, Any]]:
         """(frame, decoded) of the stretch's wanted frames, in order."""
         index = self.index
         wanted = {int(index.pts_N[index.packet_F[frame]]): frame for frame in stretch.frames}
@@ -184,7 +190,7 @@ class _StretchReader:
             self.tally.decoded += expected
             self.tally.damaged += max(0, expected - got) + corrupt
 
-    def _decode(self, stretch: Stretch, wanted: dict[int, int]) -> Iterator[Any]:
+    def _decode(self, stretch: SeekRange, wanted: dict[int, int]) -> Iterator[Any]:
         """The times of the packets that are decoded and shown, and the frames that come out."""
         flags_N, pts_N = self.index.flags_N, self.index.pts_N
         self._go_to(stretch.start)

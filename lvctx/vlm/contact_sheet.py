@@ -11,7 +11,7 @@ from lvctx.errors import InputError
 from lvctx.video.frame_selection import spread
 from lvctx.video.reader import read_video
 from lvctx.video.sampling import VideoSampling
-from lvctx.vlm.feature_cache import KINDS
+from lvctx.vlm.feature_cache import FEATURE_SCHEMAS
 
 MOST, COLUMNS, WIDTH, LABEL = 64, 8, 192, 14
 """Pictures on a sheet (of more frames some are left out, evenly), columns, pixels of a picture and of its line."""
@@ -26,7 +26,7 @@ def contact_sheet(artifact: Path, out: Path, *, video: Path | None = None) -> di
     from safetensors import safe_open
 
     made = read_provenance(artifact)
-    if made is None or made.get("schema") not in KINDS:
+    if made is None or made.get("schema") not in FEATURE_SCHEMAS:
         raise InputError("not a frames artifact", where=artifact, fix="write one with lvctx encode-video")
     if out.suffix.lower() not in Image.registered_extensions():
         raise InputError("no image format of this suffix", where=out, fix="call it sheet.png")

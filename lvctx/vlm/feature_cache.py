@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".frames.safetensors"
 """How the name of a frames artifact ends."""
-KINDS = (schemas.FRAMES, schemas.FRAMES_HYBRID)
+FEATURE_SCHEMAS = (schemas.FRAMES, schemas.FRAMES_HYBRID)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ def read_feature_cache(path: Path, *, model: str | None = None) -> FeatureCache:
         raise mistaken(path, "a frames artifact", fix=fix, found=found)
     header = read_safetensors_header(path)
     provenance = read_provenance(path)
-    if provenance is None or provenance.get("schema") not in KINDS:
+    if provenance is None or provenance.get("schema") not in FEATURE_SCHEMAS:
         raise mistaken(path, "a frames artifact", fix="write one with lvctx encode-video", found=found)
     missing = {"features", "pts", "index"} - header.keys()
     if missing:

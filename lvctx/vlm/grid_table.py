@@ -23,18 +23,18 @@ from torch import Tensor
 
 from lvctx.models.loading import device_of
 from lvctx.rope import mrope_positions
-from lvctx.rope.mrope_positions import Part, Text
+from lvctx.rope.mrope_positions import SequencePart, Text
 from lvctx.vlm.qwen_frames import part, patches
 from lvctx.vlm.token_count import Block, QwenRule
 
 END, START = 0, 1
 """Rows of the delimiters between runs."""
 
-BATCH = 16
+GRID_BATCH = 16
 """Grids that go through the tower at once."""
 
 
-class Grid(NamedTuple):
+class TokenGrid(NamedTuple):
     """What some rows of the table show."""
 
     pictures: tuple[int, ...]
@@ -63,13 +63,13 @@ class GridTable:
         """
         self.rule, self.vocabulary = rule, vocabulary
         self._per_second, self._times, self._write = tokens_per_second, times, write
-        self._first_row: dict[Grid, int] = {}
-        self._grid_at: dict[int, Grid] = {}
+        self._first_row: dict[TokenGrid, int] = {}
+        self._grid_at: dict[int, TokenGrid] = {}
         self.rows = 2
         """R: rows of the table so far."""
 
     @property
-    def grids(self) -> dict[Grid, int]:
+    def grids(self) -> dict[TokenGrid, int]:
         """Every grid and its first row."""
         return self._first_row
 
@@ -90,13 +90,13 @@ class GridTable:
                     found += [self._write(f"<{seconds:.1f} seconds>"), start]
                 elif i == at:
                     found.append(between if number else start)
-                grid = Grid(tuple(pictures[i:last]), *block.grid[1:])
+                grid = TokenGrid(tuple(pictures[i:last]), *block.grid[1:])
                 found.append(self.vocabulary + self._rows(grid))
             at += block.frames
         assert at == len(pictures)
         return np.concatenate([*found, end]).astype(np.int64)
 
-    def _rows(self, grid: Grid) -> np.ndarray:
+    def _rows(self, grid: TokenGrid) -> np.ndarray:
         if grid not in self._first_row:
             self._first_row[grid], self._grid_at[self.rows] = self.rows, grid
             self.rows += grid.height * grid.width
@@ -106,7 +106,7 @@ class GridTable:
         """Position ids (3, 1, L - first) of a sequence, or the beginning of one, from its token `first` on."""
         return mrope_positions.positions(self._parts(ids_L))[0][:, None, first : len(ids_L)]
 
-    def _parts(self, ids_L: np.ndarray) -> Iterator[Part]:
+    def _parts(self, ids_L: np.ndarray) -> Iterator[SequencePart]:
         """Text and films. A film that is cut is completed to its next grid: that moves nothing before the cut."""
         edges = np.flatnonzero(np.diff(ids_L >= self.vocabulary)) + 1
         for piece in np.split(ids_L, edges):
@@ -115,8 +115,8 @@ class GridTable:
             else:
                 yield self._film(piece - self.vocabulary)
 
-    def _film(self, rows: np.ndarray) -> mrope_positions.Film:
-        runs: list[list[Grid]] = [[]]
+    def _film(self, rows: np.ndarray) -> mrope_positions.VideoGrids:
+        runs: list[list[TokenGrid]] = [[]]
         at = 0
         while at < len(rows):
             row = int(rows[at])
@@ -140,16 +140,16 @@ Take = Callable[[int, tuple[int, int]], Image.Image]
 
 @torch.inference_mode()
 def encode_grids(
-    model: Any, processor: Any, table: GridTable, table_RE: Tensor, grids: Sequence[Grid], take: Take
+    model: Any, processor: Any, table: GridTable, table_RE: Tensor, grids: Sequence[TokenGrid], take: Take
 ) -> None:
     """Fill the rows of these grids: they go through the model's vision tower."""
     side, device = table.rule.factor, device_of(model.model.visual)
     for (_, height, width), alike in groupby(grids, key=lambda grid: (None, grid.height, grid.width)):
         same = list(alike)
-        for i in range(0, len(same), BATCH):
+        for i in range(0, len(same), GRID_BATCH):
             frames = [
                 take(number, (width * side, height * side))
-                for grid in same[i : i + BATCH]
+                for grid in same[i : i + GRID_BATCH]
                 for number in (grid.pictures * table.rule.merge)[: table.rule.merge]
             ]
             rows, (down, across) = patches(frames, processor, merged=True)
@@ -158,7 +158,7 @@ def encode_grids(
             deep = getattr(encoded, "deepstack_features", None) or []
             features = torch.cat([torch.cat(list(part)) for part in (encoded.pooler_output, *deep)], dim=1)
             size = height * width
-            for grid, features_TE in zip(same[i : i + BATCH], features.split(size), strict=True):
+            for grid, features_TE in zip(same[i : i + GRID_BATCH], features.split(size), strict=True):
                 first = table.grids[grid]
                 table_RE[first : first + size] = features_TE
 

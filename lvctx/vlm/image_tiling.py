@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lvctx.models.image_processing import Preprocess, image_size
 from lvctx.models.unires import MAX_GRIDS, GridRule, MaxGrids, image_max_grids, tell_grids, unires_grid, unires_tiles
-from lvctx.models.vlm_assembly import Grid, embed_frames, frame_features, image_grid, image_rule
+from lvctx.models.vlm_assembly import ImageGrid, embed_frames, frame_features, image_grid, image_rule
 from lvctx.vlm.anyres import anyres_flatten, anyres_pinpoints, anyres_tiles, anyres_tokens, single_tiles
 
 
@@ -27,7 +27,7 @@ from lvctx.vlm.anyres import anyres_flatten, anyres_pinpoints, anyres_tiles, any
 class ImageEncoding:
     """How an image becomes tiles, and how many tokens that makes."""
 
-    grid: Grid
+    grid: ImageGrid
     """Which of the three."""
     rule: GridRule
     """UniRes as the released code or as the paper."""
@@ -39,7 +39,7 @@ class ImageEncoding:
     """Features along a tile's side: 24."""
 
     @classmethod
-    def of(cls, vision_config: Any, *, grid: Grid, rule: GridRule, max_grids: MaxGrids = MAX_GRIDS) -> Self:
+    def of(cls, vision_config: Any, *, grid: ImageGrid, rule: GridRule, max_grids: MaxGrids = MAX_GRIDS) -> Self:
         """For a tower's configuration."""
         tile = vision_config.image_size
         return cls(grid=grid, rule=rule, max_grids=max_grids, tile=tile, side=tile // vision_config.patch_size)

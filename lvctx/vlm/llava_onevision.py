@@ -31,7 +31,7 @@ from lvctx.vlm.image_tiling import ImageEncoding, embed_image
 from lvctx.vlm.token_count import LlavaRule, pooling
 from lvctx.vlm.video_encoder import VideoEncoder, resolve_for_tower
 
-BATCH = 64
+PROJECTOR_BATCH = 64
 """Frames that go through the projector at once: before its pooling a frame is four times its tokens."""
 
 
@@ -166,7 +166,7 @@ class LlavaOnevision:
 def _video_embedder(cache: FeatureCache) -> Callable[[Any], Tensor]:
     @torch.inference_mode()
     def embed(model: Any) -> Tensor:
-        embedded = [embed_frames(model, *batch) for batch in cache.batches(BATCH)]
+        embedded = [embed_frames(model, *batch) for batch in cache.batches(PROJECTOR_BATCH)]
         return torch.cat([*embedded, newline_embedding(model).to(embedded[0].device)])
 
     return embed
@@ -224,7 +224,7 @@ class LlavaTokens:
         """See `VisualTokens`."""
         rows, left = [], self.frames
         for cache in self.haystack.caches:
-            rows += [embed_frames(model, *batch) for batch in cache.batches(BATCH, left)]
+            rows += [embed_frames(model, *batch) for batch in cache.batches(PROJECTOR_BATCH, left)]
             left -= min(left, len(cache.pts))
         if self.images:
             # Needles become squares the way the haystack's frames did.

@@ -72,7 +72,7 @@ class SampledVideo:
         hybrid = self.rule.hybrid
         return sum(run.grids * (hybrid.tokens if run.high else hybrid.low_tokens) for run in self.runs)
 
-    def part(self, tokens_per_second: float | None) -> mrope_positions.Film:
+    def part(self, tokens_per_second: float | None) -> mrope_positions.VideoGrids:
         """What position ids are made of. Times count grids, or seconds where the model does."""
         return part(self.blocks, self.pts, self.rule.merge, tokens_per_second)
 
@@ -97,10 +97,10 @@ def _blocks(rule: QwenRule, run: Run, width: int, height: int) -> list[Block]:
 
 def part(
     blocks: Sequence[Block], pts: Sequence[float], merge: int, tokens_per_second: float | None
-) -> mrope_positions.Film:
+) -> mrope_positions.VideoGrids:
     """What position ids of a film's blocks are made of; `pts` are its frames' times in seconds."""
     times = tuple(grid_times(blocks, pts, merge, tokens_per_second))
-    return mrope_positions.Film(runs=tuple(Grids(*block.grid) for block in blocks), times=times)
+    return mrope_positions.VideoGrids(runs=tuple(Grids(*block.grid) for block in blocks), times=times)
 
 
 def grid_times(

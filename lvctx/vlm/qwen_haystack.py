@@ -20,10 +20,11 @@ from PIL import Image, ImageOps
 
 from lvctx.errors import InputError, UsageError
 from lvctx.models.image_processing import image_size, open_image
+from lvctx.video.frame_count import Count, count_frames
 from lvctx.video.hybrid import Hybrid, select_high, thumbnail
-from lvctx.video.reader import Count, count_frames, read_video
+from lvctx.video.reader import read_video
 from lvctx.video.sampling import VideoSampling
-from lvctx.vlm.grid_table import Grid, empty_table, encode_grids
+from lvctx.vlm.grid_table import TokenGrid, empty_table, encode_grids
 from lvctx.vlm.qwen_frames import blocks_of, runs_of
 from lvctx.vlm.token_count import Block
 
@@ -136,11 +137,11 @@ class QwenTokens:
         """See `VisualTokens`: the grids of all sequences so far. Frames are decoded once and not kept."""
         vlm, frames = self.haystack.vlm, self.frames
         table_RE = empty_table(model, self.grids)
-        waiting: dict[int, list[Grid]] = defaultdict(list)
+        waiting: dict[int, list[TokenGrid]] = defaultdict(list)
         for grid in self.grids.grids:
             waiting[grid.pictures[-1]].append(grid)
         held: dict[int, Image.Image] = {}
-        ready: list[Grid] = []
+        ready: list[TokenGrid] = []
 
         def take(number: int, size: tuple[int, int]) -> Image.Image:
             image = held[number] if number < frames else self.inserted[number - frames]

@@ -21,8 +21,9 @@ from lvctx.artifacts.store import read_json, sha256_file
 from lvctx.errors import InputError, UsageError
 from lvctx.models.loading import load_config, load_image_processor, load_tokenizer
 from lvctx.rope.mrope_positions import Rules
+from lvctx.video.frame_count import bounded
 from lvctx.video.hybrid import Hybrid
-from lvctx.video.reader import Frame, bounded, read_video
+from lvctx.video.reader import Frame, read_video
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.base import VisualInput
 from lvctx.vlm.grid_table import GridTable, empty_table, encode_grids

@@ -15,7 +15,6 @@ import os
 import queue
 import sys
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,14 +34,14 @@ from lvctx.errors import LvctxError, Stopped, UsageError
 from lvctx.models.vision_encoder import Tower, TowerFiles
 from lvctx.video.container import check_whole, probe
 from lvctx.video.decode_worker import DecodeRequest, Decoders
+from lvctx.video.frame_count import Count, bounded, count_frames
 from lvctx.video.hybrid import Hybrid, hybrid_tokens, select_high
-from lvctx.video.reader import Count, bounded, count_frames
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.feature_cache import SUFFIX, FeatureCache, open_frames
 from lvctx.vlm.token_count import pooling
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
+CacheRow = dict[str, Any]
 Batch = tuple[torch.Tensor, list[float], list[int], list[tuple[int, int]]]
 FACTS = ("duration", "source_frames", "time_error", "visual_tokens", "nominal_tokens", "partial")
 """What a row says of those in the artifact."""
@@ -251,8 +250,8 @@ class VideoEncoder:
             facts |= {"visual_tokens": tokens, "nominal_tokens": nominal}
 
     def encode_all(
-        self, videos: Iterable[tuple[Path, Row]], out: Path, *, jobs: int, processes: int = 1, **options: Any
-    ) -> Iterator[tuple[Path, Row, Row | LvctxError]]:
+        self, videos: Iterable[tuple[Path, CacheRow]], out: Path, *, jobs: int, processes: int = 1, **options: Any
+    ) -> Iterator[tuple[Path, CacheRow, CacheRow | LvctxError]]:
         """`encode` for each (video, row), `jobs` at once; video, row and result or error, in the order they came.
 
         The decoders of `processes` like this one share the machine.
@@ -262,7 +261,7 @@ class VideoEncoder:
         todo: queue.Queue[Any] = queue.Queue(jobs)
         threads = max(1, (os.cpu_count() or 1) // (jobs * processes))
 
-        def one(video: Path) -> Row | LvctxError:
+        def one(video: Path) -> CacheRow | LvctxError:
             try:
                 return self.encode(video, out, threads=threads, **options)
             except LvctxError as e:
@@ -327,25 +326,6 @@ def resolve_for_tower(files: TowerFiles, sampling: VideoSampling) -> VideoSampli
 
 def _total(grids: Sequence[tuple[int, int]]) -> int:
     return sum(rows * columns for rows, columns in grids)
-
-
-def share_videos(videos: Sequence[tuple[Path, Row]], processes: int) -> list[list[int]]:
-    """Indices of the videos that each process encodes, in order; the largest files go first to whom has least.
-
-    Videos called alike stay together: which of them gets the plain name is for one process to say.
-    """
-    groups: dict[str, list[int]] = defaultdict(list)
-    sizes: dict[str, int] = defaultdict(int)
-    for i, (video, _) in enumerate(videos):
-        groups[video.stem].append(i)
-        sizes[video.stem] += video.stat().st_size if video.is_file() else 0
-    shares: list[list[int]] = [[] for _ in range(processes)]
-    loads = [0] * processes
-    for stem in sorted(groups, key=lambda s: (-sizes[s], groups[s])):
-        least = loads.index(min(loads))
-        shares[least] += groups[stem]
-        loads[least] += sizes[stem] + 1
-    return [sorted(share) for share in shares]
 
 
 def _row(video: Path, target: Path) -> dict[str, Any]:

@@ -10,20 +10,27 @@ from typing import Any
 
 from lvctx.artifacts.result_log import read_results
 from lvctx.errors import InputError
-from lvctx.eval.benchmarks.answers import RULE_SOURCES, RULES, Reply, extract_letter, is_correct, response_warnings
+from lvctx.eval.benchmarks.answers import (
+    RULE_SOURCES,
+    RULES,
+    BenchmarkReply,
+    extract_letter,
+    is_correct,
+    response_warnings,
+)
 from lvctx.eval.benchmarks.fields import check_unicode
 from lvctx.eval.statistics import Estimate, clustered_mean
 
 DURATIONS = ("short", "medium", "long")
 
 
-def accuracy(replies: Iterable[Reply], rule: str) -> Estimate:
+def accuracy(replies: Iterable[BenchmarkReply], rule: str) -> Estimate:
     """Share of right answers under a rule, with its interval clustered by video."""
     counted = [(float(v), r.video) for r in replies if (v := is_correct(r, rule)) is not None]
     return clustered_mean([v for v, _ in counted], [video for _, video in counted])
 
 
-def difference(first: Sequence[Reply], second: Sequence[Reply], rule: str) -> Estimate:
+def difference(first: Sequence[BenchmarkReply], second: Sequence[BenchmarkReply], rule: str) -> Estimate:
     """First minus second on the questions that both have and the rule counts in both; paired, clustered by video."""
     others = {r.id: is_correct(r, rule) for r in second}
     pairs = [
@@ -34,14 +41,14 @@ def difference(first: Sequence[Reply], second: Sequence[Reply], rule: str) -> Es
     return clustered_mean([d for d, _ in pairs], [video for _, video in pairs], lowest=-1.0)
 
 
-def sorted_groups(replies: Iterable[Reply], group: str) -> list[str]:
+def sorted_groups(replies: Iterable[BenchmarkReply], group: str) -> list[str]:
     """The values of a group that occur: durations by length, others by the alphabet."""
     values = {r.groups[group] for r in replies}
     rank = {name: i for i, name in enumerate(DURATIONS)}
     return sorted(values, key=lambda v: (rank.get(v, len(rank)), v))
 
 
-def breakdown(replies: Sequence[Reply], groups: Sequence[str]) -> dict[str, Any]:
+def breakdown(replies: Sequence[BenchmarkReply], groups: Sequence[str]) -> dict[str, Any]:
     """Warnings, every rule over all replies, and every rule by every value of `groups`."""
     found: dict[str, Any] = {
         "warnings": response_warnings(replies),
@@ -55,7 +62,7 @@ def breakdown(replies: Sequence[Reply], groups: Sequence[str]) -> dict[str, Any]
         "rule_sources": RULE_SOURCES,
     }
     for group in groups:
-        parts: dict[str, list[Reply]] = {value: [] for value in sorted_groups(replies, group)}
+        parts: dict[str, list[BenchmarkReply]] = {value: [] for value in sorted_groups(replies, group)}
         for reply in replies:
             parts[reply.groups[group]].append(reply)
         found[f"by_{group}"] = {
@@ -138,9 +145,9 @@ class Notes:
         return [f"{count:,} {kind}; the first is {self._first[kind]}" for kind, count in self.counts.items()]
 
 
-def to_reply(row: dict[str, Any]) -> Reply:
+def to_reply(row: dict[str, Any]) -> BenchmarkReply:
     """The reply in a row of results.jsonl."""
-    return Reply(
+    return BenchmarkReply(
         id=row["id"],
         video=row["video"],
         answer=row["answer"],

@@ -55,7 +55,7 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reply:
+class BenchmarkReply:
     """What a model said to one question."""
 
     id: str
@@ -77,7 +77,7 @@ def format_options(options: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"{chr(65 + i)}. {option}" for i, option in enumerate(options))
 
 
-def extract_letter(reply: Reply, rule: str) -> str:
+def extract_letter(reply: BenchmarkReply, rule: str) -> str:
     """The letter that a rule reads in a reply; empty where it finds none."""
     return _read(rule, reply.response, reply.letters)
 
@@ -87,7 +87,7 @@ def _read(rule: str, response: str, letters: str) -> str:
     return _READERS[rule](response, letters)
 
 
-def is_correct(reply: Reply, rule: str) -> bool | None:
+def is_correct(reply: BenchmarkReply, rule: str) -> bool | None:
     """Right or wrong under a rule; None where the rule does not count the reply."""
     found = extract_letter(reply, rule)
     if not found and rule.startswith("official"):
@@ -185,7 +185,7 @@ def _official_2024(text: str, letters: str) -> str:
 _READERS = {"official": first_letter, "official-2024": _official_2024, "lmms-eval": _lmms_eval, "strict": _strict}
 
 
-def response_warnings(replies: Sequence[Reply]) -> list[str]:
+def response_warnings(replies: Sequence[BenchmarkReply]) -> list[str]:
     """What a reader has to know before any number: replies that are empty, repeat themselves, or are all alike."""
     total = len(replies)
     if not total:

@@ -14,10 +14,10 @@ from typing import Any
 
 from lvctx.errors import InputError
 from lvctx.eval.benchmarks.accuracy import accuracy, breakdown, to_reply
-from lvctx.eval.benchmarks.answers import Question, Reply, first_letter, format_options, strip_reasoning
+from lvctx.eval.benchmarks.answers import BenchmarkReply, Question, first_letter, format_options, strip_reasoning
 from lvctx.eval.benchmarks.fields import cell_text
 from lvctx.eval.benchmarks.question_files import (
-    Row,
+    QuestionRow,
     check_options,
     has_value,
     key_field,
@@ -59,7 +59,7 @@ def samples(path: Path) -> list[Question]:
     return found
 
 
-def _columns(row: Row) -> list[str]:
+def _columns(row: QuestionRow) -> list[str]:
     """Options from columns `option0` to `option4`; those that a question does not have hold N/A, or nothing."""
     cells = [cell_text(row.get(f"option{i}")) or "" for i in range(5)]
     options = list(takewhile(lambda cell: cell.strip() not in ("", "N/A"), cells))
@@ -90,11 +90,11 @@ def score(rows: Sequence[dict[str, Any]], *, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def _own_letter(reply: Reply) -> str:
+def _own_letter(reply: BenchmarkReply) -> str:
     return first_letter(strip_reasoning(reply.response), "ABCDE", PHRASES)
 
 
-def _settle(reply: Reply, seed: int) -> Reply:
+def _settle(reply: BenchmarkReply, seed: int) -> BenchmarkReply:
     """The reply as the letter its own scorer takes it for."""
     found = _own_letter(reply) or random.Random(f"{seed}:{reply.id}").choice(reply.letters)
     return replace(reply, response=found, letters="ABCDE")

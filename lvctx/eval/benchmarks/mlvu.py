@@ -15,7 +15,7 @@ from lvctx.eval.benchmarks.accuracy import breakdown, to_reply
 from lvctx.eval.benchmarks.answers import RULES, Question, format_options
 from lvctx.eval.benchmarks.fields import cell_text
 from lvctx.eval.benchmarks.question_files import (
-    Row,
+    QuestionRow,
     has_value,
     key_field,
     options_field,
@@ -69,7 +69,7 @@ def _letters_in(question: str) -> tuple[str, ...]:
     return tuple(letters) if found == letters and len(found) > 1 else tuple("ABCD")
 
 
-def _answer(row: Row, candidates: Sequence[str], count: int) -> str:
+def _answer(row: QuestionRow, candidates: Sequence[str], count: int) -> str:
     """The letter of the right option: MLVU writes its text, others its letter. Generation tasks: the answer itself.
 
     Raises InputError where it is no option, or several.

@@ -13,7 +13,7 @@ NAME = "nextqa"
 STYLES = ("official",)
 GROUPS = ("kind", "type")
 FREE_ANSWERS = False
-KINDS = {"C": "causal", "T": "temporal", "D": "descriptive"}
+QUESTION_KINDS = {"C": "causal", "T": "temporal", "D": "descriptive"}
 
 
 def samples(path: Path) -> list[Question]:
@@ -30,7 +30,7 @@ def samples(path: Path) -> list[Question]:
                 question=text_field(row, "question").strip(),
                 options=format_options(options),
                 answer=key_field(row, "answer", len(options), indexed=True),
-                groups={"kind": KINDS.get(kind[:1], "unknown"), "type": kind},
+                groups={"kind": QUESTION_KINDS.get(kind[:1], "unknown"), "type": kind},
                 released=row,
             )
         )

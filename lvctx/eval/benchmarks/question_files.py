@@ -12,14 +12,14 @@ from lvctx.errors import InputError
 from lvctx.eval.benchmarks.answers import format_options
 from lvctx.eval.benchmarks.fields import MOST_OPTIONS, cell_text, check_unicode, have_letters, parse_key, parse_list
 
-SUFFIXES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv")
+QUESTION_SUFFIXES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv")
 NO_QUESTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """What the datasets library writes beside its Arrow files."""
 AS_RELEASED = "give the questions as released"
-Row = dict[str, Any]
+QuestionRow = dict[str, Any]
 
 
-def read_question_rows(path: Path) -> list[Row]:
+def read_question_rows(path: Path) -> list[QuestionRow]:
     """Rows of a question file, or of all such files of a folder in the order of their names.
 
     `_file` in a row names its file and `_row` counts within it, from 1. A folder without such a file is searched below,
@@ -28,10 +28,10 @@ def read_question_rows(path: Path) -> list[Row]:
     files = [path]
     if path.is_dir():
         below = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        found = sorted(p for p in below if p.suffix.lower() in SUFFIXES and p.name not in NO_QUESTIONS)
+        found = sorted(p for p in below if p.suffix.lower() in QUESTION_SUFFIXES and p.name not in NO_QUESTIONS)
         files = [p for p in found if p.parent == path] or found
     if not files:
-        raise InputError(f"no {', '.join(SUFFIXES)} file in it", where=path)
+        raise InputError(f"no {', '.join(QUESTION_SUFFIXES)} file in it", where=path)
     rows = []
     for file in files:
         for number, record in enumerate(read_records(file, guess_encoding=True), start=1):
@@ -46,18 +46,18 @@ def read_question_rows(path: Path) -> list[Row]:
     return rows
 
 
-def row_place(row: Row) -> str:
+def row_place(row: QuestionRow) -> str:
     """How an error names a row: its file and its number there."""
     return f"{row['_file']}, row {row['_row']}"
 
 
-def has_value(row: Row, name: str) -> bool:
+def has_value(row: QuestionRow, name: str) -> bool:
     """Whether a row has something in a column: neither null, NaN, blank nor an empty list."""
     value = row.get(name)
     return bool(value) if isinstance(value, list | tuple | dict) else bool((cell_text(value) or "").strip())
 
 
-def text_field(row: Row, *names: str) -> str:
+def text_field(row: QuestionRow, *names: str) -> str:
     """The text of the first of `names` that a row has. Raises InputError where it has none, or it is no text."""
     for name in names:
         text = cell_text(row.get(name))
@@ -68,7 +68,7 @@ def text_field(row: Row, *names: str) -> str:
     raise InputError(f"a question without {' or '.join(names)}", where=row_place(row), fix=AS_RELEASED)
 
 
-def options_field(row: Row, name: str) -> list[str]:
+def options_field(row: QuestionRow, name: str) -> list[str]:
     """The options in a column: a list, or one written as text (see `listed`). Raises InputError for anything else."""
     if not has_value(row, name):
         raise InputError(f"a question without {name}", where=row_place(row), fix=AS_RELEASED)
@@ -81,7 +81,7 @@ def options_field(row: Row, name: str) -> list[str]:
     return check_options(row, options)
 
 
-def check_options(row: Row, options: list[str]) -> list[str]:
+def check_options(row: QuestionRow, options: list[str]) -> list[str]:
     """`options` as they are. Raises InputError for fewer than 2, more than 26, or a blank one."""
     if not 2 <= len(options) <= MOST_OPTIONS:
         raise InputError(f"{len(options)} options, not 2 to {MOST_OPTIONS}", where=row_place(row))
@@ -96,7 +96,7 @@ def with_letters(options: list[str]) -> tuple[str, ...]:
     return tuple(options) if have_letters(options) else format_options(options)
 
 
-def key_field(row: Row, name: str, count: int, *, indexed: bool = False) -> str:
+def key_field(row: QuestionRow, name: str, count: int, *, indexed: bool = False) -> str:
     """The letter of the right one of `count` options; see `parse_key`. Raises InputError where it is none of them."""
     if not has_value(row, name):
         raise InputError(f"a question without {name}", where=row_place(row), fix="give questions with their answers")

@@ -19,7 +19,7 @@ from lvctx.data.records import json_records
 from lvctx.data.streams import read_text
 from lvctx.errors import InputError
 from lvctx.eval.benchmarks.accuracy import NO_KEY, NO_TEXT, Notes
-from lvctx.eval.benchmarks.answers import Question, Reply
+from lvctx.eval.benchmarks.answers import BenchmarkReply, Question
 from lvctx.eval.benchmarks.fields import MOST_OPTIONS, cell_text, check_unicode, parse_key, parse_list
 
 GROUPS = ("duration", "domain", "sub_category", "task_type")
@@ -32,7 +32,7 @@ class Responses:
 
     name: str
     """What to call it."""
-    replies: list[Reply]
+    replies: list[BenchmarkReply]
     """Questions that can be scored."""
     leniencies: dict[str, int]
     """What was overlooked -> how often: trailing commas, missing fields, questions left out."""
@@ -49,7 +49,7 @@ def read_responses(path: Path) -> Responses:
     file = path / "responses.json" if path.is_dir() else path
     overlooked: Counter[str] = Counter()
     notes = Notes()
-    replies: list[Reply] = []
+    replies: list[BenchmarkReply] = []
     for number, video in enumerate(_videos(file, overlooked)):
         if str(video.get("missing")).lower() in ("true", "1"):
             overlooked["videos marked missing, left out"] += 1
@@ -75,7 +75,7 @@ def read_responses(path: Path) -> Responses:
                 notes.add(NO_TEXT, name, response)
             overlooked["without question_id"] += "question_id" not in question
             replies.append(
-                Reply(
+                BenchmarkReply(
                     id=name,
                     video=video_id,
                     answer=answer,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lvctx.errors import InputError
 
-SUFFIXES = (".srt", ".vtt")
+SUBTITLE_SUFFIXES = (".srt", ".vtt")
 _TIME = r"(-?)(?:(\d{1,4}):)?(\d{1,2}):(\d{1,2})(?:[,.:](\d{1,9}))?"
 _SPAN = re.compile(rf"\s*{_TIME}\s*-{{1,2}}>\s*{_TIME}")
 _TAG = re.compile(r"<[^<>\s][^<>]*>|\{\\[^{}]*\}")  # neither reaches over a second bracket: the time stays linear
@@ -50,7 +50,7 @@ def find_subtitles(folder: Path, stem: str) -> Path | None:
     languages: dict[str, Path] = {}
     for file in sorted(folder.iterdir(), key=lambda file: (file.suffix.lower(), file.name)):
         rest = file.stem.removeprefix(stem).lower()
-        if file.suffix.lower() in SUFFIXES and file.stem.startswith(stem) and re.fullmatch(f"({tag})?", rest):
+        if file.suffix.lower() in SUBTITLE_SUFFIXES and file.stem.startswith(stem) and re.fullmatch(f"({tag})?", rest):
             languages.setdefault(rest, file)
     chosen = [languages[name] for name in sorted(languages) if not name or name.startswith(".en")]
     if not chosen and len(languages) > 1:

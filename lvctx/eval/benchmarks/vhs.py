@@ -14,14 +14,14 @@ from typing import Any
 from lvctx.errors import InputError
 from lvctx.eval.benchmarks.answers import Question, is_degenerate
 from lvctx.eval.benchmarks.fields import cell_text, parse_list
-from lvctx.eval.benchmarks.question_files import Row, read_question_rows, row_place
+from lvctx.eval.benchmarks.question_files import QuestionRow, read_question_rows, row_place
 from lvctx.eval.statistics import clustered_mean
 
 NAME = "vhs"
 STYLES = ("official",)
 GROUPS = ("images",)
 FREE_ANSWERS = True
-THRESHOLD = 0.6
+VHS_THRESHOLD = 0.6
 
 
 def samples(path: Path) -> list[Question]:
@@ -46,7 +46,7 @@ def samples(path: Path) -> list[Question]:
     return found
 
 
-def _turns(row: Row) -> tuple[str, str]:
+def _turns(row: QuestionRow) -> tuple[str, str]:
     """The question, and `yes` or `no`."""
     turns = row.get("conversations")
     turns = turns[:2] if isinstance(turns, list) else []
@@ -59,7 +59,7 @@ def _turns(row: Row) -> tuple[str, str]:
     return question, answer
 
 
-def _images(row: Row, name: str) -> list[str]:
+def _images(row: QuestionRow, name: str) -> list[str]:
     """File names in a column: a list, one written as text, or a single name."""
     value = row.get(name)
     if value is None:
@@ -91,7 +91,7 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         at = [i for i, row in enumerate(rows) if int(row["groups"]["images"]) == size]
         estimate = clustered_mean([right[i] for i in at], [rows[i]["id"] for i in at])
         by[str(size)] = {"words": vars(estimate) | {"parsed": sum(bool(said[i] & {"yes", "no"}) for i in at) / len(at)}}
-    good = list(takewhile(lambda size: by[size]["words"]["mean"] >= THRESHOLD, by))
+    good = list(takewhile(lambda size: by[size]["words"]["mean"] >= VHS_THRESHOLD, by))
     whole = vars(clustered_mean(right, [row["id"] for row in rows]))
     whole["parsed"] = sum(bool(words & {"yes", "no"}) for words in said) / len(rows)
     shares = {word: sum(word in words for words in said) / len(rows) for word in ("yes", "no")}

@@ -11,7 +11,7 @@ from typing import Any
 
 from lvctx.artifacts.schemas import SCORE
 from lvctx.eval.benchmarks.accuracy import accuracy, breakdown, sorted_groups
-from lvctx.eval.benchmarks.answers import RULES, Question, Reply
+from lvctx.eval.benchmarks.answers import RULES, BenchmarkReply, Question
 from lvctx.eval.benchmarks.question_files import key_field, options_field, read_question_rows, text_field, with_letters
 from lvctx.eval.benchmarks.responses import GROUPS, Responses, write_responses
 
@@ -81,7 +81,7 @@ def cells(responses: Responses, rules: Sequence[str] = RULES) -> list[dict[str, 
     """Rows of the table duration x domain x task category with all its margins (`all`), for every one of `rules`."""
     axes = ("duration", "domain", "task_type")
     replies = responses.replies
-    bins: dict[tuple[str, ...], list[Reply]] = {}
+    bins: dict[tuple[str, ...], list[BenchmarkReply]] = {}
     for reply in replies:
         for key in product(*((reply.groups[axis], ALL) for axis in axes)):
             bins.setdefault(key, []).append(reply)

@@ -15,11 +15,11 @@ from lvctx.artifacts.result_log import ResultLog, short_hash
 from lvctx.config import OnProgress
 from lvctx.device import resolve_device
 from lvctx.errors import UsageError
+from lvctx.eval.niah.job import NiahJob, plan_text
 from lvctx.eval.niah.niah_config import Depths, TextNiahConfig
-from lvctx.eval.niah.run import NiahJob, plan_text
 from lvctx.inference.prefix_scorer import PrefixScorer
 from lvctx.models.loading import load_config, load_model, try_forward
-from lvctx.rope.scaling import choose
+from lvctx.rope.scaling import resolve_scaling
 from lvctx.training.extend_config import BaseSearchConfig, ExtendConfig
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,9 @@ def run_search(
 def _try_base(search: BaseSearch, model: Any, base: float) -> dict[str, Any]:
     """Share of needles found, mean log-probability of their answers, and every cell."""
     hf = load_config(search.niah.path)
-    hf.rope_parameters = choose(hf, scheme="theta", theta=base, factor=None, context=None, seq_len=0).rope_parameters
+    hf.rope_parameters = resolve_scaling(
+        hf, scheme="theta", theta=base, factor=None, context=None, seq_len=0
+    ).rope_parameters
     # Frequencies are all that a base decides: the model's own class computes them anew, the weights stay loaded.
     decoder = model.model
     decoder.rotary_emb = type(decoder.rotary_emb)(hf).to(model.device)

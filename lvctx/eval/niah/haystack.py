@@ -25,7 +25,7 @@ from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.feature_cache import SUFFIX, open_frames
 from lvctx.vlm.video_encoder import VideoEncoder
 
-PIXELS = ".pixels.txt"
+PIXELS_SUFFIX = ".pixels.txt"
 """Suffix of the file beside a haystack that has the hash of each frame, one per line."""
 
 
@@ -117,7 +117,7 @@ def write_haystack(
 
 
 def _pixels_of(out: Path) -> Path:
-    return out.with_name(out.name.removesuffix(SUFFIX).removesuffix(".mp4") + PIXELS)
+    return out.with_name(out.name.removesuffix(SUFFIX).removesuffix(".mp4") + PIXELS_SUFFIX)
 
 
 def _row(config: HaystackConfig, out: Path) -> dict[str, Any]:

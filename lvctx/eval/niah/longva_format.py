@@ -13,7 +13,7 @@ from lvctx.data.records import read_records
 from lvctx.errors import InputError
 from lvctx.eval.niah.results import NeedleResults
 
-NAME = "all_accuracies.json"
+LONGVA_FILE = "all_accuracies.json"
 KEYS = {"video": ("Num. Frame", "Frame Depth"), "text": ("Context Length", "Document Depth")}
 NEEDLES = 5
 """Needles a cell of LongVA's scripts."""
@@ -23,7 +23,9 @@ TOKENS_PER_FRAME = 144
 
 def read_longva(path: Path, *, trained_length: int | None) -> NeedleResults:
     """The grid of such a file. Raises InputError for any other, and where no 1 to 100 needles give its scores."""
-    broken = InputError(f"not LongVA's {NAME}", where=path, fix='a list of {"Num. Frame", "Frame Depth", "Score"}')
+    broken = InputError(
+        f"not LongVA's {LONGVA_FILE}", where=path, fix='a list of {"Num. Frame", "Frame Depth", "Score"}'
+    )
     try:
         cells = [record.value for record in read_records(path)]
         modality = "video" if KEYS["video"][0] in cells[0] else "text"

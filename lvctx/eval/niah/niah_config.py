@@ -8,7 +8,7 @@ from lvctx.config import Flag, parse_integers, parse_numbers
 from lvctx.errors import UsageError
 
 Scoring = Literal["forced", "generate", "both"]
-Question = Literal["what", "when"]
+NeedleQuestion = Literal["what", "when"]
 TextTask = Literal["single", "multi-key", "multi-value", "multi-query", "variable-tracking"]
 RopeScheme = Literal["theta", "pi", "ntk", "yarn"]
 DEPTHS = "0,0.2,0.4,0.6,0.8,1"
@@ -108,7 +108,7 @@ class VideoNiahConfig(NiahConfig):
 
     needles: str = "drawn"
     """Needle images: drawn, or a folder with images and one .jsonl."""
-    question: Question = "what"
+    question: NeedleQuestion = "what"
     """Ask what the needle shows, or when it is shown."""
     tolerance: Annotated[float, Flag(min=0, needs=("question=when",))] = 2.0
     """Seconds that the answer to when may be off."""

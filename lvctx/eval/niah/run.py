@@ -1,231 +1,33 @@
-"""Run a needle test: plan the cells, walk them with shared prefixes computed once, keep each as its own row."""
+"""Run a needle test: walk its cells with shared prefixes computed once, keep each as a row."""
 
-import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from lvctx.artifacts import schemas
-from lvctx.artifacts.result_log import RESULTS, ResultLog, read_results, short_hash
-from lvctx.artifacts.store import fingerprint
-from lvctx.errors import InputError, UsageError
+from lvctx.artifacts.result_log import RESULTS, ResultLog, read_results
+from lvctx.errors import InputError
 from lvctx.eval.niah.heatmap import write_report
-from lvctx.eval.niah.image_needles import NeedleSet, drawn_needles, read_needles
-from lvctx.eval.niah.needle_task import Cell, NeedleTask
-from lvctx.eval.niah.niah_config import NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
+from lvctx.eval.niah.job import NiahJob
+from lvctx.eval.niah.needle_task import Cell
 from lvctx.eval.niah.results import THRESHOLD, read_needle_results
-from lvctx.eval.niah.text_needles import read_haystack
-from lvctx.eval.niah.text_task import TextNeedleTask
-from lvctx.eval.niah.video_task import VideoNeedleTask
-from lvctx.inference.engine_config import CachePlacement
-from lvctx.inference.prefix_scorer import PrefixScorer, Score, common_prefix, walk_order
-from lvctx.models.adapter import longest_sample
+from lvctx.inference.prefix_scorer import PrefixScorer, Score
 from lvctx.models.loading import (
     context_length,
     load_config,
     load_model,
-    load_tokenizer,
-    resolve_model,
-    trained_length,
     try_forward,
 )
 from lvctx.parallel.context import ParallelContext
 from lvctx.parallel.ring_attention import Ring
-from lvctx.rope.scaling import choose
-from lvctx.video.sampling import VideoSampling
-from lvctx.vlm.base import VLM, VisualTokens, sequential_positions
+from lvctx.vlm.base import sequential_positions
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NiahJob:
-    """A checked test: everything but the model's weights."""
-
-    config: NiahConfig
-    """As asked for, with one RoPE at most."""
-    path: Path
-    """Resolved model directory."""
-    tokenizer: Any
-    """The model's."""
-    task: NeedleTask
-    """Cells and their sequences."""
-    scoring: Scoring
-    """Resolved."""
-    kv_cache: CachePlacement
-    """Where keys and values are kept."""
-    cells: list[Cell]
-    """In the order they are walked."""
-    visual: VisualTokens | None
-    """The haystack's frames (video)."""
-    images: tuple[Any, ...]
-    """What is inserted among them."""
-    run_facts: dict[str, Any]
-    """What every row says of the run; `run` in it identifies model, haystack, prompt, scoring and seed."""
-
-    def key(self, cell: Cell) -> str:
-        """Sixteen hex digits of the run and the cell: what a result is found by."""
-        return short_hash({"run": self.run_facts["run"], "cell": asdict(cell)})
-
-    def last_position(self, ids_L: np.ndarray) -> int:
-        """The largest position of a sequence: for M-RoPE far less than its tokens."""
-        return int((self.visual.positions if self.visual else sequential_positions)(ids_L, 0).max())
-
-    def model_config(self) -> Any:
-        """The configuration that the model is evaluated with."""
-        config = load_config(self.path)
-        for scheme, number in self.config.rope:
-            text, length = config.get_text_config(), context_length(config)
-            theta, factor = (number, None) if scheme == "theta" else (None, number)
-            chosen = choose(text, scheme=scheme, theta=theta, factor=factor, context=length, seq_len=0)
-            text.rope_parameters = chosen.rope_parameters
-        return config
-
-    def costs(self, cp: int = 1) -> dict[str, Any]:
-        """What a dry run shows: the cells, the tokens to compute, and a rank's bytes of weights and cache.
-
-        `cp` ranks share a sequence: they divide the cache and each have all weights.
-        """
-        config = load_config(self.path)
-        text = config.get_text_config()
-        # One sequence at a time: all of a large grid's together are gigabytes.
-        lengths = [len(self.task.sequence(cell)[0]) for cell in self.cells]
-        pairs = itertools.pairwise(self.task.sequence(cell)[0] for cell in self.cells)
-        shared = sum(common_prefix(a, b) for a, b in pairs)
-        tokens, longest = sum(lengths), max(lengths)
-        heads = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        width = torch.finfo(config.dtype or torch.float32).bits // 8
-        channel = heads + 4 if self.kv_cache == "int8" else heads * width  # a float32 scale for each head and token
-        return {
-            "cells": len(self.cells),
-            "tokens": tokens,
-            "tokens_once": tokens - shared,
-            "longest_tokens": longest,
-            "last_position": max(self.last_position(self.task.sequence(cell)[0]) for cell in self.cells),
-            "context": context_length(config),
-            "weight_bytes": sum(file.stat().st_size for file in self.path.glob("*.safetensors")),
-            "cache_bytes": 2 * text.num_hidden_layers * text.num_key_value_heads * channel * -(-longest // cp),
-            "kv_cache": self.kv_cache,
-            "cp": cp,
-        }
-
-
-def plan_text(config: TextNiahConfig, *, kv_cache: CachePlacement = "device") -> NiahJob:
-    """Check everything that can be checked without loading the model's weights.
-
-    Raises UsageError for values out of their range, InputError for inputs that do not exist or do not fit.
-    """
-    path = resolve_model(config.model)
-    tokenizer = load_tokenizer(path)
-    task = TextNeedleTask(
-        tokenizer,
-        read_haystack(config.haystack),
-        distractors=config.distractors,
-        seed=config.seed,
-        task=config.task,
-        count=config.count,
-        nested=config.depths.nested,
-        loop=config.loop,
-    )
-    return _plan(config, path, tokenizer, task, kv_cache=kv_cache)
-
-
-def plan_video(
-    config: VideoNiahConfig, vlm: VLM, sampling: VideoSampling, *, kv_cache: CachePlacement = "device"
-) -> NiahJob:
-    """The same for a video."""
-    tokenizer = load_tokenizer(vlm.path)
-    haystack = vlm.haystack(config.haystack, sampling, as_images=config.as_images)
-    needles = _needles(config, haystack.image_size)
-    seconds = haystack.seconds[: max(config.lengths)]  # the others are not looked at
-    images = tuple(needle.image for needle in (*needles.needles, *needles.distractors))
-    visual = haystack.tokens(len(seconds), images)
-    task = VideoNeedleTask(
-        tokenizer,
-        needles,
-        visual,
-        seconds=seconds,
-        question=config.question,
-        tolerance=config.tolerance,
-        nested=config.depths.nested,
-        loop=config.loop,
-        seed=config.seed,
-    )
-    return _plan(config, vlm.path, tokenizer, task, kv_cache=kv_cache, visual=visual, images=images)
-
-
-def _needles(config: VideoNiahConfig, size: int) -> NeedleSet:
-    if config.needles == "drawn":
-        drawn = drawn_needles(config.trials, size=size, seed=config.seed, distractors=config.distractors)
-        return drawn if config.question == "what" else replace(drawn, chance=None)
-    read = read_needles(Path(config.needles))
-    if config.distractors > len(read.distractors):
-        raise UsageError(
-            f"--distractors {config.distractors} with {len(read.distractors)} distractors in {config.needles}",
-            fix='give them lines with "distractor": true',
-        )
-    return replace(read, distractors=read.distractors[: config.distractors])
-
-
-def _plan(
-    config: NiahConfig,
-    path: Path,
-    tokenizer: Any,
-    task: NeedleTask,
-    *,
-    kv_cache: CachePlacement,
-    visual: VisualTokens | None = None,
-    images: Sequence[Any] = (),
-) -> NiahJob:
-    scoring: Scoring = config.scoring or ("forced" if task.can_force else "generate")
-    if scoring != "generate" and not task.can_force:
-        raise UsageError(f"--scoring {scoring}: this question is scored by what is generated", fix="--scoring generate")
-    cells = task.cells(config.lengths, config.depths.values, config.trials)
-    if not cells:
-        raise UsageError("no depth of these falls into any length")
-    cells = [cells[i] for i in walk_order(task.sequence(cell)[0] for cell in cells)]
-    made_of = {
-        "model": fingerprint(path)[:16],
-        "haystack": short_hash([fingerprint(p) for p in config.haystack]),
-        "prompt": short_hash(task.prompt()),
-        "scoring": scoring,
-        "seed": config.seed,
-        "kv_cache": "int8" if kv_cache == "int8" else "exact",
-        "rope": config.rope,
-    }
-    run_facts = {
-        "schema": schemas.NIAH,
-        "run": short_hash(made_of),
-        "model": config.model,
-        "modality": task.modality,
-        "visual": visual.facts if visual else None,
-        "made_of": made_of,
-        "kv_cache": kv_cache,
-        "chance": task.chance,
-        "trained_length": config.training_length or trained_length(path),
-        "longest_sample": longest_sample(path),
-    }
-    job = NiahJob(
-        config=config,
-        path=path,
-        tokenizer=tokenizer,
-        task=task,
-        scoring=scoring,
-        kv_cache=kv_cache,
-        cells=cells,
-        visual=visual,
-        images=tuple(images),
-        run_facts=run_facts,
-    )
-    job.model_config()  # a RoPE that the model cannot have is said now
-    return job
 
 
 @dataclass(frozen=True, kw_only=True)

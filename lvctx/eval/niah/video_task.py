@@ -9,7 +9,7 @@ import numpy as np
 from lvctx.errors import InputError, UsageError
 from lvctx.eval.niah.image_needles import FIND, ImageNeedle, NeedleSet
 from lvctx.eval.niah.needle_task import Cell, begins_with, first_number, insertion_points, splice
-from lvctx.eval.niah.niah_config import Question
+from lvctx.eval.niah.niah_config import NeedleQuestion
 from lvctx.models.vlm_assembly import answer_ids, chat_ids
 from lvctx.vlm.base import VisualTokens
 
@@ -32,7 +32,7 @@ class VideoNeedleTask:
         tokens: VisualTokens,
         *,
         seconds: np.ndarray,
-        question: Question = "what",
+        question: NeedleQuestion = "what",
         tolerance: float = 0.0,
         nested: bool = False,
         loop: bool = False,

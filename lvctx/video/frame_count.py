@@ -1,0 +1,157 @@
+"""How many frames a sampling takes of a video, by its packets where they tell."""
+
+import contextlib
+import itertools
+import os
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from lvctx.errors import InputError
+from lvctx.video.container import check_whole, decoder_errors, demux, open_video, probe
+from lvctx.video.frame_selection import (
+    due_ticks,
+    frame_numbers,
+    numbers_between,
+    take_sampled,
+)
+from lvctx.video.packet_index import PacketIndex, read_packets
+from lvctx.video.reader import read_video
+from lvctx.video.sampling import VideoSampling
+from lvctx.video.segment_decoder import Converter, DecodeStats, read_planned
+from lvctx.video.sequential_decoder import ReadJob, check_damage, decode_all, no_frame
+from lvctx.video.timestamps import Clock, frame_ticks
+
+
+def bounded(path: Path, sampling: VideoSampling) -> VideoSampling:
+    """The sampling, or `max_frames` evenly spread where its rate gives more of this video. Raises as `read_video`."""
+    bound = sampling.max_frames
+    if bound is None or sampling.frames is not None or count_frames(path, sampling, decode=False).frames <= bound:
+        return sampling
+    return replace(sampling, fps=None, frames=bound, max_frames=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Count:
+    """What a sampling finds in a video."""
+
+    frames: int
+    """Frames that `read_video` gives, if none is damaged."""
+    exact: bool
+    """False: about so many, as only decoding would tell."""
+    width: int
+    """Pixels across once upright; where nothing was decoded as the container says, before a turn."""
+    height: int
+    """Pixels down, likewise."""
+    duration: float
+    """Seconds from the first frame to the end of the last."""
+    partial: bool = False
+    """Whether the video is cut short or damaged; known only where it was decoded."""
+
+
+def count_frames(path: Path, sampling: VideoSampling, *, decode: bool = True) -> Count:
+    """How many frames `read_video` gives, by the packets; the first frame is decoded for its size.
+
+    Where packets do not tell (see `packets.py`), and with `allow_partial`, everything is decoded, or without `decode`
+    nothing at all and the count is near. Raises as `read_video`.
+    """
+    check_whole(path, allow_partial=sampling.allow_partial)
+    job = ReadJob(path=path, sampling=sampling, threads=os.cpu_count() or 1)
+    with decoder_errors(path):
+        if sampling.allow_partial and decode:
+            return _count_readable(job)
+        index = read_packets(path)
+        wanted = frame_numbers(index, sampling) if index is not None else []
+        if index is not None and not wanted:
+            raise no_frame(job)
+        if index is None or index.stretches(sorted(set(wanted))) is None:
+            return _count_all(job) if decode else _count_about(job)
+        duration = float(index.end * index.time_base - index.time(0))
+        facts = probe(path)
+        width, height = facts["width"], facts["height"]
+        if decode:
+            height, width = _upright_size(job, index, wanted)
+        # What cannot be decoded is left out then.
+        return Count(
+            frames=len(wanted), exact=not sampling.allow_partial, width=width, height=height, duration=duration
+        )
+
+
+def _count_readable(job: ReadJob) -> Count:
+    reader = read_video(job.path, job.sampling)
+    found = sum(1 for _ in reader)
+    facts = reader.facts
+    return Count(
+        frames=found,
+        exact=True,
+        width=facts["width"],
+        height=facts["height"],
+        duration=facts["duration"],
+        partial=facts.get("partial", False),
+    )
+
+
+def _upright_size(job: ReadJob, index: PacketIndex, wanted: list[int]) -> tuple[int, int]:
+    """Height and width of the first of the wanted frames that can be decoded."""
+    for some in (wanted[:1], sorted(set(wanted))):
+        stretches = index.stretches(some) or []
+        read: Any = read_planned(job.path, index, stretches, prepare=None, threads=job.threads, tally=DecodeStats())
+        with contextlib.closing(read):
+            for _, size, _ in read:
+                return size
+    raise InputError("not one frame could be decoded", where=job.path)
+
+
+def _count_all(job: ReadJob) -> Count:
+    facts: dict[str, Any] = {}
+    tally = DecodeStats()
+    decoded = decode_all(job, facts, tally)
+    first = next(decoded, None)
+    if first is None:
+        raise InputError("not one frame could be decoded", where=job.path)
+    (height, width), _ = Converter(None)(first.data)
+    frames = itertools.chain([first], decoded)
+    if job.sampling.frames is None:
+        taken = sum(1 for _ in take_sampled(frames, job.sampling))
+    else:
+        low, high = numbers_between([frame.pts - first.pts for frame in frames], job.sampling)
+        taken = job.sampling.frames if low < high else 0
+    if not taken:
+        raise no_frame(job)
+    check_damage(job, facts, tally.damaged, tally.decoded + tally.damaged)
+    return Count(
+        frames=taken,
+        exact=True,
+        width=width,
+        height=height,
+        duration=facts["duration"],
+    )
+
+
+def _count_about(job: ReadJob) -> Count:
+    container, stream = open_video(job.path)
+    with container:
+        clock, a_frame = Clock(container, stream), frame_ticks(stream)
+        spans: list[tuple[int, int]] = []
+        for packet in demux(container, stream):
+            clock.mend(packet)
+            if not packet.is_discard:
+                stamp = packet.dts if packet.pts is None else packet.pts
+                start = stamp if stamp is not None else spans[-1][1] if spans else 0
+                spans.append((start, start + (packet.duration or a_frame)))
+        tick, width, height = Fraction(stream.time_base), stream.width, stream.height
+    if not spans:
+        raise InputError("not one frame could be decoded", where=job.path)
+    first, last, end = min(spans)[0], max(spans)[0], max(end for _, end in spans)
+    sampling = job.sampling
+    if sampling.frames is not None:
+        frames = sampling.frames
+    elif sampling.fps == "native":
+        low, high = numbers_between(sorted(start - first for start, _ in spans), sampling, tick=tick)
+        frames = high - low
+    else:
+        frames = len(due_ticks(first, last, end, tick, sampling))
+    duration = float((end - first) * tick)
+    exact = sampling.frames is not None and not sampling.allow_partial
+    return Count(frames=frames, exact=exact, width=width, height=height, duration=duration)
