@@ -96,3 +96,35 @@ def test_help_answers_at_once_without_torch() -> None:
         times.append(time.monotonic() - began)
         assert "LIGHT" in done.stdout
     assert min(times) < 0.25
+
+
+MODULE_PROTOCOLS = ("eval/benchmarks", "rope")
+"""Packages whose modules define the same names: one benchmark, or one position scheme, each."""
+
+
+def test_sizes_and_names() -> None:
+    """A module has at most 350 lines, a function 80 lines and 10 parameters, and no name is defined twice."""
+    defined: dict[str, list[str]] = {}
+    for path in FILES:
+        name = str(path.relative_to(PACKAGE))
+        source = path.read_text(encoding="utf-8")
+        assert len(source.splitlines()) <= 350, name
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno is not None
+                assert node.end_lineno - node.lineno < 80, f"{name}: {node.name}"
+                parameters = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                assert len([p for p in parameters if p not in ("self", "cls")]) <= 10, f"{name}: {node.name}"
+        if name.startswith(MODULE_PROTOCOLS):
+            continue
+        for node in tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            names = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+            names += [target.id for target in targets if isinstance(target, ast.Name)]
+            for one in names:
+                if not one.startswith("_") and one != "log":
+                    defined.setdefault(one, []).append(name)
+    assert {name: files for name, files in defined.items() if len(files) > 1} == {}
+    stems = [path.stem for path in FILES if not path.stem.startswith("_")]
+    assert {stem for stem in stems if stems.count(stem) > 1} == set()

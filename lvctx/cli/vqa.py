@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from lvctx.inference.vqa import Answer, VideoQuestions
     from lvctx.parallel.context import ParallelContext
 
-JsonRow = dict[str, Any]
 FEATURE_CACHE = Path("~/.cache/lvctx/features")
 """Where vqa keeps features of videos unless it is told otherwise."""
 
@@ -120,7 +119,7 @@ def _open(
     )
 
 
-def _cost(frames: int, facts: JsonRow) -> str:
+def _cost(frames: int, facts: dict[str, Any]) -> str:
     """Frames and tokens of a video; the model's nominal tokens and delimiters where its frames are items in runs."""
     if "runs" not in facts:
         return f"{frames:,} frames, {facts['visual_tokens']:,} visual tokens"
@@ -134,7 +133,7 @@ def _answer_lines(
     config: VqaConfig, questions: "VideoQuestions", parallel: "ParallelContext", printer: "StreamPrinter"
 ) -> None:
     """Questions of --ask and of stdin's lines about one video."""
-    rows: deque[JsonRow] = deque()
+    rows: deque[dict[str, Any]] = deque()
 
     def texts() -> Iterator[str]:
         for question, row in parallel.follow(_asked(config.ask, config.chat)):
@@ -177,7 +176,7 @@ def _answer_videos(
     return failed
 
 
-def _emit_answer(row: JsonRow, answer: "Answer", printer: "StreamPrinter") -> None:
+def _emit_answer(row: dict[str, Any], answer: "Answer", printer: "StreamPrinter") -> None:
     printed = printer.end()
     if printed and not wants_json():
         return
@@ -194,7 +193,7 @@ def _emit_answer(row: JsonRow, answer: "Answer", printer: "StreamPrinter") -> No
     emit({"schema": schemas.ANSWER, **row, **fields}, line)
 
 
-def _asked(ask: tuple[str, ...], chat: bool) -> Iterator[tuple[str, JsonRow]]:
+def _asked(ask: tuple[str, ...], chat: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Those of --ask, a - among them for stdin's lines; a chat goes on with stdin's. With the line's row."""
     for question in [*ask, *(["-"] if chat and "-" not in ask else [])]:
         if question == "-":
@@ -203,7 +202,7 @@ def _asked(ask: tuple[str, ...], chat: bool) -> Iterator[tuple[str, JsonRow]]:
             yield question, {}
 
 
-def _question_lines() -> Iterator[tuple[str, JsonRow]]:
+def _question_lines() -> Iterator[tuple[str, dict[str, Any]]]:
     """Questions on stdin's lines, text or JSON objects, with a prompt where a person types them."""
     typed, number = sys.stdin.isatty(), 0
     while True:

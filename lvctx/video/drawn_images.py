@@ -33,24 +33,24 @@ COLORS: dict[str, tuple[int, int, int]] = {
 SUPERSAMPLE = 2
 """Masks are drawn this many times too large and averaged down: PIL's polygons have hard edges."""
 
-Ring = Sequence[tuple[float, float]]
+Outline = Sequence[tuple[float, float]]
 
 
-def _arc(radius: float, n: int = 40, x: float = 0.0, y: float = 0.0) -> Ring:
+def _arc(radius: float, n: int = 40, x: float = 0.0, y: float = 0.0) -> Outline:
     return [(x + radius * cos(2 * pi * i / n), y + radius * sin(2 * pi * i / n)) for i in range(n)]
 
 
-def _star(points: int, inner: float) -> Ring:
+def _star(points: int, inner: float) -> Outline:
     radius = [1.0, inner] * points
     return [(r * sin(pi * i / points), -r * cos(pi * i / points)) for i, r in enumerate(radius)]
 
 
-def _heart(n: int = 48) -> Ring:
+def _heart(n: int = 48) -> Outline:
     turns = [2 * pi * i / n for i in range(n)]
     return [(sin(t) ** 3, -(13 * cos(t) - 5 * cos(2 * t) - 2 * cos(3 * t) - cos(4 * t)) / 16 - 0.1) for t in turns]
 
 
-def _moon(n: int = 32) -> Ring:
+def _moon(n: int = 32) -> Outline:
     # The outer arc runs from horn to horn on the left, the inner one returns on a circle pushed to the right.
     outer = [(cos(a), sin(a)) for a in np.linspace(0.28 * pi, 1.72 * pi, n)]
     horn_x, horn_y = outer[0]
@@ -62,7 +62,7 @@ def _moon(n: int = 32) -> Ring:
 
 
 # Each shape is one or two polygons in [-1, 1]², y down; the second is a hole.
-_OUTLINES: dict[str, list[Ring]] = {
+_OUTLINES: dict[str, list[Outline]] = {
     "circle": [_arc(0.9)],
     "square": [[(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]],
     "triangle": [[(0.0, -0.95), (0.98, 0.75), (-0.98, 0.75)]],
@@ -227,7 +227,7 @@ def paint(rng: np.random.Generator, picture_HW3: np.ndarray, *, shape: str, colo
     return cover_HW
 
 
-def _decoy(rng: np.random.Generator) -> Ring:
+def _decoy(rng: np.random.Generator) -> Outline:
     """The outline of something that has no name here: a bar, a wavy blob, or an irregular polygon."""
     kind = rng.integers(3)
     if kind == 0:
