@@ -79,7 +79,7 @@ def run_task(tiny_vlm: Path, tmp_path: Path, visuals: str, kind: str = WRITES) -
 
 
 def test_lmms_eval_shows_our_model_videos(tiny_vlm: Path, nano: Any, tmp_path: Path) -> None:
-    from lvctx.inference.vqa import VideoQuestions
+    from lvctx.inference.video_questions import VideoQuestions
     from lvctx.vlm.video_encoder import VideoEncoder
 
     said = run_task(tiny_vlm, tmp_path, f"[{str(nano.clips)!r} + '/' + doc['videoID'] + '.mp4']")

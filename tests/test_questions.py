@@ -24,7 +24,7 @@ from lvctx.eval.benchmarks.answers import Question
 from lvctx.eval.benchmarks.subtitles import read_subtitles
 from lvctx.eval.benchmarks.videomme import prompt
 from lvctx.inference.transformers_engine import TransformersEngine
-from lvctx.inference.vqa import VideoQuestions
+from lvctx.inference.video_questions import VideoQuestions
 from lvctx.models.loading import load_config
 from lvctx.models.vlm_assembly import ImageGrid
 from lvctx.video.sampling import VideoSampling

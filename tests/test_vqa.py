@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from lvctx.cli.app import app
 from lvctx.cli.vqa import StreamPrinter
 from lvctx.inference.transformers_engine import TransformersEngine
-from lvctx.inference.vqa import VideoQuestions
+from lvctx.inference.video_questions import VideoQuestions
 from lvctx.video.reader import read_video
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.feature_cache import read_feature_cache

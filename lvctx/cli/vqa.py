@@ -20,7 +20,7 @@ from lvctx.inference.engine_config import EngineConfig
 from lvctx.video.sampling import VideoSampling
 
 if TYPE_CHECKING:
-    from lvctx.inference.vqa import Answer, VideoQuestions
+    from lvctx.inference.video_questions import Answer, VideoQuestions
     from lvctx.parallel.context import ParallelContext
 
 FEATURE_CACHE = Path("~/.cache/lvctx/features")
@@ -99,7 +99,7 @@ def _open(
     printer: "StreamPrinter",
 ) -> "VideoQuestions":
     from lvctx.inference.transformers_engine import TransformersEngine
-    from lvctx.inference.vqa import VideoQuestions
+    from lvctx.inference.video_questions import VideoQuestions
     from lvctx.vlm.registry import open_vlm
 
     cache = (engine.feature_cache or FEATURE_CACHE).expanduser()
