@@ -48,6 +48,7 @@ test-lmms: fetch      # the plug-in under the real lmms-eval, in an environment 
 	$(PYTHON) -m venv .venv-lmms
 	.venv-lmms/bin/python -m pip install --disable-pip-version-check -q -c tests/constraints-lmms.txt -e . \
 		pytest pytest-timeout hypothesis lmms-eval
+	cp tests/runtimes/torchvision_ops.* $$(.venv-lmms/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 	.venv-lmms/bin/python -m pytest -rs tests/test_lmms.py
 
 test-runtimes: setup  # tiny models of every kind in other runtimes, each installed in $(RUNTIMES): docs/runtimes.md
