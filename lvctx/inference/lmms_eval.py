@@ -52,7 +52,7 @@ class Lvctx(lmms):
         vlm.resolve(self.sampling)
         self.engine = TransformersEngine(vlm, device=target_device, prefill_chunk=chunk)
         self.device = torch.device(target_device)
-        self._shown: Any = None
+        self._current_visuals: Any = None
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Greedy replies, cut before the first of the request's `until`; empty where a visual cannot be read."""
@@ -94,15 +94,15 @@ class Lvctx(lmms):
 
     def _show(self, visuals: list[Any]) -> None:
         """Show videos and images, unless they were shown last: their keys and values are still there."""
-        if self._shown is not None and self._shown == visuals:
+        if self._current_visuals is not None and self._current_visuals == visuals:
             return
-        self._shown = None
+        self._current_visuals = None
         if not visuals:
             raise LvctxError("a question without an image or a video")
         items = [Path(item) if isinstance(item, str | Path) else item.convert("RGB") for item in visuals]
         has_video = any(isinstance(item, Path) for item in items)
         self.engine.show(items, self.sampling if has_video else VideoSampling())
-        self._shown = visuals
+        self._current_visuals = visuals
 
 
 def _sampling(options: dict[str, Any]) -> VideoSampling:

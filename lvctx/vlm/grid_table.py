@@ -74,7 +74,7 @@ class GridTable:
         return self._first_row
 
     def ids(self, frames: Sequence[int], blocks: Sequence[Block]) -> np.ndarray:
-        """A film (or an image) of these pictures between its delimiters; blocks say what is merged, and sizes."""
+        """A video (or an image) of these frames between its delimiters; blocks say what is merged, and sizes."""
         times = self._times(frames)
         start, end, separator = [self.rule.start], [self.rule.end], [self.vocabulary + row for row in (END, START)]
         parts: list[Sequence[int] | np.ndarray] = []
@@ -107,7 +107,7 @@ class GridTable:
         return mrope_positions.positions(self._parts(ids_L))[0][:, None, first : len(ids_L)]
 
     def _parts(self, ids_L: np.ndarray) -> Iterator[SequencePart]:
-        """Text and films. A film that is cut is completed to its next grid: that moves nothing before the cut."""
+        """Text and videos. A video that is cut is completed to its next grid: that moves nothing before the cut."""
         edges = np.flatnonzero(np.diff(ids_L >= self.vocabulary)) + 1
         for segment in np.split(ids_L, edges):
             if not len(segment) or segment[0] < self.vocabulary:
@@ -117,15 +117,15 @@ class GridTable:
 
     def _video(self, rows: np.ndarray) -> mrope_positions.VideoGrids:
         runs: list[list[TokenGrid]] = [[]]
-        at = 0
-        while at < len(rows):
-            row = int(rows[at])
+        position = 0
+        while position < len(rows):
+            row = int(rows[position])
             if row == END:
                 runs.append([])
             elif row != START:
                 runs[-1].append(self._grid_at[row])
-                at += runs[-1][-1].height * runs[-1][-1].width - 1
-            at += 1
+                position += runs[-1][-1].height * runs[-1][-1].width - 1
+            position += 1
         runs[-1] = runs[-1] or runs[-2][-1:]
         blocks = [
             Block("video", sum(len(g.frames) for g in run), (len(run), run[0].height, run[0].width)) for run in runs

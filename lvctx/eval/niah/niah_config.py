@@ -54,7 +54,7 @@ def parse_ropes(text: str) -> tuple[tuple[RopeScheme, float], ...]:
     ropes: list[tuple[RopeScheme, float]] = []
     for part in text.split(",") if text else ():
         name, _, number = part.strip().partition(":")
-        scheme = next((known for known in get_args(RopeScheme) if known == name), None)
+        scheme = next((candidate for candidate in get_args(RopeScheme) if candidate == name), None)
         if scheme is None:
             raise UsageError(f"--rope {name} is unknown", fix="one of theta, pi, ntk, yarn, then : and a number")
         (value,) = parse_numbers(number)
