@@ -247,7 +247,7 @@ def test_no_mrope_pp_for_qwen3_and_the_reason(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="alternate over all frequencies"):
         extend(model, tmp_path / "x", method="mrope++")
     job = resolve_mrope(MropeConfig(model=str(model), out=tmp_path / "x", scale=2))
-    assert job.stretch.method == "yarn"
+    assert job.scaling.method == "yarn"
     assert "alternate over all frequencies" in job.note
 
 

@@ -16,7 +16,7 @@ from lvctx.errors import InputError
 from lvctx.eval.niah.image_needles import chance_of, drawn_needles, read_needles
 from lvctx.eval.niah.needle_task import Cell, first_number, share_listed
 from lvctx.eval.niah.run import partition_cells
-from lvctx.eval.niah.text_needles import LISTS, draw_riddle
+from lvctx.eval.niah.text_needles import LISTS, draw_text_needle
 from lvctx.eval.niah.text_task import TextNeedleTask
 from lvctx.eval.niah.video_task import VideoNeedleTask
 from lvctx.inference.prefix_scorer import PrefixScorer, common_prefix, walk_order
@@ -50,16 +50,16 @@ def test_a_riddle_is_hidden_whole(task: Any, nested: bool, tokenizer: Any) -> No
         ids, answer = test.sequence(cell)
         assert len(ids) == cell.length
         text = tokenizer.decode(ids)
-        riddle = draw_riddle(task, 1, cell.trial, distractors=2, count=4)
-        assert len(riddle.hidden) == 4
-        assert all(text.count(sentence) == 1 for sentence in riddle.hidden)
-        assert tokenizer.decode(ids[-answer:]).strip() == cell.answer == ", ".join(riddle.answers)
+        needle = draw_text_needle(task, 1, cell.trial, distractors=2, count=4)
+        assert len(needle.sentences) == 4
+        assert all(text.count(sentence) == 1 for sentence in needle.sentences)
+        assert tokenizer.decode(ids[-answer:]).strip() == cell.answer == ", ".join(needle.answers)
         assert cell.question in text
-        places = [text.index(sentence) for sentence in riddle.hidden]
+        places = [text.index(sentence) for sentence in needle.sentences]
         assert max(places) - min(places) > len(text) / 4  # they do not stand together
-        if riddle.chain:
+        if needle.chain:
             assert places == sorted(places)
-            assert [h.strip() for h in riddle.hidden][1] == f"VAR {riddle.answers[1]} = VAR {riddle.answers[0]}."
+            assert [h.strip() for h in needle.sentences][1] == f"VAR {needle.answers[1]} = VAR {needle.answers[0]}."
     assert len({answer for cell in cells for answer in cell.answer.split(", ")}) == len(cells[0].answer.split(", ")) * 2
 
 

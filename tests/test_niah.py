@@ -28,7 +28,7 @@ from lvctx.eval.niah.text_needles import (
     NEEDLE,
     PREFIX,
     QUESTION,
-    Riddle,
+    TextNeedle,
     question_and_answer,
     read_haystack,
     sentence_ends,
@@ -104,12 +104,12 @@ def test_true_depth_is_at_most_a_sentence_before_the_asked_one(tiny_lm: Path, es
     longest_sentence = int(np.diff(ends).max())
     test = TextNeedleTask(tokenizer, hay, distractors=0, seed=0)
     for cell in test.cells([900], [0, 0.25, 0.4, 0.75, 1], 1):
-        target = int(cell.depth * (900 - (900 - test._room(900, 0))))
+        target = int(cell.depth * (900 - (900 - test._haystack_length(900, 0))))
         assert 0 <= target - cell.position <= longest_sentence
 
 
-OSLO = Riddle(
-    hidden=(NEEDLE.format(city="Oslo", number="7654321"),),
+OSLO = TextNeedle(
+    sentences=(NEEDLE.format(city="Oslo", number="7654321"),),
     question="What is the special magic Oslo number?",
     start="The special magic Oslo number is:",
     answers=("7654321",),
@@ -223,10 +223,10 @@ def test_a_failing_cell_is_a_row_and_is_run_again(
 ) -> None:
     score = PrefixScorer.score
 
-    def fails(self: PrefixScorer, ids: np.ndarray, answer: int, *, write: int = 0) -> Any:
+    def fails(self: PrefixScorer, ids: np.ndarray, answer: int, *, generate: int = 0) -> Any:
         if len(ids) == 200:
             raise RuntimeError("CUDA out of memory.\nTried to allocate")
-        return score(self, ids, answer, write=write)
+        return score(self, ids, answer, generate=generate)
 
     arguments = text_arguments(tiny_lm, essays, tmp_path / "a")
     with monkeypatch.context() as patch:

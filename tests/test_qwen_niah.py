@@ -99,7 +99,7 @@ def test_grid_equals_plain_forwards(
         assert cell.position % unit == 0
         film = [shots[i % count] for i in range(cell.length)]
         spread = 4 if nested else cell.length
-        other = int(float(test._places[0]) * spread) // unit * unit
+        other = int(float(test._distractor_fractions[0]) * spread) // unit * unit
         for at, number in sorted([(cell.position, cell.trial), (other, 2)], key=lambda p: p[0], reverse=True):
             film[at:at] = [pictures[number]] * unit
         seen = resize_frames([(i / 0.75, shot) for i, shot in enumerate(film)], haystack.rule, resample=BICUBIC)

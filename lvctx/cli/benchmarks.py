@@ -132,7 +132,7 @@ def _run(
     device = resolve_device(engine.device)
     with progress(name, "reading the questions") as on_progress:
         vlm = open_vlm(config.model, device=device, feature_cache=engine.feature_cache or config.out / "frames")
-        asked = BenchmarkConfig(
+        benchmark_config = BenchmarkConfig(
             model=config.model,
             videos=config.videos,
             questions=_find_questions(bench, config.questions),
@@ -140,7 +140,7 @@ def _run(
             subtitles=config.subtitles,
             max_new_tokens=config.max_new_tokens,
         )
-        job = plan_benchmark(bench, asked, vlm, sampling)
+        job = plan_benchmark(bench, benchmark_config, vlm, sampling)
         if run.dry_run:
             counts = {"questions": len(job.samples), "videos": len({s.video for s in job.samples})}
             emit({"dry_run": True, "path": str(config.out), **job.run_facts, **counts})
@@ -169,10 +169,10 @@ def _run(
 
 def _find_questions(bench: ModuleType, questions: str) -> Path:
     """A path, or the file of a dataset on the hub or in its cache: `hub`, ORG/NAME of it, or ORG/NAME/FILE of any."""
-    known: tuple[str, str] = getattr(bench, "HUB", ("", ""))
+    hub_file: tuple[str, str] = getattr(bench, "HUB", ("", ""))
     parts = questions.split("/", 2)
-    if questions in ("hub", known[0]) and known[0]:
-        repository, file = known
+    if questions in ("hub", hub_file[0]) and hub_file[0]:
+        repository, file = hub_file
     elif len(parts) < 3 or parts[0] in ("", ".", "..", "~") or Path(questions).exists():
         return Path(questions)
     else:
@@ -197,45 +197,51 @@ def _score(name: str, config: ScoreConfig) -> None:
 
     bench = load_benchmark(name)
     for path in config.runs:
-        read = read_benchmark_run(path, bench)
-        found = bench.score(read.rows, seed=config.seed) if name == "longvideobench" else bench.score(read.rows)
-        found["warnings"] = [*read.warnings, *found["warnings"]]
-        found = {"schema": SCORE, "bench": name, "run": path.name, "failed": read.failed, **found}
+        benchmark_run = read_benchmark_run(path, bench)
+        result = (
+            bench.score(benchmark_run.rows, seed=config.seed)
+            if name == "longvideobench"
+            else bench.score(benchmark_run.rows)
+        )
+        result["warnings"] = [*benchmark_run.warnings, *result["warnings"]]
+        result = {"schema": SCORE, "bench": name, "run": path.name, "failed": benchmark_run.failed, **result}
         if wants_json():
-            emit(found)
+            emit(result)
         else:
-            _print(found)
+            _print(result)
 
 
-def _print(found: dict[str, Any]) -> None:
+def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(markup=False, emoji=False)  # names and groups are text of others: [x] and :x: are no markup
-    for warning in found["warnings"]:
-        console.print(f"WARNING {found['run']}: {warning}", style="bold red", highlight=False)
-    left_out = f", {found['failed']:,} failed and left out" if found["failed"] else ""
-    console.print(f"{found['run']}: {found['questions']:,} questions{left_out}", highlight=False)
-    rules = [rule for rule in found["rules"] if rule != "official-2024"]  # of Video-MME alone; --json has it
+    for warning in result["warnings"]:
+        console.print(f"WARNING {result['run']}: {warning}", style="bold red", highlight=False)
+    left_out = f", {result['failed']:,} failed and left out" if result["failed"] else ""
+    console.print(f"{result['run']}: {result['questions']:,} questions{left_out}", highlight=False)
+    rules = [rule for rule in result["rules"] if rule != "official-2024"]  # of Video-MME alone; --json has it
     table = Table("", box=None, pad_edge=False)
     for rule in rules:
         table.add_column(f"{rule}, %", justify="right")
-    table.add_row("all", *(estimate(found["rules"][rule]) for rule in rules))
-    for column in (key for key in found if key.startswith("by_")):
-        for value, estimates in found[column].items():
+    table.add_row("all", *(estimate(result["rules"][rule]) for rule in rules))
+    for column in (key for key in result if key.startswith("by_")):
+        for value, estimates in result[column].items():
             table.add_row(f"{column[3:].replace('_', ' ')}: {value}", *(estimate(estimates[rule]) for rule in rules))
-    for average in ("macro", "pooled") if "m_avg" in found else ():
-        table.add_row(f"M-Avg, {average}", *(percent(found["m_avg"][rule][average]) for rule in rules))
+    for average in ("macro", "pooled") if "m_avg" in result else ():
+        table.add_row(f"M-Avg, {average}", *(percent(result["m_avg"][rule][average]) for rule in rules))
     console.print(table)
     print_sources(console, rules)
-    if "guessing" in found:
-        own = found["guessing"]
-        line = f"its own rule: {estimate(own)}, {own['guessed']:,} replies guessed with seed {own['seed']}"
+    if "guessing" in result:
+        guessing = result["guessing"]
+        line = (
+            f"its own rule: {estimate(guessing)}, {guessing['guessed']:,} replies guessed with seed {guessing['seed']}"
+        )
         console.print(line, highlight=False)
-    if "effective_length" in found:
-        console.print(f"effective length: {found['effective_length']:,} images (60% right)", highlight=False)
-    if found.get("generated"):
-        console.print(f"{found['generated']:,} generated answers, exported for their judge", highlight=False)
+    if "effective_length" in result:
+        console.print(f"effective length: {result['effective_length']:,} images (60% right)", highlight=False)
+    if result.get("generated"):
+        console.print(f"{result['generated']:,} generated answers, exported for their judge", highlight=False)
 
 
 def print_sources(console: Any, rules: Iterable[str]) -> None:

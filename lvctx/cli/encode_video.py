@@ -79,8 +79,8 @@ def encode_video(config: EncodeVideoConfig, sampling: VideoSampling, run: RunOpt
         def encode(share: Iterator[tuple[Path, JsonRow]]) -> Iterator[Any]:
             if run.dry_run:
                 return _describe(encoder, share, config.out)
-            report = on_progress if config.jobs == 1 else lambda done, total, note: None
-            options = {"resume": run.resume, "force": run.force, "report": report}
+            on_video_progress = on_progress if config.jobs == 1 else lambda done, total, note: None
+            options = {"resume": run.resume, "force": run.force, "on_progress": on_video_progress}
             share = _count_tokens(encoder, share) if encoder.hybrid else share
             return encoder.encode_all(share, config.out, jobs=config.jobs, processes=parallel.size, **options)
 
@@ -112,8 +112,8 @@ def _share_out(
 
     # The first process alone reads stdin.
     todo = parallel.gather(list(videos) if parallel.rank == 0 else None)[0]
-    mine = parallel.gather(share_videos(todo, parallel.size) if parallel.rank == 0 else None)[0][parallel.rank]
-    results = list(zip(mine, encode(todo[i] for i in mine), strict=True))
+    assigned = parallel.gather(share_videos(todo, parallel.size) if parallel.rank == 0 else None)[0][parallel.rank]
+    results = list(zip(assigned, encode(todo[i] for i in assigned), strict=True))
     for _, result in sorted(chain.from_iterable(parallel.gather(results)), key=itemgetter(0)):
         yield result
 
@@ -124,8 +124,8 @@ def _count_tokens(encoder: "VideoEncoder", videos: Iterator[tuple[Path, JsonRow]
         with suppress(LvctxError):  # its own turn will say it
             frames, exact, tokens = encoder.count(video)
             if tokens:
-                shown, nominal, about = tokens["visual_tokens"], tokens["nominal_tokens"], "" if exact else "about "
-                what = f"{shown:,} visual tokens (nominal {nominal:,}) and a newline"
+                actual, nominal, about = tokens["visual_tokens"], tokens["nominal_tokens"], "" if exact else "about "
+                what = f"{actual:,} visual tokens (nominal {nominal:,}) and a newline"
                 say(f"lvctx: {video}: {about}{frames} frames, {what}")
         yield video, row
 

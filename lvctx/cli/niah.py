@@ -54,7 +54,7 @@ def text(config: TextNiahConfig, device: DeviceConfig, run: NiahRunOptions) -> N
     """
     from lvctx.eval.niah.job import plan_text
 
-    _run("niah text", config, lambda one: plan_text(one, kv_cache=run.kv_cache), device, run)
+    _run("niah text", config, lambda niah_config: plan_text(niah_config, kv_cache=run.kv_cache), device, run)
 
 
 @command(
@@ -73,7 +73,13 @@ def video(config: VideoNiahConfig, sampling: VideoSampling, device: DeviceConfig
     from lvctx.vlm.registry import open_vlm
 
     vlm = open_vlm(config.model, device=resolve_device(device.device))
-    _run("niah video", config, lambda one: plan_video(one, vlm, sampling, kv_cache=run.kv_cache), device, run)
+    _run(
+        "niah video",
+        config,
+        lambda niah_config: plan_video(niah_config, vlm, sampling, kv_cache=run.kv_cache),
+        device,
+        run,
+    )
 
 
 def _run(
@@ -86,7 +92,7 @@ def _run(
 
     with progress(name, "reading the haystack") as on_progress:
         folders = {run.out / f"{scheme}-{n:g}": replace(config, rope=((scheme, n),)) for scheme, n in config.rope}
-        jobs = {target: plan(one) for target, one in (folders or {run.out: config}).items()}
+        jobs = {target: plan(niah_config) for target, niah_config in (folders or {run.out: config}).items()}
         if run.dry_run:
             for target, job in jobs.items():
                 emit({"dry_run": True, "path": str(target), **job.run_facts, **job.costs(device.cp)})
@@ -94,7 +100,7 @@ def _run(
         failed = 0
         opened = open_context(device=device.device, cp=device.cp, timeout=SHARED_WORK_TIMEOUT)
         with opened as parallel:
-            how = NiahRun(
+            settings = NiahRun(
                 parallel=parallel,
                 dtype=device.dtype,
                 prefill_chunk=device.prefill_chunk,
@@ -105,7 +111,7 @@ def _run(
                 threshold=run.threshold,
             )
             for target, job in jobs.items():
-                for row in run_niah(job, target, how):
+                for row in run_niah(job, target, settings):
                     failed += "error" in row
                     if wants_json():
                         emit(row)
@@ -206,18 +212,18 @@ def report(config: ReportConfig, output: OutputOptions) -> None:
         for run in config.runs
     ]
     if out is None:
-        for run, one in zip(config.runs, results, strict=True):
+        for run, result in zip(config.runs, results, strict=True):
             if run.suffix != ".json":
-                write_report(run, one, threshold=threshold)
+                write_report(run, result, threshold=threshold)
     elif out.name == LONGVA_FILE:
         write_longva(out, results[0])
     elif out.suffix == ".json":
-        write_json(out, [one.to_dict(threshold) for one in results])
+        write_json(out, [result.to_dict(threshold) for result in results])
     else:
         draw_heatmaps(results, out, threshold=threshold)
     if wants_json():
-        for one in results:
-            emit(one.to_dict(threshold))
+        for result in results:
+            emit(result.to_dict(threshold))
     else:
         print_tables(results, threshold=threshold, stderr=False)
 
@@ -230,23 +236,29 @@ def print_tables(results: "Sequence[NeedleResults]", *, threshold: float, stderr
     from lvctx.eval.niah.results import wilson
 
     for modality in ("text", "video"):
-        chosen = [one for one in results if one.modality == modality]
+        chosen = [result for result in results if result.modality == modality]
         if not chosen:
             continue
-        tokens = {n: t for one in chosen for n, t in zip(one.lengths, one.tokens, strict=True)}
+        tokens = {n: t for result in chosen for n, t in zip(result.lengths, result.tokens, strict=True)}
         guessing = f", {chosen[0].guessing}" if chosen[0].guessing else ""
         table = Table(title=f"{modality}: share of needles found{guessing}", title_justify="left")
-        for name in (chosen[0].unit, *(("tokens",) if modality == "video" else ()), *(one.name for one in chosen)):
+        for name in (
+            chosen[0].unit,
+            *(("tokens",) if modality == "video" else ()),
+            *(result.name for result in chosen),
+        ):
             table.add_column(name, justify="right")
         for n in sorted(tokens):
-            found = [_share(one.by_length(one.lengths.index(n)) if n in one.lengths else None) for one in chosen]
-            table.add_row(f"{n:,}", *((f"{tokens[n]:,}",) if modality == "video" else ()), *found)
+            shares = [
+                _share(result.by_length(result.lengths.index(n)) if n in result.lengths else None) for result in chosen
+            ]
+            table.add_row(f"{n:,}", *((f"{tokens[n]:,}",) if modality == "video" else ()), *shares)
         table.add_section()
         lead = ("",) if modality == "video" else ()
-        intervals = [wilson(*one.total) for one in chosen]
-        table.add_row("mean", *lead, *(_share(one.mean) for one in chosen))
+        intervals = [wilson(*result.total) for result in chosen]
+        table.add_row("mean", *lead, *(_share(result.mean) for result in chosen))
         table.add_row("95 %", *lead, *("–" if i is None else f"{i[0]:.2f} to {i[1]:.2f}" for i in intervals))
-        table.add_row(f"effective at {threshold:g}", *lead, *(_effective(one, threshold) for one in chosen))
+        table.add_row(f"effective at {threshold:g}", *lead, *(_effective(result, threshold) for result in chosen))
         Console(stderr=stderr).print(table)
 
 

@@ -234,8 +234,8 @@ def _element(annotation: Any) -> Any:
 
 def _without_none(annotation: Any) -> Any:
     if get_origin(annotation) in (Union, types.UnionType):
-        kept = [arg for arg in get_args(annotation) if arg is not type(None)]
-        return kept[0] if len(kept) == 1 else annotation
+        members = [arg for arg in get_args(annotation) if arg is not type(None)]
+        return members[0] if len(members) == 1 else annotation
     return annotation
 
 

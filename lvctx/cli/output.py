@@ -82,8 +82,10 @@ def summarize(row: Mapping[str, Any]) -> str:
         facts = flatten({key: value for key, value in row.items() if key != "dry_run"})
         width = max(len(key) for key, _ in facts)
         return "\n".join(f"{key:<{width}}  {value}" for key, value in facts)
-    shown = {k: v for k, v in row.items() if k not in ("schema", "sha256", "path") and v is not None}
-    parts = [f"{k.replace('_', ' ')} {_number(v)}" for k, v in shown.items() if not isinstance(v, dict | list | tuple)]
+    visible = {k: v for k, v in row.items() if k not in ("schema", "sha256", "path") and v is not None}
+    parts = [
+        f"{k.replace('_', ' ')} {_number(v)}" for k, v in visible.items() if not isinstance(v, dict | list | tuple)
+    ]
     line = ", ".join(parts)
     return f"{row['path']}: {line}" if line and "path" in row else str(row.get("path", line))
 

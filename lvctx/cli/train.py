@@ -43,13 +43,13 @@ def extend_lm(
 
         if _processes() > 1:
             raise UsageError("--search-base runs in one process", fix="search first, then give torchrun --rope-theta")
-        checked = resolve_search(config, search)
+        base_search = resolve_search(config, search)
         if run.dry_run:
-            emit({"dry_run": True, "path": str(config.out), "bases": checked.bases, **checked.niah.costs()})
+            emit({"dry_run": True, "path": str(config.out), "bases": base_search.bases, **base_search.niah.costs()})
             return
         with progress("extend-lm --search-base") as on_progress:
-            rows = run_search(checked, config.out, device=parallel.device, force=run.force, on_progress=on_progress)
-        config, facts = replace(config, rope_theta=best(rows)), {"search": search_facts(checked, rows)}
+            rows = run_search(base_search, config.out, device=parallel.device, force=run.force, on_progress=on_progress)
+        config, facts = replace(config, rope_theta=best(rows)), {"search": search_facts(base_search, rows)}
     if config.adapter and config.stages:
         raise UsageError("--adapter is where one run starts, and each stage starts from the one before", fix="drop one")
     configs = stage_configs(config)
@@ -142,7 +142,7 @@ def mrope_extend(config: MropeConfig, parallel: ParallelConfig, tracking: Tracki
     if config.plot is not None:
         from lvctx.training.mrope_verify import draw_curves
 
-        draw_curves(job.checkpoint.mrope, job.stretch, config.plot)
+        draw_curves(job.checkpoint.mrope, job.scaling, config.plot)
     if config.verify:
         facts["largest_relative_error"] = _verify(config.out)
     emit(artifact_row(schemas.MODEL, config.out, facts))
@@ -167,8 +167,8 @@ def _train_mrope(
 
     configs = stage_configs(config)
     jobs = resolve_stages(resolve, configs)
-    trained = [{**hashed_fields(job.config), "rows": len(job.rows)} for job in jobs]
-    facts = {**jobs[-1].describe(), **trained[-1], **({"stages": trained} if config.stages else {})}
+    stage_facts = [{**hashed_fields(job.config), "rows": len(job.rows)} for job in jobs]
+    facts = {**jobs[-1].describe(), **stage_facts[-1], **({"stages": stage_facts} if config.stages else {})}
     if not run.dry_run:
         with ExitStack() as stack:
             control = _control(stack, "mrope-extend", config.out, tracking, run)
@@ -188,12 +188,12 @@ def _count_video(config: MropeConfig, frames: int) -> dict[str, Any]:
         raise UsageError(f"--size {config.size!r} is not WxH", fix="write 1280x720") from None
     hybrid = Hybrid.parse(config.hybrid) if config.hybrid else None
     sampling = VideoSampling(hybrid=hybrid, hybrid_mode=config.hybrid_mode, fps=config.fps)
-    counted = open_vlm(config.model).count(frames, width, height, sampling)
+    counts = open_vlm(config.model).count(frames, width, height, sampling)
     say(
-        f"lvctx: {frames} frames of {config.size}: {counted['actual']} visual tokens (nominal {counted['nominal']}) "
-        f"and {counted['delimiters']} delimiters, but positions end at {counted['last_position']}"
+        f"lvctx: {frames} frames of {config.size}: {counts['actual']} visual tokens (nominal {counts['nominal']}) "
+        f"and {counts['delimiters']} delimiters, but positions end at {counts['last_position']}"
     )
-    return {"frames": frames, "size": config.size, **counted}
+    return {"frames": frames, "size": config.size, **counts}
 
 
 def _verify(out: Path) -> float | None:

@@ -47,32 +47,32 @@ def score_videomme(config: VideoMMEScoreConfig, output: OutputOptions) -> None:
     files, plot = config.files, config.plot
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise UsageError(f"--plot {plot}: .png or .svg is wanted")
-    read = [read_responses(file) for file in files]
-    if len({one.name for one in read}) < len(read):
-        read = [replace(one, name=str(file)) for one, file in zip(read, files, strict=True)]
+    responses = [read_responses(file) for file in files]
+    if len({item.name for item in responses}) < len(responses):
+        responses = [replace(item, name=str(file)) for item, file in zip(responses, files, strict=True)]
     runs = [_read_run(file) for file in files]
-    scores = [videomme.score(one) | {"failed": failed} for one, (_, failed) in zip(read, runs, strict=True)]
+    scores = [videomme.score(item) | {"failed": failed} for item, (_, failed) in zip(responses, runs, strict=True)]
     versus: dict[str, Any] = {}
-    if len(read) == 2:
-        a, b = (one.replies for one in read)
+    if len(responses) == 2:
+        a, b = (item.replies for item in responses)
         versus = {name: vars(difference(a, b, name)) for name in RULES}
     if config.csv is not None:
-        _write_csv(config.csv, [row for one in read for row in videomme.cells(one)])
+        _write_csv(config.csv, [row for item in responses for row in videomme.cells(item)])
     if plot is not None:
         from lvctx.eval.benchmarks.accuracy_plot import draw_accuracy
 
-        known = [frames for frames, _ in runs if frames is not None]
-        draw_accuracy(scores, known if len(set(known)) == len(files) > 1 else None, config.rule, plot)
+        frame_counts = [frames for frames, _ in runs if frames is not None]
+        draw_accuracy(scores, frame_counts if len(set(frame_counts)) == len(files) > 1 else None, config.rule, plot)
     if wants_json():
         for row in scores:
             emit(row)
         if versus:
-            emit({"schema": SCORE, "first": read[0].name, "second": read[1].name, "difference": versus})
+            emit({"schema": SCORE, "first": responses[0].name, "second": responses[1].name, "difference": versus})
         return
-    for row, one in zip(scores, read, strict=True):
-        _print(row, videomme.cells(one, [config.rule]), config.rule)
+    for row, item in zip(scores, responses, strict=True):
+        _print(row, videomme.cells(item, [config.rule]), config.rule)
     if versus:
-        _print_difference(read[0].name, read[1].name, versus)
+        _print_difference(responses[0].name, responses[1].name, versus)
 
 
 def _read_run(path: Path) -> tuple[int | None, int]:
@@ -105,8 +105,8 @@ def _print(row: dict[str, Any], cells: list[dict[str, Any]], rule: str) -> None:
     for warning in row["warnings"]:
         console.print(f"WARNING {row['file']}: {warning}", style="bold red", highlight=False)
     left_out = f", {row['failed']:,} more failed and are left out" if row["failed"] else ""
-    asked = f"{row['questions']:,} questions about {row['videos']:,} videos"
-    console.print(f"{row['file']}: {asked}{left_out}", highlight=False)
+    totals = f"{row['questions']:,} questions about {row['videos']:,} videos"
+    console.print(f"{row['file']}: {totals}{left_out}", highlight=False)
     for what, count in row["overlooked"].items():
         console.print(f"  overlooked: {count:,} {what}", highlight=False)
     rules = Table("rule", box=None, pad_edge=False)
@@ -117,19 +117,19 @@ def _print(row: dict[str, Any], cells: list[dict[str, Any]], rule: str) -> None:
     console.print(rules)
     print_sources(console, row["rules"])
     durations = [*row["by_duration"], "all"]
-    found = {(c["domain"], c["task_type"], c["duration"]): c for c in cells}
+    by_group = {(c["domain"], c["task_type"], c["duration"]): c for c in cells}
     kinds = Table(
         "domain, task", title=f"{rule} rule, % (questions counted)", title_justify="left", box=None, pad_edge=False
     )
     for duration in durations:
         kinds.add_column(duration, justify="right", no_wrap=True)
-    domains = dict.fromkeys(domain for domain, _, _ in found)
+    domains = dict.fromkeys(domain for domain, _, _ in by_group)
     for domain in domains:
-        tasks = dict.fromkeys(task for one, task, _ in found if one == domain)
+        tasks = dict.fromkeys(task for task_domain, task, _ in by_group if task_domain == domain)
         for task in sorted(tasks, key=lambda t: (t != "all", t)):
-            values = (found.get((domain, task, duration)) for duration in durations)
-            shown = (f"{percent(c['mean'])} ({c['counted']})" if c else "" for c in values)
-            kinds.add_row(domain if task == "all" else f"  {task}", *shown, style="bold" if task == "all" else "")
+            values = (by_group.get((domain, task, duration)) for duration in durations)
+            columns = (f"{percent(c['mean'])} ({c['counted']})" if c else "" for c in values)
+            kinds.add_row(domain if task == "all" else f"  {task}", *columns, style="bold" if task == "all" else "")
     console.print(kinds)
 
 

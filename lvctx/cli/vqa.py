@@ -136,7 +136,7 @@ def _answer_lines(
     rows: deque[dict[str, Any]] = deque()
 
     def texts() -> Iterator[str]:
-        for question, row in parallel.follow(_asked(config.ask, config.chat)):
+        for question, row in parallel.follow(_questions(config.ask, config.chat)):
             rows.append(row)
             yield question
 
@@ -157,21 +157,21 @@ def _answer_videos(
     no_bar = nullcontext(lambda done, total, note: None)
     with no_bar if printer.live else progress("vqa", "loading the model") as on_progress:
         for done, (path, row) in enumerate(parallel.follow(references), start=1):
-            passed = {k: v for k, v in row.items() if k not in ("schema", "sha256")} | {"path": str(path)}
+            reference = {k: v for k, v in row.items() if k not in ("schema", "sha256")} | {"path": str(path)}
             try:
                 if "error" in row:
                     raise InputError(str(row["error"]))
-                asked = config.ask or ((str(row["question"]),) if row.get("question") else ())
-                if not asked:
+                texts = config.ask or ((str(row["question"]),) if row.get("question") else ())
+                if not texts:
                     raise InputError("no question", where=path, fix="give --ask, or a `question` on its line")
-                for answer in questions.ask(path, asked):
-                    _emit_answer(passed, answer, printer)
+                for answer in questions.ask(path, texts):
+                    _emit_answer(reference, answer, printer)
             except InputError as e:
                 if len(config.videos) == 1 and not config.piped:
                     raise
                 failed += 1
                 say(f"lvctx: {e}")
-                emit({"schema": schemas.ANSWER, **passed, "error": str(e)})
+                emit({"schema": schemas.ANSWER, **reference, "error": str(e)})
             on_progress(done, 0 if config.piped else len(config.videos), path.name)
     return failed
 
@@ -193,7 +193,7 @@ def _emit_answer(row: dict[str, Any], answer: "Answer", printer: "StreamPrinter"
     emit({"schema": schemas.ANSWER, **row, **fields}, line)
 
 
-def _asked(ask: tuple[str, ...], chat: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def _questions(ask: tuple[str, ...], chat: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """Those of --ask, a - among them for stdin's lines; a chat goes on with stdin's. With the line's row."""
     for question in [*ask, *(["-"] if chat and "-" not in ask else [])]:
         if question == "-":
@@ -204,9 +204,9 @@ def _asked(ask: tuple[str, ...], chat: bool) -> Iterator[tuple[str, dict[str, An
 
 def _question_lines() -> Iterator[tuple[str, dict[str, Any]]]:
     """Questions on stdin's lines, text or JSON objects, with a prompt where a person types them."""
-    typed, number = sys.stdin.isatty(), 0
+    interactive, number = sys.stdin.isatty(), 0
     while True:
-        if typed:
+        if interactive:
             print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
         number += 1
@@ -231,21 +231,21 @@ class StreamPrinter:
         self.live = live
         self._file = sys.stderr if wants_json() else sys.stdout
         self._prints = live and self._file.isatty() and not (is_quiet() and wants_json())
-        self._shown = ""
+        self._printed = ""
 
     def show(self, text: str) -> None:
         """The answer so far."""
         text = text.rstrip("\ufffd")  # the rest of a character is yet to come
         if not self._prints:
             return
-        new = text.removeprefix(self._shown) if text.startswith(self._shown) else f"\n{text}"
+        new = text.removeprefix(self._printed) if text.startswith(self._printed) else f"\n{text}"
         print(new, end="", file=self._file, flush=True)
-        self._shown = text
+        self._printed = text
 
     def end(self) -> bool:
         """The answer is complete; whether anything of it was printed."""
-        printed = bool(self._shown)
+        printed = bool(self._printed)
         if printed:
             print(file=self._file, flush=True)
-        self._shown = ""
+        self._printed = ""
         return printed

@@ -21,12 +21,12 @@ def parse_device_map(text: str) -> DeviceMap:
         fix = "give auto, balanced, sequential or a JSON file of module: device"
         raise UsageError(f"--device-map {text!r} is no file", fix=fix)
     try:
-        found = json.loads(Path(text).read_text(encoding="utf-8"))
+        device_map = json.loads(Path(text).read_text(encoding="utf-8"))
     except ValueError as e:
         raise InputError(f"malformed JSON ({e})", where=text) from e
-    if not isinstance(found, dict):
+    if not isinstance(device_map, dict):
         raise InputError("not an object of modules and their devices", where=text)
-    return found
+    return device_map
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,31 +23,31 @@ class Buffer:
     def __init__(self, like: Tensor, placement: CachePlacement) -> None:
         self.device, self.dtype, self.eighths = like.device, like.dtype, placement == "int8"
         self.where = torch.device("cpu") if placement == "host" else like.device
-        self._data = self._room(like, 0)
-        self._scale = self._room(like[..., :1], 0, torch.float32)
+        self._data = self._allocate(like, 0)
+        self._scale = self._allocate(like[..., :1], 0, torch.float32)
 
-    def _room(self, like: Tensor, tokens: int, dtype: torch.dtype | None = None) -> Tensor:
+    def _allocate(self, like: Tensor, tokens: int, dtype: torch.dtype | None = None) -> Tensor:
         b, h, _, d = like.shape
         dtype = dtype or (torch.int8 if self.eighths else self.dtype)
         return torch.empty(b, h, tokens, d, dtype=dtype, device=self.where)
 
-    def put(self, at: int, new_BHLD: Tensor) -> None:
-        """Write tokens from `at` on; what stood behind is gone."""
-        end = at + new_BHLD.shape[-2]
+    def put(self, first: int, new_BHLD: Tensor) -> None:
+        """Write tokens from `first` on; what stood behind is gone."""
+        end = first + new_BHLD.shape[-2]
         if self.eighths:
             scale = (new_BHLD.float().abs().amax(-1, keepdim=True) / 127).clamp_min(1e-12)
-            self._scale = self._grown(self._scale, at, end)
-            self._scale[..., at:end, :] = scale
+            self._scale = self._grown(self._scale, first, end)
+            self._scale[..., first:end, :] = scale
             new_BHLD = (new_BHLD.float() / scale).round().to(torch.int8)
-        self._data = self._grown(self._data, at, end)
-        self._data[..., at:end, :] = new_BHLD
+        self._data = self._grown(self._data, first, end)
+        self._data[..., first:end, :] = new_BHLD
 
-    def _grown(self, old: Tensor, at: int, end: int) -> Tensor:
+    def _grown(self, old: Tensor, used: int, end: int) -> Tensor:
         if end <= old.shape[-2]:
             return old
         b, h, _, d = old.shape
         new = torch.empty(b, h, max(end, old.shape[-2] * 3 // 2, 256), d, dtype=old.dtype, device=old.device)
-        new[..., :at, :] = old[..., :at, :]
+        new[..., :used, :] = old[..., :used, :]
         return new
 
     def get(self, end: int) -> Tensor:

@@ -45,14 +45,14 @@ class Lvctx(lmms):
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         self.accelerator = accelerator  # lmms-eval gathers by it
         # lmms-eval says cuda:0 unless it is told otherwise; each process has a device of its own.
-        place = str(accelerator.device) if device is None or device.startswith("cuda") else device
+        target_device = str(accelerator.device) if device is None or device.startswith("cuda") else device
         chunk = int(options.pop("prefill_chunk", PREFILL_CHUNK))
-        vlm = open_vlm(pretrained, device=place)
+        vlm = open_vlm(pretrained, device=target_device)
         self.sampling = _sampling(options)
         vlm.resolve(self.sampling)
-        self.engine = TransformersEngine(vlm, device=place, prefill_chunk=chunk)
-        self.device = torch.device(place)
-        self._shown: Any = None
+        self.engine = TransformersEngine(vlm, device=target_device, prefill_chunk=chunk)
+        self.device = torch.device(target_device)
+        self._current_visuals: Any = None
 
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Greedy replies, cut before the first of the request's `until`; empty where a visual cannot be read."""
@@ -89,26 +89,26 @@ class Lvctx(lmms):
 
     def _visuals(self, request: Any) -> list[Any]:
         _, _, visuals, doc_id, task, split = request.args
-        found: list[Any] = visuals(self.task_dict[task][split][doc_id]) or []
-        return found
+        items: list[Any] = visuals(self.task_dict[task][split][doc_id]) or []
+        return items
 
     def _show(self, visuals: list[Any]) -> None:
         """Show videos and images, unless they were shown last: their keys and values are still there."""
-        if self._shown is not None and self._shown == visuals:
+        if self._current_visuals is not None and self._current_visuals == visuals:
             return
-        self._shown = None
+        self._current_visuals = None
         if not visuals:
             raise LvctxError("a question without an image or a video")
         items = [Path(item) if isinstance(item, str | Path) else item.convert("RGB") for item in visuals]
         has_video = any(isinstance(item, Path) for item in items)
         self.engine.show(items, self.sampling if has_video else VideoSampling())
-        self._shown = visuals
+        self._current_visuals = visuals
 
 
 def _sampling(options: dict[str, Any]) -> VideoSampling:
     """From model arguments, which lmms-eval gives as text or numbers."""
-    known = VideoSampling.__dataclass_fields__
-    if unknown := [name for name in options if name not in known]:
+    fields = VideoSampling.__dataclass_fields__
+    if unknown := [name for name in options if name not in fields]:
         raise ValueError(f"unknown model arguments: {', '.join(unknown)}")
     values = dict(options)
     for name in ("frames", "max_frames"):

@@ -74,7 +74,7 @@ class PrefixScorer:
 
     def _empty(self) -> None:
         self._cache = empty_cache(self.kv_cache)
-        self._held = np.empty(0, dtype=np.int64)
+        self._cached_ids = np.empty(0, dtype=np.int64)
 
     @property
     def vocabulary(self) -> int:
@@ -88,18 +88,18 @@ class PrefixScorer:
         if not self.reuse:
             self._empty()
         # The hidden state of the last prompt token is needed, so at least that token is run.
-        self._crop(min(common_prefix(self._held, ids_L), prompt - 1))
+        self._crop(min(common_prefix(self._cached_ids, ids_L), prompt - 1))
         try:
-            hidden_AE = self._run(ids_L[len(self._held) : -1], keep=answer)
+            hidden_AE = self._run(ids_L[len(self._cached_ids) : -1], keep=answer)
             logits_AV = self.head(hidden_AE).float().to(self.device)
-            wanted_A = torch.from_numpy(ids_L[prompt:].astype(np.int64)).to(self.device)
-            picked_A = logits_AV.gather(1, wanted_A[:, None])[:, 0]
+            target_A = torch.from_numpy(ids_L[prompt:].astype(np.int64)).to(self.device)
+            picked_A = logits_AV.gather(1, target_A[:, None])[:, 0]
             generated = self._continue(prompt, logits_AV[0], generate) if generate else None
         except RuntimeError:
             self._empty()  # what an interrupted forward left in the cache belongs to no sequence
             raise
         return Score(
-            forced=bool((logits_AV.argmax(1) == wanted_A).all()),
+            forced=bool((logits_AV.argmax(1) == target_A).all()),
             log_prob=float((picked_A - logits_AV.logsumexp(1)).sum()),
             rank=int((logits_AV > picked_A[:, None]).sum(1).max()),
             generated=generated,
@@ -121,10 +121,10 @@ class PrefixScorer:
         if not self.reuse:
             self._empty()
         # The last token is run again even if it is held: its hidden state is what chooses the first word.
-        self._crop(min(common_prefix(self._held, ids_L), len(ids_L) - 1))
+        self._crop(min(common_prefix(self._cached_ids, ids_L), len(ids_L) - 1))
         generated: list[int] = []
         try:
-            hidden_1E = self._run(ids_L[len(self._held) :], keep=1)
+            hidden_1E = self._run(ids_L[len(self._cached_ids) :], keep=1)
             while len(generated) < count:
                 token = int(self.head(hidden_1E).float().argmax())
                 if token in stop:
@@ -145,24 +145,24 @@ class PrefixScorer:
 
     def _continue(self, prompt: int, logits_V: Tensor, count: int) -> list[int]:
         self._crop(prompt)
-        written = [int(logits_V.argmax())]
-        while len(written) < count:
-            hidden_1E = self._run(np.array(written[-1:], dtype=np.int64), keep=1)
-            written.append(int(self.head(hidden_1E).float().argmax()))
-        return written
+        generated = [int(logits_V.argmax())]
+        while len(generated) < count:
+            hidden_1E = self._run(np.array(generated[-1:], dtype=np.int64), keep=1)
+            generated.append(int(self.head(hidden_1E).float().argmax()))
+        return generated
 
     def _run(self, ids_L: np.ndarray, *, keep: int) -> Tensor:
         """Append ids to the cache; the final hidden states (keep, E) of the last ones."""
-        kept: list[Tensor] = []
+        last_states: list[Tensor] = []
         for start in range(0, len(ids_L), self.chunk):
             part = ids_L[start : start + self.chunk]
-            stripe = Stripe(ring=self.ring, first=len(self._held), count=len(part))
-            self._held = np.concatenate([self._held, part])
+            stripe = Stripe(ring=self.ring, first=len(self._cached_ids), count=len(part))
+            self._cached_ids = np.concatenate([self._cached_ids, part])
             embeds_LE, deep = self._embed(part[stripe.mine])
             states = self.lm(
                 inputs_embeds=embeds_LE[None],
                 **deep,
-                position_ids=self.positions(self._held, stripe.first)[..., stripe.mine].to(self.device),
+                position_ids=self.positions(self._cached_ids, stripe.first)[..., stripe.mine].to(self.device),
                 past_key_values=self._cache,
                 use_cache=True,
                 **({"stripe": stripe} if self.ring.world > 1 else {}),
@@ -170,8 +170,8 @@ class PrefixScorer:
             if not stripe.own:
                 self._cache.crop(-1)
             self.tokens_run += len(part)
-            kept = [torch.cat([*kept, states])[-keep:]]
-        return last_rows(kept[0], end=len(self._held), count=keep, ring=self.ring)
+            last_states = [torch.cat([*last_states, states])[-keep:]]
+        return last_rows(last_states[0], end=len(self._cached_ids), count=keep, ring=self.ring)
 
     def _embed(self, ids_L: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
         """Embeddings (L, E), and what visual ones add to the first layers' states (Qwen3-VL)."""
@@ -188,9 +188,9 @@ class PrefixScorer:
         return embeds_LE, {"visual_pos_masks": is_visual[None], "deepstack_visual_embeds": deep}
 
     def _crop(self, length: int) -> None:
-        if length < len(self._held):
-            self._cache.crop(held(length, self.ring) - held(len(self._held), self.ring))
-            self._held = self._held[:length]
+        if length < len(self._cached_ids):
+            self._cache.crop(held(length, self.ring) - held(len(self._cached_ids), self.ring))
+            self._cached_ids = self._cached_ids[:length]
 
 
 def walk_order(sequences: Iterable[np.ndarray]) -> list[int]:

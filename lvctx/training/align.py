@@ -126,8 +126,8 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
     def longest_sample(self, metrics: Sequence[dict[str, Any]]) -> int:
         """Tokens of the longest sample of this run and of those that it starts from."""
         sources = [*self.config.adapter, *([self.job.init] if self.job.init else [])]
-        before = [longest_sample(path) for path in sources]
-        return max([*before, *(row.get("longest_sample", 0) for row in metrics)], default=0)
+        lengths = [longest_sample(path) for path in sources]
+        return max([*lengths, *(row.get("longest_sample", 0) for row in metrics)], default=0)
 
     def save(self, model: Any, out: Path, metrics: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
         """Write the VLM, its tokenizer and processor, and files for the runtimes that need more."""

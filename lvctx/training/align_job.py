@@ -151,18 +151,18 @@ def _check_options(config: AlignConfig) -> None:
 
 def _resolve_defaults(config: AlignConfig, samples: int, init: Any) -> AlignConfig:
     """`config` without None; `init` is the configuration of the VLM to start from, if there is one."""
-    usual = DEFAULTS[config.stage]
-    batch = config.batch or usual.batch
-    lr = usual.lr if config.lr is None else config.lr
+    defaults = DEFAULTS[config.stage]
+    batch = config.batch or defaults.batch
+    lr = defaults.lr if config.lr is None else config.lr
     tower_lr = config.tower_lr
     if config.stage == "projector" or tower_lr is None:
-        tower_lr = usual.tower_lr
+        tower_lr = defaults.tower_lr
     return replace(
         config,
         image_encoding=config.image_encoding or (image_grid(init) if init is not None else "unires"),
         unires_rule=config.unires_rule or (image_rule(init) if init is not None else "code"),
         max_grids=config.max_grids or (image_max_grids(init) if init is not None else MAX_GRIDS),
-        steps=config.steps or max(1, round((config.epochs or usual.epochs) * samples / batch)),
+        steps=config.steps or max(1, round((config.epochs or defaults.epochs) * samples / batch)),
         batch=batch,
         lr=lr,
         projector_lr=lr if config.projector_lr is None else config.projector_lr,
@@ -185,9 +185,13 @@ def _check_template(rows: Sequence[tuple[Conversation, ...]], path: Path, *, new
     tokenizer = load_tokenizer(path)
     if new:
         add_visual_tokens(tokenizer, path)
-    roles = {tuple(turn.role for turn in one.turns): (one, len(row) > 1) for row in reversed(rows) for one in row}
-    for one, last_only in roles.values():
-        encode_conversation(one, tokenizer, lambda image: 1, last_only=last_only)
+    roles = {
+        tuple(turn.role for turn in conversation.turns): (conversation, len(row) > 1)
+        for row in reversed(rows)
+        for conversation in row
+    }
+    for conversation, last_only in roles.values():
+        encode_conversation(conversation, tokenizer, lambda image: 1, last_only=last_only)
 
 
 def count_tokens(job: AlignJob, on_progress: OnProgress) -> dict[str, Any]:

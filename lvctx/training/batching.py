@@ -139,8 +139,8 @@ class Forward(nn.Module):
         lengths = [len(s.ids) for s in sequences]
         ids_T = torch.tensor([i for s in sequences for i in s.ids], device=self.device)
         labels_T = torch.tensor([i for s in sequences for i in s.labels], device=self.device)
-        counted = [s.positions or range(len(s.ids)) for s in sequences]
-        positions_T = torch.tensor(list(chain.from_iterable(counted)), device=self.device)
+        positions = [s.positions or range(len(s.ids)) for s in sequences]
+        positions_T = torch.tensor(list(chain.from_iterable(positions)), device=self.device)
         starts = hf_attention.document_starts(list(accumulate(lengths[:-1])))
         is_visual_T = ids_T == vlm.config.video_token_id
         embeds_TE = vlm.get_input_embeddings()(ids_T.masked_fill(is_visual_T, 0))
@@ -159,8 +159,8 @@ class Forward(nn.Module):
         for sample in micro:
             blocks = self.blocks(sample)
             for _ in sample.sequences:
-                seen = int(next(parts).sum())
-                visual += [torch.cat(blocks)[:seen]] if blocks else []
+                visual_count = int(next(parts).sum())
+                visual += [torch.cat(blocks)[:visual_count]] if blocks else []
         if visual:
             visual_NE = torch.cat(visual).to(embeds_TE.dtype)
             return embeds_TE.masked_scatter(is_visual_T[:, None], visual_NE)

@@ -56,51 +56,51 @@ class RowReader:
         """A row. Raises InputError for media that are missing, or are others than when the row was packed."""
         ids = self.rows.row(number)
         items = [item for sample in self.rows.samples(number) for item in sample["media"]]
-        found, grids = [], []
+        patch_rows, grids = [], []
         parts: list[SequencePart] = []
-        at = 0
+        text_start = 0
         for item in items:
-            frames, pts = self._look(item)
+            frames, pts = self._read_media(item)
             blocks = [Block(self._kind(ids[b[0]]), b[1], tuple(b[2:])) for b in item["blocks"]]
             begin, end = item["blocks"][0][0], item["blocks"][-1][0] + blocks[-1].tokens
-            parts += [Text(begin - at), part(blocks, pts, self.rule.merge, self._per_second)]
-            at = end
-            for block, own in zip(blocks, _shared_out(frames, blocks), strict=True):
+            parts += [Text(begin - text_start), part(blocks, pts, self.rule.merge, self._per_second)]
+            text_start = end
+            for block, block_frames in zip(blocks, _shared_out(frames, blocks), strict=True):
                 _, down, across = block.grid
                 size = across * self.rule.factor, down * self.rule.factor
-                sized = [frame.resize(size, resample=self.processor.resample) for frame in own]
-                rows, patched = patches(sized, self.processor, merged=block.kind == "video")
-                found.append(rows)
+                resized = [frame.resize(size, resample=self.processor.resample) for frame in block_frames]
+                rows, patched = patches(resized, self.processor, merged=block.kind == "video")
+                patch_rows.append(rows)
                 grids.append([block.grid[0], *patched])
-        placed, _ = positions([*parts, Text(len(ids) - at)])
+        placed, _ = positions([*parts, Text(len(ids) - text_start)])
         return ChatRow(
             ids_L=torch.from_numpy(ids.astype(np.int64)),
             labels_L=torch.from_numpy(self.rows.labels(number).astype(np.int64)),
             positions_3L=placed,
-            patches=torch.cat(found) if found else None,
+            patches=torch.cat(patch_rows) if patch_rows else None,
             grids_B3=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
         )
 
     def _kind(self, token: int) -> Kind:
         return "video" if token == self.rule.pads["video"] else "image"
 
-    def _look(self, item: dict[str, Any]) -> tuple[list[Image.Image], list[float]]:
+    def _read_media(self, item: dict[str, Any]) -> tuple[list[Image.Image], list[float]]:
         path = self.media / item["path"]
         if item["kind"] == "image":
             return [open_image(path)], [0.0]
         rate: dict[str, Any] = {"fps": item["fps"]} if item["fps"] else {"frames": item.get("spread", item["frames"])}
         reader = read_video(path, VideoSampling(**rate, allow_partial=item.get("partial", False)))
-        shots = list(reader)
-        if len(shots) != item["frames"]:
-            what = f"{len(shots)} frames, and {item['frames']} when it was packed"
+        frames = list(reader)
+        if len(frames) != item["frames"]:
+            what = f"{len(frames)} frames, and {item['frames']} when it was packed"
             damaged = reader.facts["corrupt"]
             fix = f"{damaged} are damaged: convert the video, then pack-chat" if damaged else "run pack-chat again"
             raise InputError(what, where=path, fix=fix)
-        return [Image.fromarray(shot.image) for shot in shots], [shot.pts for shot in shots]
+        return [Image.fromarray(frame.image) for frame in frames], [frame.pts for frame in frames]
 
 
 def _shared_out(frames: list[Image.Image], blocks: list[Block]) -> Iterator[list[Image.Image]]:
-    at = 0
+    first = 0
     for block in blocks:
-        yield frames[at : at + block.frames]
-        at += block.frames
+        yield frames[first : first + block.frames]
+        first += block.frames

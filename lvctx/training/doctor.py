@@ -124,9 +124,9 @@ def _run(
     if not ring:
         inputs.pop("shard", None)
         if starts is not None:
-            places = torch.arange(ids.shape[1])
-            documents = torch.bucketize(places, torch.tensor(starts), right=True)
-            visible = (documents[:, None] == documents) & (places[:, None] >= places)
+            positions = torch.arange(ids.shape[1])
+            documents = torch.bucketize(positions, torch.tensor(starts), right=True)
+            visible = (documents[:, None] == documents) & (positions[:, None] >= positions)
             inputs["attention_mask"] = visible[None, None].to(context.device)
     total, _ = row_loss(**inputs)
     total.backward()

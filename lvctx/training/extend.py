@@ -242,8 +242,11 @@ class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
         """Rows of a step, by forward."""
         per_step, count = self.job.rows_per_step, len(self.rows)
         drawn = indices(step, batch=per_step, samples=count, seed=self.job.config.seed)
-        read = [(row, (step * per_step + n) // count) for n, row in enumerate(drawn)]
-        return [read[first : first + self.rows_per_forward] for first in range(0, len(read), self.rows_per_forward)]
+        row_epochs = [(row, (step * per_step + n) // count) for n, row in enumerate(drawn)]
+        return [
+            row_epochs[first : first + self.rows_per_forward]
+            for first in range(0, len(row_epochs), self.rows_per_forward)
+        ]
 
     def loss(self, micro: Sequence[tuple[int, int]]) -> tuple[Tensor, int]:
         """Cross-entropy of every next token."""

@@ -177,11 +177,15 @@ def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -
     world, alone = spread.world, spread.world == 1 and not spread.offload
     total = shape.parameters
     trained = shape.lora(spread.lora) if spread.lora else total
-    kept = 4 * trained + (2 * total if spread.lora else 0)
-    held = {"parameters": kept // world, "gradients": 4 * trained // world, "optimizer": 8 * trained // world}
+    parameter_bytes = 4 * trained + (2 * total if spread.lora else 0)
+    state_bytes = {
+        "parameters": parameter_bytes // world,
+        "gradients": 4 * trained // world,
+        "optimizer": 8 * trained // world,
+    }
     host = 0
     if spread.offload:
-        host, held = sum(held.values()), dict.fromkeys(held, 0)
+        host, state_bytes = sum(state_bytes.values()), dict.fromkeys(state_bytes, 0)
     if alone:
         copies, late, last = (0 if spread.lora else 2 * total), 0, 0
     else:
@@ -205,20 +209,20 @@ def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -
     loss = logits + 2 * w * shape.hidden * tokens
     ring = tokens * shape.head_dim * (24 * shape.key_heads + 8 * shape.heads) if spread.cp > 1 else 0
     parts = {
-        **held,
+        **state_bytes,
         "compute_copies": copies + late,
         "activations": stored + layer,
         "loss": loss,
         "ring_buffers": ring,
         "runtime": runtime,
     }
-    waiting = held["gradients"] if spread.rows > 1 else 0
-    always = held["parameters"] + held["optimizer"] + runtime
+    accumulated = state_bytes["gradients"] if spread.rows > 1 else 0
+    always = state_bytes["parameters"] + state_bytes["optimizer"] + runtime
     copied = 0 if alone else copies  # autocast forgets its copies before the backward pass
     peak = always + max(
-        waiting + copies + stored + loss,
-        held["gradients"] + copied + late + stored + layer + ring,
-        held["gradients"] + last + copied,
+        accumulated + copies + stored + loss,
+        state_bytes["gradients"] + copied + late + stored + layer + ring,
+        state_bytes["gradients"] + last + copied,
     )
     return parts, peak, host
 
@@ -266,5 +270,5 @@ def remedies(shape: DecoderShape, spread: Spread, seq_len: int, device: Device) 
     if not spread.lora:
         tried.append(("--lora 16", replace(spread, lora=16)))
     peaks = [(flag, memory(shape, other, seq_len, runtime=device.runtime)[1]) for flag, other in tried]
-    before = memory(shape, spread, seq_len, runtime=device.runtime)[1]
-    return [(flag, peak) for flag, peak in peaks if peak < before]
+    unchanged_peak = memory(shape, spread, seq_len, runtime=device.runtime)[1]
+    return [(flag, peak) for flag, peak in peaks if peak < unchanged_peak]

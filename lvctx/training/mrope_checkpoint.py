@@ -47,9 +47,9 @@ class Checkpoint:
     """One of `MODEL_TYPES`."""
     mrope: Mrope
     """As pretrained, also where the checkpoint is stretched already."""
-    stretch: RopeScaling | None
+    scaling: RopeScaling | None
     """What made the checkpoint, where that was ours; None otherwise."""
-    stretched: str
+    scaling_text: str
     """What stretched it, in words; empty for a plain checkpoint."""
     length: int | None
     """Pretrained length in tokens, where the configuration leaves no doubt."""
@@ -74,8 +74,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     interleaved = config.model_type == "qwen3_vl"
     stored = rope.get("mrope_section") or ([24, 20, 20] if interleaved else [16, 24, 24])
     sections = tuple(stored) if isinstance(stored, list | tuple) else (0,)
-    whole = len(sections) == 3 and all(type(n) is int and n > 0 for n in sections)
-    if not whole or sum(sections) != head_dim // 2:
+    valid = len(sections) == 3 and all(type(n) is int and n > 0 for n in sections)
+    if not valid or sum(sections) != head_dim // 2:
         raise InputError(
             f"mrope_section {stored} does not sum to {head_dim // 2}, half of the head's {head_dim} channels",
             where=path / "config.json",
@@ -91,13 +91,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     elif kind != "default":
         length = rope.get("original_max_position_embeddings")
         words = f"by {rope_number(rope, 'factor', above=0.0):g} with {kind}" if "factor" in rope else f"with {kind}"
-    stretch = RopeScaling(**{key: ours[key] for key in ("method", "ramp", "factor", "original")}) if ours else None
+    scaling = RopeScaling(**{key: ours[key] for key in ("method", "ramp", "factor", "original")}) if ours else None
     return Checkpoint(
         path=path,
         model_type=config.model_type,
         mrope=mrope,
-        stretch=stretch,
-        stretched=words,
+        scaling=scaling,
+        scaling_text=words,
         length=length,
         promised=text.max_position_embeddings,
     )
@@ -123,7 +123,7 @@ class MropeJob:
     """As the user gave it; where it trains, with every default resolved."""
     checkpoint: Checkpoint
     """What is extended."""
-    stretch: RopeScaling
+    scaling: RopeScaling
     """With every default resolved."""
     context: int
     """Context length in tokens that the new config.json has."""
@@ -135,11 +135,11 @@ class MropeJob:
     @property
     def rope(self) -> dict[str, Any]:
         """The new rope_parameters."""
-        return to_hf(self.checkpoint.mrope, self.stretch)
+        return to_hf(self.checkpoint.mrope, self.scaling)
 
     def describe(self) -> dict[str, Any]:
         """Facts for the output row."""
-        return {**asdict(self.stretch), "context": self.context}
+        return {**asdict(self.scaling), "context": self.context}
 
 
 def resolve_mrope(config: MropeConfig, *, force: bool = False) -> MropeJob:
@@ -152,9 +152,9 @@ def resolve_mrope(config: MropeConfig, *, force: bool = False) -> MropeJob:
     if not (scale >= 1 and math.isfinite(scale)):
         raise UsageError(f"--scale {scale:g} is less than 1", fix="give new length over pretrained length, e.g. 4")
     checkpoint = read_checkpoint(resolve_model(config.model))
-    if checkpoint.stretched and not force:
+    if checkpoint.scaling_text and not force:
         raise InputError(
-            f"is stretched already, {checkpoint.stretched}",
+            f"is stretched already, {checkpoint.scaling_text}",
             where=checkpoint.path,
             fix="start from the released checkpoint, or --force to put the new scale in place of the old one",
         )
@@ -170,19 +170,19 @@ def resolve_mrope(config: MropeConfig, *, force: bool = False) -> MropeJob:
             where=checkpoint.path,
             fix=f"give --original-length; the released Qwen2.5-VL: {RELEASED}",
         )
-    stretch = RopeScaling(
+    scaling = RopeScaling(
         method=method or ("yarn" if note else "mrope++"), ramp=ramp, factor=float(scale), original=length
     )
     provenance = Provenance(
         schema=schemas.MODEL,
         command=COMMAND,
-        config={**asdict(stretch), "theta": checkpoint.mrope.theta},
+        config={**asdict(scaling), "theta": checkpoint.mrope.theta},
         inputs={"model": fingerprint(checkpoint.path)},
     )
     return MropeJob(
         config=config,
         checkpoint=checkpoint,
-        stretch=stretch,
+        scaling=scaling,
         context=round(scale * length),
         provenance=provenance,
         note=note,
@@ -226,10 +226,10 @@ def write_checkpoint(
     (out / CARD).unlink(missing_ok=True)
     if (source / CARD).is_file():
         shutil.copyfile(source / CARD, out / CARD)
-    stretch, original = job.stretch, job.stretch.original
-    what = f"{stretch.method} ({stretch.ramp})" if stretch.method == "mrope++" else stretch.method
+    scaling, original = job.scaling, job.scaling.original
+    method = f"{scaling.method} ({scaling.ramp})" if scaling.method == "mrope++" else scaling.method
     trained = "trained at these positions" if "training" in job.provenance.config else "unchanged"
-    title = f"{what}, {stretch.factor:g} x {original:,} = {job.context:,} tokens; weights {trained}."
+    title = f"{method}, {scaling.factor:g} x {original:,} = {job.context:,} tokens; weights {trained}."
     written = ["config.json", CARD, *write_side_files(out, title)]
     facts = {"context": job.context, "original_length": original, "trained_length": max(original, trained_length)}
     return [*linked, *written], facts

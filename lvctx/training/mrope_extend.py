@@ -234,8 +234,8 @@ class ChatLoss(nn.Module):
         embeds_1LE = model.get_input_embeddings()(ids.masked_fill(is_visual, 0))
         if patches is not None:
             with torch.no_grad():
-                seen = torch.cat(list(model.get_video_features(patches, grids).pooler_output))
-            embeds_1LE = embeds_1LE.masked_scatter(is_visual[..., None], seen.to(embeds_1LE.dtype))
+                features_NE = torch.cat(list(model.get_video_features(patches, grids).pooler_output))
+            embeds_1LE = embeds_1LE.masked_scatter(is_visual[..., None], features_NE.to(embeds_1LE.dtype))
         embeds_1LE = shard(embeds_1LE, rank=self.ring.rank, world=self.ring.world, fill=0, dim=1)
         hidden = model.language_model(
             inputs_embeds=embeds_1LE, position_ids=positions, use_cache=False, **attention
@@ -251,12 +251,12 @@ def shard_chat(row: ChatRow, world: ParallelContext) -> Mapping[str, Any]:
     Every rank of a row embeds all of it and then keeps its part: a tower's work is small beside a long row's.
     """
     ring, device = world.ring, world.device
-    own = {"rank": ring.rank, "world": ring.world}
-    given: dict[str, Any] = {
+    ranks = {"rank": ring.rank, "world": ring.world}
+    inputs: dict[str, Any] = {
         "ids": row.ids_L[None].to(device),
-        "labels": shard(row.labels_L[None], fill=IGNORED, **own).to(device),
-        "positions": shard(row.positions_3L[:, None], fill=0, **own).to(device),
+        "labels": shard(row.labels_L[None], fill=IGNORED, **ranks).to(device),
+        "positions": shard(row.positions_3L[:, None], fill=0, **ranks).to(device),
         "patches": None if row.patches is None else row.patches.to(device),
         "grids": row.grids_B3.to(device),
     }
-    return given if ring.world == 1 else given | {"shard": Shard(ring=ring)}
+    return inputs if ring.world == 1 else inputs | {"shard": Shard(ring=ring)}

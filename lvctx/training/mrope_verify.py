@@ -61,7 +61,7 @@ class Verified:
         """Facts for a row: how it was stretched, channels of each axis, largest relative error."""
         axes = "".join(channel.axis for channel in self.channels)
         return {
-            "stretched": self.checkpoint.stretched or "no",
+            "stretched": self.checkpoint.scaling_text or "no",
             "pretrained_length": self.checkpoint.length,
             "channels": {name: axes.count(name[0]) for name in ("time", "height", "width")},
             "interleaved": self.checkpoint.mrope.interleaved,
@@ -80,18 +80,18 @@ def verify(model: str | Path) -> Verified:
         rotary = getattr(module, ROTARY_CLASSES[kind])(config)
     stock = rotary.inv_freq.double()
     plain = RopeScaling(method="none", ramp="index", factor=1.0, original=checkpoint.length or checkpoint.promised)
-    stretch = checkpoint.stretch or (None if checkpoint.stretched else plain)
-    formula = inv_freq(checkpoint.mrope, stretch) if stretch else None
+    scaling = checkpoint.scaling or (None if checkpoint.scaling_text else plain)
+    formula = inv_freq(checkpoint.mrope, scaling) if scaling else None
     error = None
-    if stretch is not None and formula is not None:
-        wanted = mrope_attention_factor(checkpoint.mrope, stretch)
+    if scaling is not None and formula is not None:
+        expected = mrope_attention_factor(checkpoint.mrope, scaling)
         frequencies = float(((stock - formula) / formula).abs().max())
-        error = max(frequencies, abs(rotary.attention_scaling - wanted) / wanted)
-    before = inv_freq(checkpoint.mrope, plain)
+        error = max(frequencies, abs(rotary.attention_scaling - expected) / expected)
+    pretrained = inv_freq(checkpoint.mrope, plain)
     channels = tuple(
         Channel(
             axis=checkpoint.mrope.axes[j],
-            plain=_wavelength(before[j]),
+            plain=_wavelength(pretrained[j]),
             wavelength=_wavelength(stock[j]),
             formula=None if formula is None else _wavelength(formula[j]),
         )
@@ -104,13 +104,13 @@ def _wavelength(frequency: torch.Tensor) -> float:
     return 2 * math.pi / float(frequency)
 
 
-def draw_curves(mrope: Mrope, stretch: RopeScaling, target: Path) -> None:
+def draw_curves(mrope: Mrope, scaling: RopeScaling, target: Path) -> None:
     """Draw how much slower each method makes each channel, as a .png or .svg; sections are shaded."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    plain = inv_freq(mrope, RopeScaling(method="none", ramp="index", factor=1.0, original=stretch.original))
+    plain = inv_freq(mrope, RopeScaling(method="none", ramp="index", factor=1.0, original=scaling.original))
     figure = Figure(figsize=(7.5, 4.2), layout="constrained", dpi=150)
     FigureCanvasAgg(figure)
     ax: Any = figure.subplots()
@@ -119,9 +119,9 @@ def draw_curves(mrope: Mrope, stretch: RopeScaling, target: Path) -> None:
             continue
         ours = method == "mrope++"
         for ramp in get_args(Ramp) if ours else ("index",):
-            one = RopeScaling(method=method, ramp=ramp, factor=stretch.factor, original=stretch.original)
+            variant = RopeScaling(method=method, ramp=ramp, factor=scaling.factor, original=scaling.original)
             label, style = (f"{method} {ramp}", "-") if ours else (method, "--")
-            ax.plot((inv_freq(mrope, one) / plain).tolist(), style, label=label, lw=1.8 if ours else 1.1)
+            ax.plot((inv_freq(mrope, variant) / plain).tolist(), style, label=label, lw=1.8 if ours else 1.1)
     if not mrope.interleaved:
         time, height, width = mrope.sections
         for name, start, size in (("time", 0, time), ("height", time, height), ("width", time + height, width)):
@@ -130,7 +130,7 @@ def draw_curves(mrope: Mrope, stretch: RopeScaling, target: Path) -> None:
             ax.text(start + size / 2 - 0.5, 1.02, name, ha="center", fontsize=8, transform=ax.get_xaxis_transform())
     ax.set_xlabel("channel, fastest first", fontsize=8)
     ax.set_ylabel("frequency, times the pretrained one", fontsize=8)
-    ax.set_title(f"{stretch.factor:g} x {stretch.original:,} positions", fontsize=9, loc="left", pad=14)
+    ax.set_title(f"{scaling.factor:g} x {scaling.original:,} positions", fontsize=9, loc="left", pad=14)
     ax.tick_params(labelsize=7)
     ax.legend(fontsize=7, frameon=False)
     with atomic_file(target) as partial, rc_context({"svg.hashsalt": "lvctx"}):

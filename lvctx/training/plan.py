@@ -45,8 +45,8 @@ def predict(config: PlanConfig) -> dict[str, Any]:
         lora=config.lora,
     )
     shape = read_shape(read_config(config.model), where=config.model)
-    known = DEVICES[config.device]
-    device = replace(known, memory=config.device_memory or known.memory)
+    preset = DEVICES[config.device]
+    device = replace(preset, memory=config.device_memory or preset.memory)
     together = rows_together(config.seq_len, config.micro_tokens, spread.rows)
     parts, peak, host = memory(shape, spread, together * config.seq_len, runtime=device.runtime)
     tokens = rows * config.seq_len
@@ -83,7 +83,7 @@ def predict_extend(job: "ExtendJob", parallel: "ParallelConfig", *, world: int) 
     raw = read_config(job.model)
     if job.data is None or raw.get("model_type") not in PLANNED_TYPES:
         return None
-    name, room = _this_device(parallel.device)
+    name, capacity = _this_device(parallel.device)
     return predict(
         PlanConfig(
             model=str(job.model),
@@ -97,7 +97,7 @@ def predict_extend(job: "ExtendJob", parallel: "ParallelConfig", *, world: int) 
             offload_activations=parallel.offload_activations,
             lora=config.lora,
             device=name,
-            device_memory=room,
+            device_memory=capacity,
             micro_tokens=1 if config.doc_mask else parallel.forward_tokens,
             mfu=0.35,
         )
@@ -110,14 +110,14 @@ def _this_device(device: str) -> tuple[DeviceKind, int]:
         return "cpu", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     import torch
 
-    found = torch.cuda.get_device_properties(torch.device(device))
-    kind = cast(DeviceKind | None, known_device(found.name))
-    return kind or "a100", int(found.total_memory)
+    properties = torch.cuda.get_device_properties(torch.device(device))
+    kind = cast(DeviceKind | None, known_device(properties.name))
+    return kind or "a100", int(properties.total_memory)
 
 
 def _helps(shape: Any, spread: Spread, seq_len: int, device: Device) -> list[dict[str, Any]]:
-    found = remedies(shape, spread, seq_len, device)
-    return [{"flag": flag, "peak_bytes": peak, "fits": peak <= device.memory} for flag, peak in found]
+    peaks = remedies(shape, spread, seq_len, device)
+    return [{"flag": flag, "peak_bytes": peak, "fits": peak <= device.memory} for flag, peak in peaks]
 
 
 def refuse(prediction: dict[str, Any]) -> None:
@@ -126,13 +126,13 @@ def refuse(prediction: dict[str, Any]) -> None:
         return
     needed, there = prediction["peak_bytes"] / GIB, prediction["device_memory"] / GIB
     helps = prediction["helps"]
-    enough = [one for one in helps if one["fits"]]
-    shown = [f"{one['flag']} ({one['peak_bytes'] / GIB:.1f} GiB)" for one in enough or helps]
+    enough = [remedy for remedy in helps if remedy["fits"]]
+    flags = [f"{remedy['flag']} ({remedy['peak_bytes'] / GIB:.1f} GiB)" for remedy in enough or helps]
     if enough:
-        fix = f"it fits with {' or '.join(shown)}"
-    elif shown:
+        fix = f"it fits with {' or '.join(flags)}"
+    elif flags:
         fix = (
-            f"no flag alone is enough: {', '.join(shown)}; the longest row that fits has {prediction['longest']} tokens"
+            f"no flag alone is enough: {', '.join(flags)}; the longest row that fits has {prediction['longest']} tokens"
         )
     else:
         fix = f"the longest row that fits has {prediction['longest']} tokens"

@@ -38,7 +38,7 @@ def shard_row(
     `positions_BL` are those of the tokens where they do not count up from 0.
     """
     places_BL = torch.arange(ids_BL.shape[1])[None] if positions_BL is None else positions_BL
-    whole = {
+    full_rows = {
         "ids": (ids_BL, 0),
         "labels": (shift_labels(ids_BL), IGNORED),
         "positions": (places_BL, 0),
@@ -46,7 +46,7 @@ def shard_row(
     ring = world.ring
     parts = {
         name: shard(tensor, rank=ring.rank, world=ring.world, fill=fill).to(world.device)
-        for name, (tensor, fill) in whole.items()
+        for name, (tensor, fill) in full_rows.items()
     }
     if ring.world > 1 or starts is not None:
         return parts | {"shard": Shard(ring=ring, starts=starts)}

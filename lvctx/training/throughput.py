@@ -18,8 +18,8 @@ def measure(world: ParallelContext, *, tokens: int, seconds: float, flops: float
     device, peak = torch.device(world.device), 0.0
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
-        known = known_device(torch.cuda.get_device_name(device))
-        peak = DEVICES[known].flops if known else 0.0
+        kind = known_device(torch.cuda.get_device_name(device))
+        peak = DEVICES[kind].flops if kind else 0.0
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {

@@ -106,7 +106,7 @@ def _compute_gradients(
     raise_if_stopped: Callable[[], None],
 ) -> dict[str, Any]:
     """Leave the gradient of the mean loss over all ranks' tokens in `parameters`, clipped; the step's first columns."""
-    shared = _own_micro_batches(micro_batches, context)
+    shared = _rank_micro_batches(micro_batches, context)
     total, tokens = _accumulate(shared, task.loss, context, raise_if_stopped)
     for p in parameters:
         if p.grad is not None:
@@ -118,14 +118,14 @@ def _compute_gradients(
     return {"step": step + 1, "loss": mean, "tokens": tokens, "lr": {}, "norm": norm}
 
 
-def _own_micro_batches(micro_batches: Sequence[MicroT], context: ParallelContext) -> list[tuple[MicroT, bool]]:
+def _rank_micro_batches(micro_batches: Sequence[MicroT], context: ParallelContext) -> list[tuple[MicroT, bool]]:
     """This rank's micro-batches, and whether each counts.
 
     Ranks compute in step, so where the number does not divide, some compute one more that does not count.
     """
     rounds = -(-len(micro_batches) // context.dp)
-    places = [i * context.dp + context.dp_rank for i in range(rounds)]
-    return [(micro_batches[i], True) if i < len(micro_batches) else (micro_batches[0], False) for i in places]
+    numbers = [i * context.dp + context.dp_rank for i in range(rounds)]
+    return [(micro_batches[i], True) if i < len(micro_batches) else (micro_batches[0], False) for i in numbers]
 
 
 def _accumulate(
@@ -177,10 +177,10 @@ def _open_metrics(path: Path, *, keep: int, writes: bool) -> Iterator[Callable[[
         yield lambda row: None
         return
     rows = read_jsonl(path) if path.exists() else []
-    kept = {row["step"]: row for row in rows if isinstance(row.get("step"), int) and row["step"] <= keep}
-    if len(kept) < keep:
-        log.warning("%s: %d of the %d steps done so far are missing", path, keep - len(kept), keep)
-    write_jsonl(path, kept.values())
+    rows_by_step = {row["step"]: row for row in rows if isinstance(row.get("step"), int) and row["step"] <= keep}
+    if len(rows_by_step) < keep:
+        log.warning("%s: %d of the %d steps done so far are missing", path, keep - len(rows_by_step), keep)
+    write_jsonl(path, rows_by_step.values())
     try:
         with open(path, "a", encoding="utf-8") as f:
 

@@ -25,41 +25,41 @@ def contact_sheet(artifact: Path, out: Path, *, video: Path | None = None) -> di
     """
     from safetensors import safe_open
 
-    made = read_provenance(artifact)
-    if made is None or made.get("schema") not in FEATURE_SCHEMAS:
+    provenance = read_provenance(artifact)
+    if provenance is None or provenance.get("schema") not in FEATURE_SCHEMAS:
         raise InputError("not a frames artifact", where=artifact, fix="write one with lvctx encode-video")
     if out.suffix.lower() not in Image.registered_extensions():
         raise InputError("no image format of this suffix", where=out, fix="call it sheet.png")
-    source = video or _find(Path(made.get("facts", {}).get("source", "")), artifact)
-    if sha256_file(source) != made["inputs"]["video"]:
+    source = video or _find(Path(provenance.get("facts", {}).get("source", "")), artifact)
+    if sha256_file(source) != provenance["inputs"]["video"]:
         raise InputError("not the video that was encoded", where=source, fix="give that one with --video")
     with safe_open(artifact, "np") as f:
         pts, index = f.get_tensor("pts"), f.get_tensor("index")
-    shown = sorted(set(spread(len(index), min(len(index), MOST))))
-    numbers = list(dict.fromkeys(int(index[i]) for i in shown))
-    decoder = made["config"].get("decoder", "auto")
+    selected = sorted(set(spread(len(index), min(len(index), MOST))))
+    numbers = list(dict.fromkeys(int(index[i]) for i in selected))
+    decoder = provenance["config"].get("decoder", "auto")
     frames = {
         f.index: f.image for f in read_video(source, VideoSampling(decoder=decoder, allow_partial=True), wanted=numbers)
     }
     height, across, _ = next(iter(frames.values())).shape
     side = WIDTH, max(1, round(WIDTH * height / across))
-    columns = min(COLUMNS, len(shown))
-    sheet = Image.new("RGB", (columns * side[0], math.ceil(len(shown) / columns) * (side[1] + LABEL)), "white")
+    columns = min(COLUMNS, len(selected))
+    sheet = Image.new("RGB", (columns * side[0], math.ceil(len(selected) / columns) * (side[1] + LABEL)), "white")
     pen = ImageDraw.Draw(sheet)
-    for place, i in enumerate(shown):
-        x, y = place % columns * side[0], place // columns * (side[1] + LABEL)
+    for cell, i in enumerate(selected):
+        x, y = cell % columns * side[0], cell // columns * (side[1] + LABEL)
         if int(index[i]) in frames:
             sheet.paste(Image.fromarray(frames[int(index[i])]).resize(side), (x, y))
         pen.text((x + 2, y + side[1] + 1), f"{clock(float(pts[i]))}  #{index[i]}", fill="black")
     with atomic_file(out) as partial:
         sheet.save(partial, format=Image.registered_extensions()[out.suffix.lower()])
-    return {"contact_sheet": str(out), "shown": len(shown), "frames": len(index), "video": str(source)}
+    return {"contact_sheet": str(out), "shown": len(selected), "frames": len(index), "video": str(source)}
 
 
 def _find(source: Path, artifact: Path) -> Path:
-    for place in (source, artifact.parent / source.name):
-        if place.is_file():
-            return place
+    for candidate in (source, artifact.parent / source.name):
+        if candidate.is_file():
+            return candidate
     raise InputError(f"its video is gone: {source or 'not recorded'}", where=artifact, fix="say where with --video")
 
 

@@ -58,8 +58,8 @@ class FeatureCache:
 class FramesWriter:
     """An artifact being written: append batches in order."""
 
-    def __init__(self, file: Any, room: int) -> None:
-        self._file, self._room = file, room
+    def __init__(self, file: Any, header_bytes: int) -> None:
+        self._file, self._header_bytes = file, header_bytes
         self._pts: list[float] = []
         self._index: list[int] = []
         self._grid: list[int] = []
@@ -81,7 +81,7 @@ class FramesWriter:
         self._file.write(raw.view(torch.uint8).numpy().data)
         self._pts += pts
         self._index += index
-        self._grid += [n for one in grid for n in one]
+        self._grid += [n for pair in grid for n in pair]
 
     def _finish(self, metadata: dict[str, str]) -> None:
         count = len(self._pts)
@@ -102,9 +102,9 @@ class FramesWriter:
             end += size
             header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
         raw = json.dumps(header, separators=(",", ":")).encode()
-        assert len(raw) <= self._room, (len(raw), self._room)
+        assert len(raw) <= self._header_bytes, (len(raw), self._header_bytes)
         self._file.seek(0)
-        self._file.write(struct.pack("<Q", self._room) + raw.ljust(self._room))
+        self._file.write(struct.pack("<Q", self._header_bytes) + raw.ljust(self._header_bytes))
 
 
 @contextmanager
@@ -115,18 +115,20 @@ def open_frames(target: Path, provenance: Provenance, facts: dict[str, Any]) -> 
     """
     base = json.dumps(provenance.to_dict(), sort_keys=True)
     # Quotes in the metadata are escaped once more in the header; facts and the three tensors' entries take the rest.
-    room = -(-(2 * len(base.encode()) + 4096) // 8) * 8
+    header_bytes = -(-(2 * len(base.encode()) + 4096) // 8) * 8
     with atomic_file(target) as partial, open(partial, "wb") as file:
-        file.seek(8 + room)
-        writer = FramesWriter(file, room)
+        file.seek(8 + header_bytes)
+        writer = FramesWriter(file, header_bytes)
         yield writer
         value = {**provenance.to_dict(), "facts": facts}
         writer._finish({"lvctx": json.dumps(value, sort_keys=True, separators=(",", ":"))})
 
 
-def write_frames(target: Path, features_FPD: "Tensor", pts: list[float], index: list[int], made: Provenance) -> None:
+def write_frames(
+    target: Path, features_FPD: "Tensor", pts: list[float], index: list[int], provenance: Provenance
+) -> None:
     """Write a whole frames artifact at once; see `FramesWriter.append`."""
-    with open_frames(target, made, {}) as writer:
+    with open_frames(target, provenance, {}) as writer:
         writer.append(features_FPD, pts, index)
 
 
@@ -139,14 +141,14 @@ def read_feature_cache(path: Path, *, model: str | None = None) -> FeatureCache:
     """Open a frames artifact. Raises InputError for a file that is not a whole one; `model` is who wants to read it."""
     from safetensors import safe_open
 
-    found = sniff(path)
-    if found.name not in ("frames", "tensors"):
-        fix = encode_first(path, model) if found.name == "video" else "write one with lvctx encode-video"
-        raise mistaken(path, "a frames artifact", fix=fix, found=found)
+    detected = sniff(path)
+    if detected.name not in ("frames", "tensors"):
+        fix = encode_first(path, model) if detected.name == "video" else "write one with lvctx encode-video"
+        raise mistaken(path, "a frames artifact", fix=fix, found=detected)
     header = read_safetensors_header(path)
     provenance = read_provenance(path)
     if provenance is None or provenance.get("schema") not in FEATURE_SCHEMAS:
-        raise mistaken(path, "a frames artifact", fix="write one with lvctx encode-video", found=found)
+        raise mistaken(path, "a frames artifact", fix="write one with lvctx encode-video", found=detected)
     missing = {"features", "pts", "index"} - header.keys()
     if missing:
         raise InputError(f"frames artifact without {', '.join(sorted(missing))}", where=path, fix="encode it again")

@@ -37,7 +37,7 @@ GRID_BATCH = 16
 class TokenGrid(NamedTuple):
     """What some rows of the table show."""
 
-    pictures: tuple[int, ...]
+    frames: tuple[int, ...]
     """One number, or two where two frames are merged; one alone is merged with itself."""
     height: int
     """Rows of tokens."""
@@ -73,28 +73,28 @@ class GridTable:
         """Every grid and its first row."""
         return self._first_row
 
-    def ids(self, pictures: Sequence[int], blocks: Sequence[Block]) -> np.ndarray:
-        """A film (or an image) of these pictures between its delimiters; blocks say what is merged, and sizes."""
-        times = self._times(pictures)
-        start, end, between = [self.rule.start], [self.rule.end], [self.vocabulary + row for row in (END, START)]
-        found: list[Sequence[int] | np.ndarray] = []
-        at = 0
+    def ids(self, frames: Sequence[int], blocks: Sequence[Block]) -> np.ndarray:
+        """A video (or an image) of these frames between its delimiters; blocks say what is merged, and sizes."""
+        times = self._times(frames)
+        start, end, separator = [self.rule.start], [self.rule.end], [self.vocabulary + row for row in (END, START)]
+        parts: list[Sequence[int] | np.ndarray] = []
+        position = 0
         for number, block in enumerate(blocks):
             merged = self.rule.merge if block.kind == "video" else 1
-            for i in range(at, at + block.frames, merged):
-                last = min(i + merged, at + block.frames)
+            for i in range(position, position + block.frames, merged):
+                last = min(i + merged, position + block.frames)
                 if self._write and block.kind == "video":
                     # A frame that is merged with itself is shown at its own time.
                     seconds = (times[i] + times[last - 1]) / 2 - times[0]
-                    found += [end] if found else []
-                    found += [self._write(f"<{seconds:.1f} seconds>"), start]
-                elif i == at:
-                    found.append(between if number else start)
-                grid = TokenGrid(tuple(pictures[i:last]), *block.grid[1:])
-                found.append(self.vocabulary + self._rows(grid))
-            at += block.frames
-        assert at == len(pictures)
-        return np.concatenate([*found, end]).astype(np.int64)
+                    parts += [end] if parts else []
+                    parts += [self._write(f"<{seconds:.1f} seconds>"), start]
+                elif i == position:
+                    parts.append(separator if number else start)
+                grid = TokenGrid(tuple(frames[i:last]), *block.grid[1:])
+                parts.append(self.vocabulary + self._rows(grid))
+            position += block.frames
+        assert position == len(frames)
+        return np.concatenate([*parts, end]).astype(np.int64)
 
     def _rows(self, grid: TokenGrid) -> np.ndarray:
         if grid not in self._first_row:
@@ -107,50 +107,50 @@ class GridTable:
         return mrope_positions.positions(self._parts(ids_L))[0][:, None, first : len(ids_L)]
 
     def _parts(self, ids_L: np.ndarray) -> Iterator[SequencePart]:
-        """Text and films. A film that is cut is completed to its next grid: that moves nothing before the cut."""
+        """Text and videos. A video that is cut is completed to its next grid: that moves nothing before the cut."""
         edges = np.flatnonzero(np.diff(ids_L >= self.vocabulary)) + 1
-        for piece in np.split(ids_L, edges):
-            if not len(piece) or piece[0] < self.vocabulary:
-                yield Text(len(piece))
+        for segment in np.split(ids_L, edges):
+            if not len(segment) or segment[0] < self.vocabulary:
+                yield Text(len(segment))
             else:
-                yield self._film(piece - self.vocabulary)
+                yield self._video(segment - self.vocabulary)
 
-    def _film(self, rows: np.ndarray) -> mrope_positions.VideoGrids:
+    def _video(self, rows: np.ndarray) -> mrope_positions.VideoGrids:
         runs: list[list[TokenGrid]] = [[]]
-        at = 0
-        while at < len(rows):
-            row = int(rows[at])
+        position = 0
+        while position < len(rows):
+            row = int(rows[position])
             if row == END:
                 runs.append([])
             elif row != START:
                 runs[-1].append(self._grid_at[row])
-                at += runs[-1][-1].height * runs[-1][-1].width - 1
-            at += 1
+                position += runs[-1][-1].height * runs[-1][-1].width - 1
+            position += 1
         runs[-1] = runs[-1] or runs[-2][-1:]
         blocks = [
-            Block("video", sum(len(g.pictures) for g in run), (len(run), run[0].height, run[0].width)) for run in runs
+            Block("video", sum(len(g.frames) for g in run), (len(run), run[0].height, run[0].width)) for run in runs
         ]
-        times = self._times([number for run in runs for grid in run for number in grid.pictures])
+        times = self._times([number for run in runs for grid in run for number in grid.frames])
         return part(blocks, times, self.rule.merge, self._per_second)
 
 
-Take = Callable[[int, tuple[int, int]], Image.Image]
+GetFrame = Callable[[int, tuple[int, int]], Image.Image]
 """A frame by its number, in a size in pixels."""
 
 
 @torch.inference_mode()
 def encode_grids(
-    model: Any, processor: Any, table: GridTable, table_RE: Tensor, grids: Sequence[TokenGrid], take: Take
+    model: Any, processor: Any, table: GridTable, table_RE: Tensor, grids: Sequence[TokenGrid], get_frame: GetFrame
 ) -> None:
     """Fill the rows of these grids: they go through the model's vision tower."""
     side, device = table.rule.factor, device_of(model.model.visual)
-    for (_, height, width), alike in groupby(grids, key=lambda grid: (None, grid.height, grid.width)):
-        same = list(alike)
-        for i in range(0, len(same), GRID_BATCH):
+    for (_, height, width), group in groupby(grids, key=lambda grid: (None, grid.height, grid.width)):
+        same_size = list(group)
+        for i in range(0, len(same_size), GRID_BATCH):
             frames = [
-                take(number, (width * side, height * side))
-                for grid in same[i : i + GRID_BATCH]
-                for number in (grid.pictures * table.rule.merge)[: table.rule.merge]
+                get_frame(number, (width * side, height * side))
+                for grid in same_size[i : i + GRID_BATCH]
+                for number in (grid.frames * table.rule.merge)[: table.rule.merge]
             ]
             rows, (down, across) = patches(frames, processor, merged=True)
             sizes = torch.tensor([[len(frames) // table.rule.merge, down, across]], device=device)
@@ -158,7 +158,7 @@ def encode_grids(
             deep = getattr(encoded, "deepstack_features", None) or []
             features = torch.cat([torch.cat(list(part)) for part in (encoded.pooler_output, *deep)], dim=1)
             size = height * width
-            for grid, features_TE in zip(same[i : i + GRID_BATCH], features.split(size), strict=True):
+            for grid, features_TE in zip(same_size[i : i + GRID_BATCH], features.split(size), strict=True):
                 first = table.grids[grid]
                 table_RE[first : first + size] = features_TE
 
@@ -170,8 +170,8 @@ def empty_table(model: Any, table: GridTable) -> Tensor:
     Where the tower feeds layers beyond the first (Qwen3-VL's deepstack), what it has for them is to the right.
     """
     embedding = model.get_input_embeddings()
-    own, device = embedding.weight.shape[1], device_of(embedding)
-    width = own * (1 + len(getattr(model.config.vision_config, "deepstack_visual_indexes", ())))
+    text_width, device = embedding.weight.shape[1], device_of(embedding)
+    width = text_width * (1 + len(getattr(model.config.vision_config, "deepstack_visual_indexes", ())))
     table_RE = torch.zeros(table.rows, width, dtype=embedding.weight.dtype, device=device)
-    table_RE[[END, START], :own] = embedding(torch.tensor([table.rule.end, table.rule.start], device=device))
+    table_RE[[END, START], :text_width] = embedding(torch.tensor([table.rule.end, table.rule.start], device=device))
     return table_RE

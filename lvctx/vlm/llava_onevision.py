@@ -77,10 +77,10 @@ class LlavaOnevision:
             what = f"aligned with --image-encoding {encoding.grid}: only UniRes rows can be packed"
             raise InputError(what, where=self.path)
         side = vision.image_size // vision.patch_size
-        usual = ((side + 1) // 2) ** 2
+        frame_tokens = ((side + 1) // 2) ** 2
         hybrid = sampling.resolution
-        if hybrid is not None and hybrid.tokens != usual:
-            raise UsageError(f"this model's frames have {usual} tokens, not {hybrid.tokens}", fix="change m")
+        if hybrid is not None and hybrid.tokens != frame_tokens:
+            raise UsageError(f"this model's frames have {frame_tokens} tokens, not {hybrid.tokens}", fix="change m")
         pooling(side, hybrid.ratio if hybrid else 1)
         placeholder = load_tokenizer(self.path).get_vocab().get(VIDEO_TOKEN)
         if placeholder is None:
@@ -91,7 +91,7 @@ class LlavaOnevision:
             side=side,
             grid_rule=encoding.rule,
             max_grids=encoding.max_grids,
-            hybrid=hybrid or Hybrid(tokens=usual),
+            hybrid=hybrid or Hybrid(tokens=frame_tokens),
         )
 
     def open_cache(self, path: Path, sampling: VideoSampling) -> FeatureCache:
@@ -131,13 +131,13 @@ class LlavaOnevision:
                 tokens.append(cache.tokens(tokens_per_frame(self.config)) + 1)
         facts: dict[str, Any] = {"visual_tokens": sum(tokens)}
         if len(caches) == len(items) == 1:
-            known = caches[0].provenance.get("facts", {})
+            cache_facts = caches[0].provenance.get("facts", {})
             facts = {
                 "video_sha256": caches[0].provenance["inputs"].get("video", "")[:16],
                 "frames": len(caches[0].pts),
                 "visual_tokens": tokens[0] - 1,
-                "corrupt_frames": known.get("corrupt", 0),
-                **({"partial": True} if known.get("partial") else {}),
+                "corrupt_frames": cache_facts.get("corrupt", 0),
+                **({"partial": True} if cache_facts.get("partial") else {}),
             }
         return VisualInput(
             ids_N=self.vocabulary + np.arange(sum(tokens)),
@@ -183,12 +183,12 @@ class LlavaHaystack:
     def grids(self, frames: int) -> list[tuple[int, int]]:
         """Rows and columns of the first frames' tokens."""
         side = math.isqrt(tokens_per_frame(self.vlm.config))
-        found = [
+        grids = [
             (side, side) if cache.grid is None else (int(cache.grid[i, 0]), int(cache.grid[i, 1]))
             for cache in self.caches
             for i in range(len(cache.pts))
         ]
-        return found[:frames]
+        return grids[:frames]
 
     def tokens(self, frames: int, images: Sequence[Image.Image]) -> "LlavaTokens":
         """See `Haystack`."""
@@ -222,10 +222,10 @@ class LlavaTokens:
     @torch.inference_mode()
     def table(self, model: Any) -> Tensor:
         """See `VisualTokens`."""
-        rows, left = [], self.frames
+        rows, remaining = [], self.frames
         for cache in self.haystack.caches:
-            rows += [embed_frames(model, *batch) for batch in cache.batches(PROJECTOR_BATCH, left)]
-            left -= min(left, len(cache.pts))
+            rows += [embed_frames(model, *batch) for batch in cache.batches(PROJECTOR_BATCH, remaining)]
+            remaining -= min(remaining, len(cache.pts))
         if self.images:
             # Needles become squares the way the haystack's frames did.
             mode = self.haystack.caches[0].provenance["config"].get("frame_mode", "pad")
@@ -250,17 +250,17 @@ class FrameRows:
 
     def ids(self, order_F: np.ndarray) -> np.ndarray:
         """The block of these frames in this order, closed by the newline."""
-        is_hay = order_F < len(self._tokens)
-        hay = np.minimum(order_F, len(self._tokens) - 1)
-        counts, starts = self._tokens[hay], self._starts[hay]
-        for place in np.flatnonzero(~is_hay)[::-1]:
+        is_haystack = order_F < len(self._tokens)
+        rows = np.minimum(order_F, len(self._tokens) - 1)
+        counts, starts = self._tokens[rows], self._starts[rows]
+        for index in np.flatnonzero(~is_haystack)[::-1]:
             # At the end the last frame of the haystack before it decides.
-            before = counts[:place][is_hay[:place]][-1:]
-            counts[place] = counts[place + 1] if place + 1 < len(counts) else [*before, self._tokens[-1]][0]
-            offset = sum(self.sizes[: self.sizes.index(int(counts[place]))])
-            starts[place] = self._inserted + (int(order_F[place]) - len(self._tokens)) * sum(self.sizes) + offset
-        within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.append(np.repeat(starts, counts) + within, self._newline)
+            previous = counts[:index][is_haystack[:index]][-1:]
+            counts[index] = counts[index + 1] if index + 1 < len(counts) else [*previous, self._tokens[-1]][0]
+            offset = sum(self.sizes[: self.sizes.index(int(counts[index]))])
+            starts[index] = self._inserted + (int(order_F[index]) - len(self._tokens)) * sum(self.sizes) + offset
+        offsets = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.append(np.repeat(starts, counts) + offsets, self._newline)
 
 
 def joined_times(times: Sequence[np.ndarray]) -> np.ndarray:

@@ -37,8 +37,10 @@ def check_reachable(hybrid: Hybrid) -> None:
             f"a frame has at least {LEAST} tokens, and m/s is {m / s:g}", where=f"{group},{m},{s}", fix=fix
         )
     if m % s:
-        near = max(round(m / s), LEAST) * s
-        raise UsageError(f"m/s is {m / s:g}, no whole number", where=f"{group},{m},{s}", fix=f"the nearest m is {near}")
+        nearest = max(round(m / s), LEAST) * s
+        raise UsageError(
+            f"m/s is {m / s:g}, no whole number", where=f"{group},{m},{s}", fix=f"the nearest m is {nearest}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,21 +129,21 @@ def resize_frames(
     """
     check_reachable(rule.hybrid)
     is_high = select_high(rule.hybrid, merge=rule.merge, threshold=threshold)
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     pts: list[float] = []
     high: list[bool] = []
     sizes: dict[bool, tuple[int, int]] = {}
     size = (0, 0)
-    for number, (seconds, picture_HW3) in enumerate(frames):
+    for number, (seconds, frame_HW3) in enumerate(frames):
         if not number:
-            size = (picture_HW3.shape[1], picture_HW3.shape[0])
+            size = (frame_HW3.shape[1], frame_HW3.shape[0])
             for level in (True, False):
                 _, down, across = _blocks(rule, Run(1, 1, level), *size)[0].grid
                 sizes[level] = (across * rule.factor, down * rule.factor)
-        high.append(is_high(number, picture_HW3))
-        pictures.append(Image.fromarray(picture_HW3).resize(sizes[high[-1]], resample=resample))
+        high.append(is_high(number, frame_HW3))
+        images.append(Image.fromarray(frame_HW3).resize(sizes[high[-1]], resample=resample))
         pts.append(seconds)
-    return SampledVideo(frames=pictures, pts=pts, high=high, size=size, rule=rule)
+    return SampledVideo(frames=images, pts=pts, high=high, size=size, rule=rule)
 
 
 def pixels(video: SampledVideo, processor: Any) -> dict[str, Tensor]:
@@ -151,16 +153,16 @@ def pixels(video: SampledVideo, processor: Any) -> dict[str, Tensor]:
     the first picture's first half and the second picture's second. A run's odd last frame is merged with itself.
     """
     merged = video.blocks[0].kind == "video"
-    found, grids = [], []
-    at = 0
+    patch_rows, grids = [], []
+    first = 0
     for block in video.blocks:
-        rows, (down, across) = patches(video.frames[at : at + block.frames], processor, merged=merged)
-        at += block.frames
+        rows, (down, across) = patches(video.frames[first : first + block.frames], processor, merged=merged)
+        first += block.frames
         assert (down, across) == tuple(2 * n for n in block.grid[1:])
-        found.append(rows)
+        patch_rows.append(rows)
         grids.append([block.grid[0], down, across])
     names = ("pixel_values_videos", "video_grid_thw") if merged else ("pixel_values", "image_grid_thw")
-    return dict(zip(names, (torch.cat(found), torch.tensor(grids)), strict=True))
+    return dict(zip(names, (torch.cat(patch_rows), torch.tensor(grids)), strict=True))
 
 
 def patches(frames: Sequence[Image.Image], processor: Any, *, merged: bool) -> tuple[Tensor, tuple[int, int]]:
@@ -168,9 +170,9 @@ def patches(frames: Sequence[Image.Image], processor: Any, *, merged: bool) -> t
 
     `merged` in twos, an odd last with itself; otherwise each with itself, as the processor does with an image.
     """
-    seen = processor(images=list(frames), do_resize=False, return_tensors="pt")
-    down, across = (int(n) for n in seen["image_grid_thw"][0, 1:])
-    rows = seen["pixel_values"].reshape(len(frames), down * across, 3, processor.temporal_patch_size, -1)
+    processed = processor(images=list(frames), do_resize=False, return_tensors="pt")
+    down, across = (int(n) for n in processed["image_grid_thw"][0, 1:])
+    rows = processed["pixel_values"].reshape(len(frames), down * across, 3, processor.temporal_patch_size, -1)
     if merged:
         rows = torch.cat([rows, rows[-1:].expand(-len(frames) % rows.shape[3], -1, -1, -1, -1)])
         rows = torch.stack([rows[i :: rows.shape[3], :, :, i] for i in range(rows.shape[3])], dim=3)
@@ -197,10 +199,10 @@ def count_video(
     check_reachable(rule.hybrid)
     blocks = rule.video(width, height, frames)
     pts = [i / fps for i in range(frames)]
-    _, after = mrope_positions.positions([part(blocks, pts, rule.merge, tokens_per_second)])
+    _, next_position = mrope_positions.positions([part(blocks, pts, rule.merge, tokens_per_second)])
     return VideoCount(
         nominal=hybrid_tokens(frames, rule.hybrid, merge=rule.merge),
         actual=sum(block.tokens for block in blocks),
         delimiters=2 * len(blocks),
-        last_position=after - 1,
+        last_position=next_position - 1,
     )

@@ -55,12 +55,12 @@ class QwenHaystack:
         self.fps = float(sampling.fps)
         self.rule = vlm.rule(hybrid)
         self.unit = 1 if as_images or hybrid.mode == "image" else self.rule.merge
-        counted = [_count(file, sampling) for file in self.files]
-        self.size = (counted[0].width, counted[0].height)
+        counts = [_count(file, sampling) for file in self.files]
+        self.size = (counts[0].width, counts[0].height)
         """Of the source's frames, in pixels."""
-        self._check_sizes(counted)
-        partial_files = [str(file) for file, count in zip(self.files, counted, strict=True) if count.partial]
-        total = sum(count.frames for count in counted) // self.unit * self.unit
+        self._check_sizes(counts)
+        partial_files = [str(file) for file, count in zip(self.files, counts, strict=True) if count.partial]
+        total = sum(count.frames for count in counts) // self.unit * self.unit
         self.seconds = np.arange(total) / self.fps
         self.image_size = min(self.size)
         self.facts = {
@@ -75,11 +75,11 @@ class QwenHaystack:
             **({"as_images": True, "natural_size": self.natural_size} if as_images else {}),
         }
 
-    def _check_sizes(self, counted: Sequence[Count]) -> None:
+    def _check_sizes(self, counts: Sequence[Count]) -> None:
         sizes = {block.grid[1:] for block in self.blocks(*self.size, 2 * self.rule.merge)}
-        for file, one in zip(self.files, counted, strict=True):
-            if {block.grid[1:] for block in self.blocks(one.width, one.height, 2 * self.rule.merge)} != sizes:
-                what = f"{one.width} x {one.height} pixels beside {self.size[0]} x {self.size[1]}"
+        for file, count in zip(self.files, counts, strict=True):
+            if {block.grid[1:] for block in self.blocks(count.width, count.height, 2 * self.rule.merge)} != sizes:
+                what = f"{count.width} x {count.height} pixels beside {self.size[0]} x {self.size[1]}"
                 raise InputError(what, where=file, fix="give one shape")
 
     def blocks(self, width: int, height: int, count: int) -> list[Block]:
@@ -113,15 +113,15 @@ class QwenTokens:
 
     @cached_property
     def _thumbnails(self) -> list[np.ndarray]:
-        read = islice(self.haystack.read(), self.frames)
-        return [thumbnail(np.asarray(image)) for image in chain(read, self.inserted)]
+        frames = islice(self.haystack.read(), self.frames)
+        return [thumbnail(np.asarray(image)) for image in chain(frames, self.inserted)]
 
     def _blocks(self, order: Sequence[int]) -> list[Block]:
         threshold, rule = self.haystack.sampling.threshold, self.haystack.rule
         if threshold is None:
             return self.haystack.blocks(*self.haystack.size, len(order))
         is_high = select_high(rule.hybrid, merge=rule.merge, threshold=threshold)
-        high = [is_high(place, self._thumbnails[number]) for place, number in enumerate(order)]
+        high = [is_high(position, self._thumbnails[number]) for position, number in enumerate(order)]
         return blocks_of(runs_of(high, rule), rule, *self.haystack.size)
 
     def ids(self, order_F: np.ndarray) -> np.ndarray:
@@ -137,31 +137,31 @@ class QwenTokens:
         """See `VisualTokens`: the grids of all sequences so far. Frames are decoded once and not kept."""
         vlm, frames = self.haystack.vlm, self.frames
         table_RE = empty_table(model, self.grids)
-        waiting: dict[int, list[TokenGrid]] = defaultdict(list)
+        pending: dict[int, list[TokenGrid]] = defaultdict(list)
         for grid in self.grids.grids:
-            waiting[grid.pictures[-1]].append(grid)
-        held: dict[int, Image.Image] = {}
+            pending[grid.frames[-1]].append(grid)
+        decoded: dict[int, Image.Image] = {}
         ready: list[TokenGrid] = []
 
-        def take(number: int, size: tuple[int, int]) -> Image.Image:
-            image = held[number] if number < frames else self.inserted[number - frames]
+        def get_frame(number: int, size: tuple[int, int]) -> Image.Image:
+            image = decoded[number] if number < frames else self.inserted[number - frames]
             return image.resize(size, resample=vlm.processor.resample)
 
         def encode() -> None:
             by_size = sorted(ready, key=lambda grid: grid[1:])
-            encode_grids(model, vlm.processor, self.grids, table_RE, by_size, take)
+            encode_grids(model, vlm.processor, self.grids, table_RE, by_size, get_frame)
 
         for number, image in enumerate(islice(self.haystack.read(), frames)):
-            held[number] = image
-            ready += waiting.pop(number, [])
-            if len(held) == 16 * self.frames_per_grid:
+            decoded[number] = image
+            ready += pending.pop(number, [])
+            if len(decoded) == 16 * self.frames_per_grid:
                 encode()
-                held, ready = {}, []
-        missing = [number for number in waiting if number < frames]
+                decoded, ready = {}, []
+        missing = [number for number in pending if number < frames]
         if missing:
             last = self.haystack.files[-1]
             raise InputError(f"ends before frame {min(missing)}", where=last, fix="is the file whole?")
-        ready += [grid for grids in waiting.values() for grid in grids]
+        ready += [grid for grids in pending.values() for grid in grids]
         encode()
         return table_RE
 
@@ -170,7 +170,7 @@ def _count(file: Path, sampling: VideoSampling) -> Count:
     """Size and number of frames of a video or a folder of images."""
     if not file.is_dir():
         return count_frames(file, sampling)
-    images = _listed(file)
+    images = _list_images(file)
     if not images:
         raise InputError("no image in it", where=file, fix=f"put {' or '.join(IMAGES)} there")
     width, height = image_size(images[0])
@@ -178,12 +178,12 @@ def _count(file: Path, sampling: VideoSampling) -> Count:
     return Count(frames=len(images), exact=True, width=width, height=height, duration=duration)
 
 
-def _listed(folder: Path) -> list[Path]:
+def _list_images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
 
 
 def _frames(file: Path, sampling: VideoSampling) -> Iterator[Image.Image]:
     if file.is_dir():
-        yield from map(open_image, _listed(file))
+        yield from map(open_image, _list_images(file))
     else:
         yield from (Image.fromarray(frame.image) for frame in read_video(file, sampling))

@@ -91,8 +91,8 @@ class QwenVL:
         """How many tokens an image or a video of this resolution has, from the tokenizer's and processor's files."""
         vision, file = self.config.vision_config, self.path / "preprocessor_config.json"
         pixels = read_json(file) if file.is_file() else {}
-        stated = pixels.get("size")
-        size: dict[str, Any] = stated if isinstance(stated, dict) else {}
+        configured = pixels.get("size")
+        size: dict[str, Any] = configured if isinstance(configured, dict) else {}
         least = pixels.get("min_pixels") or size.get("shortest_edge", QwenRule.min_pixels)
         most = pixels.get("max_pixels") or size.get("longest_edge", QwenRule.max_pixels)
         if not (isinstance(least, int) and isinstance(most, int) and 0 < least <= most):
@@ -111,10 +111,10 @@ class QwenVL:
         )
 
     def _id(self, token: str) -> int:
-        found = self.tokenizer.get_vocab().get(token)
-        if found is None:
+        token_id = self.tokenizer.get_vocab().get(token)
+        if token_id is None:
             raise InputError(f"the tokenizer has no {token}", where=self.path)
-        return int(found)
+        return int(token_id)
 
     def count(self, frames: int, width: int, height: int, sampling: VideoSampling) -> dict[str, int]:
         """See `VLM`."""
@@ -127,24 +127,24 @@ class QwenVL:
     def load(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> VisualInput:
         """See `VLM`; of a video only the resized frames are in memory."""
         sampling = self.resolve(sampling)
-        read = [item if isinstance(item, Image.Image) else self._read(item, sampling) for item in items]
-        shown = self.visual_input([item if isinstance(item, Image.Image) else item[0] for item in read], sampling)
-        videos = [item for item in read if not isinstance(item, Image.Image)]
+        loaded = [item if isinstance(item, Image.Image) else self._read(item, sampling) for item in items]
+        visual = self.visual_input([item if isinstance(item, Image.Image) else item[0] for item in loaded], sampling)
+        videos = [item for item in loaded if not isinstance(item, Image.Image)]
         if len(videos) == len(items) == 1:
             (video, facts), (path,) = videos[0], items
             assert isinstance(path, Path)
-            shown.facts.update(
+            visual.facts.update(
                 video_sha256=sha256_file(path)[:16],
                 frames=len(video.frames),
                 high_frames=sum(video.high),
                 runs=len(video.runs),
                 nominal_tokens=video.nominal,
-                delimiters=len(shown.ids_N) - shown.tokens,
+                delimiters=len(visual.ids_N) - visual.tokens,
                 frame_size=list(video.frames[0].size),
                 corrupt_frames=facts.get("corrupt", 0),
                 **({"partial": True} if facts.get("partial") else {}),
             )
-        return shown
+        return visual
 
     def _read(self, path: Path, sampling: VideoSampling) -> tuple[SampledVideo, dict[str, Any]]:
         reader = read_video(path, bounded(path, sampling))
@@ -152,9 +152,9 @@ class QwenVL:
 
     def resize(self, frames: Iterable[Frame], sampling: VideoSampling) -> SampledVideo:
         """Frames at the sizes that the model takes."""
-        timed = ((frame.pts, frame.image) for frame in frames)
+        timed_frames = ((frame.pts, frame.image) for frame in frames)
         rule = self.token_rule(sampling)
-        return resize_frames(timed, rule, threshold=sampling.threshold, resample=self.processor.resample)
+        return resize_frames(timed_frames, rule, threshold=sampling.threshold, resample=self.processor.resample)
 
     def visual_input(self, items: Sequence[SampledVideo | Image.Image], sampling: VideoSampling) -> VisualInput:
         """Resized videos, and images at the size that the model takes, in order."""
@@ -167,12 +167,12 @@ class QwenVL:
                 blocks = rule.image(*item.size)
                 _, down, across = blocks[0].grid
                 size = across * rule.factor, down * rule.factor
-                sized, times = [item.resize(size, resample=self.processor.resample)], [0.0]
+                resized, times = [item.resize(size, resample=self.processor.resample)], [0.0]
             else:
-                blocks, sized, times = item.blocks, item.frames, item.pts
+                blocks, resized, times = item.blocks, item.frames, item.pts
             pts += times
-            parts.append(grids.ids(range(len(frames), len(frames) + len(sized)), blocks))
-            frames += sized
+            parts.append(grids.ids(range(len(frames), len(frames) + len(resized)), blocks))
+            frames += resized
             tokens += sum(block.tokens for block in blocks)
 
         def table(model: Any) -> Tensor:

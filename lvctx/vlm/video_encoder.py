@@ -128,12 +128,12 @@ class VideoEncoder:
         `about`: the frames, and so the bytes, are near; only decoding would tell.
         """
         facts = probe(video)
-        made = self.provenance(video)
+        provenance = self.provenance(video)
         count = self._count(video)
         size = count.frames * self.files.patches_per_frame * self.files.width * 2
         return {
             "video": str(video),
-            "path": str(self.target(video, out, made.inputs["video"])),
+            "path": str(self.target(video, out, provenance.inputs["video"])),
             **self.config.facts,
             **facts,
             "duration": count.duration,
@@ -185,7 +185,7 @@ class VideoEncoder:
         resume: str = "auto",
         force: bool = False,
         threads: int | None = None,
-        report: Callable[[int, int, str], None] = lambda done, total, note: None,
+        on_progress: Callable[[int, int, str], None] = lambda done, total, note: None,
     ) -> dict[str, Any]:
         """Write the artifact of one video into `out`, unless it stands already; the row that describes it.
 
@@ -193,26 +193,26 @@ class VideoEncoder:
         Raises InputError for a video that cannot be read (see `decode.read_video`); nothing is left under its name.
         """
         check_whole(video, allow_partial=self.config.sampling.allow_partial)
-        made = self.provenance(video)
-        target = self.target(video, out, made.inputs["video"])
-        if is_finished(target, made, resume=resume, force=force):
+        provenance = self.provenance(video)
+        target = self.target(video, out, provenance.inputs["video"])
+        if is_finished(target, provenance, resume=resume, force=force):
             log.info("%s: finished already", target)
             return _row(video, target)
         total = self._rough_total(video)
-        report(0, total, video.name)
+        on_progress(0, total, video.name)
         done = 0
         facts: dict[str, Any] = {"source": str(video)}
-        with open_frames(target, made, facts) as writer:
+        with open_frames(target, provenance, facts) as writer:
             for features, pts, index, grids in self._batches(video, facts, threads=threads):
                 writer.append(features, pts, index, grids)
                 done += len(pts)
-                report(done, max(total, done), video.name)
+                on_progress(done, max(total, done), video.name)
         return _row(video, target)
 
     def read(self, video: Path) -> FeatureCache:
         """The same in memory, for features that are not kept. Raises as `encode`."""
         check_whole(video, allow_partial=self.config.sampling.allow_partial)
-        made = self.provenance(video)
+        provenance = self.provenance(video)
         facts: dict[str, Any] = {"source": str(video)}
         features, pts, index, grids = zip(*self._batches(video, facts), strict=True)
         grid = torch.tensor(list(chain.from_iterable(grids))) if self.hybrid else None
@@ -221,7 +221,7 @@ class VideoEncoder:
             pts=torch.tensor(list(chain.from_iterable(pts)), dtype=torch.float64),
             index=torch.tensor(list(chain.from_iterable(index))),
             grid=grid,
-            provenance={**made.to_dict(), "facts": facts},
+            provenance={**provenance.to_dict(), "facts": facts},
         )
 
     def _batches(self, video: Path, facts: dict[str, Any], *, threads: int | None = None) -> Iterator[Batch]:
@@ -242,10 +242,12 @@ class VideoEncoder:
                     raise Stopped
                 features = self.encode_images(np.stack([frame.image for frame in batch]))
                 high = [is_high(done + i, frame.image) for i, frame in enumerate(batch)] if is_high else []
-                grids = [self._grid(one) for one in high]
+                grids = [self._grid(is_high_res) for is_high_res in high]
                 yield features, [frame.pts for frame in batch], [frame.index for frame in batch], grids
                 done, tokens = done + len(batch), tokens + _total(grids)
-                nominal += sum(self.hybrid.tokens if one else self.hybrid.low_tokens for one in high if self.hybrid)
+                nominal += sum(
+                    self.hybrid.tokens if is_high_res else self.hybrid.low_tokens for is_high_res in high if self.hybrid
+                )
         if self.hybrid:
             facts |= {"visual_tokens": tokens, "nominal_tokens": nominal}
 
@@ -261,7 +263,7 @@ class VideoEncoder:
         todo: queue.Queue[Any] = queue.Queue(jobs)
         threads = max(1, (os.cpu_count() or 1) // (jobs * processes))
 
-        def one(video: Path) -> CacheRow | LvctxError:
+        def encode_one(video: Path) -> CacheRow | LvctxError:
             try:
                 return self.encode(video, out, threads=threads, **options)
             except LvctxError as e:
@@ -270,9 +272,9 @@ class VideoEncoder:
         def feed() -> None:
             try:
                 for video, row in videos:
-                    with contextlib.suppress(LvctxError, OSError):  # one() will say it
+                    with contextlib.suppress(LvctxError, OSError):  # encode_one() will say it
                         self.target(video, out, self.provenance(video).inputs["video"])  # names go by order
-                    todo.put((video, row, pool.submit(one, video)))
+                    todo.put((video, row, pool.submit(encode_one, video)))
                 todo.put(None)
             except BaseException as e:
                 todo.put(e)
@@ -329,11 +331,11 @@ def _total(grids: Sequence[tuple[int, int]]) -> int:
 
 
 def _row(video: Path, target: Path) -> dict[str, Any]:
-    made = read_provenance(target) or {}
+    provenance = read_provenance(target) or {}
     frames, features, width = read_safetensors_header(target)["features"]["shape"]
-    tokens = made["facts"].get("visual_tokens")
+    tokens = provenance["facts"].get("visual_tokens")
     return {
-        "schema": made["schema"],
+        "schema": provenance["schema"],
         "path": str(target),
         "sha256": sha256_file(target),
         "video": str(video),
@@ -341,8 +343,8 @@ def _row(video: Path, target: Path) -> dict[str, Any]:
         "tokens_per_frame": tokens / frames if tokens else math.ceil(math.isqrt(features) / 2) ** 2,
         "features_per_frame": features,
         "width": width,
-        "fps": made["config"].get("fps"),
-        "frame_mode": made["config"]["frame_mode"],
-        **{key: made["facts"][key] for key in FACTS if key in made["facts"]},
-        "corrupt_frames": made["facts"].get("corrupt", 0),
+        "fps": provenance["config"].get("fps"),
+        "frame_mode": provenance["config"]["frame_mode"],
+        **{key: provenance["facts"][key] for key in FACTS if key in provenance["facts"]},
+        "corrupt_frames": provenance["facts"].get("corrupt", 0),
     }

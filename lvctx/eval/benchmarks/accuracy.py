@@ -32,11 +32,11 @@ def accuracy(replies: Iterable[BenchmarkReply], rule: str) -> Estimate:
 
 def difference(first: Sequence[BenchmarkReply], second: Sequence[BenchmarkReply], rule: str) -> Estimate:
     """First minus second on the questions that both have and the rule counts in both; paired, clustered by video."""
-    others = {r.id: is_correct(r, rule) for r in second}
+    second_correct = {r.id: is_correct(r, rule) for r in second}
     pairs = [
         (float(a) - float(b), r.video)
         for r in first
-        if (a := is_correct(r, rule)) is not None and (b := others.get(r.id)) is not None
+        if (a := is_correct(r, rule)) is not None and (b := second_correct.get(r.id)) is not None
     ]
     return clustered_mean([d for d, _ in pairs], [video for _, video in pairs], lowest=-1.0)
 
@@ -50,7 +50,7 @@ def sorted_groups(replies: Iterable[BenchmarkReply], group: str) -> list[str]:
 
 def breakdown(replies: Sequence[BenchmarkReply], groups: Sequence[str]) -> dict[str, Any]:
     """Warnings, every rule over all replies, and every rule by every value of `groups`."""
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "warnings": response_warnings(replies),
         "questions": len(replies),
         "videos": len({r.video for r in replies}),
@@ -65,10 +65,10 @@ def breakdown(replies: Sequence[BenchmarkReply], groups: Sequence[str]) -> dict[
         parts: dict[str, list[BenchmarkReply]] = {value: [] for value in sorted_groups(replies, group)}
         for reply in replies:
             parts[reply.groups[group]].append(reply)
-        found[f"by_{group}"] = {
+        summary[f"by_{group}"] = {
             value: {rule: vars(accuracy(part, rule)) for rule in RULES} for value, part in parts.items()
         }
-    return found
+    return summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +87,9 @@ def read_benchmark_run(directory: Path, bench: ModuleType) -> BenchmarkRun:
     """Rows of a run of `bench`. Raises InputError where there is no such run, or a row is not what a run writes."""
     stored = read_results(directory)
     answered = [row for row in stored.values() if "error" not in row]
-    for place, row in stored.items():
+    for where, row in stored.items():
         if "error" not in row:
-            _check_row(row, bench, place)
+            _check_row(row, bench, where)
     if not answered:
         raise InputError("no question was answered", where=directory)
     notes = Notes()
@@ -107,21 +107,21 @@ def read_benchmark_run(directory: Path, bench: ModuleType) -> BenchmarkRun:
     return BenchmarkRun(rows=rows, failed=len(stored) - len(answered), warnings=notes.lines())
 
 
-def _check_row(row: Mapping[str, Any], bench: ModuleType, place: str) -> None:
+def _check_row(row: Mapping[str, Any], bench: ModuleType, location: str) -> None:
     if row.get("bench") != bench.NAME:
         name = f"{row.get('bench')!s:.60}"
-        raise InputError(f"a run of {name}", where=place, fix=f"lvctx bench {name} score")
+        raise InputError(f"a run of {name}", where=location, fix=f"lvctx bench {name} score")
     groups = row.get("groups")
     fits = {name: isinstance(row.get(name), str) for name in ("id", "video", "answer", "letters")}
     fits["letters"] = fits["letters"] and re.fullmatch("[A-Z]{0,26}", row["letters"]) is not None
     fits["groups"] = isinstance(groups, dict) and all(isinstance(groups.get(name), str) for name in bench.GROUPS)
     wrong = [name for name, fit in fits.items() if not fit]
     if wrong:
-        raise InputError(f"no or another {', '.join(wrong)} than a run writes", where=place)
+        raise InputError(f"no or another {', '.join(wrong)} than a run writes", where=location)
     try:
         check_unicode(row)
     except ValueError as e:
-        raise InputError(str(e), where=place) from None
+        raise InputError(str(e), where=location) from None
 
 
 NO_KEY = "answers that are none of their question's options, left out"

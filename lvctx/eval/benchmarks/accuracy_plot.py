@@ -34,16 +34,16 @@ def accuracy_series(
     durations. What has no accuracy is left out; an end of an interval that is not known is the mean.
     """
     parts = duration_groups(scores)
-    found: dict[str, list[Point]] = {part: [] for part in parts} if frames else {s["file"]: [] for s in scores}
+    series: dict[str, list[Point]] = {part: [] for part in parts} if frames else {s["file"]: [] for s in scores}
     for number, score in enumerate(scores):
-        for place, part in enumerate(parts):
+        for position, part in enumerate(parts):
             of_rules = score["rules"] if part == WHOLE else score["by_duration"].get(part, {})
             e = of_rules.get(rule, {"mean": None})
             if e["mean"] is not None:
                 ends = (e["mean"] if e[end] is None else e[end] for end in ("low", "high"))
                 values = [100 * value for value in (e["mean"], *ends)]
-                found[part if frames else score["file"]].append(Point(frames[number] if frames else place, *values))
-    return {name: sorted(points) for name, points in found.items()}
+                series[part if frames else score["file"]].append(Point(frames[number] if frames else position, *values))
+    return {name: sorted(points) for name, points in series.items()}
 
 
 def _verbatim(name: str) -> str:
@@ -67,16 +67,16 @@ def draw_accuracy(scores: Sequence[dict[str, Any]], frames: Sequence[int] | None
     series = accuracy_series(scores, frames, rule)
     for number, (name, points) in enumerate(series.items()):
         xs, means = [p.x for p in points], [p.mean for p in points]
-        reach = [[p.mean - p.low for p in points], [p.high - p.mean for p in points]]
+        errors = [[p.mean - p.low for p in points], [p.high - p.mean for p in points]]
         if frames:
             # A little apart, so that no interval hides another.
             xs = [x * 1.03 ** (number - (len(series) - 1) / 2) for x in xs]
             ax.errorbar(
-                xs, means, yerr=reach, marker="o", markersize=4, capsize=2, linewidth=1.4, label=_verbatim(name)
+                xs, means, yerr=errors, marker="o", markersize=4, capsize=2, linewidth=1.4, label=_verbatim(name)
             )
         else:
-            places = [x + (number + 0.5) / (len(scores) + 1) - 0.5 for x in xs]
-            ax.bar(places, means, width=width, yerr=reach, capsize=2, label=_verbatim(name), align="edge")
+            bar_xs = [x + (number + 0.5) / (len(scores) + 1) - 0.5 for x in xs]
+            ax.bar(bar_xs, means, width=width, yerr=errors, capsize=2, label=_verbatim(name), align="edge")
     if frames:
         ax.set_xscale("log", base=2)
         ax.set_xticks(sorted(set(frames)), [str(n) for n in sorted(set(frames))])

@@ -89,10 +89,10 @@ def _read(rule: str, response: str, letters: str) -> str:
 
 def is_correct(reply: BenchmarkReply, rule: str) -> bool | None:
     """Right or wrong under a rule; None where the rule does not count the reply."""
-    found = extract_letter(reply, rule)
-    if not found and rule.startswith("official"):
+    letter = extract_letter(reply, rule)
+    if not letter and rule.startswith("official"):
         return None
-    return found == reply.answer
+    return letter == reply.answer
 
 
 PHRASES_2024 = (
@@ -116,8 +116,8 @@ def first_letter(text: str, letters: str, phrases: Sequence[str] = OFFICIAL_PHRA
     text = text.strip()
     for phrase in phrases:
         text = text.replace(phrase, "")
-    found = re.search(f"[{letters}]", text)
-    return found[0] if found else ""
+    match = re.search(f"[{letters}]", text)
+    return match[0] if match else ""
 
 
 REASONING_TAGS = (("<think>", "</think>"), ("<analysis>", "</analysis>"))
@@ -156,26 +156,26 @@ def _lmms_eval(text: str, letters: str) -> str:
         text = text.strip(mark)
     text = f" {text} "
     bare, lower = text.strip(), text.lower()
-    found: list[tuple[int, int, str]] = []
-    for one in letters:
-        written = {6: f"({one})", 5: f"{one}.", 4: f"{one}:", 3: f"{one})", 2: f"{one} "}
-        found += [(rank, text.rfind(form), one) for rank, form in written.items() if form in text]
+    candidates: list[tuple[int, int, str]] = []
+    for letter in letters:
+        forms = {6: f"({letter})", 5: f"{letter}.", 4: f"{letter}:", 3: f"{letter})", 2: f"{letter} "}
+        candidates += [(rank, text.rfind(form), letter) for rank, form in forms.items() if form in text]
         for phrase in LMMS_PHRASES:
-            at = lower.find(phrase)
-            if at != -1 and (after := text.find(one, at + len(phrase))) != -1:
-                found.append((7, after, one))
-        if bare.startswith(one) and not bare[1:2].isalpha():
-            found.append((10, 0, one))
-        if bare.endswith(one) and not bare[-2:-1].isalpha():
-            found.append((9, len(text) - 1, one))
-    if not found:
-        found = [(0, text.rfind(one), one) for one in letters if one in text]
-    return max(found, key=lambda candidate: candidate[:2])[2] if found else ""
+            start = lower.find(phrase)
+            if start != -1 and (position := text.find(letter, start + len(phrase))) != -1:
+                candidates.append((7, position, letter))
+        if bare.startswith(letter) and not bare[1:2].isalpha():
+            candidates.append((10, 0, letter))
+        if bare.endswith(letter) and not bare[-2:-1].isalpha():
+            candidates.append((9, len(text) - 1, letter))
+    if not candidates:
+        candidates = [(0, text.rfind(letter), letter) for letter in letters if letter in text]
+    return max(candidates, key=lambda candidate: candidate[:2])[2] if candidates else ""
 
 
 def _strict(text: str, letters: str) -> str:
-    found = re.match(rf"\(?([{letters}])(?=[.):,\n]|$)", text.strip())
-    return found[1] if found else ""
+    match = re.match(rf"\(?([{letters}])(?=[.):,\n]|$)", text.strip())
+    return match[1] if match else ""
 
 
 def _official_2024(text: str, letters: str) -> str:
@@ -198,17 +198,17 @@ def response_warnings(replies: Sequence[BenchmarkReply]) -> list[str]:
         (stuck, "repeat one token"),
         (reasoned, "hold reasoning in tags, which only the rule of lmms-eval removes"),
     )
-    said = [f"{count:,} of {total:,} replies {what}" for count, what in signs if count]
+    warnings = [f"{count:,} of {total:,} replies {what}" for count, what in signs if count]
     picked = Counter(extract_letter(r, "official") for r in replies)
     del picked[""]
     if picked and total >= 8:
-        one, count = picked.most_common(1)[0]
-        right = sum(r.answer == one for r in replies) / total
+        top_letter, count = picked.most_common(1)[0]
+        right = sum(r.answer == top_letter for r in replies) / total
         if count >= 0.9 * picked.total():
-            said.append(
-                f"{count:,} of {picked.total():,} letters are {one}, the answer to {right:.0%} of the questions"
+            warnings.append(
+                f"{count:,} of {picked.total():,} letters are {top_letter}, the answer to {right:.0%} of the questions"
             )
-    return said
+    return warnings
 
 
 def is_degenerate(text: str) -> bool:

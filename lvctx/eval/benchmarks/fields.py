@@ -50,12 +50,12 @@ def parse_key(value: Any, count: int, *, indexed: bool = False) -> str | None:
     """
     text = "" if isinstance(value, bool) else (cell_text(value) or "").strip()
     if indexed and (number := _INDEX.fullmatch(text)):
-        at = int(number[1])
-    elif written := _KEY.fullmatch(text):
-        at = ord((written[1] or written[2] or written[3]).upper()) - 65
+        index = int(number[1])
+    elif lettered := _KEY.fullmatch(text):
+        index = ord((lettered[1] or lettered[2] or lettered[3]).upper()) - 65
     else:
         return None
-    return chr(65 + at) if at < count else None
+    return chr(65 + index) if index < count else None
 
 
 def have_letters(options: Sequence[str]) -> bool:
@@ -75,13 +75,13 @@ def parse_list(value: Any) -> list[str]:
             raise ValueError("one of them has no text")
         return [item for item in items if item is not None]
     if isinstance(value, dict):
-        given = {key: item for key, item in value.items() if cell_text(item) is not None}
-        if list(given) != [chr(65 + i) for i in range(len(given))]:
+        options = {key: item for key, item in value.items() if cell_text(item) is not None}
+        if list(options) != [chr(65 + i) for i in range(len(options))]:
             raise ValueError("a mapping whose keys are not A, B, C, ...")
-        return parse_list(list(given.values()))
-    written = _items((cell_text(value) or "").strip())
-    check_unicode(written)
-    return written
+        return parse_list(list(options.values()))
+    parsed = _items((cell_text(value) or "").strip())
+    check_unicode(parsed)
+    return parsed
 
 
 def _items(text: str) -> list[str]:
@@ -106,42 +106,42 @@ def _literal(text: str) -> list[Any] | dict[str, Any] | None:
     Python's own reader is no good for lists: it joins numpy's items, between which there is no comma.
     """
     try:
-        found = json.loads(text)
+        parsed = json.loads(text)
     except (ValueError, RecursionError):
         if text[0] != "{":
             return None
         try:
-            found = ast.literal_eval(text)
+            parsed = ast.literal_eval(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             raise ValueError("text in braces that is no mapping") from None
-    return found if isinstance(found, list | dict) else None
+    return parsed if isinstance(parsed, list | dict) else None
 
 
 def _quoted(text: str) -> list[str]:
     """Items in quotes, and numbers, with commas or white space between them."""
-    items, at, end = [], 0, len(text.rstrip(", \t\r\n"))
-    while at < end:
-        found = _ITEM.match(text, at)
-        if not found:
+    items, position, end = [], 0, len(text.rstrip(", \t\r\n"))
+    while position < end:
+        match = _ITEM.match(text, position)
+        if not match:
             raise ValueError("text in brackets that is no list of quoted items")
         try:
             with warnings.catch_warnings(action="ignore"):  # about escapes that Python does not know
-                items.append(str(ast.literal_eval(found[1])) if found[1] else found[2])
+                items.append(str(ast.literal_eval(match[1])) if match[1] else match[2])
         except (ValueError, SyntaxError):  # a line break between the quotes, or a bad escape: as it is written
-            items.append(found[1][1:-1])
-        at = found.end()
+            items.append(match[1][1:-1])
+        position = match.end()
     return items
 
 
 def _lines(text: str) -> list[str]:
     """Items that carry letters, each on a line (and the lines after it) or all on one; else one item a line."""
-    for before, between in ((r"(?:^|\n)[ \t]*", ""), (r"(?:^|(?<=[\s,;|]))", ",;|")):
-        starts = list(re.finditer(rf"{before}\(?([A-Z])[.):](?=\s)", text))
+    for prefix, separators in ((r"(?:^|\n)[ \t]*", ""), (r"(?:^|(?<=[\s,;|]))", ",;|")):
+        starts = list(re.finditer(rf"{prefix}\(?([A-Z])[.):](?=\s)", text))
         in_order = [start[1] for start in starts] == [chr(65 + i) for i in range(len(starts))]
         if len(starts) > 1 and in_order and starts[0].start() == 0:
             ends = [*(start.start() for start in starts[1:]), len(text)]
             items = (text[start.start() : end].strip() for start, end in zip(starts, ends, strict=True))
-            return [item.rstrip(between).rstrip() for item in items]
+            return [item.rstrip(separators).rstrip() for item in items]
     lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
     if len(lines) < 2:
         raise ValueError("text that is neither a list nor lines")

@@ -39,10 +39,10 @@ PHRASES = (
 
 def samples(path: Path) -> list[Question]:
     """Questions from lvb_val.json (`candidates`) or its Parquet (`option0`...); `correct_choice` counts from 0."""
-    found = []
+    questions = []
     for row in read_question_rows(path):
         options = options_field(row, "candidates") if has_value(row, "candidates") else _columns(row)
-        found.append(
+        questions.append(
             Question(
                 id=text_field(row, "id"),
                 video=text_field(row, "video_path", "video_id"),
@@ -56,7 +56,7 @@ def samples(path: Path) -> list[Question]:
                 released=row,
             )
         )
-    return found
+    return questions
 
 
 def _columns(row: QuestionRow) -> list[str]:
@@ -70,31 +70,31 @@ def _columns(row: QuestionRow) -> list[str]:
 
 def prompt(sample: Question, style: str, subtitles: str | None) -> str:
     """The user's turn after the frames."""
-    listed = "\n".join(sample.options)
-    return f"{sample.question}\n{listed}\nAnswer with the option's letter from the given choices directly.\n"
+    options = "\n".join(sample.options)
+    return f"{sample.question}\n{options}\nAnswer with the option's letter from the given choices directly.\n"
 
 
 def score(rows: Sequence[dict[str, Any]], *, seed: int = 0) -> dict[str, Any]:
     """Breakdown under the common rules, and `guessing`: its own rule, with the number of `guessed` replies."""
     replies = [to_reply(row) for row in rows]
     settled = [_settle(reply, seed) for reply in replies]
-    guessed = sum(not _own_letter(reply) for reply in replies)
-    own = vars(accuracy(settled, "strict"))
+    guessed = sum(not _official_letter(reply) for reply in replies)
+    guessing = vars(accuracy(settled, "strict"))
     by = {
         value: vars(accuracy([r for r in settled if r.groups["duration_group"] == value], "strict"))
         for value in sorted({r.groups["duration_group"] for r in replies}, key=lambda v: (len(v), v))
     }
     return {
         **breakdown(replies, GROUPS),
-        "guessing": {**own, "guessed": guessed, "seed": seed, "by_duration_group": by},
+        "guessing": {**guessing, "guessed": guessed, "seed": seed, "by_duration_group": by},
     }
 
 
-def _own_letter(reply: BenchmarkReply) -> str:
+def _official_letter(reply: BenchmarkReply) -> str:
     return first_letter(strip_reasoning(reply.response), "ABCDE", PHRASES)
 
 
 def _settle(reply: BenchmarkReply, seed: int) -> BenchmarkReply:
     """The reply as the letter its own scorer takes it for."""
-    found = _own_letter(reply) or random.Random(f"{seed}:{reply.id}").choice(reply.letters)
-    return replace(reply, response=found, letters="ABCDE")
+    letter = _official_letter(reply) or random.Random(f"{seed}:{reply.id}").choice(reply.letters)
+    return replace(reply, response=letter, letters="ABCDE")

@@ -39,7 +39,7 @@ def samples(path: Path) -> list[Question]:
 
     Raises InputError naming the row and what is wrong with it.
     """
-    found = []
+    questions = []
     for number, row in enumerate(read_question_rows(path)):
         question = text_field(row, "question")
         task = cell_text(row.get("question_type")) or cell_text(row.get("task_type"))
@@ -47,7 +47,7 @@ def samples(path: Path) -> list[Question]:
         candidates = options_field(row, "candidates") if has_value(row, "candidates") else []
         inlined = not candidates and task not in GENERATION
         letters = _letters_in(question) if inlined else format_options(candidates)
-        found.append(
+        questions.append(
             Question(
                 id=cell_text(row.get("question_id")) or f"{task}-{number}",
                 video=text_field(row, "video", "video_name"),
@@ -59,14 +59,14 @@ def samples(path: Path) -> list[Question]:
                 released={**row, "_inlined": inlined},
             )
         )
-    return found
+    return questions
 
 
 def _letters_in(question: str) -> tuple[str, ...]:
     """The letters of the options that stand in a question's own text, each on its line; A to D where none are found."""
-    found = re.findall(r"^\(?([A-Z])[.):]", question, re.MULTILINE)
-    letters = [chr(65 + i) for i in range(len(found))]
-    return tuple(letters) if found == letters and len(found) > 1 else tuple("ABCD")
+    labels = re.findall(r"^\(?([A-Z])[.):]", question, re.MULTILINE)
+    letters = [chr(65 + i) for i in range(len(labels))]
+    return tuple(letters) if labels == letters and len(labels) > 1 else tuple("ABCD")
 
 
 def _answer(row: QuestionRow, candidates: Sequence[str], count: int) -> str:
@@ -77,8 +77,8 @@ def _answer(row: QuestionRow, candidates: Sequence[str], count: int) -> str:
     answer = text_field(row, "answer")
     if not count:
         return answer
-    for same in (str, str.strip, lambda text: text.strip().casefold()):
-        fits = [i for i, candidate in enumerate(candidates) if same(candidate) == same(answer)]
+    for normalize in (str, str.strip, lambda text: text.strip().casefold()):
+        fits = [i for i, candidate in enumerate(candidates) if normalize(candidate) == normalize(answer)]
         if len(fits) > 1:
             raise InputError(f"answer {answer!r:.60} is several of its options", where=row_place(row))
         if fits:
@@ -93,23 +93,25 @@ def prompt(sample: Question, style: str, subtitles: str | None) -> str:
     """The user's turn after the frames; MLVU shows no subtitles."""
     if not sample.options:
         return f"{WATCH}answer the given questions.\n{sample.question}"
-    asked = sample.question
+    question = sample.question
     if not sample.released.get("_inlined"):
-        asked = f"Question: {sample.question}\nOptions:\n" + "\n".join(sample.options)
-    before = f"{WATCH}select the best option that accurately addresses the question.\n" if style == "official" else ""
-    return f"{before}{asked}\nOnly give the best option.\nBest option: ("
+        question = f"Question: {sample.question}\nOptions:\n" + "\n".join(sample.options)
+    instruction = (
+        f"{WATCH}select the best option that accurately addresses the question.\n" if style == "official" else ""
+    )
+    return f"{instruction}{question}\nOnly give the best option.\nBest option: ("
 
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Breakdown by task, and `m_avg` by rule: `macro` over tasks and `pooled` over questions; generation left out."""
     replies = [to_reply(row) for row in rows if row["letters"]]
-    found = breakdown(replies, GROUPS)
-    tasks = found["by_task_type"].values()
+    summary = breakdown(replies, GROUPS)
+    tasks = summary["by_task_type"].values()
     m_avg = {}
     for rule in RULES:
         means = [task[rule]["mean"] for task in tasks if task[rule]["mean"] is not None]
-        m_avg[rule] = {"macro": sum(means) / len(means) if means else None, "pooled": found["rules"][rule]["mean"]}
-    return {**found, "generated": len(rows) - len(replies), "m_avg": m_avg}
+        m_avg[rule] = {"macro": sum(means) / len(means) if means else None, "pooled": summary["rules"][rule]["mean"]}
+    return {**summary, "generated": len(rows) - len(replies), "m_avg": m_avg}
 
 
 def export(out: Path, answered: Sequence[tuple[Question, str]]) -> None:
@@ -120,10 +122,10 @@ def export(out: Path, answered: Sequence[tuple[Question, str]]) -> None:
                 "video_name": Path(sample.video).name,
                 "Q": sample.question,
                 "A": sample.answer,
-                "pred": said,
+                "pred": response,
                 **{k: sample.released[k] for k in ("scoring_points",) if k in sample.released},
             }
-            for sample, said in answered
+            for sample, response in answered
             if sample.groups["task_type"] == task
         ]
         if rows:

@@ -18,12 +18,12 @@ QUESTION_KINDS = {"C": "causal", "T": "temporal", "D": "descriptive"}
 
 def samples(path: Path) -> list[Question]:
     """Questions from the released CSV or its Parquet; `answer` counts from 0, and a question's id holds its video."""
-    found = []
+    questions = []
     for row in read_question_rows(path):
         options = check_options(row, [(cell_text(row.get(f"a{i}")) or "").strip() for i in range(5)])
         kind = text_field(row, "type")
         video = text_field(row, "video")
-        found.append(
+        questions.append(
             Question(
                 id=f"{video}-{text_field(row, 'qid')}",
                 video=video,
@@ -34,13 +34,13 @@ def samples(path: Path) -> list[Question]:
                 released=row,
             )
         )
-    return found
+    return questions
 
 
 def prompt(sample: Question, style: str, subtitles: str | None) -> str:
     """The user's turn after the frames, as in lmms-eval's tasks of this kind."""
-    listed = "\n".join(sample.options)
-    return f"{sample.question}\n{listed}\nAnswer with the option's letter from the given choices directly."
+    options = "\n".join(sample.options)
+    return f"{sample.question}\n{options}\nAnswer with the option's letter from the given choices directly."
 
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -28,8 +28,8 @@ def read_question_rows(path: Path) -> list[QuestionRow]:
     files = [path]
     if path.is_dir():
         below = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
-        found = sorted(p for p in below if p.suffix.lower() in QUESTION_SUFFIXES and p.name not in NO_QUESTIONS)
-        files = [p for p in found if p.parent == path] or found
+        matches = sorted(p for p in below if p.suffix.lower() in QUESTION_SUFFIXES and p.name not in NO_QUESTIONS)
+        files = [p for p in matches if p.parent == path] or matches
     if not files:
         raise InputError(f"no {', '.join(QUESTION_SUFFIXES)} file in it", where=path)
     rows = []
@@ -102,6 +102,8 @@ def key_field(row: QuestionRow, name: str, count: int, *, indexed: bool = False)
         raise InputError(f"a question without {name}", where=row_place(row), fix="give questions with their answers")
     letter = parse_key(row[name], count, indexed=indexed)
     if letter is None:
-        counted = f", nor one of 0 to {count - 1}" if indexed else ""
-        raise InputError(f"{name} {row[name]!r:.60} is none of A to {chr(64 + count)}{counted}", where=row_place(row))
+        index_range = f", nor one of 0 to {count - 1}" if indexed else ""
+        raise InputError(
+            f"{name} {row[name]!r:.60} is none of A to {chr(64 + count)}{index_range}", where=row_place(row)
+        )
     return letter

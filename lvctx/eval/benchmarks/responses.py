@@ -57,9 +57,9 @@ def read_responses(path: Path) -> Responses:
         of_video = {g: _field(video, g, overlooked) for g in GROUPS[:3]}
         video_id = cell_text(video.get("video_id")) or str(number)
         overlooked["without video_id"] += "video_id" not in video
-        for place, question in enumerate(video["questions"], start=1):
+        for position, question in enumerate(video["questions"], start=1):
             key, response = question.get("answer"), question.get("response")
-            name = cell_text(question.get("question_id")) or f"{video_id}-{place}"
+            name = cell_text(question.get("question_id")) or f"{video_id}-{position}"
             if key is None or key == "":
                 overlooked["questions without answer, left out"] += 1
                 continue
@@ -150,8 +150,8 @@ def write_responses(target: Path, answered: Iterable[tuple[Question, str]]) -> N
         video = videos.setdefault(
             row["video_id"], {"video_id": row["video_id"], **{k: sample.groups[k] for k in GROUPS[:3]}, "questions": []}
         )
-        said = {"question_id": sample.id, "task_type": sample.groups["task_type"], "question": sample.question}
+        fields = {"question_id": sample.id, "task_type": sample.groups["task_type"], "question": sample.question}
         video["questions"].append(
-            {**said, "options": list(sample.options), "answer": sample.answer, "response": response}
+            {**fields, "options": list(sample.options), "answer": sample.answer, "response": response}
         )
     write_json(target, list(videos.values()))

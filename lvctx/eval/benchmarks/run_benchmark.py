@@ -124,9 +124,9 @@ def run_benchmark(
     """
     made_of = job.run_facts["made_of"]
     with ResultLog.open(out / RESULTS, made_of, resume=resume, force=force) as results:
-        waiting = [s for s in job.samples if job.key(s) not in results]
-        total, done = len(job.samples), len(job.samples) - len(waiting)
-        for video, group in itertools.groupby(waiting, key=lambda s: s.video):
+        pending = [s for s in job.samples if job.key(s) not in results]
+        total, done = len(job.samples), len(job.samples) - len(pending)
+        for video, group in itertools.groupby(pending, key=lambda s: s.video):
             for sample, row in _ask_about(job, engine, list(group)):
                 stored = results.append(job.key(sample), row)
                 done += 1
@@ -186,6 +186,6 @@ def _subtitles(job: BenchmarkJob, sample: Question, shown: Shown) -> tuple[str |
     if job.config.subtitles is None:
         return None, {}
     listing = find_subtitles(job.config.subtitles, video_stem(sample.video))
-    read = read_subtitles(listing) if listing else NONE
-    lines = read.at(list(shown.pts))
-    return lines, {"subtitle_lines": lines.count("\n") + 1 if lines else 0, "bad_subtitles": read.bad}
+    subtitles = read_subtitles(listing) if listing else NONE
+    lines = subtitles.at(list(shown.pts))
+    return lines, {"subtitle_lines": lines.count("\n") + 1 if lines else 0, "bad_subtitles": subtitles.bad}

@@ -33,8 +33,8 @@ class Subtitles:
     def at(self, times: Iterable[float]) -> str:
         """The lines on display at any of `times` (seconds), each once, in the order of time, as Video-MME asks."""
         moments = sorted(times)
-        after = ((bisect_left(moments, start), end, text) for start, end, text in self.lines)
-        return "\n".join(text for i, end, text in after if i < len(moments) and moments[i] < end)
+        candidates = ((bisect_left(moments, start), end, text) for start, end, text in self.lines)
+        return "\n".join(text for i, end, text in candidates if i < len(moments) and moments[i] < end)
 
 
 NONE = Subtitles(lines=(), bad=0)
@@ -49,9 +49,13 @@ def find_subtitles(folder: Path, stem: str) -> Path | None:
     tag = r"\.[A-Za-z]{2,3}(?:[-_.][A-Za-z0-9]+)*"
     languages: dict[str, Path] = {}
     for file in sorted(folder.iterdir(), key=lambda file: (file.suffix.lower(), file.name)):
-        rest = file.stem.removeprefix(stem).lower()
-        if file.suffix.lower() in SUBTITLE_SUFFIXES and file.stem.startswith(stem) and re.fullmatch(f"({tag})?", rest):
-            languages.setdefault(rest, file)
+        language_tag = file.stem.removeprefix(stem).lower()
+        if (
+            file.suffix.lower() in SUBTITLE_SUFFIXES
+            and file.stem.startswith(stem)
+            and re.fullmatch(f"({tag})?", language_tag)
+        ):
+            languages.setdefault(language_tag, file)
     chosen = [languages[name] for name in sorted(languages) if not name or name.startswith(".en")]
     if not chosen and len(languages) > 1:
         names = ", ".join(sorted(file.name for file in languages.values()))
@@ -72,7 +76,7 @@ def read_subtitles(path: Path) -> Subtitles:
         raise InputError(f"cannot read ({e.strerror})", where=path) from e
     text = data.decode(json.detect_encoding(data), errors="replace").replace("\0", "")
     rows = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    spans = [(i, found) for i, row in enumerate(rows) if (found := _SPAN.match(row))]
+    spans = [(i, match) for i, row in enumerate(rows) if (match := _SPAN.match(row))]
     if not spans:
         if text.strip() and not text.lstrip().startswith("WEBVTT"):
             raise InputError("no subtitle in it", where=path, fix="give SubRip (.srt) or WebVTT (.vtt)")
@@ -81,16 +85,16 @@ def read_subtitles(path: Path) -> Subtitles:
     numbers = [_number_before(rows, i) for i, _ in spans]
     numbered = 2 * sum(number is not None for number in numbers) > len(numbers)
     lines, bad = [], 0 if vtt else _count_unread(rows[: spans[0][0]])
-    for place, (i, found) in enumerate(spans):
-        last = place + 1 == len(spans)
-        between = rows[i + 1 : None if last else spans[place + 1][0]]
+    for position, (i, match) in enumerate(spans):
+        last = position + 1 == len(spans)
+        cue_rows = rows[i + 1 : None if last else spans[position + 1][0]]
         if vtt:
-            said = _until_blank(between)
+            text_rows = _until_blank(cue_rows)
         else:
-            said, unread = _payload(between, numbers[place], numbered=numbered, last=last)
+            text_rows, unread = _payload(cue_rows, numbers[position], numbered=numbered, last=last)
             bad += unread
-        start, end = _seconds(found.groups()[:5]), _seconds(found.groups()[5:])
-        words = _without_markup(" ".join(said))
+        start, end = _seconds(match.groups()[:5]), _seconds(match.groups()[5:])
+        words = _without_markup(" ".join(text_rows))
         bad += end <= start or "\ufffd" in words
         if words and end > start:
             lines.append((start, end, words))
@@ -102,9 +106,9 @@ def _number(row: str) -> int | None:
     return int(text) if text.isdecimal() and len(text) < 10 else None
 
 
-def _number_before(rows: Sequence[str], at: int) -> int | None:
+def _number_before(rows: Sequence[str], index: int) -> int | None:
     """The cue's number: the last line before its times that is not blank, if it is a number."""
-    for row in reversed(rows[max(0, at - 3) : at]):
+    for row in reversed(rows[max(0, index - 3) : index]):
         if row.strip():
             return _number(row)
     return None
@@ -121,15 +125,15 @@ def _chunks(rows: Sequence[str]) -> list[list[str]]:
     return [chunk for chunk in chunks if chunk]
 
 
-def _count_unread(before: Sequence[str]) -> int:
+def _count_unread(rows: Sequence[str]) -> int:
     """How many cues before the first readable one have no readable time."""
-    return sum(len(chunk) > 1 for chunk in _chunks(before))
+    return sum(len(chunk) > 1 for chunk in _chunks(rows))
 
 
 def _until_blank(rows: Sequence[str]) -> list[str]:
     """WebVTT: a blank line ends the cue, and what follows are notes, styles and the next one's name."""
-    at = next((i for i, row in enumerate(rows) if not row.strip()), len(rows))
-    return list(rows[:at])
+    end = next((i for i, row in enumerate(rows) if not row.strip()), len(rows))
+    return list(rows[:end])
 
 
 def _payload(rows: Sequence[str], number: int | None, *, numbered: bool, last: bool) -> tuple[list[str], int]:
@@ -143,9 +147,9 @@ def _payload(rows: Sequence[str], number: int | None, *, numbered: bool, last: b
         for i, chunk in enumerate(chunks[1:], start=1)
         if numbered and number is not None and _number(chunk[0]) == number + 1 and (last or len(chunk) > 1)
     ]
-    own = chunks[: unread[0]] if unread else chunks
-    others = sum(_number(chunk[0]) is not None for chunk in chunks[len(own) :])
-    return [row for chunk in own for row in chunk], others
+    cue_chunks = chunks[: unread[0]] if unread else chunks
+    unread_cues = sum(_number(chunk[0]) is not None for chunk in chunks[len(cue_chunks) :])
+    return [row for chunk in cue_chunks for row in chunk], unread_cues
 
 
 def _without_markup(text: str) -> str:
@@ -157,5 +161,5 @@ def _without_markup(text: str) -> str:
 
 def _seconds(parts: Sequence[str | None]) -> float:
     sign, hours, minutes, seconds, fraction = (part or "" for part in parts)
-    whole = int(hours or 0) * 3600 + int(minutes) * 60 + int(seconds)
-    return (-1 if sign else 1) * (whole + (int(fraction) / 10 ** len(fraction) if fraction else 0))
+    whole_seconds = int(hours or 0) * 3600 + int(minutes) * 60 + int(seconds)
+    return (-1 if sign else 1) * (whole_seconds + (int(fraction) / 10 ** len(fraction) if fraction else 0))

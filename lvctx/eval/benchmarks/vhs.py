@@ -26,13 +26,13 @@ VHS_THRESHOLD = 0.6
 
 def samples(path: Path) -> list[Question]:
     """Questions from visual_haystack_N.json files; pictures are shuffled, always the same way for the same question."""
-    found = []
+    questions = []
     for number, row in enumerate(read_question_rows(path)):
         question, answer = _turns(row)
         name = f"{Path(row['_file']).stem}-{number}"
         images = [*_images(row, "pos_image"), *_images(row, "neg_image")]
         random.Random(name).shuffle(images)
-        found.append(
+        questions.append(
             Question(
                 id=name,
                 video=name,
@@ -43,19 +43,19 @@ def samples(path: Path) -> list[Question]:
                 released=row,
             )
         )
-    return found
+    return questions
 
 
 def _turns(row: QuestionRow) -> tuple[str, str]:
     """The question, and `yes` or `no`."""
     turns = row.get("conversations")
     turns = turns[:2] if isinstance(turns, list) else []
-    question, said = ([cell_text(turn.get("value")) for turn in turns if isinstance(turn, dict)] + [None, None])[:2]
-    if not question or not said:
+    question, reply = ([cell_text(turn.get("value")) for turn in turns if isinstance(turn, dict)] + [None, None])[:2]
+    if not question or not reply:
         raise InputError("no question and answer in `conversations`", where=row_place(row))
-    answer = said.strip().rstrip(".!").lower()
+    answer = reply.strip().rstrip(".!").lower()
     if answer not in ("yes", "no"):
-        raise InputError(f"the answer {said!r:.60} is neither yes nor no", where=row_place(row))
+        raise InputError(f"the answer {reply!r:.60} is neither yes nor no", where=row_place(row))
     return question, answer
 
 
@@ -84,19 +84,22 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for row in rows:
         if not re.fullmatch("[0-9]{1,9}", row["groups"]["images"]):
             raise InputError(f"{row['groups']['images']!r:.60} pictures", where=f"question {row['id']}")
-    said = [set(re.findall(r"[a-z]+", row["response"].lower())) for row in rows]
-    right = [float(row["answer"] in words) for row, words in zip(rows, said, strict=True)]
+    response_words = [set(re.findall(r"[a-z]+", row["response"].lower())) for row in rows]
+    right = [float(row["answer"] in words) for row, words in zip(rows, response_words, strict=True)]
     by = {}
     for size in sorted({int(row["groups"]["images"]) for row in rows}):
-        at = [i for i, row in enumerate(rows) if int(row["groups"]["images"]) == size]
-        estimate = clustered_mean([right[i] for i in at], [rows[i]["id"] for i in at])
-        by[str(size)] = {"words": vars(estimate) | {"parsed": sum(bool(said[i] & {"yes", "no"}) for i in at) / len(at)}}
+        indices = [i for i, row in enumerate(rows) if int(row["groups"]["images"]) == size]
+        estimate = clustered_mean([right[i] for i in indices], [rows[i]["id"] for i in indices])
+        by[str(size)] = {
+            "words": vars(estimate)
+            | {"parsed": sum(bool(response_words[i] & {"yes", "no"}) for i in indices) / len(indices)}
+        }
     good = list(takewhile(lambda size: by[size]["words"]["mean"] >= VHS_THRESHOLD, by))
-    whole = vars(clustered_mean(right, [row["id"] for row in rows]))
-    whole["parsed"] = sum(bool(words & {"yes", "no"}) for words in said) / len(rows)
-    shares = {word: sum(word in words for words in said) / len(rows) for word in ("yes", "no")}
+    overall = vars(clustered_mean(right, [row["id"] for row in rows]))
+    overall["parsed"] = sum(bool(words & {"yes", "no"}) for words in response_words) / len(rows)
+    shares = {word: sum(word in words for words in response_words) / len(rows) for word in ("yes", "no")}
     warnings = [f"{share:.0%} of the replies say {word}" for word, share in shares.items() if share >= 0.9]
-    both = sum({"yes", "no"} <= words for words in said)
+    both = sum({"yes", "no"} <= words for words in response_words)
     if both:
         warnings.append(f"{both:,} replies say both yes and no: right whatever the answer, as in the authors' script")
     stuck = sum(is_degenerate(row["response"]) for row in rows)
@@ -104,7 +107,7 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "warnings": [*warnings, *([f"{stuck} replies repeat one token"] if stuck else [])],
         "questions": len(rows),
         "videos": len(rows),
-        "rules": {"words": whole},
+        "rules": {"words": overall},
         "by_images": by,
         "effective_length": int(good[-1]) if good else 0,
     }

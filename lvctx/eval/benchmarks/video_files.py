@@ -28,24 +28,24 @@ def find_video(folder: Path, name: str) -> Path:
     two fit as well.
     """
     name = unicodedata.normalize("NFC", name)  # macOS writes file names the other way
-    wanted, parents = os.path.basename(name), [part for part in Path(name).parts[:-1] if part not in ("/", "..")]
-    suffix = os.path.splitext(wanted)[1].lower()
+    file_name, parents = os.path.basename(name), [part for part in Path(name).parts[:-1] if part not in ("/", "..")]
+    suffix = os.path.splitext(file_name)[1].lower()
     ranked: dict[tuple[bool, int, bool], list[Path]] = {}
-    for at, folders, files in os.walk(folder):
-        folders[:] = [one for one in folders if not one.startswith(".")]
-        here = Path(at).relative_to(folder).parts
-        elsewhere = list(here[len(here) - len(parents) :]) != parents
+    for directory, folders, files in os.walk(folder):
+        folders[:] = [subfolder for subfolder in folders if not subfolder.startswith(".")]
+        subpath = Path(directory).relative_to(folder).parts
+        elsewhere = list(subpath[len(subpath) - len(parents) :]) != parents
         for file in files:
-            called = unicodedata.normalize("NFC", file)
-            its = os.path.splitext(called)[1].lower()
-            if called == wanted:
+            candidate = unicodedata.normalize("NFC", file)
+            candidate_suffix = os.path.splitext(candidate)[1].lower()
+            if candidate == file_name:
                 fit = 0
-            elif its in VIDEO_SUFFIXES and video_stem(called) == video_stem(wanted):
-                fit = 1 if its == suffix else 2
+            elif candidate_suffix in VIDEO_SUFFIXES and video_stem(candidate) == video_stem(file_name):
+                fit = 1 if candidate_suffix == suffix else 2
             else:
                 continue
-            ranked.setdefault((elsewhere, fit, bool(here)), []).append(Path(at, file))
-    if not ranked or not wanted:
+            ranked.setdefault((elsewhere, fit, bool(subpath)), []).append(Path(directory, file))
+    if not ranked or not file_name:
         raise InputError(f"no video {name}", where=folder, fix="put it there; its questions count as failed")
     best = sorted(ranked[min(ranked)])
     if len(best) > 1:

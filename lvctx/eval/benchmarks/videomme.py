@@ -24,10 +24,10 @@ ALL = "all"
 
 def samples(path: Path) -> list[Question]:
     """Questions as released. Raises InputError naming the row and what it lacks."""
-    found = []
+    questions = []
     for row in read_question_rows(path):
         options = with_letters(options_field(row, "options"))
-        found.append(
+        questions.append(
             Question(
                 id=text_field(row, "question_id"),
                 video=text_field(row, "videoID", "video_id"),
@@ -38,7 +38,7 @@ def samples(path: Path) -> list[Question]:
                 released={**row, "video_id": text_field(row, "video_id")},
             )
         )
-    return found
+    return questions
 
 
 ASK = "Select the best answer to the following multiple-choice question based on the video{}. "
@@ -47,29 +47,29 @@ ASK += "Respond with only the letter (A, B, C, or D) of the correct option."
 
 def prompt(sample: Question, style: str, subtitles: str | None) -> str:
     """The user's turn after the frames; `subtitles` is None where the run has none, else the text (perhaps empty)."""
-    asked = f"{sample.question}\n" + "\n".join(sample.options)
+    question = f"{sample.question}\n" + "\n".join(sample.options)
     if style == "vlmevalkit":
         # The line break that this template begins with is the one that closes our visual block.
-        listed = f"This video's subtitles are listed below:\n{subtitles}\n" if subtitles is not None else ""
-        return f"These are the frames of a video. {listed}{ASK.format('')}\nQuestion: {asked}\nAnswer: "
-    heard = " and the subtitles"
+        subtitle_block = f"This video's subtitles are listed below:\n{subtitles}\n" if subtitles is not None else ""
+        return f"These are the frames of a video. {subtitle_block}{ASK.format('')}\nQuestion: {question}\nAnswer: "
+    ask = ASK.format(" and the subtitles")
     if style == "lmms-eval":
         if subtitles is None:
             # It speaks of subtitles without showing any, and asks twice for the letter. That is what it does.
             end = "\n\nAnswer with the option's letter from the given choices directly."
-            return f"{ASK.format(heard)}\n{asked}{end}"
-        shown = subtitles or "No subtitles available"
-        return f"This video's subtitles are listed below: \n{shown}\n{ASK.format(heard)}\n{asked}\nThe best answer is:"
+            return f"{ask}\n{question}{end}"
+        text = subtitles or "No subtitles available"
+        return f"This video's subtitles are listed below: \n{text}\n{ask}\n{question}\nThe best answer is:"
     if subtitles is None:
-        return f"{ASK.format('')}\n{asked}\nThe best answer is:"
-    return f"This video's subtitles are listed below:\n{subtitles}\n{ASK.format(heard)}\n{asked}\nThe best answer is:"
+        return f"{ASK.format('')}\n{question}\nThe best answer is:"
+    return f"This video's subtitles are listed below:\n{subtitles}\n{ask}\n{question}\nThe best answer is:"
 
 
 def score(responses: Responses) -> dict[str, Any]:
     """Everything the report of one file says: warnings first, every rule, and breakdowns by every group."""
-    found = breakdown(responses.replies, GROUPS)
-    found["warnings"] = [*responses.warnings, *found["warnings"]]
-    return {"schema": SCORE, "file": responses.name, "overlooked": responses.leniencies, **found}
+    summary = breakdown(responses.replies, GROUPS)
+    summary["warnings"] = [*responses.warnings, *summary["warnings"]]
+    return {"schema": SCORE, "file": responses.name, "overlooked": responses.leniencies, **summary}
 
 
 def export(out: Path, answered: Sequence[tuple[Question, str]]) -> None:
@@ -85,9 +85,9 @@ def cells(responses: Responses, rules: Sequence[str] = RULES) -> list[dict[str, 
     for reply in replies:
         for key in product(*((reply.groups[axis], ALL) for axis in axes)):
             bins.setdefault(key, []).append(reply)
-    places = [{value: i for i, value in enumerate([*sorted_groups(replies, axis), ALL])} for axis in axes]
+    ranks = [{value: i for i, value in enumerate([*sorted_groups(replies, axis), ALL])} for axis in axes]
     rows = []
-    for key in sorted(bins, key=lambda key: [place[value] for place, value in zip(places, key, strict=True)]):
+    for key in sorted(bins, key=lambda key: [rank[value] for rank, value in zip(ranks, key, strict=True)]):
         for rule in rules:
             cell = {"file": responses.name, **dict(zip(axes, key, strict=True)), "rule": rule}
             rows.append({**cell, "questions": len(bins[key]), **vars(accuracy(bins[key], rule))})

@@ -78,11 +78,11 @@ def run_search(
 ) -> list[dict[str, Any]]:
     """A row for every base, ascending; those that stand in `out/search.jsonl` are not tried again."""
     with ResultLog.open(out / "search.jsonl", search.made_of, force=force) as results:
-        waiting = [base for base in search.bases if f"{base:g}" not in results]
-        model = load_model(search.niah.path, device=resolve_device(device)) if waiting else None
+        pending = [base for base in search.bases if f"{base:g}" not in results]
+        model = load_model(search.niah.path, device=resolve_device(device)) if pending else None
         if model is not None:
             try_forward(model, search.niah.path)
-        for done, base in enumerate(waiting, start=len(search.bases) - len(waiting) + 1):
+        for done, base in enumerate(pending, start=len(search.bases) - len(pending) + 1):
             row = {"schema": schemas.BASE, "base": base, **_try_base(search, model, base)}
             results.append(f"{base:g}", row)
             log.info("base %g: %.3f of %d needles found", base, row["accuracy"], len(row["cells"]))

@@ -41,8 +41,8 @@ def _endless(config: HaystackConfig, clips: Sequence[Path]) -> Iterator[np.ndarr
     for number in count():
         yield from scene(config.seed, number, config.side + config.side % 2)
         if number < len(clips):
-            read = read_video(clips[number], VideoSampling(fps=config.fps, allow_partial=config.allow_partial))
-            yield from (frame.image for frame in read)
+            video = read_video(clips[number], VideoSampling(fps=config.fps, allow_partial=config.allow_partial))
+            yield from (frame.image for frame in video)
 
 
 def hash_frame(frame_HW3: np.ndarray) -> str:

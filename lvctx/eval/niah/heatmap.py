@@ -30,7 +30,7 @@ def draw_heatmaps(grids: Sequence[NeedleResults], target: Path, *, threshold: fl
     from matplotlib.figure import Figure
 
     kinds = [[g for g in grids if g.modality == m] for m in ("text", "video")]
-    lines = [kind[at : at + ABREAST] for kind in kinds for at in range(0, len(kind), ABREAST)]
+    lines = [kind[first : first + ABREAST] for kind in kinds for first in range(0, len(kind), ABREAST)]
     columns = max(map(len, lines))
     # Cells large enough for their number, panels wide enough for their title.
     width = max(4.0, 1.1 + 0.62 * max(len(g.lengths) for g in grids))
@@ -74,10 +74,10 @@ def _panel(ax: Any, grid: NeedleResults, threshold: float) -> Any:
     ax.set_xlabel("tokens" if grid.modality == "text" else "frames (tokens)", fontsize=8)
     ax.set_ylabel("depth", fontsize=8)
     ax.set_title(_title(grid, threshold), fontsize=8, loc="left", linespacing=1.4)
-    at = trained_at(grid)
-    if at is not None:
-        ax.axvline(at, color="white", linewidth=4)
-        ax.axvline(at, color="red", linestyle=(0, (3, 1.5)), linewidth=1.8)
+    boundary = trained_at(grid)
+    if boundary is not None:
+        ax.axvline(boundary, color="white", linewidth=4)
+        ax.axvline(boundary, color="red", linestyle=(0, (3, 1.5)), linewidth=1.8)
     return shades
 
 
@@ -117,5 +117,5 @@ def trained_at(grid: NeedleResults) -> float | None:
     """
     if grid.trained_length is None:
         return None
-    within = sum(tokens <= grid.trained_length for tokens in grid.tokens)
-    return within - 0.5 if 0 < within < len(grid.tokens) else None
+    columns = sum(tokens <= grid.trained_length for tokens in grid.tokens)
+    return columns - 0.5 if 0 < columns < len(grid.tokens) else None

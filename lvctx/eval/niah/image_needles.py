@@ -53,15 +53,15 @@ class NeedleSet:
 def drawn_needles(count: int, *, size: int, seed: int, distractors: int = 0) -> NeedleSet:
     """`count` seeded images of one colored shape, and `distractors` of other shapes in other colors."""
     shapes, colors = list(SHAPES), list(COLORS)
-    kept: tuple[list[str], list[str]] = ([], [])
+    reserved: tuple[list[str], list[str]] = ([], [])
     if distractors:
         shuffled = np.random.default_rng([seed, 1 << 20])
         shapes, colors = ([str(name) for name in shuffled.permutation(names)] for names in (shapes, colors))
-        kept = shapes[:DISTRACTOR_SHAPES], colors[:DISTRACTOR_COLORS]
+        reserved = shapes[:DISTRACTOR_SHAPES], colors[:DISTRACTOR_COLORS]
         shapes, colors = shapes[DISTRACTOR_SHAPES:], colors[DISTRACTOR_COLORS:]
     needles = [_drawn([seed, trial], size, shapes, colors) for trial in range(count)]
-    others = [_drawn([seed, 1 << 20, i], size, *kept) for i in range(distractors)]
-    return NeedleSet(needles=needles, distractors=others, chance=chance_of(distractors))
+    distractor_images = [_drawn([seed, 1 << 20, i], size, *reserved) for i in range(distractors)]
+    return NeedleSet(needles=needles, distractors=distractor_images, chance=chance_of(distractors))
 
 
 def _drawn(seed: list[int], size: int, shapes: list[str], colors: list[str]) -> ImageNeedle:

@@ -154,13 +154,13 @@ def _needles(config: VideoNiahConfig, size: int) -> NeedleSet:
     if config.needles == "drawn":
         drawn = drawn_needles(config.trials, size=size, seed=config.seed, distractors=config.distractors)
         return drawn if config.question == "what" else replace(drawn, chance=None)
-    read = read_needles(Path(config.needles))
-    if config.distractors > len(read.distractors):
+    needles = read_needles(Path(config.needles))
+    if config.distractors > len(needles.distractors):
         raise UsageError(
-            f"--distractors {config.distractors} with {len(read.distractors)} distractors in {config.needles}",
+            f"--distractors {config.distractors} with {len(needles.distractors)} distractors in {config.needles}",
             fix='give them lines with "distractor": true',
         )
-    return replace(read, distractors=read.distractors[: config.distractors])
+    return replace(needles, distractors=needles.distractors[: config.distractors])
 
 
 def _plan(

@@ -29,14 +29,16 @@ def read_longva(path: Path, *, trained_length: int | None) -> NeedleResults:
     try:
         cells = [record.value for record in read_records(path)]
         modality = "video" if KEYS["video"][0] in cells[0] else "text"
-        found = {tuple(float(cell[k]) for k in KEYS[modality]): float(cell["Score"]) for cell in cells}
+        scores = {tuple(float(cell[k]) for k in KEYS[modality]): float(cell["Score"]) for cell in cells}
     except (ValueError, KeyError, TypeError, IndexError) as e:
         raise (e if isinstance(e, InputError) else broken) from None
-    needles = next((n for n in (NEEDLES, *range(1, 101)) if all(_whole(s * n) for s in found.values())), None)
-    if needles is None or not all(0 <= s <= 1 for s in found.values()):
+    needles = next((n for n in (NEEDLES, *range(1, 101)) if all(_is_integer(s * n) for s in scores.values())), None)
+    if needles is None or not all(0 <= s <= 1 for s in scores.values()):
         raise broken
-    lengths, depths = (sorted({key[i] for key in found}) for i in (0, 1))
-    counts = [[(round(found[n, d] * needles), needles) if (n, d) in found else (0, 0) for n in lengths] for d in depths]
+    lengths, depths = (sorted({key[i] for key in scores}) for i in (0, 1))
+    counts = [
+        [(round(scores[n, d] * needles), needles) if (n, d) in scores else (0, 0) for n in lengths] for d in depths
+    ]
     per = TOKENS_PER_FRAME if modality == "video" else 1
     return NeedleResults(
         name=path.parent.name or path.stem,
@@ -54,7 +56,7 @@ def read_longva(path: Path, *, trained_length: int | None) -> NeedleResults:
     )
 
 
-def _whole(value: float) -> bool:
+def _is_integer(value: float) -> bool:
     return abs(value - round(value)) < 1e-6
 
 

@@ -65,27 +65,27 @@ class NeedleTask(Protocol):
 
 
 def insertion_points(
-    depths: Sequence[float], room: int, longest: int, nested: bool, unit: int = 1
+    depths: Sequence[float], haystack_length: int, longest: int, nested: bool, unit: int = 1
 ) -> Iterator[tuple[float, float | None, int]]:
-    """Depth, point (see `Cell`) and place of each needle in a haystack of `room`; `longest` is the longest's room.
+    """Depth, point (see `Cell`) and place of each needle in a haystack; `longest` is the longest haystack's length.
 
     Places are multiples of `unit`, rounded down.
     """
     for depth in depths:
         if not nested:
-            yield depth, None, int(depth * room) // unit * unit
+            yield depth, None, int(depth * haystack_length) // unit * unit
         elif depth == 1:
-            yield 1.0, 1.0, room
-        elif (at := int(depth * longest) // unit * unit) < room:
-            yield round(at / room, 4), depth, at
+            yield 1.0, 1.0, haystack_length
+        elif (position := int(depth * longest) // unit * unit) < haystack_length:
+            yield round(position / haystack_length, 4), depth, position
 
 
 def splice(haystack: np.ndarray, pieces: Iterable[tuple[int, Any]]) -> list[Any]:
     """The parts of a haystack with pieces inserted at places of it; of equal places the earlier piece comes first."""
     parts, last = [], 0
-    for at, piece in sorted(pieces, key=lambda p: p[0]):
-        parts += [haystack[last:at], piece]
-        last = at
+    for position, piece in sorted(pieces, key=lambda p: p[0]):
+        parts += [haystack[last:position], piece]
+        last = position
     return [*parts, haystack[last:]]
 
 
@@ -107,5 +107,5 @@ def share_listed(generated: str, answers: Sequence[str]) -> float:
 
 def first_number(generated: str) -> float | None:
     """The first number in a text; None where there is none."""
-    found = re.search(r"\d+(?:\.\d+)?", generated.replace(",", ""))
-    return float(found[0]) if found else None
+    match = re.search(r"\d+(?:\.\d+)?", generated.replace(",", ""))
+    return float(match[0]) if match else None

@@ -28,8 +28,8 @@ class Depths:
     def parse(cls, text: str) -> Self:
         """`0,0.5,1`, `nested` or `nested:0,0.5,1`. Raises ValueError."""
         nested = text == "nested" or text.startswith("nested:")
-        listed = (text.partition(":")[2] or DEPTHS) if nested else text
-        values = parse_numbers(listed)
+        values_text = (text.partition(":")[2] or DEPTHS) if nested else text
+        values = parse_numbers(values_text)
         if any(not 0 <= depth <= 1 for depth in values):
             raise ValueError("depths are between 0 and 1")
         return cls(values=values, nested=nested)
@@ -51,17 +51,17 @@ def parse_lengths(text: str) -> tuple[int, ...]:
 
 def parse_ropes(text: str) -> tuple[tuple[RopeScheme, float], ...]:
     """`yarn:2,yarn:4,theta:1e6`. Raises UsageError for an unknown scheme or a number below 1."""
-    found: list[tuple[RopeScheme, float]] = []
+    ropes: list[tuple[RopeScheme, float]] = []
     for part in text.split(",") if text else ():
         name, _, number = part.strip().partition(":")
-        scheme = next((one for one in get_args(RopeScheme) if one == name), None)
+        scheme = next((candidate for candidate in get_args(RopeScheme) if candidate == name), None)
         if scheme is None:
             raise UsageError(f"--rope {name} is unknown", fix="one of theta, pi, ntk, yarn, then : and a number")
         (value,) = parse_numbers(number)
         if value < 1:
             raise UsageError(f"--rope {name}:{value:g} is less than 1")
-        found.append((scheme, value))
-    return tuple(found)
+        ropes.append((scheme, value))
+    return tuple(ropes)
 
 
 @dataclass(frozen=True, kw_only=True)

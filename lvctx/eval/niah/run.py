@@ -66,24 +66,24 @@ def run_niah(job: NiahJob, out: Path, run: NiahRun) -> Iterator[dict[str, Any]]:
         finished = parallel.gather(set(results.rows) if results else set())[0]
         results = results or stack.enter_context(ResultLog.open(out / RESULTS, made_of, shared=True))
         keyed = [(job.key(cell), cell) for cell in job.cells]
-        mine = partition_cells(job.cells, parallel.dp)[parallel.dp_rank]
-        waiting = [(key, cell) for i, (key, cell) in enumerate(keyed) if i in mine and key not in finished]
-        if waiting:
+        assigned = partition_cells(job.cells, parallel.dp)[parallel.dp_rank]
+        pending = [(key, cell) for i, (key, cell) in enumerate(keyed) if i in assigned and key not in finished]
+        if pending:
             scorer = load_scorer(job, run, ring=parallel.ring)
-        for done, (key, cell) in enumerate(waiting, start=1):
+        for done, (key, cell) in enumerate(pending, start=1):
             row = {**job.run_facts, **_run_cell(scorer, job, cell)}
             note = f"{cell.length} at {100 * cell.depth:g}%"
-            run.on_progress(len(mine) - len(waiting) + done, len(mine), note)
+            run.on_progress(len(assigned) - len(pending) + done, len(assigned), note)
             if parallel.ring.rank == 0:
                 yield results.append(key, row)
-        if waiting:
-            log.info("%d cells, %d tokens through the model", len(waiting), scorer.tokens_run)
-        ran = {key for keys in parallel.gather({key for key, _ in waiting}) for key in keys}
+        if pending:
+            log.info("%d cells, %d tokens through the model", len(pending), scorer.tokens_run)
+        new_keys = {key for keys in parallel.gather({key for key, _ in pending}) for key in keys}
         if parallel.rank == 0:
             latest = {row["key"]: row for row in read_results(out).values()}
-            others = ran - {key for key, _ in waiting}
-            yield from (latest[key] for key, _ in keyed if key in others)
-            if ran or not (out / "summary.json").is_file():
+            other_keys = new_keys - {key for key, _ in pending}
+            yield from (latest[key] for key, _ in keyed if key in other_keys)
+            if new_keys or not (out / "summary.json").is_file():
                 write_report(out, read_needle_results(out), threshold=run.threshold)
 
 
@@ -93,15 +93,15 @@ def partition_cells(cells: list[Cell], groups: int) -> list[set[int]]:
     Cells of one needle at one place share most and stay together. Those with the most tokens after their needle go
     first, each time to the group that has least: what differs in the end is at most a small one.
     """
-    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+    members_of: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, cell in enumerate(cells):
-        alike[cell.trial, cell.position].append(i)
-    work = {key: max(cells[i].length for i in members) - key[1] for key, members in alike.items()}
+        members_of[cell.trial, cell.position].append(i)
+    work = {key: max(cells[i].length for i in members) - key[1] for key, members in members_of.items()}
     shares: list[set[int]] = [set() for _ in range(groups)]
     loads = [0] * groups
-    for key in sorted(alike, key=lambda k: (-work[k], k)):
+    for key in sorted(members_of, key=lambda k: (-work[k], k)):
         group = loads.index(min(loads))
-        shares[group].update(alike[key])
+        shares[group].update(members_of[key])
         loads[group] += work[key] + 1
     return shares
 

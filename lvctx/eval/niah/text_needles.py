@@ -59,7 +59,7 @@ CITIES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Riddle:
+class TextNeedle:
     """What a trial hides, and what it asks about that.
 
     The kinds are RULER's (Hsieh et al. 2024, section 3): one number of several keys, all numbers of one key, the
@@ -67,7 +67,7 @@ class Riddle:
     scores are not RULER's.
     """
 
-    hidden: tuple[str, ...]
+    sentences: tuple[str, ...]
     """Sentences; the first is the needle whose depth a cell says, the others stand at even distances from it."""
     question: str
     """What is asked."""
@@ -118,53 +118,53 @@ def draw_distractors(seed: int, count: int) -> list[tuple[str, str, float]]:
     return [(c, str(n), float(f)) for c, n, f in zip(_cities(seed), numbers, rng.random(count), strict=False)]
 
 
-def draw_riddle(task: Task, seed: int, trial: int, *, distractors: int, count: int) -> Riddle:
-    """The riddle of a trial, beside so many `distractors`; `count` keys, values, queries or hops."""
+def draw_text_needle(task: Task, seed: int, trial: int, *, distractors: int, count: int) -> TextNeedle:
+    """The needle of a trial, beside so many `distractors`; `count` keys, values, queries or hops."""
     cities = _cities(seed)[distractors:]
     city = [cities[(trial + i) % len(cities)] for i in range(count)]
     rng = np.random.default_rng([seed, 1, trial])
     number = [str(n) for n in rng.integers(1_000_000, 10_000_000, size=1 if task == "single" else count)]
-    one = NEEDLE.format(city=city[0], number=number[0])
+    first_needle = NEEDLE.format(city=city[0], number=number[0])
     if task in ("single", "multi-key"):
-        others = (NEEDLE.format(city=c, number=n) for c, n in zip(city[1:], number[1:], strict=False))
-        asked = f"What is the special magic {city[0]} number?"
+        more = (NEEDLE.format(city=c, number=n) for c, n in zip(city[1:], number[1:], strict=False))
+        question = f"What is the special magic {city[0]} number?"
         start = f"The special magic {city[0]} number is:"
-        return Riddle(hidden=(one, *others), question=asked, start=start, answers=(number[0],))
+        return TextNeedle(sentences=(first_needle, *more), question=question, start=start, answers=(number[0],))
     if task == "multi-value":
-        hidden = tuple(ONE_OF.format(city=city[0], number=n) for n in number)
-        asked = f"What are all the special magic {city[0]} numbers?"
+        sentences = tuple(ONE_OF.format(city=city[0], number=n) for n in number)
+        question = f"What are all the special magic {city[0]} numbers?"
         start = f"The special magic {city[0]} numbers are:"
-        return Riddle(hidden=hidden, question=asked, start=start, answers=tuple(number))
+        return TextNeedle(sentences=sentences, question=question, start=start, answers=tuple(number))
     if task == "multi-query":
-        hidden = tuple(NEEDLE.format(city=c, number=n) for c, n in zip(city, number, strict=True))
-        listed = f"{', '.join(city[:-1])} and {city[-1]}"
-        asked = f"What are the special magic numbers of {listed}?"
-        start = f"The special magic numbers of {listed} are:"
-        return Riddle(hidden=hidden, question=asked, start=start, answers=tuple(number))
+        sentences = tuple(NEEDLE.format(city=c, number=n) for c, n in zip(city, number, strict=True))
+        city_list = f"{', '.join(city[:-1])} and {city[-1]}"
+        question = f"What are the special magic numbers of {city_list}?"
+        start = f"The special magic numbers of {city_list} are:"
+        return TextNeedle(sentences=sentences, question=question, start=start, answers=tuple(number))
     names = ["".join(chr(65 + int(letter)) for letter in rng.integers(26, size=5)) for _ in range(count)]
     first = ASSIGN.format(name=names[0], value=number[0])
     copies = (ASSIGN.format(name=b, value=f"VAR {a}") for a, b in pairwise(names))
-    asked = f"Which variables have the value {number[0]}, directly or through other variables?"
+    question = f"Which variables have the value {number[0]}, directly or through other variables?"
     start = f"The variables with the value {number[0]} are:"
-    return Riddle(hidden=(first, *copies), question=asked, start=start, answers=tuple(names), chain=True)
+    return TextNeedle(sentences=(first, *copies), question=question, start=start, answers=tuple(names), chain=True)
 
 
 def _cities(seed: int) -> list[str]:
     return [CITIES[i] for i in np.random.default_rng([seed, 2]).permutation(len(CITIES))]
 
 
-def question_and_answer(tokenizer: Any, riddle: Riddle) -> tuple[list[int], list[int]]:
+def question_and_answer(tokenizer: Any, needle: TextNeedle) -> tuple[list[int], list[int]]:
     """Token ids of the question, with the space if it is a token of its own, and of the answer."""
-    text = f"{QUESTION.format(question=riddle.question, start=riddle.start)} {riddle.answer}"
+    text = f"{QUESTION.format(question=needle.question, start=needle.start)} {needle.answer}"
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]
-    at = next(i for i, (_, end) in enumerate(spans) if end > len(text) - len(riddle.answer))
-    return ids[:at], ids[at:]
+    answer_start = next(i for i, (_, end) in enumerate(spans) if end > len(text) - len(needle.answer))
+    return ids[:answer_start], ids[answer_start:]
 
 
 def sentence_ends(tokenizer: Any, ids_L: np.ndarray) -> np.ndarray:
     """Positions of a haystack where a sentence has just ended, and 0; decided by what the tokens say, not their ids."""
     unique, inverse = np.unique(ids_L, return_inverse=True)
-    said = [text.rstrip(" \n\t\"')]") for text in tokenizer.batch_decode([[int(i)] for i in unique])]
-    ends = np.array([text.endswith((".", "!", "?", "。", "！", "？")) for text in said])
+    texts = [text.rstrip(" \n\t\"')]") for text in tokenizer.batch_decode([[int(i)] for i in unique])]
+    ends = np.array([text.endswith((".", "!", "?", "。", "！", "？")) for text in texts])
     return np.concatenate([[0], np.flatnonzero(ends[inverse]) + 1])

@@ -13,17 +13,17 @@ from lvctx.eval.niah.text_needles import (
     NEEDLE,
     PREFIX,
     QUESTION,
-    Riddle,
     Task,
+    TextNeedle,
     draw_distractors,
-    draw_riddle,
+    draw_text_needle,
     question_and_answer,
     sentence_ends,
 )
 
 
 class TextNeedleTask:
-    """A riddle in a book of a given number of tokens."""
+    """A needle in a book of a given number of tokens."""
 
     modality = "text"
 
@@ -50,13 +50,13 @@ class TextNeedleTask:
         self.extra_tokens = 2 if self.can_force else 16
         self._prefix = tokenizer(PREFIX).input_ids  # with the bos of tokenizers that add one
         # A special token that a book writes is text.
-        hay = tokenizer(haystack, add_special_tokens=False, split_special_tokens=True).input_ids
-        self._haystack_ids = np.array(hay, dtype=np.int64)
+        haystack_ids = tokenizer(haystack, add_special_tokens=False, split_special_tokens=True).input_ids
+        self._haystack_ids = np.array(haystack_ids, dtype=np.int64)
         self._ends = sentence_ends(tokenizer, self._haystack_ids)
-        self._others = [
+        self._distractor_ids = [
             (self._ids(NEEDLE.format(city=c, number=n)), f) for c, n, f in draw_distractors(seed, distractors)
         ]
-        self._riddle = functools.cache(self._draw)
+        self._needle = functools.cache(self._draw)
         self._spread = self._longest = 0
 
     def cells(self, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
@@ -65,56 +65,75 @@ class TextNeedleTask:
         cells = []
         for length in lengths:
             for trial in range(trials):
-                riddle = self._riddle(trial)[0]
-                room, longest = self._room(length, trial), self._room(self._longest, trial)
-                asked = {"needle": riddle.hidden[0].strip(), "question": riddle.question, "answer": riddle.answer}
-                for depth, point, target in insertion_points(depths, room, longest, self.nested):
-                    at = self._snap(target, room)
-                    cells.append(Cell(length=length, depth=depth, point=point, trial=trial, position=at, **asked))
+                needle = self._needle(trial)[0]
+                haystack_length = self._haystack_length(length, trial)
+                longest = self._haystack_length(self._longest, trial)
+                needle_facts = {
+                    "needle": needle.sentences[0].strip(),
+                    "question": needle.question,
+                    "answer": needle.answer,
+                }
+                for depth, point, target in insertion_points(depths, haystack_length, longest, self.nested):
+                    position = self._snap(target, haystack_length)
+                    cells.append(
+                        Cell(length=length, depth=depth, point=point, trial=trial, position=position, **needle_facts)
+                    )
         return cells
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _draw(self, trial: int) -> tuple[Riddle, list[list[int]], list[int], list[int]]:
-        """A trial's riddle, and the ids of its sentences, question and answer."""
-        riddle = draw_riddle(self.task, self.seed, trial, distractors=self.distractors, count=self.count)
-        return riddle, [self._ids(text) for text in riddle.hidden], *question_and_answer(self.tokenizer, riddle)
+    def _draw(self, trial: int) -> tuple[TextNeedle, list[list[int]], list[int], list[int]]:
+        """A trial's needle, and the ids of its sentences, question and answer."""
+        needle = draw_text_needle(self.task, self.seed, trial, distractors=self.distractors, count=self.count)
+        return needle, [self._ids(text) for text in needle.sentences], *question_and_answer(self.tokenizer, needle)
 
-    def _snap(self, target: int, room: int) -> int:
+    def _snap(self, target: int, haystack_length: int) -> int:
         """Back to the last sentence's end, as the original does; the very end stays the end."""
-        if target >= room:
-            return room
-        turns, rest = divmod(target, len(self._haystack_ids))
-        return turns * len(self._haystack_ids) + int(self._ends[np.searchsorted(self._ends, rest, side="right") - 1])
+        if target >= haystack_length:
+            return haystack_length
+        repeats, offset = divmod(target, len(self._haystack_ids))
+        return repeats * len(self._haystack_ids) + int(
+            self._ends[np.searchsorted(self._ends, offset, side="right") - 1]
+        )
 
-    def _room(self, length: int, trial: int) -> int:
+    def _haystack_length(self, length: int, trial: int) -> int:
         """Haystack tokens in a sequence of `length`."""
-        _, hidden, question, answer = self._riddle(trial)
-        fixed = len(self._prefix) + sum(map(len, [*hidden, question, answer, *(ids for ids, _ in self._others)]))
-        room = length - fixed
-        if room < 0:
+        _, sentences, question, answer = self._needle(trial)
+        fixed = len(self._prefix) + sum(
+            map(len, [*sentences, question, answer, *(ids for ids, _ in self._distractor_ids)])
+        )
+        haystack_length = length - fixed
+        if haystack_length < 0:
             raise InputError(f"{length} tokens cannot hold needle and question ({fixed})", fix="give larger --lengths")
-        if room > len(self._haystack_ids) and not self.loop:
+        if haystack_length > len(self._haystack_ids) and not self.loop:
             raise InputError(
-                f"{length} tokens are beyond the haystack (it has {len(self._haystack_ids)}, {room} are needed)",
+                f"{length} tokens are beyond the haystack "
+                f"(it has {len(self._haystack_ids)}, {haystack_length} are needed)",
                 fix="give more --haystack, smaller --lengths, or --loop to repeat it",
             )
-        return room
+        return haystack_length
 
     def sequence(self, cell: Cell) -> tuple[np.ndarray, int]:
         """See `NeedleTask.sequence`; exactly `cell.length` ids."""
-        riddle, hidden, question, answer = self._riddle(cell.trial)
-        room = self._room(cell.length, cell.trial)
+        needle, sentences, question, answer = self._needle(cell.trial)
+        haystack_length = self._haystack_length(cell.length, cell.trial)
         # What is not the needle stands where all lengths have it if they are to share what they read.
         spread = self._spread if self.nested else cell.length
-        pieces = [(self._snap(min(int(place * spread), room), room), ids) for ids, place in self._others]
-        span = self._room(spread, cell.trial)
-        shares = [(cell.position / max(span, 1) + i / len(hidden)) % 1 for i in range(1, len(hidden))]
-        places = [cell.position, *(self._snap(int(share * span), room) for share in shares)]
-        pieces += zip(sorted(places) if riddle.chain else places, hidden, strict=True)
-        hay = self._haystack_ids[:room] if room <= len(self._haystack_ids) else np.resize(self._haystack_ids, room)
-        ids = np.concatenate([self._prefix, *splice(hay, pieces), question, answer]).astype(np.int64)
+        pieces = [
+            (self._snap(min(int(fraction * spread), haystack_length), haystack_length), ids)
+            for ids, fraction in self._distractor_ids
+        ]
+        span = self._haystack_length(spread, cell.trial)
+        shares = [(cell.position / max(span, 1) + i / len(sentences)) % 1 for i in range(1, len(sentences))]
+        positions = [cell.position, *(self._snap(int(share * span), haystack_length) for share in shares)]
+        pieces += zip(sorted(positions) if needle.chain else positions, sentences, strict=True)
+        haystack = (
+            self._haystack_ids[:haystack_length]
+            if haystack_length <= len(self._haystack_ids)
+            else np.resize(self._haystack_ids, haystack_length)
+        )
+        ids = np.concatenate([self._prefix, *splice(haystack, pieces), question, answer]).astype(np.int64)
         assert len(ids) == cell.length
         return ids, len(answer)
 
@@ -133,5 +152,5 @@ class TextNeedleTask:
         """Nested points are shares of the longest haystack, and what else is hidden lies in the shortest."""
         if not self.nested:
             return {}
-        others = {"spread": self._spread} if self._others or self.task != "single" else {}
-        return {"longest": self._longest, **others}
+        shared = {"spread": self._spread} if self._distractor_ids or self.task != "single" else {}
+        return {"longest": self._longest, **shared}

@@ -50,9 +50,9 @@ class VideoNeedleTask:
         self.extra_tokens = 2 if self.can_force else 16
         self._seconds, self._frames = seconds, len(seconds)
         self._spread = self._longest = 0
-        self._places = np.random.default_rng([seed, 1 << 20, 1 << 20]).random(len(self.distractors))
+        self._distractor_fractions = np.random.default_rng([seed, 1 << 20, 1 << 20]).random(len(self.distractors))
         self._chat = functools.cache(lambda question: chat_ids(tokenizer, question, mark=tokens.placeholder))
-        self._asking = functools.cache(
+        self._prompt_ids = functools.cache(
             lambda question, answer: answer_ids(tokenizer, question, answer, tokens.placeholder)
         )
         for needle in self.needles:
@@ -77,16 +77,16 @@ class VideoNeedleTask:
             raise UsageError(f"--trials {trials} with {len(self.needles)} needles")
         cells = []
         for length in lengths:
-            for depth, point, at in insertion_points(depths, length, self._longest, self.nested, unit):
+            for depth, point, position in insertion_points(depths, length, self._longest, self.nested, unit):
                 for trial, needle in enumerate(self.needles[:trials]):
-                    question, answer = self._asked(needle, at, length)
+                    question, answer = self._question_and_answer(needle, position, length)
                     cells.append(
                         Cell(
                             length=length,
                             depth=depth,
                             point=point,
                             trial=trial,
-                            position=at,
+                            position=position,
                             needle=needle.digest,
                             question=question,
                             answer=answer,
@@ -94,34 +94,37 @@ class VideoNeedleTask:
                     )
         return cells
 
-    def _asked(self, needle: ImageNeedle, at: int, length: int) -> tuple[str, str]:
+    def _question_and_answer(self, needle: ImageNeedle, position: int, length: int) -> tuple[str, str]:
         if self.question == "what":
             return needle.question, needle.answer
         first, last = self._second(0), self._second(length - 1)
         # Between two frames: in the middle of their times. At an end: with the one neighbour it has.
-        second = (self._second(max(at - 1, 0)) + self._second(min(at, length - 1))) / 2
+        second = (self._second(max(position - 1, 0)) + self._second(min(position, length - 1))) / 2
         return WHEN.format(first=_two_decimals(first), last=_two_decimals(last), subject=needle.subject), _two_decimals(
             second
         )
 
     def _second(self, frame: int) -> float:
         """When a frame is shown; a haystack that is repeated goes on a step after its last frame."""
-        turns, i = divmod(frame, self._frames)
+        repeats, i = divmod(frame, self._frames)
         step = (self._seconds[-1] - self._seconds[0]) / max(self._frames - 1, 1)
-        return float(self._seconds[i] + turns * (self._seconds[-1] - self._seconds[0] + step))
+        return float(self._seconds[i] + repeats * (self._seconds[-1] - self._seconds[0] + step))
 
     def sequence(self, cell: Cell) -> tuple[np.ndarray, int]:
         """See `NeedleTask.sequence`."""
-        before, after, answer = self._asking(cell.question, cell.answer)
+        prefix, suffix, answer = self._prompt_ids(cell.question, cell.answer)
         unit = self.tokens.frames_per_grid
         haystack = np.resize(np.arange(self._frames), cell.length)
         # Distractors stand where all lengths have them if they are to share what they read.
         spread = self._spread if self.nested else cell.length
-        others = self._frames + len(self.needles) + np.arange(len(self.distractors))
-        pieces = [(int(f * spread) // unit * unit, int(n)) for f, n in zip(self._places, others, strict=True)]
+        distractor_numbers = self._frames + len(self.needles) + np.arange(len(self.distractors))
+        pieces = [
+            (int(f * spread) // unit * unit, int(n))
+            for f, n in zip(self._distractor_fractions, distractor_numbers, strict=True)
+        ]
         pieces.append((cell.position, self._frames + cell.trial))
-        order = np.concatenate(splice(haystack, [(at, np.repeat(number, unit)) for at, number in pieces]))
-        return np.concatenate([before, self.tokens.ids(order), after, answer]).astype(np.int64), len(answer)
+        order = np.concatenate(splice(haystack, [(position, np.repeat(number, unit)) for position, number in pieces]))
+        return np.concatenate([prefix, self.tokens.ids(order), suffix, answer]).astype(np.int64), len(answer)
 
     def score_text(self, cell: Cell, generated: str) -> float:
         """See `NeedleTask.score_text`."""
@@ -132,13 +135,13 @@ class VideoNeedleTask:
 
     def prompt(self) -> dict[str, Any]:
         """See `NeedleTask.prompt`."""
-        before, after = self._chat(FIND if self.question == "what" else WHEN)
-        facts: dict[str, Any] = {"chat": [*before, *after], **self.tokens.facts}
+        prefix, suffix = self._chat(FIND if self.question == "what" else WHEN)
+        facts: dict[str, Any] = {"chat": [*prefix, *suffix], **self.tokens.facts}
         if self.question == "when":
             facts["tolerance"] = self.tolerance
         if self.distractors:
             facts["distractors"] = [needle.digest for needle in self.distractors]
-            facts["places"] = [round(float(f), 9) for f in self._places]
+            facts["places"] = [round(float(f), 9) for f in self._distractor_fractions]
             facts["spread"] = self._spread if self.nested else None
         if self.nested:
             facts["longest"] = self._longest
