@@ -40,7 +40,7 @@ def write_converted(
         if force or resume == "never" or not mine:
             _clear(out, force=force)
             write_json(started, provenance.to_dict())
-        write_weights(out, shards(), report=on_progress)
+        write_weights(out, shards(), on_progress=on_progress)
         facts = finish()
         nested = [
             f"{folder.name}/{name}" for folder in out.iterdir() if folder.is_dir() for name in model_files(folder)
