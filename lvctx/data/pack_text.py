@@ -207,11 +207,9 @@ class _Packer:
         total, scarce = mixture.largest_total(available, self.mix)
         if not total:
             have = sources.get(scarce)
-            available_documents = (
-                f"{have.documents} documents, none kept by the length rule" if have else "no documents"
-            )
+            detail = f"{have.documents} documents, none kept by the length rule" if have else "no documents"
             raise InputError(
-                f"source {scarce!r} cannot meet its share of {self.mix[scarce]:.5f}: it has {available_documents}",
+                f"source {scarce!r} cannot meet its share of {self.mix[scarce]:.5f}: it has {detail}",
                 fix="change --mix, or raise --keep-short",
             )
         self.budgets = mixture.apportion(self.config.tokens or total, self.mix)

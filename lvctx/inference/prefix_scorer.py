@@ -19,7 +19,7 @@ from torch import Tensor
 from lvctx.inference.kv_cache import CachePlacement, empty_cache
 from lvctx.models.loading import device_of
 from lvctx.parallel.ring_attention import ALONE, Ring
-from lvctx.parallel.striped_attention import Stripe, held, last_rows, needs_no_mask, prepare
+from lvctx.parallel.striped_attention import Stripe, last_rows, needs_no_mask, owned_count, prepare
 from lvctx.vlm.base import Positions, sequential_positions
 
 
@@ -166,8 +166,8 @@ class PrefixScorer:
                 past_key_values=self._cache,
                 use_cache=True,
                 **({"stripe": stripe} if self.ring.world > 1 else {}),
-            ).last_hidden_state[0, : stripe.own]
-            if not stripe.own:
+            ).last_hidden_state[0, : stripe.local_count]
+            if not stripe.local_count:
                 self._cache.crop(-1)
             self.tokens_run += len(part)
             kept = [torch.cat([*kept, states])[-keep:]]
@@ -189,7 +189,7 @@ class PrefixScorer:
 
     def _crop(self, length: int) -> None:
         if length < len(self._held):
-            self._cache.crop(held(length, self.ring) - held(len(self._held), self.ring))
+            self._cache.crop(owned_count(length, self.ring) - owned_count(len(self._held), self.ring))
             self._held = self._held[:length]
 
 
