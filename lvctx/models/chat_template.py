@@ -220,7 +220,7 @@ class ChatEncoder:
     def encode(
         self, messages: Sequence[Message], *, where: str | None = None, generation_marks: bool = True
     ) -> ChatTokens:
-        """A conversation that ends in an answer; with `generation_marks`, what the template marks as generated is learned.
+        """A conversation that ends in an answer; `generation_marks` learns what the template marks as generated.
 
         Answers are stripped. Raises InputError where the template rewrites, leaves out or refuses turns.
         """

@@ -212,11 +212,8 @@ def quantization(config: Any) -> str | None:
     )
     if quant_config is None:
         return None
-    return str(
-        (quant_config if isinstance(quant_config, dict) else vars(quant_config)).get(
-            "quant_method", "an unknown method"
-        )
-    )
+    values = quant_config if isinstance(quant_config, dict) else vars(quant_config)
+    return str(values.get("quant_method", "an unknown method"))
 
 
 def refuse_quantized(config: Any, where: object) -> None:

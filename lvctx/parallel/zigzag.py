@@ -39,7 +39,7 @@ def unshard(shards: Sequence[Tensor], *, length: int, dim: int = -1) -> Tensor:
     world = len(shards)
     if world == 1:
         return shards[0]
-    chunks = {
+    by_chunk = {
         c: part for r, s in enumerate(shards) for c, part in zip(chunks_of(r, world), s.chunk(2, dim), strict=True)
     }
-    return torch.cat([chunks[c] for c in range(2 * world)], dim).narrow(dim, 0, length)
+    return torch.cat([by_chunk[c] for c in range(2 * world)], dim).narrow(dim, 0, length)

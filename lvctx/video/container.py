@@ -17,7 +17,7 @@ from lvctx.video.truncation import find_truncation
 log = logging.getLogger(__name__)
 
 
-def check_whole(path: Path, *, allow_partial: bool = False) -> bool:
+def check_complete(path: Path, *, allow_partial: bool = False) -> bool:
     """Whether a file is whole as far as its container tells. Raises InputError where there is none or it is empty.
 
     Also for one that has been cut short, unless `allow_partial`.

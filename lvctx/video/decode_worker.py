@@ -167,7 +167,7 @@ class _Answer:
 
     def __init__(self, out: int, request: DecodeRequest) -> None:
         self._out, self._request = out, request
-        self._lock, self._over, self._tally = threading.Lock(), threading.Event(), DecodeStats()
+        self._lock, self._over, self._stats = threading.Lock(), threading.Event(), DecodeStats()
 
     def run(self) -> None:
         beats = threading.Thread(target=self._beat, daemon=True)
@@ -184,25 +184,25 @@ class _Answer:
         self._send(kind, json.dumps(answer).encode())
 
     def _frames(self) -> dict[str, Any]:
-        asked = self._request
+        request = self._request
         reader = read_video(
-            Path(asked.path), asked.sampling, prepare=self._square, threads=asked.threads, tally=self._tally
+            Path(request.path), request.sampling, prepare=self._square, threads=request.threads, stats=self._stats
         )
         for frame in reader:
             self._send(b"F", FRAME.pack(frame.index, frame.pts), frame.image.data)
         return reader.facts
 
     def _square(self, image: np.ndarray) -> np.ndarray:
-        asked = self._request
-        red, green, blue = asked.background
-        done = square(Image.fromarray(image), asked.size, asked.sampling.frame_mode or "crop", (red, green, blue))
+        request = self._request
+        red, green, blue = request.background
+        done = square(Image.fromarray(image), request.size, request.sampling.frame_mode or "crop", (red, green, blue))
         return np.ascontiguousarray(np.asarray(done))
 
     def _beat(self) -> None:
-        seen = 0
+        packets = 0
         while not self._over.wait(1):
-            if self._tally.packets != seen:
-                seen = self._tally.packets
+            if self._stats.packets != packets:
+                packets = self._stats.packets
                 self._send(b"A")
 
     def _send(self, kind: bytes, *parts: Any) -> None:
