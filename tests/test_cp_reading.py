@@ -67,7 +67,7 @@ def check_attention(world: ParallelContext) -> None:
             keys, values, first = k[:, :, :0], v[:, :, :0], 0
             for count in chunks:
                 stripe = Stripe(ring=world.ring, first=first, count=count)
-                own = range(first, first + count)[stripe.mine]
+                own = range(first, first + count)[stripe.local_slice]
                 keys, values = torch.cat([keys, k[:, :, own]], 2), torch.cat([values, v[:, :, own]], 2)
                 out, _ = _attend(None, q[:, :, own], keys, values, None, stripe=stripe)
                 if stripe.own:

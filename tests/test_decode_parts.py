@@ -190,7 +190,7 @@ def test_a_process_apart_gives_the_same_and_is_used_again(videos: dict[str, Path
 
 @pytest.mark.parametrize(("blow", "word"), [(signal.SIGSEGV, "died"), (signal.SIGSTOP, "stood still")])
 def test_a_dead_or_hanging_decoder_costs_one_video(blow: signal.Signals, word: str, videos: dict[str, Path]) -> None:
-    decoders = Decoders(patience=3 if blow == signal.SIGSTOP else 120)
+    decoders = Decoders(timeout=3 if blow == signal.SIGSTOP else 120)
     victim = decoders._start()
     decoders._idle.append(victim)
     os.kill(victim.pid, blow)

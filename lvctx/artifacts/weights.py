@@ -76,8 +76,8 @@ def read_headers(directory: Path) -> dict[str, dict[str, dict[str, Any]]]:
     for file in shard_names(directory):
         header = read_safetensors_header(directory / file)
         header.pop("__metadata__", None)
-        if twice := names & header.keys():
-            raise InputError(f"{min(twice)} is in two shards", where=directory / file, fix="save the model again")
+        if repeated := names & header.keys():
+            raise InputError(f"{min(repeated)} is in two shards", where=directory / file, fix="save the model again")
         names |= header.keys()
         shards[file] = header
     return shards

@@ -21,8 +21,8 @@ def largest_blend(
 
     `lengths` are each kind's samples in tokens (N,). Raises InputError where long samples cannot meet theirs at all.
     """
-    total = {kind: int(of.sum()) for kind, of in lengths.items()}
-    long = {kind: int(of[of > long_over].sum()) for kind, of in lengths.items()}
+    total = {kind: int(lengths_N.sum()) for kind, lengths_N in lengths.items()}
+    long = {kind: int(lengths_N[lengths_N > long_over].sum()) for kind, lengths_N in lengths.items()}
     most = sum(shares[kind] for kind in shares if long[kind])
     if most < long_share - 1e-9:
         none = ", ".join(kind for kind in shares if not long[kind])

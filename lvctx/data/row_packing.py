@@ -137,12 +137,12 @@ class PackingStats:
         part = slice(low, high)
         lengths, keep, take = tokens.lengths()[part] + 1, keep[part], take[part]
         for one, mask in self._by_source(tokens, part):
-            took, kept = take[mask], keep[mask]
-            packed = took > 0
-            one.packed += int(took.sum())
+            packed_lengths, kept = take[mask], keep[mask]
+            packed = packed_lengths > 0
+            one.packed += int(packed_lengths.sum())
             one.over_budget += int(np.count_nonzero(kept & ~packed))
-            one.cut += int(np.count_nonzero(packed & (took < lengths[mask])))
-            _add_to_histogram(one.after_documents, one.after_tokens, took[packed] - 1)
+            one.cut += int(np.count_nonzero(packed & (packed_lengths < lengths[mask])))
+            _add_to_histogram(one.after_documents, one.after_tokens, packed_lengths[packed] - 1)
 
     def report(self, shares: Mapping[str, float], budgets: Mapping[str, int]) -> dict[str, Any]:
         """Counts with the share of tokens each source had in the input, was to have, and has."""
@@ -190,8 +190,8 @@ def take_budgets(
     """As `take_all`, with each source's own room: its budget less what it packed."""
     take = take_all(tokens, keep, low, None)
     for code, name in enumerate(tokens.names):
-        of = tokens.codes == code
-        take[of] = _clip(take[of], budgets.get(name, 0) - stats.source(name).packed)
+        mask = tokens.codes == code
+        take[mask] = _clip(take[mask], budgets.get(name, 0) - stats.source(name).packed)
     return take
 
 

@@ -109,9 +109,9 @@ class Encoder:
         sources = [UNREADABLE if bad in (SKIPPED, MALFORMED) else s for s, bad in zip(sources, status, strict=True)]
         names: dict[str, int] = {}
         codes = np.fromiter((names.setdefault(s, len(names)) for s in sources), np.int32, len(sources))
-        bare = replace(chunk, lines=None, texts=(), sources=())
+        without_text = replace(chunk, lines=None, texts=(), sources=())
         state = np.array(status, np.uint8)
-        return Tokens(chunk=bare, ids=ids, starts=starts, status=state, names=tuple(names), codes=codes)
+        return Tokens(chunk=without_text, ids=ids, starts=starts, status=state, names=tuple(names), codes=codes)
 
     def _decode(self, chunk: Chunk) -> tuple[list[str], list[str], list[int], list[int]]:
         texts, status = [], []

@@ -158,11 +158,11 @@ class PrefixScorer:
             part = ids_L[start : start + self.chunk]
             stripe = Stripe(ring=self.ring, first=len(self._held), count=len(part))
             self._held = np.concatenate([self._held, part])
-            embeds_LE, deep = self._embed(part[stripe.mine])
+            embeds_LE, deep = self._embed(part[stripe.local_slice])
             states = self.lm(
                 inputs_embeds=embeds_LE[None],
                 **deep,
-                position_ids=self.positions(self._held, stripe.first)[..., stripe.mine].to(self.device),
+                position_ids=self.positions(self._held, stripe.first)[..., stripe.local_slice].to(self.device),
                 past_key_values=self._cache,
                 use_cache=True,
                 **({"stripe": stripe} if self.ring.world > 1 else {}),

@@ -159,7 +159,7 @@ class ChatEncoder:
             ) from e
         return text, spans[0] if spans else []
 
-    def _written(self, message: Message, where: str | None) -> tuple[str, str]:
+    def _marked_turn(self, message: Message, where: str | None) -> tuple[str, str]:
         """A turn's role and text, every control token and image in it a mark."""
         content = message["content"]
         text = ""
@@ -226,7 +226,7 @@ class ChatEncoder:
         """
         if not messages or messages[0]["role"] == "assistant":
             raise InputError("the first turn is the assistant's", where=where)
-        turns = [self._written(message, where) for message in messages]
+        turns = [self._marked_turn(message, where) for message in messages]
         generated = generation_marks and self.marks_answers
         text = self._generated(turns, where) if generated else self._marked(turns, where)
         plain, at, _ = self._unmarked(text)
@@ -254,7 +254,7 @@ class ChatEncoder:
 
         That is the template's generation prompt, and what else it writes before an answer that has no reasoning.
         """
-        turns = [self._written(message, None) for message in messages]
+        turns = [self._marked_turn(message, None) for message in messages]
         text = self._render(turns, prompt=True)
         try:
             prefix, separator, _ = self._render([*turns, ("assistant", mark("o", 0))]).partition(mark("o", 0))

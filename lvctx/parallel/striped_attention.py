@@ -41,7 +41,7 @@ class Stripe:
     """New tokens of all ranks."""
 
     @property
-    def mine(self) -> slice:
+    def local_slice(self) -> slice:
         """This rank's among the new ones; where it has none, the first in its stead, for no model runs on nothing."""
         return slice(self.lead(self.ring.rank), None, self.ring.world) if self.local_count else slice(0, 1)
 
@@ -79,16 +79,16 @@ def prepare(lm: Any) -> None:
     lm.set_attn_implementation(STRIPED_ATTENTION)
 
 
-def last_rows(mine_LE: Tensor, *, end: int, count: int, ring: Ring) -> Tensor:
-    """Rows (count, E) of the last tokens of a sequence of `end`, on every rank; `mine` ends with this rank's."""
+def last_rows(local_LE: Tensor, *, end: int, count: int, ring: Ring) -> Tensor:
+    """Rows (count, E) of the last tokens of a sequence of `end`, on every rank; `local_LE` ends with this rank's."""
     if ring.world == 1:
-        return mine_LE[-count:]
+        return local_LE[-count:]
     lead = Stripe(ring=ring, first=end - count, count=count).lead(ring.rank)
-    full_CE = torch.zeros(count, mine_LE.shape[-1], dtype=torch.float32, device=mine_LE.device)
+    full_CE = torch.zeros(count, local_LE.shape[-1], dtype=torch.float32, device=local_LE.device)
     places_CE = full_CE[lead :: ring.world]
-    places_CE.copy_(mine_LE[len(mine_LE) - len(places_CE) :])
+    places_CE.copy_(local_LE[len(local_LE) - len(places_CE) :])
     dist.all_reduce(full_CE, group=ring.group)  # every row is one rank's, zero on the others: the sum is exact
-    return full_CE.to(mine_LE.dtype)
+    return full_CE.to(local_LE.dtype)
 
 
 def _attend(
@@ -131,15 +131,15 @@ def _attend(
         skipped = int(stripe.lead(source) < stripe.lead(ring.rank))
         square = min(most - skipped, local_count)
         if square:
-            seeing, keys = slice(skipped, skipped + square), slice(before, before + square)
+            queries, keys = slice(skipped, skipped + square), slice(before, before + square)
             block_output = kernel.forward(
-                q_WBHMD[source, :, :, seeing], key[:, :, keys], value[:, :, keys], causal=True, scale=scale
+                q_WBHMD[source, :, :, queries], key[:, :, keys], value[:, :, keys], causal=True, scale=scale
             )
-            merge(out[source, :, :, seeing], lse[source, :, :, seeing], *block_output)
-    mine = torch.empty_like(parts)
-    dist.all_to_all_single(mine, parts, group=ring.group)
-    weights_WBHM = mine[..., -1].softmax(0)
-    out_BHMD = (weights_WBHM[..., None] * mine[..., :-1]).sum(0)
+            merge(out[source, :, :, queries], lse[source, :, :, queries], *block_output)
+    local_parts = torch.empty_like(parts)
+    dist.all_to_all_single(local_parts, parts, group=ring.group)
+    weights_WBHM = local_parts[..., -1].softmax(0)
+    out_BHMD = (weights_WBHM[..., None] * local_parts[..., :-1]).sum(0)
     return out_BHMD[:, :, :rows].transpose(1, 2).to(query.dtype), None
 
 

@@ -74,10 +74,10 @@ def nearest_key_frames(index: PacketIndex, frame_indices: list[int]) -> tuple[li
     pts_F, keys = index.pts_N[index.packet_F], index.key_frames
     after = np.searchsorted(keys, frame_indices).clip(1, max(1, len(keys) - 1))
     left, right = keys[after - 1], keys[np.minimum(after, len(keys) - 1)]
-    off_left, off_right = abs(pts_F[left] - pts_F[frame_indices]), abs(pts_F[right] - pts_F[frame_indices])
-    nearest = np.where(off_left <= off_right, left, right)
-    off = np.minimum(off_left, off_right) * float(index.time_base)
-    return nearest.tolist(), {"mean": round(float(off.mean()), 6), "max": round(float(off.max()), 6)}
+    error_left, error_right = abs(pts_F[left] - pts_F[frame_indices]), abs(pts_F[right] - pts_F[frame_indices])
+    nearest = np.where(error_left <= error_right, left, right)
+    errors = np.minimum(error_left, error_right) * float(index.time_base)
+    return nearest.tolist(), {"mean": round(float(errors.mean()), 6), "max": round(float(errors.max()), 6)}
 
 
 def take_numbered(frames: Iterable[DecodedFrame], frame_indices: Iterable[int]) -> Iterator[DecodedFrame]:
