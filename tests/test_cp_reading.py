@@ -27,7 +27,7 @@ from lvctx.eval.niah.text_task import TextNeedleTask
 from lvctx.inference.prefix_scorer import PrefixScorer, Score, walk_order
 from lvctx.models.loading import load_model, load_tokenizer
 from lvctx.parallel.context import ParallelContext, joined, make_context
-from lvctx.parallel.striped_attention import Stripe, _attend, held, prepare
+from lvctx.parallel.striped_attention import Stripe, _attend, owned_count, prepare
 
 WORDS = ["the", "old", "tree", "stood", "by", "a", "river", "and", "people", "came", "from", "far"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -67,15 +67,15 @@ def check_attention(world: ParallelContext) -> None:
             keys, values, first = k[:, :, :0], v[:, :, :0], 0
             for count in chunks:
                 stripe = Stripe(ring=world.ring, first=first, count=count)
-                own = range(first, first + count)[stripe.mine]
+                own = range(first, first + count)[stripe.local_slice]
                 keys, values = torch.cat([keys, k[:, :, own]], 2), torch.cat([values, v[:, :, own]], 2)
                 out, _ = _attend(None, q[:, :, own], keys, values, None, stripe=stripe)
-                if stripe.own:
+                if stripe.local_count:
                     torch.testing.assert_close(out.float(), whole[:, :, own].transpose(1, 2), atol=off, rtol=off)
                 else:
                     keys, values = keys[:, :, :-1], values[:, :, :-1]
                 first += count
-            assert keys.shape[2] == held(first, world.ring) == len(range(world.ring.rank, first, world.cp))
+            assert keys.shape[2] == owned_count(first, world.ring) == len(range(world.ring.rank, first, world.cp))
 
 
 # --- a grid

@@ -75,7 +75,7 @@ def test_parts_are_ffmpegs_frames(name: str, videos: dict[str, Path]) -> None:
     for how in ({"fps": 1.0}, {"fps": 3.3}, {"frames": 5}, {"frames": 33}, {}):
         for threads in (1, 3):
             wanted = None if how else numbers
-            reader = read_video(path, VideoSampling(**how), wanted=wanted, threads=threads)  # type: ignore[arg-type]
+            reader = read_video(path, VideoSampling(**how), frame_indices=wanted, threads=threads)  # type: ignore[arg-type]
             frames = list(reader)
             assert all((f.image == theirs[f.index]).all() for f in frames), (how, threads)
             assert how or [f.index for f in frames] == numbers
@@ -89,10 +89,10 @@ def test_little_is_decoded(videos: dict[str, Path]) -> None:
     index = read_packets(videos["short_gops.mp4"])
     assert index is not None
     assert (index.flags_N & SPARE).sum() > len(index) / 3, "B-frames that nobody refers to"
-    stretches = index.stretches([0, 50])
-    assert stretches is not None
-    assert [index.flags_N[s.start] & ENTRY for s in stretches] == [ENTRY, ENTRY]
-    assert sum(s.stop - s.start for s in stretches) <= 13
+    seek_ranges = index.seek_ranges([0, 50])
+    assert seek_ranges is not None
+    assert [index.flags_N[s.start] & ENTRY for s in seek_ranges] == [ENTRY, ENTRY]
+    assert sum(s.stop - s.start for s in seek_ranges) <= 13
     refreshing = read_packets(videos["refreshing.mp4"])
     assert refreshing is not None
     assert len(refreshing.entry_dts) == 1, "a recovery point is no place to begin"
@@ -190,7 +190,7 @@ def test_a_process_apart_gives_the_same_and_is_used_again(videos: dict[str, Path
 
 @pytest.mark.parametrize(("blow", "word"), [(signal.SIGSEGV, "died"), (signal.SIGSTOP, "stood still")])
 def test_a_dead_or_hanging_decoder_costs_one_video(blow: signal.Signals, word: str, videos: dict[str, Path]) -> None:
-    decoders = Decoders(patience=3 if blow == signal.SIGSTOP else 120)
+    decoders = Decoders(timeout=3 if blow == signal.SIGSTOP else 120)
     victim = decoders._start()
     decoders._idle.append(victim)
     os.kill(victim.pid, blow)

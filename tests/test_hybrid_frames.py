@@ -14,7 +14,7 @@ from lvctx.errors import InputError
 from lvctx.models.loading import load_model
 from lvctx.models.vision_encoder import load_tower
 from lvctx.models.vlm_assembly import embed_frames, newline_embedding
-from lvctx.video.drawn_images import draw_picture
+from lvctx.video.drawn_images import draw_image
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.feature_cache import read_feature_cache
 from lvctx.vlm.llava_onevision import FrameRows, LlavaOnevision
@@ -127,7 +127,7 @@ def test_the_needle_tests_table_is_what_its_ids_mean(tiny_vlm: Path, film: dict[
     """Artifacts of both kinds, one after the other: every id looks up the token worked out by hand."""
     haystack = LlavaOnevision(tiny_vlm).haystack([film["mixed"], film["plain"]], VideoSampling(), as_images=False)
     vlm = load_model(tiny_vlm)
-    picture = draw_picture(np.random.default_rng(0), size=48, shape="star", color="red")
+    picture = draw_image(np.random.default_rng(0), size=48, shape="star", color="red")
     frames, inserted = 13, [picture, picture.rotate(90)]
     with torch.no_grad():
         tokens = haystack.tokens(frames, inserted)

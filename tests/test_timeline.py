@@ -75,7 +75,7 @@ def shown_at_1_fps(path: Path) -> list[int]:
 
 
 def numbers(path: Path, *, wanted: Sequence[int] | None = None, **how: Any) -> list[int]:
-    return [number(frame.image) for frame in read_video(path, VideoSampling(**how), wanted=wanted)]
+    return [number(frame.image) for frame in read_video(path, VideoSampling(**how), frame_indices=wanted)]
 
 
 UNORDERED: dict[str, tuple[list[str], str]] = {

@@ -68,10 +68,10 @@ def _describe_results(path: Path) -> dict[str, Any]:
 
 
 def _describe_file(path: Path) -> dict[str, Any]:
-    found = sniff(path)
-    if found.name not in ("frames", "tensors"):
-        fix = encode_first(path) if found.name == "video" else "info is about artifacts and model directories"
-        raise mistaken(path, "an artifact of ours", fix=fix, found=found)
+    sniffed = sniff(path)
+    if sniffed.name not in ("frames", "tensors"):
+        fix = encode_first(path) if sniffed.name == "video" else "info is about artifacts and model directories"
+        raise mistaken(path, "an artifact of ours", fix=fix, sniffed=sniffed)
     header = read_safetensors_header(path)
     tensors = {k: f"{v['dtype']} {v['shape']}" for k, v in sorted(header.items()) if k != "__metadata__"}
     return {

@@ -120,14 +120,14 @@ def is_finished(target: Path, provenance: Provenance, *, resume: str = "auto", f
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """What differs between two provenances, as `key: old -> new` pairs."""
-    found = []
+    changes = []
     for group in ("schema", "command", "config", "inputs", "seed"):
         a, b = old.get(group), new.get(group)
         if isinstance(a, dict) and isinstance(b, dict):
             for key in sorted(a.keys() | b.keys()):
                 if a.get(key) != b.get(key):
                     short = [str(v)[:12] if group == "inputs" else v for v in (a.get(key), b.get(key))]
-                    found.append(f"{key}: {short[0]} -> {short[1]}")
+                    changes.append(f"{key}: {short[0]} -> {short[1]}")
         elif a != b:
-            found.append(f"{group}: {a} -> {b}")
-    return ", ".join(found)
+            changes.append(f"{group}: {a} -> {b}")
+    return ", ".join(changes)

@@ -129,10 +129,10 @@ def _sniff_directory(path: Path) -> Sniffed:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _sniff_tensors(path: Path) -> Sniffed:
@@ -179,22 +179,22 @@ ADVICE: dict[str, str] = {
 """What to do about a file that is not what anyone wants."""
 
 
-def mistaken(path: Path, wanted: str, *, fix: str = "", found: Sniffed | None = None) -> InputError:
-    """The error of a command that wants `wanted` (a noun with its article) and was given something else.
+def mistaken(path: Path, expected: str, *, fix: str = "", sniffed: Sniffed | None = None) -> InputError:
+    """The error of a command that wants `expected` (a noun with its article) and was given something else.
 
     `fix` is what to do where the file is sound and of another kind.
     """
-    found = found or sniff(path)
-    if found.name == "missing":
+    sniffed = sniffed or sniff(path)
+    if sniffed.name == "missing":
         return InputError("no such file or directory", where=path)
-    return InputError(f"{found.phrase}, not {wanted}", where=path, fix=ADVICE.get(found.name, fix))
+    return InputError(f"{sniffed.phrase}, not {expected}", where=path, fix=ADVICE.get(sniffed.name, fix))
 
 
-def check_kind(path: Path, name: Name, wanted: str, *, fix: str) -> None:
+def check_kind(path: Path, name: Name, expected: str, *, fix: str) -> None:
     """Raise `mistaken` for a path that is something else; a directory without a sign of its kind passes."""
-    found = sniff(path)
-    if found.name not in (name, "directory"):
-        raise mistaken(path, wanted, fix=fix, found=found)
+    sniffed = sniff(path)
+    if sniffed.name not in (name, "directory"):
+        raise mistaken(path, expected, fix=fix, sniffed=sniffed)
 
 
 def encode_first(video: Path, model: str | None = None) -> str:

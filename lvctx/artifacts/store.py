@@ -193,7 +193,7 @@ def fingerprint(path: Path) -> str:
     manifest = path / "MANIFEST.json"
     if manifest.is_file():
         return sha256_file(manifest)
-    whole = hashlib.sha256()
+    hasher = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
-        whole.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
-    return whole.hexdigest()
+        hasher.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
+    return hasher.hexdigest()

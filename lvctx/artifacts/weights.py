@@ -72,13 +72,13 @@ def read_headers(directory: Path) -> dict[str, dict[str, dict[str, Any]]]:
     Raises InputError for what `shard_names` refuses, a shard that is not whole, or a name that occurs twice.
     """
     shards: dict[str, dict[str, dict[str, Any]]] = {}
-    seen: set[str] = set()
+    names: set[str] = set()
     for file in shard_names(directory):
         header = read_safetensors_header(directory / file)
         header.pop("__metadata__", None)
-        if twice := seen & header.keys():
-            raise InputError(f"{min(twice)} is in two shards", where=directory / file, fix="save the model again")
-        seen |= header.keys()
+        if repeated := names & header.keys():
+            raise InputError(f"{min(repeated)} is in two shards", where=directory / file, fix="save the model again")
+        names |= header.keys()
         shards[file] = header
     return shards
 
@@ -118,7 +118,7 @@ def _copied(path: Path, begin: int, end: int) -> Iterator[bytes]:
 
 
 def write_weights(
-    out: Path, shards: list[Mapping[str, Weight]], *, report: Callable[[int, int, str], None] = lambda *_: None
+    out: Path, shards: list[Mapping[str, Weight]], *, on_progress: Callable[[int, int, str], None] = lambda *_: None
 ) -> None:
     """Write shards and, where there are several, their index. A shard that stands is whole, and is left as it is."""
     count = len(shards)
@@ -126,10 +126,10 @@ def write_weights(
     if count == 1:
         names = [SINGLE]
     for done, (name, shard) in enumerate(zip(names, shards, strict=True)):
-        report(done, count, name)
+        on_progress(done, count, name)
         if not (out / name).exists():
             write_weight_shard(out / name, shard)
-    report(count, count, "")
+    on_progress(count, count, "")
     if count > 1:
         total = sum(weight.size for shard in shards for weight in shard.values())
         places = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}

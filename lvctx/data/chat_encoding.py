@@ -90,12 +90,12 @@ def encode_messages(
     ids: list[int] = []
     labels: list[int] = []
     places: list[int] = []
-    shown = dict(zip(chat.visual, blocks, strict=True))
+    visual_blocks = dict(zip(chat.visual, blocks, strict=True))
     for at, (token, counts) in enumerate(zip(chat.ids, spoken, strict=True)):
-        if at in shown:
+        if at in visual_blocks:
             places.append(len(ids))
-            ids += shown[at]
+            ids += visual_blocks[at]
         else:
             ids.append(token)
-        labels += [token if counts and at not in shown else IGNORED] * (len(ids) - len(labels))
+        labels += [token if counts and at not in visual_blocks else IGNORED] * (len(ids) - len(labels))
     return TokenSequence(ids=ids, labels=[*labels[1:], IGNORED], places=places)

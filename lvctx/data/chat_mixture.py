@@ -21,8 +21,8 @@ def largest_blend(
 
     `lengths` are each kind's samples in tokens (N,). Raises InputError where long samples cannot meet theirs at all.
     """
-    total = {kind: int(of.sum()) for kind, of in lengths.items()}
-    long = {kind: int(of[of > long_over].sum()) for kind, of in lengths.items()}
+    total = {kind: int(lengths_N.sum()) for kind, lengths_N in lengths.items()}
+    long = {kind: int(lengths_N[lengths_N > long_over].sum()) for kind, lengths_N in lengths.items()}
     most = sum(shares[kind] for kind in shares if long[kind])
     if most < long_share - 1e-9:
         none = ", ".join(kind for kind in shares if not long[kind])
@@ -58,38 +58,38 @@ def choose_samples(
     """
     budget, long, usual, most = {}, {}, {}, {}
     for kind, share in shares.items():
-        of = lengths[kind]
-        long[kind] = of > long_over
+        lengths_N = lengths[kind]
+        long[kind] = lengths_N > long_over
         budget[kind] = share * tokens
-        in_long = float(of[long[kind]].sum())
-        usual[kind] = budget[kind] * in_long / max(float(of.sum()), 1.0)
+        in_long = float(lengths_N[long[kind]].sum())
+        usual[kind] = budget[kind] * in_long / max(float(lengths_N.sum()), 1.0)
         most[kind] = min(budget[kind], in_long)
     missing, room = long_share * tokens - sum(usual.values()), sum(most.values()) - sum(usual.values())
     part = min(1.0, max(0.0, missing / room)) if room > 0 else 0.0
-    taken: dict[str, set[int]] = {}
+    selected: dict[str, set[int]] = {}
     short: dict[str, list[int]] = {}
     for number, kind in enumerate(shares):
-        of = lengths[kind]
-        order = np.argsort(uniform(seed + 1_000_003 * number, np.arange(len(of))), kind="stable")
+        lengths_N = lengths[kind]
+        order = np.argsort(uniform(seed + 1_000_003 * number, np.arange(len(lengths_N))), kind="stable")
         for_long = usual[kind] + part * (most[kind] - usual[kind])
-        first = _fill(order[long[kind][order]], of, for_long)
-        rest = _fill(order[~long[kind][order]], of, budget[kind] - int(of[first].sum()))
-        taken[kind] = {*first, *rest}
+        first = _fill(order[long[kind][order]], lengths_N, for_long)
+        rest = _fill(order[~long[kind][order]], lengths_N, budget[kind] - int(lengths_N[first].sum()))
+        selected[kind] = {*first, *rest}
         short[kind] = rest
-    held = {kind: int(lengths[kind][sorted(numbers)].sum()) for kind, numbers in taken.items()}
-    in_long = sum(held.values()) - sum(int(lengths[kind][numbers].sum()) for kind, numbers in short.items())
-    while in_long < long_share * sum(held.values()) and any(short.values()):
-        kind = max((k for k in short if short[k]), key=lambda k: held[k] / budget[k])
+    selected_tokens = {kind: int(lengths[kind][sorted(numbers)].sum()) for kind, numbers in selected.items()}
+    in_long = sum(selected_tokens.values()) - sum(int(lengths[kind][numbers].sum()) for kind, numbers in short.items())
+    while in_long < long_share * sum(selected_tokens.values()) and any(short.values()):
+        kind = max((k for k in short if short[k]), key=lambda k: selected_tokens[k] / budget[k])
         number = short[kind].pop()
-        taken[kind].remove(number)
-        held[kind] -= int(lengths[kind][number])
-    return {kind: np.array(sorted(numbers), np.int64) for kind, numbers in taken.items()}
+        selected[kind].remove(number)
+        selected_tokens[kind] -= int(lengths[kind][number])
+    return {kind: np.array(sorted(numbers), np.int64) for kind, numbers in selected.items()}
 
 
 def _fill(order: np.ndarray, lengths: np.ndarray, budget: float) -> list[int]:
-    taken, room = [], budget + 0.5  # budgets are products of floats; what fills one exactly must fit
+    selected, room = [], budget + 0.5  # budgets are products of floats; what fills one exactly must fit
     for number in order.tolist():
         if lengths[number] <= room:
-            taken.append(number)
+            selected.append(number)
             room -= int(lengths[number])
-    return taken
+    return selected

@@ -279,16 +279,16 @@ class _RowMedia:
 
     def __init__(self, row: dict[str, Any], where: str) -> None:
         self.where = where
-        self._given = {kind: _media_of(row, kind, where) for kind in MEDIA_KINDS}
+        self._media = {kind: _media_of(row, kind, where) for kind in MEDIA_KINDS}
         self._used = dict.fromkeys(MEDIA_KINDS, 0)
 
     def _kind(self, mark: str) -> MediaKind:
         """What a mark stands for: in a row with videos alone, a video."""
-        return "image" if mark == "image" and (self._given["image"] or not self._given["video"]) else "video"
+        return "image" if mark == "image" and (self._media["image"] or not self._media["video"]) else "video"
 
     def _next(self, kind: MediaKind) -> list[Media]:
         self._used[kind] += 1
-        return self._given[kind][self._used[kind] - 1 : self._used[kind]]
+        return self._media[kind][self._used[kind] - 1 : self._used[kind]]
 
     def parts(self, content: Any) -> Iterator[str | Media]:
         """A turn's text and media in their order."""
@@ -297,11 +297,11 @@ class _RowMedia:
             value = part if kind is None else part.get(kind) if isinstance(kind, str) else None
             if kind == "image_url" and isinstance(value, dict):
                 kind, value = "image", value.get("url")
-            if kind in MEDIA_KINDS and value is None and self._given[self._kind(kind)]:
+            if kind in MEDIA_KINDS and value is None and self._media[self._kind(kind)]:
                 yield from self._next(self._kind(kind))
             elif not isinstance(value, str) or kind not in (None, "text", *MEDIA_KINDS):
-                shown = json.dumps(part, default=str)[:60]
-                raise InputError(f"a turn's content is {shown}", where=self.where, fix="give text or parts")
+                excerpt = json.dumps(part, default=str)[:60]
+                raise InputError(f"a turn's content is {excerpt}", where=self.where, fix="give text or parts")
             elif kind in MEDIA_KINDS:
                 yield Media(kind, value.removeprefix("file://"))
             else:
@@ -309,7 +309,7 @@ class _RowMedia:
 
     def _text(self, text: str) -> Iterator[str | Media]:
         _check_characters(text, self.where)
-        marks = [kind for kind in MEDIA_KINDS if self._given[self._kind(kind)]]
+        marks = [kind for kind in MEDIA_KINDS if self._media[self._kind(kind)]]
         # The visual block closes with its own "\n", so the newline around a mark would be a second one.
         pieces = re.split(rf"\n?<({'|'.join(marks)})>\n?", text) if marks else [text]
         for i, piece in enumerate(pieces):
@@ -320,9 +320,9 @@ class _RowMedia:
 
     def check(self) -> None:
         """Raises InputError where there were more marks than media, or fewer."""
-        for kind, given in self._given.items():
-            if self._used[kind] != len(given):
-                what = f"{self._used[kind]} <{kind}> marks for {len(given)} {kind}s"
+        for kind, media in self._media.items():
+            if self._used[kind] != len(media):
+                what = f"{self._used[kind]} <{kind}> marks for {len(media)} {kind}s"
                 raise InputError(what, where=self.where, fix=f"write <{kind}> where each belongs")
 
 

@@ -29,7 +29,7 @@ from lvctx.data.streams import (
     InputPart,
     find_parts,
     open_stream,
-    read_whole,
+    read_bytes,
     sample,
     skip,
 )
@@ -95,10 +95,10 @@ class Fields:
     def source_of(self, record: dict[str, Any]) -> str:
         """The source a record names, or UNNAMED."""
         for path in self.source_paths():
-            found = dig(record, path)
-            if isinstance(found, str | int):
+            source = dig(record, path)
+            if isinstance(source, str | int):
                 # JSON can spell a lone surrogate, which no manifest can hold.
-                return str(found).encode(errors="surrogatepass").decode(errors="replace")
+                return str(source).encode(errors="surrogatepass").decode(errors="replace")
         return UNNAMED
 
 
@@ -140,7 +140,7 @@ class Corpus:
         It covers every part's name (of the file alone), size and content: whole up to 4 MiB, else its first, middle and
         last mebibyte; for stdin the first mebibyte; for a hub dataset its commit.
         """
-        whole = hashlib.sha256()
+        hasher = hashlib.sha256()
         for part in self.parts:
             if part.kind == "stdin":
                 content = self._head()
@@ -149,8 +149,8 @@ class Corpus:
             else:
                 content = sample(Path(part.name))
             name, digest = Path(part.name).name, hashlib.sha256(content).hexdigest()
-            whole.update(os.fsencode(f"{part.kind}\0{name}\0{part.size}\0{digest}\n"))
-        return whole.hexdigest()
+            hasher.update(os.fsencode(f"{part.kind}\0{name}\0{part.size}\0{digest}\n"))
+        return hasher.hexdigest()
 
     def _head(self) -> bytes:
         """The first mebibyte of stdin, unconsumed: `peek` waits for it because the buffer lies over another one."""
@@ -171,7 +171,7 @@ class Corpus:
             part = self.parts[number]
             begin = start if number == start.part else Place(number, 0, 0)
             if part.kind == "text":
-                content = read_whole(part.name)
+                content = read_bytes(part.name)
                 check_is_text(content, part.name)
                 texts.append((number, content))
                 if sum(len(t) for _, t in texts) >= MEBIBYTE:
@@ -238,7 +238,7 @@ class Corpus:
         if part.kind == "parquet":
             # Text as bytes: what becomes of invalid UTF-8 is decided where it is tokenized.
             names = {self.fields.text, self.fields.text.split(".")[0]}
-            pick = partial(self._wanted, where=part.name)
+            pick = partial(self._needed_columns, where=part.name)
             rows = parquet_rows(part.name, start=begin.at, columns=pick, as_bytes=names)
         else:
             rows = dataset_rows(part.name, self.split, saved=part.kind == "saved", start=begin.at)
@@ -248,7 +248,7 @@ class Corpus:
             yield from gather.add(dig(row, self.fields.text), self.fields.source_of(row))
         yield from gather.rest()
 
-    def _wanted(self, columns: Sequence[str], where: str) -> list[str]:
+    def _needed_columns(self, columns: Sequence[str], where: str) -> list[str]:
         """The columns that hold text and sources."""
         self._check_columns(columns, where)
         paths = (self.fields.text, *self.fields.source_paths())

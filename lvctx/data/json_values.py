@@ -90,9 +90,9 @@ class _Text:
     def next(self) -> str:
         """The next character that is no white space, or nothing at the end."""
         while True:
-            found = _SPACE.match(self._text, self._at)
-            assert found is not None
-            self._at = found.end()
+            match = _SPACE.match(self._text, self._at)
+            assert match is not None
+            self._at = match.end()
             if self._at < len(self._text) or not self._grow():
                 return self._text[self._at : self._at + 1]
 

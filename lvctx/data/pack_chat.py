@@ -73,8 +73,8 @@ class PackChatJob:
 
 def plan_pack_chat(config: PackChatConfig) -> PackChatJob:
     """Check the inputs and resolve the defaults; reads no weights and no samples. Raises UsageError and InputError."""
-    given = {kind: getattr(config, kind) for kind in SHARES}
-    sources = {kind: paths for kind, paths in given.items() if paths}
+    paths_by_kind = {kind: getattr(config, kind) for kind in SHARES}
+    sources = {kind: paths for kind, paths in paths_by_kind.items() if paths}
     if not sources:
         raise UsageError("no samples", fix=f"give one of {', '.join('--' + kind for kind in SHARES)}")
     for paths in sources.values():
@@ -82,15 +82,15 @@ def plan_pack_chat(config: PackChatConfig) -> PackChatJob:
             if not path.is_file() and not is_dataset(path):
                 raise InputError("no such file", where=path)
     mix = _proportions(config.mix, sources)
-    given_hybrid = Hybrid.parse(config.hybrid) if config.hybrid else None
-    sampling = VideoSampling(hybrid=given_hybrid, hybrid_mode=config.hybrid_mode)
+    parsed_hybrid = Hybrid.parse(config.hybrid) if config.hybrid else None
+    sampling = VideoSampling(hybrid=parsed_hybrid, hybrid_mode=config.hybrid_mode)
     hybrid = asdict(sampling.resolution) if sampling.resolution else None
     path = resolve_model(config.model, weights=False)
     tokenizer = load_tokenizer(path)
     if config.template == "chatml":
-        if None in (known := [tokenizer.get_vocab().get(t) for t in ("<|im_start|>", "<|im_end|>")]):
+        if None in (chatml_ids := [tokenizer.get_vocab().get(t) for t in ("<|im_start|>", "<|im_end|>")]):
             fix = "--template own takes the tokenizer's own"
-            raise InputError(f"no ChatML tokens {known}", where=config.model, fix=fix)
+            raise InputError(f"no ChatML tokens {chatml_ids}", where=config.model, fix=fix)
         tokenizer.chat_template = CHATML
     elif tokenizer.chat_template is None:
         raise InputError("no chat template", where=config.model, fix="--template chatml, or an instruct model")
@@ -231,8 +231,8 @@ class _ChatPacker:
                 fix=f"--tokens {largest} is the most that mix and long share allow, or add samples",
             )
         limits: dict[str, Any] = {"long_share": config.long_share, "long_over": config.long_over}
-        taken = choose_samples(lengths, mix, tokens=tokens, seed=config.seed, **limits)
-        chosen = np.sort(np.concatenate([numbers[kind][taken[kind]] for kind in mix]))
+        selected = choose_samples(lengths, mix, tokens=tokens, seed=config.seed, **limits)
+        chosen = np.sort(np.concatenate([numbers[kind][selected[kind]] for kind in mix]))
         if not len(chosen):
             raise InputError(
                 f"no long sample fits into its share of {tokens:,} tokens", fix="add samples, or lower --long-share"

@@ -207,9 +207,9 @@ class _Packer:
         total, scarce = mixture.largest_total(available, self.mix)
         if not total:
             have = sources.get(scarce)
-            found = f"{have.documents} documents, none kept by the length rule" if have else "no documents"
+            detail = f"{have.documents} documents, none kept by the length rule" if have else "no documents"
             raise InputError(
-                f"source {scarce!r} cannot meet its share of {self.mix[scarce]:.5f}: it has {found}",
+                f"source {scarce!r} cannot meet its share of {self.mix[scarce]:.5f}: it has {detail}",
                 fix="change --mix, or raise --keep-short",
             )
         self.budgets = mixture.apportion(self.config.tokens or total, self.mix)
@@ -275,8 +275,8 @@ class _Packer:
         self.buffer.clear()
 
     def _metadata(self, state: dict[str, Any]) -> dict[str, str]:
-        whole = {**self.job.provenance.to_dict(), "state": {**state, "stats": self.stats.to_dict()}}
-        return {"lvctx": json.dumps(whole, sort_keys=True, separators=(",", ":"))}
+        metadata = {**self.job.provenance.to_dict(), "state": {**state, "stats": self.stats.to_dict()}}
+        return {"lvctx": json.dumps(metadata, sort_keys=True, separators=(",", ":"))}
 
     # Beginning and ending
 

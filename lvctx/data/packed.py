@@ -85,11 +85,11 @@ class PackedRows:
         """Shard, row in the shard, and where in that row it begins."""
         if not 0 <= row < len(self):
             raise IndexError(row)
-        whole, piece = divmod(row, self._pieces)
-        number = int(np.searchsorted(self._ends, whole, side="right"))
+        packed_row, piece = divmod(row, self._pieces)
+        number = int(np.searchsorted(self._ends, packed_row, side="right"))
         if number not in self._shards:
             self._shards[number] = map_tensors(self.directory / shard_name(number))
-        return self._shards[number], whole - (self._ends[number - 1] if number else 0), piece * self.seq_len
+        return self._shards[number], packed_row - (self._ends[number - 1] if number else 0), piece * self.seq_len
 
     def row(self, row: int) -> np.ndarray:
         """Token ids, int32 (S,), a read-only view."""

@@ -128,14 +128,14 @@ def parquet_rows(
     try:
         # Opened here: pyarrow takes no name that is not UTF-8.
         with open(name, "rb") as opened, pq.ParquetFile(opened) as file:
-            wanted = columns(file.schema_arrow.names) if columns else None
+            selected = columns(file.schema_arrow.names) if columns else None
             counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             first = row = 0  # the row group that has the first wanted row, and that group's first row
             while first < len(counts) and row + counts[first] <= start:
                 row += counts[first]
                 first += 1
             groups = list(range(first, len(counts)))
-            for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=wanted):
+            for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=selected):
                 yield from _undecoded(batch, as_bytes).to_pylist()[max(0, start - row) :]
                 row += len(batch)
     except InputError:

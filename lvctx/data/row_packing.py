@@ -118,8 +118,8 @@ class PackingStats:
         """Enter documents low..high of a batch as read; `keep` bool (N,) says which passed the length rule."""
         part = slice(low, high)
         lengths, status, keep = tokens.lengths()[part], tokens.status[part], keep[part]
-        for one, of in self._by_source(tokens, part):
-            length, state, kept = lengths[of], status[of], keep[of]
+        for one, mask in self._by_source(tokens, part):
+            length, state, kept = lengths[mask], status[mask], keep[mask]
             bad = int(np.count_nonzero(state == SKIPPED)), int(np.count_nonzero(state == MALFORMED))
             nothing = int(np.count_nonzero(length == 0))
             one.documents += len(length)
@@ -130,19 +130,19 @@ class PackingStats:
             one.empty += nothing - sum(bad)
             one.too_short += len(length) - nothing - int(np.count_nonzero(kept))
             one.eligible += int(length[kept].sum()) + int(np.count_nonzero(kept))
-            _tally(one.before_documents, one.before_tokens, length)
+            _add_to_histogram(one.before_documents, one.before_tokens, length)
 
     def pack(self, tokens: Tokens, keep: np.ndarray, take: np.ndarray, low: int, high: int) -> None:
         """Enter documents low..high of a batch as packed: `take` (N,) tokens of each, its separator counted."""
         part = slice(low, high)
-        whole, keep, take = tokens.lengths()[part] + 1, keep[part], take[part]
-        for one, of in self._by_source(tokens, part):
-            took, kept = take[of], keep[of]
-            packed = took > 0
-            one.packed += int(took.sum())
+        lengths, keep, take = tokens.lengths()[part] + 1, keep[part], take[part]
+        for one, mask in self._by_source(tokens, part):
+            packed_lengths, kept = take[mask], keep[mask]
+            packed = packed_lengths > 0
+            one.packed += int(packed_lengths.sum())
             one.over_budget += int(np.count_nonzero(kept & ~packed))
-            one.cut += int(np.count_nonzero(packed & (took < whole[of])))
-            _tally(one.after_documents, one.after_tokens, took[packed] - 1)
+            one.cut += int(np.count_nonzero(packed & (packed_lengths < lengths[mask])))
+            _add_to_histogram(one.after_documents, one.after_tokens, packed_lengths[packed] - 1)
 
     def report(self, shares: Mapping[str, float], budgets: Mapping[str, int]) -> dict[str, Any]:
         """Counts with the share of tokens each source had in the input, was to have, and has."""
@@ -169,12 +169,12 @@ def bin_names() -> list[str]:
     return ["0", "1", *(f"{2 ** (b - 1)}-{2**b - 1}" for b in range(2, BINS))]
 
 
-def _tally(documents: list[int], tokens: list[int], lengths: np.ndarray) -> None:
+def _add_to_histogram(documents: list[int], tokens: list[int], lengths: np.ndarray) -> None:
     bins = np.frexp(lengths)[1]
     for b in np.unique(bins).tolist():
-        of = bins == b
-        documents[b] += int(np.count_nonzero(of))
-        tokens[b] += int(lengths[of].sum())
+        mask = bins == b
+        documents[b] += int(np.count_nonzero(mask))
+        tokens[b] += int(lengths[mask].sum())
 
 
 def take_all(tokens: Tokens, keep: np.ndarray, low: int, room: int | None) -> np.ndarray:
@@ -190,8 +190,8 @@ def take_budgets(
     """As `take_all`, with each source's own room: its budget less what it packed."""
     take = take_all(tokens, keep, low, None)
     for code, name in enumerate(tokens.names):
-        of = tokens.codes == code
-        take[of] = _clip(take[of], budgets.get(name, 0) - stats.source(name).packed)
+        mask = tokens.codes == code
+        take[mask] = _clip(take[mask], budgets.get(name, 0) - stats.source(name).packed)
     return take
 
 

@@ -49,9 +49,9 @@ class Spool:
         self._ids.append(tokens.ids[np.repeat(keep, lengths)])
         self._lengths.append(lengths[keep])
         self._codes.append(codes[tokens.codes[keep]])
-        self._held += len(self._ids[-1])
+        self._buffered += len(self._ids[-1])
         self._end = tokens.chunk.end
-        if self._held >= self._part_tokens:
+        if self._buffered >= self._part_tokens:
             self.flush(complete=False)
 
     def flush(self, *, complete: bool) -> None:
@@ -70,7 +70,7 @@ class Spool:
     def _clear(self) -> None:
         self._ids, self._codes = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
         self._lengths = [np.zeros(1, np.int64)]
-        self._held, self._end = 0, Place(0, 0, 0)
+        self._buffered, self._end = 0, Place(0, 0, 0)
 
     def read(self, first: int) -> Iterator[Tokens]:
         """Part after part from number `first` on, memory-mapped."""

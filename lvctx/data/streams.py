@@ -47,14 +47,14 @@ def find_parts(inputs: Sequence[str]) -> list[InputPart]:
     parts: list[InputPart] = []
     for name in inputs:
         path = Path(name)
-        found = None if name == "-" else _stat(path)
+        info = None if name == "-" else _stat(path)
         if name == "-":
             parts.append(InputPart(kind="stdin", name=name, size=0))
-        elif found and stat.S_ISDIR(found.st_mode):
+        elif info and stat.S_ISDIR(info.st_mode):
             parts += _folder(path)
-        elif found and stat.S_ISREG(found.st_mode):
-            parts.append(InputPart(kind=_kind(path), name=name, size=found.st_size))
-        elif found:
+        elif info and stat.S_ISREG(info.st_mode):
+            parts.append(InputPart(kind=_kind(path), name=name, size=info.st_size))
+        elif info:
             raise InputError("a pipe or device: it can be read once only", where=name, fix="pipe it to -")
         elif (
             path.suffix.lower() in (*DOCUMENT_SUFFIXES, *SQUEEZED)
@@ -81,14 +81,14 @@ def _folder(path: Path) -> list[InputPart]:
         size = sum(p.stat().st_size for p in path.rglob("*.arrow"))
         return [InputPart(kind="saved", name=str(path), size=size)]
     files = (p for p in path.rglob("*") if not any(q.startswith(".") for q in p.relative_to(path).parts))
-    known = sorted(p for p in files if base_suffix(p) in DOCUMENT_SUFFIXES and p.is_file())
-    if not known:
+    documents = sorted(p for p in files if base_suffix(p) in DOCUMENT_SUFFIXES and p.is_file())
+    if not documents:
         raise InputError(
             "no documents in the folder",
             where=path,
             fix=f"it reads {' '.join(DOCUMENT_SUFFIXES)}, also {' '.join(_READ)}",
         )
-    return [InputPart(kind=_kind(p), name=str(p), size=p.stat().st_size) for p in known]
+    return [InputPart(kind=_kind(p), name=str(p), size=p.stat().st_size) for p in documents]
 
 
 def base_suffix(path: Path) -> str:
@@ -102,7 +102,7 @@ def _kind(path: Path) -> str:
     return "lines" if extension in _LINES else "parquet" if extension == ".parquet" else "text"
 
 
-def read_whole(name: str, *, guess_encoding: bool = False) -> bytes:
+def read_bytes(name: str, *, guess_encoding: bool = False) -> bytes:
     """All of a file, decompressed, as UTF-8, without a byte order mark. Raises InputError for what cannot be read."""
     try:
         with open_stream(name, guess_encoding=guess_encoding) as f:
@@ -114,7 +114,7 @@ def read_whole(name: str, *, guess_encoding: bool = False) -> bytes:
 def read_text(path: Path) -> str:
     """Text of a file in any encoding of Unicode. Raises InputError for what cannot be read, or is no such text."""
     try:
-        return read_whole(str(path), guess_encoding=True).decode()
+        return read_bytes(str(path), guess_encoding=True).decode()
     except UnicodeDecodeError as e:
         raise InputError(f"byte {e.start:,} is not UTF-8", where=path, fix="save the file as UTF-8") from e
 

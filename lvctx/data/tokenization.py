@@ -96,8 +96,8 @@ class Encoder:
         except (UnicodeEncodeError, TypeError):  # a lone surrogate, which JSON can spell and UTF-8 cannot
             texts = [self._without_surrogates(t, chunk, numbers[i], i, status) for i, t in enumerate(texts)]
             encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        for i, found in enumerate(encodings) if self._leaks else ():
-            for token in sorted(self._leaks.intersection(found.ids))[:1]:
+        for i, encoding in enumerate(encodings) if self._leaks else ():
+            for token in sorted(self._leaks.intersection(encoding.ids))[:1]:
                 what = f"{self.tokenizer.id_to_token(token)} in the text, which this tokenizer cannot write as text"
                 texts[i], status[i] = self._malformed(what, chunk, numbers[i])
                 encodings[i] = self.tokenizer.encode("", add_special_tokens=False)
@@ -109,9 +109,9 @@ class Encoder:
         sources = [UNREADABLE if bad in (SKIPPED, MALFORMED) else s for s, bad in zip(sources, status, strict=True)]
         names: dict[str, int] = {}
         codes = np.fromiter((names.setdefault(s, len(names)) for s in sources), np.int32, len(sources))
-        bare = replace(chunk, lines=None, texts=(), sources=())
+        without_text = replace(chunk, lines=None, texts=(), sources=())
         state = np.array(status, np.uint8)
-        return Tokens(chunk=bare, ids=ids, starts=starts, status=state, names=tuple(names), codes=codes)
+        return Tokens(chunk=without_text, ids=ids, starts=starts, status=state, names=tuple(names), codes=codes)
 
     def _decode(self, chunk: Chunk) -> tuple[list[str], list[str], list[int], list[int]]:
         texts, status = [], []
@@ -150,11 +150,11 @@ class Encoder:
             except (ValueError, RecursionError) as e:
                 wrong = f"malformed JSON ({e})"
             else:
-                found = record.get(self.fields.text) if isinstance(record, dict) else None
-                if found is None:
-                    found = dig(record, self.fields.text)
-                if isinstance(found, str):
-                    text, source = found, self.fields.source_of(record)
+                value = record.get(self.fields.text) if isinstance(record, dict) else None
+                if value is None:
+                    value = dig(record, self.fields.text)
+                if isinstance(value, str):
+                    text, source = value, self.fields.source_of(record)
                     if source == UNNAMED and self.fields.source:
                         wrong = f"no field {self.fields.source!r} (it has {', '.join(record)})"
                 elif state != SKIPPED:

@@ -47,12 +47,12 @@ def find_tokenizer(name: str, separator: str) -> TokenizerFile:
             raise InputError(f"no token {number} (it has {vocabulary})", where=name, fix="choose another --separator")
     else:
         candidates = (special.get("bos_token"), "<|endoftext|>", special.get("eos_token"))
-        wanted = [c for c in candidates if c] if separator == "auto" else [separator]
-        found = [i for i in map(tokenizer.token_to_id, wanted) if i is not None]
-        if not found:
+        names = [c for c in candidates if c] if separator == "auto" else [separator]
+        ids = [i for i in map(tokenizer.token_to_id, names) if i is not None]
+        if not ids:
             what = "no bos, <|endoftext|> or eos token" if separator == "auto" else f"no token {separator!r}"
             raise InputError(what, where=name, fix="give --separator a token or id that it has")
-        number = found[0]
+        number = ids[0]
     return TokenizerFile(
         content=content,
         sha256=hashlib.sha256(content.encode()).hexdigest(),

@@ -19,7 +19,7 @@ from torch import Tensor
 from lvctx.inference.kv_cache import CachePlacement, empty_cache
 from lvctx.models.loading import device_of
 from lvctx.parallel.ring_attention import ALONE, Ring
-from lvctx.parallel.striped_attention import Stripe, held, last_rows, needs_no_mask, prepare
+from lvctx.parallel.striped_attention import Stripe, last_rows, needs_no_mask, owned_count, prepare
 from lvctx.vlm.base import Positions, sequential_positions
 
 
@@ -158,16 +158,16 @@ class PrefixScorer:
             part = ids_L[start : start + self.chunk]
             stripe = Stripe(ring=self.ring, first=len(self._cached_ids), count=len(part))
             self._cached_ids = np.concatenate([self._cached_ids, part])
-            embeds_LE, deep = self._embed(part[stripe.mine])
+            embeds_LE, deep = self._embed(part[stripe.local_slice])
             states = self.lm(
                 inputs_embeds=embeds_LE[None],
                 **deep,
-                position_ids=self.positions(self._cached_ids, stripe.first)[..., stripe.mine].to(self.device),
+                position_ids=self.positions(self._cached_ids, stripe.first)[..., stripe.local_slice].to(self.device),
                 past_key_values=self._cache,
                 use_cache=True,
                 **({"stripe": stripe} if self.ring.world > 1 else {}),
-            ).last_hidden_state[0, : stripe.own]
-            if not stripe.own:
+            ).last_hidden_state[0, : stripe.local_count]
+            if not stripe.local_count:
                 self._cache.crop(-1)
             self.tokens_run += len(part)
             last_states = [torch.cat([*last_states, states])[-keep:]]
@@ -189,7 +189,7 @@ class PrefixScorer:
 
     def _crop(self, length: int) -> None:
         if length < len(self._cached_ids):
-            self._cache.crop(held(length, self.ring) - held(len(self._cached_ids), self.ring))
+            self._cache.crop(owned_count(length, self.ring) - owned_count(len(self._cached_ids), self.ring))
             self._cached_ids = self._cached_ids[:length]
 
 

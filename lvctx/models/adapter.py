@@ -89,8 +89,10 @@ def load_adapter(path: Path, model: Any, wrapped: Any) -> None:
             raise InputError(
                 "holds a projector, and the model has none", where=path, fix="give the LoRA of an extend-lm"
             )
-        wanted = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
-        check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted, f"{path}, the projector")
+        expected = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
+        check_shapes(
+            {name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected, f"{path}, the projector"
+        )
         projector.load_state_dict(tensors)
     if lora:
         load_lora_state(wrapped, lora, where=path)
@@ -100,10 +102,10 @@ def _split(tensors: Mapping[str, Tensor], where: Path) -> tuple[dict[str, Tensor
     """The LoRA, under the names that `load_lora_state` takes, and the projector."""
     lora, projector = {}, {}
     for name, tensor in tensors.items():
-        if found := re.search(r"(?:^|\.)(layers\..*\.lora_[AB]\.weight)$", name):
-            lora[ROOT + found[1]] = tensor
-        elif found := re.search(rf"(?:^|\.){PROJECTOR}\.(.+)$", name):
-            projector[found[1]] = tensor
+        if match := re.search(r"(?:^|\.)(layers\..*\.lora_[AB]\.weight)$", name):
+            lora[ROOT + match[1]] = tensor
+        elif match := re.search(rf"(?:^|\.){PROJECTOR}\.(.+)$", name):
+            projector[match[1]] = tensor
         else:
             raise InputError(f"{name} belongs to neither a LoRA nor a projector", where=where, fix="give an adapter")
     if not lora and not projector:

@@ -159,7 +159,7 @@ class ChatEncoder:
             ) from e
         return text, spans[0] if spans else []
 
-    def _written(self, message: Message, where: str | None) -> tuple[str, str]:
+    def _marked_turn(self, message: Message, where: str | None) -> tuple[str, str]:
         """A turn's role and text, every control token and image in it a mark."""
         content = message["content"]
         text = ""
@@ -169,7 +169,7 @@ class ChatEncoder:
                 continue
             words = "".join(run)
             check_text(words, where)
-            text += self._control.sub(lambda found: mark("t", self._ids[found[0]]), words)
+            text += self._control.sub(lambda match: mark("t", self._ids[match[0]]), words)
         # White space around an answer may melt into one token with the template's, which is no model's to say.
         return message["role"], text.strip() if message["role"] == "assistant" else text
 
@@ -206,9 +206,9 @@ class ChatEncoder:
         What comes after the last answer alone ends the conversation, not a turn; what comes after the earlier ones
         alone begins the next turn.
         """
-        *_, last = found = [self._closing.match(rest) for rest in rests]
+        *_, last = matches = [self._closing.match(rest) for rest in rests]
         if last:
-            return [len(one[0]) if one and one[0].strip() == last[0].strip() else 0 for one in found]
+            return [len(one[0]) if one and one[0].strip() == last[0].strip() else 0 for one in matches]
         lines = [re.split(f"{self._control.pattern}|\n", rest, maxsplit=1)[0] for rest in rests]
         shared = len(_shared(lines).rstrip())
         # Text stops no generation, so a control token after it at the very end is learned as well.
@@ -217,15 +217,17 @@ class ChatEncoder:
 
     # Tokens
 
-    def encode(self, messages: Sequence[Message], *, where: str | None = None, own_marks: bool = True) -> ChatTokens:
-        """A conversation that ends in an answer; with `own_marks`, what the template marks as generated is learned.
+    def encode(
+        self, messages: Sequence[Message], *, where: str | None = None, generation_marks: bool = True
+    ) -> ChatTokens:
+        """A conversation that ends in an answer; `generation_marks` learns what the template marks as generated.
 
         Answers are stripped. Raises InputError where the template rewrites, leaves out or refuses turns.
         """
         if not messages or messages[0]["role"] == "assistant":
             raise InputError("the first turn is the assistant's", where=where)
-        turns = [self._written(message, where) for message in messages]
-        generated = own_marks and self.marks_answers
+        turns = [self._marked_turn(message, where) for message in messages]
+        generated = generation_marks and self.marks_answers
         text = self._generated(turns, where) if generated else self._marked(turns, where)
         plain, at, _ = self._unmarked(text)
         for i in [number for kind, number in at if kind == "s" and not generated]:
@@ -234,8 +236,8 @@ class ChatEncoder:
             # the beginning is gone, the template has dropped it, as reasoning is from earlier turns.
             if opened is not None and plain[at["s", i] : opened].strip():
                 at["s", i] = opened
-            own, written = self._unmarked(turns[i][1])[0], plain[at["s", i] : at["c", i]]
-            if not "".join(own.split()).endswith("".join(written.split())):
+            content, rendered = self._unmarked(turns[i][1])[0], plain[at["s", i] : at["c", i]]
+            if not "".join(content.split()).endswith("".join(rendered.split())):
                 raise InputError("the chat template rewrites an answer", where=where)
         return self._tokens(text, at, where)
 
@@ -252,14 +254,14 @@ class ChatEncoder:
 
         That is the template's generation prompt, and what else it writes before an answer that has no reasoning.
         """
-        turns = [self._written(message, None) for message in messages]
+        turns = [self._marked_turn(message, None) for message in messages]
         text = self._render(turns, prompt=True)
         try:
-            known, found, _ = self._render([*turns, ("assistant", mark("o", 0))]).partition(mark("o", 0))
+            prefix, separator, _ = self._render([*turns, ("assistant", mark("o", 0))]).partition(mark("o", 0))
         except InputError:
-            known, found = "", ""
-        if found and known.startswith(text) and known[len(text) :].strip():
-            text = known
+            prefix, separator = "", ""
+        if separator and prefix.startswith(text) and prefix[len(text) :].strip():
+            text = prefix
         return self._tokens(text, {}, None)
 
     def _unmarked(self, text: str) -> tuple[str, dict[tuple[str, int], int], list[int]]:
@@ -268,20 +270,20 @@ class ChatEncoder:
         at: dict[tuple[str, int], int] = {}
         visual: list[int] = []
         length = done = 0
-        for found in self._scan.finditer(text):
-            kind, number = found[1], int(found[2] or 0)
-            piece = mark("k", self._ids[found[3]]) if found[3] else ""
+        for match in self._scan.finditer(text):
+            kind, number = match[1], int(match[2] or 0)
+            piece = mark("k", self._ids[match[3]]) if match[3] else ""
             if kind == "t":
                 piece = self._content[number]
             elif kind == "v":
                 piece = mark("k", number)
                 visual.append(number)
-            pieces += [text[done : found.start()], piece]
+            pieces += [text[done : match.start()], piece]
             length += len(pieces[-2])
             if kind in ("o", "c", "s", "e"):
                 at[kind, number] = length
             length += len(piece)
-            done = found.end()
+            done = match.end()
         return "".join([*pieces, text[done:]]), at, visual
 
     def _tokens(self, text: str, at: Mapping[tuple[str, int], int], where: str | None) -> ChatTokens:

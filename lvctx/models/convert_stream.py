@@ -36,11 +36,11 @@ def write_converted(
         return
     with only_writer(out):
         started = out / STARTED
-        mine = started.is_file() and json.loads(started.read_bytes()).get("config_hash") == provenance.config_hash
-        if force or resume == "never" or not mine:
+        stored_hash = json.loads(started.read_bytes()).get("config_hash") if started.is_file() else None
+        if force or resume == "never" or stored_hash != provenance.config_hash:
             _clear(out, force=force)
             write_json(started, provenance.to_dict())
-        write_weights(out, shards(), report=on_progress)
+        write_weights(out, shards(), on_progress=on_progress)
         facts = finish()
         nested = [
             f"{folder.name}/{name}" for folder in out.iterdir() if folder.is_dir() for name in model_files(folder)

@@ -20,7 +20,7 @@ from lvctx.models.convert_stream import write_converted
 from lvctx.models.loading import VLM_TYPE, context_length, load_config, resolve_model
 from lvctx.models.saving import model_files
 from lvctx.models.unires import image_max_grids
-from lvctx.models.vlm_assembly import PIXELS_FILE, VLM_FILES, own_template
+from lvctx.models.vlm_assembly import PIXELS_FILE, VLM_FILES, text_template
 from lvctx.models.weight_check import check_shapes
 
 TEMPLATE = "chat_template.jinja"
@@ -142,7 +142,7 @@ def _export_llava(
                 shutil.copyfile(source / name, out / name)
         if (source / TEMPLATE).is_file():
             template = (source / TEMPLATE).read_text(encoding="utf-8")
-            (out / TEMPLATE).write_text(own_template(template), encoding="utf-8")
+            (out / TEMPLATE).write_text(text_template(template), encoding="utf-8")
         if llava.CONFIG_5 in model.config.get("configuration_files", ()):
             write_json(out / llava.CONFIG_5, llava.config_for_5(model.config))
         write_json(out / "config.json", model.config)

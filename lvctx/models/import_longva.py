@@ -30,7 +30,7 @@ from lvctx.models.convert_stream import write_converted
 from lvctx.models.loading import load_config, load_tokenizer, resolve_model
 from lvctx.models.saving import forget_origin, save_tokenizer
 from lvctx.models.side_files import write_side_files
-from lvctx.models.unires import MAX_GRIDS, MaxGrids, grids_up_to, tell_grids
+from lvctx.models.unires import MAX_GRIDS, MaxGrids, grids_up_to, set_image_max_grids
 from lvctx.models.vision_encoder import load_vision_model
 from lvctx.models.vlm_assembly import (
     PIXELS_FILE,
@@ -106,17 +106,17 @@ def plan_import_longva(config: ImportLongvaConfig) -> ImportLongvaJob:
     vlm.vision_feature_layer = flat.get("mm_vision_select_layer", -2)
     grids = read_pinpoints(flat.get("image_grid_pinpoints"), tile=vision.image_size, where=path)
     if grids != MAX_GRIDS:
-        tell_grids(vlm, grids)
+        set_image_max_grids(vlm, grids)
     side = vision.image_size // vision.patch_size
     if side % 2:
         raise InputError(f"{side} x {side} features cannot be pooled 2x2 without a rest", where=path)
     unread = {llava.NEWLINE, "lm_head.weight"} if text.tie_word_embeddings else {llava.NEWLINE}
-    wanted = llava.expected(text, vision, tower=inside)
-    check_shapes({name: shape for name, shape in shapes.items() if name not in unread}, wanted, path)
-    dropped = sorted(stored.keys() - wanted.keys())
-    renamed = llava.rename(set(wanted), to_llava=False)
+    expected = llava.expected(text, vision, tower=inside)
+    check_shapes({name: shape for name, shape in shapes.items() if name not in unread}, expected, path)
+    dropped = sorted(stored.keys() - expected.keys())
+    renamed = llava.rename(set(expected), to_llava=False)
     shards = [
-        {renamed[name]: weight for name, weight in shard.items() if name in wanted}
+        {renamed[name]: weight for name, weight in shard.items() if name in expected}
         for shard in read_weights(path).values()
     ]
     vlm.architectures = ["LlavaOnevisionForConditionalGeneration"]
@@ -276,9 +276,9 @@ def _grown(weight: Weight, rows: int) -> Weight:
         return weight
 
     def chunks() -> Iterator[Any]:
-        whole = bytearray().join(weight.chunks())
-        mean = torch.frombuffer(whole, dtype=DTYPES[weight.dtype]).view(old, width).float().mean(0)
-        yield whole
+        content = bytearray().join(weight.chunks())
+        mean = torch.frombuffer(content, dtype=DTYPES[weight.dtype]).view(old, width).float().mean(0)
+        yield content
         yield from _made(mean.to(DTYPES[weight.dtype]).expand(rows - old, width)).chunks()
 
     return Weight(dtype=weight.dtype, shape=(rows, width), chunks=chunks)

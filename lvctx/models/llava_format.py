@@ -63,14 +63,14 @@ SHAPE_336 = {
 
 def rename(names: Mapping[str, Any] | set[str], *, to_llava: bool) -> dict[str, str]:
     """Old name -> new name, unknown ones left out."""
-    found = {}
+    renamed = {}
     for name in names:
         for llava, stock in RENAMED:
             old, new = (stock, llava) if to_llava else (llava, stock)
             if name.startswith(old):
-                found[name] = new + name[len(old) :]
+                renamed[name] = new + name[len(old) :]
                 break
-    return found
+    return renamed
 
 
 def expected(text: Any, vision: Any, *, tower: bool = True) -> dict[str, tuple[int, ...]]:
@@ -78,21 +78,21 @@ def expected(text: Any, vision: Any, *, tower: bool = True) -> dict[str, tuple[i
     from transformers import AutoModelForCausalLM, CLIPVisionModel
 
     with library_errors("no model can be built from its configuration"), torch.device("meta"):
-        lm, seen = AutoModelForCausalLM.from_config(text), CLIPVisionModel(vision)
-    wanted = {name: tuple(value.shape) for name, value in lm.state_dict().items()}
+        lm, vision_model = AutoModelForCausalLM.from_config(text), CLIPVisionModel(vision)
+    shapes = {name: tuple(value.shape) for name, value in lm.state_dict().items()}
     if text.tie_word_embeddings:
-        wanted.pop("lm_head.weight", None)
+        shapes.pop("lm_head.weight", None)
     wide, width = text.hidden_size, vision.hidden_size
     for layer, into in ((0, width), (2, wide)):
-        wanted[f"model.mm_projector.{layer}.weight"] = (wide, into)
-        wanted[f"model.mm_projector.{layer}.bias"] = (wide,)
+        shapes[f"model.mm_projector.{layer}.weight"] = (wide, into)
+        shapes[f"model.mm_projector.{layer}.bias"] = (wide,)
     if tower:
-        wanted |= {
+        shapes |= {
             TOWER_PREFIX + name.removeprefix("vision_model."): tuple(value.shape)
-            for name, value in seen.state_dict().items()
+            for name, value in vision_model.state_dict().items()
             if not DERIVED.search(name)
         }
-    return wanted
+    return shapes
 
 
 def text_config(flat: Mapping[str, Any], *, context: int | None, where: object) -> Any:

@@ -155,7 +155,7 @@ def load_model(
             f"config.json describes {described:,} parameters, the weights are {sum(stored.values()):,}", where=path
         )
     with library_errors("cannot load the weights", where=path):
-        model, found = kind.from_pretrained(
+        model, loading_info = kind.from_pretrained(
             path,
             config=config,
             dtype=dtype,
@@ -166,7 +166,7 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
         )
-    check_loaded(model, found, stored, path)
+    check_loaded(model, loading_info, stored, path)
     return (model if device_map is not None else model.to(device)).eval()
 
 
@@ -207,12 +207,13 @@ def _stored(path: Path, config: Any) -> dict[str, int]:
 
 def quantization(config: Any) -> str | None:
     """The method that a model's weights are quantized by, from its configuration; None where they are not."""
-    found = getattr(config, "quantization_config", None) or getattr(
+    quant_config = getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(), "quantization_config", None
     )
-    if found is None:
+    if quant_config is None:
         return None
-    return str((found if isinstance(found, dict) else vars(found)).get("quant_method", "an unknown method"))
+    values = quant_config if isinstance(quant_config, dict) else vars(quant_config)
+    return str(values.get("quant_method", "an unknown method"))
 
 
 def refuse_quantized(config: Any, where: object) -> None:

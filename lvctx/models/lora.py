@@ -45,9 +45,9 @@ def load_lora_state(wrapped: Any, state: dict[str, Tensor], *, where: object = N
     """Start from saved tensors. Raises InputError when they are of another rank, other layers or another model."""
     from peft import set_peft_model_state_dict
 
-    wanted = {name: tuple(tensor.shape) for name, tensor in lora_state(wrapped).items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in lora_state(wrapped).items()}
     try:
-        check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, wanted, where)
+        check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, expected, where)
     except InputError as e:
         what = f"the adapter is of another rank or another model: {e.what}"
         raise InputError(what, where=where, fix="give the --lora it was trained with") from None

@@ -44,7 +44,7 @@ def image_max_grids(config: Any) -> MaxGrids:
     return int(most)
 
 
-def tell_grids(config: Any, grids: MaxGrids) -> None:
+def set_image_max_grids(config: Any, grids: MaxGrids) -> None:
     """Write them into a VLM's configuration, where `image_max_grids` reads them."""
     if isinstance(grids, int):
         config.image_max_grids = grids

@@ -61,8 +61,8 @@ class TowerFiles:
     def find(cls, name: str | Path) -> Self:
         """Look into a directory or hub id. Raises InputError when there is no CLIP or SigLIP tower in it."""
         path = resolve_model(name)
-        whole = load_config(path)
-        config = getattr(whole, "vision_config", whole)
+        model_config = load_config(path)
+        config = getattr(model_config, "vision_config", model_config)
         if config.model_type not in ("clip_vision_model", "siglip_vision_model"):
             raise InputError(
                 f"a {config.model_type} model, which holds no CLIP or SigLIP tower",
@@ -75,8 +75,8 @@ class TowerFiles:
         if config.image_size < config.patch_size:
             raise InputError(f"images of {config.image_size} px hold no patch of {config.patch_size}", where=path)
         clip = config.model_type == "clip_vision_model"
-        layer = getattr(whole, "vision_feature_layer", -2 if clip else -1)
-        drop_cls = getattr(whole, "vision_feature_select_strategy", "default" if clip else "full") == "default"
+        layer = getattr(model_config, "vision_feature_layer", -2 if clip else -1)
+        drop_cls = getattr(model_config, "vision_feature_select_strategy", "default" if clip else "full") == "default"
         if not isinstance(layer, int) or not -config.num_hidden_layers - 1 <= layer <= config.num_hidden_layers:
             raise InputError(f"vision_feature_layer is {layer}: it has to be one layer of the tower", where=path)
         return cls(path=path, config=config, layer=layer, drop_cls=drop_cls, preprocess=Preprocess.from_directory(path))
@@ -111,31 +111,31 @@ class TowerFiles:
         """
         facts = {key: getattr(self.config, key) for key in _SHAPE}
         facts |= {"layer": self.layer, "drop_cls": self.drop_cls, "preprocess": asdict(self.preprocess)}
-        whole = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        hasher = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         headers = {file: read_safetensors_header(file) for file in {file for file, _ in self._tensors().values()}}
         for name, (file, key) in sorted(self._tensors().items()):
             entry = headers[file][key]
-            whole.update(f"{name}\0{entry['dtype']}\0{entry['shape']}\n".encode())
+            hasher.update(f"{name}\0{entry['dtype']}\0{entry['shape']}\n".encode())
             with open(file, "rb") as f:
                 start = 8 + int.from_bytes(f.read(8), "little")
                 begin, end = entry["data_offsets"]
                 f.seek(start + begin)
                 while begin < end:
                     chunk = f.read(min(end - begin, 1 << 20))
-                    whole.update(chunk)
+                    hasher.update(chunk)
                     begin += len(chunk)
-        return whole.hexdigest()
+        return hasher.hexdigest()
 
     def _tensors(self) -> dict[str, tuple[Path, str]]:
         """The tower's tensors: name inside the tower -> (file, name in the file)."""
         weights = {name: file for file, header in read_headers(self.path).items() for name in header}
         nested = {key for key in weights if re.search(r"(^|\.)(vision_tower|vision_model)\.", key)}
-        found = {}
+        tensors = {}
         for key in nested or weights:
             name = re.sub(r"^.*?(vision_tower\.vision_model|vision_tower|vision_model)\.", "", key)
             if not name.endswith("position_ids"):  # a buffer that old checkpoints carry
-                found[name] = (self.path / weights[key], key)
-        return found
+                tensors[name] = (self.path / weights[key], key)
+        return tensors
 
     def load(self, dtype: Any) -> nn.Module:
         """The whole transformers model in eval mode, on the CPU. Raises InputError when its tensors do not fit.
@@ -155,9 +155,9 @@ class TowerFiles:
             model: nn.Module = (SiglipVisionModel if siglip else CLIPVisionModel)(config)
         inner: Any = getattr(model, "vision_model", model)  # a level that transformers dropped on the way to 5.23
         headers = read_headers(self.path)
-        found = {name: tuple(headers[file.name][key]["shape"]) for name, (file, key) in tensors.items()}
-        wanted = {n: tuple(t.shape) for n, t in inner.state_dict().items() if not DERIVED.search(n)}
-        check_shapes(found, wanted, f"{self.path}, the vision tower")
+        stored = {name: tuple(headers[file.name][key]["shape"]) for name, (file, key) in tensors.items()}
+        expected = {n: tuple(t.shape) for n, t in inner.state_dict().items() if not DERIVED.search(n)}
+        check_shapes(stored, expected, f"{self.path}, the vision tower")
         state = {}
         with library_errors("cannot load the tower", where=self.path):
             for name, (file, key) in tensors.items():

@@ -207,7 +207,7 @@ def answer_ids(
     A chat template that training would refuse gives the prompt that it has, and the answer encoded alone.
     """
     try:
-        chat = chat_encoder(tokenizer).encode(_messages((question, answer), mark), own_marks=False)
+        chat = chat_encoder(tokenizer).encode(_messages((question, answer), mark), generation_marks=False)
     except InputError:
         return *chat_ids(tokenizer, question, mark=mark), list(tokenizer(answer, add_special_tokens=False).input_ids)
     at, ids, words = chat.visual[0], chat.ids, chat.answers[-1]
@@ -234,12 +234,12 @@ def save_vlm(vlm: Any, tokenizer: Any, tower_dir: Path, out: Path) -> None:
 
 def flatten_content(tokenizer: Any) -> None:
     """Let the chat template take messages in parts, as processors send them."""
-    own = own_template(tokenizer.get_chat_template())
-    flatten = FLATTEN_PARTS if ChatEncoder(tokenizer, own).wants_parts else FLATTEN_CONTENT
-    tokenizer.chat_template = flatten + own
+    template = text_template(tokenizer.get_chat_template())
+    flatten = FLATTEN_PARTS if ChatEncoder(tokenizer, template).wants_parts else FLATTEN_CONTENT
+    tokenizer.chat_template = flatten + template
 
 
-def own_template(template: str) -> str:
+def text_template(template: str) -> str:
     """A VLM's chat template without what `flatten_content` put before it: its language model's."""
     return template.removeprefix(FLATTEN_CONTENT).removeprefix(FLATTEN_PARTS)
 

@@ -30,8 +30,8 @@ def check_names(
     if unknown := sorted(name for name in unexpected if not DERIVED.search(name)):
         problems.append(f"holds {listed(unknown)}, which no model of this configuration has")
     if wrong:
-        stored, wanted = (list(shape) for shape in wrong[0][1:])
-        problems.append(f"{listed([name for name, _, _ in wrong])}: {stored}, and the configuration wants {wanted}")
+        stored, expected = (list(shape) for shape in wrong[0][1:])
+        problems.append(f"{listed([name for name, _, _ in wrong])}: {stored}, and the configuration wants {expected}")
     if problems:
         fix = "download or save it again" if problems[0].startswith("lacks") and not unknown else ""
         raise InputError(
@@ -39,38 +39,38 @@ def check_names(
         )
 
 
-def check_shapes(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where: object) -> None:
+def check_shapes(stored: Mapping[str, Shape], expected: Mapping[str, Shape], where: object) -> None:
     """`check_names` by the shapes of what is stored and of what the model has."""
-    both = found.keys() & wanted.keys()
-    mismatched = [(name, tuple(found[name]), tuple(wanted[name])) for name in both if found[name] != wanted[name]]
-    check_names(wanted.keys() - found.keys(), found.keys() - wanted.keys(), mismatched, where)
+    both = stored.keys() & expected.keys()
+    mismatched = [(name, tuple(stored[name]), tuple(expected[name])) for name in both if stored[name] != expected[name]]
+    check_names(expected.keys() - stored.keys(), stored.keys() - expected.keys(), mismatched, where)
 
 
-def check_loaded(model: Any, found: Mapping[str, Any], stored: Iterable[str], where: object) -> None:
+def check_loaded(model: Any, loading_info: Mapping[str, Any], stored: Iterable[str], where: object) -> None:
     """`check_names` after `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)`.
 
     Some of transformers' classes ignore tensors by name (`_keys_to_ignore_on_load_unexpected`): heads for multi-token
     prediction, which it does not compute. Among them may be a whole layer that num_hidden_layers does not count; so one
     that is built like the model's own layers is looked for in `stored`, the names in the checkpoint.
     """
-    mismatched = [(name, tuple(a), tuple(b)) for name, a, b in found["mismatched_keys"]]
-    unexpected = set(found["unexpected_keys"]) | _uncounted_layers(model, stored)
-    check_names(found["missing_keys"], unexpected, mismatched, where)
+    mismatched = [(name, tuple(a), tuple(b)) for name, a, b in loading_info["mismatched_keys"]]
+    unexpected = set(loading_info["unexpected_keys"]) | _uncounted_layers(model, stored)
+    check_names(loading_info["missing_keys"], unexpected, mismatched, where)
 
 
 def _uncounted_layers(model: Any, stored: Iterable[str]) -> set[str]:
     """Stored tensors of layers that the model has not, where each has a counterpart in a layer of the model."""
     patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    own: dict[str, set[str]] = {}
+    model_layers: dict[str, set[str]] = {}
     for name in model.state_dict() if patterns else ():
         if match := LAYER.fullmatch(name):
-            own.setdefault(match[2], set()).add(match[3])
+            model_layers.setdefault(match[2], set()).add(match[3])
     ignored: dict[str, dict[str, str]] = {}
     for name in stored:
         match = LAYER.fullmatch(name)
-        if match and match[2] not in own and any(pattern.search(name) for pattern in patterns):
+        if match and match[2] not in model_layers and any(pattern.search(name) for pattern in patterns):
             ignored.setdefault(match[2], {})[match[3]] = name
-    alike = [layer for layer in ignored.values() if any(layer.keys() <= names for names in own.values())]
+    alike = [layer for layer in ignored.values() if any(layer.keys() <= names for names in model_layers.values())]
     return {name for layer in alike for name in layer.values()}
 
 

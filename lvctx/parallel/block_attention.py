@@ -80,8 +80,8 @@ class FlashCUDA:
     def forward(
         self, q_BHQD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, *, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor]:
-        found = _aten._scaled_dot_product_flash_attention(q_BHQD, k_BKSD, v_BKSD, 0.0, causal, False, scale=scale)
-        return found[0], found[1]
+        outputs = _aten._scaled_dot_product_flash_attention(q_BHQD, k_BKSD, v_BKSD, 0.0, causal, False, scale=scale)
+        return outputs[0], outputs[1]
 
     def backward(
         self,

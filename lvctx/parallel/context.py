@@ -82,9 +82,9 @@ class ParallelContext:
         """Every rank's value, in the order of ranks, on every rank."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.control)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
 
     def follow(self, values: Iterable[ValueT]) -> Iterator[ValueT]:
         """What rank 0 iterates over, on every rank; the others' `values` are not touched."""
@@ -213,6 +213,6 @@ def _error(origin: dict[str, Any]) -> BaseException:
         return Stopped()
     if origin["code"] == EXIT_INTERRUPTED:
         return KeyboardInterrupt()
-    found = InputError(origin["what"], where=f"rank {origin['rank']}")
-    found.exit_code = origin["code"]
-    return found
+    error = InputError(origin["what"], where=f"rank {origin['rank']}")
+    error.exit_code = origin["code"]
+    return error

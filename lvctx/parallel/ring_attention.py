@@ -68,12 +68,12 @@ def blocks(rank: int, source: int, world: int, length: int, starts: tuple[int, .
             return [AttentionBlock(queries=(0, length), keys=(0, half), causal=False)]
         return [AttentionBlock(queries=(half, length), keys=(0, length), causal=False)]
     size = length if world == 1 else half
-    found = []
+    attention_blocks = []
     for i, mine in enumerate(chunks_of(rank, world)):
         for j, theirs in enumerate(chunks_of(source, world)):
             if theirs <= mine:
-                found += _chunk_blocks(mine, theirs, size, i * size, j * size, starts)
-    return found
+                attention_blocks += _chunk_blocks(mine, theirs, size, i * size, j * size, starts)
+    return attention_blocks
 
 
 def _chunk_blocks(
@@ -125,7 +125,7 @@ class _RingAttention(torch.autograd.Function):
         starts: tuple[int, ...] | None,
     ) -> Tensor:
         length = q.shape[2]
-        own = kv = torch.stack([k, v])
+        local_kv = kv = torch.stack([k, v])
         out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         lse = torch.full(q.shape[:3], -torch.inf, dtype=torch.float32, device=q.device)
         for step in range(ring.world):
@@ -140,21 +140,21 @@ class _RingAttention(torch.autograd.Function):
             if coming:
                 kv = coming.wait()
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, own, out, lse)
-        ctx.given = ring, kernel, scale, starts
+        ctx.save_for_backward(q, local_kv, out, lse)
+        ctx.settings = ring, kernel, scale, starts
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, out, lse = ctx.saved_tensors
         grad = grads[0].contiguous()
-        ring, kernel, scale, starts = ctx.given
+        ring, kernel, scale, starts = ctx.settings
         dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
         coming_grad = None
         for step in range(ring.world):
             coming = _Exchange(kv, ring) if step + 1 < ring.world else None
             source = (ring.rank - step) % ring.world
-            found = []
+            key_value_grads = []
             for b in blocks(ring.rank, source, ring.world, q.shape[2], starts):
                 (i, j), keys = b.queries, slice(*b.keys)
                 rows = [x[:, :, i:j] for x in (grad, q)]
@@ -168,9 +168,9 @@ class _RingAttention(torch.autograd.Function):
                     scale=scale,
                 )
                 dq[:, :, i:j] += part_q
-                found.append((keys, part_k, part_v))
+                key_value_grads.append((keys, part_k, part_v))
             dkv = coming_grad.wait() if coming_grad else torch.zeros(kv.shape, dtype=torch.float32, device=q.device)
-            for keys, part_k, part_v in found:
+            for keys, part_k, part_v in key_value_grads:
                 dkv[0, :, :, keys] += part_k
                 dkv[1, :, :, keys] += part_v
             # After its last step a gradient is one rank short of home.

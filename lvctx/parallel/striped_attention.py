@@ -41,21 +41,21 @@ class Stripe:
     """New tokens of all ranks."""
 
     @property
-    def mine(self) -> slice:
+    def local_slice(self) -> slice:
         """This rank's among the new ones; where it has none, the first in its stead, for no model runs on nothing."""
-        return slice(self.lead(self.ring.rank), None, self.ring.world) if self.own else slice(0, 1)
+        return slice(self.lead(self.ring.rank), None, self.ring.world) if self.local_count else slice(0, 1)
 
     @property
-    def own(self) -> int:
+    def local_count(self) -> int:
         """How many of the new ones are this rank's. Keys and values of a token in their stead do not count."""
-        return held(self.first + self.count, self.ring) - held(self.first, self.ring)
+        return owned_count(self.first + self.count, self.ring) - owned_count(self.first, self.ring)
 
     def lead(self, rank: int) -> int:
         """Place of a rank's first token among the new ones; it may lie behind their end."""
         return (rank - self.first) % self.ring.world
 
 
-def held(length: int, ring: Ring) -> int:
+def owned_count(length: int, ring: Ring) -> int:
     """How many of a sequence's first `length` tokens are this rank's."""
     return len(range(ring.rank, length, ring.world))
 
@@ -79,16 +79,16 @@ def prepare(lm: Any) -> None:
     lm.set_attn_implementation(STRIPED_ATTENTION)
 
 
-def last_rows(mine_LE: Tensor, *, end: int, count: int, ring: Ring) -> Tensor:
-    """Rows (count, E) of the last tokens of a sequence of `end`, on every rank; `mine` ends with this rank's."""
+def last_rows(local_LE: Tensor, *, end: int, count: int, ring: Ring) -> Tensor:
+    """Rows (count, E) of the last tokens of a sequence of `end`, on every rank; `local_LE` ends with this rank's."""
     if ring.world == 1:
-        return mine_LE[-count:]
+        return local_LE[-count:]
     lead = Stripe(ring=ring, first=end - count, count=count).lead(ring.rank)
-    whole_CE = torch.zeros(count, mine_LE.shape[-1], dtype=torch.float32, device=mine_LE.device)
-    places_CE = whole_CE[lead :: ring.world]
-    places_CE.copy_(mine_LE[len(mine_LE) - len(places_CE) :])
-    dist.all_reduce(whole_CE, group=ring.group)  # every row is one rank's, zero on the others: the sum is exact
-    return whole_CE.to(mine_LE.dtype)
+    full_CE = torch.zeros(count, local_LE.shape[-1], dtype=torch.float32, device=local_LE.device)
+    places_CE = full_CE[lead :: ring.world]
+    places_CE.copy_(local_LE[len(local_LE) - len(places_CE) :])
+    dist.all_reduce(full_CE, group=ring.group)  # every row is one rank's, zero on the others: the sum is exact
+    return full_CE.to(local_LE.dtype)
 
 
 def _attend(
@@ -111,9 +111,9 @@ def _attend(
     kernel = choose_kernel(query.device.type, query.dtype, query.shape[-1])
     if stripe is None:
         return attend_alone(query, key, value, kernel, scale).transpose(1, 2), None
-    ring, own, rows = stripe.ring, stripe.own, query.shape[2]
-    before = held(stripe.first, ring)
-    assert rows == max(own, 1)
+    ring, local_count, rows = stripe.ring, stripe.local_count, query.shape[2]
+    before = owned_count(stripe.first, ring)
+    assert rows == max(local_count, 1)
     assert key.shape[2] == before + rows
     most = -(-stripe.count // ring.world)
     padded = F.pad(query, (0, 0, 0, most - rows)).contiguous()
@@ -125,21 +125,21 @@ def _attend(
     out, lse = parts[..., :-1], parts[..., -1].fill_(-torch.inf)
     if before:
         q_BHQD = q_WBHMD.permute(1, 2, 0, 3, 4).flatten(2, 3)
-        found = kernel.forward(q_BHQD, key[:, :, :before], value[:, :, :before], causal=False, scale=scale)
-        merge(out, lse, *(x.unflatten(2, (ring.world, most)).movedim(2, 0) for x in found))
+        block_output = kernel.forward(q_BHQD, key[:, :, :before], value[:, :, :before], causal=False, scale=scale)
+        merge(out, lse, *(x.unflatten(2, (ring.world, most)).movedim(2, 0) for x in block_output))
     for source in range(ring.world):
         skipped = int(stripe.lead(source) < stripe.lead(ring.rank))
-        square = min(most - skipped, own)
+        square = min(most - skipped, local_count)
         if square:
-            seeing, keys = slice(skipped, skipped + square), slice(before, before + square)
-            found = kernel.forward(
-                q_WBHMD[source, :, :, seeing], key[:, :, keys], value[:, :, keys], causal=True, scale=scale
+            queries, keys = slice(skipped, skipped + square), slice(before, before + square)
+            block_output = kernel.forward(
+                q_WBHMD[source, :, :, queries], key[:, :, keys], value[:, :, keys], causal=True, scale=scale
             )
-            merge(out[source, :, :, seeing], lse[source, :, :, seeing], *found)
-    mine = torch.empty_like(parts)
-    dist.all_to_all_single(mine, parts, group=ring.group)
-    weights_WBHM = mine[..., -1].softmax(0)
-    out_BHMD = (weights_WBHM[..., None] * mine[..., :-1]).sum(0)
+            merge(out[source, :, :, queries], lse[source, :, :, queries], *block_output)
+    local_parts = torch.empty_like(parts)
+    dist.all_to_all_single(local_parts, parts, group=ring.group)
+    weights_WBHM = local_parts[..., -1].softmax(0)
+    out_BHMD = (weights_WBHM[..., None] * local_parts[..., :-1]).sum(0)
     return out_BHMD[:, :, :rows].transpose(1, 2).to(query.dtype), None
 
 

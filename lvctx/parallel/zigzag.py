@@ -23,14 +23,14 @@ def chunks_of(rank: int, world: int) -> tuple[int, ...]:
     return (0,) if world == 1 else (rank, 2 * world - 1 - rank)
 
 
-def shard(whole: Tensor, *, rank: int, world: int, fill: int, dim: int = -1) -> Tensor:
+def shard(full: Tensor, *, rank: int, world: int, fill: int, dim: int = -1) -> Tensor:
     """A rank's part of a tensor with L entries along `dim`, padded with `fill` where 2W does not divide L."""
     if world == 1:
-        return whole
-    dim %= whole.ndim
-    size = chunk_length(whole.shape[dim], world)
-    missing = 2 * world * size - whole.shape[dim]
-    padded = F.pad(whole, [0, 0] * (whole.ndim - 1 - dim) + [0, missing], value=fill) if missing else whole
+        return full
+    dim %= full.ndim
+    size = chunk_length(full.shape[dim], world)
+    missing = 2 * world * size - full.shape[dim]
+    padded = F.pad(full, [0, 0] * (full.ndim - 1 - dim) + [0, missing], value=fill) if missing else full
     return torch.cat([padded.narrow(dim, c * size, size) for c in chunks_of(rank, world)], dim)
 
 
@@ -39,5 +39,7 @@ def unshard(shards: Sequence[Tensor], *, length: int, dim: int = -1) -> Tensor:
     world = len(shards)
     if world == 1:
         return shards[0]
-    held = {c: part for r, s in enumerate(shards) for c, part in zip(chunks_of(r, world), s.chunk(2, dim), strict=True)}
-    return torch.cat([held[c] for c in range(2 * world)], dim).narrow(dim, 0, length)
+    by_chunk = {
+        c: part for r, s in enumerate(shards) for c, part in zip(chunks_of(r, world), s.chunk(2, dim), strict=True)
+    }
+    return torch.cat([by_chunk[c] for c in range(2 * world)], dim).narrow(dim, 0, length)

@@ -54,37 +54,37 @@ class RopeScaling:
     """Pretrained length in tokens."""
 
 
-def _specs(model: Mrope, stretch: RopeScaling) -> tuple[Any, Any]:
-    if stretch.method == "mrope++":
+def _specs(model: Mrope, scaling: RopeScaling) -> tuple[Any, Any]:
+    if scaling.method == "mrope++":
         assert not model.interleaved
         return mrope_pp, MropeSpec(
             head_dim=model.head_dim,
             theta=model.theta,
             sections=model.sections,
-            factor=stretch.factor,
-            original=stretch.original,
-            ramp=stretch.ramp,
+            factor=scaling.factor,
+            original=scaling.original,
+            ramp=scaling.ramp,
         )
-    return MROPE_SCHEMES[stretch.method], RopeSpec(
-        head_dim=model.head_dim, theta=model.theta, factor=stretch.factor, original=stretch.original
+    return MROPE_SCHEMES[scaling.method], RopeSpec(
+        head_dim=model.head_dim, theta=model.theta, factor=scaling.factor, original=scaling.original
     )
 
 
-def inv_freq(model: Mrope, stretch: RopeScaling) -> Tensor:
+def inv_freq(model: Mrope, scaling: RopeScaling) -> Tensor:
     """Angular frequencies (head_dim / 2,) in radians per position, float64."""
-    scheme, spec = _specs(model, stretch)
+    scheme, spec = _specs(model, scaling)
     frequencies: Tensor = scheme.inv_freq(spec)
     return frequencies
 
 
-def mrope_attention_factor(model: Mrope, stretch: RopeScaling) -> float:
+def mrope_attention_factor(model: Mrope, scaling: RopeScaling) -> float:
     """What cos and sin are multiplied by: YaRN sharpens attention, the others leave it."""
-    scheme, spec = _specs(model, stretch)
+    scheme, spec = _specs(model, scaling)
     return float(scheme.attention_factor(spec)) if scheme is yarn else 1.0
 
 
-def to_hf(model: Mrope, stretch: RopeScaling) -> dict[str, Any]:
+def to_hf(model: Mrope, scaling: RopeScaling) -> dict[str, Any]:
     """The `rope_parameters` that make stock transformers compute these frequencies."""
-    scheme, spec = _specs(model, stretch)
+    scheme, spec = _specs(model, scaling)
     extra = {"mrope_interleaved": True} if model.interleaved else {}
     return {**scheme.to_hf(spec), "mrope_section": list(model.sections), **extra}

@@ -58,7 +58,7 @@ SequencePart = Text | Grids | VideoGrids
 
 def positions(parts: Iterable[SequencePart]) -> tuple[Tensor, int]:
     """Position ids (3, S) int64 of a sequence, and the position of the token after it."""
-    found: list[Tensor] = []
+    position_ids: list[Tensor] = []
     free = 0
     for part in parts:
         if isinstance(part, Text):
@@ -68,10 +68,10 @@ def positions(parts: Iterable[SequencePart]) -> tuple[Tensor, int]:
             times = (torch.arange(part.time) * torch.tensor(part.step, dtype=torch.float32)).long()
             ids = _grid(times, part.height, part.width) + free
         else:
-            ids = _film(part) + free
-        found.append(ids)
+            ids = _video_positions(part) + free
+        position_ids.append(ids)
         free = max(free, int(ids.max()) + 1) if ids.numel() else free
-    return (torch.cat(found, dim=1) if found else torch.zeros(3, 0, dtype=torch.int64)), free
+    return (torch.cat(position_ids, dim=1) if position_ids else torch.zeros(3, 0, dtype=torch.int64)), free
 
 
 def _grid(times: Tensor, height: int, width: int) -> Tensor:
@@ -79,17 +79,17 @@ def _grid(times: Tensor, height: int, width: int) -> Tensor:
     return torch.stack(axes).reshape(3, -1)
 
 
-def _film(film: VideoGrids) -> Tensor:
-    found = []
+def _video_positions(video: VideoGrids) -> Tensor:
+    position_ids = []
     at = 0
-    for run in film.runs:
-        times = torch.tensor(film.times[at : at + run.time])
+    for run in video.runs:
+        times = torch.tensor(video.times[at : at + run.time])
         if at:
-            found += [torch.full((3, 1), film.times[at - 1]), torch.full((3, 1), film.times[at])]
-        found.append(_grid(times, run.height, run.width))
+            position_ids += [torch.full((3, 1), video.times[at - 1]), torch.full((3, 1), video.times[at])]
+        position_ids.append(_grid(times, run.height, run.width))
         at += run.time
-    assert at == len(film.times)
-    return torch.cat(found, dim=1)
+    assert at == len(video.times)
+    return torch.cat(position_ids, dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,16 +77,16 @@ def to_hf(spec: MropeSpec) -> dict[str, Any]:
     """The `rope_parameters` that make stock transformers compute these frequencies, with attention left as it is."""
     common = {"rope_theta": spec.theta, "mrope_section": list(spec.sections)}
     fast, slow = betas(spec)
-    stretched = {"factor": spec.factor, "original_max_position_embeddings": spec.original}
+    scaling = {"factor": spec.factor, "original_max_position_embeddings": spec.original}
     if spec.ramp == "index":
         # Without truncate, YaRN rounds the ends of its ramp to whole channels: 14.9999... would become 14.
         extra = {"attention_factor": 1.0, "beta_fast": fast, "beta_slow": slow, "truncate": False}
-        return {"rope_type": "yarn", **common, **stretched, **extra}
+        return {"rope_type": "yarn", **common, **scaling, **extra}
     if spec.ramp == "wavelength":
         return {
             "rope_type": "llama3",
             **common,
-            **stretched,
+            **scaling,
             "low_freq_factor": slow,
             "high_freq_factor": fast,
         }
@@ -95,7 +95,7 @@ def to_hf(spec: MropeSpec) -> dict[str, Any]:
     return {
         "rope_type": "longrope",
         **common,
-        **stretched,
+        **scaling,
         "attention_factor": 1.0,
         "short_factor": factors,
         "long_factor": factors,

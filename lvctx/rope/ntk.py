@@ -13,7 +13,7 @@ from lvctx.rope import frequencies as rope
 from lvctx.rope.spec import RopeSpec
 
 
-def stretched(spec: RopeSpec) -> RopeSpec:
+def scale_base(spec: RopeSpec) -> RopeSpec:
     """Plain rope with the base that stretches `spec.theta` by `spec.factor`."""
     theta = spec.theta * spec.factor ** (spec.head_dim / (spec.head_dim - 2))
     return replace(spec, theta=theta, factor=1.0)
@@ -21,9 +21,9 @@ def stretched(spec: RopeSpec) -> RopeSpec:
 
 def inv_freq(spec: RopeSpec) -> Tensor:
     """Angular frequencies (head_dim / 2,) in radians per position, float64."""
-    return rope.inv_freq(stretched(spec))
+    return rope.inv_freq(scale_base(spec))
 
 
 def to_hf(spec: RopeSpec) -> dict[str, Any]:
     """The `rope_parameters` of plain rope with the larger base."""
-    return rope.to_hf(stretched(spec))
+    return rope.to_hf(scale_base(spec))

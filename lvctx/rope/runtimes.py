@@ -40,7 +40,7 @@ def vllm(rope: dict[str, Any], *, model_type: str, context: int) -> dict[str, An
     if rope["rope_type"] != "yarn":
         return {}
     if sections and model_type != "qwen3_vl":
-        fast, slow = _whole_channels(rope)
+        fast, slow = _rounded_betas(rope)
         changed = {**rope, "beta_fast": 4 * fast, "beta_slow": 4 * slow, "truncate": True, "attn_factor": _undo(rope)}
         return {"text_config": {"rope_parameters": changed, "max_position_embeddings": context}}
     if sections or "attention_factor" not in rope:
@@ -54,7 +54,7 @@ def sglang(rope: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if rope["rope_type"] != "yarn" or "attention_factor" not in rope:
         return rope
-    fast, slow = _whole_channels(rope)
+    fast, slow = _rounded_betas(rope)
     return {**rope, "beta_fast": fast, "beta_slow": slow, "truncate": True, "attn_factor": _undo(rope)}
 
 
@@ -78,7 +78,7 @@ def llama_cpp(rope: dict[str, Any], *, model_type: str, context: int) -> list[st
         return ["--rope-scaling", "linear", "--rope-scale", f"{rope['factor']:g}", *length]
     if rope["rope_type"] != "yarn":
         return None
-    fast, slow = _whole_channels(rope)
+    fast, slow = _rounded_betas(rope)
     flags = {
         "--rope-scaling": "yarn",
         "--rope-scale": f"{rope['factor']:g}",
@@ -95,7 +95,7 @@ def _attn_factor(architecture: str, rope: dict[str, Any]) -> str:
     return f"{architecture}.rope.scaling.attn_factor=float:{_undo(rope):.9g}"
 
 
-def _whole_channels(rope: dict[str, Any]) -> tuple[float, float]:
+def _rounded_betas(rope: dict[str, Any]) -> tuple[float, float]:
     """beta_fast and beta_slow of which rounding outwards gives the ramp that the exact ones give without rounding."""
     fast, slow = rope["beta_fast"], rope["beta_slow"]
     return (fast, slow) if rope.get("truncate", True) else (fast * (1 - NUDGE), slow * (1 + NUDGE))
@@ -103,5 +103,5 @@ def _whole_channels(rope: dict[str, Any]) -> tuple[float, float]:
 
 def _undo(rope: dict[str, Any]) -> float:
     """The attn_factor that turns a runtime's own 0.1 ln s + 1 into the attention factor that is wanted."""
-    own = 0.1 * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
-    return float(rope.get("attention_factor", own)) / own
+    default_factor = 0.1 * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
+    return float(rope.get("attention_factor", default_factor)) / default_factor

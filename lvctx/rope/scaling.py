@@ -90,7 +90,7 @@ def resolve_scaling(
         if theta is not None:
             raise UsageError("--rope none keeps the base", fix="drop --rope-theta, or --rope theta")
         return ScaledRope(rope_parameters=old, factor=1.0, context=context or max(promised, seq_len))
-    module, own = SCHEMES[scheme]
+    module, scheme_rope_type = SCHEMES[scheme]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kept = {key: old[key] for key in KEPT if key in old}
     rotating = int(head_dim * rope_number(kept, "partial_rotary_factor", above=0.0, default=1.0))
@@ -106,7 +106,7 @@ def resolve_scaling(
         return ScaledRope(
             rope_parameters=module.to_hf(spec) | kept, factor=1.0, context=context or max(promised, seq_len)
         )
-    if kind not in ("default", own):
+    if kind not in ("default", scheme_rope_type):
         raise InputError(
             f"the model's positions are {kind} already", fix="--rope none keeps them, --rope theta makes them plain"
         )

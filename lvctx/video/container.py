@@ -17,7 +17,7 @@ from lvctx.video.truncation import find_truncation
 log = logging.getLogger(__name__)
 
 
-def check_whole(path: Path, *, allow_partial: bool = False) -> bool:
+def check_complete(path: Path, *, allow_partial: bool = False) -> bool:
     """Whether a file is whole as far as its container tells. Raises InputError where there is none or it is empty.
 
     Also for one that has been cut short, unless `allow_partial`.
@@ -93,8 +93,8 @@ def open_video(path: Path) -> tuple[Any, Any]:
     try:
         container = open_file(path)
     except Exception as e:  # of every type, see decoder_errors
-        found = _check_kind(path)
-        what = "text, not a video" if found.name == "text" else "not a video"
+        sniffed = _check_kind(path)
+        what = "text, not a video" if sniffed.name == "text" else "not a video"
         reason = getattr(e, "strerror", None) or str(e)
         raise InputError(f"{what} that FFmpeg can open ({reason})", where=path, fix="give a video file") from e
     if container.format.name == "image2" or container.format.name.endswith("_pipe"):
@@ -126,10 +126,10 @@ def _preference(stream: Any) -> int:
 
 def _check_kind(path: Path) -> Sniffed:
     """What a file is that is no video; InputError where more can be said of it than what FFmpeg says."""
-    found = sniff(path)
-    if found.name not in ("video", "sound", "text", "other"):
-        raise mistaken(path, "a video", fix=OTHERS.get(found.name, "give a video file"), found=found)
-    return found
+    sniffed = sniff(path)
+    if sniffed.name not in ("video", "sound", "text", "other"):
+        raise mistaken(path, "a video", fix=OTHERS.get(sniffed.name, "give a video file"), sniffed=sniffed)
+    return sniffed
 
 
 OTHERS = {

@@ -28,7 +28,7 @@ from lvctx.video.reader import DecodeStats, Frame, read_video
 from lvctx.video.sampling import VideoSampling
 from lvctx.video.squares import square
 
-PATIENCE = 120.0
+TIMEOUT = 120.0
 """Seconds in which a decoder has to read at least one packet."""
 HEAD, FRAME = struct.Struct("<cQ"), struct.Struct("<qd")
 
@@ -60,10 +60,10 @@ class DecodeRequest:
 
 
 class Decoders:
-    """Processes that decode; safe to use from several threads. `patience` is in seconds, see `PATIENCE`."""
+    """Processes that decode; safe to use from several threads. `timeout` is in seconds, see `TIMEOUT`."""
 
-    def __init__(self, *, patience: float = PATIENCE) -> None:
-        self._patience = patience
+    def __init__(self, *, timeout: float = TIMEOUT) -> None:
+        self._timeout = timeout
         self._idle: list[subprocess.Popen[bytes]] = []
 
     @contextlib.contextmanager
@@ -75,7 +75,7 @@ class Decoders:
         process = self._idle.pop() if self._idle else self._start()
         clean = False
         try:
-            reader = _Reader(process, request, facts, self._patience)
+            reader = _Reader(process, request, facts, self._timeout)
             yield reader
             clean = reader.over
         except errors.LvctxError:
@@ -104,8 +104,8 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 class _Reader(Iterator[Frame]):
-    def __init__(self, process: Any, request: DecodeRequest, facts: dict[str, Any], patience: float) -> None:
-        self._process, self._request, self._facts, self._patience = process, request, facts, patience
+    def __init__(self, process: Any, request: DecodeRequest, facts: dict[str, Any], timeout: float) -> None:
+        self._process, self._request, self._facts, self._timeout = process, request, facts, timeout
         self.over = False
         with contextlib.suppress(BrokenPipeError):  # reading will say why
             process.stdin.write(request.to_json().encode() + b"\n")
@@ -135,9 +135,9 @@ class _Reader(Iterator[Frame]):
         body = bytearray(size)
         rest, pipe = memoryview(body), self._process.stdout.fileno()
         while rest:
-            if not select.select([pipe], [], [], self._patience)[0]:
+            if not select.select([pipe], [], [], self._timeout)[0]:
                 raise errors.InputError(
-                    f"the decoder stood still for {self._patience:g} s",
+                    f"the decoder stood still for {self._timeout:g} s",
                     where=self._request.path,
                     fix="convert the video",
                 )
@@ -167,7 +167,7 @@ class _Answer:
 
     def __init__(self, out: int, request: DecodeRequest) -> None:
         self._out, self._request = out, request
-        self._lock, self._over, self._tally = threading.Lock(), threading.Event(), DecodeStats()
+        self._lock, self._over, self._stats = threading.Lock(), threading.Event(), DecodeStats()
 
     def run(self) -> None:
         beats = threading.Thread(target=self._beat, daemon=True)
@@ -184,25 +184,25 @@ class _Answer:
         self._send(kind, json.dumps(answer).encode())
 
     def _frames(self) -> dict[str, Any]:
-        asked = self._request
+        request = self._request
         reader = read_video(
-            Path(asked.path), asked.sampling, prepare=self._square, threads=asked.threads, tally=self._tally
+            Path(request.path), request.sampling, prepare=self._square, threads=request.threads, stats=self._stats
         )
         for frame in reader:
             self._send(b"F", FRAME.pack(frame.index, frame.pts), frame.image.data)
         return reader.facts
 
     def _square(self, image: np.ndarray) -> np.ndarray:
-        asked = self._request
-        red, green, blue = asked.background
-        done = square(Image.fromarray(image), asked.size, asked.sampling.frame_mode or "crop", (red, green, blue))
+        request = self._request
+        red, green, blue = request.background
+        done = square(Image.fromarray(image), request.size, request.sampling.frame_mode or "crop", (red, green, blue))
         return np.ascontiguousarray(np.asarray(done))
 
     def _beat(self) -> None:
-        seen = 0
+        packets = 0
         while not self._over.wait(1):
-            if self._tally.packets != seen:
-                seen = self._tally.packets
+            if self._stats.packets != packets:
+                packets = self._stats.packets
                 self._send(b"A")
 
     def _send(self, kind: bytes, *parts: Any) -> None:

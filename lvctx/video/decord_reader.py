@@ -66,14 +66,18 @@ def _why_not_file(path: Path) -> str:
         first = None
         with contextlib.suppress(av.FFmpegError):
             first = next(container.decode(stream), None)
-        found = first.side_data.get("DISPLAYMATRIX") if first else None
-    return "" if found is None or upright(bytes(found)) in TURNS else "it turns pictures, but mirrors none"
+        display_matrix = first.side_data.get("DISPLAYMATRIX") if first else None
+    return (
+        ""
+        if display_matrix is None or upright(bytes(display_matrix)) in TURNS
+        else "it turns pictures, but mirrors none"
+    )
 
 
 def read_with_decord(
-    path: Path, index: PacketIndex, wanted: Sequence[int], facts: dict[str, Any]
+    path: Path, index: PacketIndex, frame_indices: Sequence[int], facts: dict[str, Any]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(frame, RGB picture) for ascending, distinct `wanted` of a video that `check_decord` lets pass."""
+    """(frame, RGB picture) for ascending, distinct `frame_indices` of a video that `check_decord` lets pass."""
     decord = require_decord()
     decord.logging.set_level(decord.logging.QUIET)
     try:
@@ -81,7 +85,7 @@ def read_with_decord(
         reader = decord.VideoReader(str(path.absolute()), ctx=decord.cpu(0))
         if len(reader) != len(index):
             raise InputError(f"decord counts {len(reader)} frames of {len(index)}", where=path, fix="--decoder auto")
-        todo = iter(wanted)
+        todo = iter(frame_indices)
         while chunk := list(islice(todo, DECORD_BATCH)):
             yield from zip(chunk, reader.get_batch(chunk).asnumpy(), strict=True)
     except (decord.DECORDError, RuntimeError) as e:

@@ -125,8 +125,8 @@ def _clouds(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     while cells <= side // 2:
         shape = (max(2, cells * height // side), max(2, cells * width // side))
         grey = rng.integers(0, 256, (*shape, 1))
-        own = rng.integers(0, 256, (*shape, 3))
-        coarse = Image.fromarray((grey * (1 - tint) + own * tint).astype(np.uint8))
+        color = rng.integers(0, 256, (*shape, 3))
+        coarse = Image.fromarray((grey * (1 - tint) + color * tint).astype(np.uint8))
         total_HW3 += weight * (np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.float32) - 127)
         cells, weight = cells * 2, weight * decay
     return total_HW3 * rng.uniform(0.3, 1.0)
@@ -158,9 +158,9 @@ def _clutter(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
         n = int(rng.integers(3, 9))
         radius = side * rng.uniform(0.04, 0.5) ** 1.6
         turn_N = np.sort(rng.uniform(0, 2 * pi, n))
-        reach_N = radius * rng.uniform(0.5, 1.4, n)
+        radius_N = radius * rng.uniform(0.5, 1.4, n)
         centre = rng.uniform(0, 1, 2) * (width, height)
-        points_N2 = centre + np.stack([np.cos(turn_N), np.sin(turn_N)], 1) * reach_N[:, None]
+        points_N2 = centre + np.stack([np.cos(turn_N), np.sin(turn_N)], 1) * radius_N[:, None]
         color = np.clip(palette[rng.integers(6)] + rng.integers(-30, 31, 3), 0, 255)
         pen.polygon([(float(x), float(y)) for x, y in points_N2], fill=tuple(color.tolist()))
     blur = rng.uniform(0, 4)
@@ -172,58 +172,58 @@ def _clutter(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 def background(rng: np.random.Generator, *, width: int, height: int) -> np.ndarray:
     """A picture in which nothing can be named: uint8 (height, width, 3), sizes in pixels."""
     layers = (_clouds, _gradient, _stripes, _clutter)
-    picture_HW3 = np.zeros((height, width, 3), np.float32)
+    image_HW3 = np.zeros((height, width, 3), np.float32)
     for index in rng.choice(4, size=int(rng.integers(1, 4)), replace=False, p=[0.36, 0.2, 0.12, 0.32]):
-        picture_HW3 += layers[index](rng, width, height) * rng.uniform(0.4, 1.0)
+        image_HW3 += layers[index](rng, width, height) * rng.uniform(0.4, 1.0)
     # Films are rarely as gaudy as independent channels: pull towards grey, then choose contrast and exposure.
-    grey_HW1 = picture_HW3.mean(axis=2, keepdims=True)
-    picture_HW3 = grey_HW1 + (picture_HW3 - grey_HW1) * rng.uniform(0.1, 1.0)
-    picture_HW3 = picture_HW3 * rng.uniform(0.3, 1.1) + rng.uniform(40, 215) + rng.uniform(-25, 25, 3)
-    return np.clip(picture_HW3, 0, 255).astype(np.uint8)
+    grey_HW1 = image_HW3.mean(axis=2, keepdims=True)
+    image_HW3 = grey_HW1 + (image_HW3 - grey_HW1) * rng.uniform(0.1, 1.0)
+    image_HW3 = image_HW3 * rng.uniform(0.3, 1.1) + rng.uniform(40, 215) + rng.uniform(-25, 25, 3)
+    return np.clip(image_HW3, 0, 255).astype(np.uint8)
 
 
-def _bars(rng: np.random.Generator, picture_HW3: np.ndarray) -> np.ndarray:
+def _bars(rng: np.random.Generator, image_HW3: np.ndarray) -> np.ndarray:
     """Letterbox the background with bars of its mean colour, as a wide frame padded to a square has them."""
-    height, width = picture_HW3.shape[:2]
+    height, width = image_HW3.shape[:2]
     bar = int(rng.uniform(0.1, 0.3) * height)
-    barred_HW3 = np.empty_like(picture_HW3)
-    barred_HW3[:] = picture_HW3.reshape(-1, 3).mean(0).astype(np.uint8)
-    squeezed = Image.fromarray(picture_HW3).resize((width, height - 2 * bar), Image.Resampling.BILINEAR)
+    barred_HW3 = np.empty_like(image_HW3)
+    barred_HW3[:] = image_HW3.reshape(-1, 3).mean(0).astype(np.uint8)
+    squeezed = Image.fromarray(image_HW3).resize((width, height - 2 * bar), Image.Resampling.BILINEAR)
     barred_HW3[bar : height - bar] = np.asarray(squeezed)
     return barred_HW3
 
 
-def paint(rng: np.random.Generator, picture_HW3: np.ndarray, *, shape: str, color: str) -> np.ndarray:
+def paint(rng: np.random.Generator, image_HW3: np.ndarray, *, shape: str, color: str) -> np.ndarray:
     """Paint a shape into the uint8 picture in place; return the coverage per pixel, float32 (H, W) in 0..1.
 
     Place, size (36-90 % of the shorter side), turn (±20°), stretch, shade and lighting are drawn from `rng`.
     """
-    height, width = picture_HW3.shape[:2]
+    height, width = image_HW3.shape[:2]
     side = min(height, width)
     half = side * rng.uniform(0.18, 0.45)
-    reach = half * 1.05
-    x = rng.uniform(reach, width - reach) if width > 2 * reach else width / 2
-    y = rng.uniform(reach, height - reach) if height > 2 * reach else height / 2
+    margin = half * 1.05
+    x = rng.uniform(margin, width - margin) if width > 2 * margin else width / 2
+    y = rng.uniform(margin, height - margin) if height > 2 * margin else height / 2
     angle = rng.uniform(-pi / 9, pi / 9)
-    stretch = half * rng.uniform(0.88, 1.0, 2)
+    half_size_2 = half * rng.uniform(0.88, 1.0, 2)
     turn = np.array([[cos(angle), -sin(angle)], [sin(angle), cos(angle)]])
     mask = Image.new("L", (width * SUPERSAMPLE, height * SUPERSAMPLE), 0)
     pen = ImageDraw.Draw(mask)
     for hole, ring in enumerate(_OUTLINES[shape]):
-        points_N2 = ((np.asarray(ring) * stretch) @ turn.T + (x, y)) * SUPERSAMPLE
+        points_N2 = ((np.asarray(ring) * half_size_2) @ turn.T + (x, y)) * SUPERSAMPLE
         pen.polygon([(float(px), float(py)) for px, py in points_N2], fill=0 if hole else 255)
     cover_HW = np.asarray(mask.reduce(SUPERSAMPLE), np.float32) / 255
     color_3 = np.asarray(COLORS[color], np.float32) + rng.uniform(-14, 14, 3).astype(np.float32)
     # A shape that its surroundings swallow cannot be asked about; their negative cannot swallow it as well.
     top, left = max(0, int(y - half)), max(0, int(x - half))
-    around_3 = picture_HW3[top : int(y + half) + 1, left : int(x + half) + 1].reshape(-1, 3).mean(0)
+    around_3 = image_HW3[top : int(y + half) + 1, left : int(x + half) + 1].reshape(-1, 3).mean(0)
     if np.abs(around_3 - color_3).sum() < 150:
-        np.subtract(255, picture_HW3, out=picture_HW3)
+        np.subtract(255, image_HW3, out=image_HW3)
     # Light falls from one side and fades by at most a sixth, so brown and orange stay apart.
     ramp_H1 = np.linspace(-1, 1, height, dtype=np.float32)[:, None] * float(rng.uniform(-0.08, 0.08))
     ramp_1W = np.linspace(-1, 1, width, dtype=np.float32)[None] * float(rng.uniform(-0.08, 0.08))
     inside_HW3 = np.clip(color_3 * (1 + ramp_H1 + ramp_1W)[..., None], 0, 255)
-    picture_HW3[:] = picture_HW3 + (inside_HW3 - picture_HW3) * cover_HW[..., None]
+    image_HW3[:] = image_HW3 + (inside_HW3 - image_HW3) * cover_HW[..., None]
     return cover_HW
 
 
@@ -234,16 +234,16 @@ def _decoy(rng: np.random.Generator) -> Outline:
         thin = rng.uniform(0.08, 0.35)
         return [(-1.0, -thin), (1.0, -thin), (1.0, thin), (-1.0, thin)]
     turn_N = np.linspace(0, 2 * pi, 48, endpoint=False) if kind == 1 else np.sort(rng.uniform(0, 2 * pi, 7))
-    reach_N = np.ones(len(turn_N)) if kind == 1 else rng.uniform(0.3, 1.0, len(turn_N))
+    radius_N = np.ones(len(turn_N)) if kind == 1 else rng.uniform(0.3, 1.0, len(turn_N))
     for waves in (2, 3, 5) if kind == 1 else ():
-        reach_N = reach_N + rng.uniform(0.15, 0.4) / (waves - 1) * np.cos(waves * turn_N + rng.uniform(0, 2 * pi))
-    return [(float(r * cos(t)), float(r * sin(t))) for r, t in zip(reach_N / reach_N.max(), turn_N, strict=True)]
+        radius_N = radius_N + rng.uniform(0.15, 0.4) / (waves - 1) * np.cos(waves * turn_N + rng.uniform(0, 2 * pi))
+    return [(float(r * cos(t)), float(r * sin(t))) for r, t in zip(radius_N / radius_N.max(), turn_N, strict=True)]
 
 
-def _scatter(rng: np.random.Generator, picture_HW3: np.ndarray) -> None:
+def _scatter(rng: np.random.Generator, image_HW3: np.ndarray) -> None:
     """Lay one to four decoys of gaudy colours on the picture, in place: colour alone must not look like a shape."""
-    height, width = picture_HW3.shape[:2]
-    image = Image.fromarray(picture_HW3)
+    height, width = image_HW3.shape[:2]
+    image = Image.fromarray(image_HW3)
     for _ in range(int(rng.integers(1, 5))):
         color_3 = np.array(list(COLORS.values())[int(rng.integers(len(COLORS)))]) + rng.integers(-30, 31, 3)
         angle, radius = rng.uniform(0, 2 * pi), min(height, width) * rng.uniform(0.08, 0.45)
@@ -256,7 +256,7 @@ def _scatter(rng: np.random.Generator, picture_HW3: np.ndarray) -> None:
         if rng.random() < 0.3:
             cover = cover.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 3)))
         image.paste(tuple(np.clip(color_3, 0, 255).tolist()), (0, 0, width, height), cover)
-    picture_HW3[:] = np.asarray(image)
+    image_HW3[:] = np.asarray(image)
 
 
 Photos = Sequence[np.ndarray]
@@ -266,27 +266,27 @@ Photos = Sequence[np.ndarray]
 def _canvas(rng: np.random.Generator, size: int, photos: Photos = ()) -> np.ndarray:
     """A background, or more often a photo's crop if there are `photos`; with these, decoys lie on one in three."""
     if photos and rng.random() < 0.6:
-        picture_HW3 = crop_photo(rng, photos[int(rng.integers(len(photos)))], size=size)
+        image_HW3 = crop_photo(rng, photos[int(rng.integers(len(photos)))], size=size)
     else:
-        picture_HW3 = background(rng, width=size, height=size)
-        picture_HW3 = _bars(rng, picture_HW3) if rng.random() < 0.2 else picture_HW3
+        image_HW3 = background(rng, width=size, height=size)
+        image_HW3 = _bars(rng, image_HW3) if rng.random() < 0.2 else image_HW3
     if photos and rng.random() < 1 / 3:
-        _scatter(rng, picture_HW3)
-    return picture_HW3
+        _scatter(rng, image_HW3)
+    return image_HW3
 
 
-def draw_picture_with_mask(
+def draw_image_with_mask(
     rng: np.random.Generator, *, size: int, shape: str, color: str, photos: Photos = ()
 ) -> tuple[Image.Image, np.ndarray]:
-    """`draw_picture`, and the coverage of each pixel by the shape, float32 (size, size) in 0..1."""
-    picture_HW3 = _canvas(rng, size, photos)
-    mask_HW = paint(rng, picture_HW3, shape=shape, color=color)
-    return Image.fromarray(picture_HW3), mask_HW
+    """`draw_image`, and the coverage of each pixel by the shape, float32 (size, size) in 0..1."""
+    image_HW3 = _canvas(rng, size, photos)
+    mask_HW = paint(rng, image_HW3, shape=shape, color=color)
+    return Image.fromarray(image_HW3), mask_HW
 
 
-def draw_picture(rng: np.random.Generator, *, size: int, shape: str, color: str, photos: Photos = ()) -> Image.Image:
+def draw_image(rng: np.random.Generator, *, size: int, shape: str, color: str, photos: Photos = ()) -> Image.Image:
     """A square picture, `size` pixels a side, of one `color` `shape` on a background of its own (or a photo's)."""
-    return draw_picture_with_mask(rng, size=size, shape=shape, color=color, photos=photos)[0]
+    return draw_image_with_mask(rng, size=size, shape=shape, color=color, photos=photos)[0]
 
 
 def draw_blank(rng: np.random.Generator, *, size: int, photos: Photos = ()) -> Image.Image:
@@ -311,14 +311,14 @@ def draw_grids(
     """
     kind = 1.0 if photos and rng.random() < 2 / 3 else rng.random()
     one_photo = rng.random() < 0.5
-    whole_HW3 = np.empty((rows * size, cols * size, 3), np.uint8)
+    full_HW3 = np.empty((rows * size, cols * size, 3), np.uint8)
     if kind < 0.4:
-        whole_HW3[:] = background(rng, width=cols * size, height=rows * size)
+        full_HW3[:] = background(rng, width=cols * size, height=rows * size)
     scene_HW3 = _canvas(rng, size)
     near = int(rng.integers(len(photos))) if photos else 0
     for cell in range(cols * rows):
         top, left = divmod(cell, cols)
-        part_HW3 = whole_HW3[top * size : (top + 1) * size, left * size : (left + 1) * size]
+        part_HW3 = full_HW3[top * size : (top + 1) * size, left * size : (left + 1) * size]
         if kind == 1.0:
             chosen = (near + int(rng.integers(-8, 9))) % len(photos) if one_photo else int(rng.integers(len(photos)))
             part_HW3[:] = crop_photo(rng, photos[chosen], size=size)
@@ -333,4 +333,4 @@ def draw_grids(
             if rng.random() < 0.5:  # a needle does not resemble its haystack
                 part_HW3[:] = _canvas(rng, size)
             paint(rng, part_HW3, shape=shape, color=color)
-    return Image.fromarray(whole_HW3)
+    return Image.fromarray(full_HW3)

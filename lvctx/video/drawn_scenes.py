@@ -36,9 +36,9 @@ class _Dice:
             self._state = self._next() ^ part
 
     def _next(self) -> int:
-        found = int(_mix(np.array([self._state], np.uint64))[0])
+        value = int(_mix(np.array([self._state], np.uint64))[0])
         self._state = (self._state + _STEP) & _MASK
-        return found
+        return value
 
     def between(self, low: int, high: int) -> int:
         """A whole number, both ends included."""
@@ -112,7 +112,7 @@ def _hills(dice: _Dice) -> Scene:
 
     def frame(t: int, side: int) -> np.ndarray:
         ramp = np.broadcast_to((np.arange(side, dtype=np.int32) * 255 // side)[:, None], (side, side))
-        picture = _blend(above, below, ramp)
+        image = _blend(above, below, ramp)
         for near, (seed, color, rough) in enumerate(ridges, start=1):
             x = speed * near * near * t  # what is nearer passes faster
             shape = _fractal(seed, 0, x, 1, side, 1 << (8 - near))[0]
@@ -120,8 +120,8 @@ def _hills(dice: _Dice) -> Scene:
             texture = _fractal(seed + 1, 0, x, side, side, 32)
             shade = 255 - rough + texture * rough // 255
             inside = np.arange(side)[:, None] >= top[None]
-            picture = np.where(inside[..., None], color * shade[..., None] // 255, picture)
-        return picture
+            image = np.where(inside[..., None], color * shade[..., None] // 255, image)
+        return image
 
     return frame
 
@@ -164,5 +164,5 @@ def scene(seed: int, number: int, side: int) -> Iterator[np.ndarray]:
     for t in range(dice.between(4, 40)):
         swing = abs((t % (2 * turn)) - turn) * light // turn  # daylight comes and goes
         noise = (_lattice(grain + t, np.arange(side), np.arange(side)) & np.uint64(15)).astype(np.int32) - 8
-        picture = draw(t, side) * (256 - swing) // 256 + noise[..., None]
-        yield np.clip(picture, 0, 255).astype(np.uint8)
+        image = draw(t, side) * (256 - swing) // 256 + noise[..., None]
+        yield np.clip(image, 0, 255).astype(np.uint8)

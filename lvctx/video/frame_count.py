@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.errors import InputError
-from lvctx.video.container import check_whole, decoder_errors, demux, open_video, probe
+from lvctx.video.container import check_complete, decoder_errors, demux, open_video, probe
 from lvctx.video.frame_selection import (
     due_ticks,
     frame_numbers,
@@ -56,34 +56,34 @@ def count_frames(path: Path, sampling: VideoSampling, *, decode: bool = True) ->
     Where packets do not tell (see `packets.py`), and with `allow_partial`, everything is decoded, or without `decode`
     nothing at all and the count is near. Raises as `read_video`.
     """
-    check_whole(path, allow_partial=sampling.allow_partial)
+    check_complete(path, allow_partial=sampling.allow_partial)
     job = ReadJob(path=path, sampling=sampling, threads=os.cpu_count() or 1)
     with decoder_errors(path):
         if sampling.allow_partial and decode:
             return _count_readable(job)
         index = read_packets(path)
-        wanted = frame_numbers(index, sampling) if index is not None else []
-        if index is not None and not wanted:
+        frame_indices = frame_numbers(index, sampling) if index is not None else []
+        if index is not None and not frame_indices:
             raise no_frame(job)
-        if index is None or index.stretches(sorted(set(wanted))) is None:
+        if index is None or index.seek_ranges(sorted(set(frame_indices))) is None:
             return _count_all(job) if decode else _count_about(job)
         duration = float(index.end * index.time_base - index.time(0))
         facts = probe(path)
         width, height = facts["width"], facts["height"]
         if decode:
-            height, width = _upright_size(job, index, wanted)
+            height, width = _upright_size(job, index, frame_indices)
         # What cannot be decoded is left out then.
         return Count(
-            frames=len(wanted), exact=not sampling.allow_partial, width=width, height=height, duration=duration
+            frames=len(frame_indices), exact=not sampling.allow_partial, width=width, height=height, duration=duration
         )
 
 
 def _count_readable(job: ReadJob) -> Count:
     reader = read_video(job.path, job.sampling)
-    found = sum(1 for _ in reader)
+    count = sum(1 for _ in reader)
     facts = reader.facts
     return Count(
-        frames=found,
+        frames=count,
         exact=True,
         width=facts["width"],
         height=facts["height"],
@@ -92,11 +92,11 @@ def _count_readable(job: ReadJob) -> Count:
     )
 
 
-def _upright_size(job: ReadJob, index: PacketIndex, wanted: list[int]) -> tuple[int, int]:
+def _upright_size(job: ReadJob, index: PacketIndex, frame_indices: list[int]) -> tuple[int, int]:
     """Height and width of the first of the wanted frames that can be decoded."""
-    for some in (wanted[:1], sorted(set(wanted))):
-        stretches = index.stretches(some) or []
-        read: Any = read_planned(job.path, index, stretches, prepare=None, threads=job.threads, tally=DecodeStats())
+    for some in (frame_indices[:1], sorted(set(frame_indices))):
+        seek_ranges = index.seek_ranges(some) or []
+        read: Any = read_planned(job.path, index, seek_ranges, prepare=None, threads=job.threads, stats=DecodeStats())
         with contextlib.closing(read):
             for _, size, _ in read:
                 return size
@@ -105,23 +105,23 @@ def _upright_size(job: ReadJob, index: PacketIndex, wanted: list[int]) -> tuple[
 
 def _count_all(job: ReadJob) -> Count:
     facts: dict[str, Any] = {}
-    tally = DecodeStats()
-    decoded = decode_all(job, facts, tally)
+    stats = DecodeStats()
+    decoded = decode_all(job, facts, stats)
     first = next(decoded, None)
     if first is None:
         raise InputError("not one frame could be decoded", where=job.path)
     (height, width), _ = Converter(None)(first.data)
     frames = itertools.chain([first], decoded)
     if job.sampling.frames is None:
-        taken = sum(1 for _ in take_sampled(frames, job.sampling))
+        count = sum(1 for _ in take_sampled(frames, job.sampling))
     else:
         low, high = numbers_between([frame.pts - first.pts for frame in frames], job.sampling)
-        taken = job.sampling.frames if low < high else 0
-    if not taken:
+        count = job.sampling.frames if low < high else 0
+    if not count:
         raise no_frame(job)
-    check_damage(job, facts, tally.damaged, tally.decoded + tally.damaged)
+    check_damage(job, facts, stats.damaged, stats.decoded + stats.damaged)
     return Count(
-        frames=taken,
+        frames=count,
         exact=True,
         width=width,
         height=height,

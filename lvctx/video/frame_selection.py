@@ -55,8 +55,8 @@ def due_ticks(first: int, last: int, end: int, tick: Fraction, sampling: VideoSa
     if sampling.end is not None:
         count = min(count, math.ceil((first + _exact(sampling.end) / tick - begin) / step))
     # begin + k * step, rounded down: in whole numbers, as there may be a hundred thousand.
-    whole, part = begin.numerator * step.denominator, begin.denominator * step.numerator
-    return [(whole + k * part) // (begin.denominator * step.denominator) for k in range(count)]
+    base, part = begin.numerator * step.denominator, begin.denominator * step.numerator
+    return [(base + k * part) // (begin.denominator * step.denominator) for k in range(count)]
 
 
 def _exact(seconds: float) -> Fraction:
@@ -69,20 +69,20 @@ def _step(sampling: VideoSampling) -> Fraction:
     return 1 / Fraction(sampling.fps or 1).limit_denominator(100_000)
 
 
-def nearest_key_frames(index: PacketIndex, wanted: list[int]) -> tuple[list[int], dict[str, float]]:
+def nearest_key_frames(index: PacketIndex, frame_indices: list[int]) -> tuple[list[int], dict[str, float]]:
     """For every wanted frame the key frame shown nearest to it (the earlier of two); mean and max error in seconds."""
     pts_F, keys = index.pts_N[index.packet_F], index.key_frames
-    after = np.searchsorted(keys, wanted).clip(1, max(1, len(keys) - 1))
+    after = np.searchsorted(keys, frame_indices).clip(1, max(1, len(keys) - 1))
     left, right = keys[after - 1], keys[np.minimum(after, len(keys) - 1)]
-    off_left, off_right = abs(pts_F[left] - pts_F[wanted]), abs(pts_F[right] - pts_F[wanted])
-    taken = np.where(off_left <= off_right, left, right)
-    off = np.minimum(off_left, off_right) * float(index.time_base)
-    return taken.tolist(), {"mean": round(float(off.mean()), 6), "max": round(float(off.max()), 6)}
+    error_left, error_right = abs(pts_F[left] - pts_F[frame_indices]), abs(pts_F[right] - pts_F[frame_indices])
+    nearest = np.where(error_left <= error_right, left, right)
+    errors = np.minimum(error_left, error_right) * float(index.time_base)
+    return nearest.tolist(), {"mean": round(float(errors.mean()), 6), "max": round(float(errors.max()), 6)}
 
 
-def take_numbered(frames: Iterable[DecodedFrame], wanted: Iterable[int]) -> Iterator[DecodedFrame]:
-    """The frames numbered in ascending `wanted`, each as often as it is there."""
-    numbers = iter(wanted)
+def take_numbered(frames: Iterable[DecodedFrame], frame_indices: Iterable[int]) -> Iterator[DecodedFrame]:
+    """The frames numbered in ascending `frame_indices`, each as often as it is there."""
+    numbers = iter(frame_indices)
     number = next(numbers, None)
     for frame in frames:
         while number == frame.index:
@@ -96,20 +96,20 @@ def take_sampled(frames: Iterable[DecodedFrame], sampling: VideoSampling) -> Ite
     begin = _exact(sampling.start or 0)
     until: Fraction | float = math.inf
     due = Fraction(0)
-    shown: DecodedFrame | None = None
+    previous: DecodedFrame | None = None
     for frame in frames:
-        if shown is None:
+        if previous is None:
             due = frame.pts + begin
             until = math.inf if sampling.end is None else frame.pts + _exact(sampling.end)
             begin = due
         if native and begin <= frame.pts < until:
             yield frame
-        while not native and shown is not None and due < min(frame.pts, until):
-            yield shown
+        while not native and previous is not None and due < min(frame.pts, until):
+            yield previous
             due += _step(sampling)
-        shown = frame
-    while not native and shown is not None and due < until and (due < shown.end or due == shown.pts):
-        yield shown
+        previous = frame
+    while not native and previous is not None and due < until and (due < previous.end or due == previous.pts):
+        yield previous
         due += _step(sampling)
 
 

@@ -9,7 +9,7 @@ what the sampled frames need. Three facts make that exact:
 - a spare packet: no other frame refers to it (nal_ref_idc 0 in H.264; in HEVC a sub-layer non-reference picture of the
   highest temporal layer), so it need not be decoded unless it is wanted. VP9 and AV1 have none that later frames could
   do without: their entropy contexts go from frame to frame.
-- what lies after the last wanted packet of a stretch, in the order of decoding, nobody needs.
+- what lies after the last wanted packet of a seek range, in the order of decoding, nobody needs.
 
 Suffixes: N packets in the order of decoding, F frames in the order of presentation, E entries.
 """
@@ -30,7 +30,7 @@ PLANNED = ("h264", "hevc", "vp9", "av1")
 """Codecs of which a packet is a frame; VP8 or old AVIs hide frames or put several into one."""
 HIDDEN, ENTRY, SPARE = 1, 2, 4
 MERGE = 128
-"""Packets up to which stretches that touch are decoded as one: beginning anew costs about a frame."""
+"""Packets up to which seek ranges that touch are decoded as one: beginning anew costs about a frame."""
 
 
 class SeekRange(NamedTuple):
@@ -84,10 +84,10 @@ class PacketIndex:
         gaps = np.diff(self.pts_N[self.packet_F])
         return len(gaps) == 0 or int(gaps.max() - gaps.min()) <= 1
 
-    def stretches(self, frames: Iterable[int]) -> list[SeekRange] | None:
+    def seek_ranges(self, frames: Iterable[int]) -> list[SeekRange] | None:
         """What to decode for these frames (ascending, distinct); None where the order of packets is not as expected."""
         entries_E = np.fromiter(self.entry_dts, np.int64)
-        found: list[SeekRange] = []
+        ranges: list[SeekRange] = []
         before = -1
         for frame in frames:
             packet = int(self.packet_F[frame])
@@ -97,13 +97,13 @@ class PacketIndex:
                 e -= 1
             if e < 0 or (entry := int(entries_E[e])) < before:
                 return None
-            last = found[-1] if found else SeekRange(-MERGE, -1, [])
+            last = ranges[-1] if ranges else SeekRange(-MERGE, -1, [])
             if entry == before or (entry <= last.stop and packet - last.start < MERGE):
-                found[-1] = SeekRange(last.start, max(last.stop, packet + 1), [*last.frames, frame])
+                ranges[-1] = SeekRange(last.start, max(last.stop, packet + 1), [*last.frames, frame])
             else:
-                found.append(SeekRange(entry, packet + 1, [frame]))
+                ranges.append(SeekRange(entry, packet + 1, [frame]))
             before = entry
-        return found
+        return ranges
 
 
 def read_packets(path: Path) -> PacketIndex | None:
@@ -132,13 +132,13 @@ def read_packets(path: Path) -> PacketIndex | None:
             flag = HIDDEN if packet.is_discard else 0
             layer = 0
             if codec == "h264":
-                found, backward = _look_at_h264(units(packet, size), bare=not size)
+                unit_flags, backward = _classify_h264(units(packet, size), bare=not size)
                 if backward and packet.pts > highest:
                     return None  # a picture between others is stamped as if it came after all of them
-                flag |= found
+                flag |= unit_flags
             elif codec == "hevc":
-                found, layer = _look_at_hevc(units(packet, size), bare=not size)
-                flag |= found
+                unit_flags, layer = _classify_hevc(units(packet, size), bare=not size)
+                flag |= unit_flags
             elif packet.is_keyframe:
                 flag |= ENTRY
             if clock.jumps > jumps and not flag & ENTRY:
@@ -152,9 +152,9 @@ def read_packets(path: Path) -> PacketIndex | None:
             flags.append(flag)
             layers.append(layer)
     pts_N, flags_N, layers_N = np.array(pts), np.array(flags), np.array(layers)
-    shown = np.flatnonzero(~flags_N & HIDDEN)
-    packet_F = shown[np.argsort(pts_N[shown], kind="stable")]
-    if len(shown) == 0 or 0 not in entry_dts or (np.diff(pts_N[packet_F]) == 0).any():
+    displayed_N = np.flatnonzero(~flags_N & HIDDEN)
+    packet_F = displayed_N[np.argsort(pts_N[displayed_N], kind="stable")]
+    if len(displayed_N) == 0 or 0 not in entry_dts or (np.diff(pts_N[packet_F]) == 0).any():
         return None
     if not _ordered(pts_N, np.fromiter(entry_dts, np.int64), codec):
         return None
@@ -204,10 +204,10 @@ def units(packet: Any, size: int) -> Iterator[tuple[int, int]]:
         at += 3
 
 
-def _look_at_h264(found: Iterator[tuple[int, int]], *, bare: bool) -> tuple[int, bool]:
+def _classify_h264(nal_units: Iterator[tuple[int, int]], *, bare: bool) -> tuple[int, bool]:
     """Flags, and whether the picture refers to later ones: its first slice is of type B."""
     kinds, used, backward = set(), 0, False
-    for head, second in found:
+    for head, second in nal_units:
         kinds.add(head & 31)
         if head & 31 in (1, 2, 5):
             used |= head >> 5 & 3
@@ -219,16 +219,16 @@ def _look_at_h264(found: Iterator[tuple[int, int]], *, bare: bool) -> tuple[int,
     return (SPARE if kinds & {1, 2} and not used and not kinds & {5, 7, 8} else 0), backward
 
 
-def _look_at_hevc(found: Iterator[tuple[int, int]], *, bare: bool) -> tuple[int, int]:
+def _classify_hevc(nal_units: Iterator[tuple[int, int]], *, bare: bool) -> tuple[int, int]:
     """Flags and temporal layer."""
     kinds, layer = set(), 0
-    for first, second in found:
+    for first, second in nal_units:
         kind = first >> 1 & 63
         kinds.add(kind)
         if kind < 32:
             layer = max(0, (second & 7) - 1)
-    pictures = {kind for kind in kinds if kind < 32}
-    if pictures and pictures <= set(range(16, 22)) and (33 in kinds or not bare):
+    slice_kinds = {kind for kind in kinds if kind < 32}
+    if slice_kinds and slice_kinds <= set(range(16, 22)) and (33 in kinds or not bare):
         return ENTRY, layer
-    spare = pictures and all(kind < 15 and kind % 2 == 0 for kind in pictures) and not kinds & {32, 33, 34}
+    spare = slice_kinds and all(kind < 15 and kind % 2 == 0 for kind in slice_kinds) and not kinds & {32, 33, 34}
     return (SPARE if spare else 0), layer

@@ -38,7 +38,7 @@ def upright(matrix: bytes | None) -> Filters:
     return (("vflip",),) * (d < 0)
 
 
-class Picture:
+class RgbConverter:
     """Converts frames to RGB; the filters are kept as long as the frames stay of one kind. For one thread."""
 
     def __init__(self) -> None:
@@ -47,8 +47,8 @@ class Picture:
 
     def rgb(self, frame: Any) -> np.ndarray:
         """uint8 (H, W, 3), turned upright."""
-        found = frame.side_data.get("DISPLAYMATRIX")
-        matrix = None if found is None else bytes(found)
+        display_matrix = frame.side_data.get("DISPLAYMATRIX")
+        matrix = None if display_matrix is None else bytes(display_matrix)
         kind = (frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range, matrix)
         if kind != self._kind:
             self._kind, self._graph = kind, self._build(frame, upright(matrix))

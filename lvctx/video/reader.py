@@ -20,7 +20,7 @@ import av
 import numpy as np
 
 from lvctx.errors import InputError, UsageError
-from lvctx.video.container import check_whole, decoder_errors
+from lvctx.video.container import check_complete, decoder_errors
 from lvctx.video.frame_selection import (
     frame_numbers,
     nearest_key_frames,
@@ -68,91 +68,97 @@ def read_video(
     path: Path,
     sampling: VideoSampling,
     *,
-    wanted: Sequence[int] | None = None,
+    frame_indices: Sequence[int] | None = None,
     prepare: Prepare | None = None,
     threads: int | None = None,
-    tally: DecodeStats | None = None,
+    stats: DecodeStats | None = None,
 ) -> FrameReader:
-    """Read the frames that `sampling` takes of `path`, or those numbered in ascending `wanted`.
+    """Read the frames that `sampling` takes of `path`, or those numbered in ascending `frame_indices`.
 
     `prepare` is what to make of each RGB image, called in several threads; `threads` is the number of cores unless
-    given; `tally` shows how far the decoder is. Pixels in memory do not grow with the length of the video. The
+    given; `stats` shows how far the decoder is. Pixels in memory do not grow with the length of the video. The
     resolution in `sampling` is not looked at, nor its `max_frames`: see `bounded`.
 
     Raises InputError for a file that is missing, empty, not a video or without a frame, also between `start` and
     `end`; and unless `allow_partial` for one that is truncated, or of which more than 1% is damaged: frames that do not
     decode are left out and counted, never made up. MissingError where decord is asked for and not installed.
     """
-    if sum(given is not None for given in (sampling.fps, sampling.frames, wanted)) != 1:
+    if sum(option is not None for option in (sampling.fps, sampling.frames, frame_indices)) != 1:
         raise UsageError("give either a rate or a number of frames")
-    facts: dict[str, Any] = {} if check_whole(path, allow_partial=sampling.allow_partial) else {"partial": True}
+    facts: dict[str, Any] = {} if check_complete(path, allow_partial=sampling.allow_partial) else {"partial": True}
     job = ReadJob(
-        path=path, sampling=sampling, wanted=wanted, prepare=prepare, threads=threads or (os.cpu_count() or 1)
+        path=path,
+        sampling=sampling,
+        frame_indices=frame_indices,
+        prepare=prepare,
+        threads=threads or (os.cpu_count() or 1),
     )
-    return FrameReader(_read(job, facts, tally or DecodeStats()), facts, path)
+    return FrameReader(_read(job, facts, stats or DecodeStats()), facts, path)
 
 
-def _read(job: ReadJob, facts: dict[str, Any], tally: DecodeStats) -> Iterator[Frame]:
+def _read(job: ReadJob, facts: dict[str, Any], stats: DecodeStats) -> Iterator[Frame]:
     index = read_packets(job.path)
-    wanted = list(job.wanted or ())
+    frame_indices = list(job.frame_indices or ())
     if index is not None:
-        numbers = frame_numbers(index, job.sampling) if job.wanted is None else wanted
-        wanted = [n for n in numbers if n < len(index)]
-        if not wanted:
+        numbers = frame_numbers(index, job.sampling) if job.frame_indices is None else frame_indices
+        frame_indices = [n for n in numbers if n < len(index)]
+        if not frame_indices:
             raise no_frame(job)
     if index is not None and job.sampling.seek == "keyframe":
-        wanted, facts["time_error"] = nearest_key_frames(index, wanted)
-    times = Counter(wanted)
+        frame_indices, facts["time_error"] = nearest_key_frames(index, frame_indices)
+    times = Counter(frame_indices)
     versions = (f"{name} {'.'.join(map(str, av.library_versions[name]))}" for name in ("libavcodec", "libswscale"))
     facts["decoder"] = f"PyAV {av.__version__} ({', '.join(versions)})"
-    stretches = index.stretches(times) if index is not None else None
-    if job.sampling.seek == "keyframe" and stretches is None:
+    seek_ranges = index.seek_ranges(times) if index is not None else None
+    if job.sampling.seek == "keyframe" and seek_ranges is None:
         raise InputError("key frames cannot be told apart here", where=job.path, fix="--seek exact")
     read: Any
     if job.sampling.decoder == "decord":
         from lvctx.video.decord_reader import check_decord, read_with_decord
 
         index = check_decord(job.path, index)
-        pictures = read_with_decord(job.path, index, list(times), facts)
-        read = ((number, image.shape[:2], job.prepare(image) if job.prepare else image) for number, image in pictures)
-    elif stretches is None or index is None:
-        yield from _read_everything(job, facts, tally)
+        images = read_with_decord(job.path, index, list(times), facts)
+        read = ((number, image.shape[:2], job.prepare(image) if job.prepare else image) for number, image in images)
+    elif seek_ranges is None or index is None:
+        yield from _read_everything(job, facts, stats)
         return
     else:
-        read = read_planned(job.path, index, stretches, prepare=job.prepare, threads=job.threads, tally=tally)
-    found = 0
+        read = read_planned(job.path, index, seek_ranges, prepare=job.prepare, threads=job.threads, stats=stats)
+    decoded_count = 0
     with contextlib.closing(read):
         for number, (facts["height"], facts["width"]), image in read:
             assert index is not None, "decord refuses what has no index before its first frame"
-            found += 1
+            decoded_count += 1
             for _ in range(times[number]):
                 yield Frame(index=number, pts=float(index.time(number)), image=image)
-    if found == 0 or index is None:
+    if decoded_count == 0 or index is None:
         raise InputError("not one frame could be decoded", where=job.path)
-    check_damage(job, facts, tally.damaged, tally.decoded)
-    check_damage(job, facts, len(times) - found, len(times))
+    check_damage(job, facts, stats.damaged, stats.decoded)
+    check_damage(job, facts, len(times) - decoded_count, len(times))
     facts["source_frames"] = len(index)
     facts["duration"] = float(index.end * index.time_base - index.time(0))
-    facts["corrupt"] = tally.damaged
+    facts["corrupt"] = stats.damaged
 
 
-def _read_everything(job: ReadJob, facts: dict[str, Any], tally: DecodeStats) -> Iterator[Frame]:
+def _read_everything(job: ReadJob, facts: dict[str, Any], stats: DecodeStats) -> Iterator[Frame]:
     """Front to back, every frame decoded: where packets do not tell what is in them."""
-    wanted = job.wanted
+    frame_indices = job.frame_indices
     if job.sampling.frames is not None:
         seconds = [frame.pts for frame in decode_all(job, {}, DecodeStats())]
-        tally.packets = 0
+        stats.packets = 0
         low, high = numbers_between([pts - seconds[0] for pts in seconds], job.sampling)
-        wanted = [low + n for n in spread(high - low, job.sampling.frames)]
+        frame_indices = [low + n for n in spread(high - low, job.sampling.frames)]
     convert = Converter(job.prepare)
     last: Frame | None = None
-    decoded = decode_all(job, facts, tally)
-    for frame in take_sampled(decoded, job.sampling) if wanted is None else take_numbered(decoded, wanted):
+    decoded = decode_all(job, facts, stats)
+    for frame in (
+        take_sampled(decoded, job.sampling) if frame_indices is None else take_numbered(decoded, frame_indices)
+    ):
         if last is None or last.index != frame.index:
             (facts["height"], facts["width"]), image = convert(frame.data)
             last = Frame(index=frame.index, pts=float(frame.pts), image=image)
         yield last
     if last is None:
         raise no_frame(job)
-    facts["corrupt"] = tally.damaged
-    check_damage(job, facts, tally.damaged, tally.decoded + tally.damaged)
+    facts["corrupt"] = stats.damaged
+    check_damage(job, facts, stats.damaged, stats.decoded + stats.damaged)

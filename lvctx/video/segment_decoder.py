@@ -1,7 +1,7 @@
 """Decode only what the wanted frames need, in several threads, in the order of presentation.
 
-Every thread has a container and a decoder of its own and takes stretches one after another: seek to the entry, leave
-out spare packets that nobody wants, stop after the last that somebody does. A video of one stretch is decoded by one
+Every thread has a container and a decoder of its own and takes seek ranges one after another: seek to the entry, leave
+out spare packets that nobody wants, stop after the last that somebody does. A video of one seek range is decoded by one
 thread whose decoder has threads itself. Conversion and whatever the caller makes of a picture run in a pool beside.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from lvctx.video.container import demux, open_video
 from lvctx.video.packet_index import HIDDEN, SPARE, PacketIndex, SeekRange
-from lvctx.video.pixel_conversion import Picture
+from lvctx.video.pixel_conversion import RgbConverter
 
 AHEAD_BYTES = 200_000_000
 """RGB bytes that may wait for the consumer, all threads together."""
@@ -44,30 +44,30 @@ class DecodeStats:
 
 
 class Converter(threading.local):
-    """One `Picture` a thread."""
+    """One `RgbConverter` a thread."""
 
     def __init__(self, prepare: Prepare | None) -> None:
-        self._picture, self._prepare = Picture(), prepare
+        self._rgb_converter, self._prepare = RgbConverter(), prepare
 
     def __call__(self, frame: Any) -> tuple[tuple[int, int], np.ndarray]:
         """(height, width) of the upright picture, and what the caller makes of it."""
-        image = self._picture.rgb(frame)
+        image = self._rgb_converter.rgb(frame)
         return image.shape[:2], self._prepare(image) if self._prepare else image
 
 
 def read_planned(
     path: Path,
     index: PacketIndex,
-    stretches: Sequence[SeekRange],
+    seek_ranges: Sequence[SeekRange],
     *,
     prepare: Prepare | None,
     threads: int,
-    tally: DecodeStats,
+    stats: DecodeStats,
 ) -> Iterator[tuple[int, tuple[int, int], np.ndarray]]:
     """(frame, (height, width), picture) of each wanted frame, ascending; frames that do not decode are left out."""
-    work = _Work(path, index, stretches, Converter(prepare), threads, tally)
+    work = _Work(path, index, seek_ranges, Converter(prepare), threads, stats)
     with work:
-        for number in range(len(stretches)):
+        for number in range(len(seek_ranges)):
             yield from work.results(number)
 
 
@@ -76,23 +76,23 @@ class _Work:
         self,
         path: Path,
         index: PacketIndex,
-        stretches: Sequence[SeekRange],
+        seek_ranges: Sequence[SeekRange],
         convert: Converter,
         threads: int,
-        tally: DecodeStats,
+        stats: DecodeStats,
     ) -> None:
-        self.path, self.index, self.stretches, self.convert, self.tally = path, index, stretches, convert, tally
+        self.path, self.index, self.seek_ranges, self.convert, self.stats = path, index, seek_ranges, convert, stats
         container, stream = open_video(path)
         with container:
             room = max(4, min(128, AHEAD_BYTES // max(1, stream.width * stream.height * 3)))
-        dense = max((len(s.frames) for s in stretches), default=1)
-        # With more wanted frames in a stretch than may wait, other threads would stand still: one with all cores then.
-        workers = min(threads, len(stretches), max(1, room // dense))
+        dense = max((len(s.frames) for s in seek_ranges), default=1)
+        # With more wanted frames in a seek range than may wait, other threads would stand still: one with all cores.
+        workers = min(threads, len(seek_ranges), max(1, room // dense))
         self.decoder_threads = max(1, threads // workers) if workers > 1 or threads == 1 else 0
-        self.open_stretches = max(workers, min(len(stretches), room // dense))
-        self.room = max(1, room // self.open_stretches)
+        self.open_ranges = max(workers, min(len(seek_ranges), room // dense))
+        self.room = max(1, room // self.open_ranges)
         self.queues: dict[int, queue.Queue[Any]] = {}
-        self.turn = threading.Semaphore(self.open_stretches)
+        self.turn = threading.Semaphore(self.open_ranges)
         self.lock, self.next, self.stop = threading.Lock(), 0, threading.Event()
         self.pool = ThreadPoolExecutor(threads)
         self.workers = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
@@ -132,17 +132,17 @@ class _Work:
                 continue
 
     def _work(self) -> None:
-        reader: _StretchReader | None = None
+        reader: _RangeReader | None = None
         while True:
             self.turn.acquire()
             with self.lock:
                 number, self.next = self.next, self.next + 1
-            if self.stop.is_set() or number >= len(self.stretches):
+            if self.stop.is_set() or number >= len(self.seek_ranges):
                 break
             end: BaseException | None = None
             try:
-                reader = reader or _StretchReader(self.path, self.index, self.decoder_threads, self.tally)
-                for frame, decoded in reader.read(self.stretches[number]):
+                reader = reader or _RangeReader(self.path, self.index, self.decoder_threads, self.stats)
+                for frame, decoded in reader.read(self.seek_ranges[number]):
                     self._put(number, (frame, self.pool.submit(self.convert, decoded)))
                     if self.stop.is_set():
                         break
@@ -153,11 +153,11 @@ class _Work:
             reader.close()
 
 
-class _StretchReader:
+class _RangeReader:
     """One thread's container and decoder."""
 
-    def __init__(self, path: Path, index: PacketIndex, threads: int, tally: DecodeStats) -> None:
-        self.path, self.index, self.threads, self.tally = path, index, threads, tally
+    def __init__(self, path: Path, index: PacketIndex, threads: int, stats: DecodeStats) -> None:
+        self.path, self.index, self.threads, self.stats = path, index, threads, stats
         self.entry_at = {int(index.pts_N[number]): number for number in index.entry_dts}
         self._open()
 
@@ -169,13 +169,13 @@ class _StretchReader:
     def close(self) -> None:
         self.container.close()
 
-    def read(self, stretch: SeekRange) -> Iterator[tuple[int, Any]]:
-        """(frame, decoded) of the stretch's wanted frames, in order."""
+    def read(self, seek_range: SeekRange) -> Iterator[tuple[int, Any]]:
+        """(frame, decoded) of the seek range's wanted frames, in order."""
         index = self.index
-        wanted = {int(index.pts_N[index.packet_F[frame]]): frame for frame in stretch.frames}
-        first = int(index.pts_N[stretch.start])
+        frame_at_pts = {int(index.pts_N[index.packet_F[frame]]): frame for frame in seek_range.frames}
+        first = int(index.pts_N[seek_range.start])
         expected = got = corrupt = 0
-        for decoded in self._decode(stretch, wanted):
+        for decoded in self._decode(seek_range, frame_at_pts):
             if isinstance(decoded, int):  # the time of a packet that went in
                 expected += decoded >= first
                 continue
@@ -184,20 +184,20 @@ class _StretchReader:
                 continue
             got += 1
             corrupt += bool(decoded.is_corrupt)
-            if decoded.pts in wanted:
-                yield wanted.pop(decoded.pts), decoded
-        with self.tally.lock:
-            self.tally.decoded += expected
-            self.tally.damaged += max(0, expected - got) + corrupt
+            if decoded.pts in frame_at_pts:
+                yield frame_at_pts.pop(decoded.pts), decoded
+        with self.stats.lock:
+            self.stats.decoded += expected
+            self.stats.damaged += max(0, expected - got) + corrupt
 
-    def _decode(self, stretch: SeekRange, wanted: dict[int, int]) -> Iterator[Any]:
+    def _decode(self, seek_range: SeekRange, frame_at_pts: dict[int, int]) -> Iterator[Any]:
         """The times of the packets that are decoded and shown, and the frames that come out."""
         flags_N, pts_N = self.index.flags_N, self.index.pts_N
-        self._go_to(stretch.start)
+        self._go_to(seek_range.start)
         for packet in self.packets:
             number, self.at = self.at, self.at + 1
-            self.tally.packets += 1
-            if not flags_N[number] & SPARE or int(pts_N[number]) in wanted:
+            self.stats.packets += 1
+            if not flags_N[number] & SPARE or int(pts_N[number]) in frame_at_pts:
                 if not flags_N[number] & HIDDEN:
                     yield int(pts_N[number])
                 if self.index.jumps:
@@ -208,7 +208,7 @@ class _StretchReader:
                     return
                 except av.FFmpegError:
                     pass  # its frame will be missing, and counted
-            if self.at == stretch.stop:
+            if self.at == seek_range.stop:
                 break
         with contextlib.suppress(av.FFmpegError):
             yield from self.stream.decode(None)

@@ -29,7 +29,7 @@ class ReadJob:
 
     path: Path
     sampling: VideoSampling
-    wanted: Sequence[int] | None = None
+    frame_indices: Sequence[int] | None = None
     prepare: Prepare | None = None
     threads: int
 
@@ -51,32 +51,32 @@ def check_damage(job: ReadJob, facts: dict[str, Any], damaged: int, frames: int)
         raise InputError(f"{damaged} of {frames} decoded frames are damaged or missing", where=job.path, fix=fix)
 
 
-def decode_all(job: ReadJob, facts: dict[str, Any], tally: DecodeStats) -> Iterator[DecodedFrame]:
+def decode_all(job: ReadJob, facts: dict[str, Any], stats: DecodeStats) -> Iterator[DecodedFrame]:
     """Every frame in the order of presentation."""
     container, stream = open_video(job.path)
     stream.codec_context.thread_count = 0 if job.threads > 1 else 1
     tick = Fraction(stream.time_base)
     first = last = Fraction(0)
     with container:
-        for frame, start, end in in_order(_decode(container, stream, tally), stream):
-            first = start * tick if tally.decoded == 0 else first
+        for frame, start, end in in_order(_decode(container, stream, stats), stream):
+            first = start * tick if stats.decoded == 0 else first
             last = end * tick
-            tally.damaged += bool(frame.is_corrupt)
-            yield DecodedFrame(index=tally.decoded, pts=start * tick, end=last, data=frame)
-            tally.decoded += 1
-    facts["source_frames"], facts["duration"] = tally.decoded, float(last - first)
+            stats.damaged += bool(frame.is_corrupt)
+            yield DecodedFrame(index=stats.decoded, pts=start * tick, end=last, data=frame)
+            stats.decoded += 1
+    facts["source_frames"], facts["duration"] = stats.decoded, float(last - first)
 
 
-def _decode(container: Any, stream: Any, tally: DecodeStats) -> Iterator[Any]:
+def _decode(container: Any, stream: Any, stats: DecodeStats) -> Iterator[Any]:
     clock = Clock(container, stream)
     for packet in demux(container, stream):
         clock.mend(packet)
-        tally.packets += 1
+        stats.packets += 1
         try:
             yield from packet.decode()
         except av.EOFError:
             return
         except av.FFmpegError:
-            tally.damaged += 1
+            stats.damaged += 1
     with contextlib.suppress(av.FFmpegError):
         yield from stream.decode(None)

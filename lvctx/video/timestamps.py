@@ -73,12 +73,12 @@ def in_order(frames: Iterable[Any], stream: Any) -> Iterator[Timed]:
     Stamps of frames near each other are sorted. A frame without follows when the one before it is over, as in ffmpeg.
     """
     a_frame = frame_ticks(stream)
-    held: deque[tuple[Any, bool]] = deque()
+    pending: deque[tuple[Any, bool]] = deque()
     stamps: list[int] = []
     before: Timed | None = None
 
     def leave() -> Timed:
-        data, stamped = held.popleft()
+        data, stamped = pending.popleft()
         start = heapq.heappop(stamps) if stamped else before.end if before else 0
         if before:
             start = max(start, before.start)
@@ -86,13 +86,13 @@ def in_order(frames: Iterable[Any], stream: Any) -> Iterator[Timed]:
 
     for frame in frames:
         stamp = frame.dts if frame.pts is None else frame.pts
-        held.append((frame, stamp is not None))
+        pending.append((frame, stamp is not None))
         if stamp is not None:
             heapq.heappush(stamps, stamp)
         # Where no frame is ever held back none can be stamped out of order; decoders may learn it on the way.
-        if len(held) > (REORDERED if stream.codec_context.has_b_frames else 0):
+        if len(pending) > (REORDERED if stream.codec_context.has_b_frames else 0):
             yield (before := leave())
-    while held:
+    while pending:
         yield (before := leave())
 
 

@@ -43,7 +43,7 @@ MP4_MOVIE = (b"moov", b"mdat", b"moof", b"styp", b"sidx", b"ssix", b"prft", b"em
 
 
 def _cut_mp4(f: BinaryIO, size: int) -> Truncation | None:
-    at, found = 0, []
+    at, kinds = 0, []
     while size - at >= 8:
         f.seek(at)
         head = f.read(16)
@@ -54,15 +54,15 @@ def _cut_mp4(f: BinaryIO, size: int) -> Truncation | None:
             length = size - at
         end = at + length
         if end > size and kind in MP4_MOVIE:
-            return Truncation(f"its {kind.decode()} box ends at {end:,}", readable=b"moov" in found)
+            return Truncation(f"its {kind.decode()} box ends at {end:,}", readable=b"moov" in kinds)
         if length < 8 or end > size:
             break  # no box of the movie: a trailer
-        found.append(kind)
+        kinds.append(kind)
         at = end
-    if b"moov" not in found and b"meta" not in found:  # meta: pictures of HEIF
+    if b"moov" not in kinds and b"meta" not in kinds:  # meta: pictures of HEIF
         return Truncation("its index (moov box) is missing", readable=False)
-    data = [kind for kind in found if kind in (b"moof", b"mdat")]
-    if b"moov" in found and (not data or data[-1] == b"moof"):
+    data = [kind for kind in kinds if kind in (b"moof", b"mdat")]
+    if b"moov" in kinds and (not data or data[-1] == b"moof"):
         return Truncation("its data (mdat box) is missing", readable=bool(data))
     return None
 
@@ -108,15 +108,15 @@ def _element(f: BinaryIO, at: int) -> tuple[bytes, int | None, int]:
 def _seek_positions(f: BinaryIO, at: int, end: int) -> list[int]:
     """Where the elements are that a seek head lists, counted from the segment's content on."""
     f.seek(at)
-    held = io.BytesIO(f.read(min(end - at, 1 << 16)))
-    found, place, whole = [], 0, len(held.getbuffer())
-    while place < whole:
-        kind, length, inner = _element(held, place)
+    buffer = io.BytesIO(f.read(min(end - at, 1 << 16)))
+    positions, place, total = [], 0, len(buffer.getbuffer())
+    while place < total:
+        kind, length, inner = _element(buffer, place)
         if kind == SEEK_POSITION:
-            held.seek(inner)
-            found.append(int.from_bytes(held.read(length or 0), "big"))
+            buffer.seek(inner)
+            positions.append(int.from_bytes(buffer.read(length or 0), "big"))
         place = inner if kind == SEEK else inner + (length or 0)
-    return found
+    return positions
 
 
 RIFF_PICTURES = (b"LIST", b"idx1", b"ANMF", b"VP8 ", b"VP8L")

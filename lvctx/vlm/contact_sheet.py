@@ -39,7 +39,8 @@ def contact_sheet(artifact: Path, out: Path, *, video: Path | None = None) -> di
     numbers = list(dict.fromkeys(int(index[i]) for i in selected))
     decoder = provenance["config"].get("decoder", "auto")
     frames = {
-        f.index: f.image for f in read_video(source, VideoSampling(decoder=decoder, allow_partial=True), wanted=numbers)
+        f.index: f.image
+        for f in read_video(source, VideoSampling(decoder=decoder, allow_partial=True), frame_indices=numbers)
     }
     height, across, _ = next(iter(frames.values())).shape
     side = WIDTH, max(1, round(WIDTH * height / across))

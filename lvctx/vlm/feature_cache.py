@@ -141,14 +141,14 @@ def read_feature_cache(path: Path, *, model: str | None = None) -> FeatureCache:
     """Open a frames artifact. Raises InputError for a file that is not a whole one; `model` is who wants to read it."""
     from safetensors import safe_open
 
-    detected = sniff(path)
-    if detected.name not in ("frames", "tensors"):
-        fix = encode_first(path, model) if detected.name == "video" else "write one with lvctx encode-video"
-        raise mistaken(path, "a frames artifact", fix=fix, found=detected)
+    sniffed = sniff(path)
+    if sniffed.name not in ("frames", "tensors"):
+        fix = encode_first(path, model) if sniffed.name == "video" else "write one with lvctx encode-video"
+        raise mistaken(path, "a frames artifact", fix=fix, sniffed=sniffed)
     header = read_safetensors_header(path)
     provenance = read_provenance(path)
     if provenance is None or provenance.get("schema") not in FEATURE_SCHEMAS:
-        raise mistaken(path, "a frames artifact", fix="write one with lvctx encode-video", found=detected)
+        raise mistaken(path, "a frames artifact", fix="write one with lvctx encode-video", sniffed=sniffed)
     missing = {"features", "pts", "index"} - header.keys()
     if missing:
         raise InputError(f"frames artifact without {', '.join(sorted(missing))}", where=path, fix="encode it again")

@@ -18,7 +18,15 @@ from PIL import Image
 from torch import Tensor
 
 from lvctx.models.image_processing import Preprocess, image_size
-from lvctx.models.unires import MAX_GRIDS, GridRule, MaxGrids, image_max_grids, tell_grids, unires_grid, unires_tiles
+from lvctx.models.unires import (
+    MAX_GRIDS,
+    GridRule,
+    MaxGrids,
+    image_max_grids,
+    set_image_max_grids,
+    unires_grid,
+    unires_tiles,
+)
 from lvctx.models.vlm_assembly import ImageGrid, embed_frames, frame_features, image_grid, image_rule
 from lvctx.vlm.anyres import anyres_flatten, anyres_pinpoints, anyres_tiles, anyres_tokens, single_tiles
 
@@ -76,7 +84,7 @@ class ImageEncoding:
     def write_to(self, config: Any) -> None:
         """Write it into a VLM's configuration: for us in keys of our own, for stock LlavaOnevision in its own terms."""
         config.image_grid, config.image_grid_rule = self.grid, self.rule
-        tell_grids(config, self.max_grids)
+        set_image_max_grids(config, self.max_grids)
         if self.grid == "anyres":
             config.image_grid_pinpoints, config.vision_aspect_ratio = anyres_pinpoints(self.tile), "anyres_max_4"
         else:  # images go the way of videos, which knows neither

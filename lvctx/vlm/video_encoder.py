@@ -32,7 +32,7 @@ from lvctx.artifacts.store import read_safetensors_header, sha256_file
 from lvctx.device import Dtype, resolve_dtype
 from lvctx.errors import LvctxError, Stopped, UsageError
 from lvctx.models.vision_encoder import Tower, TowerFiles
-from lvctx.video.container import check_whole, probe
+from lvctx.video.container import check_complete, probe
 from lvctx.video.decode_worker import DecodeRequest, Decoders
 from lvctx.video.frame_count import Count, bounded, count_frames
 from lvctx.video.hybrid import Hybrid, hybrid_tokens, select_high
@@ -192,7 +192,7 @@ class VideoEncoder:
         May run in several threads at once; `threads` is how many the decoder of this one uses (all cores unless given).
         Raises InputError for a video that cannot be read (see `decode.read_video`); nothing is left under its name.
         """
-        check_whole(video, allow_partial=self.config.sampling.allow_partial)
+        check_complete(video, allow_partial=self.config.sampling.allow_partial)
         provenance = self.provenance(video)
         target = self.target(video, out, provenance.inputs["video"])
         if is_finished(target, provenance, resume=resume, force=force):
@@ -211,7 +211,7 @@ class VideoEncoder:
 
     def read(self, video: Path) -> FeatureCache:
         """The same in memory, for features that are not kept. Raises as `encode`."""
-        check_whole(video, allow_partial=self.config.sampling.allow_partial)
+        check_complete(video, allow_partial=self.config.sampling.allow_partial)
         provenance = self.provenance(video)
         facts: dict[str, Any] = {"source": str(video)}
         features, pts, index, grids = zip(*self._batches(video, facts), strict=True)

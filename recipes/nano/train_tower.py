@@ -25,7 +25,7 @@ from photos import load_photos
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-from lvctx.video.drawn_images import COLORS, SHAPES, draw_blank, draw_picture_with_mask
+from lvctx.video.drawn_images import COLORS, SHAPES, draw_blank, draw_image_with_mask
 
 COLOR_NAMES = list(COLORS)
 BLANK = 0.25
@@ -50,7 +50,7 @@ def draw_chunk(job: Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             picture = draw_blank(rng, size=size, photos=photos)
         else:
             shape, color = int(rng.integers(len(SHAPES))), int(rng.integers(len(COLOR_NAMES)))
-            picture, mask_HW = draw_picture_with_mask(
+            picture, mask_HW = draw_image_with_mask(
                 rng, size=size, shape=SHAPES[shape], color=COLOR_NAMES[color], photos=photos
             )
             labels[i] = shape, color

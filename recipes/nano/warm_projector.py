@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lvctx.models.loading import load_model, load_tokenizer, resolve_model
 from lvctx.models.vision_encoder import load_tower
-from lvctx.video.drawn_images import SHAPES, draw_blank, draw_picture
+from lvctx.video.drawn_images import SHAPES, draw_blank, draw_image
 
 PICTURES, HELD_OUT, STEPS, BATCH, LR, BLANK = 3000, 200, 400, 64, 2e-3, 0.3
 
@@ -34,7 +34,7 @@ def draw(index: int, photos: list[np.ndarray], size: int) -> tuple[Image.Image, 
     if rng.random() < BLANK:
         return draw_blank(rng, size=size, photos=photos), ["nothing"]
     shape, color = SHAPES[rng.integers(len(SHAPES))], COLOR_NAMES[rng.integers(len(COLOR_NAMES))]
-    return draw_picture(rng, size=size, shape=shape, color=color, photos=photos), [color, shape]
+    return draw_image(rng, size=size, shape=shape, color=color, photos=photos), [color, shape]
 
 
 def main() -> None:

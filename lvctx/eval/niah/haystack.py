@@ -18,7 +18,7 @@ from lvctx.artifacts.manifest import Provenance, is_finished, write_manifest
 from lvctx.artifacts.store import atomic_file, sha256_file
 from lvctx.errors import InputError, UsageError
 from lvctx.eval.niah.haystack_config import HaystackConfig
-from lvctx.video.container import check_whole
+from lvctx.video.container import check_complete
 from lvctx.video.drawn_scenes import VERSION, scene
 from lvctx.video.reader import read_video
 from lvctx.video.sampling import VideoSampling
@@ -67,7 +67,7 @@ def write_haystack(
     """
     if out.name.endswith(SUFFIX) != (encoder is not None):
         raise UsageError(f"-o {out}: --model and a name that ends in {SUFFIX} go together")
-    partial_clips = [str(clip) for clip in config.clips if not check_whole(clip, allow_partial=config.allow_partial)]
+    partial_clips = [str(clip) for clip in config.clips if not check_complete(clip, allow_partial=config.allow_partial)]
     provenance = Provenance(
         schema=schemas.FRAMES if encoder else schemas.HAYSTACK,
         command="niah haystack",

@@ -16,7 +16,7 @@ from PIL import Image
 from lvctx.data.records import read_records
 from lvctx.errors import InputError
 from lvctx.models.image_processing import open_image
-from lvctx.video.drawn_images import COLORS, SHAPES, draw_picture
+from lvctx.video.drawn_images import COLORS, SHAPES, draw_image
 
 FIND = "Find the image with the {shape}. What color is the {shape}?"
 """The question of a drawn needle; only the image knows the answer."""
@@ -67,7 +67,7 @@ def drawn_needles(count: int, *, size: int, seed: int, distractors: int = 0) -> 
 def _drawn(seed: list[int], size: int, shapes: list[str], colors: list[str]) -> ImageNeedle:
     rng = np.random.default_rng(seed)
     shape, color = shapes[int(rng.integers(len(shapes)))], colors[int(rng.integers(len(colors)))]
-    image = draw_picture(rng, size=size, shape=shape, color=color)
+    image = draw_image(rng, size=size, shape=shape, color=color)
     subject = f"the image with the {shape}"
     return ImageNeedle(image=image, question=FIND.format(shape=shape), answer=color, subject=subject)
 
