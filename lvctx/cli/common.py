@@ -51,7 +51,7 @@ def set_verbosity(ctx: typer.Context, verbose: bool) -> bool:
 
 
 class Resume(StrEnum):
-    """What to do with an output that stands already."""
+    """What to do with an output that exists already."""
 
     auto = "auto"
     never = "never"

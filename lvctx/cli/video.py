@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 FEATURE_CACHE = Path("~/.cache/lvctx/features")
-"""Where vqa keeps features of videos unless it is told otherwise."""
+"""Where vqa keeps features of videos by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ def _share_out(
 def _count_tokens(encoder: "VideoEncoder", videos: Iterator[tuple[Path, Row]]) -> Iterator[tuple[Path, Row]]:
     """The videos, with a line about the tokens of each before it is encoded."""
     for video, row in videos:
-        with suppress(LvctxError):  # its own turn will say it
+        with suppress(LvctxError):  # reported when its turn comes
             frames, exact, tokens = encoder.count(video)
             if tokens:
                 shown, nominal, about = tokens["visual_tokens"], tokens["nominal_tokens"], "" if exact else "about "

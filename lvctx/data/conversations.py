@@ -42,7 +42,7 @@ class Media(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What one of the two, or the system, says."""
+    """A turn of the user, the assistant or the system."""
 
     role: str
     """`user`, `assistant` or `system`."""
@@ -283,7 +283,7 @@ class _RowMedia:
         self._used = dict.fromkeys(MEDIA_KINDS, 0)
 
     def _kind(self, mark: str) -> MediaKind:
-        """What a mark stands for: in a row with videos alone, a video."""
+        """What a placeholder means: in a row with videos alone, a video."""
         return "image" if mark == "image" and (self._given["image"] or not self._given["video"]) else "video"
 
     def _next(self, kind: MediaKind) -> list[Media]:

@@ -1,4 +1,4 @@
-"""What a file's first bytes say it is, whatever its name: compressed content is decompressed, UTF-16 and UTF-32 become
+"""A file's format by its first bytes, whatever its name: compressed content is decompressed, UTF-16 and UTF-32 become
 UTF-8, and archives, unknown compressions and binary files are refused by name.
 
 gzip, Zstandard, xz and bzip2 are read, each with several members (frames, streams), with zeros as padding between and

@@ -97,7 +97,7 @@ class _Text:
                 return self._text[self._at : self._at + 1]
 
     def skip(self) -> None:
-        """Pass over the character that `next` told."""
+        """Skip the character that `next` returned."""
         self._at += 1
 
     def value(self) -> bytes:

@@ -26,7 +26,7 @@ OK, REPAIRED, SKIPPED, MALFORMED = 0, 1, 2, 3
 """What became of a document: read, read with invalid UTF-8 replaced, left out for it, or not a record at all."""
 
 UNREADABLE = "unreadable"
-"""The source of what was left out before anybody could see one."""
+"""The source of documents that were left out before theirs was known."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ class Buffer:
         return torch.empty(b, h, tokens, d, dtype=dtype, device=self.where)
 
     def put(self, at: int, new_BHLD: Tensor) -> None:
-        """Write tokens from `at` on; what stood behind is gone."""
+        """Write tokens from `at` on; what followed is removed."""
         end = at + new_BHLD.shape[-2]
         if self.eighths:
             scale = (new_BHLD.float().abs().amax(-1, keepdim=True) / 127).clamp_min(1e-12)

@@ -38,13 +38,13 @@ class Lvctx(lmms):
         """Find the model; `options` are `VideoSampling`'s as text, hybrid as `L:M:S`, and `prefill_chunk`.
 
         Raises InputError where there is no such model, UsageError for what its family cannot do, ValueError for
-        arguments that nobody knows.
+        unknown arguments.
         """
         super().__init__()
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
         self.accelerator = accelerator  # lmms-eval gathers by it
-        # lmms-eval says cuda:0 unless it is told otherwise; each process has a device of its own.
+        # lmms-eval passes cuda:0 by default; each process has a device of its own.
         place = str(accelerator.device) if device is None or device.startswith("cuda") else device
         chunk = int(options.pop("prefill_chunk", PREFILL_CHUNK))
         vlm = open_vlm(pretrained, device=place)

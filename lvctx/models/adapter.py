@@ -63,7 +63,7 @@ def save_adapter(out: Path, model: Any, wrapped: Any, provenance: Provenance, *,
 
 
 def longest_sample(path: Path) -> int:
-    """Tokens of the longest sequence that an adapter, or an aligned VLM, was trained on; 0 where it does not say."""
+    """Tokens of the longest sequence that an adapter, or an aligned VLM, was trained on; 0 where that is not stored."""
     if (path / WEIGHTS).is_file():
         path = path / WEIGHTS
     return int((read_provenance(path) or {}).get("longest_sample", 0))

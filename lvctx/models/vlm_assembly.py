@@ -25,7 +25,7 @@ from lvctx.models.saving import save_model
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 Grid = Literal["unires", "anyres", "single"]
-"""How a model was taught to read an image: see `lvctx.vlm.image_tiling`. A video's frame is one pooled grid in all."""
+"""How a model encodes an image: see `lvctx.vlm.image_tiling`. A video's frame is one pooled grid in all."""
 
 FLATTEN_CONTENT = """\
 {%- set flat = namespace(messages=[]) -%}
@@ -192,7 +192,7 @@ def newline_embedding(vlm: Any) -> Tensor:
 def chat_ids(tokenizer: Any, *turns: str, mark: str = VIDEO_TOKEN) -> tuple[list[int], list[int]]:
     """Token ids before and after the visual block of a chat that ends where the answer begins.
 
-    `turns` are the user's, the reply, the user's next, ...; `mark` is the token that stands for the block. The answer
+    `turns` are the user's, the reply, the user's next, ...; `mark` is the token of the block. The answer
     follows what it follows in training, an empty `<think>` block included where the template writes one.
     """
     chat = chat_encoder(tokenizer).prompt(_messages(turns, mark))
@@ -251,7 +251,7 @@ PIXELS = ("do_normalize", "do_rescale", "rescale_factor", "image_mean", "image_s
 
 
 def write_processors(config: Any, pixels: Mapping[str, Any], out: Path) -> None:
-    """Write the processors' files of a VLM; `pixels` is what its tower's `PIXELS_FILE` says."""
+    """Write the processors' files of a VLM; `pixels` is the content of its tower's `PIXELS_FILE`."""
     vision = config.vision_config
     square = {"height": vision.image_size, "width": vision.image_size}
     kept = {key: pixels[key] for key in PIXELS if key in pixels} | {"do_resize": True}

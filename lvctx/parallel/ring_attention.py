@@ -28,7 +28,7 @@ from lvctx.parallel.zigzag import chunks_of
 
 @dataclass(frozen=True, kw_only=True)
 class Ring:
-    """Where a rank stands among those that share a sequence."""
+    """The place of a rank among those that share a sequence."""
 
     rank: int = 0
     """0-based place in the ring."""
@@ -51,7 +51,7 @@ class Block:
     keys: tuple[int, int]
     """In the shard of the rank the keys come from."""
     causal: bool
-    """Both ranges are the same tokens, and each sees itself and those before."""
+    """Both ranges are the same tokens, and each attends to itself and those before."""
 
 
 @lru_cache(maxsize=64)  # every layer asks again
@@ -77,7 +77,7 @@ def blocks(rank: int, source: int, world: int, length: int, starts: tuple[int, .
 
 
 def _chunk_blocks(mine: int, theirs: int, size: int, at: int, key_at: int, starts: Sequence[int]) -> list[Block]:
-    """Blocks between two chunks of `size` tokens that lie at local places `at` and `key_at`, theirs not after mine."""
+    """Blocks between two chunks of `size` tokens at local places `at` and `key_at`, theirs not after mine."""
     begin, key_begin = mine * size, theirs * size
     if mine == theirs:
         edges = [begin, *(s for s in starts if begin < s < begin + size), begin + size]
@@ -182,7 +182,7 @@ class _RingAttention(torch.autograd.Function):
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Take a block into the running output and log-sum-exp, in place and in float32."""
     out.sub_(torch.sigmoid(part_lse - lse)[..., None] * (out - part.float()))
-    fresh = lse == -torch.inf  # nothing seen yet, and infinity minus infinity is not a number
+    fresh = lse == -torch.inf  # no key so far, and infinity minus infinity is not a number
     merged = lse - torch.nn.functional.logsigmoid(lse - part_lse)
     lse.copy_(torch.where(fresh, part_lse, merged))
 

@@ -14,7 +14,7 @@ from lvctx.rope.spec import RopeSpec
 
 
 def stretched(spec: RopeSpec) -> RopeSpec:
-    """Plain rope with the base that stretches `spec.theta` by `spec.factor`."""
+    """Unscaled RoPE with the base that scales `spec.theta` by `spec.factor`."""
     theta = spec.theta * spec.factor ** (spec.head_dim / (spec.head_dim - 2))
     return replace(spec, theta=theta, factor=1.0)
 

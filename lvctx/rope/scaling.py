@@ -69,12 +69,12 @@ def choose(
     """Positions of `scheme` for a model with this transformers configuration, trained on rows of `seq_len` (0: none).
 
     `none` keeps what the model has (direct extrapolation). `theta` makes them plain, with base `theta`. The others
-    stretch: `factor` is relative to the length the model was pretrained on, so on a model that has the same scheme
+    scaling: `factor` is relative to the length the model was pretrained on, so on a model that has the same scheme
     already (pi, yarn) the new factor replaces the old one; ntk leaves no trace but its base and starts from that.
-    Without a factor, `context` or the rows say how far. `original` is the pretrained length, where the configuration
-    does not say it: `linear` positions do not, since some models write the stretched length into
+    Without a factor, `context` or the rows decide it. `original` is the pretrained length, where the configuration
+    does not have it: with `linear` positions it does not, since some models write the scaled length into
     max_position_embeddings and some the length before. `attention_factor` is yarn's alone, and not kept from a former
-    stretch. Raises UsageError for contradicting flags, InputError for a model whose positions are of another kind.
+    scaling. Raises UsageError for contradicting flags, InputError for a model whose positions are of another kind.
     """
     old, promised = _read(config)
     kind = old.get("rope_type", "default")

@@ -39,22 +39,22 @@ INTERLEAVED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a Qwen-VL directory says about its positions."""
+    """The positions that a Qwen-VL directory describes."""
 
     path: Path
     """Resolved directory."""
     model_type: str
     """One of `MODEL_TYPES`."""
     mrope: Mrope
-    """As pretrained, also where the checkpoint is stretched already."""
+    """As pretrained, also where the checkpoint is scaled already."""
     stretch: Stretch | None
     """What made the checkpoint, where that was ours; None otherwise."""
     stretched: str
-    """What stretched it, in words; empty for a plain checkpoint."""
+    """The scaling it has, in words; empty for an unscaled checkpoint."""
     length: int | None
     """Pretrained length in tokens, where the configuration leaves no doubt."""
     promised: int
-    """`max_position_embeddings` as it stands."""
+    """`max_position_embeddings` of config.json."""
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -201,7 +201,7 @@ def run_mrope(job: MropeJob, out: Path, *, resume: str, force: bool) -> None:
 def write_checkpoint(
     job: MropeJob, out: Path, *, weights: Callable[[], list[str]] | None = None, trained_length: int = 0
 ) -> tuple[list[str], dict[str, Any]]:
-    """Link or write all files but the manifest; their names, and what the manifest says of them.
+    """Link or write all files but the manifest; their names, and facts for the manifest.
 
     `weights` writes new ones into `out` and returns the names of their files; `trained_length` are the tokens of the
     longest row they were trained on. Raises InputError if the disk refuses.

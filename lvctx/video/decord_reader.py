@@ -1,4 +1,4 @@
-"""The other decoder: decord, for those who want the pixels that LongVA's own scripts read.
+"""The other decoder: decord, for the exact pixels of LongVA's own scripts.
 
 It is no default: its last release is of 2021 and x86 only, it knows no AV1, repeats neighbours where frames are
 damaged, counts wrong where the rate varies or an edit list hides frames, seeks to other frames in transport streams,
@@ -26,7 +26,7 @@ CHUNK = 16
 KNOWN = ("h264", "hevc", "vp9")
 """Codecs whose packets we can count and that decord decodes."""
 TURNS = ((), (("transpose", "clock"),), (("transpose", "cclock"),), (("hflip",), ("vflip",)))
-"""What decord does to a picture that is not upright."""
+"""What decord does to a frame that is not upright."""
 
 
 def require_decord() -> Any:
@@ -73,7 +73,7 @@ def _why_not_file(path: Path) -> str:
 def read_with_decord(
     path: Path, index: PacketIndex, wanted: Sequence[int], facts: dict[str, Any]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(frame, RGB picture) for ascending, distinct `wanted` of a video that `check_decord` lets pass."""
+    """(frame, RGB pixels) for ascending, distinct `wanted` of a video that `check_decord` lets pass."""
     decord = require_decord()
     decord.logging.set_level(decord.logging.QUIET)
     try:

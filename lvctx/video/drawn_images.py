@@ -1,6 +1,6 @@
 """Seeded drawings of one coloured shape on a cluttered background, and of many side by side.
 
-They stand in for photographs where none may be shipped: as training pictures of the nano recipe, as
+They stand in for photographs where none may be shipped: as training images of the nano recipe, as
 pictures in the tests, and as needles of V-NIAH (a picture that no film contains, with a question that only
 it answers). One state of a `numpy.random.Generator` gives one drawing. Every name in `SHAPES` and `COLORS`
 is a single token after a space in SmolLM2's tokenizer; with ten colours, chance is one in ten.
@@ -168,7 +168,7 @@ def _clutter(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 
 def background(rng: np.random.Generator, *, width: int, height: int) -> np.ndarray:
-    """A picture in which nothing can be named: uint8 (height, width, 3), sizes in pixels."""
+    """An image without a shape: uint8 (height, width, 3), sizes in pixels."""
     layers = (_clouds, _gradient, _stripes, _clutter)
     picture_HW3 = np.zeros((height, width, 3), np.float32)
     for index in rng.choice(4, size=int(rng.integers(1, 4)), replace=False, p=[0.36, 0.2, 0.12, 0.32]):
@@ -192,7 +192,7 @@ def _bars(rng: np.random.Generator, picture_HW3: np.ndarray) -> np.ndarray:
 
 
 def paint(rng: np.random.Generator, picture_HW3: np.ndarray, *, shape: str, color: str) -> np.ndarray:
-    """Paint a shape into the uint8 picture in place; return the coverage per pixel, float32 (H, W) in 0..1.
+    """Paint a shape into the uint8 image in place; return the coverage per pixel, float32 (H, W) in 0..1.
 
     Place, size (36-90 % of the shorter side), turn (±20°), stretch, shade and lighting are drawn from `rng`.
     """
@@ -239,7 +239,7 @@ def _decoy(rng: np.random.Generator) -> Ring:
 
 
 def _scatter(rng: np.random.Generator, picture_HW3: np.ndarray) -> None:
-    """Lay one to four decoys of gaudy colours on the picture, in place: colour alone must not look like a shape."""
+    """Draw one to four decoys of pure colours on the image, in place: colour alone must not identify a shape."""
     height, width = picture_HW3.shape[:2]
     image = Image.fromarray(picture_HW3)
     for _ in range(int(rng.integers(1, 5))):
@@ -262,7 +262,7 @@ Photos = Sequence[np.ndarray]
 
 
 def _canvas(rng: np.random.Generator, size: int, photos: Photos = ()) -> np.ndarray:
-    """A background, or more often a photo's crop if there are `photos`; with these, decoys lie on one in three."""
+    """A background, or more often a photo's crop if there are `photos`; with these, one in three has decoys."""
     if photos and rng.random() < 0.6:
         picture_HW3 = crop_photo(rng, photos[int(rng.integers(len(photos)))], size=size)
     else:
@@ -283,12 +283,12 @@ def draw_picture_with_mask(
 
 
 def draw_picture(rng: np.random.Generator, *, size: int, shape: str, color: str, photos: Photos = ()) -> Image.Image:
-    """A square picture, `size` pixels a side, of one `color` `shape` on a background of its own (or a photo's)."""
+    """A square image, `size` pixels a side, of one `color` `shape` on a background of its own (or a photo's)."""
     return draw_picture_with_mask(rng, size=size, shape=shape, color=color, photos=photos)[0]
 
 
 def draw_blank(rng: np.random.Generator, *, size: int, photos: Photos = ()) -> Image.Image:
-    """A square picture, `size` pixels a side, in which nothing can be named."""
+    """A square image, `size` pixels a side, without a shape."""
     return Image.fromarray(_canvas(rng, size, photos))
 
 
@@ -301,9 +301,9 @@ def draw_grids(
     cells: Mapping[int, tuple[str, str]],
     photos: Photos = (),
 ) -> Image.Image:
-    """One large picture of cols x rows square cells; `cells` maps a cell (row-major) to its (shape, color).
+    """One large image of cols x rows square cells; `cells` maps a cell (row-major) to its (shape, color).
 
-    Cut into tiles of `size` pixels it looks like as many frames of a film. Given `photos`,
+    Cut into tiles of `size` pixels it is like as many frames of a video. Given `photos`,
     two pictures in three are made of crops of them. Of the rest some share one scene (a background over all cells, or
     one cell repeated with small shifts of brightness), and in some every cell is a scene of its own.
     """

@@ -50,13 +50,13 @@ class Frame:
     index: int
     """Number in the source, in the order of presentation, from 0."""
     pts: float
-    """Presentation timestamp in seconds, as FFmpeg says it: the first frame's need not be 0."""
+    """Presentation timestamp in seconds, as in FFmpeg: the first frame's need not be 0."""
     image: np.ndarray
     """uint8 (H, W, 3), RGB, upright."""
 
 
 class FrameReader(Iterator[Frame]):
-    """The frames asked for; once exhausted, `facts` says what was seen on the way."""
+    """The frames asked for; once exhausted, `facts` has what was found while decoding."""
 
     def __init__(self, frames: Iterator[Frame], facts: dict[str, Any], path: Path) -> None:
         self._frames, self._path = frames, path
@@ -85,7 +85,7 @@ def read_video(
 
     `prepare` is what to make of each RGB image, called in several threads; `threads` is the number of cores unless
     given; `tally` shows how far the decoder is. Pixels in memory do not grow with the length of the video. The
-    resolution in `sampling` is not looked at, nor its `max_frames`: see `bounded`.
+    resolution in `sampling` is not used, nor its `max_frames`: see `bounded`.
 
     Raises InputError for a file that is missing, empty, not a video or without a frame, also between `start` and
     `end`; and unless `allow_partial` for one that is truncated, or of which more than 1% is damaged: frames that do not
@@ -113,9 +113,9 @@ class Count:
     frames: int
     """Frames that `read_video` gives, if none is damaged."""
     exact: bool
-    """False: about so many, as only decoding would tell."""
+    """False: an estimate, since only decoding gives the number."""
     width: int
-    """Pixels across once upright; where nothing was decoded as the container says, before a turn."""
+    """Pixels across once upright; where nothing was decoded as the container states it, before rotation."""
     height: int
     """Pixels down, likewise."""
     duration: float
@@ -302,7 +302,7 @@ def _nothing(job: _Job) -> InputError:
 
 
 def _read_everything(job: _Job, facts: dict[str, Any], tally: Tally) -> Iterator[Frame]:
-    """Front to back, every frame decoded: where packets do not tell what is in them."""
+    """Front to back, every frame decoded: where packets do not describe their content."""
     wanted = job.wanted
     if job.sampling.frames is not None:
         seconds = [frame.pts for frame in _decode_all(job, {}, Tally())]

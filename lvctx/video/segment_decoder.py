@@ -50,7 +50,7 @@ class Converter(threading.local):
         self._picture, self._prepare = Picture(), prepare
 
     def __call__(self, frame: Any) -> tuple[tuple[int, int], np.ndarray]:
-        """(height, width) of the upright picture, and what the caller makes of it."""
+        """(height, width) of the upright frame, and what the caller makes of it."""
         image = self._picture.rgb(frame)
         return image.shape[:2], self._prepare(image) if self._prepare else image
 
@@ -58,7 +58,7 @@ class Converter(threading.local):
 def read_planned(
     path: Path, index: PacketIndex, stretches: Sequence[Stretch], *, prepare: Prepare | None, threads: int, tally: Tally
 ) -> Iterator[tuple[int, tuple[int, int], np.ndarray]]:
-    """(frame, (height, width), picture) of each wanted frame, ascending; frames that do not decode are left out."""
+    """(frame, (height, width), pixels) of each wanted frame, ascending; frames that do not decode are left out."""
     work = _Work(path, index, stretches, Converter(prepare), threads, tally)
     with work:
         for number in range(len(stretches)):
@@ -80,7 +80,7 @@ class _Work:
         with container:
             room = max(4, min(128, AHEAD_BYTES // max(1, stream.width * stream.height * 3)))
         dense = max((len(s.frames) for s in stretches), default=1)
-        # With more wanted frames in a stretch than may wait, other threads would stand still: one with all cores then.
+        # With more wanted frames in a stretch than may wait, other threads would be idle: one with all cores then.
         workers = min(threads, len(stretches), max(1, room // dense))
         self.decoder_threads = max(1, threads // workers) if workers > 1 or threads == 1 else 0
         self.open_stretches = max(workers, min(len(stretches), room // dense))
@@ -173,7 +173,7 @@ class _StretchReader:
             if isinstance(decoded, int):  # the time of a packet that went in
                 expected += decoded >= first
                 continue
-            # Pictures that lead the entry refer to what was before; nobody wants them from here.
+            # Frames before the entry refer to earlier ones; they are not wanted here.
             if decoded.pts is None or decoded.pts < first:
                 continue
             got += 1

@@ -46,7 +46,7 @@ class Grid(NamedTuple):
 
 
 class GridTable:
-    """Grids seen so far, and sequences of them."""
+    """Grids so far, and sequences of them."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class GridTable:
         return self._first_row
 
     def ids(self, pictures: Sequence[int], blocks: Sequence[Block]) -> np.ndarray:
-        """A film (or an image) of these pictures between its delimiters; blocks say what is merged, and sizes."""
+        """A video (or an image) of these frames between its delimiters; blocks have what is merged, and sizes."""
         times = self._times(pictures)
         start, end, between = [self.rule.start], [self.rule.end], [self.vocabulary + row for row in (END, START)]
         found: list[Sequence[int] | np.ndarray] = []
@@ -107,7 +107,7 @@ class GridTable:
         return mrope_positions.positions(self._parts(ids_L))[0][:, None, first : len(ids_L)]
 
     def _parts(self, ids_L: np.ndarray) -> Iterator[Part]:
-        """Text and films. A film that is cut is completed to its next grid: that moves nothing before the cut."""
+        """Text and videos. A truncated video is completed to its next grid: that moves nothing before the cut."""
         edges = np.flatnonzero(np.diff(ids_L >= self.vocabulary)) + 1
         for piece in np.split(ids_L, edges):
             if not len(piece) or piece[0] < self.vocabulary:

@@ -98,7 +98,7 @@ def _blocks(rule: QwenRule, run: Run, width: int, height: int) -> list[Block]:
 def part(
     blocks: Sequence[Block], pts: Sequence[float], merge: int, tokens_per_second: float | None
 ) -> mrope_positions.Film:
-    """What position ids of a film's blocks are made of; `pts` are its frames' times in seconds."""
+    """What position ids of a video's blocks are computed from; `pts` are its frames' times in seconds."""
     times = tuple(grid_times(blocks, pts, merge, tokens_per_second))
     return mrope_positions.Film(runs=tuple(Grids(*block.grid) for block in blocks), times=times)
 
@@ -145,10 +145,10 @@ def resize_frames(
 
 
 def pixels(video: SampledVideo, processor: Any) -> dict[str, Tensor]:
-    """Patches and grids as the model's forward takes them, for all items of the film in order.
+    """Patches and grids as the model's forward takes them, for all items of the video in order.
 
-    `processor` is the model's own image processor. It fills both frames of a grid with one picture; a video's grid has
-    the first picture's first half and the second picture's second. A run's odd last frame is merged with itself.
+    `processor` is the model's own image processor. It fills both frames of a grid with one image; a video's grid has
+    the first image's first half and the second image's second. A run's odd last frame is merged with itself.
     """
     merged = video.blocks[0].kind == "video"
     found, grids = [], []

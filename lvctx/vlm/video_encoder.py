@@ -1,4 +1,4 @@
-"""Watch videos with a frozen tower: sampled frames in, one frames artifact a video out.
+"""Encode videos with a frozen vision tower: sampled frames in, one feature cache per video out.
 
 The features are those before any projector, so a new projector never invalidates them: the same tower in another VLM
 finds its artifacts finished. A process of its own decodes ahead while the tower encodes batch by batch; several videos
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]
 Batch = tuple[torch.Tensor, list[float], list[int], list[tuple[int, int]]]
 FACTS = ("duration", "source_frames", "time_error", "visual_tokens", "nominal_tokens", "partial")
-"""What a row says of those in the artifact."""
+"""Their facts in a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ class VideoEncoder:
     def describe(self, video: Path, out: Path) -> dict[str, Any]:
         """What `encode` would do: the resolved options, the target, and the bytes that it predicts.
 
-        `about`: the frames, and so the bytes, are near; only decoding would tell.
+        `about`: the frames, and so the bytes, are an estimate; only decoding gives the number.
         """
         facts = probe(video)
         made = self.provenance(video)
@@ -188,7 +188,7 @@ class VideoEncoder:
         threads: int | None = None,
         report: Callable[[int, int, str], None] = lambda done, total, note: None,
     ) -> dict[str, Any]:
-        """Write the artifact of one video into `out`, unless it stands already; the row that describes it.
+        """Write the artifact of one video into `out`, unless it exists already; the row that describes it.
 
         May run in several threads at once; `threads` is how many the decoder of this one uses (all cores unless given).
         Raises InputError for a video that cannot be read (see `decode.read_video`); nothing is left under its name.
@@ -271,7 +271,7 @@ class VideoEncoder:
         def feed() -> None:
             try:
                 for video, row in videos:
-                    with contextlib.suppress(LvctxError, OSError):  # one() will say it
+                    with contextlib.suppress(LvctxError, OSError):  # one() reports it
                         self.target(video, out, self.provenance(video).inputs["video"])  # names go by order
                     todo.put((video, row, pool.submit(one, video)))
                 todo.put(None)
@@ -332,7 +332,7 @@ def _total(grids: Sequence[tuple[int, int]]) -> int:
 def share_videos(videos: Sequence[tuple[Path, Row]], processes: int) -> list[list[int]]:
     """Indices of the videos that each process encodes, in order; the largest files go first to whom has least.
 
-    Videos called alike stay together: which of them gets the plain name is for one process to say.
+    Videos of the same name stay together: one process decides which of them gets the plain name.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     sizes: dict[str, int] = defaultdict(int)

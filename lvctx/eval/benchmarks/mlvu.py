@@ -63,7 +63,7 @@ def samples(path: Path) -> list[Question]:
 
 
 def _letters_in(question: str) -> tuple[str, ...]:
-    """The letters of the options that stand in a question's own text, each on its line; A to D where none are found."""
+    """The letters of the options in a question's own text, each on its line; A to D where none are found."""
     found = re.findall(r"^\(?([A-Z])[.):]", question, re.MULTILINE)
     letters = [chr(65 + i) for i in range(len(found))]
     return tuple(letters) if found == letters and len(found) > 1 else tuple("ABCD")

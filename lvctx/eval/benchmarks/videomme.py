@@ -55,7 +55,7 @@ def prompt(sample: Question, style: str, subtitles: str | None) -> str:
     heard = " and the subtitles"
     if style == "lmms-eval":
         if subtitles is None:
-            # It speaks of subtitles without showing any, and asks twice for the letter. That is what it does.
+            # It mentions subtitles without showing any, and asks for the letter twice, exactly as here.
             end = "\n\nAnswer with the option's letter from the given choices directly."
             return f"{ASK.format(heard)}\n{asked}{end}"
         shown = subtitles or "No subtitles available"
@@ -66,7 +66,7 @@ def prompt(sample: Question, style: str, subtitles: str | None) -> str:
 
 
 def score(responses: Responses) -> dict[str, Any]:
-    """Everything the report of one file says: warnings first, every rule, and breakdowns by every group."""
+    """The whole report of one file: warnings first, every rule, and breakdowns by every group."""
     found = breakdown(responses.replies, GROUPS)
     found["warnings"] = [*responses.warnings, *found["warnings"]]
     return {"schema": SCORE, "file": responses.name, "overlooked": responses.leniencies, **found}

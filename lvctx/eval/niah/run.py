@@ -68,7 +68,7 @@ class NiahJob:
     images: tuple[Any, ...]
     """What is inserted among them."""
     run_facts: dict[str, Any]
-    """What every row says of the run; `run` in it identifies model, haystack, prompt, scoring and seed."""
+    """Facts of the run in every row; `run` in it identifies model, haystack, prompt, scoring and seed."""
 
     def key(self, cell: Cell) -> str:
         """Sixteen hex digits of the run and the cell: what a result is found by."""
@@ -144,7 +144,7 @@ def plan_video(
     tokenizer = load_tokenizer(vlm.path)
     haystack = vlm.haystack(config.haystack, sampling, as_images=config.as_images)
     needles = _needles(config, haystack.image_size)
-    seconds = haystack.seconds[: max(config.lengths)]  # the others are not looked at
+    seconds = haystack.seconds[: max(config.lengths)]  # the others are not used
     images = tuple(needle.image for needle in (*needles.needles, *needles.distractors))
     visual = haystack.tokens(len(seconds), images)
     task = VideoNeedleTask(
@@ -224,7 +224,7 @@ def _plan(
         images=tuple(images),
         run_facts=run_facts,
     )
-    job.model_config()  # a RoPE that the model cannot have is said now
+    job.model_config()  # a RoPE that the model cannot have is reported here
     return job
 
 

@@ -39,7 +39,7 @@ class TextNeedleTask:
         nested: bool = False,
         loop: bool = False,
     ) -> None:
-        """Tokenize the haystack; `distractors` look-alikes go into it, `seed` draws cities, numbers and places.
+        """Tokenize the haystack; `distractors` are inserted, `seed` draws cities, numbers and places.
 
         `count` keys, values, queries or hops of `task`; a haystack that `loop`s has no end.
         """
@@ -106,7 +106,7 @@ class TextNeedleTask:
         """See `NeedleTask.sequence`; exactly `cell.length` ids."""
         riddle, hidden, question, answer = self._riddle(cell.trial)
         room = self._room(cell.length, cell.trial)
-        # What is not the needle stands where all lengths have it if they are to share what they read.
+        # All but the needle is placed where all lengths have it if prefixes are to be shared.
         spread = self._spread if self.nested else cell.length
         pieces = [(self._snap(min(int(place * spread), room), room), ids) for ids, place in self._others]
         span = self._room(spread, cell.trial)
@@ -130,7 +130,7 @@ class TextNeedleTask:
         return facts | ({} if self.task == "single" else {"count": self.count}) | self._shared()
 
     def _shared(self) -> dict[str, Any]:
-        """Nested points are shares of the longest haystack, and what else is hidden lies in the shortest."""
+        """Nested points are shares of the longest haystack, and the other sentences are in the shortest."""
         if not self.nested:
             return {}
         others = {"spread": self._spread} if self._others or self.task != "single" else {}
