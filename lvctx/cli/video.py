@@ -142,7 +142,7 @@ def _describe(encoder: "VideoEncoder", videos: Iterator[tuple[Path, Row]], out: 
         try:
             plan = encoder.describe(video, out)
             if plan["about"]:
-                say(f"lvctx: {video}: about {plan['expected_frames']} frames; only decoding would tell")
+                say(f"lvctx: {video}: about {plan['expected_frames']} frames; only decoding gives the number")
             yield video, row, {"dry_run": True, **plan}
         except LvctxError as e:
             yield video, row, e
@@ -177,7 +177,7 @@ class VqaConfig:
 
     def __post_init__(self) -> None:
         if "-" in self.videos and len(self.videos) > 1:
-            raise UsageError("- stands alone", fix="give videos or -")
+            raise UsageError("- excludes other videos", fix="give videos or -")
         if not self.ask and not self.chat and not self.piped:
             raise UsageError("no question", fix="give --ask or --chat")
         if self.reads_questions and (self.piped or len(self.videos) > 1):

@@ -2,7 +2,7 @@
 `jq` and `json.dumps(indent=...)` write them, objects without a line end between them, or with CR alone.
 
 Nothing is held beyond one value and a mebibyte. A value keeps its own spelling, so that what is wrong inside one
-(invalid UTF-8, a missing field) is told where all records are checked.
+(invalid UTF-8, a missing field) is reported where all records are checked.
 """
 
 import codecs

@@ -194,7 +194,7 @@ class _Packer:
                 raise InputError(f"{what} in the mix (which has {', '.join(self.mix)})", where=where, fix=fix)
             if self.job.mix == mixture.AUTO and self.mix == mixture.NONE and name not in (UNNAMED, UNREADABLE):
                 what = f"source {name!r} after documents that name none"
-                raise InputError(what, where=where, fix="say --mix none, --mix keep or a --mix file")
+                raise InputError(what, where=where, fix="give --mix none, --mix keep or a --mix file")
 
     def _set_budgets(self) -> None:
         """Budgets from what the whole input holds: its own shares (before the length rule) or the mix's."""

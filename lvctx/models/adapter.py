@@ -1,6 +1,6 @@
 """Adapters: what a training with LoRA trained, as a PEFT directory `adapter/` of a few MB beside the merged weights.
 
-It lies in a directory of its own because vLLM loads every safetensors file that lies beside config.json. The tensors
+It has a directory of its own because vLLM loads every safetensors file beside config.json. The tensors
 have PEFT's names, so `PeftModel.from_pretrained(base, "adapter")` puts the LoRA, and the projector where it was
 trained, on a model that has the same positions.
 """

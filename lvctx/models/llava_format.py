@@ -108,7 +108,7 @@ def text_config(flat: Mapping[str, Any], *, context: int | None, where: object) 
         ("mm_resampler_type", (None, "spatial_pool")),
     ):
         if flat.get(key) not in read:
-            raise InputError(f'{key} is "{flat.get(key)}"', where=where, fix=f'LongVA says "{read[0]}"')
+            raise InputError(f'{key} is "{flat.get(key)}"', where=where, fix=f'LongVA has "{read[0]}"')
     default = CONFIG_MAPPING[kind]()
     known = {*default.to_dict(), "rope_theta", "rope_scaling", "torch_dtype"}
     known -= {"architectures", "model_type", "_name_or_path", "transformers_version"}

@@ -5,8 +5,8 @@ float32 and through sigmoid and logsigmoid, which cannot overflow. In the backwa
 with them and come home after a full turn.
 
 Which tokens meet is a list of rectangles, so no mask is ever built. Without documents a step is one rectangle. With
-them: a document is one run of tokens, so of two different chunks at most one document lies in both, and its part in the
-later chunk sees all of its part in the earlier one; inside a chunk each document is a causal square.
+them: a document is one run of tokens, so of two different chunks at most one document is in both, and its part in the
+later chunk attends to all of its part in the earlier one; inside a chunk each document is a causal square.
 
 Shapes: B samples, H query heads, K key heads, L local tokens, D channels.
 """

@@ -150,7 +150,7 @@ def _original(old: Mapping[str, Any], promised: int, *, known: bool) -> int:
         return promised
     factor = rope_number(old, "factor", above=0.0)
     raise InputError(
-        f"its {old['rope_type']} positions are stretched by {factor:g}, and config.json does not say whether "
+        f"its {old['rope_type']} positions are scaled by {factor:g}, and config.json does not state whether "
         f"{promised} positions are the length before or after",
         fix=f"give --original-length, {promised} or {round(promised / factor)}",
     )

@@ -64,7 +64,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise InputError(
             f"{config.model_type} has no M-RoPE",
             where=path,
-            fix="lvctx extend-lm --rope ntk stretches plain RoPE, also of a VLM's language model",
+            fix="lvctx extend-lm --rope ntk scales one-dimensional RoPE, also of a VLM's language model",
         )
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

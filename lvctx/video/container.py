@@ -105,7 +105,7 @@ def open_video(path: Path) -> tuple[Any, Any]:
     if not streams:
         container.close()
         _check_kind(path)
-        raise InputError("no video stream", where=path, fix="give a file with a picture")
+        raise InputError("no video stream", where=path, fix="give a file with a video stream")
     stream = max(streams, key=_preference)  # the first of equals
     if stream.width * stream.height > MAX_PIXELS:
         container.close()

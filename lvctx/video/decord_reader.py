@@ -67,7 +67,7 @@ def _why_not_file(path: Path) -> str:
         with contextlib.suppress(av.FFmpegError):
             first = next(container.decode(stream), None)
         found = first.side_data.get("DISPLAYMATRIX") if first else None
-    return "" if found is None or upright(bytes(found)) in TURNS else "it turns pictures, but mirrors none"
+    return "" if found is None or upright(bytes(found)) in TURNS else "it rotates frames, but mirrors none"
 
 
 def read_with_decord(

@@ -1,7 +1,7 @@
 """Seeded drawings of one coloured shape on a cluttered background, and of many side by side.
 
 They stand in for photographs where none may be shipped: as training images of the nano recipe, as
-pictures in the tests, and as needles of V-NIAH (a picture that no film contains, with a question that only
+pictures in the tests, and as needles of V-NIAH (an image that no video contains, with a question that only
 it answers). One state of a `numpy.random.Generator` gives one drawing. Every name in `SHAPES` and `COLORS`
 is a single token after a space in SmolLM2's tokenizer; with ten colours, chance is one in ten.
 
@@ -173,7 +173,7 @@ def background(rng: np.random.Generator, *, width: int, height: int) -> np.ndarr
     picture_HW3 = np.zeros((height, width, 3), np.float32)
     for index in rng.choice(4, size=int(rng.integers(1, 4)), replace=False, p=[0.36, 0.2, 0.12, 0.32]):
         picture_HW3 += layers[index](rng, width, height) * rng.uniform(0.4, 1.0)
-    # Films are rarely as gaudy as independent channels: pull towards grey, then choose contrast and exposure.
+    # Video is rarely as colourful as independent channels: pull towards grey, then choose contrast and exposure.
     grey_HW1 = picture_HW3.mean(axis=2, keepdims=True)
     picture_HW3 = grey_HW1 + (picture_HW3 - grey_HW1) * rng.uniform(0.1, 1.0)
     picture_HW3 = picture_HW3 * rng.uniform(0.3, 1.1) + rng.uniform(40, 215) + rng.uniform(-25, 25, 3)
@@ -304,7 +304,7 @@ def draw_grids(
     """One large image of cols x rows square cells; `cells` maps a cell (row-major) to its (shape, color).
 
     Cut into tiles of `size` pixels it is like as many frames of a video. Given `photos`,
-    two pictures in three are made of crops of them. Of the rest some share one scene (a background over all cells, or
+    two images in three are made of crops of them. Of the rest some share one scene (a background over all cells, or
     one cell repeated with small shifts of brightness), and in some every cell is a scene of its own.
     """
     kind = 1.0 if photos and rng.random() < 2 / 3 else rng.random()

@@ -30,7 +30,7 @@ PLANNED = ("h264", "hevc", "vp9", "av1")
 """Codecs of which a packet is a frame; VP8 or old AVIs hide frames or put several into one."""
 HIDDEN, ENTRY, SPARE = 1, 2, 4
 MERGE = 128
-"""Packets up to which stretches that touch are decoded as one: beginning anew costs about a frame."""
+"""Packets up to which adjacent ranges are decoded as one: starting again costs about a frame."""
 
 
 class Stretch(NamedTuple):

@@ -246,7 +246,7 @@ def _read(job: "_Job", facts: dict[str, Any], tally: Tally) -> Iterator[Frame]:
     facts["decoder"] = f"PyAV {av.__version__} ({', '.join(versions)})"
     stretches = index.stretches(times) if index is not None else None
     if job.sampling.seek == "keyframe" and stretches is None:
-        raise InputError("key frames cannot be told apart here", where=job.path, fix="--seek exact")
+        raise InputError("key frames cannot be identified here", where=job.path, fix="--seek exact")
     read: Any
     if job.sampling.decoder == "decord":
         from lvctx.video.decord_reader import check_decord, read_with_decord

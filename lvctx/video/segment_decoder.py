@@ -1,8 +1,8 @@
 """Decode only what the wanted frames need, in several threads, in the order of presentation.
 
 Every thread has a container and a decoder of its own and takes stretches one after another: seek to the entry, leave
-out spare packets that nobody wants, stop after the last that somebody does. A video of one stretch is decoded by one
-thread whose decoder has threads itself. Conversion and whatever the caller makes of a picture run in a pool beside.
+out spare packets that are not wanted, stop after the last wanted one. A video of one stretch is decoded by one
+thread whose decoder has threads itself. Conversion and the caller's processing of a frame run in a separate pool.
 """
 
 import contextlib

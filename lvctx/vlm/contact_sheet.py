@@ -60,7 +60,7 @@ def _find(source: Path, artifact: Path) -> Path:
     for place in (source, artifact.parent / source.name):
         if place.is_file():
             return place
-    raise InputError(f"its video is gone: {source or 'not recorded'}", where=artifact, fix="say where with --video")
+    raise InputError(f"its video is gone: {source or 'not recorded'}", where=artifact, fix="give --video")
 
 
 def clock(seconds: float) -> str:

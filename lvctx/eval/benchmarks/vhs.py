@@ -1,7 +1,7 @@
 """Visual Haystacks, single needle: yes or no about one image among many (Wu et al. 2024, arXiv:2407.13766).
 
 Chance is 50%. A reply is right where the right word is among its words, as in the authors' script. The effective length
-is the largest number of pictures at which, and at all smaller ones, at least 60% are right.
+is the largest number of images at which, and at all smaller ones, at least 60% are right.
 """
 
 import random
@@ -83,7 +83,7 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Accuracy by number of images, the share of replies with yes or no, and the effective length."""
     for row in rows:
         if not re.fullmatch("[0-9]{1,9}", row["groups"]["images"]):
-            raise InputError(f"{row['groups']['images']!r:.60} pictures", where=f"question {row['id']}")
+            raise InputError(f"{row['groups']['images']!r:.60} images", where=f"question {row['id']}")
     said = [set(re.findall(r"[a-z]+", row["response"].lower())) for row in rows]
     right = [float(row["answer"] in words) for row, words in zip(rows, said, strict=True)]
     by = {}
