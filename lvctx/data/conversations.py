@@ -103,7 +103,7 @@ def _parse_all(path: Path, folder: Path, parse: Callable[[Record], T]) -> list[T
             bad.append(e)
     if bad:
         more = f" ({len(bad):,} bad rows in all)" if len(bad) > 1 else ""
-        raise InputError(bad[0].what + more, where=bad[0].where, fix=bad[0].fix or "mend or remove the row")
+        raise InputError(bad[0].what + more, where=bad[0].where, fix=bad[0].fix or "correct or remove the row")
     if not parsed:
         raise InputError("no row", where=path)
     return parsed

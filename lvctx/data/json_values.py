@@ -121,4 +121,4 @@ class _Text:
     def malformed(self, what: str, at: int | None = None) -> InputError:
         """The error that names the line, here or at a place in the text."""
         line = self._line + self._text.count("\n", 0, self._at if at is None else at)
-        return InputError(f"malformed JSON ({what})", where=f"{self._name}:{line}", fix="mend it")
+        return InputError(f"malformed JSON ({what})", where=f"{self._name}:{line}", fix="correct it")

@@ -179,7 +179,7 @@ class Encoder:
     def _malformed(self, what: str, chunk: Chunk, number: int) -> tuple[str, int]:
         if self.policy.skip_malformed:
             return "", MALFORMED
-        raise InputError(what, where=chunk.name(number), fix="mend it, or --skip-malformed")
+        raise InputError(what, where=chunk.name(number), fix="correct it, or --skip-malformed")
 
     def _to_text(self, raw: bytes, chunk: Chunk, number: int) -> tuple[str, int]:
         try:
@@ -243,7 +243,7 @@ def tokenize(
             yield waiting.popleft().result()
     except BrokenProcessPool as e:
         raise InputError(
-            "a tokenizing process died (out of memory?)", fix="use fewer --workers; run again to go on from here"
+            "a tokenizing process died (out of memory?)", fix="use fewer --workers; run again to continue"
         ) from e
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

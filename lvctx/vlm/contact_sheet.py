@@ -29,7 +29,7 @@ def contact_sheet(artifact: Path, out: Path, *, video: Path | None = None) -> di
     if made is None or made.get("schema") not in KINDS:
         raise InputError("not a frames artifact", where=artifact, fix="write one with lvctx encode-video")
     if out.suffix.lower() not in Image.registered_extensions():
-        raise InputError("no image format of this suffix", where=out, fix="call it sheet.png")
+        raise InputError("no image format of this suffix", where=out, fix="use a name like sheet.png")
     source = video or _find(Path(made.get("facts", {}).get("source", "")), artifact)
     if sha256_file(source) != made["inputs"]["video"]:
         raise InputError("not the video that was encoded", where=source, fix="give that one with --video")
