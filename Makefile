@@ -1,6 +1,6 @@
 # make setup | demo | transfer | transfer-text | transfer-far | transfer-64k | giraffe-nano | lint
 # make test | test-slow | test-gpu | test-lmms | test-runtimes
-# make tower | nano-start | text-start | giraffe-nano-train: what was trained ahead, again
+# make tower | nano-start | text-start | giraffe-nano-train: train again what was trained in advance
 PYTHON ?= python3
 RUNTIMES ?= .runtimes
 RECIPES = transfer transfer-text transfer-far transfer-anyres transfer-no-text transfer-64k transfer-gpu giraffe-nano nano-start text-start \
@@ -25,20 +25,20 @@ demo: setup           # the whole pipeline at nano scale
 
 # transfer: long context transfer, measured, half an hour on two cores. transfer-text: the same for text needles, before and after
 # training on text. transfer-far: both to 32,768 tokens, an hour more. transfer-64k: both to 65,536 tokens on one GPU, minutes.
-# transfer-anyres: with the other encoding of images, transfer-no-text: without training on text, both after transfer. transfer-gpu: from
-# nothing, on one GPU, not run to its end.
+# transfer-anyres: with the AnyRes encoding of images, transfer-no-text: without training on text, both after transfer. transfer-gpu: from
+# nothing, on one GPU; it was never run to its end.
 # giraffe-nano: M-RoPE++ and hybrid resolution, measured.
-# Trained again from nothing: nano-start, what the demo's alignments start from (about 40 minutes); text-start, what its text training
-# starts from (about an hour); giraffe-nano-train, what giraffe-nano looks with (45 minutes).
+# Trained again from nothing: nano-start, the LoRAs of the demo's alignments (about 40 minutes); text-start, the LoRA of its text
+# training (about an hour); giraffe-nano-train, the tower and LoRAs of giraffe-nano (45 minutes).
 $(RECIPES): setup
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(MAKE) --no-print-directory -f recipes/Makefile $@
 
-test: fetch           # everything but the slow proofs, a file a process; then what measures time, with nothing beside it
+test: fetch           # all but the slow tests, one file per process; then those that measure time, alone
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
 		-m 'not slow and not gpu and not lmms and not alone'
 	.venv/bin/python -m pytest -m alone
 
-test-slow: fetch      # proofs that take minutes each
+test-slow: fetch      # tests that take minutes each
 	.venv/bin/python -m pytest -m slow
 
 test-gpu: setup       # skipped, with the reason, where there is no GPU

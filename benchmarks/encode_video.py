@@ -2,7 +2,7 @@
 
     python benchmarks/encode_video.py VIDEO --tower TOWER --fps 1 [--repeat 3]
 
-Ours decodes in a process of its own, squares the pictures, runs the tower and writes the artifact; decord only reads.
+Ours decodes in a process of its own, squares the images, runs the tower and writes the artifact; decord only reads.
 Processor seconds count child processes too.
 """
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Read further: the same needles before and after raising a language model's RoPE base, without training.
+# Extend a context: the same needles before and after raising a language model's RoPE base, without training.
 #   examples/extend.sh LM ESSAYS BASE LENGTHS
 set -euo pipefail
 lm=$1 essays=$2 base=$3 lengths=$4

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ask one question about every video of a folder, frame features cached, one JSON line an answer.
+# Ask one question about every video of a folder; frame features are cached, and each answer is a JSON line.
 #   examples/watch.sh VLM FOLDER 'What happens?'
 set -euo pipefail
 vlm=$1 folder=$2 question=$3

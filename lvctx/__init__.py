@@ -1,6 +1,6 @@
 """Long-context video understanding as unix steps.
 
-Text teaches a language model to read far; images teach it to see; then it can watch an hour of video.
+Extend a language model's context on text, align it with images, evaluate it on hour-long video.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -11,7 +11,7 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    # What is imported lives as long as the program: looking for garbage in it only delays the first line of output.
+    # What is imported lives as long as the program: garbage collection of it only delays the first line of output.
     gc.disable()
     from lvctx.cli.app import app
 

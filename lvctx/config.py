@@ -24,7 +24,7 @@ class Flag:
     metavar: str | None = None
     """What the help shows for the value."""
     parse: Callable[[str], Any] | None = None
-    """Turns the option's text into the field's value; raises ValueError with a sentence that says what to write."""
+    """Turns the option's text into the field's value; raises ValueError with a sentence about what to write."""
     min: float | None = None
     """Smallest value that is allowed."""
     max: float | None = None

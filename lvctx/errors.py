@@ -14,7 +14,7 @@ EXIT_READER_GONE = 141
 
 
 class LvctxError(ValueError):
-    """Base of every error a user can cause. `where` names a file, row or flag; `fix` says what to do about it."""
+    """Base of every error a user can cause. `where` names a file, row or flag; `fix` is what to do about it."""
 
     exit_code = 3
 
@@ -75,7 +75,7 @@ def library_errors(what: str, *, where: object = None, fix: str = "") -> Iterato
 
 
 def first_line(e: BaseException) -> str:
-    """An exception in a few words: the start of its text, after its type where the text alone says little."""
+    """An exception in a few words: the start of its text, after its type where the text alone is unclear."""
     lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [""]
     text = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(":")
     text = text if len(text) <= 200 else f"{text[:200]}..."

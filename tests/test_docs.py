@@ -24,6 +24,14 @@ HELPS = {**COMMANDS, **SUBCOMMANDS}
 EXAMPLES = {name: re.findall(r"^lvctx .*|^.*\| lvctx .*", c.epilog or "", re.M) for name, c in HELPS.items()}
 GROUPS_SHOW = ("videomme run", "bench mlvu", "bench longvideobench", "bench nextqa", "bench vhs")
 """Subcommands that the examples of their group are about."""
+PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name != "runtimes.md")]
+"""Pages whose commands run; runtimes.md is a table that `make test-runtimes` writes."""
+
+
+def shell_commands(page: Path) -> list[str]:
+    """The lines of a page's ```sh blocks."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    return [line for block in blocks for line in block.splitlines()]
 
 
 def run(command: str, workshop: Path) -> subprocess.CompletedProcess[str]:
@@ -93,12 +101,19 @@ def test_the_helps_examples_run(command: str, workshop: Path) -> None:
 
 
 @pytest.mark.nano
-def test_the_readmes_commands_run(workshop: Path) -> None:
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-    commands = [line for block in blocks for line in block.splitlines()]
-    assert len(commands) >= 8
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_the_commands_of_readme_and_docs_run(page: Path, workshop: Path) -> None:
+    commands = shell_commands(page)
+    assert len(commands) >= 4
     for command in commands:
         check(command, workshop)
+
+
+def test_readme_and_docs_have_commands_and_their_links_lead_somewhere() -> None:
+    assert sum(len(shell_commands(page)) for page in PAGES) >= 30
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", *(ROOT / "recipes").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 @pytest.mark.nano

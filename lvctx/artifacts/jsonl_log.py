@@ -33,7 +33,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
-                raise InputError("not a JSON object", where=f"{path}:{number}", fix="remove or mend the line")
+                raise InputError("not a JSON object", where=f"{path}:{number}", fix="remove or correct the line")
             rows.append(row)
     return rows
 

@@ -38,7 +38,7 @@ class ResultLog:
                 raise InputError(
                     f"holds results of another run (other {_differing(row.get('made_of'), made_of)})",
                     where=log.path.parent,
-                    fix="choose another -o, or --force to start anew",
+                    fix="choose another -o, or --force to start over",
                 )
             if "error" not in row:
                 self.rows[row["key"]] = row
@@ -59,7 +59,7 @@ class ResultLog:
         if resume == "must" and not path.is_file():
             raise InputError("nothing to resume", where=path.parent, fix="drop --resume must")
         if resume == "never" and path.is_file() and not force:
-            fix = "drop --resume never, or --force to start anew"
+            fix = "drop --resume never, or --force to start over"
             raise InputError("holds results already", where=path.parent, fix=fix)
         with ExitStack() as stack:
             if not shared:

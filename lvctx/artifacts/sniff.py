@@ -33,7 +33,7 @@ Name = Literal[
     "other",
 ]
 HEAD = 4096
-"""Bytes that are looked at."""
+"""Bytes that are read."""
 
 
 class Sniffed(NamedTuple):
@@ -136,7 +136,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _sniff_tensors(path: Path) -> Sniffed:
-    """A safetensors file, whole or not, by what its header says made it."""
+    """A safetensors file, complete or not, by the command in its header."""
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
         header = f.read(min(length, 1 << 24))

@@ -19,7 +19,7 @@ from typing import Any
 from lvctx.errors import InputError
 
 LFS_POINTER = b"version "
-"""How the text file begins that stands for a large file in a Git repository which was cloned without Git LFS."""
+"""First bytes of the pointer file in place of a large file in a Git repository cloned without Git LFS."""
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def save_tensors(target: Path, tensors: Mapping[str, Any], metadata: Mapping[str
             from safetensors.torch import save_file
         save_file(dict(tensors), str(folder / target.name), metadata=dict(metadata))
         os.replace(folder / target.name, partial)
-        # safetensors writes for its owner alone; who may read the directory may read what is in it.
+        # safetensors writes for its owner alone; whoever may read the directory may read its files.
         partial.chmod(target.parent.stat().st_mode & 0o666)
 
 

@@ -1,4 +1,4 @@
-"""Weights from file to file under other names: bytes are copied as they lie, so memory does not grow with the model.
+"""Weights from file to file under other names: bytes are copied as stored, so memory does not grow with the model.
 
 A tensor is where its bytes are, not the bytes. Shards are written in safetensors' own order (wide types first, then by
 name), so that what is carried there and back is the same file.
@@ -120,7 +120,7 @@ def _copied(path: Path, begin: int, end: int) -> Iterator[bytes]:
 def write_weights(
     out: Path, shards: list[Mapping[str, Weight]], *, on_progress: Callable[[int, int, str], None] = lambda *_: None
 ) -> None:
-    """Write shards and, where there are several, their index. A shard that stands is whole, and is left as it is."""
+    """Write shards and, where there are several, their index. A shard that exists is complete, and is kept."""
     count = len(shards)
     names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     if count == 1:

@@ -1,1 +1,1 @@
-"""The command line: one file per command, which parses, calls one stage function and emits rows."""
+"""The command line: one file per command, which parses, calls one job and prints its rows."""

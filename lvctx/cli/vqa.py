@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lvctx.parallel.context import ParallelContext
 
 FEATURE_CACHE = Path("~/.cache/lvctx/features")
-"""Where vqa keeps features of videos unless it is told otherwise."""
+"""Where vqa keeps features of videos by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class VqaConfig:
 
     def __post_init__(self) -> None:
         if "-" in self.videos and len(self.videos) > 1:
-            raise UsageError("- stands alone", fix="give videos or -")
+            raise UsageError("- excludes other videos", fix="give videos or -")
         if not self.ask and not self.chat and not self.piped:
             raise UsageError("no question", fix="give --ask or --chat")
         if self.reads_questions and (self.piped or len(self.videos) > 1):

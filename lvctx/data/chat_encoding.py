@@ -28,7 +28,7 @@ class TokenSequence:
     """Token ids of a conversation, with its visual blocks unfolded."""
 
     ids: list[int]
-    """`video` ids stand for visual tokens."""
+    """`video` ids are placeholders of visual tokens."""
     labels: list[int]
     """Target under each position's hidden state (already shifted): -100 where it is not the assistant's word."""
     places: list[int] = field(default_factory=list)

@@ -17,7 +17,7 @@ from lvctx.errors import InputError
 def largest_blend(
     lengths: Mapping[str, np.ndarray], shares: Mapping[str, float], *, long_share: float, long_over: int
 ) -> int:
-    """Most tokens at which every kind still meets its share and long samples theirs.
+    """Most tokens at which every kind and the long samples still reach their shares.
 
     `lengths` are each kind's samples in tokens (N,). Raises InputError where long samples cannot meet theirs at all.
     """
@@ -51,7 +51,7 @@ def choose_samples(
 ) -> dict[str, np.ndarray]:
     """Samples to take of each kind, ascending (int64), for `tokens` in all, which `largest_blend` must allow.
 
-    Inside a kind, long and short samples stand as in its source if that gives enough long ones; otherwise every kind
+    In a kind, long and short samples keep the proportions of the source if enough are long; otherwise every kind
     takes more of its long ones, each by the same part of what it could. A budget is filled with samples in an order
     drawn from `seed`, leaving out what no longer fits, so a kind falls short of it by less than a sample; where long
     samples then miss their share, short ones go.

@@ -42,7 +42,7 @@ class Media(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What one of the two, or the system, says."""
+    """A turn of the user, the assistant or the system."""
 
     role: str
     """`user`, `assistant` or `system`."""
@@ -103,7 +103,7 @@ def _parse_all(path: Path, folder: Path, parse: Callable[[Record], ParsedT]) -> 
             bad.append(e)
     if bad:
         more = f" ({len(bad):,} bad rows in all)" if len(bad) > 1 else ""
-        raise InputError(bad[0].what + more, where=bad[0].where, fix=bad[0].fix or "mend or remove the row")
+        raise InputError(bad[0].what + more, where=bad[0].where, fix=bad[0].fix or "correct or remove the row")
     if not parsed:
         raise InputError("no row", where=path)
     return parsed

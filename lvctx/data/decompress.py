@@ -1,4 +1,4 @@
-"""What a file's first bytes say it is, whatever its name: compressed content is decompressed, UTF-16 and UTF-32 become
+"""A file's format by its first bytes, whatever its name: compressed content is decompressed, UTF-16 and UTF-32 become
 UTF-8, and archives, unknown compressions and binary files are refused by name.
 
 gzip, Zstandard, xz and bzip2 are read, each with several members (frames, streams), with zeros as padding between and
@@ -21,7 +21,7 @@ from lvctx.errors import InputError
 MEBIBYTE = 1 << 20
 _BLOCK = 1 << 17
 _LAYERS = 2
-"""Compressions inside one another that are undone: some downloads are compressed twice, a gzip quine without end."""
+"""Compressions inside one another that are undone: some downloads are compressed twice, a gzip quine endlessly."""
 
 _REFUSED = (
     (0, b"\x04\x22\x4d\x18", "LZ4"),
@@ -207,4 +207,4 @@ def _to_utf8(stream: io.BufferedReader, encoding: str) -> Iterator[bytes]:
             yield decoder.decode(block).encode("utf-8", "surrogatepass")
         yield decoder.decode(b"", final=True).encode("utf-8", "surrogatepass")
     except UnicodeDecodeError as e:
-        raise OSError(f"not {encoding.upper()}, as its byte order mark says: {e.reason}") from e
+        raise OSError(f"not {encoding.upper()}, which its byte order mark announces: {e.reason}") from e

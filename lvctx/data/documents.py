@@ -1,4 +1,4 @@
-"""Documents from wherever they lie, as chunks of about a mebibyte that another process can tokenize.
+"""Documents from files, folders, stdin or datasets, as chunks of about a mebibyte that another process can tokenize.
 
 JSON lines, JSON arrays and plain text (all also compressed, see `unpack`), Parquet, folders of these, stdin (`-`), a
 dataset saved by `datasets` and one on the Hugging Face hub (`name` or `name@revision`), several at once and in the
@@ -86,10 +86,10 @@ class Fields:
     text: str = "text"
     """The document."""
     source: str | None = None
-    """The source's name; None looks at `source`, then at SlimPajama's `meta.redpajama_set_name`."""
+    """The source's name; None tries `source`, then SlimPajama's `meta.redpajama_set_name`."""
 
     def source_paths(self) -> tuple[str, ...]:
-        """Fields to look at for the source, first hit wins."""
+        """Fields tried for the source; the first that exists is used."""
         return (self.source,) if self.source else ("source", "meta.redpajama_set_name")
 
     def source_of(self, record: dict[str, Any]) -> str:
@@ -135,7 +135,7 @@ class Corpus:
         )
 
     def fingerprint(self) -> str:
-        """Hex SHA-256 that tells this input from another without reading all of it.
+        """Hex SHA-256 that identifies this input without reading all of it.
 
         It covers every part's name (of the file alone), size and content: whole up to 4 MiB, else its first, middle and
         last mebibyte; for stdin the first mebibyte; for a hub dataset its commit.
@@ -153,7 +153,7 @@ class Corpus:
         return hasher.hexdigest()
 
     def _head(self) -> bytes:
-        """The first mebibyte of stdin, unconsumed: `peek` waits for it because the buffer lies over another one."""
+        """The first mebibyte of stdin, unconsumed: `peek` waits for it because the buffer wraps another one."""
         try:
             return self._open_stdin().peek(MEBIBYTE)
         except BROKEN as e:

@@ -2,7 +2,7 @@
 `jq` and `json.dumps(indent=...)` write them, objects without a line end between them, or with CR alone.
 
 Nothing is held beyond one value and a mebibyte. A value keeps its own spelling, so that what is wrong inside one
-(invalid UTF-8, a missing field) is told where all records are checked.
+(invalid UTF-8, a missing field) is reported where all records are checked.
 """
 
 import codecs
@@ -97,7 +97,7 @@ class _Text:
                 return self._text[self._at : self._at + 1]
 
     def skip(self) -> None:
-        """Pass over the character that `next` told."""
+        """Skip the character that `next` returned."""
         self._at += 1
 
     def value(self) -> bytes:
@@ -121,4 +121,4 @@ class _Text:
     def malformed(self, what: str, at: int | None = None) -> InputError:
         """The error that names the line, here or at a place in the text."""
         line = self._line + self._text.count("\n", 0, self._at if at is None else at)
-        return InputError(f"malformed JSON ({what})", where=f"{self._name}:{line}", fix="mend it")
+        return InputError(f"malformed JSON ({what})", where=f"{self._name}:{line}", fix="correct it")

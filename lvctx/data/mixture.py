@@ -66,7 +66,7 @@ def apportion(total: int, shares: Mapping[str, float]) -> dict[str, int]:
 
 
 def largest_total(available: Mapping[str, int], shares: Mapping[str, float]) -> tuple[int, str]:
-    """Most tokens at which every source still meets its share, and the source that limits it."""
+    """Most tokens at which every source still reaches its share, and the source that limits it."""
     limits = {source: int(available.get(source, 0) / share) for source, share in shares.items() if share > 0}
     scarce = min(limits, key=lambda s: (limits[s], s))
     total = limits[scarce]

@@ -117,7 +117,7 @@ class _Packer:
         self.buffer = ShardBuffer(rows=job.shard_rows, seq_len=job.config.seq_len)
 
     def run(self, *, resume: str, force: bool) -> None:
-        """Pack from where an unfinished run stood, or from the beginning."""
+        """Pack from where an unfinished run stopped, or from the beginning."""
         if force:
             (self.out / MANIFEST).unlink(missing_ok=True)
         fresh = force or resume == "never"
@@ -148,7 +148,7 @@ class _Packer:
         self._finish()
 
     def _begin(self, stream: Iterator[Tokens]) -> Iterator[Tokens]:
-        """The same stream, after a look at what its first readable documents are."""
+        """The same stream, after a check of its first readable documents."""
         first: list[Tokens] = []
         for tokens in stream:
             first.append(tokens)
@@ -194,7 +194,7 @@ class _Packer:
                 raise InputError(f"{what} in the mix (which has {', '.join(self.mix)})", where=where, fix=fix)
             if self.job.mix == mixture.AUTO and self.mix == mixture.NONE and name not in (UNNAMED, UNREADABLE):
                 what = f"source {name!r} after documents that name none"
-                raise InputError(what, where=where, fix="say --mix none, --mix keep or a --mix file")
+                raise InputError(what, where=where, fix="give --mix none, --mix keep or a --mix file")
 
     def _set_budgets(self) -> None:
         """Budgets from what the whole input holds: its own shares (before the length rule) or the mix's."""
@@ -235,7 +235,7 @@ class _Packer:
         spool.flush(complete=True)
 
     def _write_rows(self, stream: Iterator[Tokens], last: dict[str, Any] | None, *, spooled: bool = False) -> None:
-        """Fill rows and write every shard that fills up; `last` is the state of the last one that stands."""
+        """Fill rows and write every shard that fills up; `last` is the state of the last complete one."""
         low, offset = (last["document"], last["offset"]) if last else (0, 0)
         for tokens in () if self._enough() else stream:
             count = len(tokens.status)

@@ -1,4 +1,4 @@
-"""The chat artifact: whole samples concatenated to rows, none cut, with what goes into the visual placeholders.
+"""The chat artifact: whole samples concatenated to rows, none truncated, with what goes into the visual placeholders.
 
 Shapes: a shard has R rows, N samples, T tokens. `input_ids` int32 (T,) and `labels` int32 (T,) (already shifted; -100
 is not counted, and is under every sample's last token); `row_offsets` int64 (R + 1,): row i is the tokens

@@ -81,7 +81,7 @@ def json_records(stream: io.BufferedReader, name: str) -> Iterator[Record]:
             text = line.decode().removeprefix(_BOM if number == 0 else "").strip()
             value = json.loads(text) if text else None
         except (ValueError, RecursionError) as e:
-            text, value = "?", InputError(f"malformed JSON ({e})", where=where, fix="mend or remove it")
+            text, value = "?", InputError(f"malformed JSON ({e})", where=where, fix="correct or remove it")
         if text:
             yield Record(where, value)
 

@@ -115,7 +115,7 @@ class PackingStats:
         return self.sources.setdefault(source, SourceStats())
 
     def read(self, tokens: Tokens, keep: np.ndarray, low: int, high: int) -> None:
-        """Enter documents low..high of a batch as read; `keep` bool (N,) says which passed the length rule."""
+        """Enter documents low..high of a batch as read; `keep` bool (N,) marks those that passed the length rule."""
         part = slice(low, high)
         lengths, status, keep = tokens.lengths()[part], tokens.status[part], keep[part]
         for one, mask in self._by_source(tokens, part):
@@ -211,7 +211,7 @@ class ShardBuffer:
         self.used = 0
 
     def put(self, ids: np.ndarray, *, begins: bool) -> int:
-        """Append as many tokens as fit and say how many; `begins` marks the first as a document's beginning."""
+        """Append as many tokens as fit and return how many; `begins` marks the first as a document's beginning."""
         count = min(len(ids), len(self._ids) - self.used)
         if begins and count:
             self._starts.append(self.used)

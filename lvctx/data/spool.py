@@ -1,4 +1,4 @@
-"""Tokenized documents on disk between reading and packing, for budgets that only the whole input can tell.
+"""Tokenized documents on disk between reading and packing, for budgets that depend on the whole input.
 
 A part is one safetensors file beside the shards: `ids` int32 (documents one after another, each with its separator),
 `starts` int64 (N + 1,), `codes` int32 (N,) into the `names` of its state. Parts are written and resumed like shards.
@@ -22,7 +22,7 @@ def part_name(number: int) -> str:
 
 
 class Spool:
-    """Parts in a directory. `states` are those of the parts that stand, each with `end`, `complete` and `names`."""
+    """Parts in a directory. `states` are those of the complete parts, each with `end`, `complete` and `names`."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Spool:
             self.flush(complete=False)
 
     def flush(self, *, complete: bool) -> None:
-        """Write what is held as the next part; `complete` says that it is the last."""
+        """Write the buffer as the next part; `complete` marks the last."""
         tensors = {
             "ids": np.concatenate(self._ids),
             "starts": np.cumsum(np.concatenate(self._lengths)),

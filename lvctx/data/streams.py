@@ -1,4 +1,4 @@
-"""Where documents lie, and their bytes: read from a place on, told by a sample."""
+"""Where documents are stored, and their bytes: read from an offset on, identified by a sample."""
 
 import hashlib
 import io
@@ -92,7 +92,7 @@ def _folder(path: Path) -> list[InputPart]:
 
 
 def base_suffix(path: Path) -> str:
-    """A file's suffix in lower case, without one that says how it is compressed."""
+    """A file's suffix in lower case, without the suffix of a compression."""
     stem = Path(path.stem) if path.suffix.lower() in SQUEEZED else path
     return stem.suffix.lower()
 
@@ -147,7 +147,7 @@ def skip(f: Any, count: int, *, seek: bool) -> None:
 
 
 def sample(path: Path) -> bytes:
-    """Bytes that tell a file or folder from another: hashes of all up to 4 MiB, else of three mebibytes of it."""
+    """Bytes that identify a file or folder: hashes of all up to 4 MiB, else of three mebibytes of it."""
     if path.is_dir():
         return b"".join(_sample_one(p) for p in sorted(path.rglob("*")) if p.is_file())
     return _sample_one(path)

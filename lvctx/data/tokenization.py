@@ -26,7 +26,7 @@ OK, REPAIRED, SKIPPED, MALFORMED = 0, 1, 2, 3
 """What became of a document: read, read with invalid UTF-8 replaced, left out for it, or not a record at all."""
 
 UNREADABLE = "unreadable"
-"""The source of what was left out before anybody could see one."""
+"""The source of documents that were left out before theirs was known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +179,7 @@ class Encoder:
     def _malformed(self, what: str, chunk: Chunk, number: int) -> tuple[str, int]:
         if self.policy.skip_malformed:
             return "", MALFORMED
-        raise InputError(what, where=chunk.name(number), fix="mend it, or --skip-malformed")
+        raise InputError(what, where=chunk.name(number), fix="correct it, or --skip-malformed")
 
     def _to_text(self, raw: bytes, chunk: Chunk, number: int) -> tuple[str, int]:
         try:
@@ -243,7 +243,7 @@ def tokenize(
             yield waiting.popleft().result()
     except BrokenProcessPool as e:
         raise InputError(
-            "a tokenizing process died (out of memory?)", fix="use fewer --workers; run again to go on from here"
+            "a tokenizing process died (out of memory?)", fix="use fewer --workers; run again to continue"
         ) from e
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

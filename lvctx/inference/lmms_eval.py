@@ -38,7 +38,7 @@ class Lvctx(lmms):
         """Find the model; `options` are `VideoSampling`'s as text, hybrid as `L:M:S`, and `prefill_chunk`.
 
         Raises InputError where there is no such model, UsageError for what its family cannot do, ValueError for
-        arguments that nobody knows.
+        unknown arguments.
         """
         super().__init__()
         accelerator = Accelerator(cpu=not torch.cuda.is_available())

@@ -51,7 +51,7 @@ class PrefixScorer:
         positions: Positions = sequential_positions,
         ring: Ring = ALONE,
     ) -> None:
-        """Score with a language model or VLM; `visual_RE` are the embeddings that ids from V on stand for.
+        """Score with a language model or VLM; `visual_RE` are the embeddings of the ids from V on.
 
         A table wider than E has in its further columns, E by E, what is added to the first layers' states.
 

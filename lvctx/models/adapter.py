@@ -1,6 +1,6 @@
 """Adapters: what a training with LoRA trained, as a PEFT directory `adapter/` of a few MB beside the merged weights.
 
-It lies in a directory of its own because vLLM loads every safetensors file that lies beside config.json. The tensors
+It has a directory of its own because vLLM loads every safetensors file beside config.json. The tensors
 have PEFT's names, so `PeftModel.from_pretrained(base, "adapter")` puts the LoRA, and the projector where it was
 trained, on a model that has the same positions.
 """
@@ -63,7 +63,7 @@ def save_adapter(out: Path, model: Any, wrapped: Any, provenance: Provenance, *,
 
 
 def longest_sample(path: Path) -> int:
-    """Tokens of the longest sequence that an adapter, or an aligned VLM, was trained on; 0 where it does not say."""
+    """Tokens of the longest sequence that an adapter, or an aligned VLM, was trained on; 0 where that is not stored."""
     if (path / WEIGHTS).is_file():
         path = path / WEIGHTS
     return int((read_provenance(path) or {}).get("longest_sample", 0))

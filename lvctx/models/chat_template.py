@@ -26,7 +26,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Visual(NamedTuple):
-    """Part of a turn: an image or a video, by the special token that stands for it."""
+    """Part of a turn: an image or a video, by its special token."""
 
     token: str
 
@@ -78,7 +78,7 @@ class ChatEncoder:
         """Raises InputError for a tokenizer without a fast form, or a template that leaves out what the user writes."""
         self.tokenizer, self.template = tokenizer, template
         self.marks_answers = _GENERATION.search(template) is not None
-        """Whether the template says itself what is learned: transformers' `return_assistant_tokens_mask`."""
+        """Whether the template itself marks what counts in the loss: transformers' `return_assistant_tokens_mask`."""
         self.wants_parts = False
         """Whether the template reads lists of parts alone (SmolVLM's), so that text has to be such a list."""
         self._find_form()
@@ -250,7 +250,7 @@ class ChatEncoder:
         return insert_marks(text, [*marks, *((end, mark("c", i) + mark("e", i)) for i, (_, end) in enumerate(spans))])
 
     def prompt(self, messages: Sequence[Message]) -> ChatTokens:
-        """What stands before an answer to the last of the messages, as `encode` has it.
+        """The text before an answer to the last of the messages, as `encode` has it.
 
         That is the template's generation prompt, and what else it writes before an answer that has no reasoning.
         """
@@ -265,7 +265,7 @@ class ChatEncoder:
         return self._tokens(text, {}, None)
 
     def _unmarked(self, text: str) -> tuple[str, dict[tuple[str, int], int], list[int]]:
-        """The text to encode, where the marks were in it, and ids of the control tokens that stand for images."""
+        """The text to encode, where the marks were in it, and ids of the control tokens for images."""
         pieces: list[str] = []
         at: dict[tuple[str, int], int] = {}
         visual: list[int] = []

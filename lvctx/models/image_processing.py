@@ -43,7 +43,7 @@ def image_size(path: Path) -> tuple[int, int]:
         except Exception as e:
             raise _unreadable(path, e) from e
         if turned and image.format == "TIFF":
-            # Pillow turns these itself when it decodes them; whether their size says so already depends on its version.
+            # Pillow turns these itself when it decodes them; whether `size` shows it depends on the version.
             return open_image(path).size
         return (image.height, image.width) if turned else image.size
 
@@ -97,7 +97,7 @@ class Preprocess:
 
     @classmethod
     def from_directory(cls, path: Path) -> Self:
-        """Read it from a tower's, CLIP's, SigLIP's or VLM's directory. Raises InputError where it is not told."""
+        """Read it from a tower's, CLIP's, SigLIP's or VLM's directory. Raises InputError where it is missing."""
         pixels = _read_json(path / "preprocessor_config.json")
         if not pixels:
             pixels = _read_json(path / "processor_config.json").get("image_processor") or {}

@@ -49,7 +49,7 @@ CLIP_PIXELS = {
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "resample": 3,
 }
-"""What the preprocessor_config.json of OpenAI's towers says of pixels: Radford et al. 2021, the released code."""
+"""Pixel statistics in the preprocessor_config.json of OpenAI's towers: Radford et al. 2021, the released code."""
 SHAPE_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -58,7 +58,7 @@ SHAPE_336 = {
     "image_size": 336,
     "patch_size": 14,
 }
-"""Of the tower that LLaVA-1.5 and LongVA look with."""
+"""Of the vision tower of LLaVA-1.5 and LongVA."""
 
 
 def rename(names: Mapping[str, Any] | set[str], *, to_llava: bool) -> dict[str, str]:
@@ -112,7 +112,7 @@ def text_config(flat: Mapping[str, Any], *, context: int | None, where: object) 
         ("mm_resampler_type", (None, "spatial_pool")),
     ):
         if flat.get(key) not in read:
-            raise InputError(f'{key} is "{flat.get(key)}"', where=where, fix=f'LongVA says "{read[0]}"')
+            raise InputError(f'{key} is "{flat.get(key)}"', where=where, fix=f'LongVA has "{read[0]}"')
     default = CONFIG_MAPPING[kind]()
     known = {*default.to_dict(), "rope_theta", "rope_scaling", "torch_dtype"}
     known -= {"architectures", "model_type", "_name_or_path", "transformers_version"}
@@ -176,7 +176,7 @@ def llava_config(config: Mapping[str, Any], tokenizer_length: int) -> dict[str, 
     left = ("_name_or_path", "model_type", "architectures", "rope_parameters")
     flat = {key: value for key, value in text.items() if key not in left}
     if rope:
-        # transformers 4, for which LLaVA's code was written, looks here.
+        # transformers 4, for which LLaVA's code was written, reads this key.
         flat["rope_theta"] = _value(rope, "rope_theta", int, float)
         if rope.get("rope_type", "default") != "default":
             flat["rope_scaling"] = rope

@@ -242,7 +242,7 @@ def trained_length(path: Path) -> int:
 
 
 def context_length(config: Any) -> int:
-    """Positions a language model or VLM says it can read. Raises InputError where it does not say."""
+    """Context length in config.json of a language model or VLM. Raises InputError where it has none."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(length, int):
         raise InputError("config.json has no max_position_embeddings", where=config.name_or_path or None)

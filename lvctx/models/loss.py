@@ -21,7 +21,7 @@ IGNORED = -100
 def token_loss(hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, *, chunk: int = 1024) -> tuple[Tensor, int]:
     """Sum of the cross-entropies (float32, nats) over counted tokens, and their number.
 
-    `labels_N` are targets already shifted to stand under the hidden state that predicts them; -100 is not counted.
+    `labels_N` are targets already shifted to the place of the hidden state that predicts them; -100 is not counted.
     """
     counted = labels_N != IGNORED
     hidden, labels = hidden_NE[counted], labels_N[counted]

@@ -21,7 +21,7 @@ SIDE_FILES = (VLLM, LLAMA_CPP)
 def write_side_files(out: Path, title: str | None = None) -> list[str]:
     """Write what the model in `out` needs elsewhere and the card's section on positions; the names of the side files.
 
-    `title` says in the card what the positions are; by default what config.json has. Files of an earlier run are
+    `title` describes the positions in the card; by default those of config.json. Files of an earlier run are
     replaced or removed.
     """
     raw = read_model_config(out)
@@ -81,7 +81,7 @@ def _title(rope: dict[str, Any], context: int) -> str:
 
 
 def _for_llama_cpp(out: Path, rope: dict[str, Any], model_type: str, context: int, names: list[str]) -> str:
-    """Write its flags where it needs some, and say in a line what to do."""
+    """Write its flags where it needs some, and return a line about what to do."""
     flags = llama_cpp(rope, model_type=model_type, context=context)
     if flags is None:
         known = model_type in GGUF
@@ -100,8 +100,8 @@ def _for_llama_cpp(out: Path, rope: dict[str, Any], model_type: str, context: in
 def with_rope(raw: dict[str, Any], rope: dict[str, Any], context: int) -> dict[str, Any]:
     """config.json with other positions and nothing else changed, in the style that it has.
 
-    transformers 5 writes `text_config.rope_parameters`; released checkpoints are flat and say `rope_scaling`, with the
-    base beside it, which older programs look for there.
+    transformers 5 writes `text_config.rope_parameters`; released checkpoints are flat and have `rope_scaling`, with the
+    base beside it, where older programs expect it.
     """
     new = copy.deepcopy(raw)
     text = new.get("text_config")

@@ -44,7 +44,7 @@ _SHAPE = (
 
 @dataclass(frozen=True, kw_only=True)
 class TowerFiles:
-    """What a directory says about its tower; no weights are loaded."""
+    """The vision tower of a directory, as its configuration describes it; no weights are loaded."""
 
     path: Path
     """The model directory."""

@@ -192,7 +192,7 @@ def newline_embedding(vlm: Any) -> Tensor:
 def chat_ids(tokenizer: Any, *turns: str, mark: str = VIDEO_TOKEN) -> tuple[list[int], list[int]]:
     """Token ids before and after the visual block of a chat that ends where the answer begins.
 
-    `turns` are the user's, the reply, the user's next, ...; `mark` is the token that stands for the block. The answer
+    `turns` are the user's, the reply, the user's next, ...; `mark` is the token of the block. The answer
     follows what it follows in training, an empty `<think>` block included where the template writes one.
     """
     chat = chat_encoder(tokenizer).prompt(_messages(turns, mark))
@@ -251,7 +251,7 @@ PIXEL_OPTIONS = ("do_normalize", "do_rescale", "rescale_factor", "image_mean", "
 
 
 def write_processors(config: Any, pixels: Mapping[str, Any], out: Path) -> None:
-    """Write the processors' files of a VLM; `pixels` is what its tower's `PIXELS_FILE` says."""
+    """Write the processors' files of a VLM; `pixels` is the content of its tower's `PIXELS_FILE`."""
     vision = config.vision_config
     square = {"height": vision.image_size, "width": vision.image_size}
     kept = {key: pixels[key] for key in PIXEL_OPTIONS if key in pixels} | {"do_resize": True}

@@ -51,7 +51,7 @@ def check_loaded(model: Any, loading_info: Mapping[str, Any], stored: Iterable[s
 
     Some of transformers' classes ignore tensors by name (`_keys_to_ignore_on_load_unexpected`): heads for multi-token
     prediction, which it does not compute. Among them may be a whole layer that num_hidden_layers does not count; so one
-    that is built like the model's own layers is looked for in `stored`, the names in the checkpoint.
+    that is built like the model's own layers is searched for in `stored`, the names in the checkpoint.
     """
     mismatched = [(name, tuple(a), tuple(b)) for name, a, b in loading_info["mismatched_keys"]]
     unexpected = set(loading_info["unexpected_keys"]) | _uncounted_layers(model, stored)

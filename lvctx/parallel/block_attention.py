@@ -40,7 +40,7 @@ class Kernel(Protocol):
         causal: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v from this block, where `out` and `lse` are over all keys the queries see."""
+        """Gradients of q, k and v from this block, where `out` and `lse` are over all keys the queries attend to."""
         ...
 
 

@@ -33,7 +33,7 @@ class Checkpoints:
     """The checkpoints of one run's output. Every rank calls every method at the same point of the run."""
 
     def __init__(self, out: Path, run: Provenance, world: ParallelContext) -> None:
-        """Clear away what a killed writer left. Raises InputError where another run's checkpoint stands."""
+        """Remove what a killed writer left. Raises InputError for the checkpoint of another run."""
         self.folder, self.run, self.world = out / FOLDER, run, world
         self._pending: tuple[int, Future[Any]] | None = None
         self.saved = world.gather(self.newest())[0]  # a network file system may show it to others later
@@ -62,7 +62,7 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any], *, wait: bool) -> None:
         """Write `state` (tensors and nested dicts of them) as the checkpoint of `step`; returns once it is copied.
 
-        `wait` returns only when it stands. Raises InputError when the disk refuses this or the one before.
+        `wait` returns only when it is complete. Raises InputError when the disk refuses this or the one before.
         """
         self.finish()
         if self.saved != step:

@@ -34,7 +34,7 @@ torchrun ends all processes when one dies."""
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelContext:
-    """All ranks of a run, seen from one of them."""
+    """All ranks of a run, from the side of one of them."""
 
     device: str
     """Where this rank computes, e.g. `cuda:3`."""

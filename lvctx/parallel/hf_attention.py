@@ -31,7 +31,7 @@ RING_ATTENTION = "lvctx_ring"
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Which part of which sequence a forward sees."""
+    """Which part of which sequence a forward pass has."""
 
     ring: Ring = field(default_factory=Ring)
     """The ranks that share the sequence."""
@@ -41,7 +41,7 @@ class Shard:
 
 
 def document_starts(begins: Sequence[int]) -> tuple[int, ...]:
-    """`Shard.starts` of a row whose documents begin at these places; what stands before the first is one too."""
+    """`Shard.starts` of a row whose documents begin at these places; tokens before the first are a document too."""
     return tuple(sorted({0, *map(int, begins)}))
 
 
@@ -53,7 +53,7 @@ def register() -> None:
 
 
 def is_plain(config: Any) -> bool:
-    """Whether every token sees all before it, with values as wide as keys: that is what `_attend` computes."""
+    """Whether every token attends to all before it, with values as wide as keys: that is what `_attend` computes."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     latent = getattr(config, "kv_lora_rank", None)  # DeepSeek's: values are of another width than keys

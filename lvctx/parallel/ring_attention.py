@@ -5,8 +5,8 @@ float32 and through sigmoid and logsigmoid, which cannot overflow. In the backwa
 with them and come home after a full turn.
 
 Which tokens meet is a list of rectangles, so no mask is ever built. Without documents a step is one rectangle. With
-them: a document is one run of tokens, so of two different chunks at most one document lies in both, and its part in the
-later chunk sees all of its part in the earlier one; inside a chunk each document is a causal square.
+them: a document is one run of tokens, so of two different chunks at most one document is in both, and its part in the
+later chunk attends to all of its part in the earlier one; inside a chunk each document is a causal square.
 
 Shapes: B samples, H query heads, K key heads, L local tokens, D channels.
 """
@@ -28,7 +28,7 @@ from lvctx.parallel.zigzag import chunks_of
 
 @dataclass(frozen=True, kw_only=True)
 class Ring:
-    """Where a rank stands among those that share a sequence."""
+    """The place of a rank among those that share a sequence."""
 
     rank: int = 0
     """0-based place in the ring."""
@@ -51,7 +51,7 @@ class AttentionBlock:
     keys: tuple[int, int]
     """In the shard of the rank the keys come from."""
     causal: bool
-    """Both ranges are the same tokens, and each sees itself and those before."""
+    """Both ranges are the same tokens, and each attends to itself and those before."""
 
 
 @lru_cache(maxsize=64)  # every layer asks again
@@ -186,7 +186,7 @@ class _RingAttention(torch.autograd.Function):
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Take a block into the running output and log-sum-exp, in place and in float32."""
     out.sub_(torch.sigmoid(part_lse - lse)[..., None] * (out - part.float()))
-    fresh = lse == -torch.inf  # nothing seen yet, and infinity minus infinity is not a number
+    fresh = lse == -torch.inf  # no key so far, and infinity minus infinity is not a number
     merged = lse - torch.nn.functional.logsigmoid(lse - part_lse)
     lse.copy_(torch.where(fresh, part_lse, merged))
 

@@ -36,7 +36,7 @@ class Stripe:
     ring: Ring
     """The ranks."""
     first: int
-    """Tokens that stand before the new ones: their keys and values are cached."""
+    """Tokens before the new ones: their keys and values are cached."""
     count: int
     """New tokens of all ranks."""
 
@@ -51,7 +51,7 @@ class Stripe:
         return owned_count(self.first + self.count, self.ring) - owned_count(self.first, self.ring)
 
     def lead(self, rank: int) -> int:
-        """Place of a rank's first token among the new ones; it may lie behind their end."""
+        """Place of a rank's first token among the new ones; it may be beyond their end."""
         return (rank - self.first) % self.ring.world
 
 
@@ -144,7 +144,7 @@ def _attend(
 
 
 def attend_alone(query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, scale: float) -> Tensor:
-    """One rank's (B, H, L, D): a causal square over the new tokens, and all of what stands before them."""
+    """One rank's (B, H, L, D): a causal square over the new tokens, and all tokens before them."""
     before = key.shape[2] - query.shape[2]
     new, lse = kernel.forward(query, key[:, :, before:], value[:, :, before:], causal=True, scale=scale)
     if not before:

@@ -1,4 +1,4 @@
-"""Every way to stretch an M-RoPE model: M-RoPE++ and the methods it is compared with (GIRAFFE table 1)."""
+"""Every RoPE scaling of an M-RoPE model: M-RoPE++ and the methods it is compared with (GIRAFFE table 1)."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +17,7 @@ MROPE_SCHEMES = {"pi": pi, "ntk": ntk, "yarn": yarn, "none": rope}
 
 @dataclass(frozen=True, kw_only=True)
 class Mrope:
-    """The positions of an M-RoPE model before it is stretched."""
+    """The positions of an M-RoPE model before scaling."""
 
     head_dim: int
     """Channels of one attention head."""

@@ -44,13 +44,13 @@ class VideoGrids(NamedTuple):
     """One video in runs of different sizes, each between its own delimiters, whose time goes on from run to run.
 
     All runs share the height and width positions of the first, as the frames of one video do. Delimiters between runs
-    stand at the time of the grid beside them; the first and the last belong to the text around the film.
+    have the time of the grid beside them; the first and the last belong to the text around the video.
     """
 
     runs: tuple[Grids, ...]
     """In order of time; `step` is not used."""
     times: tuple[int, ...]
-    """Position of every grid, counted from the film's first; ascending, from 0."""
+    """Position of every grid, counted from the video's first; ascending, from 0."""
 
 
 SequencePart = Text | Grids | VideoGrids
@@ -94,7 +94,7 @@ def _video_positions(video: VideoGrids) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What a Qwen-VL configuration says about positions."""
+    """What a Qwen-VL configuration has about positions."""
 
     image: int
     """Id of the image placeholder."""

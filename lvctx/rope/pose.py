@@ -1,4 +1,4 @@
-"""Positional skip-wise training, PoSE (Zhu et al. 2023, section 3.2): short rows that stand for a long context.
+"""Positional skip-wise training, PoSE (Zhu et al. 2023, section 3.2): short rows that cover a long context.
 
 A row is cut in two (the paper's N = 2) and its second part moved away, both by chance, so that over many rows a model
 trains on every distance up to the context at the price of the row.

@@ -1,4 +1,4 @@
-"""What other runtimes have to be given so that they compute the positions that config.json describes.
+"""What other runtimes need in order to compute the positions that config.json describes.
 
 transformers reads config.json. The others differ where positions are YaRN's, each in its own way:
 
@@ -70,7 +70,7 @@ def llama_cpp(rope: dict[str, Any], *, model_type: str, context: int) -> list[st
     if "mrope_section" not in rope:
         changed = rope["rope_type"] == "yarn" and "attention_factor" in rope
         return ["--override-kv", _attn_factor(architecture, rope)] if changed else []
-    # The server caps what it reads at the length in the file, except where YaRN's flags say how far it is extended.
+    # The server limits its context to the length in the file, except where YaRN's flags give the extension.
     length = ["--override-kv", f"{architecture}.context_length=int:{context}"]
     if rope["rope_type"] == "default":
         return ["--rope-freq-base", f"{rope['rope_theta']:.9g}", *length]

@@ -51,7 +51,7 @@ def check_rope(config: Any, where: object) -> None:
             raise InputError(
                 f"its positions are of type {kind!r}, which transformers does not compute",
                 where=where,
-                fix="--rope theta makes them plain",
+                fix="--rope theta removes the scaling",
             )
 
 
@@ -68,13 +68,13 @@ def resolve_scaling(
 ) -> ScaledRope:
     """ScaledRope of `scheme` for a model with this transformers configuration, trained on rows of `seq_len` (0: none).
 
-    `none` keeps what the model has (direct extrapolation). `theta` makes them plain, with base `theta`. The others
-    stretch: `factor` is relative to the length the model was pretrained on, so on a model that has the same scheme
+    `none` keeps what the model has (direct extrapolation). `theta` removes the scaling, with base `theta`. The others
+    scaling: `factor` is relative to the length the model was pretrained on, so on a model that has the same scheme
     already (pi, yarn) the new factor replaces the old one; ntk leaves no trace but its base and starts from that.
-    Without a factor, `context` or the rows say how far. `original` is the pretrained length, where the configuration
-    does not say it: `linear` positions do not, since some models write the stretched length into
+    Without a factor, `context` or the rows decide it. `original` is the pretrained length, where the configuration
+    does not have it: with `linear` positions it does not, since some models write the scaled length into
     max_position_embeddings and some the length before. `attention_factor` is yarn's alone, and not kept from a former
-    stretch. Raises UsageError for contradicting flags, InputError for a model whose positions are of another kind.
+    scaling. Raises UsageError for contradicting flags, InputError for a model whose positions are of another kind.
     """
     old, promised = _read(config)
     kind = old.get("rope_type", "default")
@@ -99,16 +99,18 @@ def resolve_scaling(
     if scheme == "theta":
         stored = old.get("rope_theta")
         if isinstance(stored, int | float) and (theta or LONGVA_THETA) < stored:
-            log.warning("base %g is lower than the model's own %g: it reads less far", theta or LONGVA_THETA, stored)
+            log.warning(
+                "base %g is lower than the model's own %g: its context is shorter", theta or LONGVA_THETA, stored
+            )
         if kind != "default":
-            log.warning("the model's %s positions (factor %s) become plain ones", kind, old.get("factor"))
+            log.warning("the model's %s positions (factor %s) lose their scaling", kind, old.get("factor"))
         spec = RopeSpec(head_dim=rotating, theta=theta or LONGVA_THETA)
         return ScaledRope(
             rope_parameters=module.to_hf(spec) | kept, factor=1.0, context=context or max(promised, seq_len)
         )
     if kind not in ("default", scheme_rope_type):
         raise InputError(
-            f"the model's positions are {kind} already", fix="--rope none keeps them, --rope theta makes them plain"
+            f"the model's positions are {kind} already", fix="--rope none keeps them, --rope theta removes the scaling"
         )
     original = original or _original(old, promised, known=bool(factor and context))
     factor = factor or (context or seq_len) / original
@@ -152,7 +154,7 @@ def _original(old: Mapping[str, Any], promised: int, *, known: bool) -> int:
         return promised
     factor = rope_number(old, "factor", above=0.0)
     raise InputError(
-        f"its {old['rope_type']} positions are stretched by {factor:g}, and config.json does not say whether "
+        f"its {old['rope_type']} positions are scaled by {factor:g}, and config.json does not state whether "
         f"{promised} positions are the length before or after",
         fix=f"give --original-length, {promised} or {round(promised / factor)}",
     )

@@ -121,7 +121,7 @@ class Forward(nn.Module):
         device: str,
         pose: bool = False,
     ) -> None:
-        """`newline` is the token of a line's end; `tower_grad` says whether the tower learns; `pose`, whether samples
+        """`newline` is the token of a line's end; `tower_grad` is whether the tower is trained; `pose`, whether samples
         have positions from `skip_positions`, for which a model's attention must be plain (InputError)."""
         super().__init__()
         self.vlm, self.encoding, self.preprocess = vlm, encoding, preprocess

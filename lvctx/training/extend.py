@@ -146,7 +146,7 @@ def resolve_extend(config: ExtendConfig) -> ExtendJob:
 
 
 def _pretrained_length(model: Path, config: Any, original_length: int | None) -> int | None:
-    """The pretrained length where config.json does not have it: as the user says, or as an earlier scaling recorded.
+    """The pretrained length where config.json does not have it: given by the user, or recorded by an earlier scaling.
 
     After a scaling that is a larger base (ntk) the next one starts from what that reaches. Raises UsageError where the
     two differ.

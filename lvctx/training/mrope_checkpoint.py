@@ -39,7 +39,7 @@ INTERLEAVED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What a Qwen-VL directory says about its positions."""
+    """The positions that a Qwen-VL directory describes."""
 
     path: Path
     """Resolved directory."""
@@ -54,7 +54,7 @@ class Checkpoint:
     length: int | None
     """Pretrained length in tokens, where the configuration leaves no doubt."""
     promised: int
-    """`max_position_embeddings` as it stands."""
+    """`max_position_embeddings` of config.json."""
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -64,7 +64,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise InputError(
             f"{config.model_type} has no M-RoPE",
             where=path,
-            fix="lvctx extend-lm --rope ntk stretches plain RoPE, also of a VLM's language model",
+            fix="lvctx extend-lm --rope ntk scales one-dimensional RoPE, also of a VLM's language model",
         )
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -203,7 +203,7 @@ def run_mrope(job: MropeJob, out: Path, *, resume: str, force: bool) -> None:
 def write_checkpoint(
     job: MropeJob, out: Path, *, weights: Callable[[], list[str]] | None = None, trained_length: int = 0
 ) -> tuple[list[str], dict[str, Any]]:
-    """Link or write all files but the manifest; their names, and what the manifest says of them.
+    """Link or write all files but the manifest; their names, and facts for the manifest.
 
     `weights` writes new ones into `out` and returns the names of their files; `trained_length` are the tokens of the
     longest row they were trained on. Raises InputError if the disk refuses.

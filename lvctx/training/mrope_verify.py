@@ -1,4 +1,4 @@
-"""Hold a Qwen-VL checkpoint's positions to their formula: what stock transformers really computes, by channel."""
+"""Compare a Qwen-VL checkpoint's positions, as stock transformers computes them, with their formula, by channel."""
 
 import importlib
 import math
@@ -32,7 +32,7 @@ class Channel(NamedTuple):
     axis: str
     """t, h or w: whose position it rotates by."""
     plain: float
-    """Wavelength in positions before stretching."""
+    """Wavelength in positions before scaling."""
     wavelength: float
     """Wavelength in positions that transformers computes."""
     formula: float | None
@@ -44,7 +44,7 @@ class Verified:
     """What transformers computes for a checkpoint."""
 
     checkpoint: Checkpoint
-    """What was looked at."""
+    """What was verified."""
     channels: tuple[Channel, ...]
     """Fastest first."""
     attention: float
@@ -58,7 +58,7 @@ class Verified:
         return self.error is None or self.error <= FREQUENCY_TOLERANCE
 
     def summary(self) -> dict[str, Any]:
-        """Facts for a row: how it was stretched, channels of each axis, largest relative error."""
+        """Facts for a row: how its RoPE was scaled, channels of each axis, largest relative error."""
         axes = "".join(channel.axis for channel in self.channels)
         return {
             "stretched": self.checkpoint.scaling_text or "no",

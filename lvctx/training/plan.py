@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def predict(config: PlanConfig) -> dict[str, Any]:
     """Bytes per device and part, host bytes, operations, hours, longest row. Raises UsageError and InputError.
 
-    `fits` says whether it does; see `refuse`.
+    `fits` is whether it does; see `refuse`.
     """
     if config.world % config.cp:
         raise UsageError(f"--cp {config.cp} does not divide --world {config.world}")

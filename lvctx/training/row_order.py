@@ -1,4 +1,4 @@
-"""Which samples a global step reads: a function of seed and step alone, so a resumed run sees the same ones."""
+"""Which samples a global step reads: a function of seed and step alone, so a resumed run uses the same ones."""
 
 from functools import lru_cache
 

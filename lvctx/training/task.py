@@ -120,4 +120,4 @@ class TrainingTask(ABC, Generic[MicroT]):
 
     @abstractmethod
     def save(self, model: Any, out: Path, metrics: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
-        """Write the trained model, LoRA merged; the names of its files and what else the manifest says of it."""
+        """Write the trained model, LoRA merged; the names of its files and further facts for the manifest."""

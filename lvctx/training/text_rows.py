@@ -1,4 +1,4 @@
-"""A row of text as training sees it: this rank's part of it, and the loss of that part.
+"""A row of text in training: this rank's part of it, and the loss of that part.
 
 Shapes: B rows, L tokens of a row.
 """

@@ -1,4 +1,4 @@
-"""Video files from outside: are they whole, do they open, and what do their headers say. Nothing is decoded here."""
+"""Video files without decoding: whether they are complete, whether they open, and what their headers contain."""
 
 import logging
 import os
@@ -105,7 +105,7 @@ def open_video(path: Path) -> tuple[Any, Any]:
     if not streams:
         container.close()
         _check_kind(path)
-        raise InputError("no video stream", where=path, fix="give a file with a picture")
+        raise InputError("no video stream", where=path, fix="give a file with a video stream")
     stream = max(streams, key=_preference)  # the first of equals
     if stream.width * stream.height > MAX_PIXELS:
         container.close()
@@ -117,8 +117,8 @@ def open_video(path: Path) -> tuple[Any, Any]:
 def _preference(stream: Any) -> int:
     """What the ffmpeg program chooses a video stream by (fftools/ffmpeg_mux_init.c, `map_auto_video`).
 
-    The largest picture, and a stream that is marked as default counts as five million pixels more. One without a
-    packet is the last choice: there it looks at what it read, here counts what the container says.
+    The largest frame, and a stream that is marked as default counts as five million pixels more. One without a
+    packet is the last choice: FFmpeg decides by what it has read, this function by what the container states.
     """
     default = bool(stream.disposition & av.stream.Disposition.default)
     return int(stream.width) * int(stream.height) + 5_000_000 * default + 100_000_000 * (stream.frames > 0)
@@ -155,7 +155,7 @@ def demux(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def probe(path: Path) -> dict[str, Any]:
-    """width, height and, as far as the container says, duration in seconds and average fps; nothing is decoded."""
+    """width, height and, where the container states them, duration in seconds and average fps; nothing is decoded."""
     check_exists(path)
     container, stream = open_video(path)
     with container, decoder_errors(path):

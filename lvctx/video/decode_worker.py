@@ -70,7 +70,7 @@ class Decoders:
     def read(self, request: DecodeRequest, facts: dict[str, Any]) -> Iterator[Iterator[Frame]]:
         """The frames of a video, each a square; `facts` is filled once they are exhausted.
 
-        Raises what `read_video` raises, and InputError where the decoder dies or stands still.
+        Raises what `read_video` raises, and InputError where the decoder dies or hangs.
         """
         process = self._idle.pop() if self._idle else self._start()
         clean = False
@@ -107,7 +107,7 @@ class _Reader(Iterator[Frame]):
     def __init__(self, process: Any, request: DecodeRequest, facts: dict[str, Any], timeout: float) -> None:
         self._process, self._request, self._facts, self._timeout = process, request, facts, timeout
         self.over = False
-        with contextlib.suppress(BrokenPipeError):  # reading will say why
+        with contextlib.suppress(BrokenPipeError):  # reading reports why
             process.stdin.write(request.to_json().encode() + b"\n")
 
     def __next__(self) -> Frame:
@@ -213,4 +213,4 @@ class _Answer:
                     while rest:
                         rest = rest[os.write(self._out, rest) :]
             except BrokenPipeError:
-                os._exit(1)  # nobody listens any more
+                os._exit(1)  # the parent is gone

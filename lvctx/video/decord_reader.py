@@ -1,4 +1,4 @@
-"""The other decoder: decord, for those who want the pixels that LongVA's own scripts read.
+"""The other decoder: decord, for the exact pixels of LongVA's own scripts.
 
 It is no default: its last release is of 2021 and x86 only, it knows no AV1, repeats neighbours where frames are
 damaged, counts wrong where the rate varies or an edit list hides frames, seeks to other frames in transport streams,
@@ -26,7 +26,7 @@ DECORD_BATCH = 16
 DECORD_CODECS = ("h264", "hevc", "vp9")
 """Codecs whose packets we can count and that decord decodes."""
 TURNS = ((), (("transpose", "clock"),), (("transpose", "cclock"),), (("hflip",), ("vflip",)))
-"""What decord does to a picture that is not upright."""
+"""What decord does to a frame that is not upright."""
 
 
 def require_decord() -> Any:

@@ -1,7 +1,7 @@
 """Seeded drawings of one coloured shape on a cluttered background, and of many side by side.
 
-They stand in for photographs where none may be shipped: as training pictures of the nano recipe, as
-pictures in the tests, and as needles of V-NIAH (a picture that no film contains, with a question that only
+They stand in for photographs where none may be shipped: as training images of the nano recipe, as
+pictures in the tests, and as needles of V-NIAH (an image that no video contains, with a question that only
 it answers). One state of a `numpy.random.Generator` gives one drawing. Every name in `SHAPES` and `COLORS`
 is a single token after a space in SmolLM2's tokenizer; with ten colours, chance is one in ten.
 
@@ -170,7 +170,7 @@ def _clutter(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 
 def background(rng: np.random.Generator, *, width: int, height: int) -> np.ndarray:
-    """A picture in which nothing can be named: uint8 (height, width, 3), sizes in pixels."""
+    """An image without a shape: uint8 (height, width, 3), sizes in pixels."""
     layers = (_clouds, _gradient, _stripes, _clutter)
     image_HW3 = np.zeros((height, width, 3), np.float32)
     for index in rng.choice(4, size=int(rng.integers(1, 4)), replace=False, p=[0.36, 0.2, 0.12, 0.32]):
@@ -264,7 +264,7 @@ Photos = Sequence[np.ndarray]
 
 
 def _canvas(rng: np.random.Generator, size: int, photos: Photos = ()) -> np.ndarray:
-    """A background, or more often a photo's crop if there are `photos`; with these, decoys lie on one in three."""
+    """A background, or more often a photo's crop if there are `photos`; with these, one in three has decoys."""
     if photos and rng.random() < 0.6:
         image_HW3 = crop_photo(rng, photos[int(rng.integers(len(photos)))], size=size)
     else:
@@ -290,7 +290,7 @@ def draw_image(rng: np.random.Generator, *, size: int, shape: str, color: str, p
 
 
 def draw_blank(rng: np.random.Generator, *, size: int, photos: Photos = ()) -> Image.Image:
-    """A square picture, `size` pixels a side, in which nothing can be named."""
+    """A square image, `size` pixels a side, without a shape."""
     return Image.fromarray(_canvas(rng, size, photos))
 
 
@@ -303,10 +303,10 @@ def draw_grids(
     cells: Mapping[int, tuple[str, str]],
     photos: Photos = (),
 ) -> Image.Image:
-    """One large picture of cols x rows square cells; `cells` maps a cell (row-major) to its (shape, color).
+    """One large image of cols x rows square cells; `cells` maps a cell (row-major) to its (shape, color).
 
-    Cut into tiles of `size` pixels it looks like as many frames of a film. Given `photos`,
-    two pictures in three are made of crops of them. Of the rest some share one scene (a background over all cells, or
+    Cut into tiles of `size` pixels it is like as many frames of a video. Given `photos`,
+    two images in three are made of crops of them. Of the rest some share one scene (a background over all cells, or
     one cell repeated with small shifts of brightness), and in some every cell is a scene of its own.
     """
     kind = 1.0 if photos and rng.random() < 2 / 3 else rng.random()

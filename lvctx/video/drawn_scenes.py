@@ -45,7 +45,7 @@ class _Dice:
         return low + (self._next() >> 11) % (high - low + 1)
 
     def color(self) -> np.ndarray:
-        """Int32 (3,), half way to grey: films are rarely gaudy."""
+        """Int32 (3,), half way to grey: video is rarely of pure colours."""
         color_3 = [self.between(16, 239) for _ in range(3)]
         return np.array([(c + sum(color_3) // 3) // 2 for c in color_3], np.int32)
 

@@ -1,4 +1,4 @@
-"""What a video's packets say before anything is decoded: when each frame is shown, and what its pixels depend on.
+"""What a video's packets state before anything is decoded: when each frame is shown, and what its pixels depend on.
 
 One pass over the container gives every frame's number and time, so sampling is decided first and only then is decoded
 what the sampled frames need. Three facts make that exact:
@@ -107,8 +107,8 @@ class PacketIndex:
 
 
 def read_packets(path: Path) -> PacketIndex | None:
-    """The index of a video; None where packets do not tell all: other codecs, times missing, given twice or in
-    another order than the pictures'.
+    """The index of a video; None where packets are not enough: other codecs, times missing, given twice or in
+    another order than the frames'.
 
     Raises InputError for what is no video.
     """
@@ -142,7 +142,7 @@ def read_packets(path: Path) -> PacketIndex | None:
             elif packet.is_keyframe:
                 flag |= ENTRY
             if clock.jumps > jumps and not flag & ENTRY:
-                return None  # a recording that begins with pictures which cannot be decoded
+                return None  # a recording that begins with frames that cannot be decoded
             if flag & ENTRY:
                 entry_dts[len(pts)] = packet.pts if packet.dts is None else packet.dts
             if not flag & HIDDEN and packet.pts > latest:
@@ -183,7 +183,7 @@ def _ordered(pts_N: np.ndarray, entries_E: np.ndarray, codec: str) -> bool:
 
 
 def _length_size(codec: str, extradata: bytes) -> int:
-    """Bytes of the length before each unit (avcC, hvcC); 0 where start codes stand between them."""
+    """Bytes of the length before each unit (avcC, hvcC); 0 where start codes separate them."""
     if codec not in ("h264", "hevc") or extradata[:1] != b"\x01":
         return 0
     return (extradata[4 if codec == "h264" else 21] & 3) + 1
@@ -213,7 +213,7 @@ def _classify_h264(nal_units: Iterator[tuple[int, int]], *, bare: bool) -> tuple
             used |= head >> 5 & 3
             # Exponential Golomb codes: first_mb_in_slice 0 is 1, slice_type B is 010 or 00111.
             backward |= second >> 4 == 0b1010 or second >> 2 == 0b100111
-    # Where parameters travel with the pictures, an entry is one that brings its own.
+    # Where parameters are sent with the frames, an entry has its own.
     if 5 in kinds and (7 in kinds or not bare):
         return ENTRY, backward
     return (SPARE if kinds & {1, 2} and not used and not kinds & {5, 7, 8} else 0), backward

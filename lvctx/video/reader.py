@@ -42,13 +42,13 @@ class Frame:
     index: int
     """Number in the source, in the order of presentation, from 0."""
     pts: float
-    """Presentation timestamp in seconds, as FFmpeg says it: the first frame's need not be 0."""
+    """Presentation timestamp in seconds, as in FFmpeg: the first frame's need not be 0."""
     image: np.ndarray
     """uint8 (H, W, 3), RGB, upright."""
 
 
 class FrameReader(Iterator[Frame]):
-    """The frames asked for; once exhausted, `facts` says what was seen on the way."""
+    """The frames asked for; once exhausted, `facts` has what was found while decoding."""
 
     def __init__(self, frames: Iterator[Frame], facts: dict[str, Any], path: Path) -> None:
         self._frames, self._path = frames, path

@@ -58,7 +58,7 @@ class VideoSampling:
     hybrid_mode: HybridMode = "pair"
     """Qwen-VL: groups of merged pairs of frames, of frames as images, or of single frames."""
     frame_selection: FrameSelection = "group"
-    """Which frames have the higher resolution: the first of each group, or those where the picture has changed."""
+    """Which frames have the higher resolution: the first of each group, or those where the image has changed."""
     change_threshold: Annotated[float, Flag(min=0, max=1, needs=("frame_selection=adaptive",))] = 0.1
     """With adaptive frame selection: smallest mean difference, 0 to 1, that counts as a change."""
     allow_partial: bool = False

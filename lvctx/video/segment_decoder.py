@@ -179,7 +179,7 @@ class _RangeReader:
             if isinstance(decoded, int):  # the time of a packet that went in
                 expected += decoded >= first
                 continue
-            # Pictures that lead the entry refer to what was before; nobody wants them from here.
+            # Frames before the entry refer to earlier ones; they are not wanted here.
             if decoded.pts is None or decoded.pts < first:
                 continue
             got += 1

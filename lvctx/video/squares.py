@@ -1,4 +1,4 @@
-"""Pictures become squares. Apart from `images.py` so that decoder processes start without torch."""
+"""Images become squares. A module of its own so that decoder processes start without torch."""
 
 from typing import Literal
 

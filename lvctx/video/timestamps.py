@@ -1,4 +1,4 @@
-"""Times that go on: of packets where a recording's clock jumps, and of frames whose stamps say little.
+"""Continuous times: of packets where a recording's clock jumps, and of frames with missing or wrong timestamps.
 
 Transport and program streams that were joined from several recordings begin anew, or far ahead, at every joint. The
 ffmpeg program lets time go on there (fftools/ffmpeg_demux.c, `ts_discontinuity_detect`), and so does `Clock`.
@@ -97,6 +97,6 @@ def in_order(frames: Iterable[Any], stream: Any) -> Iterator[Timed]:
 
 
 def frame_ticks(stream: Any) -> int:
-    """How long a frame is shown where nothing says it: 0 if the rate is not known either."""
+    """How long a frame is shown where that is not stored: 0 if the rate is not known either."""
     rate = stream.average_rate or stream.guessed_rate
     return int(1 / Fraction(rate) / Fraction(stream.time_base)) if rate else 0

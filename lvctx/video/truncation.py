@@ -1,8 +1,8 @@
 """Whether a video file has been cut short, by the sizes that its container states. Nothing is decoded.
 
-A decoder plays what is left of a cut file without a word. But tags, trailers of cameras and padding may follow the
-video, and recorders write sizes that are unknown or off by a header. So a file counts as cut where something that holds
-pictures, or the index of them, ends beyond it.
+A decoder plays what is left of a truncated file without an error. But tags, trailers of cameras and padding may follow
+the video, and recorders write sizes that are unknown or off by a header. So a file counts as truncated where something
+that holds frames, or their index, ends beyond it.
 
 Sources: ISO/IEC 14496-12 (boxes of MP4 and QuickTime), RFC 8794 and RFC 9559 (elements of Matroska), OpenDML 2.0
 (chunks of AVI). A transport stream has no size; it may end anywhere.
@@ -23,7 +23,7 @@ class Truncation(NamedTuple):
 
 
 def find_truncation(path: Path) -> Truncation | None:
-    """What shows that a video file has been cut short; None for a whole one, and where its container cannot tell."""
+    """Evidence that a video file is truncated; None for a complete one, and where its container has no such sizes."""
     size = path.stat().st_size
     with open(path, "rb") as f:
         head = f.read(12)
@@ -39,7 +39,7 @@ def find_truncation(path: Path) -> Truncation | None:
 MP4_HEADS = (b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"pnot")
 """Boxes that a file begins with; those of old QuickTime have no ftyp."""
 MP4_MOVIE = (b"moov", b"mdat", b"moof", b"styp", b"sidx", b"ssix", b"prft", b"emsg", b"mfra")
-"""Boxes of pictures and fragments. All others (free, uuid, udta, and what is no box at all) may be cut or a trailer."""
+"""Boxes of frames and fragments. All others (free, uuid, udta, and what is no box at all) may be cut or a trailer."""
 
 
 def _cut_mp4(f: BinaryIO, size: int) -> Truncation | None:
@@ -120,13 +120,13 @@ def _seek_positions(f: BinaryIO, at: int, end: int) -> list[int]:
 
 
 RIFF_PICTURES = (b"LIST", b"idx1", b"ANMF", b"VP8 ", b"VP8L")
-"""Chunks of AVI and WebP that hold pictures or say where they are."""
+"""Chunks of AVI and WebP that hold frames or their index."""
 SLACK = 12
 """Bytes by which writers overstate a chunk: its own header, with the name of a list."""
 
 
 def _cut_riff(f: BinaryIO, size: int) -> Truncation | None:
-    """The RIFF chunks' own sizes are not looked at: they are wrong or unknown too often, and the chunks inside tell."""
+    """The RIFF chunks' own sizes are not used: they are wrong or unknown too often, and the chunks inside suffice."""
     at = 0
     while size - at >= 12:
         f.seek(at)
@@ -150,7 +150,7 @@ TS_PACKETS = (188, 192, 204)
 
 
 def ends_inside_packet(path: Path) -> bool:
-    """Whether this is a transport stream that ends within a packet, so that its last picture may be cut.
+    """Whether this is a transport stream that ends within a packet, so that its last frame may be incomplete.
 
     Recorders stop anywhere, and players show such files to the end.
     """

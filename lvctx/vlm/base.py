@@ -38,9 +38,9 @@ class VisualInput:
     ids_N: np.ndarray
     """Ids of the extended vocabulary, delimiters included."""
     table: Callable[[Any], Tensor]
-    """Given the loaded model, the embeddings (R, E) that ids from V on stand for."""
+    """Given the loaded model, the embeddings (R, E) of the ids from V on."""
     placeholder: str
-    """The token that stands for the whole block in a chat's text."""
+    """The placeholder token of the whole block in a chat's text."""
     positions: Positions = sequential_positions
     """Of sequences with these ids."""
     tokens: int
@@ -55,7 +55,7 @@ class VisualTokens(Protocol):
     """Frames of a haystack and images inserted among them, for sequences of any order; equal frames have equal ids."""
 
     placeholder: str
-    """The token that stands for the block in a chat's text."""
+    """The placeholder token of the block in a chat's text."""
     frames_per_grid: int
     """Frames that the model merges: an inserted image is shown that often, and between whole grids."""
     facts: dict[str, Any]

@@ -1,4 +1,4 @@
-"""A contact sheet of a frames artifact: the frames that the tower saw, with their times, from the video itself."""
+"""A contact sheet of a frames artifact: the sampled frames, with their times, from the video itself."""
 
 import math
 from pathlib import Path
@@ -14,7 +14,7 @@ from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.feature_cache import FEATURE_SCHEMAS
 
 MOST, COLUMNS, WIDTH, LABEL = 64, 8, 192, 14
-"""Pictures on a sheet (of more frames some are left out, evenly), columns, pixels of a picture and of its line."""
+"""Images on a sheet (of more frames some are left out, evenly), columns, pixels of an image and of its line."""
 
 
 def contact_sheet(artifact: Path, out: Path, *, video: Path | None = None) -> dict[str, object]:

@@ -109,7 +109,7 @@ class FramesWriter:
 
 @contextmanager
 def open_frames(target: Path, provenance: Provenance, facts: dict[str, Any]) -> Iterator[FramesWriter]:
-    """Write a frames artifact: append to what this yields; on a clean exit it stands whole under `target`.
+    """Write a frames artifact: append to what this yields; on a clean exit it is complete under `target`.
 
     `facts` (what was found out on the way, JSON values) may be filled until then; it is stored beside the provenance.
     """
@@ -138,7 +138,7 @@ def is_feature_cache(path: Path) -> bool:
 
 
 def read_feature_cache(path: Path, *, model: str | None = None) -> FeatureCache:
-    """Open a frames artifact. Raises InputError for a file that is not a whole one; `model` is who wants to read it."""
+    """Open a frames artifact. Raises InputError for an incomplete file; `model` is the model that it is for."""
     from safetensors import safe_open
 
     sniffed = sniff(path)

@@ -2,11 +2,11 @@
 
 Ids below V are text. From V on, an id is a row of a table of visual embeddings: a grid of Qwen-VL has its rows wherever
 it stands, since the tower looks at one grid at a time and only position ids know of time. So a walk over prefixes
-(`lvctx.inference.prefix_scorer`) computes once what films share.
+(`lvctx.inference.prefix_scorer`) computes what videos share only once.
 
 Qwen3-VL has no such runs: before every grid it writes the grid's time in text, and each is an item by itself.
 
-Delimiters between the runs of a film stand at the time of the grid beside them, those at its ends belong to the text
+Delimiters between the runs of a video have the time of the grid beside them, those at its ends belong to the text
 around it: the same tokens at other positions. Therefore the former are rows too, the first two.
 
 Shapes: L tokens of a sequence, R rows, E width of the language model.
@@ -46,7 +46,7 @@ class TokenGrid(NamedTuple):
 
 
 class GridTable:
-    """Grids seen so far, and sequences of them."""
+    """Grids so far, and sequences of them."""
 
     def __init__(
         self,

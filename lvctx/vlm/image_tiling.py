@@ -1,4 +1,4 @@
-"""Images as a VLM in training sees them: UniRes (LongVA section 3.2), AnyRes (its ablation, appendix B) or one grid.
+"""How images are encoded in training: UniRes (LongVA section 3.2), AnyRes (its ablation, appendix B) or one grid.
 
 `unires`: grids like a video's frames, each pooled 2x2, then one newline. `anyres`: a base image and at most 4 grids,
 not pooled, a newline a row; of an image among several one grid alone, padded to a square, then one newline, which is

@@ -147,10 +147,10 @@ def resize_frames(
 
 
 def pixels(video: SampledVideo, processor: Any) -> dict[str, Tensor]:
-    """Patches and grids as the model's forward takes them, for all items of the film in order.
+    """Patches and grids as the model's forward takes them, for all items of the video in order.
 
-    `processor` is the model's own image processor. It fills both frames of a grid with one picture; a video's grid has
-    the first picture's first half and the second picture's second. A run's odd last frame is merged with itself.
+    `processor` is the model's own image processor. It fills both frames of a grid with one image; a video's grid has
+    the first image's first half and the second image's second. A run's odd last frame is merged with itself.
     """
     merged = video.blocks[0].kind == "video"
     patch_rows, grids = [], []

@@ -39,7 +39,7 @@ class QwenHaystack:
     """Video files or folders of images, read when the table is made, and never kept."""
 
     def __init__(self, vlm: "QwenVL", files: Sequence[Path], sampling: VideoSampling, *, as_images: bool) -> None:
-        """Of a video the first frame is decoded, and all where its packets do not tell how many there are."""
+        """Of a video the first frame is decoded, and all where its packets do not give their number."""
         self.natural_size = as_images and sampling.resolution is None
         if sampling.fps is None and sampling.frames is None:
             sampling = replace(sampling, fps=1.0)  # V-NIAH's

@@ -1,4 +1,4 @@
-"""How many tokens an image or a video takes in a model, and how they stand in the sequence.
+"""How many tokens an image or a video takes in a model, and their order in the sequence.
 
 Two families. LlavaOnevision as `align` makes it: UniRes grids of a fixed number of tokens, one block closed by "\\n".
 Qwen2-VL: pixels rounded to multiples of 28 inside a budget, one token each 28 x 28 pixels and two frames.
@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Blocks as they stand in a sequence."""
+    """Blocks in the order of a sequence."""
 
     ids: list[int]
     """Placeholders and delimiters."""
@@ -48,10 +48,10 @@ class VisualRule(Protocol):
     """What a family of models makes of pixels."""
 
     marks: ClassVar[frozenset[str]]
-    """Special tokens that stand for an image or a video in a chat's text."""
+    """Placeholder tokens of an image and a video in a chat's text."""
 
     def mark(self, kind: Kind) -> str:
-        """The token that stands for media of this kind in the text."""
+        """The placeholder token of media of this kind in the text."""
 
     def image(self, width: int, height: int) -> list[Block]:
         """Blocks of an image."""
@@ -60,7 +60,7 @@ class VisualRule(Protocol):
         """Blocks of a video's sampled frames."""
 
     def layout(self, blocks: Sequence[Block]) -> Layout:
-        """How the blocks of one image or video stand in the sequence."""
+        """The blocks of one image or video in the order of the sequence."""
 
 
 def smart_resize(width: int, height: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -141,7 +141,7 @@ class QwenRule:
 class LlavaRule:
     """LlavaOnevision: grids of the tower's square, each pooled to the same tokens, then one token for "\\n".
 
-    Images and videos look alike to it.
+    It does not distinguish images and videos.
     """
 
     marks: ClassVar = frozenset({"<video>"})

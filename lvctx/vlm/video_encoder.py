@@ -1,4 +1,4 @@
-"""Watch videos with a frozen tower: sampled frames in, one frames artifact a video out.
+"""Encode videos with a frozen vision tower: sampled frames in, one feature cache per video out.
 
 The features are those before any projector, so a new projector never invalidates them: the same tower in another VLM
 finds its artifacts finished. A process of its own decodes ahead while the tower encodes batch by batch; several videos
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 CacheRow = dict[str, Any]
 Batch = tuple[torch.Tensor, list[float], list[int], list[tuple[int, int]]]
 FACTS = ("duration", "source_frames", "time_error", "visual_tokens", "nominal_tokens", "partial")
-"""What a row says of those in the artifact."""
+"""Their facts in a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ class VideoEncoder:
     def describe(self, video: Path, out: Path) -> dict[str, Any]:
         """What `encode` would do: the resolved options, the target, and the bytes that it predicts.
 
-        `about`: the frames, and so the bytes, are near; only decoding would tell.
+        `about`: the frames, and so the bytes, are an estimate; only decoding gives the number.
         """
         facts = probe(video)
         provenance = self.provenance(video)
@@ -187,7 +187,7 @@ class VideoEncoder:
         threads: int | None = None,
         on_progress: Callable[[int, int, str], None] = lambda done, total, note: None,
     ) -> dict[str, Any]:
-        """Write the artifact of one video into `out`, unless it stands already; the row that describes it.
+        """Write the artifact of one video into `out`, unless it exists already; the row that describes it.
 
         May run in several threads at once; `threads` is how many the decoder of this one uses (all cores unless given).
         Raises InputError for a video that cannot be read (see `decode.read_video`); nothing is left under its name.

@@ -1,11 +1,11 @@
-"""Draw the nano recipe's alignment data: pictures of many cells, and conversations about them in LLaVA's JSON.
+"""Draw the nano recipe's alignment data: images of many cells, and conversations about them in LLaVA's JSON.
 
-    OUT/images/*.png      every picture is (cols*S) x (rows*S) pixels, so UniRes cuts it into exactly cols*rows grids
+    OUT/images/*.png      every image is (cols*S) x (rows*S) pixels, so UniRes cuts it into exactly cols*rows grids
     OUT/projector.json    few cells, most with a shape
     OUT/full.json         2 to 49 cells, log-uniform, most of them without a shape
     OUT/large.json        49 to 320 cells, likewise
 
-Questions are about a shape's colour; where a picture holds several shapes, some are asked about and the others only
+Questions are about a shape's colour; where an image holds several shapes, some are asked about and the others only
 distract. Cells without a shape are drawn clutter, or crops of photos (images, and single frames of clips, in no
 order). The clip that a needle test uses as its haystack must not be among them.
 
@@ -46,7 +46,7 @@ def choose_grid(rng: np.random.Generator, low: int, high: int) -> tuple[int, int
 
 
 def turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
-    """(question, answer) pairs as LLaVA's list of turns; the picture stands before the first question."""
+    """(question, answer) pairs as LLaVA's list of turns; the image comes before the first question."""
     out = []
     for i, (question, answer) in enumerate(pairs):
         out.append({"from": "human", "value": ("" if i else "<image>\n") + question})
@@ -55,7 +55,7 @@ def turns(pairs: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def draw_sample(job: tuple[str, int, int, int, Path, tuple[Path, ...]]) -> dict[str, Any]:
-    """Draw one picture, write it, and return its LLaVA record."""
+    """Draw one image, write it, and return its LLaVA record."""
     stage, index, seed, size, out, clips = job
     rng = np.random.default_rng([seed, list(GRIDS).index(stage), index])
     cols, rows = choose_grid(rng, *GRIDS[stage])
@@ -81,11 +81,11 @@ def main() -> None:
     """Draw the data of all stages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--projector", type=int, default=1000, help="pictures of the projector stage")
-    parser.add_argument("--full", type=int, default=400, help="pictures of the full stage")
+    parser.add_argument("--projector", type=int, default=1000, help="images of the projector stage")
+    parser.add_argument("--full", type=int, default=400, help="images of the full stage")
     parser.add_argument("--large", type=int, default=0, help="larger ones, for `align --max-grids 320`")
     parser.add_argument("--photos", type=Path, nargs="*", default=[], help="images, folders, clips to cut cells from")
-    parser.add_argument("--size", type=int, default=120, help="a cell's side: the tower's picture size, pixels")
+    parser.add_argument("--size", type=int, default=120, help="a cell's side: the tower's image size, pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()

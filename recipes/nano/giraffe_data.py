@@ -1,9 +1,9 @@
-"""Draw conversations about many separate pictures, for the language model of the nano Qwen2-VL (`lvctx mrope-extend`).
+"""Draw conversations about many separate images, for the language model of the nano Qwen2-VL (`lvctx mrope-extend`).
 
-Pictures come a few at a time, and after them a question: what color is the shape in one of those shown so far? Every
-shape is shown once and asked about once, so a conversation holds twelve questions, the first about a few pictures and
-the last about all. In `short.jsonl` nearly every picture shows a shape; in `long.jsonl` most show none, and half of
-its conversations show all pictures before the first question. Pictures are 4, 9 or 16 visual tokens. A conversation
+Images come a few at a time, and after them a question: what color is the shape in one of those shown so far? Every
+shape is shown once and asked about once, so a conversation holds twelve questions, the first about a few images and
+the last about all. In `short.jsonl` nearly every image shows a shape; in `long.jsonl` most show none, and half of
+its conversations show all images before the first question. Images are 4, 9 or 16 visual tokens. A conversation
 fills a row of its own: two do not fit.
 
     python recipes/nano/giraffe_data.py runs/giraffe/chat --photos .cache/nano/photos .cache/nano/clips/bigbuckbunny.mp4
@@ -25,15 +25,15 @@ from lvctx.video.drawn_images import SHAPES, draw_grids
 
 LARGE = 96
 COST = {48: 6, 72: 11, 96: 18}
-"""Side of a picture, pixels -> its tokens, with the delimiters."""
+"""Side of an image, pixels -> its tokens, with the delimiters."""
 BUDGET = {"short": (90, 300), "long": (260, 620)}
-"""Least and most tokens of a conversation's pictures."""
+"""Least and most tokens of a conversation's images."""
 
 Job = tuple[str, int, int, Path, tuple[Path, ...]]
 
 
 def choose_sizes(rng: np.random.Generator, least: int, most: int) -> list[int]:
-    """Sides of a conversation's pictures: half are small throughout, others of one size, or one in four is large."""
+    """Sides of a conversation's images: half are small throughout, others of one size, or one in four is large."""
     style = rng.random()
     if style < 0.5:
         pattern = [48]
@@ -49,7 +49,7 @@ def choose_sizes(rng: np.random.Generator, least: int, most: int) -> list[int]:
 
 
 def reveal(rng: np.random.Generator, places: list[int], count: int, at_once: bool) -> list[tuple[int, int]]:
-    """(pictures shown by then, place asked about) of each question; `places` are those of the shapes."""
+    """(images shown by then, place asked about) of each question; `places` are those of the shapes."""
     turns, waiting, shown = [], set(places), count if at_once else 0
     while waiting:
         if not at_once:
@@ -61,7 +61,7 @@ def reveal(rng: np.random.Generator, places: list[int], count: int, at_once: boo
 
 
 def draw_sample(job: Job) -> dict[str, Any]:
-    """Draw a conversation's pictures, write them, and return its record."""
+    """Draw a conversation's images, write them, and return its record."""
     kind, index, seed, out, clips = job
     rng = np.random.default_rng([seed, kind == "long", index])
     sizes = choose_sizes(rng, *BUDGET[kind])
@@ -95,9 +95,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--short", type=int, default=160, help="conversations")
     parser.add_argument("--long", type=int, default=200, help="conversations")
-    parser.add_argument(
-        "--photos", type=Path, nargs="*", default=[], help="images, folders, clips to cut pictures from"
-    )
+    parser.add_argument("--photos", type=Path, nargs="*", default=[], help="images, folders, clips to cut images from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()

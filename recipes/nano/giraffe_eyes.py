@@ -1,13 +1,13 @@
-"""Train the eyes of the nano Qwen2-VL: its tower on drawn shapes, then its merger towards words.
+"""Train the vision part of the nano Qwen2-VL: its tower on drawn shapes, then its merger towards word embeddings.
 
 The tower begins with the layers of the CLIP-architecture one that `train_tower.py` trained from nothing (`make tower`)
-and learns as that did, now with rotary positions and from pictures of three sizes: 4, 9 and 16 visual tokens. Then each
-visual token of a picture is pulled towards the sum of the language model's embeddings of its colour and its shape, as
+and is trained likewise, now with rotary positions and on images of three sizes: 4, 9 and 16 visual tokens. Then each
+visual token of an image regresses to the sum of the language model's embeddings of its colour and its shape, as
 `warm_projector.py` does.
 
     python recipes/nano/giraffe_eyes.py --lm LM --tower recipes/nano/tower --photos CLIP... -o eyes.safetensors
 
-Suffixes: B pictures, P patches, C channels of a patch, D tower width, T visual tokens, E language-model width.
+Suffixes: B images, P patches, C channels of a patch, D tower width, T visual tokens, E language-model width.
 """
 
 import argparse
@@ -36,13 +36,13 @@ from lvctx.video.drawn_images import SHAPES
 
 MERGE = 2
 SIZES = {48: 128, 72: 64, 96: 48}
-"""Side of a picture, pixels -> pictures of a batch: about as many patches each time."""
+"""Side of an image, pixels -> images of a batch: about as many patches each time."""
 LARGEST = max(SIZES)
 WORDS_STEPS, WORDS_BATCH, WORDS_LR = 600, 64, 2e-3
 
 
 def resize(pictures: Tensor, covered: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Pictures (B, 3, H, W) uint8 of the largest size at another, and which patches the shape then covers (B, P)."""
+    """Images (B, 3, H, W) uint8 of the largest size at another, and which patches the shape then covers (B, P)."""
     if size == LARGEST:
         return pictures, covered
     small = F.interpolate(pictures.float(), size=(size, size), mode="bicubic", antialias=True).round().clamp(0, 255)
@@ -51,22 +51,22 @@ def resize(pictures: Tensor, covered: Tensor, size: int) -> tuple[Tensor, Tensor
 
 
 def cut(pixels: Tensor) -> Tensor:
-    """Normalised pictures (B, 3, H, W) as patches (B, P, C) in the order that the processor gives them."""
+    """Normalised images (B, 3, H, W) as patches (B, P, C) in the order that the processor gives them."""
     count, side = len(pixels), pixels.shape[-1] // PATCH // MERGE
     parts = pixels.reshape(count, 3, side, MERGE, PATCH, side, MERGE, PATCH).permute(0, 2, 5, 3, 6, 1, 4, 7)
     return parts[:, :, :, :, :, :, None].expand(*[-1] * 6, 2, -1, -1).reshape(count, (side * MERGE) ** 2, -1)
 
 
 def raster(side: int) -> Tensor:
-    """Where patch p of a picture in raster order stands in the processor's order."""
+    """Where patch p of an image in raster order is in the processor's order."""
     half = torch.arange(side * side).reshape(side // MERGE, side // MERGE, MERGE, MERGE)
     return half.permute(0, 2, 1, 3).flatten()
 
 
 def look(tower: Any, patches_BPC: Tensor) -> Tensor:
-    """What the stock tower makes of pictures of one size before its merger (B, P, D), all pictures at once.
+    """The stock tower's features of images of one size before its merger (B, P, D), all images at once.
 
-    The tower itself goes from picture to picture, which makes training slow.
+    The tower itself goes from image to image, which makes training slow.
     """
     angles = rotary(tower, round(patches_BPC.shape[1] ** 0.5))
     hidden_BPD = F.linear(patches_BPC, tower.patch_embed.proj.weight.flatten(1))
@@ -84,7 +84,7 @@ def look(tower: Any, patches_BPC: Tensor) -> Tensor:
 
 @functools.cache
 def rotary(tower: Any, side: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of one picture's patches, as the stock forward gives them to its first block."""
+    """Cosines and sines of one image's patches, as the stock forward gives them to its first block."""
     held: list[tuple[Tensor, Tensor]] = []
     hook = tower.blocks[0].register_forward_pre_hook(
         lambda _, args, kwargs: held.append(kwargs["position_embeddings"]), with_kwargs=True
@@ -115,7 +115,7 @@ def take_layers(tower: Any, start: Path) -> None:
     """Begin with the layers of a CLIPVisionModel up to hidden layer -2, without its positions and its class token."""
     clip = CLIPVisionModel.from_pretrained(start, dtype=torch.float32)
     patch = clip.embeddings.patch_embedding.weight[:, :, None].expand(-1, -1, 2, -1, -1)
-    # A normalisation follows there that Qwen2-VL lacks: about its scale, halved as a picture is given twice.
+    # A normalisation follows there that Qwen2-VL lacks: about its scale, halved as an image is given twice.
     tower.patch_embed.proj.weight.copy_(patch / patch.flatten(1).norm(dim=1).mean() / 2**0.5)
     for block, layer in zip(tower.blocks, clip.encoder.layers[:-1], strict=True):
         attention = layer.self_attn
@@ -144,14 +144,14 @@ def words_table(lm: str) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def features(tower: Any, pictures: Tensor, covered: Tensor, size: int) -> Tensor:
-    """What the tower makes of pictures at a size: (B, P, D)."""
+    """What the tower makes of images at a size: (B, P, D)."""
     with torch.autocast("cpu", torch.bfloat16):
         small = resize(pictures, covered, size)[0].split(250)
         return torch.cat([look(tower, cut((part.float() / 255 - MEAN) / STD)) for part in small])
 
 
 def teach_words(tower: Any, taught: list[Tensor], tested: list[Tensor], lm: str) -> None:
-    """Train the merger on some pictures; says how often the nearest word is the right one for others."""
+    """Train the merger on some images; returns how often the nearest word is the right one for others."""
     shapes, colors = words_table(lm)
     pictures, labels, covered = taught
     targets_BE = shapes[labels[:, 0]] + colors[labels[:, 1]]
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--lm", required=True, help="language model: its input embeddings are the merger's targets")
     parser.add_argument("--tower", type=Path, required=True, help="CLIP-architecture tower of train_tower.py")
     parser.add_argument("--photos", type=Path, nargs="*", default=[], help="images, folders, clips to draw on")
-    parser.add_argument("--pictures", type=int, default=20_000, help="distinct training pictures")
+    parser.add_argument("--pictures", type=int, default=20_000, help="distinct training images")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,6 +1,6 @@
-"""Put a small Qwen2-VL together: SmolLM2's weights as its language model, eyes and LoRAs trained here.
+"""Put a small Qwen2-VL together: SmolLM2's weights as its language model, vision tower and LoRAs trained here.
 
-What stands in the directory is a stock `Qwen2VLForConditionalGeneration`: to text it answers exactly as SmolLM2 does
+The directory has a stock `Qwen2VLForConditionalGeneration`: to text it answers exactly as SmolLM2 does
 (Qwen2's blocks are Llama's with biases, which are zero here), and each head's 32 frequencies are divided 2:3:3 among
 time, height and width as Qwen2-VL's 64 are.
 
@@ -28,7 +28,7 @@ PATCH = 12
 SIDE = 2 * PATCH
 """Pixels of a visual token's side."""
 VISION = {"depth": 5, "embed_dim": 192, "num_heads": 3, "mlp_ratio": 4, "patch_size": PATCH, "hidden_act": "quick_gelu"}
-"""As `tower`, whose layers the eyes begin with."""
+"""As `tower`, whose layers the vision tower starts from."""
 PIXELS = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "min_pixels": 4 * SIDE**2}
 TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message.role != 'system' %}"

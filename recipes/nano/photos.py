@@ -1,4 +1,4 @@
-"""Photos for the nano recipe's pictures: stills as they are, clips as single frames in no order."""
+"""Photos for the nano recipe's images: stills as they are, clips as single frames in no order."""
 
 from functools import cache
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""Text to extend a language model on: essays in which numbers are hidden that the end of the row asks for.
+"""Text to extend a language model on: essays with hidden numbers that the end of the row asks for.
 
-Rows are short and no word of them says that anything lies far away: `extend-lm --pose` moves the question away from the
-number. Plain essays at this size teach a model to do without what is far (recipes/nano-transfer.md). Keys are animals
-and a needle test's are cities, and the essays must not be those that it hides its needles in. Every document is one
-token short of a row, which its separator fills, so `pack-text` cuts none.
+Rows are short and do not mention distances: `extend-lm --pose` moves the question away from the number. From plain
+essays a model of this size learns to ignore distant text (recipes/nano-transfer.md). Keys are animals and a needle
+test's are cities, and the essays must not be those of its haystack. Every document is one token short of a row, which
+its separator fills, so `pack-text` truncates none.
 
     python recipes/nano/plant_needles.py --tokenizer LM --rows 400 -o planted.jsonl ESSAY.txt ...
 """

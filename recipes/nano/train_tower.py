@@ -1,13 +1,13 @@
-"""Train the nano recipe's vision tower from nothing: a small CLIPVisionModel that sees drawn shapes.
+"""Train the nano recipe's vision tower from nothing: a small CLIPVisionModel for drawn shapes.
 
-Every patch of hidden layer -2 (the one the projector reads) learns by linear heads to say which shape and
-which colour its picture shows, and which of both lies under the patch itself, or that there is nothing. So
-shape and colour lie in each visual token as directions that a small MLP can turn into a language model's
-words. The layer above is left an identity: nothing reads it. The heads are thrown away.
+Every patch of hidden layer -2 (the projector's input) is trained with linear heads to classify which shape and
+which colour its image shows, and which of both is under the patch itself, or that there is nothing. So
+shape and colour are in each visual token as directions that a small MLP can turn into a language model's
+words. The layer above stays an identity: it is not used. The heads are discarded.
 
     python recipes/nano/train_tower.py --photos .cache/nano/photos -o recipes/nano/tower   # on two cores: 15 minutes
 
-Suffixes: B pictures, P patches (H x W), D tower width, F frequencies, X classes of both heads.
+Suffixes: B images, P patches (H x W), D tower width, F frequencies, X classes of both heads.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from lvctx.video.drawn_images import COLORS, SHAPES, draw_blank, draw_image_with
 
 COLOR_NAMES = list(COLORS)
 BLANK = 0.25
-"""Share of pictures that show nothing."""
+"""Share of images that show nothing."""
 MEAN = STD = 0.5
 
 
@@ -37,7 +37,7 @@ Job = tuple[int, int, int, int, int, tuple[Path, ...]]
 
 
 def draw_chunk(job: Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw pictures: uint8 (B, 3, H, W), labels int64 (B, 2), which patches the shape covers bool (B, P)."""
+    """Draw images: uint8 (B, 3, H, W), labels int64 (B, 2), which patches the shape covers bool (B, P)."""
     seed, chunk, count, size, patch, sources = job
     photos = load_photos(sources)
     rng = np.random.default_rng([seed, chunk])
@@ -80,7 +80,7 @@ def augment(pictures: torch.Tensor, covered: torch.Tensor, side: int) -> tuple[t
 
 
 class Seer(nn.Module):
-    """The tower up to hidden layer -2, and two linear heads: what the picture shows, what the patch shows."""
+    """The tower up to hidden layer -2, and two linear heads: what the image shows, what the patch shows."""
 
     def __init__(self, tower: CLIPVisionModel) -> None:
         super().__init__()
@@ -216,11 +216,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--photos", type=Path, nargs="*", default=[], help="images, folders, clips to draw on")
-    parser.add_argument("--size", type=int, default=120, help="picture side, pixels")
+    parser.add_argument("--size", type=int, default=120, help="image side, pixels")
     parser.add_argument("--patch", type=int, default=12, help="patch side, pixels")
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6, help="the last stays an identity")
-    parser.add_argument("--pictures", type=int, default=72_000, help="distinct training pictures")
+    parser.add_argument("--pictures", type=int, default=72_000, help="distinct training images")
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)

@@ -1,12 +1,12 @@
-"""Warm up the nano projector before a language model is in the loop: pictures to the words that name them.
+"""Warm up the nano projector before a language model is in the loop: from images to the words that name them.
 
-Each visual token of a drawn picture is pulled towards the sum of the language model's own input embeddings of the
-picture's colour and shape (towards "nothing" where nothing is drawn). It takes a minute, and spares the alignment the
-long plateau in which the language model cannot yet tell one visual token from another.
+Each visual token of a drawn image regresses to the sum of the language model's own input embeddings of the
+image's colour and shape (towards "nothing" where nothing is drawn). It takes a minute, and spares the alignment the
+long plateau in which the language model cannot yet distinguish visual tokens.
 
     python recipes/nano/warm_projector.py --lm LM --tower recipes/nano/tower --photos CLIP... -o start.safetensors
 
-Suffixes: N pictures, P patches, D tower width, E language-model width.
+Suffixes: N images, P patches, D tower width, E language-model width.
 """
 
 import argparse
@@ -29,7 +29,7 @@ PICTURES, HELD_OUT, STEPS, BATCH, LR, BLANK = 3000, 200, 400, 64, 2e-3, 0.3
 
 
 def draw(index: int, photos: list[np.ndarray], size: int) -> tuple[Image.Image, list[str]]:
-    """A picture and the words that name it."""
+    """A image and the words that name it."""
     rng = np.random.default_rng([7, index])
     if rng.random() < BLANK:
         return draw_blank(rng, size=size, photos=photos), ["nothing"]

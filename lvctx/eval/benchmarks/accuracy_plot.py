@@ -1,4 +1,4 @@
-"""Accuracy as a picture: by duration for one file or several, and by number of frames where files differ in it."""
+"""A plot of accuracy: by duration for one file or several, and by number of frames where files differ in it."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -65,7 +65,7 @@ class BenchmarkReply:
     answer: str
     """Letter of the right option."""
     response: str
-    """What the model said; empty where it said nothing."""
+    """The reply; empty where there is none."""
     letters: str = "ABCD"
     """Letters of the options."""
     groups: Mapping[str, str] = field(default_factory=dict)
@@ -100,7 +100,7 @@ PHRASES_2024 = (
     "The correct answer is",
     "The answer is",
     "The answer",
-    # Two commas are missing in the script, so these are two long phrases that nobody writes; and since the B of
+    # Two commas are missing in the script, so these are two long phrases that occur in no reply; and since the B of
     # "Best answer: C" is therefore not cut out, that reply is read as B. Kept: it is what published numbers rest on.
     "The best option isThe correct option is",
     "Best answer:Best option:",
@@ -145,7 +145,7 @@ LMMS_PHRASES = (
     *("my answer is", "my choice is", "i choose", "i select", "i pick"),
     *("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
 )
-"""Each is looked for once, where it first stands; so a longer phrase may find what a shorter one inside it does not."""
+"""Only its first occurrence counts; so a longer phrase may find what a shorter one inside it does not."""
 
 
 def _lmms_eval(text: str, letters: str) -> str:
@@ -214,7 +214,7 @@ def response_warnings(replies: Sequence[BenchmarkReply]) -> list[str]:
 def is_degenerate(text: str) -> bool:
     """Whether a reply is one short piece over and over, as in `the the the the` or `!!!!!!!!`.
 
-    A piece is 1 to 20 characters without white space, at least four times; white space may stand between two pieces.
+    A piece is 1 to 20 characters without white space, at least four times; white space may separate two pieces.
     """
     words = text.split()
     solid = "".join(words)

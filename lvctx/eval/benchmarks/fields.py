@@ -67,7 +67,7 @@ def parse_list(value: Any) -> list[str]:
     """The items of a cell that holds a list, or is the text of one.
 
     Read are lists; mappings from letters; and as text JSON's and Python's lists, numpy's (no commas between items), one
-    item a line, and items that carry their letters. Raises ValueError that says what is wrong.
+    item a line, and items that carry their letters. Raises ValueError with what is wrong.
     """
     if isinstance(value, list | tuple):
         items = [cell_text(item) for item in value]

@@ -23,7 +23,7 @@ def read_question_rows(path: Path) -> list[QuestionRow]:
     """Rows of a question file, or of all such files of a folder in the order of their names.
 
     `_file` in a row names its file and `_row` counts within it, from 1. A folder without such a file is searched below,
-    hidden folders left out. Raises InputError for a path that is neither, or a file that is not what its suffix says.
+    hidden folders left out. Raises InputError for a path that is neither, or a file of another format than its suffix.
     """
     files = [path]
     if path.is_dir():

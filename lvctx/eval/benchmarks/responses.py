@@ -143,7 +143,7 @@ def _field(row: Mapping[str, Any], name: str, overlooked: Counter[str]) -> str:
 
 
 def write_responses(target: Path, answered: Iterable[tuple[Question, str]]) -> None:
-    """Write samples and what was said to them, video by video as they come, exactly in the released format."""
+    """Write samples and their responses, video by video as they come, exactly in the released format."""
     videos: dict[str, dict[str, Any]] = {}
     for sample, response in answered:
         row = sample.released

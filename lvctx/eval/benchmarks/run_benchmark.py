@@ -61,7 +61,7 @@ class BenchmarkJob:
     samples: tuple[Question, ...]
     """All of them, grouped by video in the order in which videos first appear."""
     run_facts: dict[str, Any]
-    """What every row says of the run; `run` in it identifies all that decides a reply but the video."""
+    """Facts of the run in every row; `run` in it identifies all that decides a reply but the video."""
 
     def key(self, sample: Question) -> str:
         """Sixteen hex digits of the run and the question."""

@@ -38,7 +38,7 @@ class Subtitles:
 
 
 NONE = Subtitles(lines=(), bad=0)
-"""Those of a video in which nobody speaks."""
+"""Those of a video without speech."""
 
 
 def find_subtitles(folder: Path, stem: str) -> Path | None:
@@ -64,7 +64,7 @@ def find_subtitles(folder: Path, stem: str) -> Path | None:
 
 
 def read_subtitles(path: Path) -> Subtitles:
-    """Read a .srt or .vtt file; one that does not exist has no lines, as for videos in which nobody speaks.
+    """Read a .srt or .vtt file; one that does not exist has no lines, as for videos without speech.
 
     Raises InputError for a file that holds text but no cue (another format), or cannot be read.
     """

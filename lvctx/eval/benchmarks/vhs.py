@@ -1,7 +1,7 @@
-"""Visual Haystacks, single needle: yes or no about one picture among many (Wu et al. 2024, arXiv:2407.13766).
+"""Visual Haystacks, single needle: yes or no about one image among many (Wu et al. 2024, arXiv:2407.13766).
 
 Chance is 50%. A reply is right where the right word is among its words, as in the authors' script. The effective length
-is the largest number of pictures at which, and at all smaller ones, at least 60% are right.
+is the largest number of images at which, and at all smaller ones, at least 60% are right.
 """
 
 import random
@@ -75,12 +75,12 @@ def _images(row: QuestionRow, name: str) -> list[str]:
 
 
 def prompt(sample: Question, style: str, subtitles: str | None) -> str:
-    """The user's turn after the pictures."""
+    """The user's turn after the images."""
     return f"You are given a set of images. Please answer the following question in Yes or No: {sample.question}"
 
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy by number of pictures, the share of replies that say yes or no, and the effective length."""
+    """Accuracy by number of images, the share of replies with yes or no, and the effective length."""
     for row in rows:
         if not re.fullmatch("[0-9]{1,9}", row["groups"]["images"]):
             raise InputError(f"{row['groups']['images']!r:.60} pictures", where=f"question {row['id']}")

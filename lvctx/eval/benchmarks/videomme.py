@@ -55,7 +55,7 @@ def prompt(sample: Question, style: str, subtitles: str | None) -> str:
     ask = ASK.format(" and the subtitles")
     if style == "lmms-eval":
         if subtitles is None:
-            # It speaks of subtitles without showing any, and asks twice for the letter. That is what it does.
+            # It mentions subtitles without showing any, and asks for the letter twice, exactly as here.
             end = "\n\nAnswer with the option's letter from the given choices directly."
             return f"{ask}\n{question}{end}"
         text = subtitles or "No subtitles available"

@@ -76,7 +76,7 @@ def resolve_search(config: ExtendConfig, search: BaseSearchConfig) -> BaseSearch
 def run_search(
     search: BaseSearch, out: Path, *, device: str, force: bool, on_progress: OnProgress
 ) -> list[dict[str, Any]]:
-    """A row for every base, ascending; those that stand in `out/search.jsonl` are not tried again."""
+    """A row for every base, ascending; those in `out/search.jsonl` are not tried again."""
     with ResultLog.open(out / "search.jsonl", search.made_of, force=force) as results:
         pending = [base for base in search.bases if f"{base:g}" not in results]
         model = load_model(search.niah.path, device=resolve_device(device)) if pending else None

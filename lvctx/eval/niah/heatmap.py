@@ -113,7 +113,7 @@ def _ticks(grid: NeedleResults, n: int) -> str:
 
 def trained_at(grid: NeedleResults) -> float | None:
     """Between which columns the trained length falls (0 is the first column's centre): right of it the model reads
-    further than it was trained to. None where all columns lie on one side or that length is not known.
+    beyond its trained length. None where all columns are on one side or that length is not known.
     """
     if grid.trained_length is None:
         return None

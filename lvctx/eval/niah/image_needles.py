@@ -93,10 +93,10 @@ def read_needles(folder: Path) -> NeedleSet:
             question, answer = ("", "") if is_distractor else (str(row["question"]), str(row["answer"]))
         except (KeyError, TypeError, AttributeError):
             raise InputError(
-                "not an object with image, question and answer", where=where, fix="mend the line"
+                "not an object with image, question and answer", where=where, fix="correct the line"
             ) from None
         if not answer.strip() and not is_distractor:
-            raise InputError("an empty answer", where=where, fix="mend the line")
+            raise InputError("an empty answer", where=where, fix="correct the line")
         subject = f'the image that answers the question "{question}"'
         needles[is_distractor].append(
             ImageNeedle(image=open_image(image), question=question, answer=answer.strip(), subject=subject)

@@ -1,8 +1,8 @@
-"""LongVA's own results file, `all_accuracies.json`: in, to stand beside ours, and out, for what reads it.
+"""LongVA's results file, `all_accuracies.json`: read, to compare it with ours, and written, for programs that read it.
 
 A list of `{"Num. Frame": 200, "Frame Depth": 20.0, "Score": 1.0}`, a cell each; text has `Context Length` and
 `Document Depth`. How many needles a score is the mean of is not in it, and its depths are rounded to tens of percent
-(25 % stands there as 20): in is taken as it stands, out has the true depths.
+(25 % is stored as 20): they are read as stored, and written as they are.
 """
 
 from pathlib import Path

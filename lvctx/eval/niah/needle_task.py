@@ -33,11 +33,11 @@ class Cell:
     point: float | None = None
     """Nested: the place as a share of the longest haystack; 1 is this haystack's own end."""
     needle: str
-    """What is inserted: the sentence (text), or the hash of the picture's pixels (video)."""
+    """What is inserted: the sentence (text), or the hash of the image's pixels (video)."""
     question: str
     """What the model is asked."""
     answer: str
-    """What it should say."""
+    """The right answer."""
 
 
 class NeedleTask(Protocol):

@@ -31,7 +31,7 @@ class NeedleResults:
     """Ascending, 0 to 1. Where insertion points are nested: each point's share of the longest haystack; the last, 1, is
     every haystack's own end."""
     labels: list[str]
-    """What a reader is told about each depth: `20%`, or where nested `after 600`."""
+    """The label of each depth: `20%`, or where nested `after 600`."""
     correct: list[list[int]]
     """Right answers, depths x lengths."""
     trials: list[list[int]]
@@ -125,9 +125,9 @@ class NeedleResults:
 
 
 def wilson(right: int, n: int) -> tuple[float, float] | None:
-    """The 95 % interval of a share of which `right` of `n` were seen (Wilson 1927); None where nothing was.
+    """The 95 % interval of a share of which `right` of `n` were observed (Wilson 1927); None where nothing was.
 
-    The needles of a cell are the sample: between models it says what chance of the draw may explain.
+    The needles of a cell are the sample: it covers what the draw of needles may explain between models.
     """
     if not n:
         return None
@@ -141,7 +141,7 @@ def build_results(rows: Iterable[dict[str, Any]], name: str) -> NeedleResults:
     if not rows:
         raise InputError("no result", where=name, fix="run lvctx niah first")
     lengths = sorted({r["length"] for r in rows})
-    # Nested points lie at other depths in every length: there a line of the grid is a point.
+    # Nested points have another depth in every length: there a line of the grid is a point.
     key = "point" if rows[0].get("point") is not None else "depth"
     depths = sorted({r[key] for r in rows})
     positions = {r[key]: r["position"] for r in rows} if key == "point" else {}

@@ -76,7 +76,7 @@ class TextNeedle:
     answers: tuple[str, ...]
     """What it has to know."""
     chain: bool = False
-    """Whether the sentences keep their order in the text: what one says another has said before."""
+    """Whether the sentences keep their order in the text, because one refers to another before it."""
 
     @property
     def answer(self) -> str:
@@ -109,7 +109,7 @@ def read_haystack(paths: Sequence[Path]) -> str:
 
 
 def draw_distractors(seed: int, count: int) -> list[tuple[str, str, float]]:
-    """City, seven-digit number and place (0 to 1) of `count` look-alikes: the same for every cell of a grid.
+    """City, seven-digit number and place (0 to 1) of `count` distractors: the same for every cell of a grid.
 
     So cells share the haystack that holds them. Their cities are never a needle's.
     """
@@ -163,7 +163,7 @@ def question_and_answer(tokenizer: Any, needle: TextNeedle) -> tuple[list[int], 
 
 
 def sentence_ends(tokenizer: Any, ids_L: np.ndarray) -> np.ndarray:
-    """Positions of a haystack where a sentence has just ended, and 0; decided by what the tokens say, not their ids."""
+    """Positions of a haystack where a sentence has just ended, and 0; decided by the tokens' text, not their ids."""
     unique, inverse = np.unique(ids_L, return_inverse=True)
     texts = [text.rstrip(" \n\t\"')]") for text in tokenizer.batch_decode([[int(i)] for i in unique])]
     ends = np.array([text.endswith((".", "!", "?", "。", "！", "？")) for text in texts])

@@ -39,7 +39,7 @@ class TextNeedleTask:
         nested: bool = False,
         loop: bool = False,
     ) -> None:
-        """Tokenize the haystack; `distractors` look-alikes go into it, `seed` draws cities, numbers and places.
+        """Tokenize the haystack; `distractors` are inserted, `seed` draws cities, numbers and places.
 
         `count` keys, values, queries or hops of `task`; a haystack that `loop`s has no end.
         """
@@ -149,7 +149,7 @@ class TextNeedleTask:
         return facts | ({} if self.task == "single" else {"count": self.count}) | self._shared()
 
     def _shared(self) -> dict[str, Any]:
-        """Nested points are shares of the longest haystack, and what else is hidden lies in the shortest."""
+        """Nested points are shares of the longest haystack, and the other sentences are in the shortest."""
         if not self.nested:
             return {}
         shared = {"spread": self._spread} if self._distractor_ids or self.task != "single" else {}

@@ -17,7 +17,7 @@ WHEN = (
     "The video goes from second {first} to second {last}. Find {subject}. At which second is it shown? "
     "Answer with the number alone."
 )
-"""The question for the time: a frame carries none, so the model has to know how far into the video it stands."""
+"""The question for the time: a frame carries none, so the model has to know its position in the video."""
 
 
 class VideoNeedleTask:
@@ -115,7 +115,7 @@ class VideoNeedleTask:
         prefix, suffix, answer = self._prompt_ids(cell.question, cell.answer)
         unit = self.tokens.frames_per_grid
         haystack = np.resize(np.arange(self._frames), cell.length)
-        # Distractors stand where all lengths have them if they are to share what they read.
+        # Distractors are placed where all lengths have them if prefixes are to be shared.
         spread = self._spread if self.nested else cell.length
         distractor_numbers = self._frames + len(self.needles) + np.arange(len(self.distractors))
         pieces = [
