@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from aligning import draw, make_forward, talk, write
-from lvctx.vision.rules import find_rule
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionModel, LlavaOnevisionForConditionalGeneration
@@ -35,7 +34,9 @@ from lvctx.models.vlm_assembly import (
 )
 from lvctx.training.align_job import count_tokens
 from lvctx.training.batching import Sample, encode_sample
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.image_tiling import ImageEncoding
+from lvctx.vlm.registry import open_vlm
 
 GRIDS: tuple[ImageGrid, ...] = ("unires", "anyres", "single")
 
@@ -236,10 +237,9 @@ def test_other_words_and_rows_that_cannot_be_packed_are_one_line(vlms: dict[Imag
     config.image_grid = "tiles"
     with pytest.raises(InputError, match=r"image_grid 'tiles'; it is one of unires, anyres, single"):
         image_grid(config)
-    tokenizer = load_tokenizer(vlms["anyres"])
-    with pytest.raises(InputError, match=r"aligned with --grid anyres"):
-        find_rule(vlms["anyres"], tokenizer, hybrid=None)
-    assert find_rule(vlms["unires"], tokenizer, hybrid=None) is not None
+    with pytest.raises(InputError, match=r"aligned with --image-encoding anyres"):
+        open_vlm(vlms["anyres"]).token_rule(VideoSampling())
+    assert open_vlm(vlms["unires"]).token_rule(VideoSampling()).mark("image") == "<video>"
 
 
 def test_one_grid_is_padded_to_a_square(tmp_path: Path, tiny_tower: Path) -> None:

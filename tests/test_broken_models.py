@@ -49,7 +49,7 @@ def commands(kind: str, model: Path, video: Path, frames: Path, text: Path, out:
     yield [*extend, "--rope", "none", "--context", 4096]
     yield [*extend, "--rope", "yarn", "--factor", 4, "--dry-run"]
     yield [
-        *("niah", "--model", model, "--modality", "text", "--haystack", text, "--lengths", 300, "--depths", 0.5),
+        *("niah", "text", "--model", model, "--haystack", text, "--lengths", 300, "--depths", 0.5),
         *("--trials", 1, "-q", "-o", out),
     ]
     yield ["export", model, "--to", "hf", "-q", "-o", out]

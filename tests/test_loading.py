@@ -350,7 +350,7 @@ def test_linear_positions_ask_for_the_original_length(lm: Path, tmp_path: Path) 
     assert "give --original-length, 4096 or 1024" in said
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 100)
-    niah = ["niah", "--model", model, "--modality", "text", "--haystack", text, "--lengths", 300, "--depths", 0.5]
+    niah = ["niah", "text", "--model", model, "--haystack", text, "--lengths", 300, "--depths", 0.5]
     code, said, _ = broken.lvctx(*niah, "--trials", 1, "--rope", "pi:8", "-q", "-o", tmp_path / "niah")
     assert code == 0, said  # a factor is all that reading needs
     code, said, _ = broken.lvctx(*extend, "--context", 65536, "--original-length", 4096, "-o", tmp_path / "once")

@@ -334,7 +334,7 @@ def test_bad_input_is_one_line(
 
     refused(3, "cannot hold needle and question", "--lengths", "40,200")
     refused(3, "beyond the haystack", "--lengths", 1_000_000)
-    refused(2, "--depths are between 0 and 1", "--depths", "0,1.5")
+    refused(2, "depths are between 0 and 1", "--depths", "0,1.5")
     refused(2, "--lengths are at least 1", "--lengths", "0,200")
     refused(2, "whole numbers", "--lengths", "200.5")
     refused(2, "comma-separated numbers", "--depths", "a")
@@ -418,7 +418,7 @@ def test_published_averages_come_out_of_longvas_own_file(tmp_path: Path) -> None
     assert grid.effective(1.01) is None
 
 
-def test_longvas_file_in_and_out_through_the_command(tmp_path: Path) -> None:
+def test_longvas_file_in_and_out_through_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = longva_file(tmp_path / "LongVA-7B/all_accuracies.json")
     out = tmp_path / "copy/all_accuracies.json"
     assert run("niah", "report", given, "-o", out).exit_code == 0
@@ -427,7 +427,9 @@ def test_longvas_file_in_and_out_through_the_command(tmp_path: Path) -> None:
     [line] = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line] == json.loads((tmp_path / "a.json").read_text())
     assert (line["effective_length"], line["effective_tokens"], line["trained_length"]) == (2200, 316_800, 224_000)
-    table = run("niah", "report", given, "-o", tmp_path / "a.svg").stdout
+    with monkeypatch.context() as patch:
+        patch.setattr("lvctx.cli.output.stdout_is_terminal", lambda: True)
+        table = run("niah", "report", given, "-o", tmp_path / "a.svg").stdout
     for said in ("2,400 │ 345,600 │", "0.88 to 0.93", "effective at 0.9 │"):
         assert said in table, said
     assert "effective length 2,200 frames (316,800 tokens) at 0.9" in (tmp_path / "a.svg").read_text()

@@ -28,13 +28,13 @@ def import_longva(config: ImportLongvaConfig, run: RunOptions) -> None:
         emit(artifact_row(schemas.MODEL, config.out, job.facts))
 
 
-@command("export_model", "lvctx export_model vlm --to hf -o vlm-hf", "lvctx export_model vlm --to llava -o vlm-llava")
+@command("export", "lvctx export vlm --to hf -o vlm-hf", "lvctx export vlm --to llava -o vlm-llava")
 def export_model(config: ExportConfig, run: RunOptions) -> None:
     """Write a model in the format that another program reads.
 
     import-longva reads the result of --to llava back, bit for bit.
     """
-    with progress("export_model", "checking the model") as on_progress:
+    with progress("export", "checking the model") as on_progress:
         from lvctx.models.export import plan_export, run_export
 
         job = plan_export(config)

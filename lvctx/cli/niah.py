@@ -131,7 +131,7 @@ class HaystackRunOptions(OutputOptions):
     """Where a haystack goes."""
 
     out: Annotated[Path, Flag(names=("-o", "--out"))] = Path("haystack")
-    """LONGVA_FILE.frames.safetensors (with --model), LONGVA_FILE.mp4, or a directory of images."""
+    """NAME.frames.safetensors (with --model), NAME.mp4, or a directory of images."""
     model: str | None = None
     """VLM or vision tower that encodes the frames: directory or hub id."""
     pixels: Path | None = None

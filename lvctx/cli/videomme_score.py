@@ -14,7 +14,7 @@ from lvctx.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class VideoMMEScoreConfig:
-    """What to score_videomme, and how."""
+    """What to score, and how."""
 
     files: Annotated[tuple[Path, ...], Flag(argument=True, metavar="FILE...")]
     """Responses in the official format, or results directories of run."""
@@ -27,9 +27,9 @@ class VideoMMEScoreConfig:
 
 
 @command(
-    "videomme score_videomme",
-    "lvctx videomme score_videomme videomme --json",
-    "lvctx videomme score_videomme videomme/responses.json videomme --csv cells.csv --plot both.png",
+    "videomme score",
+    "lvctx videomme score videomme --json",
+    "lvctx videomme score videomme/responses.json videomme --csv cells.csv --plot both.png",
 )
 def score_videomme(config: VideoMMEScoreConfig, output: OutputOptions) -> None:
     """Score responses under four rules with 95% intervals clustered by video; of two files, also their difference.

@@ -95,7 +95,7 @@ def plan_pack_chat(config: PackChatConfig) -> PackChatJob:
     elif tokenizer.chat_template is None:
         raise InputError("no chat template", where=config.model, fix="--template chatml, or an instruct model")
     chat_encoder(tokenizer)
-    rule = open_vlm(path).token_rule(sampling) if family_of(path) else None
+    rule = open_vlm(path, weights=False).token_rule(sampling) if family_of(path) else None
     small = [path / name for name in ("tokenizer.json", "config.json", "preprocessor_config.json")]
     inputs = {"model": " ".join(sha256_file(p) for p in small if p.is_file())}
     inputs |= {kind: " ".join(map(_identify, paths)) for kind, paths in sources.items()}
@@ -157,7 +157,7 @@ def run_pack_chat(
 
 
 class _ChatPacker:
-    """One run: read all samples into the store, choose_samples, pack, write."""
+    """One run: read all samples into the store, choose, pack, write."""
 
     def __init__(self, job: PackChatJob, samples: ChatSampleStore, on_progress: OnProgress) -> None:
         self.job, self.config, self.out, self.on_progress = job, job.config, job.config.out, on_progress

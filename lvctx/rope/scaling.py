@@ -33,7 +33,7 @@ class ScaledRope:
     factor: float
     """Times the pretrained length; 1 where only the base changes."""
     context: int
-    """ScaledRope the new configuration promises, in tokens."""
+    """Positions the new configuration promises, in tokens."""
     original: int | None = None
     """Pretrained length in tokens that `factor` counts from; None for `theta` and `none`."""
 
@@ -66,7 +66,7 @@ def resolve_scaling(
     attention_factor: float | None = None,
     original: int | None = None,
 ) -> ScaledRope:
-    """ScaledRope of `scheme` for a model with this transformers configuration, trained on rows of `seq_len` (0: none).
+    """Positions of `scheme` for a model with this transformers configuration, trained on rows of `seq_len` (0: none).
 
     `none` keeps what the model has (direct extrapolation). `theta` removes the scaling, with base `theta`. The others
     scaling: `factor` is relative to the length the model was pretrained on, so on a model that has the same scheme
@@ -79,13 +79,11 @@ def resolve_scaling(
     old, promised = _read(config)
     kind = old.get("rope_type", "default")
     if scheme in ("none", "theta") and original is not None:
-        raise UsageError(
-            f"--original-length has no meaning with --rope {scheme}", fix="resolve_scaling --rope pi, ntk or yarn"
-        )
+        raise UsageError(f"--original-length has no meaning with --rope {scheme}", fix="choose --rope pi, ntk or yarn")
     if scheme in ("none", "theta") and factor is not None:
-        raise UsageError(f"--factor has no meaning with --rope {scheme}", fix="resolve_scaling --rope pi, ntk or yarn")
+        raise UsageError(f"--factor has no meaning with --rope {scheme}", fix="choose --rope pi, ntk or yarn")
     if scheme != "yarn" and attention_factor is not None:
-        raise UsageError(f"--attention-factor has no meaning with --rope {scheme}", fix="resolve_scaling --rope yarn")
+        raise UsageError(f"--attention-factor has no meaning with --rope {scheme}", fix="choose --rope yarn")
     if scheme == "none":
         if theta is not None:
             raise UsageError("--rope none keeps the base", fix="drop --rope-theta, or --rope theta")

@@ -65,7 +65,7 @@ class Verified:
             "pretrained_length": self.checkpoint.length,
             "channels": {name: axes.count(name[0]) for name in ("time", "height", "width")},
             "interleaved": self.checkpoint.mrope.interleaved,
-            "mrope_attention_factor": self.attention,
+            "attention_factor": self.attention,
             "largest_relative_error": self.error,
         }
 

@@ -29,14 +29,15 @@ def family_of(path: Path) -> str | None:
     return None
 
 
-def open_vlm(name: str | Path, *, device: str = "cpu", feature_cache: Path | None = None) -> VLM:
+def open_vlm(name: str | Path, *, device: str = "cpu", feature_cache: Path | None = None, weights: bool = True) -> VLM:
     """The family of a model, a directory or hub id; loads no weights.
 
     Where the family keeps vision features of video files, `device` is where a vision tower computes them, and
-    `feature_cache` the folder that keeps them for the next time. Raises InputError where there is no such model,
+    `feature_cache` the folder that keeps them for the next time. Without `weights` the small files of the
+    checkpoint are enough. Raises InputError where there is no such model,
     UsageError for a language model or an unknown family.
     """
-    path = resolve_model(name)
+    path = resolve_model(name, weights=weights)
     family = family_of(path)
     if family is None:
         raise UsageError(f"{name} is a language model and has no vision tower", fix=f"give {_supported()}")
