@@ -139,6 +139,18 @@ def test_a_video_file_is_encoded_once_and_asked_about(
     assert "used as they are" in vqa(cached, "--frames", 3, *ask, code=2)[1]
 
 
+@pytest.mark.nano
+def test_a_cache_keeps_a_video_in_every_way_it_was_encoded(loud_vlm: Path, nano: Any, tmp_path: Path) -> None:
+    """Two samplings, and another video of the same name: each is encoded once."""
+    ask = ("--model", loud_vlm, "--feature-cache", tmp_path / "cache", "--ask", QUESTIONS[0])
+    clip, other = nano.clips / "bikes.mp4", tmp_path / "bikes.mp4"
+    shutil.copy(nano.clips / "bigbuckbunny.mp4", other)
+    asked = [(clip, 2), (clip, 3), (other, 2), (clip, 2), (clip, 3)]
+    counts = [vqa(video, "--frames", frames, *ask)[0][0]["frames"] for video, frames in asked]
+    assert counts == [2, 3, 2, 2, 3]
+    assert len(list((tmp_path / "cache").rglob("*.frames.safetensors"))) == 3
+
+
 def test_only_what_is_new_is_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     printer, parts = StreamPrinter(live=True), []

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lvctx.artifacts.manifest import read_provenance
 from lvctx.errors import InputError, UsageError
 from lvctx.models.image_processing import Preprocess
 from lvctx.models.loading import load_config, load_tokenizer
@@ -105,7 +106,7 @@ class LlavaOnevision:
             encoder = self._encoders[sampling]
             if self.feature_cache is None:
                 return encoder.read(path)
-            return read_feature_cache(Path(encoder.encode(path, self.feature_cache)["path"]))
+            return read_feature_cache(Path(encoder.encode(path, self._folder(encoder, path))["path"]))
         cache = read_feature_cache(path, model=str(self.path))
         if cache.provenance["inputs"].get("tower") != self.tower.fingerprint:
             fix = f"lvctx encode-video VIDEO --model {self.path}"
@@ -113,6 +114,15 @@ class LlavaOnevision:
         if sampling != VideoSampling():
             raise UsageError("encoded features are used as they are", where=path, fix="drop the options of sampling")
         return cache
+
+    def _folder(self, encoder: VideoEncoder, video: Path) -> Path:
+        """The cache folder, or one inside it where it has this video, or one of its name, encoded in another way."""
+        assert self.feature_cache is not None
+        provenance = encoder.provenance(video)
+        stored = read_provenance(encoder.target(video, self.feature_cache, provenance.inputs["video"]))
+        if stored is None or stored.get("config_hash") == provenance.config_hash:
+            return self.feature_cache
+        return self.feature_cache / provenance.config_hash[:16]
 
     def load(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> VisualInput:
         """See `VLM`."""
