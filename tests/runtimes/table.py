@@ -20,7 +20,7 @@ lvctx computes. An empty cell was not run.
 - The numbers for vLLM and llama.cpp are the largest difference from a log-probability that lvctx computes: for vLLM of
   a prompt of 900 tokens and of {new} greedy tokens after it, for llama.cpp of the {new}. A difference below 0.001
   passes.
-- "tokens", "text", "image" and "video" show whether {new} greedy tokens are equal after that prompt, in answer to a text
+- "tokens", "text", "image" and "video" say whether {new} greedy tokens are equal after that prompt, in answer to a text
   of 900 letters, and in answer to a question about an image and a video.
 - llama.cpp gets the flags of `llama.cpp.txt`; a Qwen-VL model's are for a GGUF of the model before it was extended.
 - TRL: the loss of one step of its SFTTrainer with LoRA, for a VLM on a conversation with an image.
