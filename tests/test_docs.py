@@ -139,5 +139,6 @@ def test_recipes_name_real_flags(recipe: Path) -> None:
         if command is None:
             assert recipe.name == "giraffe-7b.toml", f"[{section}] belongs to no command"
             continue
-        known = {p.name for p in command.params}
+        parts = [command, *getattr(command, "commands", {}).values()]  # a section may be of any command of a group
+        known = {p.name for part in parts for p in part.params}
         assert {key.replace("-", "_") for key in values} <= known, section
