@@ -1,12 +1,12 @@
 # make setup | demo | transfer | transfer-text | transfer-far | transfer-64k | giraffe-nano | lint
-# make test | test-slow | test-gpu | test-lmms | test-runtimes
+# make test | test-slow | test-gpu | test-lmms | test-runtimes | test-wheel
 # make tower | nano-start | text-start | giraffe-nano-train: train again what was trained in advance
 PYTHON ?= python3
 RUNTIMES ?= .runtimes
 RECIPES = transfer transfer-text transfer-far transfer-anyres transfer-no-text transfer-64k transfer-gpu giraffe-nano nano-start text-start \
 	giraffe-nano-train
 
-.PHONY: setup fetch demo $(RECIPES) test test-slow test-gpu test-lmms test-runtimes lint tower clean
+.PHONY: setup fetch demo $(RECIPES) test test-slow test-gpu test-lmms test-runtimes test-wheel lint tower clean
 
 setup: .venv/.ready
 
@@ -58,6 +58,13 @@ test-runtimes: setup  # tiny models of every kind in other runtimes, each instal
 	for runtime in vllm llama_cpp trl; do \
 		tests/runtimes/$$runtime.sh runs/runtimes $(RUNTIMES)/$$runtime || exit; done
 	.venv/bin/python tests/runtimes/table.py runs/runtimes -o docs/runtimes.md
+
+test-wheel: fetch     # the wheel in an environment without the sources (.venv-wheel)
+	rm -rf .venv-wheel build/wheel
+	.venv/bin/python -m pip wheel --disable-pip-version-check -q --no-deps -w build/wheel .
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt build/wheel/*.whl
+	tests/wheel.sh .venv-wheel .cache/nano
 
 lint: setup
 	.venv/bin/ruff check .
