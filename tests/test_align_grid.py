@@ -214,7 +214,7 @@ def test_the_directory_says_which_and_the_next_stage_goes_on_with_it(
     assert count_tokens(first, lambda *_: None)["visual_tokens"] == 2 * (16 + 4 * 9) + 2 * (16 + 8 * 9)
     full: dict[str, Any] = {"stage": "full", "init": str(tmp_path / "first"), "steps": 1, "lora": 4}
     second = aligning.align(data, tmp_path / "second", None, None, **full)
-    assert second.config.grid == "anyres"
+    assert second.config.image_encoding == "anyres"
     assert image_grid(load_config(tmp_path / "second")) == "anyres"
     back = aligning.align(data, tmp_path / "back", None, None, **full, image_encoding="single")
     assert count_tokens(back, lambda *_: None)["visual_tokens"] == 4 * 5

@@ -17,7 +17,7 @@ from lvctx.models.loading import load_model
 @settings(deadline=None, max_examples=40)
 @given(
     steps=st.lists(st.tuples(st.integers(0, 400), st.integers(1, 300)), min_size=1, max_size=8),
-    kept=st.sampled_from(["device", "host", "int8"]),
+    kv_cache=st.sampled_from(["device", "host", "int8"]),
 )
 def test_append_and_crop_in_any_order(steps: list[tuple[int, int]], kept: Any) -> None:
     cache, plain = empty_cache(kept), torch.empty(1, 2, 0, 8)
@@ -42,7 +42,7 @@ def test_scores_with_the_cache_elsewhere(tiny_lm: Path) -> None:
     head = rng.integers(0, 1000, 150)
     sequences = [np.concatenate([head, rng.integers(0, 1000, 40)]) for _ in range(3)]
     scores = {
-        kept: [PrefixScorer(model, chunk=64, kept=kept).score(s, 4) for s in sequences]  # type: ignore[arg-type]
+        kept: [PrefixScorer(model, chunk=64, kv_cache=kept).score(s, 4) for s in sequences]  # type: ignore[arg-type]
         for kept in ("device", "host", "int8")
     }
     assert scores["host"] == scores["device"]

@@ -335,7 +335,7 @@ def test_bad_input_is_one_line(
     refused(3, "cannot hold needle and question", "--lengths", "40,200")
     refused(3, "beyond the haystack", "--lengths", 1_000_000)
     refused(2, "depths are between 0 and 1", "--depths", "0,1.5")
-    refused(2, "--lengths are at least 1", "--lengths", "0,200")
+    refused(2, "lengths are at least 1", "--lengths", "0,200")
     refused(2, "whole numbers", "--lengths", "200.5")
     refused(2, "comma-separated numbers", "--depths", "a")
     refused(2, "comma-separated numbers", "--depths", "nan")

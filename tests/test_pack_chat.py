@@ -556,7 +556,7 @@ def test_empty_files_lists_and_models_that_cannot_see(qwen: Path, nano: Nano, me
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
     packed = pack(tmp_path / "out", {"image": [tmp_path / "list.json"]}, qwen, media, long_share=0)
     assert sorted(s["source"][-3:] for s in packed.samples(0)) == ["[0]", "[1]", "[2]"]
-    with pytest.raises(InputError, match=r"list.json\[0\]: the model cannot see"):
+    with pytest.raises(InputError, match=r"list.json\[0\]: the model has no vision tower"):
         pack(tmp_path / "blind", {"image": [tmp_path / "list.json"]}, nano.lm, media, long_share=0, hybrid=None)
     with pytest.raises(InputError, match="an image or video in a --text source"):
         pack(tmp_path / "text", {"text": [tmp_path / "list.json"]}, qwen, media, long_share=0)

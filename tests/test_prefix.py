@@ -144,13 +144,13 @@ def opinionated() -> Any:
     generate=st.integers(0, 3),
 )
 def test_any_sequences_in_any_order(
-    opinionated: Any, sequences: list[list[int]], answer: int, chunk: int, write: int
+    opinionated: Any, sequences: list[list[int]], answer: int, chunk: int, generate: int
 ) -> None:
     """The order decides the work, never the result: cropping back leaves nothing stale."""
     walker = PrefixScorer(copy.deepcopy(opinionated), chunk=chunk)
     for sequence in sequences:
         ids = np.array(sequence)
-        assert_same(walker.score(ids, answer, generate=write), plain_text(opinionated, ids, answer))
+        assert_same(walker.score(ids, answer, generate=generate), plain_text(opinionated, ids, answer))
 
 
 def test_forced_is_greedy(opinionated: Any) -> None:

@@ -25,6 +25,12 @@ def run(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
 
 
+@pytest.fixture(autouse=True)
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are for terminals; with --json there are JSON lines in any case."""
+    monkeypatch.setattr("lvctx.cli.output.stdout_is_terminal", lambda: True)
+
+
 # --- letters
 
 

@@ -59,7 +59,7 @@ def text(config: TextNiahConfig, device: DeviceConfig, run: NiahRunOptions) -> N
 
 @command(
     "niah video",
-    "lvctx niah video --model vlm --haystack frames/bikes.frames.safetensors --lengths 2,4 --trials 1 -o needles",
+    "lvctx niah video --model vlm --haystack frames/bikes.frames.safetensors --lengths 2,4 --trials 1 -o needles-video",
     "lvctx niah video --model vlm --haystack frames/bikes.frames.safetensors --lengths 4 --question when --trials 1 "
     "-o needles-when",
 )

@@ -114,7 +114,9 @@ def align(config: AlignConfig, parallel: ParallelConfig, tracking: TrackingOptio
     "-o qwen2-vl-2x",
 )
 def mrope_extend(config: MropeConfig, parallel: ParallelConfig, tracking: TrackingOptions, run: RunOptions) -> None:
-    """Extend the context of a Qwen-VL model with M-RoPE++ (GIRAFFE). Weights are linked, config.json changes.
+    """Extend the context of a Qwen-VL model with M-RoPE++.
+
+    This is GIRAFFE's method. Without training the weights are linked, and config.json changes.
 
     With --data the language model is trained at the new positions on long rows of chat samples; the tower is frozen.
     """

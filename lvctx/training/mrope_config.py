@@ -55,7 +55,7 @@ class MropeConfig:
     media: Annotated[Path, Flag(in_hash=False, panel=TRAINING, needs=("data",))] = Path(".")
     """Directory that the paths in the samples are relative to."""
     allow_partial: Annotated[bool, Flag(in_hash=False, panel=TRAINING)] = False
-    """Use the decodable part of truncated or damaged videos."""
+    """Use what can be decoded of truncated or damaged videos."""
     seq_len: Annotated[int | None, Flag(panel=TRAINING, needs=("data",))] = None
     """Tokens per row at most. Default: those of the packed rows; for samples, --scale times the pretrained length."""
     steps: Annotated[int, Flag(min=1, panel=TRAINING)] = 100

@@ -86,7 +86,7 @@ def resolve_mrope_training(config: MropeConfig, *, force: bool = False) -> Mrope
         inputs={**job.provenance.inputs, "data": fingerprint(data)},
         seed=config.seed,
     )
-    base = {name: getattr(job, name) for name in ("checkpoint", "stretch", "context", "note")}
+    base = {name: getattr(job, name) for name in ("checkpoint", "scaling", "context", "note")}
     return MropeTrainingJob(config=resolved, provenance=provenance, rows=rows, **base)
 
 

@@ -106,7 +106,10 @@ def predict_extend(job: "ExtendJob", parallel: "ParallelConfig", *, world: int) 
 
 def _this_device(device: str) -> tuple[DeviceKind, int]:
     """Key of `training.memory_model.DEVICES` and bytes of a run's device; an unknown GPU counts as an A100."""
-    if device == "cpu":
+    from lvctx.device import resolve_device
+
+    device = resolve_device(device)
+    if not device.startswith("cuda"):
         return "cpu", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     import torch
 
