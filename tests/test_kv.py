@@ -19,8 +19,8 @@ from lvctx.models.loading import load_model
     steps=st.lists(st.tuples(st.integers(0, 400), st.integers(1, 300)), min_size=1, max_size=8),
     kv_cache=st.sampled_from(["device", "host", "int8"]),
 )
-def test_append_and_crop_in_any_order(steps: list[tuple[int, int]], kept: Any) -> None:
-    cache, plain = empty_cache(kept), torch.empty(1, 2, 0, 8)
+def test_append_and_crop_in_any_order(steps: list[tuple[int, int]], kv_cache: Any) -> None:
+    cache, plain = empty_cache(kv_cache), torch.empty(1, 2, 0, 8)
     generator = torch.Generator().manual_seed(0)
     for remove, add in steps:
         remove = min(remove, plain.shape[2])
@@ -31,7 +31,7 @@ def test_append_and_crop_in_any_order(steps: list[tuple[int, int]], kept: Any) -
         keys, values = cache.update(new, 2 * new, 0)
         assert cache.get_seq_length() == plain.shape[2]
         # Eight bits: at most half a step of the largest channel's 127th.
-        off = plain.abs().amax(-1, keepdim=True) / 254 * 1.001 if kept == "int8" else torch.zeros(1)
+        off = plain.abs().amax(-1, keepdim=True) / 254 * 1.001 if kv_cache == "int8" else torch.zeros(1)
         assert ((keys - plain).abs() <= off).all()
         assert ((values - 2 * plain).abs() <= 2 * off).all()
 

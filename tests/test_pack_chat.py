@@ -561,5 +561,5 @@ def test_empty_files_lists_and_models_that_cannot_see(qwen: Path, nano: Nano, me
     with pytest.raises(InputError, match="an image or video in a --text source"):
         pack(tmp_path / "text", {"text": [tmp_path / "list.json"]}, qwen, media, long_share=0)
     (tmp_path / "cut.json").write_text('[{"image"')
-    with pytest.raises(InputError, match=r"cut.json: malformed JSON"):
+    with pytest.raises(InputError, match=r"cut.json:1: malformed JSON"):
         pack(tmp_path / "cut", {"image": [tmp_path / "cut.json"]}, qwen, media)

@@ -24,6 +24,7 @@ from lvctx.models.image_processing import Preprocess
 from lvctx.models.loading import load_config, load_tokenizer
 from lvctx.models.vision_encoder import TowerFiles, load_tower
 from lvctx.models.vlm_assembly import VIDEO_TOKEN, embed_frames, newline_embedding, tokens_per_frame
+from lvctx.video.container import check_complete
 from lvctx.video.hybrid import Hybrid
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.base import VisualInput, sequential_positions
@@ -118,6 +119,7 @@ class LlavaOnevision:
     def _folder(self, encoder: VideoEncoder, video: Path) -> Path:
         """The cache folder, or one inside it where it has this video, or one of its name, encoded in another way."""
         assert self.feature_cache is not None
+        check_complete(video, allow_partial=encoder.config.sampling.allow_partial)
         provenance = encoder.provenance(video)
         stored = read_provenance(encoder.target(video, self.feature_cache, provenance.inputs["video"]))
         if stored is None or stored.get("config_hash") == provenance.config_hash:
