@@ -220,7 +220,7 @@ def test_the_directory_says_which_and_the_next_stage_goes_on_with_it(
     assert count_tokens(back, lambda *_: None)["visual_tokens"] == 4 * 5
     assert image_grid(load_config(tmp_path / "back")) == "single"
     single = aligning.align(data, tmp_path / "single", tiny_lm, tiny_tower, image_encoding="single", steps=1)
-    assert single.config.grid == "single"
+    assert single.config.image_encoding == "single"
     first_longest, back_longest, single_longest = (aligning_longest(tmp_path / n) for n in ("first", "back", "single"))
     assert first_longest - single_longest == 16 + 8 * 9 - 5
     assert back_longest == first_longest, "what it goes on from has seen it"

@@ -342,7 +342,7 @@ def test_bad_input_is_one_line(
     refused(3, "no such file or folder", "--haystack", tmp_path / "none")
     refused(3, "no such model directory", "--model", "./none")
     refused(3, "beyond the haystack (it has 10)", "--lengths", 11, video=True)
-    refused(2, "cannot see", "--model", tiny_lm, video=True)
+    refused(2, "has no vision tower", "--model", tiny_lm, video=True)
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     refused(3, "not UTF-8", "--haystack", tmp_path / "binary.txt")
     (tmp_path / "torn.frames.safetensors").write_bytes(frames.read_bytes()[:-9])
