@@ -346,7 +346,7 @@ def test_bad_input_is_one_line(
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     refused(3, "not UTF-8", "--haystack", tmp_path / "binary.txt")
     (tmp_path / "torn.frames.safetensors").write_bytes(frames.read_bytes()[:-9])
-    refused(3, "not a whole safetensors file", "--frames", tmp_path / "torn.frames.safetensors", video=True)
+    refused(3, "not a whole safetensors file", "--haystack", tmp_path / "torn.frames.safetensors", video=True)
     from transformers import CLIPVisionModel
 
     trained = CLIPVisionModel.from_pretrained(tiny_tower)
@@ -354,7 +354,7 @@ def test_bad_input_is_one_line(
     trained.save_pretrained(tmp_path / "tower")
     (tmp_path / "tower/preprocessor_config.json").write_text((tiny_tower / "preprocessor_config.json").read_text())
     foreign = encode(load_tower(tmp_path / "tower", dtype=None), tmp_path / "foreign.frames.safetensors")
-    refused(3, "frames of another tower", "--frames", foreign, video=True)
+    refused(3, "features of another vision tower", "--haystack", foreign, video=True)
 
 
 @pytest.mark.nano
