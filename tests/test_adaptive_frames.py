@@ -57,6 +57,10 @@ def test_a_feature_cache_has_more_tokens_after_a_cut(cut: Path, tiny_tower: Path
         "encode-video", cut, "--tower", tiny_tower, "--fps", 5, *ADAPTIVE, "--change-threshold", 0.5, "-o", tmp_path
     )
     assert (blind.exit_code, "change_threshold: 0.1 -> 0.5" in blind.stderr) == (3, True), blind.stderr
+    every = run(
+        "encode-video", cut, "--tower", tiny_tower, "--fps", 5, *ADAPTIVE, "--change-threshold", 0, "-o", tmp_path / "0"
+    )
+    assert every.exit_code == 0, every.stderr
     for flags in (("--frame-selection", "adaptive"), ("--hybrid", "3,4,2", "--change-threshold", 0.2)):
         assert run("encode-video", cut, "--tower", tiny_tower, *flags, "-o", tmp_path).exit_code == 2
 

@@ -217,6 +217,24 @@ def test_two_ranks_are_shown_a_video_by_qwen(nano: Any, tmp_path: Path) -> None:
     assert done.stdout == alone.stdout
 
 
+@pytest.mark.nano
+def test_two_ranks_answer_a_benchmark(nano: Any, tmp_path: Path) -> None:
+    """One log, written by one rank, with the replies of one process alone; what it has is not asked again."""
+    vlm = mrope_models.save("qwen2_5_vl", tmp_path / "vlm")
+    questions = Path(__file__).parent / "data" / "nextqa.csv"
+    flags = ["bench", "nextqa", "run", "--model", str(vlm), "--videos", str(nano.clips), "--questions", str(questions)]
+    flags += ["--frames", "4", "--max-new-tokens", "6"]
+    alone = run(*flags, "-o", tmp_path / "alone")
+    assert alone.exit_code == 0, alone.stderr
+    command = [*torchrun(2), *flags, "-o", str(tmp_path / "together"), "--cp", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == alone.stdout
+    assert results(tmp_path / "together") == results(tmp_path / "alone")
+    again = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    assert (again.returncode, again.stdout) == (0, ""), again.stderr
+
+
 @pytest.mark.slow
 def test_kill_9_of_one_rank_loses_the_running_cells_alone(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
     """Four processes as two pairs; torchrun ends the others, and none takes the lost connection for a failed cell."""

@@ -69,9 +69,9 @@ def workshop(nano: Any, tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytes
     tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
     lm, tower, projector = llava_models.parts(tokenizer)
     llava_models.write(here / "longva-released", llava_models.tensors_of(lm, tower, projector), lm, tokenizer)
-    (here / "films").mkdir()
+    (here / "videos").mkdir()
     for name in ("bikes.mp4", "bigbuckbunny.mp4"):
-        shutil.copy(nano.clips / name, here / "films")
+        shutil.copy(nano.clips / name, here / "videos")
     for name in ("questions.json", "nextqa.csv"):
         shutil.copy(ROOT / "tests" / "data" / name, here)
     draw = f"{sys.executable} {ROOT / 'recipes/nano/draw_data.py'} shapes --projector 6 --full 6 --size 48 --workers 1"
@@ -82,7 +82,7 @@ def workshop(nano: Any, tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytes
         "lvctx align --lm lm-32k --tower tower --data shapes/projector.json --images shapes --steps 1 --batch 2 -o vlm",
         "lvctx encode-video clips/bikes.mp4 --model vlm --frames 8 -o frames",
         "lvctx niah text --model lm --haystack essays --lengths 256 --depths 0,1 --trials 1 -o niah",
-        "lvctx videomme run --model vlm --videos films --questions questions.json --frames 8 -o videomme",
+        "lvctx videomme run --model vlm --videos videos --questions questions.json --frames 8 -o videomme",
         "lvctx bench nextqa run --model vlm --videos clips --questions nextqa.csv --frames 4 -o nextqa",
     ):
         check(command, here)

@@ -215,6 +215,20 @@ def test_processes_share_the_videos(clips: Path, tiny_tower: Path, tmp_path: Pat
     assert all((tmp_path / "0" / name).read_bytes() == (tmp_path / "4" / name).read_bytes() for name in names)
 
 
+def test_two_processes_encode_one_video_once(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
+    """The ranks of a question about a video all need its features, in one folder."""
+    given = ["encode-video", clips / "a.mp4", "--tower", tiny_tower, "--fps", "native", "--batch", 1]
+    assert run(*given[1:], "-o", tmp_path / "alone")[0] == 0
+    command = [sys.executable, "-m", "lvctx", *map(str, given), "-o", str(tmp_path / "together")]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], said
+    assert os.listdir(tmp_path / "together") == ["a.frames.safetensors"]
+    stored, alone = (sha256_file(tmp_path / name / "a.frames.safetensors") for name in ("together", "alone"))
+    assert stored == alone
+    assert {json.loads(rows)["sha256"] for rows, _ in said} == {alone}
+
+
 def test_shares_are_whole_even_and_keep_namesakes_together(tmp_path: Path) -> None:
     videos = []
     for name, size in (("a/x", 5), ("b/y", 9), ("b/x", 5), ("c/z", 8), ("c/w", 1), ("gone", None)):

@@ -197,9 +197,10 @@ def test_a_torn_line_is_redone_and_a_grid_grows(tiny_lm: Path, essays: Path, tmp
     assert read_needle_results(tmp_path / "a").lengths == [130, 200, 260]
     assert run(*arguments, "--resume", "never").exit_code == 3
     assert run(*text_arguments(tiny_lm, essays, tmp_path / "new"), "--resume", "must").exit_code == 3
-    refused = run(*arguments, "--seed", 9)
-    assert refused.exit_code == 3
-    assert "another run (other seed)" in refused.stderr
+    for flags, what in ((("--seed", 9), "seed"), (("--dtype", "bfloat16"), "dtype")):
+        refused = run(*arguments, *flags)
+        assert refused.exit_code == 3
+        assert f"another run (other {what})" in refused.stderr
     assert len(run(*arguments, "--seed", 9, "--force").stdout.splitlines()) == 12
 
 

@@ -196,6 +196,9 @@ def test_the_command(saved: dict[str, Path], nano: Any, tmp_path: Path) -> None:
     assert verdicts[0] == verdicts[1], alone.stderr
     fails(3, run(*flags, "--hybrid", "1,24,1", "-o", tmp_path / "a"), "another run (other prompt)")
     fails(2, run(*flags, "--hybrid", "2,24,4", "--hybrid-mode", "literal", "-o", tmp_path / "c"), "literal")
+    for bound in ("--max-frames", "--frames"):
+        own = [flag for flag in flags if flag not in ("--fps", 1)]
+        fails(2, run(*own, bound, 4, "-o", tmp_path / "c"), "sampled at a rate")
     fails(2, run(*flags, "--lengths", "5", "-o", tmp_path / "c"), "multiples of 2")
     fails(3, run(*flags, "--lengths", "400", "-o", tmp_path / "c"), "--loop")
     facts = json.loads(run(*flags, "--dry-run", "-o", tmp_path / "d").stdout)

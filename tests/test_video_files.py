@@ -36,9 +36,9 @@ WAYS: dict[str, list[str]] = {
 
 
 @pytest.fixture(scope="module")
-def films(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Two seconds at 25 frames a second in every container."""
-    folder = tmp_path_factory.mktemp("films")
+    folder = tmp_path_factory.mktemp("files")
     for name, how in WAYS.items():
         source = ["-f", "lavfi", "-i", "testsrc2=s=64x48:r=25:d=2"]
         subprocess.run([FFMPEG, "-v", "error", *source, *how, folder / name], check=True)
@@ -93,10 +93,10 @@ WHOLE: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_whole_files_are_read_as_ffmpeg_does(name: str, films: dict[str, bytes], tmp_path: Path) -> None:
+def test_whole_files_are_read_as_ffmpeg_does(name: str, files: dict[str, bytes], tmp_path: Path) -> None:
     source, change = WHOLE[name]
     path = tmp_path / source
-    path.write_bytes(change(films[source]))
+    path.write_bytes(change(files[source]))
     reader = read_video(path, VideoSampling(fps="native"))
     assert len(list(reader)) == frames_of_ffmpeg(path) >= 48
     assert "partial" not in reader.facts
@@ -121,10 +121,10 @@ CUT: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 
 
 @pytest.mark.parametrize("name", CUT)
-def test_cut_files_are_refused(name: str, films: dict[str, bytes], tmp_path: Path) -> None:
+def test_cut_files_are_refused(name: str, files: dict[str, bytes], tmp_path: Path) -> None:
     source, change = CUT[name]
     path = tmp_path / source
-    path.write_bytes(change(films[source]))
+    path.write_bytes(change(files[source]))
     with pytest.raises(InputError, match="cut short") as e:
         list(read_video(path, VideoSampling(frames=4)))
     assert ("--allow-partial" in str(e.value)) == ("moov" not in name), "only where something can be read"
@@ -149,11 +149,11 @@ NAMES = (
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_file_name(
-    name: str | bytes, films: dict[str, bytes], tiny_tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str | bytes, files: dict[str, bytes], tiny_tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = Path(os.fsdecode(name))
-    path.write_bytes(films["fast.mp4"])
+    path.write_bytes(files["fast.mp4"])
     assert len(list(read_video(path, VideoSampling(frames=3)))) == 3
     if name in ("10:30:22.mp4", "-a.mp4", b"caf\xe9.mp4"):
         flags = ["encode-video", "--tower", str(tiny_tower), "--frames", "2", "-o", "out", "--", str(path)]
@@ -162,10 +162,10 @@ def test_any_file_name(
         assert json.loads(done.stdout)["video"] == str(path)
 
 
-def test_decord_takes_any_name(films: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decord_takes_any_name(files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("decord")
     monkeypatch.chdir(tmp_path)
-    Path("10:30:22.mp4").write_bytes(films["fast.mp4"])
+    Path("10:30:22.mp4").write_bytes(files["fast.mp4"])
     assert len(list(read_video(Path("10:30:22.mp4"), VideoSampling(frames=3, decoder="decord")))) == 3
 
 
@@ -178,9 +178,9 @@ def test_decord_takes_any_name(films: dict[str, bytes], tmp_path: Path, monkeypa
         "<MPD profiles='urn:mpeg:dash:profile:isoff-on-demand:2011'><BaseURL>{other}</BaseURL></MPD>",
     ],
 )
-def test_a_playlist_opens_no_other_file(text: str, films: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_playlist_opens_no_other_file(text: str, files: dict[str, bytes], tmp_path: Path) -> None:
     """FFmpeg itself would read the other file: a local playlist may name local files."""
-    (tmp_path / "other.ts").write_bytes(films["plain.ts"])
+    (tmp_path / "other.ts").write_bytes(files["plain.ts"])
     path = tmp_path / "list.mp4"
     path.write_text(text.format(other="other.ts"))
     with pytest.raises(InputError, match="not a video") as e:
@@ -213,11 +213,11 @@ def other_files(folder: Path) -> dict[str, Path]:
 
 
 def test_errors_name_what_was_given(
-    films: dict[str, bytes], tiny_vlm: Path, tiny_tower: Path, tiny_lm: Path, tmp_path: Path
+    files: dict[str, bytes], tiny_vlm: Path, tiny_tower: Path, tiny_lm: Path, tmp_path: Path
 ) -> None:
     """Each command that wants one kind of file is given the others: exit 3, one line that says what it is."""
     video = tmp_path / "film one.mp4"
-    video.write_bytes(films["fast.mp4"])
+    video.write_bytes(files["fast.mp4"])
 
     def refused(*command: object) -> str:
         done = CliRunner().invoke(app, [str(part) for part in command])
@@ -271,10 +271,10 @@ def test_partial_videos_are_allowed_everywhere(command: str) -> None:
 
 
 def test_any_error_of_a_decoder_is_the_videos(
-    films: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.mp4"
-    path.write_bytes(films["fast.mp4"])
+    path.write_bytes(files["fast.mp4"])
     for error in (OSError(95, "Operation not supported"), MemoryError(), ValueError("odd"), IndexError("list index")):
 
         def fail(*args: object, error: Exception = error) -> Any:
@@ -308,13 +308,13 @@ def mutants(raw: bytes, rng: random.Random) -> bytes:
     return bytes(content)
 
 
-def test_damaged_videos_cost_themselves(films: dict[str, bytes], tiny_tower: Path, tmp_path: Path) -> None:
+def test_damaged_videos_cost_themselves(files: dict[str, bytes], tiny_tower: Path, tmp_path: Path) -> None:
     rng = random.Random(17)
     folder = tmp_path / "mutants"
     folder.mkdir()
     for number in range(200):
-        name = rng.choice(list(films))
-        (folder / f"{number:03}{Path(name).suffix}").write_bytes(mutants(films[name], rng))
+        name = rng.choice(list(files))
+        (folder / f"{number:03}{Path(name).suffix}").write_bytes(mutants(files[name], rng))
     videos = sorted(map(str, folder.iterdir()))
     flags = ["--tower", str(tiny_tower), "--frames", "3", "-o", str(tmp_path / "out"), "-"]
     done = CliRunner().invoke(app, ["encode-video", *flags], input="\n".join(videos))
@@ -327,10 +327,10 @@ def test_damaged_videos_cost_themselves(films: dict[str, bytes], tiny_tower: Pat
 
 
 def test_frames_that_are_too_large_are_refused(
-    films: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "large.mp4"
-    path.write_bytes(films["fast.mp4"])
+    path.write_bytes(files["fast.mp4"])
     monkeypatch.setattr(container, "MAX_PIXELS", 64 * 48 - 1)
     with pytest.raises(InputError, match="frames of more than 3,071 pixels"):
         list(read_video(path, VideoSampling(frames=1)))

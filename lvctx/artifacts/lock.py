@@ -13,9 +13,12 @@ LOCK = ".lock"
 
 
 @contextmanager
-def only_writer(directory: Path) -> Iterator[None]:
-    """Hold the lock of an output directory, made if need be. Raises InputError where another process holds it."""
-    path = directory / LOCK
+def only_writer(directory: Path, *, name: str = LOCK, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of an output directory, made if need be, or with `name` that of one of its files.
+
+    Raises InputError where another process holds it, unless it is waited for.
+    """
+    path = directory / name
     while True:
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -25,7 +28,7 @@ def only_writer(directory: Path) -> Iterator[None]:
                 raise disk_error(e, directory) from e
             raise
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             # Its last owner removes the file: between opening and locking, this one may have been it.
             if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
                 break

@@ -28,7 +28,7 @@ TEMPLATES = {"videomme": "official, lmms-eval or vlmevalkit", "mlvu": "official 
 group(
     "videomme",
     "Video-MME: run a model on its questions, and score it or anyone's responses.",
-    "lvctx videomme run --model vlm --videos films --questions questions.json --frames 8 -o videomme",
+    "lvctx videomme run --model vlm --videos videos --questions questions.json --frames 8 -o videomme",
     "lvctx videomme score videomme --plot accuracy.png",
 )
 group(
@@ -140,7 +140,7 @@ def _run(
             subtitles=config.subtitles,
             max_new_tokens=config.max_new_tokens,
         )
-        job = plan_benchmark(bench, benchmark_config, vlm, sampling)
+        job = plan_benchmark(bench, benchmark_config, vlm, sampling, dtype=engine.dtype)
         if run.dry_run:
             counts = {"questions": len(job.samples), "videos": len({s.video for s in job.samples})}
             emit({"dry_run": True, "path": str(config.out), **job.run_facts, **counts})
@@ -152,12 +152,21 @@ def _run(
                 what = f"{parallel.size} processes for one sequence"
                 raise UsageError(what, fix=f"--cp {parallel.size}, or no torchrun")
             model = TransformersEngine.from_config(vlm, replace(engine, device=parallel.device), ring=parallel.ring)
-            rows = run_benchmark(job, config.out, model, resume=run.resume, force=run.force, on_progress=on_progress)
+            rows = run_benchmark(
+                job,
+                config.out,
+                model,
+                parallel=parallel,
+                resume=run.resume,
+                force=run.force,
+                on_progress=on_progress,
+            )
             for row in rows:
                 if "error" in row:
                     failed[row["id"]] = row["error"]
                 if wants_json():
                     emit(row)
+            failed = parallel.gather(failed)[0]
     for error in dict.fromkeys(failed.values()):
         say(f"lvctx: {error}")
     total = len(job.samples)

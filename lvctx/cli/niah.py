@@ -54,7 +54,13 @@ def text(config: TextNiahConfig, device: DeviceConfig, run: NiahRunOptions) -> N
     """
     from lvctx.eval.niah.job import plan_text
 
-    _run("niah text", config, lambda niah_config: plan_text(niah_config, kv_cache=run.kv_cache), device, run)
+    _run(
+        "niah text",
+        config,
+        lambda niah_config: plan_text(niah_config, dtype=device.dtype, kv_cache=run.kv_cache),
+        device,
+        run,
+    )
 
 
 @command(
@@ -76,7 +82,7 @@ def video(config: VideoNiahConfig, sampling: VideoSampling, device: DeviceConfig
     _run(
         "niah video",
         config,
-        lambda niah_config: plan_video(niah_config, vlm, sampling, kv_cache=run.kv_cache),
+        lambda niah_config: plan_video(niah_config, vlm, sampling, dtype=device.dtype, kv_cache=run.kv_cache),
         device,
         run,
     )
@@ -102,7 +108,6 @@ def _run(
         with opened as parallel:
             settings = NiahRun(
                 parallel=parallel,
-                dtype=device.dtype,
                 prefill_chunk=device.prefill_chunk,
                 reuse=device.reuse,
                 resume=run.resume,

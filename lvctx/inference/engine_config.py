@@ -1,4 +1,7 @@
-"""Where and how a model runs: nothing that decides a result. Nothing heavy is imported here, for the commands' help."""
+"""Where and how a model runs; of these options only the data type decides results.
+
+Nothing heavy is imported here, for the commands' help.
+"""
 
 import json
 from dataclasses import dataclass

@@ -76,12 +76,18 @@ def load_config(path: Path) -> Any:
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """The tokenizer of a model directory or hub id. Raises InputError where there is none."""
+    """The tokenizer of a model directory or hub id, tried on one letter.
+
+    Raises InputError where there is none, or where it cannot encode and decode text.
+    """
     from transformers import AutoTokenizer
 
     path = resolve_model(name) if not (Path(name) / "tokenizer.json").is_file() else Path(name)
     with library_errors("no usable tokenizer", where=name):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        # Loading accepts any value in tokenizer_config.json; encoding fails with a model_max_length that is no number.
+        tokenizer.decode(tokenizer("a").input_ids)
+    return tokenizer
 
 
 def load_image_processor(path: Path) -> Any:
@@ -117,6 +123,11 @@ def require_accelerate() -> None:
     """Raise MissingError where accelerate, which places the modules of a device map, is not installed."""
     if find_spec("accelerate") is None:
         raise MissingError("a device map needs accelerate", where="--device-map", fix="pip install accelerate")
+
+
+def effective_dtype(config: Any, dtype: str) -> str:
+    """Name of the weights' data type in memory; it stays `auto` where config.json does not name the checkpoint's."""
+    return str(config.dtype or dtype).removeprefix("torch.") if dtype == "auto" else dtype
 
 
 def load_model(

@@ -27,7 +27,12 @@ from lvctx.video.timestamps import Clock, frame_ticks
 def bounded(path: Path, sampling: VideoSampling) -> VideoSampling:
     """The sampling, or `max_frames` evenly spread where its rate gives more of this video. Raises as `read_video`."""
     bound = sampling.max_frames
-    if bound is None or sampling.frames is not None or count_frames(path, sampling, decode=False).frames <= bound:
+    if bound is None or sampling.frames is not None:
+        return sampling
+    count = count_frames(path, sampling, decode=False)
+    if not count.exact and count.frames > bound / 2:
+        count = count_frames(path, sampling)
+    if count.frames <= bound:
         return sampling
     return replace(sampling, fps=None, frames=bound, max_frames=None)
 

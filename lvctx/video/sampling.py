@@ -42,7 +42,8 @@ class VideoSampling:
     panel: ClassVar[str] = "Video sampling"
 
     fps: Annotated[Rate | None, Flag(parse=parse_rate, metavar="RATE|native")] = None
-    """Frames per second by timestamp, or `native` for every frame. Default: 2 for Qwen-VL, otherwise 1."""
+    """Frames per second by timestamp, or `native` for every frame. Default: 2 for Qwen-VL, otherwise 1; niah video 1;
+    benchmarks take 128 frames instead."""
     frames: Annotated[int | None, Flag(min=1)] = None
     """Number of frames, evenly spread, instead of a rate."""
     max_frames: Annotated[int | None, Flag(min=1)] = None
@@ -93,7 +94,7 @@ class VideoSampling:
     @property
     def facts(self) -> dict[str, Any]:
         """What decides which pixels a model is shown, for rows and provenance: the options that differ from none."""
-        facts = {key: value for key, value in asdict(self).items() if value not in (None, False)}
+        facts = {key: value for key, value in asdict(self).items() if value is not None and value is not False}
         del facts["frame_selection"], facts["change_threshold"]
         if self.hybrid is not None:
             facts["hybrid"] = [self.hybrid.group, self.hybrid.tokens, self.hybrid.ratio]

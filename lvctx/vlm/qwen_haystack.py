@@ -41,7 +41,9 @@ class QwenHaystack:
     def __init__(self, vlm: "QwenVL", files: Sequence[Path], sampling: VideoSampling, *, as_images: bool) -> None:
         """Of a video the first frame is decoded, and all where its packets do not give their number."""
         self.natural_size = as_images and sampling.resolution is None
-        if sampling.fps is None and sampling.frames is None:
+        if sampling.frames is not None or sampling.max_frames is not None:
+            raise UsageError("a haystack is sampled at a rate", where="--frames, --max-frames", fix="give --fps")
+        if sampling.fps is None:
             sampling = replace(sampling, fps=1.0)  # V-NIAH's
         sampling = replace(vlm.resolve(sampling), max_frames=None)
         if as_images and not self.natural_size:
@@ -49,9 +51,9 @@ class QwenHaystack:
         hybrid = sampling.resolution or Hybrid()
         if hybrid.mode == "literal" and not hybrid.uniform:
             raise UsageError("--hybrid-mode literal merges a needle with its neighbours", fix="pair, or image")
-        if sampling.fps is None:
-            raise UsageError("a haystack is sampled at a rate", where="--frames", fix="give --fps")
         self.vlm, self.files, self.sampling, self.as_images = vlm, tuple(files), sampling, as_images
+        assert sampling.fps is not None
+        assert sampling.fps != "native"  # refused above
         self.fps = float(sampling.fps)
         self.rule = vlm.rule(hybrid)
         self.unit = 1 if as_images or hybrid.mode == "image" else self.rule.merge

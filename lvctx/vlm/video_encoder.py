@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 
 from lvctx.artifacts import schemas
+from lvctx.artifacts.lock import only_writer
 from lvctx.artifacts.manifest import Provenance, is_finished, read_provenance
 from lvctx.artifacts.store import read_safetensors_header, sha256_file
 from lvctx.device import Dtype, resolve_dtype
@@ -189,25 +190,27 @@ class VideoEncoder:
     ) -> dict[str, Any]:
         """Write the artifact of one video into `out`, unless it exists already; the row that describes it.
 
-        May run in several threads at once; `threads` is how many the decoder of this one uses (all cores unless given).
+        May run in several threads and processes at once: one writes an artifact, the others wait for it. `threads` is
+        how many the decoder of this one uses (all cores unless given).
         Raises InputError for a video that cannot be read (see `decode.read_video`); nothing is left under its name.
         """
         check_complete(video, allow_partial=self.config.sampling.allow_partial)
         provenance = self.provenance(video)
         target = self.target(video, out, provenance.inputs["video"])
-        if is_finished(target, provenance, resume=resume, force=force):
-            log.info("%s: finished already", target)
+        with only_writer(out, name=f".{target.name}.lock", wait=True):
+            if is_finished(target, provenance, resume=resume, force=force):
+                log.info("%s: finished already", target)
+                return _row(video, target)
+            total = self._rough_total(video)
+            on_progress(0, total, video.name)
+            done = 0
+            facts: dict[str, Any] = {"source": str(video)}
+            with open_frames(target, provenance, facts) as writer:
+                for features, pts, index, grids in self._batches(video, facts, threads=threads):
+                    writer.append(features, pts, index, grids)
+                    done += len(pts)
+                    on_progress(done, max(total, done), video.name)
             return _row(video, target)
-        total = self._rough_total(video)
-        on_progress(0, total, video.name)
-        done = 0
-        facts: dict[str, Any] = {"source": str(video)}
-        with open_frames(target, provenance, facts) as writer:
-            for features, pts, index, grids in self._batches(video, facts, threads=threads):
-                writer.append(features, pts, index, grids)
-                done += len(pts)
-                on_progress(done, max(total, done), video.name)
-        return _row(video, target)
 
     def read(self, video: Path) -> FeatureCache:
         """The same in memory, for features that are not kept. Raises as `encode`."""

@@ -7,6 +7,7 @@ error rows: a model is never asked about a video that it is not shown.
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,8 @@ from lvctx.eval.benchmarks.subtitles import NONE, find_subtitles, read_subtitles
 from lvctx.eval.benchmarks.video_files import find_video, video_stem
 from lvctx.inference.engine import Engine, Shown
 from lvctx.models.image_processing import open_image
-from lvctx.models.loading import load_config
+from lvctx.models.loading import effective_dtype, load_config
+from lvctx.parallel.context import ParallelContext
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.base import VLM
 
@@ -68,7 +70,9 @@ class BenchmarkJob:
         return short_hash({"run": self.run_facts["run"], "id": sample.id})
 
 
-def plan_benchmark(bench: ModuleType, config: BenchmarkConfig, vlm: VLM, sampling: VideoSampling) -> BenchmarkJob:
+def plan_benchmark(
+    bench: ModuleType, config: BenchmarkConfig, vlm: VLM, sampling: VideoSampling, *, dtype: str
+) -> BenchmarkJob:
     """Check everything that can be checked without weights or videos.
 
     Raises InputError for questions that cannot be read or are of another benchmark, UsageError for sampling that the
@@ -96,7 +100,7 @@ def plan_benchmark(bench: ModuleType, config: BenchmarkConfig, vlm: VLM, samplin
         "style": config.prompt,
         "subtitles": config.subtitles is not None,
         "sampling": vlm.image_facts() if any(s.images for s in samples) else resolved.facts,
-        "dtype": str(load_config(vlm.path).dtype or torch.float32).removeprefix("torch."),
+        "dtype": effective_dtype(load_config(vlm.path), dtype),
         "max_new_tokens": config.max_new_tokens,
     }
     run_facts = {
@@ -114,35 +118,46 @@ def run_benchmark(
     out: Path,
     engine: Engine,
     *,
+    parallel: ParallelContext,
     resume: str,
     force: bool,
     on_progress: Callable[[int, int, str], None],
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for every question as it is answered; those that `out/results.jsonl` has are not asked again.
 
-    Raises InputError when `out` holds another run.
+    The ranks of `parallel` are one group, which computes every reply together; rank 0 alone writes and yields. Raises
+    InputError when `out` holds another run, or where memory ends on a rank that others wait for.
     """
-    made_of = job.run_facts["made_of"]
-    with ResultLog.open(out / RESULTS, made_of, resume=resume, force=force) as results:
-        pending = [s for s in job.samples if job.key(s) not in results]
+    with ExitStack() as stack:
+        results: ResultLog | None = None
+        if parallel.rank == 0:
+            opened = ResultLog.open(out / RESULTS, job.run_facts["made_of"], resume=resume, force=force)
+            results = stack.enter_context(opened)
+        finished = parallel.gather(set(results.rows) if results else set())[0]
+        pending = [s for s in job.samples if job.key(s) not in finished]
         total, done = len(job.samples), len(job.samples) - len(pending)
         for video, group in itertools.groupby(pending, key=lambda s: s.video):
-            for sample, row in _ask_about(job, engine, list(group)):
-                stored = results.append(job.key(sample), row)
+            for sample, row in _ask_about(job, engine, list(group), together=parallel.size > 1):
                 done += 1
                 on_progress(done, total, video)
-                yield stored
-        if hasattr(job.bench, "export"):
+                if results is not None:
+                    yield results.append(job.key(sample), row)
+        if results is not None and hasattr(job.bench, "export"):
             responses = {row["id"]: row["response"] for row in results.rows.values()}
             job.bench.export(out, [(s, responses[s.id]) for s in job.samples if s.id in responses])
 
 
-def _ask_about(job: BenchmarkJob, engine: Engine, samples: Sequence[Question]) -> Iterator[Asked]:
-    """One video's questions, each with its row."""
+def _ask_about(job: BenchmarkJob, engine: Engine, samples: Sequence[Question], *, together: bool) -> Iterator[Asked]:
+    """One video's questions, each with its row.
+
+    Of several ranks that compute `together`, one that runs out of memory must end the run: the others wait for it.
+    """
     base = {s.id: {**job.run_facts, **_described(s)} for s in samples}
     try:
         subtitles, facts = _show(job, engine, samples[0])
     except (LvctxError, torch.OutOfMemoryError) as e:
+        if together and not isinstance(e, LvctxError):
+            raise _out_of_memory(samples[0].video) from e
         yield from ((s, {**base[s.id], "error": str(e)}) for s in samples)
         return
     for sample in samples:
@@ -152,10 +167,18 @@ def _ask_about(job: BenchmarkJob, engine: Engine, samples: Sequence[Question]) -
             reply = engine.reply([text], sample.max_new_tokens or job.config.max_new_tokens)
         except (InputError, RuntimeError) as e:
             # Too long, or out of memory: this question is lost, the others need not be.
+            if together and isinstance(e, torch.OutOfMemoryError):
+                raise _out_of_memory(sample.video) from e
+            if together and not isinstance(e, InputError):
+                raise
             yield sample, {**row, "error": " ".join(str(e).split())[:300]}
         else:
             cost = {"tokens": reply.prompt_tokens, "last_position": reply.last_position}
             yield sample, {**row, **cost, "response": reply.text, "reply_tokens": reply.tokens}
+
+
+def _out_of_memory(video: str) -> InputError:
+    return InputError("out of memory", where=video, fix="more --cp, a smaller --prefill-chunk, or fewer frames")
 
 
 def _described(sample: Question) -> dict[str, Any]:

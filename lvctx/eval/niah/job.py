@@ -24,6 +24,7 @@ from lvctx.inference.prefix_scorer import common_prefix, walk_order
 from lvctx.models.adapter import longest_sample
 from lvctx.models.loading import (
     context_length,
+    effective_dtype,
     load_config,
     load_tokenizer,
     resolve_model,
@@ -48,6 +49,8 @@ class NiahJob:
     """Cells and their sequences."""
     scoring: Scoring
     """Resolved."""
+    dtype: str
+    """Of the weights in memory; `auto` is the checkpoint's own."""
     kv_cache: CachePlacement
     """Where keys and values are kept."""
     cells: list[Cell]
@@ -57,7 +60,7 @@ class NiahJob:
     images: tuple[Any, ...]
     """What is inserted among them."""
     run_facts: dict[str, Any]
-    """What every row says of the run; `run` in it identifies model, haystack, prompt, scoring and seed."""
+    """What every row says of the run; `run` in it identifies all that decides a result."""
 
     def key(self, cell: Cell) -> str:
         """Sixteen hex digits of the run and the cell: what a result is found by."""
@@ -90,7 +93,7 @@ class NiahJob:
         shared = sum(common_prefix(a, b) for a, b in pairs)
         tokens, longest = sum(lengths), max(lengths)
         heads = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        width = torch.finfo(config.dtype or torch.float32).bits // 8
+        width = torch.finfo(getattr(torch, effective_dtype(config, self.dtype), torch.float32)).bits // 8
         channel = heads + 4 if self.kv_cache == "int8" else heads * width  # a float32 scale for each head and token
         return {
             "cells": len(self.cells),
@@ -106,7 +109,7 @@ class NiahJob:
         }
 
 
-def plan_text(config: TextNiahConfig, *, kv_cache: CachePlacement = "device") -> NiahJob:
+def plan_text(config: TextNiahConfig, *, dtype: str = "auto", kv_cache: CachePlacement = "device") -> NiahJob:
     """Check everything that can be checked without loading the model's weights.
 
     Raises UsageError for values out of their range, InputError for inputs that do not exist or do not fit.
@@ -123,11 +126,16 @@ def plan_text(config: TextNiahConfig, *, kv_cache: CachePlacement = "device") ->
         nested=config.depths.nested,
         loop=config.loop,
     )
-    return _plan(config, path, tokenizer, task, kv_cache=kv_cache)
+    return _plan(config, path, tokenizer, task, dtype=dtype, kv_cache=kv_cache)
 
 
 def plan_video(
-    config: VideoNiahConfig, vlm: VLM, sampling: VideoSampling, *, kv_cache: CachePlacement = "device"
+    config: VideoNiahConfig,
+    vlm: VLM,
+    sampling: VideoSampling,
+    *,
+    dtype: str = "auto",
+    kv_cache: CachePlacement = "device",
 ) -> NiahJob:
     """The same for a video."""
     tokenizer = load_tokenizer(vlm.path)
@@ -147,7 +155,7 @@ def plan_video(
         loop=config.loop,
         seed=config.seed,
     )
-    return _plan(config, vlm.path, tokenizer, task, kv_cache=kv_cache, visual=visual, images=images)
+    return _plan(config, vlm.path, tokenizer, task, dtype=dtype, kv_cache=kv_cache, visual=visual, images=images)
 
 
 def _needles(config: VideoNiahConfig, size: int) -> NeedleSet:
@@ -169,6 +177,7 @@ def _plan(
     tokenizer: Any,
     task: NeedleTask,
     *,
+    dtype: str,
     kv_cache: CachePlacement,
     visual: VisualTokens | None = None,
     images: Sequence[Any] = (),
@@ -186,6 +195,7 @@ def _plan(
         "prompt": short_hash(task.prompt()),
         "scoring": scoring,
         "seed": config.seed,
+        "dtype": effective_dtype(load_config(path), dtype),
         "kv_cache": "int8" if kv_cache == "int8" else "exact",
         "rope": config.rope,
     }
@@ -207,6 +217,7 @@ def _plan(
         tokenizer=tokenizer,
         task=task,
         scoring=scoring,
+        dtype=dtype,
         kv_cache=kv_cache,
         cells=cells,
         visual=visual,

@@ -36,8 +36,6 @@ class NiahRun:
 
     parallel: ParallelContext
     """Ranks and the device."""
-    dtype: str = "auto"
-    """Of the weights in memory; `auto` is the checkpoint's own."""
     prefill_chunk: int = 2048
     """Tokens of one forward."""
     reuse: bool = True
@@ -112,7 +110,7 @@ def load_scorer(job: NiahJob, run: NiahRun, *, ring: Ring) -> PrefixScorer:
     context = context_length(load_config(job.path))
     if longest > context:
         log.warning("evaluating %d positions with a model whose config allows %d", longest, context)
-    dtype = run.dtype if run.dtype == "auto" else getattr(torch, run.dtype)
+    dtype = job.dtype if job.dtype == "auto" else getattr(torch, job.dtype)
     model = load_model(job.path, config=job.model_config(), dtype=dtype, device=run.parallel.device)
     try_forward(model, job.path)
     return PrefixScorer(
