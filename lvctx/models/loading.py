@@ -4,6 +4,7 @@ import copy
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from lvctx.artifacts.manifest import MANIFEST, read_manifest
@@ -178,6 +179,9 @@ def load_model(
             ignore_mismatched_sizes=True,  # they are named below
         )
     check_loaded(model, loading_info, stored, path)
+    end = model.generation_config.eos_token_id
+    if any(type(token) not in (int, NoneType) for token in (end if isinstance(end, list) else [end])):
+        raise InputError(f"eos_token_id is {end!r}, not token ids", where=path / "generation_config.json")
     return (model if device_map is not None else model.to(device)).eval()
 
 
