@@ -52,6 +52,7 @@ test-lmms: fetch      # the plug-in under the real lmms-eval, in an environment 
 	.venv-lmms/bin/python -m pytest -rs tests/test_lmms.py
 
 test-runtimes: setup  # tiny models of every kind in other runtimes, each installed in $(RUNTIMES): docs/runtimes.md
+	rm -rf runs/runtimes
 	mkdir -p $(RUNTIMES)
 	OMP_NUM_THREADS=1 .venv/bin/python tests/runtimes/models.py runs/runtimes
 	OMP_NUM_THREADS=1 .venv/bin/python tests/runtimes/reference.py runs/runtimes

@@ -46,6 +46,7 @@ def config(kind: str) -> Any:
         "num_key_value_heads": 1,
         "head_dim": 128,
         "max_position_embeddings": 262_144 if kind == "qwen3_vl" else 32_768,
+        "rms_norm_eps": 1e-6,  # the released checkpoints'
         "eos_token_id": ids("<|im_end|>"),
         "bos_token_id": ids("<|endoftext|>"),
         "rope_parameters": {

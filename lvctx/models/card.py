@@ -9,8 +9,8 @@ from lvctx.artifacts.store import atomic_file
 CARD = "README.md"
 VISION = "Images and video"
 TILES = """\
-Stock code reads an image given as `image` in LLaVA-NeXT's AnyRes encoding: a base image and tiles, not pooled. This
-model was aligned with {aligned}, so it answers better when an image is given as a video of its tiles:
+Stock code encodes an image given as `image` in LLaVA-NeXT's AnyRes: a base image and tiles, not pooled. This model was
+aligned with {aligned}, so it answers better when an image is given as a video of its tiles:
 
 ```python
 import numpy as np

@@ -81,11 +81,14 @@ class ImageEncoding:
             return anyres_tiles(image, self.tile)
         return single_tiles(image, self.tile, "pad", background)
 
-    def write_to(self, config: Any) -> None:
-        """Write it into a VLM's configuration: for us in keys of our own, for stock LlavaOnevision in its own terms."""
+    def write_to(self, config: Any, *, with_anyres: bool = False) -> None:
+        """Write it into a VLM's configuration: for us in keys of our own, for stock LlavaOnevision in its own terms.
+
+        `with_anyres`: some images were encoded as AnyRes in training, so stock code is to encode them so.
+        """
         config.image_grid, config.image_grid_rule = self.grid, self.rule
         set_image_max_grids(config, self.max_grids)
-        if self.grid == "anyres":
+        if self.grid == "anyres" or with_anyres:
             config.image_grid_pinpoints, config.vision_aspect_ratio = anyres_pinpoints(self.tile), "anyres_max_4"
         else:  # images go the way of videos, which knows neither
             sides = [self.tile * n for n in range(1, 7)]

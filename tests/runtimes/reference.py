@@ -20,11 +20,11 @@ from models import ADAPTED
 from PIL import Image
 from support import torchvision_cpu
 
-from lvctx.models.loading import load_model, load_tokenizer
+from lvctx.models.loading import context_length, load_model, load_tokenizer
 from lvctx.rope.mrope_positions import Rules, positions_of_ids
 
 LONG = 900
-"""Tokens of the prompt: far beyond the 256 of the language model before it was extended."""
+"""Tokens of the prompt, far beyond the 256 positions of the unextended language model, whose own prompt is shorter."""
 NEW = 8
 """Greedy tokens."""
 FPS = 2.0
@@ -66,7 +66,8 @@ def grow(model: Any, ids: list[int], **inputs: Any) -> dict[str, Any]:
 
 def read(model: Any) -> dict[str, Any]:
     """The log-probabilities of a prompt, and what comes after it."""
-    ids = np.random.default_rng(0).integers(0, 250, LONG).tolist()
+    length = min(LONG, context_length(model.config) - NEW)
+    ids = np.random.default_rng(0).integers(0, 250, length).tolist()
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
     chosen = logits.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]

@@ -42,9 +42,12 @@ def show(llm: LLM, out: Path, kind: str, shown: Row) -> bool:
 
 
 def measure(out: Path, name: str, reference: Row) -> Row:
-    """One model."""
+    """One model. Those that vLLM cannot compute are not loaded: it may crash on their positions."""
     cleanup_dist_env_and_memory()
     path = out / name
+    reason = refusal(path, "vLLM")
+    if reason is not None:
+        return {"refusal": reason}
     overrides = path / "vllm.json"
     # From 0.31 on the override of a language model's attention factor is not needed; that of a Qwen2-VL's ramp is.
     given = json.loads(overrides.read_text()) if overrides.is_file() and "qwen" in name else None
@@ -67,9 +70,7 @@ def measure(out: Path, name: str, reference: Row) -> Row:
     ]
     computed += [probs[token].logprob for probs, token in zip(answer.logprobs, answer.token_ids, strict=True)]
     wanted = reference["logprobs"] + reference["greedy_logprobs"]
-    reason = refusal(path, "vLLM")
     return {
-        **({"refusal": reason} if reason is not None else {}),
         "difference": max(abs(a - b) for a, b in zip(computed, wanted, strict=True)),
         "tokens": list(answer.token_ids) == reference["greedy"],
         **{kind: show(llm, out, kind, reference["shown"][kind]) for kind in media},

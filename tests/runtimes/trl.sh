@@ -9,8 +9,6 @@ if [ ! -f "$env/.ready" ]; then
 	"${PYTHON:-python3}" -m venv "$env"
 	"$env/bin/python" -m pip install --disable-pip-version-check -q -c "$here/constraints-trl.txt" \
 		trl peft 'transformers[serving]' datasets torchvision pillow
-	site=$("$env/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
-	cp "$here/torchvision_ops.py" "$here/torchvision_ops.pth" "$site/"
 	touch "$env/.ready"
 fi
 for runner in serve trl peft; do
