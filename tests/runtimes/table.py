@@ -27,8 +27,8 @@ lvctx computes. An empty cell was not run.
 - llama.cpp gets the flags of `llama.cpp.txt`; a Qwen-VL model's are for a GGUF of the model before it was extended.
 - llama.cpp reads no `rms_norm_eps` of a Qwen2-VL or Qwen2.5-VL file and computes with 0 (builds 11434 and 11549:
   `src/models/qwen2vl.cpp` reads the M-RoPE sections alone), so it differs more there. Their `rms_norm_eps` is 1e-6
-  here, as in the released checkpoints. With 1e-5, log-probabilities after 1, 30 and 900 tokens differed by 1.1e-3, 1.3e-3 and
-  2.4e-3; with 0 for the norms of lvctx's model by 1.3e-6, 6.0e-6 and 3.2e-4.
+  here, as in the released checkpoints. With 1e-5, log-probabilities after 1, 30 and 900 tokens differed by 1.1e-3,
+  1.3e-3 and 2.4e-3; with 0 for the norms of lvctx's model by 1.3e-6, 6.0e-6 and 3.2e-4.
 - TRL: the loss of one step of its SFTTrainer with LoRA, for a VLM on a conversation with an image.
 - PEFT: the largest difference from the merged model's log-probabilities when it puts `adapter/` on the model that was
   trained, and the most that the adapter moves one. The adapter is kept in bfloat16, which has 8 bits: up to 0.4 % is
