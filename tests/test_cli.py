@@ -192,7 +192,7 @@ def test_a_bug_of_ours_shows_its_traceback_and_exits_1() -> None:
 
 
 def test_a_full_disk_is_3_and_loses_nothing(tiny_lm: Path, tmp_path: Path) -> None:
-    """Writes past 100 kB fail as on a full disk; what stood before still stands."""
+    """Writes past 100 kB fail as on a full disk; the existing file is kept."""
     out = tmp_path / "x"
     script = textwrap.dedent("""
         import resource, signal, sys

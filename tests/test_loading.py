@@ -229,8 +229,8 @@ def split(lm: Path, out: Path) -> Path:
         ({"weight_map": {"a": 1}}, "does not map tensors to files"),
         ({"weight_map": {}}, "does not map tensors to files"),
         ({"weight_map": {"a": "../lm/model.safetensors"}}, r"'\.\./lm/model\.safetensors' is no safetensors file"),
-        ({"weight_map": {"a": "/etc/passwd"}}, "is no safetensors file of this directory"),
-        ({"weight_map": {"a": "pytorch_model.bin"}}, "is no safetensors file of this directory"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "is not a safetensors file of this directory"),
+        ({"weight_map": {"a": "pytorch_model.bin"}}, "is not a safetensors file of this directory"),
         ({"weight_map": {"a": "model-9.safetensors"}}, r"missing model-9\.safetensors"),
     ],
 )

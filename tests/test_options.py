@@ -109,7 +109,7 @@ def test_help_is_the_docstring_of_the_field_or_of_the_field_it_inherits() -> Non
 
 def test_what_cannot_be_is_one_line_and_2(capsys: pytest.CaptureFixture[str]) -> None:
     for args, message in (
-        (("--depths", "a"), "--depths 'a': comma-separated numbers are wanted"),
+        (("--depths", "a"), "--depths 'a': write comma-separated numbers"),
         (("--tokens", "many"), "--tokens 'many': not a number"),
         (("--factor", 2), "--factor has no meaning without --rope yarn; drop --factor, or give --rope yarn"),
         (("--stage", "lr=1"), "--stage has no meaning without --data"),
