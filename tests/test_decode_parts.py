@@ -188,7 +188,7 @@ def test_a_process_apart_gives_the_same_and_is_used_again(videos: dict[str, Path
     assert process.poll() is not None
 
 
-@pytest.mark.parametrize(("blow", "word"), [(signal.SIGSEGV, "died"), (signal.SIGSTOP, "stood still")])
+@pytest.mark.parametrize(("blow", "word"), [(signal.SIGSEGV, "died"), (signal.SIGSTOP, "made no progress")])
 def test_a_dead_or_hanging_decoder_costs_one_video(blow: signal.Signals, word: str, videos: dict[str, Path]) -> None:
     decoders = Decoders(timeout=3 if blow == signal.SIGSTOP else 120)
     victim = decoders._start()

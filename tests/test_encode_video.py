@@ -163,7 +163,7 @@ def test_rates() -> None:
     assert parse_rate("native") == "native"
     assert parse_rate("30000/1001") == 30000 / 1001
     for bad in ("0", "-1", "1/0", "nan", "inf", "fast", ""):
-        with pytest.raises(ValueError, match="no frame rate"):
+        with pytest.raises(ValueError, match="not a frame rate"):
             parse_rate(bad)
 
 

@@ -228,7 +228,7 @@ def split(lm: Path, out: Path) -> Path:
         ({"weight_map": ["model-00001-of-00002.safetensors"]}, "does not map tensors to files"),
         ({"weight_map": {"a": 1}}, "does not map tensors to files"),
         ({"weight_map": {}}, "does not map tensors to files"),
-        ({"weight_map": {"a": "../lm/model.safetensors"}}, r"'\.\./lm/model\.safetensors' is no safetensors file"),
+        ({"weight_map": {"a": "../lm/model.safetensors"}}, r"'\.\./lm/model\.safetensors' is not a safetensors file"),
         ({"weight_map": {"a": "/etc/passwd"}}, "is not a safetensors file of this directory"),
         ({"weight_map": {"a": "pytorch_model.bin"}}, "is not a safetensors file of this directory"),
         ({"weight_map": {"a": "model-9.safetensors"}}, r"missing model-9\.safetensors"),

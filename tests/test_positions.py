@@ -171,10 +171,10 @@ def test_linear_positions_do_not_say_their_original_length() -> None:
         ("theta", {"factor": 2.0}, "--factor has no meaning"),
         ("none", {"theta": 1e6}, "keeps the base"),
         ("ntk", {"factor": 2.0, "attention_factor": 1.4}, "--attention-factor has no meaning"),
-        ("pi", {"context": 8192}, "stretches by 0.25"),
+        ("pi", {"context": 8192}, "would scale by 0.25"),
         ("theta", {"original": 8192}, "--original-length has no meaning"),
         ("none", {"original": 8192}, "--original-length has no meaning"),
-        ("yarn", {}, "stretches by 0"),
+        ("yarn", {}, "would scale by 0"),
     ],
 )
 def test_contradicting_flags(scheme: Any, asked: dict[str, Any], message: str) -> None:

@@ -74,7 +74,8 @@ def resolve_scaling(
     Without a factor, `context` or the rows decide it. `original` is the pretrained length, needed if the configuration
     does not have it: with `linear` positions it does not, since some models write the scaled length into
     max_position_embeddings and some the original one. `attention_factor` is for yarn only, and one from an earlier
-    scaling is not kept. Raises UsageError for contradicting flags, InputError for a model whose positions are of another kind.
+    scaling is not kept. Raises UsageError for contradicting flags, InputError for a model with positions of another
+    kind.
     """
     old, stored_context = _read(config)
     kind = old.get("rope_type", "default")
