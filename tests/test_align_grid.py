@@ -235,7 +235,7 @@ def aligning_longest(path: Path) -> int:
 def test_other_words_and_rows_that_cannot_be_packed_are_one_line(vlms: dict[ImageGrid, Path]) -> None:
     config = load_config(vlms["single"])
     config.image_grid = "tiles"
-    with pytest.raises(InputError, match=r"image_grid 'tiles'; it is one of unires, anyres, single"):
+    with pytest.raises(InputError, match=r"image_grid 'tiles'; write one of unires, anyres, single"):
         image_grid(config)
     with pytest.raises(InputError, match=r"aligned with --image-encoding anyres"):
         open_vlm(vlms["anyres"]).token_rule(VideoSampling())

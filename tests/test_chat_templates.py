@@ -323,7 +323,7 @@ def test_reasoning_in_the_last_answer_is_the_models_own_and_dropped_from_earlier
         (QWEN25.replace("m.content", "(m.content | replace('red', 'green'))"), TWO[:2], None, "rewrites an answer"),
         (QWEN3, ("What?", "red</think></think>"), None, "rewrites an answer"),
         (QWEN25.replace("m.content", "m.content[:12]"), TWO[:2], None, "chat template"),
-        ("{% for m in messages %}{{ m.role }}{% endfor %}", TWO[:2], None, "leaves out what the user writes"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", TWO[:2], None, "leaves out the user's text"),
         ("{{ messages[0].content.nothing.there }}", TWO[:2], None, "refuses this conversation"),
         ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", TWO[:2], None, "refuses this conversation"),
     ],

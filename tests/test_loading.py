@@ -70,11 +70,11 @@ def reshape(tensors: Tensors) -> None:
 DAMAGE = [
     (drop(UP), {}, f"lacks {UP}"),
     (misname, {}, f"lacks {UP}; holds model.layers.1.mlp.upproj.weight"),
-    (reshape, {}, rf"{UP}: \[3, 3\], and the configuration wants \[128, 64\]"),
+    (reshape, {}, rf"{UP}: \[3, 3\], but the configuration has \[128, 64\]"),
     (nothing, {"num_hidden_layers": 1}, "holds model.layers.1.input_layernorm.weight.* and 1 more"),
     (nothing, {"num_hidden_layers": 3}, "lacks model.layers.2.input_layernorm.weight.* and 1 more"),
     (nothing, {"tie_word_embeddings": False}, "lacks lm_head.weight"),
-    (nothing, {"intermediate_size": 64}, r"down_proj.weight.*: \[64, 128\], and the configuration wants \[64, 64\]"),
+    (nothing, {"intermediate_size": 64}, r"down_proj.weight.*: \[64, 128\], but the configuration has \[64, 64\]"),
 ]
 
 

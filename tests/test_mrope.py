@@ -274,4 +274,4 @@ def test_the_command(qwen2: Path, tmp_path: Path) -> None:
     assert lvctx("mrope-extend", "--model", qwen2, "--scale", 4, "-o", out).returncode == 0
     assert (out / "config.json").stat().st_mtime_ns == before
     fails(3, lvctx("mrope-extend", "--model", qwen2, "--scale", 8, "-o", out), "factor: 4.0 -> 8.0")
-    fails(2, lvctx("mrope-extend", "--model", qwen2, "--scale", 8, "-o", qwen2), "-o is the model itself")
+    fails(2, lvctx("mrope-extend", "--model", qwen2, "--scale", 8, "-o", qwen2), "-o is the model's own directory")

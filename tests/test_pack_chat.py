@@ -529,7 +529,7 @@ TURN = '{"from": "human", "value": "<image>\\nHm?"}, {"from": "gpt", "value": "Y
         ('{"conversations": ["Hm"]}', r"a.jsonl:2: a turn from 'Hm'"),
         ('{"conversations": [{"from": "human", "value": 3}]}', r"a.jsonl:2: a turn's content is 3"),
         ('{"conversations": [{"from": "human", "value": "Hm"}]}', r"a.jsonl:2: no answer"),
-        ('{"conversations": [{"from": "gpt", "value": "Hm"}]}', r"a.jsonl:2: no answer to learn from"),
+        ('{"conversations": [{"from": "gpt", "value": "Hm"}]}', r"a.jsonl:2: no answer to train on"),
     ],
 )
 def test_bad_rows_stop_or_are_left_out_and_named(line: str, what: str, qwen: Path, media: Path, tmp_path: Path) -> None:

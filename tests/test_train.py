@@ -140,7 +140,7 @@ def test_only_the_assistants_words_and_their_end_are_counted(pictures: Path, tin
         (talk("What?", "red", image="a.png"), "0 <image> marks for 1 images"),
         (talk("<image>\nWhat?", "", image="a.png"), "an empty answer"),
         (talk("<image>\nWhat?", "red", "And?", " \n", image="a.png"), "an empty answer"),
-        (talk("What?"), "no answer to learn from"),
+        (talk("What?"), "no answer to train on"),
         (talk("Hi", "Ho", "<image>What?", image="a.png"), "an image or video after the last answer"),
         (talk("<video>What?", "red", video="a.mp4"), "a video"),
         (talk("<image>What?", "red", image=3), "`image` is neither a path nor a list of paths"),

@@ -78,7 +78,7 @@ def encode_messages(
     """
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
     if last < 0:
-        raise InputError("no answer to learn from", where=where)
+        raise InputError("no answer to train on", where=where)
     chat = chat_encoder(tokenizer).encode(messages[: last + 1], where=where)
     if len(chat.visual) != len(blocks):
         raise InputError(f"{len(chat.visual)} marks in the text for {len(blocks)} images", where=where)

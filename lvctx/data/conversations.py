@@ -173,7 +173,7 @@ def parse_conversation(record: Record) -> Conversation:
     parsed = [*_system_turn(row, parsed, where), *parsed]
     answers = [i for i, turn in enumerate(parsed) if turn.role == "assistant"]
     if not answers:
-        raise InputError("no answer to learn from", where=where)
+        raise InputError("no answer to train on", where=where)
     media.check()
     for i in answers:
         if not any(isinstance(part, Media) or part.strip() for part in parsed[i].content):
@@ -271,7 +271,7 @@ def _check_characters(text: str, where: str) -> None:
     except UnicodeEncodeError:
         raise InputError("half a character (a lone surrogate) in the text", where=where) from None
     if "\ufdd0" in text:
-        raise InputError("U+FDD0 in the text, which Unicode keeps out of text", where=where)
+        raise InputError("U+FDD0 in the text, which Unicode reserves as a noncharacter", where=where)
 
 
 class _RowMedia:

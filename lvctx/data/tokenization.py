@@ -98,7 +98,7 @@ class Encoder:
             encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         for i, encoding in enumerate(encodings) if self._leaks else ():
             for token in sorted(self._leaks.intersection(encoding.ids))[:1]:
-                what = f"{self.tokenizer.id_to_token(token)} in the text, which this tokenizer cannot write as text"
+                what = f"{self.tokenizer.id_to_token(token)} in the text, which this tokenizer cannot encode as text"
                 texts[i], status[i] = self._malformed(what, chunk, numbers[i])
                 encodings[i] = self.tokenizer.encode("", add_special_tokens=False)
         np.cumsum([len(e) + 1 for e in encodings], out=starts[1:])

@@ -192,7 +192,7 @@ def resolve_mrope(config: MropeConfig, *, force: bool = False) -> MropeJob:
 def run_mrope(job: MropeJob, out: Path, *, resume: str, force: bool) -> None:
     """Write the extended checkpoint; nothing to do if it is finished. Raises InputError if the disk refuses."""
     if out.resolve() == job.checkpoint.path.resolve():
-        raise UsageError("-o is the model itself", fix="choose another directory")
+        raise UsageError("-o is the model's own directory", fix="choose another directory")
     if is_finished(out, job.provenance, resume=resume, force=force):
         return
     clear(out)
