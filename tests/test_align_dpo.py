@@ -199,7 +199,7 @@ def test_the_reference_is_computed_once_and_a_stopped_run_ends_with_the_same_byt
         ),
         ({"prompt": "x", "chosen": "a", "rejected": "b", "image": "0.png"}, "0 <image> marks for 1 images"),
         ({"prompt": "<image>", "chosen": "a", "rejected": "b", "image": "9.png"}, "no such image"),
-        ({**talk("x", "y"), "chosen": "a", "rejected": "b"}, "does not end in a human turn"),
+        ({**talk("x", "y"), "chosen": "a", "rejected": "b"}, "does not end with a human turn"),
         ({"conversations": "x", "chosen": "a", "rejected": "b"}, "no list of `conversations`"),
     ],
 )

@@ -165,7 +165,7 @@ def test_invalid_utf8_is_replaced_skipped_or_an_error_and_counted(bpe: Path, tmp
     ("line", "what"),
     [
         (b'{"text": "torn', "malformed JSON"),
-        (b"[1, 2]", "a JSON array where one object a line is needed"),
+        (b"[1, 2]", "a JSON array instead of one object per line"),
         (b"3", "not a JSON object"),
         (b'{"content": "x", "id": 1}', r"no field 'text' \(it has content, id\)"),
         (b'{"text": 5}', "field 'text' is not a string"),
@@ -187,7 +187,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "cut.jsonl.zst").write_bytes(zstandard.compress(whole)[:-40])
     (tmp_path / "bad.jsonl.zst").write_bytes(zstandard.compress(whole)[:20] + b"rubbish" * 9)
     for name in ("cut.jsonl.gz", "cut.jsonl.zst", "bad.jsonl.zst"):
-        with pytest.raises(InputError, match=rf"{name}: cannot read past line.*is the file whole\?"):
+        with pytest.raises(InputError, match=rf"{name}: cannot read past line.*check the file"):
             list(corpus(tmp_path / name).chunks(START))
     (tmp_path / "no.parquet").write_bytes(b"")
     with pytest.raises(InputError, match="not readable as Parquet"):
@@ -202,7 +202,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     for name, what in (("empty", "no documents in the folder"), ("gone.jsonl", "no such file"), ("./x", "no such")):
         with pytest.raises(InputError, match=what):
             find_parts([str(tmp_path / name) if name != "./x" else name])
-    with pytest.raises(InputError, match="stdin is named twice"):
+    with pytest.raises(InputError, match="stdin is given twice"):
         find_parts(["-", "-"])
 
     def offline(*_: Any, **__: Any) -> None:
@@ -272,9 +272,9 @@ def test_the_command_ends_with_one_line_and_code_3(bpe: Path, tmp_path: Path) ->
     cases = [
         ([tmp_path / "bad.jsonl"], b"", "bad.jsonl:2: malformed JSON"),
         (["-"], b"", "-: no documents in the input"),
-        (["-"], b'{"text": ""}\n', "0 tokens of 1 documents passed the length rule: not one row of 16"),
+        (["-"], b'{"text": ""}\n', "0 tokens of 1 documents passed the length rule: less than one row of 16"),
         (["-"], named, "source 'web' is not in the mix (which has RedPajamaC4"),
-        (["-"], lines(["x"]) + named, "source 'web' after documents that name none"),
+        (["-"], lines(["x"]) + named, "source 'web' after documents without one"),
     ]
     for inputs, stdin, line in cases:
         out = tmp_path / "out"

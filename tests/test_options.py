@@ -159,7 +159,7 @@ def test_what_identifies_a_run() -> None:
 def test_whole_numbers() -> None:
     assert parse_integers("2,1,2") == (1, 2)
     for text in ("1.5", "", "nan"):
-        with pytest.raises(ValueError, match="numbers are wanted"):
+        with pytest.raises(ValueError, match="write comma-separated"):
             parse_integers(text)
 
 

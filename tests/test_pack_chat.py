@@ -497,7 +497,7 @@ def test_what_cannot_be_met_is_told(qwen: Path, media: Path, tmp_path: Path) -> 
         pack(tmp_path / "out", given, qwen, media, long_share=0.3, long_over=1100)
     with pytest.raises(InputError, match=r"100,000,000 tokens cannot be met \(text is \d.* short.*--tokens \d+ is"):
         pack(tmp_path / "out", given, qwen, media, tokens=100_000_000)
-    with pytest.raises(UsageError, match="gives video a share, but there is no --video"):
+    with pytest.raises(UsageError, match="has a share for video, but --video is not given"):
         pack(tmp_path / "out", {"text": given["text"]}, qwen, media, mix={"text": 1, "video": 1})
     with pytest.raises(UsageError, match="--video is not in --mix"):
         pack(tmp_path / "out", given, qwen, media, mix={"text": 1, "image": 1, "interleaved": 1})
@@ -550,7 +550,7 @@ def test_bad_rows_stop_or_are_left_out_and_named(line: str, what: str, qwen: Pat
 @pytest.mark.nano
 def test_empty_files_lists_and_models_that_cannot_see(qwen: Path, nano: Nano, media: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(InputError, match=r"empty.jsonl: no sample in it"):
+    with pytest.raises(InputError, match=r"empty.jsonl: the file has no sample"):
         pack(tmp_path / "out", {"image": [tmp_path / "empty.jsonl"]}, qwen, media)
     rows = [{"image": "2.png", "conversations": json.loads(f"[{TURN}]")}] * 3
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))

@@ -146,7 +146,7 @@ FOREIGN: dict[str, tuple[bytes, str]] = {
     "tar": (tar("a.txt", b"one"), "a tar archive"),
     "tar.gz": (gzip.compress(tar("a.txt", b"one")), "a tar archive"),
     "tar.xz": (lzma.compress(tar("a.txt", b"one")), "a tar archive"),
-    "parquet": (parquet(["one"]), "Parquet, which is not read here; name it .parquet"),
+    "parquet": (parquet(["one"]), "Parquet, which is not supported; name it .parquet"),
     "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n", "PDF"),
     "png": (png(), "a PNG image"),
     "jpeg": (b"\xff\xd8\xff\xe0\0\x10JFIF\0", "a JPEG image"),
@@ -181,7 +181,7 @@ def test_binary_content_without_a_name_is_no_text(bpe: Path, tmp_path: Path) -> 
     assert texts(tmp_path / "a.jsonl", bpe) == ["a\0b"], "JSON can spell it"
     brotli = tmp_path / "a.jsonl.br"
     brotli.write_bytes(b"whatever")
-    with pytest.raises(InputError, match="Brotli is not read"):
+    with pytest.raises(InputError, match="Brotli is not supported"):
         texts(brotli, bpe)
 
 
