@@ -67,9 +67,7 @@ def library_errors(what: str, *, where: object = None, fix: str = "") -> Iterato
     except Exception as e:
         raise InputError(f"{what} ({first_line(e)})", where=where, fix=fix) from e
     except BaseException as e:
-        if (
-            type(e).__name__ != "PanicException"
-        ):  # raised by Rust code; neither an Exception nor an importable class
+        if type(e).__name__ != "PanicException":  # raised by Rust code; neither an Exception nor an importable class
             raise
         raise InputError(f"{what} ({first_line(e)})", where=where, fix=fix) from e
 

@@ -311,7 +311,7 @@ def test_contact_sheets(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
     video.rename(tmp_path / "moved.mp4")
     gone = draw()
     assert gone.exit_code == 3
-    assert "its video is gone" in gone.stderr
+    assert "its video is missing" in gone.stderr
     assert draw("--video", tmp_path / "moved.mp4").exit_code == 0
     other = draw("--video", clips / "b.mp4")
     assert other.exit_code == 3

@@ -225,7 +225,7 @@ def test_frames_of_two_resolutions(loud_vlm: Path, clips: Path, tmp_path: Path) 
         (("--hybrid", "3,5,2"), "m is 4"),
         (
             ("--hybrid", "3,4,2", "--hybrid-mode", "image"),
-            "--hybrid-mode: a CLIP or SigLIP tower merges no frames",
+            "--hybrid-mode: a CLIP or SigLIP tower does not merge frames",
         ),
         (("--fps", 1), "not both"),
     ):

@@ -88,7 +88,7 @@ def test_a_film_is_read_once_for_all_questions(kind: str, options: dict[str, Any
         assert engine.generate(ids, 4) == stock
     assert engine.scorer.tokens_run < len(prompts[0]) + 3 * 70
     engine.context = after + 3
-    with pytest.raises(InputError, match=rf"{after} positions and 4 to answer exceed.*mrope-extend"):
+    with pytest.raises(InputError, match=rf"{after} positions and 4 to generate exceed.*mrope-extend"):
         engine.generate(prompts[2], 4)
 
 

@@ -136,7 +136,7 @@ def test_a_video_file_is_encoded_once_and_asked_about(
     assert [row["answer"] for row in vqa(clip, "--frames", 6, *ask)[0]] == [row["answer"] for row in asked]
     assert cached.stat().st_mtime_ns == before
     assert [row["answer"] for row in vqa(cached, *ask)[0]] == [row["answer"] for row in asked]
-    assert "used as they are" in vqa(cached, "--frames", 3, *ask, code=2)[1]
+    assert "do not apply to encoded features" in vqa(cached, "--frames", 3, *ask, code=2)[1]
 
 
 @pytest.mark.nano
@@ -206,7 +206,7 @@ def test_a_rate_is_bounded(nano: Any, tmp_path: Path) -> None:
 
 def test_device_maps_that_are_none(loud_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ask = ("x.frames.safetensors", "--model", loud_vlm, "--ask", "What?", "--device-map")
-    assert "is no file" in vqa(*ask, "everywhere", code=2)[1]
+    assert "is not a file" in vqa(*ask, "everywhere", code=2)[1]
     assert "one process" in vqa(*ask, "auto", "--cp", 2, code=2)[1]
     (tmp_path / "list.json").write_text("[1]")
     assert "not an object" in vqa(*ask, tmp_path / "list.json", code=3)[1]

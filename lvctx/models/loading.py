@@ -234,9 +234,7 @@ def quantization(config: Any) -> str | None:
 def refuse_quantized(config: Any, where: object) -> None:
     """Raise InputError for a model with quantized weights, which cannot be trained and saved as plain ones."""
     if (method := quantization(config)) is not None:
-        raise InputError(
-            f"its weights are quantized ({method})", where=where, fix="give the unquantized checkpoint"
-        )
+        raise InputError(f"its weights are quantized ({method})", where=where, fix="give the unquantized checkpoint")
 
 
 def device_of(module: Any) -> Any:
