@@ -211,9 +211,9 @@ def test_a_bad_pair_is_named(pairs: Path, tmp_path: Path, row: dict[str, Any], m
 
 
 def test_flags_that_do_not_go_together(pairs: Path, vlm: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"goes on from an aligned model; give --init"):
+    with pytest.raises(UsageError, match=r"starts from an aligned model; give --init"):
         aligning.align(pairs, tmp_path / "x", vlm, vlm, stage="dpo")
-    with pytest.raises(UsageError, match="--beta goes with --stage dpo"):
+    with pytest.raises(UsageError, match="--beta needs --stage dpo"):
         aligning.align(pairs, tmp_path / "x", None, None, stage="full", init=str(vlm), beta=0.2)
 
 

@@ -223,7 +223,7 @@ def test_the_directory_says_which_and_the_next_stage_goes_on_with_it(
     assert single.config.image_encoding == "single"
     first_longest, back_longest, single_longest = (aligning_longest(tmp_path / n) for n in ("first", "back", "single"))
     assert first_longest - single_longest == 16 + 8 * 9 - 5
-    assert back_longest == first_longest, "what it goes on from has seen it"
+    assert back_longest == first_longest, "the model it starts from was trained on it"
 
 
 def aligning_longest(path: Path) -> int:

@@ -221,7 +221,7 @@ def test_bad_input(qwen2: Path, tiny_lm: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"llama has no M-RoPE.*extend-lm"):
         extend(tiny_lm, tmp_path / "x")
     out = extend(qwen2, tmp_path / "out")
-    with pytest.raises(InputError, match=r"stretched already, by 4 with mrope\+\+.*--force"):
+    with pytest.raises(InputError, match=r"already scaled by 4 with mrope\+\+.*--force"):
         extend(out, tmp_path / "x")
     again = extend(out, tmp_path / "again", scale=8.0, force=True)
     assert json.loads((again / "config.json").read_text())["text_config"]["max_position_embeddings"] == 262_144

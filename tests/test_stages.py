@@ -68,9 +68,9 @@ def test_a_stage_is_read_or_refused() -> None:
         "rope_theta": 1e6,
         "data": Path("x/y"),
     }
-    with pytest.raises(UsageError, match="no 'length'; it has seq-len"):
+    with pytest.raises(UsageError, match="no 'length'; give seq-len"):
         parse_stage("length=32")
-    with pytest.raises(UsageError, match="'many' is no int"):
+    with pytest.raises(UsageError, match="'many' is not a valid int"):
         parse_stage("steps=many")
 
 
@@ -161,7 +161,7 @@ def test_rows_read_more_than_once_are_a_warning(recipe: Path, tmp_path: Path) ->
     flags = ("--stage", "seq-len=100,steps=8,batch-tokens=100,lr=0")
     done = extend("--recipe", recipe, *flags, "-o", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "7 rows are few for 8 steps: each is read 1.1 times" in done.stderr
+    assert "7 rows for 8 steps: each row is used 1.1 times" in done.stderr
 
 
 def test_bases_are_a_grid_by_factor() -> None:

@@ -254,8 +254,8 @@ def test_recomputed_layers_give_the_same_weights(
     ("options", "message"),
     [
         ({"init": "x"}, "either --init, or"),
-        ({"lm": None}, "go together"),
-        ({"lora": 4}, "goes with --stage full"),
+        ({"lm": None}, "given together"),
+        ({"lora": 4}, "needs --stage full"),
         ({"epochs": 1.0}, "not both"),
     ],
 )
