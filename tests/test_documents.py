@@ -193,9 +193,9 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(InputError, match="not readable as Parquet"):
         list(corpus(tmp_path / "no.parquet").chunks(START))
     write_parquet(tmp_path / "a.parquet", ["x"])
-    with pytest.raises(InputError, match=r"no field 'body'; --text-field: it has text"):
+    with pytest.raises(InputError, match=r"no field 'body'; set --text-field; it has text"):
         list(corpus(tmp_path / "a.parquet", text="body").chunks(START))
-    with pytest.raises(InputError, match=r"no field 'site'; --source-field: it has text"):
+    with pytest.raises(InputError, match=r"no field 'site'; set --source-field; it has text"):
         list(corpus(tmp_path / "a.parquet", source="site").chunks(START))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.pdf").write_bytes(bz2.compress(b""))

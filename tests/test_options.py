@@ -111,8 +111,8 @@ def test_what_cannot_be_is_one_line_and_2(capsys: pytest.CaptureFixture[str]) ->
     for args, message in (
         (("--depths", "a"), "--depths 'a': write comma-separated numbers"),
         (("--tokens", "many"), "--tokens 'many': not a number"),
-        (("--factor", 2), "--factor has no meaning without --rope yarn; drop --factor, or give --rope yarn"),
-        (("--stage", "lr=1"), "--stage has no meaning without --data"),
+        (("--factor", 2), "--factor needs --rope yarn; drop --factor, or give --rope yarn"),
+        (("--stage", "lr=1"), "--stage needs --data"),
     ):
         assert run("a", "-o", "out", *args) == 2
         error = capsys.readouterr().err

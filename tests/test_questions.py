@@ -301,7 +301,7 @@ def test_questions_from_the_hub(loud_vlm: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     gone = run("videomme", "run", *flags, "hub")
     assert (gone.exit_code, gone.stdout) == (3, "")
-    assert gone.stderr.startswith("lvctx: hub: neither a file here nor")
+    assert gone.stderr.startswith("lvctx: hub: neither a local file nor")
     assert gone.stderr.count("\n") == 1
     nowhere = run("videomme", "run", *flags, "./no/such/file.json")
     assert (nowhere.exit_code, "no such file" in nowhere.stderr) == (3, True)

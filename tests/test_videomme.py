@@ -293,7 +293,7 @@ def test_what_failed_is_told_and_files_called_alike_are_told_apart(tmp_path: Pat
     assert [row.get("failed") for row in rows] == [0, 2, None]
     assert (rows[2]["first"], rows[2]["second"]) == tuple(map(str, files))
     said = run("videomme", "score", tmp_path / "b").stdout
-    assert "12 questions about 4 videos, 2 more failed and are left out" in said
+    assert "12 questions about 4 videos, 2 failed and left out" in said
 
 
 @pytest.mark.alone
