@@ -334,15 +334,15 @@ def test_bad_input_is_one_line(
         assert not (tmp_path / "out").exists()
 
     refused(3, "cannot hold needle and question", "--lengths", "40,200")
-    refused(3, "beyond the haystack", "--lengths", 1_000_000)
-    refused(2, "depths are between 0 and 1", "--depths", "0,1.5")
-    refused(2, "lengths are at least 1", "--lengths", "0,200")
+    refused(3, "exceed the haystack", "--lengths", 1_000_000)
+    refused(2, "depths have to be between 0 and 1", "--depths", "0,1.5")
+    refused(2, "lengths have to be at least 1", "--lengths", "0,200")
     refused(2, "whole numbers", "--lengths", "200.5")
     refused(2, "comma-separated numbers", "--depths", "a")
     refused(2, "comma-separated numbers", "--depths", "nan")
     refused(3, "no such file or folder", "--haystack", tmp_path / "none")
     refused(3, "no such model directory", "--model", "./none")
-    refused(3, "beyond the haystack (it has 10)", "--lengths", 11, video=True)
+    refused(3, "exceed the haystack (it has 10)", "--lengths", 11, video=True)
     refused(2, "has no vision tower", "--model", tiny_lm, video=True)
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     refused(3, "not UTF-8", "--haystack", tmp_path / "binary.txt")
@@ -495,7 +495,7 @@ def test_report_needs_no_torch_and_rebuilds(tmp_path: Path) -> None:
 
 
 def test_a_report_of_nothing_is_refused() -> None:
-    with pytest.raises(InputError, match="no result"):
+    with pytest.raises(InputError, match="there are no results"):
         build_results([], "empty")
 
 
