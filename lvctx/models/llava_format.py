@@ -165,7 +165,7 @@ def llava_config(config: Mapping[str, Any], tokenizer_length: int) -> dict[str, 
     kind = _value(text, "model_type", str)
     if _value(vision, "model_type", str) != "clip_vision_model" or kind not in LANGUAGE_CLASSES:
         raise UsageError(
-            f"LLaVA's format is for CLIP and {', '.join(LANGUAGE_CLASSES)}, not {vision['model_type']} on {kind}",
+            f"LLaVA's format is for CLIP on {', '.join(LANGUAGE_CLASSES)}, not {vision['model_type']} on {kind}",
             fix="--to hf",
         )
     if config.get("image_grid", "unires") != "unires":

@@ -21,7 +21,7 @@ class Mrope:
 
     head_dim: int
     """Channels of one attention head."""
-    """Channels of one attention head."""
+    theta: float
     """The base."""
     sections: tuple[int, int, int]
     """Numbers of frequencies of time, height and width."""

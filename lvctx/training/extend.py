@@ -167,7 +167,7 @@ def _open_rows(config: ExtendConfig, model: Path) -> PackedRows:
     packed_with = rows.manifest["inputs"].get("tokenizer")
     if tokenizer.is_file() and packed_with and packed_with != fingerprint(tokenizer):
         raise InputError(
-            "packed with another tokenizer", where=config.data, fix=f"pack-text again with --tokenizer {model}"
+            "rows were packed with another tokenizer", where=config.data, fix=f"pack-text with --tokenizer {model}"
         )
     return rows
 

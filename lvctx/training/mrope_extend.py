@@ -109,7 +109,7 @@ def _check_tokens(rows: ChatRows, model: Path, data: Path) -> None:
         for sample in rows.samples(number):
             for item in sample["media"]:
                 if ids[item["blocks"][0][0]] not in rule.pads.values():
-                    raise InputError("packed for another model", where=data, fix=f"pack-chat again, --model {model}")
+                    raise InputError("packed for another model", where=data, fix=f"pack-chat with --model {model}")
                 return
 
 

@@ -188,7 +188,7 @@ class VideoEncoder:
         threads: int | None = None,
         on_progress: Callable[[int, int, str], None] = lambda done, total, note: None,
     ) -> dict[str, Any]:
-        """Write the artifact of one video into `out`, unless it exists already; the row that describes it.
+        """Write the artifact of one video into `out`, unless it exists; returns its row.
 
         May run in several threads and processes at once: one writes an artifact, the others wait. `threads` is
         how many the decoder of this one uses (all cores by default).

@@ -103,7 +103,7 @@ def prompt(sample: Question, style: str, subtitles: str | None) -> str:
 
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Breakdown by task and `m_avg` by rule: `macro` (by task) and `pooled` over questions, without generation tasks."""
+    """Breakdown by task and `m_avg` by rule: `macro` (by task) and `pooled` over questions; no generation."""
     replies = [to_reply(row) for row in rows if row["letters"]]
     summary = breakdown(replies, GROUPS)
     tasks = summary["by_task_type"].values()
