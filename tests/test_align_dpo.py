@@ -1,4 +1,4 @@
-"""Preferences: the loss is its formula on stock logits, the reference is computed once and survives a kill."""
+"""Preferences: the loss is its formula on stock logits, the reference is computed once, also if the run is killed."""
 
 import json
 import math

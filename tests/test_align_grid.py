@@ -204,7 +204,7 @@ def test_a_frame_of_a_video_is_one_pooled_grid_under_anyres_too(vlms: dict[Image
     assert torch.equal(ours, theirs)
 
 
-def test_the_directory_says_which_and_the_next_stage_goes_on_with_it(
+def test_the_encoding_is_stored_and_the_next_stage_continues_with_it(
     vlms: dict[ImageGrid, Path], tmp_path: Path, tiny_lm: Path, tiny_tower: Path
 ) -> None:
     draw(tmp_path)

@@ -1,4 +1,4 @@
-"""The store: a file is absent or whole, whatever happens; finished work is recognised; torn rows are redone."""
+"""The store: a file is absent or complete; finished work is recognised; incomplete rows are redone."""
 
 import json
 import os

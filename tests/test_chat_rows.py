@@ -1,4 +1,4 @@
-"""Rows of chat data in the forms they are published in: every command reads them alike, or names the row."""
+"""Rows of chat data in the forms they are published in: every command reads them in the same way, or names the row."""
 
 import codecs
 import gzip

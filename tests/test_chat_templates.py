@@ -1,4 +1,4 @@
-"""Chat templates of several kinds: what is learned, what a prompt is, and control tokens that a turn only writes.
+"""Chat templates of several kinds: trained tokens, prompts, and control tokens in a turn's text.
 
 The templates are written to behave like those of released families. Expected sequences are written by hand: `«...»` is
 learned, `▪` is the token of an image, everything else is read only.

@@ -1,4 +1,4 @@
-"""Every kind of input gives the same documents from any place on; every bad one is one line with its place."""
+"""Every kind of input gives the same documents from any place on; an error names its location in one line."""
 
 import bz2
 import gzip
@@ -172,7 +172,7 @@ def test_invalid_utf8_is_replaced_skipped_or_an_error_and_counted(bpe: Path, tmp
         (b'{"text": null}', "field 'text' is not a string"),
     ],
 )
-def test_a_malformed_line_is_told_by_its_number(line: bytes, what: str, bpe: Path, tmp_path: Path) -> None:
+def test_a_malformed_line_is_reported_by_its_number(line: bytes, what: str, bpe: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(TEXTS) + b"\n" + line + b"\n" + lines(["after"]))
     source = corpus(tmp_path / "a.jsonl")
     with pytest.raises(InputError, match=rf"a\.jsonl:{len(TEXTS) + 2}: {what}.*skip-malformed"):
@@ -228,7 +228,7 @@ def test_a_hub_dataset_is_streamed_and_known_by_its_commit(
     assert read(source, bpe, start=Place(0, 290, 290)) == [(t, "web", OK) for t in TEXTS[290:]]
 
 
-def test_fingerprint_tells_inputs_apart_and_nothing_else(tmp_path: Path) -> None:
+def test_fingerprint_distinguishes_inputs_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "y").mkdir()
     data = lines(TEXTS) * 400

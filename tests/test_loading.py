@@ -1,4 +1,4 @@
-"""A model is loaded whole or refused: every missing, unknown or differing tensor is named."""
+"""A model is loaded completely or refused: every missing, unknown or differing tensor is named."""
 
 import json
 import shutil
@@ -250,7 +250,7 @@ def test_a_single_file_comes_before_an_index_as_in_transformers(lm: Path, tmp_pa
     assert describe(model)["model"]["parameters"] == sum(p.numel() for p in load_model(lm).parameters())
 
 
-def test_what_stands_where_weights_should_is_named(lm: Path, tmp_path: Path) -> None:
+def test_a_file_in_place_of_weights_is_named(lm: Path, tmp_path: Path) -> None:
     pointer = broken.clone(lm, tmp_path / "lfs")
     (pointer / "model.safetensors").unlink()
     (pointer / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")

@@ -1,4 +1,4 @@
-"""LongVA's released format and back: every tensor accounted for, the same logits, the same bytes."""
+"""LongVA's released format and back: every tensor converted or listed, the same logits, the same bytes."""
 
 import json
 import os
@@ -311,7 +311,7 @@ def test_finished_is_done_and_another_model_is_not_written_over(
     assert (tiny_tower / "model.safetensors").is_file()
 
 
-def test_a_killed_import_goes_on_to_the_same_bytes(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_killed_import_continues_to_the_same_bytes(tokenizer: Any, tmp_path: Path) -> None:
     """Killed while the second shard is written: the first stays, and what comes out is what one run writes."""
     lm, tower, projector = llava_models.parts(tokenizer)
     released = llava_models.write(tmp_path / "r", llava_models.tensors_of(lm, tower, projector), lm, tokenizer)

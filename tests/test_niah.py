@@ -1,4 +1,4 @@
-"""Needles: exact sequences, results that survive anything, reports that need no model, one line for bad input."""
+"""Needles: exact sequences, results that survive kills, reports that need no model, one line for bad input."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def encode(tower: Any, target: Path) -> Path:
 # --- sequences
 
 
-def test_a_sequence_says_what_it_should_in_exactly_as_many_tokens(tiny_lm: Path, essays: Path) -> None:
+def test_a_sequence_has_its_text_in_exactly_as_many_tokens(tiny_lm: Path, essays: Path) -> None:
     from lvctx.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_lm)

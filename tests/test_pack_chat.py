@@ -358,7 +358,7 @@ def test_a_share_is_met_to_a_sample_and_long_ones_only_as_often_as_needed() -> N
 
 
 @pytest.mark.nano
-def test_nothing_is_lost_or_cut_and_the_shares_are_told(qwen: Path, media: Path, tmp_path: Path) -> None:
+def test_nothing_is_lost_or_cut_and_the_shares_are_reported(qwen: Path, media: Path, tmp_path: Path) -> None:
     rows = pack(tmp_path / "out", sources(tmp_path), qwen, media)
     manifest = rows.manifest
     assert len(manifest["shard_rows"]) > 1
@@ -491,7 +491,7 @@ def test_the_same_bytes_again_and_others_for_another_seed(qwen: Path, media: Pat
 
 
 @pytest.mark.nano
-def test_what_cannot_be_met_is_told(qwen: Path, media: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_met_is_reported(qwen: Path, media: Path, tmp_path: Path) -> None:
     given = sources(tmp_path)
     with pytest.raises(InputError, match=r"no sample of image, interleaved, video is that long, so at most 20% can be"):
         pack(tmp_path / "out", given, qwen, media, long_share=0.3, long_over=1100)

@@ -356,7 +356,7 @@ def test_a_lone_surrogate_is_named_by_its_line(bpe: Path, tmp_path: Path) -> Non
         pack(tmp_path / "out", tmp_path / "a.jsonl", tokenizer=bpe, invalid="error")
 
 
-def test_wrong_numbers_are_told_before_anything_is_read(bpe: Path, tmp_path: Path) -> None:
+def test_wrong_numbers_are_reported_before_anything_is_read(bpe: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", make_documents(5, seed=4))
     with pytest.raises(UsageError, match="less than 2"):
         pack(tmp_path / "out", source, tokenizer=bpe, seq_len=1)

@@ -125,7 +125,7 @@ def score(file: Path) -> dict[str, Any]:
     return row
 
 
-def test_the_output_says_which_script(tmp_path: Path) -> None:
+def test_the_output_names_the_script(tmp_path: Path) -> None:
     """Three of four right now; before, two were read as A, one of them rightly."""
     said = [("Answer: B", "B"), ("Answer: A", "A"), ("Option: C", "B"), ("B", "B"), ("no idea", "B")]
     file = write(tmp_path / "r.json", [video(i, question(str(i), r, a)) for i, (r, a) in enumerate(said)])
@@ -306,7 +306,7 @@ def test_effective_length_is_the_largest_up_to_which_none_falls_under(shares: di
     assert vhs.score(rows)["effective_length"] == effective
 
 
-def test_replies_that_say_both_are_reported() -> None:
+def test_replies_with_both_words_are_reported() -> None:
     row = {"id": "1", "answer": "no", "response": "Yes and no.", "groups": {"images": "1"}}
     assert vhs.score([row])["warnings"][-1].startswith("1 replies have both yes and no")
 

@@ -1,4 +1,4 @@
-"""Subtitles against FFmpeg's own demuxer, and where it has no answer, against the formats; how files are found."""
+"""Subtitles against FFmpeg's own demuxer or, where it has none, the formats; finding their files."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Question files: options, keys, encodings and dialects as they are found; what cannot be read is named."""
+"""Question files: options, keys, encodings and dialects in use; unreadable values are named."""
 
 import csv
 import json

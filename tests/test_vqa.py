@@ -1,4 +1,4 @@
-"""`lvctx vqa`: questions from everywhere, answers as they grow, models spread over devices."""
+"""`lvctx vqa`: sources of questions, streamed answers, models on several devices."""
 
 import importlib.util
 import json
@@ -47,7 +47,7 @@ def asked(loud_vlm: Path, frames: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.nano
-def test_every_question_is_answered_and_every_frames_time_told(asked: list[dict[str, Any]], frames: Path) -> None:
+def test_every_question_is_answered_with_the_times_of_all_frames(asked: list[dict[str, Any]], frames: Path) -> None:
     assert [row["question"] for row in asked] == QUESTIONS
     assert len({row["answer"] for row in asked}) > 1
     pts = read_feature_cache(frames).pts.tolist()
@@ -151,7 +151,7 @@ def test_a_cache_keeps_a_video_in_every_way_it_was_encoded(loud_vlm: Path, nano:
     assert len(list((tmp_path / "cache").rglob("*.frames.safetensors"))) == 3
 
 
-def test_only_what_is_new_is_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_new_text_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     printer, parts = StreamPrinter(live=True), []
     for text in ("The", "The caf\ufffd", "The café", "The café is"):

@@ -73,7 +73,7 @@ def read_provenance(path: Path) -> dict[str, Any] | None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """MANIFEST.json of a finished artifact directory. Raises InputError where there is none or it is not JSON."""
+    """MANIFEST.json of a finished artifact directory. Raises InputError if it is missing or not JSON."""
     path = directory / MANIFEST
     if not path.exists():
         raise InputError(

@@ -1,4 +1,4 @@
-"""Find and load models and tokenizers: a local Hugging Face directory or a hub id, language model or VLM alike."""
+"""Find and load models and tokenizers: a local Hugging Face directory or a hub id, for language models and VLMs."""
 
 import copy
 from importlib.util import find_spec

@@ -70,7 +70,7 @@ class Decoders:
     def read(self, request: DecodeRequest, facts: dict[str, Any]) -> Iterator[Iterator[Frame]]:
         """The frames of a video, each a square; `facts` is filled once they are exhausted.
 
-        Raises what `read_video` raises, and InputError where the decoder dies or hangs.
+        Raises what `read_video` raises, and InputError if the decoder dies or hangs.
         """
         process = self._idle.pop() if self._idle else self._start()
         clean = False

@@ -55,7 +55,7 @@ class VideoSampling:
     frame_mode: FrameMode | None = None
     """How a frame becomes a square for CLIP and SigLIP towers. Default: crop."""
     hybrid: Annotated[Hybrid | None, Flag(parse=Hybrid.parse, metavar="L,M,S")] = None
-    """Hybrid resolution L,M,S: of every L frames one has M tokens, the others M/S. Default: all frames alike."""
+    """Hybrid resolution L,M,S: of every L frames one has M tokens, the others M/S. Default: one resolution."""
     hybrid_mode: HybridMode = "pair"
     """Qwen-VL: groups of merged pairs of frames, of frames as images, or of single frames."""
     frame_selection: FrameSelection = "group"
