@@ -190,8 +190,8 @@ def test_the_reference_is_computed_once_and_a_stopped_run_ends_with_the_same_byt
     ("row", "message"),
     [
         ({"chosen": "a", "rejected": "b"}, "either `prompt` or `conversations`"),
-        ({"prompt": "x", "chosen": "a"}, "`chosen` and `rejected` have to be text"),
-        ({"prompt": "x", "chosen": " ", "rejected": "b"}, "`chosen` and `rejected` have to be text"),
+        ({"prompt": "x", "chosen": "a"}, "`chosen` and `rejected` have to be non-empty text"),
+        ({"prompt": "x", "chosen": " ", "rejected": "b"}, "`chosen` and `rejected` have to be non-empty text"),
         ({"prompt": "x", "chosen": "a", "rejected": "a "}, "are the same"),
         (
             {"prompt": "<image>", "chosen": "a", "rejected": "b <image>", "image": "0.png"},

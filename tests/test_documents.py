@@ -209,7 +209,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
         raise ConnectionError("no network")
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
-    with pytest.raises(InputError, match=r"user/name: neither a file or folder here nor a dataset .*no network"):
+    with pytest.raises(InputError, match=r"user/name: neither a local file or folder nor a dataset .*no network"):
         corpus("user/name").fingerprint()
 
 

@@ -440,6 +440,6 @@ def test_export_to_hf_leaves_what_is_only_ours(released: Path, tiny_lm: Path, tm
     assert lvctx("export", vlm, "--to", "hf", "-o", out) == first, "an unfinished one is completed"
     LlavaOnevisionForConditionalGeneration.from_pretrained(out)
     code, _, said = lvctx("export", tiny_lm, "--to", "hf", "-o", out)
-    assert (code, "not of this model" in said) == (3, True)
+    assert (code, "not part of this model" in said) == (3, True)
     assert lvctx("export", tiny_lm, "--to", "llava", "-o", tmp_path / "x")[0] == 2
     assert lvctx("export", vlm, "--to", "hf", "-o", vlm)[0] == 2

@@ -191,7 +191,7 @@ def test_the_command_trains_on_a_file_of_samples(here: Path, tmp_path: Path) -> 
     assert again.stdout == done.stdout
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
     fails(3, run(*flags, "--data", here / "chat", "--hybrid", "2,16,2", "-o", tmp_path / "x"), "another resolution")
-    fails(2, run(*flags, "--data", here / "chat", "--seq-len", 100, "-o", tmp_path / "x"), "not cut to 100")
+    fails(2, run(*flags, "--data", here / "chat", "--seq-len", 100, "-o", tmp_path / "x"), "cannot be cut to 100")
 
 
 def test_stages_go_on_from_each_other(here: Path, tmp_path: Path) -> None:

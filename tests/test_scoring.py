@@ -135,7 +135,7 @@ def test_the_output_names_the_script(tmp_path: Path) -> None:
     assert list(row["rule_sources"]) == list(row["rules"]) == ["official", "official-2024", "lmms-eval", "strict"]
     text = run("videomme", "score", file, "--rule", "official-2024").stdout
     assert "official: Video-MME's current eval_your_results.py" in text
-    assert "official-2024: Video-MME's eval_your_results.py as it was" in text
+    assert "official-2024: Video-MME's eval_your_results.py before it removed" in text
     assert "official-2024 rule, %" in text
 
 
