@@ -225,7 +225,7 @@ def test_keys_are_read_or_reported(key: Any, expected: str | None, tmp_path: Pat
         kind = "answers that are not among their question's options, left out"
         assert row["overlooked"] == {kind: 1}
         assert row["warnings"] == [f"1 {kind}; the first is x-1: {key!r}"]
-        assert run("videomme", "score", file).stdout.startswith("WARNING r: 1 answers that are none")
+        assert run("videomme", "score", file).stdout.startswith("WARNING r: 1 answers that are not among")
 
 
 @pytest.mark.parametrize("response", [["B"], {"answer": "B"}, 2, True, float("nan")])
