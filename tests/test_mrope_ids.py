@@ -81,7 +81,7 @@ def test_one_run_is_the_plain_video() -> None:
 
 def test_placeholders_and_grids_that_do_not_fit() -> None:
     for ids, images in (([IMAGE] * 3, [(1, 4, 4)]), ([IMAGE] * 4, []), ([9], [(1, 4, 4)])):
-        with pytest.raises(InputError, match=r"do not fit|more images"):
+        with pytest.raises(InputError, match=r"do not match|more images"):
             positions_of_ids(ids, QWEN2, images=images)
 
 

@@ -174,7 +174,7 @@ def test_a_run_and_its_files(tiny_lm: Path, essays: Path, tmp_path: Path) -> Non
     assert (again.exit_code, again.stdout) == (0, "")
     other = run(*text_arguments(tiny_lm, essays, tmp_path / "b"), "-q", "--prefill-chunk", 64)
     assert other.exit_code == 0
-    assert "share of needles" not in other.stderr
+    assert "text: accuracy" not in other.stderr
     for name in ("results.jsonl", "summary.json", "heatmap.json"):
         same = (tmp_path / "a" / name).read_text().replace('"name": "a"', '"name": "b"')
         assert same == (tmp_path / "b" / name).read_text(), name
@@ -519,7 +519,7 @@ def test_ranks_write_one_file_with_no_row_twice(tiny_lm: Path, essays: Path, tmp
     stored = {row["key"]: row for row in results(tmp_path / "two")}
     assert len(results(tmp_path / "two")) == len(stored) == 12
     assert shown == stored == {row["key"]: row for row in map(json.loads, alone.stdout.splitlines())}
-    assert done.stderr.count("share of needles") == 1
+    assert done.stderr.count(": accuracy") == 1
     summary = json.loads((tmp_path / "two/summary.json").read_text())
     assert summary | {"name": "alone"} == json.loads((tmp_path / "alone/summary.json").read_text())
 

@@ -69,7 +69,7 @@ def test_questions_on_lines(asked: list[dict[str, Any]], loud_vlm: Path, frames:
     assert chat[1]["tokens"] > asked[1]["tokens"]
     for bad in ("{", '{"text": 1}'):
         assert "stdin:2" in vqa(frames, "--model", loud_vlm, "--ask", "-", given=f"Hm?\n{bad}\n", code=3)[1]
-    assert "about one" in vqa(frames, frames, "--model", loud_vlm, "--ask", "-", code=2)[1]
+    assert "exactly one" in vqa(frames, frames, "--model", loud_vlm, "--ask", "-", code=2)[1]
 
 
 @pytest.mark.nano
@@ -207,9 +207,9 @@ def test_a_rate_is_bounded(nano: Any, tmp_path: Path) -> None:
 def test_device_maps_that_are_none(loud_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ask = ("x.frames.safetensors", "--model", loud_vlm, "--ask", "What?", "--device-map")
     assert "is not a file" in vqa(*ask, "everywhere", code=2)[1]
-    assert "one process" in vqa(*ask, "auto", "--cp", 2, code=2)[1]
+    assert "single process" in vqa(*ask, "auto", "--cp", 2, code=2)[1]
     (tmp_path / "list.json").write_text("[1]")
-    assert "not an object" in vqa(*ask, tmp_path / "list.json", code=3)[1]
+    assert "not a JSON object" in vqa(*ask, tmp_path / "list.json", code=3)[1]
     monkeypatch.setitem(sys.modules, "accelerate", None)
     assert importlib.util.find_spec("accelerate") is None
     assert "pip install accelerate" in vqa(*ask, "auto", code=5)[1]
