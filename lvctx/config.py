@@ -1,7 +1,7 @@
 """Configurations: how a dataclass field appears on the command line, and which fields identify a run.
 
-A field's name, type, default and docstring already describe its option; `Flag` adds what they cannot express. Nothing
-heavy is imported here, since the command line reads these classes to print help.
+A field's name, type, default and docstring already describe its option; `Flag` adds what they cannot express. No
+heavy module is imported here, since the command line reads these classes to print help.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,11 @@ class Flag:
     metavar: str | None = None
     """What the help shows for the value."""
     parse: Callable[[str], Any] | None = None
-    """Turns the option's text into the field's value; raises ValueError with a sentence about what to write."""
+    """Turns the option's text into the field's value; raises ValueError with a sentence that states what to write."""
     min: float | None = None
-    """Smallest value that is allowed."""
+    """Smallest allowed value."""
     max: float | None = None
-    """Largest value that is allowed."""
+    """Largest allowed value."""
     panel: str | None = None
     """Help panel. Default: the class variable `panel` of the dataclass, if it has one."""
     needs: tuple[str, ...] = ()
@@ -59,7 +59,7 @@ def parse_numbers(text: str) -> tuple[float, ...]:
     except ValueError:
         numbers = []
     if not numbers or not all(isfinite(n) for n in numbers):
-        raise ValueError("comma-separated numbers are wanted")
+        raise ValueError("write comma-separated numbers")
     return tuple(numbers)
 
 
@@ -67,7 +67,7 @@ def parse_integers(text: str) -> tuple[int, ...]:
     """Comma-separated whole numbers, each kept once, in ascending order. Raises ValueError."""
     numbers = parse_numbers(text)
     if any(n != int(n) for n in numbers):
-        raise ValueError("whole numbers are wanted")
+        raise ValueError("write comma-separated whole numbers")
     return tuple(int(n) for n in numbers)
 
 

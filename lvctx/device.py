@@ -6,7 +6,7 @@ from lvctx.errors import MissingError
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 DeviceMap = str | dict[str, Any]
-"""Where a model's modules are, as accelerate takes it: `auto`, `balanced`, `sequential`, or devices by name."""
+"""Device of each of a model's modules, as in accelerate: `auto`, `balanced`, `sequential`, or devices by name."""
 
 
 def resolve_device(device: str) -> str:
@@ -19,7 +19,7 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise MissingError("no CUDA device here", where=f"--device {device}", fix="--device auto")
+        raise MissingError("no CUDA device is available", where=f"--device {device}", fix="--device auto")
     return device
 
 

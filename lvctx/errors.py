@@ -1,6 +1,6 @@
-"""The errors a user can meet. Each is one line (what, where, what to do) and knows the exit code of the contract.
+"""Errors caused by the user's input. Each is one line (what, where, what to do) and has the exit code of its kind.
 
-Everything here derives from `ValueError`, so library users can catch what they expect; anything else that escapes
+All of them derive from `ValueError`, so library users can catch what they expect; any other exception that escapes
 is a bug of ours and exits 1 with its traceback.
 """
 
@@ -14,7 +14,7 @@ EXIT_READER_GONE = 141
 
 
 class LvctxError(ValueError):
-    """Base of every error a user can cause. `where` names a file, row or flag; `fix` is what to do about it."""
+    """Base of every error a user can cause. `where` names a file, row or flag; `fix` is how to correct it."""
 
     exit_code = 3
 
@@ -25,7 +25,7 @@ class LvctxError(ValueError):
 
 
 class UsageError(LvctxError):
-    """Flags that contradict each other or a value out of its range."""
+    """Flags that contradict each other, or a value out of range."""
 
     exit_code = 2
 
@@ -37,25 +37,25 @@ class InputError(LvctxError):
 
 
 class MissingError(LvctxError):
-    """An optional package or a piece of hardware that this command needs and does not find."""
+    """An optional package or a piece of hardware that this command needs and that is missing."""
 
     exit_code = 5
 
 
 class Stopped(BaseException):
-    """SIGTERM arrived: state is saved and the same command line goes on from there (exit 75).
+    """SIGTERM arrived: state is saved and the same command line continues from there (exit 75).
 
-    Derives from `BaseException`, like `KeyboardInterrupt`: no `except Exception` of ours or of a library may eat it.
+    Derives from `BaseException`, like `KeyboardInterrupt`: no `except Exception` of ours or of a library may catch it.
     """
 
 
 @contextmanager
 def library_errors(what: str, *, where: object = None, fix: str = "") -> Iterator[None]:
-    """Turn whatever a library raises while it reads a user's file into an InputError: `where: what (reason)`.
+    """Turn any exception that a library raises while it reads a user's file into an InputError: `where: what (reason)`.
 
-    transformers, tokenizers and jinja raise anything on a file that they did not expect (TypeError, KeyError,
-    AssertionError, validation errors of their own, a panic of Rust code), so there is no list of types. The body has to
-    be the library's call alone: a mistake in our own code must stay a traceback. A package that is not installed is a
+    transformers, tokenizers and jinja raise exceptions of any type on an unexpected file (TypeError, KeyError,
+    AssertionError, their own validation errors, a panic of Rust code), so there is no list of types. The body has to
+    be the library's call alone: a mistake in our own code must remain a traceback. A package that is not installed is a
     MissingError.
     """
     try:
@@ -67,15 +67,13 @@ def library_errors(what: str, *, where: object = None, fix: str = "") -> Iterato
     except Exception as e:
         raise InputError(f"{what} ({first_line(e)})", where=where, fix=fix) from e
     except BaseException as e:
-        if (
-            type(e).__name__ != "PanicException"
-        ):  # what Rust code raises; no Exception, nor a class that we could import
+        if type(e).__name__ != "PanicException":  # raised by Rust code; neither an Exception nor an importable class
             raise
         raise InputError(f"{what} ({first_line(e)})", where=where, fix=fix) from e
 
 
 def first_line(e: BaseException) -> str:
-    """An exception in a few words: the start of its text, after its type where the text alone is unclear."""
+    """An exception in a few words: the start of its text, after its type if the text alone is unclear."""
     lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [""]
     text = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1]).rstrip(":")
     text = text if len(text) <= 200 else f"{text[:200]}..."

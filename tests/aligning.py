@@ -1,4 +1,4 @@
-"""What the alignment tests share: drawn pictures, rows of data, and an alignment of tiny models in this process."""
+"""Helpers of the alignment tests: drawn images, rows of data, and an alignment of tiny models in this process."""
 
 import json
 from collections.abc import Callable

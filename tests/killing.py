@@ -1,4 +1,4 @@
-"""Trainings in processes that kill themselves at a place in the program, which no signal from outside could meet.
+"""Trainings in processes that kill themselves at a given point of the program.
 
 The fork server imports what training needs once, so that a process costs little.
 """

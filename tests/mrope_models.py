@@ -1,4 +1,4 @@
-"""Tiny random Qwen-VL models with the real thing's 64 frequencies a head, and a tokenizer that has their tokens."""
+"""Tiny random Qwen-VL models with the real models' 64 frequencies per head, and a tokenizer that has their tokens."""
 
 import functools
 from dataclasses import dataclass

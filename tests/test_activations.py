@@ -1,4 +1,4 @@
-"""What stays in memory between a checkpointed forward and its backward: the layers' inputs, and nothing else."""
+"""Only the layers' inputs stay in memory between a checkpointed forward and its backward."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The adapter beside merged weights: stock PEFT reads it, and nothing else in the directory is in a runtime's way."""
+"""The adapter beside merged weights: stock PEFT reads it, and no other file in the directory disturbs a runtime."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Adaptive frame selection: resolution is high where the picture changes, in feature caches and in haystacks."""
+"""Adaptive frame selection: resolution is high where the image changes, in feature caches and in haystacks."""
 
 import json
 import subprocess
@@ -66,7 +66,7 @@ def test_a_feature_cache_has_more_tokens_after_a_cut(cut: Path, tiny_tower: Path
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("qwen2_vl", "pair"), ("qwen2_5_vl", "image")])
-def test_a_needle_changes_the_picture(kind: str, mode: Any, tmp_path: Path) -> None:
+def test_a_needle_changes_the_image(kind: str, mode: Any, tmp_path: Path) -> None:
     """Twelve grey frames with a cut and a bright needle: every cell scores like a stock forward of its frames."""
     shots = [np.full((90, 150, 3), 20 + i + 100 * (i >= 6), np.uint8) for i in range(12)]
     (tmp_path / "hay").mkdir()
@@ -90,9 +90,9 @@ def test_a_needle_changes_the_picture(kind: str, mode: Any, tmp_path: Path) -> N
     unit = 1 if mode == "image" else 2
     for cell in cells:
         ids, answer = task.sequence(cell)
-        film = shots[: cell.length]
-        film[cell.position : cell.position] = [bright] * unit
-        timed = [(float(i), shot) for i, shot in enumerate(film)]
+        with_needle = shots[: cell.length]
+        with_needle[cell.position : cell.position] = [bright] * unit
+        timed = [(float(i), shot) for i, shot in enumerate(with_needle)]
         seen = resize_frames(timed, haystack.rule, threshold=0.1, resample=haystack.vlm.processor.resample)
         assert seen.high[cell.position], "the needle"
         assert sum(seen.high) < len(seen.high)

@@ -1,4 +1,4 @@
-"""Preferences: the loss is its formula on stock logits, the reference is computed once and survives a kill."""
+"""Preferences: the loss is its formula on stock logits, the reference is computed once, also if the run is killed."""
 
 import json
 import math
@@ -190,8 +190,8 @@ def test_the_reference_is_computed_once_and_a_stopped_run_ends_with_the_same_byt
     ("row", "message"),
     [
         ({"chosen": "a", "rejected": "b"}, "either `prompt` or `conversations`"),
-        ({"prompt": "x", "chosen": "a"}, "`chosen` and `rejected` have to be text"),
-        ({"prompt": "x", "chosen": " ", "rejected": "b"}, "`chosen` and `rejected` have to be text"),
+        ({"prompt": "x", "chosen": "a"}, "`chosen` and `rejected` have to be non-empty text"),
+        ({"prompt": "x", "chosen": " ", "rejected": "b"}, "`chosen` and `rejected` have to be non-empty text"),
         ({"prompt": "x", "chosen": "a", "rejected": "a "}, "are the same"),
         (
             {"prompt": "<image>", "chosen": "a", "rejected": "b <image>", "image": "0.png"},
@@ -199,7 +199,7 @@ def test_the_reference_is_computed_once_and_a_stopped_run_ends_with_the_same_byt
         ),
         ({"prompt": "x", "chosen": "a", "rejected": "b", "image": "0.png"}, "0 <image> marks for 1 images"),
         ({"prompt": "<image>", "chosen": "a", "rejected": "b", "image": "9.png"}, "no such image"),
-        ({**talk("x", "y"), "chosen": "a", "rejected": "b"}, "does not end in a human turn"),
+        ({**talk("x", "y"), "chosen": "a", "rejected": "b"}, "does not end with a human turn"),
         ({"conversations": "x", "chosen": "a", "rejected": "b"}, "no list of `conversations`"),
     ],
 )
@@ -211,9 +211,9 @@ def test_a_bad_pair_is_named(pairs: Path, tmp_path: Path, row: dict[str, Any], m
 
 
 def test_flags_that_do_not_go_together(pairs: Path, vlm: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"goes on from an aligned model; give --init"):
+    with pytest.raises(UsageError, match=r"starts from an aligned model; give --init"):
         aligning.align(pairs, tmp_path / "x", vlm, vlm, stage="dpo")
-    with pytest.raises(UsageError, match="--beta goes with --stage dpo"):
+    with pytest.raises(UsageError, match="--beta needs --stage dpo"):
         aligning.align(pairs, tmp_path / "x", None, None, stage="full", init=str(vlm), beta=0.2)
 
 

@@ -205,7 +205,7 @@ def test_a_frame_of_a_video_is_one_pooled_grid_under_anyres_too(vlms: dict[Image
     assert torch.equal(ours, theirs)
 
 
-def test_the_directory_says_which_and_the_next_stage_goes_on_with_it(
+def test_the_encoding_is_stored_and_the_next_stage_continues_with_it(
     vlms: dict[ImageGrid, Path], tmp_path: Path, tiny_lm: Path, tiny_tower: Path
 ) -> None:
     draw(tmp_path)
@@ -224,7 +224,7 @@ def test_the_directory_says_which_and_the_next_stage_goes_on_with_it(
     assert single.config.image_encoding == "single"
     first_longest, back_longest, single_longest = (aligning_longest(tmp_path / n) for n in ("first", "back", "single"))
     assert first_longest - single_longest == 16 + 8 * 9 - 5
-    assert back_longest == first_longest, "what it goes on from has seen it"
+    assert back_longest == first_longest, "the model it starts from was trained on it"
 
 
 def test_a_share_of_the_samples_is_encoded_as_stock_code_does(tmp_path: Path, tiny_lm: Path, tiny_tower: Path) -> None:
@@ -257,7 +257,7 @@ def aligning_longest(path: Path) -> int:
 def test_other_words_and_rows_that_cannot_be_packed_are_one_line(vlms: dict[ImageGrid, Path]) -> None:
     config = load_config(vlms["single"])
     config.image_grid = "tiles"
-    with pytest.raises(InputError, match=r"image_grid 'tiles'; it is one of unires, anyres, single"):
+    with pytest.raises(InputError, match=r"image_grid 'tiles'; write one of unires, anyres, single"):
         image_grid(config)
     with pytest.raises(InputError, match=r"aligned with --image-encoding anyres"):
         open_vlm(vlms["anyres"]).token_rule(VideoSampling())

@@ -1,4 +1,4 @@
-"""What a conversation's labels count: the assistant's words and the end of its turn, in each family's chat template.
+"""The labels of a conversation: the assistant's text and the end of its turn, in each family's chat template.
 
 Expected sequences are written by hand: `«...»` is counted, `▪` is a visual token, everything else is read only.
 """
@@ -157,7 +157,7 @@ def test_what_follows_the_last_answer_is_left_out(family: str) -> None:
     assert with_question == without
 
 
-def test_templates_that_cannot_be_taught_are_refused() -> None:
+def test_templates_that_cannot_be_trained_on_are_refused() -> None:
     tokenizer = tokenizer_of("qwen2")
     turns = tuple(Turn(role, (role,)) for role in ("user", "assistant", "user", "assistant"))
     talk = Conversation(where="d.json[3]", turns=turns)

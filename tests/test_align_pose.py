@@ -1,4 +1,4 @@
-"""`align --pose`: short samples spread over the language model's whole context.
+"""`align --pose`: short samples with positions over the language model's whole context.
 
 Shapes: T tokens of a micro-batch, L of a sample, E language-model width.
 """

@@ -1,4 +1,4 @@
-"""Training data out of datasets: the same samples, pixels and model as from the JSON that says the same."""
+"""Training data from datasets: the same samples, pixels and model as from the equivalent JSON."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def embedded(folder: Path) -> pa.Table:
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved", "splits"])
-def test_a_dataset_reads_as_the_json_that_says_the_same(folder: Path, kind: str) -> None:
+def test_a_dataset_reads_like_the_equivalent_json(folder: Path, kind: str) -> None:
     expected = read_conversations(write(folder / "data.json", ROWS), folder)
     data = folder / ("data.parquet" if kind == "parquet" else "data")
     if kind == "parquet":

@@ -1,4 +1,4 @@
-"""Imports go down only, one package uses torch.distributed, the library stays silent."""
+"""Imports go down only, one package uses torch.distributed, the library prints nothing."""
 
 import ast
 import subprocess

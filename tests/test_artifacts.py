@@ -1,4 +1,4 @@
-"""The store: a file is absent or whole, whatever happens; finished work is recognised; torn rows are redone."""
+"""The store: a file is absent or complete; finished work is recognised; incomplete rows are redone."""
 
 import json
 import os
@@ -120,9 +120,9 @@ def test_same_tensors_same_bytes_and_provenance_comes_back(tmp_path: Path) -> No
     for name in ("a", "b"):
         save_tensors(tmp_path / name, tensors, provenance(fps=1).to_metadata())
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    stands = read_provenance(tmp_path / "a")
-    assert stands is not None
-    assert stands["config"] == {"fps": 1}
+    stored = read_provenance(tmp_path / "a")
+    assert stored is not None
+    assert stored["config"] == {"fps": 1}
     assert read_safetensors_header(tmp_path / "a")["features"]["shape"] == [2, 3]
 
 

@@ -1,4 +1,4 @@
-"""Rows of chat data in the forms they are published in: every command reads them alike, or names the row."""
+"""Rows of chat data in the forms they are published in: every command reads them in the same way, or names the row."""
 
 import codecs
 import gzip
@@ -121,7 +121,7 @@ def test_a_row_is_read(row: Any, expected: Any) -> None:
         ({"system": ["S"], **HI}, "`system` is not text"),
         (
             {"system": "S", "conversations": [{"from": "system", "value": "T"}, human("Hi"), gpt("x")]},
-            "a system turn and",
+            "both a system turn and",
         ),
         ({"conversations": [gpt("only me")]}, "no answer"),
         ({"conversations": {"from": "human"}}, "no list of `conversations`"),
@@ -245,15 +245,15 @@ def test_pairs_with_a_system_prompt_a_history_and_images(tmp_path: Path) -> None
         ({**INSIDE, "rejected": [message("user", "Bye"), message("assistant", "Go")]}, "different prompts"),
         (
             {"prompt": "Hi", "chosen": [message("user", "a")], "rejected": [message("assistant", "b")]},
-            "assistant's words",
+            "assistant's text",
         ),
         ({"prompt": "Hi", "chosen": [7], "rejected": "b"}, "a turn from '7'"),
-        ({"prompt": "Hi", "chosen": [], "rejected": "b"}, "`chosen` and `rejected` have to be text"),
-        ({"prompt": "Hi", "chosen": 4, "rejected": "b"}, "`chosen` and `rejected` have to be text"),
+        ({"prompt": "Hi", "chosen": [], "rejected": "b"}, "`chosen` and `rejected` have to be non-empty text"),
+        ({"prompt": "Hi", "chosen": 4, "rejected": "b"}, "`chosen` and `rejected` have to be non-empty text"),
         ({"prompt": 4, "chosen": "a", "rejected": "b"}, "text or messages in `prompt`"),
         ({"prompt": [message(["user"], "Hi")], **TRL}, "a turn from"),
         ({"prompt": [message("assistant", "Hi")], **TRL}, "no answer"),
-        (talk("x", "y", chosen="a", rejected="b"), "does not end in a human turn"),
+        (talk("x", "y", chosen="a", rejected="b"), "does not end with a human turn"),
         ([1], "not a JSON object"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Chat templates of several kinds: what is learned, what a prompt is, and control tokens that a turn only writes.
+"""Chat templates of several kinds: trained tokens, prompts, and control tokens in a turn's text.
 
 The templates are written to behave like those of released families. Expected sequences are written by hand: `«...»` is
 learned, `▪` is the token of an image, everything else is read only.
@@ -323,7 +323,7 @@ def test_reasoning_in_the_last_answer_is_the_models_own_and_dropped_from_earlier
         (QWEN25.replace("m.content", "(m.content | replace('red', 'green'))"), TWO[:2], None, "rewrites an answer"),
         (QWEN3, ("What?", "red</think></think>"), None, "rewrites an answer"),
         (QWEN25.replace("m.content", "m.content[:12]"), TWO[:2], None, "chat template"),
-        ("{% for m in messages %}{{ m.role }}{% endfor %}", TWO[:2], None, "leaves out what the user writes"),
+        ("{% for m in messages %}{{ m.role }}{% endfor %}", TWO[:2], None, "leaves out the user's text"),
         ("{{ messages[0].content.nothing.there }}", TWO[:2], None, "refuses this conversation"),
         ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", TWO[:2], None, "refuses this conversation"),
     ],
@@ -331,7 +331,7 @@ def test_reasoning_in_the_last_answer_is_the_models_own_and_dropped_from_earlier
 def test_what_a_template_cannot_teach_is_refused(template: str, turns: Any, system: str | None, what: str) -> None:
     with pytest.raises(InputError, match=what) as caught:
         learn(template, *turns, system=system)
-    assert "d.json[3]" in str(caught.value) or "leaves out what" in what or "refuses" in what
+    assert "d.json[3]" in str(caught.value) or "leaves out" in what or "refuses" in what
 
 
 def test_generation_marks_are_stock_transformers_mask() -> None:

@@ -1,4 +1,4 @@
-"""The contract at the edges: each way a command can go wrong is one line and the right exit code."""
+"""Errors of commands: each is one line with the right exit code."""
 
 import contextlib
 import json
@@ -71,7 +71,7 @@ def test_usage_is_2(tmp_path: Path) -> None:
     assert lvctx("extend-lm", "--model", "m", "-o", tmp_path, "--steps", "-1").returncode == 2
 
 
-def test_info_says_what_a_model_is(tiny_lm: Path) -> None:
+def test_info_describes_a_model(tiny_lm: Path) -> None:
     facts = json.loads(lvctx("info", tiny_lm, "--json").stdout)
     assert facts["model"]["architecture"] == "LlamaForCausalLM"
     assert facts["model"]["context"] == 512
@@ -192,7 +192,7 @@ def test_a_bug_of_ours_shows_its_traceback_and_exits_1() -> None:
 
 
 def test_a_full_disk_is_3_and_loses_nothing(tiny_lm: Path, tmp_path: Path) -> None:
-    """Writes past 100 kB fail as on a full disk; what stood before still stands."""
+    """Writes past 100 kB fail as on a full disk; the existing file is kept."""
     out = tmp_path / "x"
     script = textwrap.dedent("""
         import resource, signal, sys

@@ -1,4 +1,4 @@
-"""Frames promised are frames read: in dry runs, packed chat and haystacks, whatever a container says of its length."""
+"""Counted frames are the frames read, in dry runs, packed chat and haystacks, whatever length a container states."""
 
 import json
 import subprocess
@@ -89,7 +89,7 @@ def read_duration(path: Path) -> float:
     return float(reader.facts["duration"])
 
 
-def test_duration_is_the_pictures(videos: Path) -> None:
+def test_duration_is_that_of_the_video_stream(videos: Path) -> None:
     for name in ("sound.mkv", "sound.webm", "sound.mp4", "late.mkv", "late.mp4"):
         assert count_frames(videos / name, VideoSampling(fps=1.0)).duration == pytest.approx(2, abs=0.05), name
 
@@ -124,7 +124,7 @@ def test_a_haystack_has_the_frames_that_exist(name: str, videos: Path, model: Pa
 
 
 @pytest.mark.parametrize("how", [("--fps", 1), ("--fps", "native"), ("--frames", 8), ("--fps", 2, "--hybrid", "4,4,4")])
-def test_a_dry_run_promises_what_there_is(how: tuple[object, ...], videos: Path, tiny_tower: Path) -> None:
+def test_a_dry_run_counts_the_frames_of_a_run(how: tuple[object, ...], videos: Path, tiny_tower: Path) -> None:
     for name in sorted(VIDEOS):
         done = run("encode-video", videos / name, "--tower", tiny_tower, *how, "--dry-run")
         assert done.exit_code == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Several ranks read one sequence together: each a part of the cache, all the scores and words of one process alone."""
+"""Several ranks process one sequence: each has a part of the cache; scores and replies equal those of one process."""
 
 import copy
 import json
@@ -205,7 +205,7 @@ def test_two_ranks_watch_together(tiny_vlm: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.nano
-def test_two_ranks_are_shown_a_video_by_qwen(nano: Any, tmp_path: Path) -> None:
+def test_two_ranks_process_a_video_with_qwen(nano: Any, tmp_path: Path) -> None:
     """M-RoPE's three axes are shared out as the tokens are."""
     vlm = mrope_models.save("qwen2_5_vl", tmp_path / "vlm")
     flags = [str(nano.clips / "bikes.mp4"), "--model", str(vlm), "--ask", "What is it?", "--ask", "What color?"]

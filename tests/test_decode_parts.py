@@ -1,4 +1,4 @@
-"""Decoding only what is needed gives the same frames; damage is counted; a decoder that dies costs its video alone."""
+"""Decoding only what is needed gives the same frames; damage is counted; a decoder that dies costs only its video."""
 
 import os
 import random
@@ -98,7 +98,7 @@ def test_little_is_decoded(videos: dict[str, Path]) -> None:
     assert len(refreshing.entry_dts) == 1, "a recovery point is no place to begin"
 
 
-def test_key_frames_are_near_and_say_how_near(videos: dict[str, Path]) -> None:
+def test_key_frames_are_near_and_report_their_error(videos: dict[str, Path]) -> None:
     path = videos["short_gops.mp4"]
     index = read_packets(path)
     assert index is not None
@@ -147,7 +147,7 @@ def test_cut_files(videos: dict[str, Path], tmp_path: Path) -> None:
         assert partial.facts["partial"]
 
 
-def test_a_wrong_duration_misleads_nobody(videos: dict[str, Path], tmp_path: Path) -> None:
+def test_a_wrong_duration_has_no_effect(videos: dict[str, Path], tmp_path: Path) -> None:
     raw = bytearray(videos["short_gops.mp4"].read_bytes())
     for box in (b"mvhd", b"tkhd"):
         at = raw.index(box) + (20 if box == b"mvhd" else 24)  # version 0: where the duration is
@@ -166,7 +166,7 @@ def request(path: Path) -> DecodeRequest:
     return DecodeRequest(path=str(path), sampling=sampling, threads=1, size=32, background=(0, 0, 0))
 
 
-def test_a_process_apart_gives_the_same_and_is_used_again(videos: dict[str, Path], tmp_path: Path) -> None:
+def test_a_separate_process_gives_the_same_and_is_reused(videos: dict[str, Path], tmp_path: Path) -> None:
     decoders = Decoders()
     (tmp_path / "text.mp4").write_text("I am text")
     for _ in range(2):
@@ -188,7 +188,7 @@ def test_a_process_apart_gives_the_same_and_is_used_again(videos: dict[str, Path
     assert process.poll() is not None
 
 
-@pytest.mark.parametrize(("blow", "word"), [(signal.SIGSEGV, "died"), (signal.SIGSTOP, "stood still")])
+@pytest.mark.parametrize(("blow", "word"), [(signal.SIGSEGV, "died"), (signal.SIGSTOP, "made no progress")])
 def test_a_dead_or_hanging_decoder_costs_one_video(blow: signal.Signals, word: str, videos: dict[str, Path]) -> None:
     decoders = Decoders(timeout=3 if blow == signal.SIGSTOP else 120)
     victim = decoders._start()

@@ -1,4 +1,4 @@
-"""Many processes, one run: sharded training, resuming at another number of ranks, signals, errors told to all."""
+"""Many processes, one run: sharded training, resuming at another number of ranks, signals, errors raised on all."""
 
 import json
 import math
@@ -286,7 +286,7 @@ def test_extend_lm_under_torchrun(tiny_lm: Path, packed: Path, tmp_path: Path) -
 
 @pytest.mark.nano
 @pytest.mark.slow
-def test_sigterm_to_torchrun_saves_and_the_run_goes_on(tiny_lm: Path, packed: Path, tmp_path: Path) -> None:
+def test_sigterm_to_torchrun_saves_and_the_run_continues(tiny_lm: Path, packed: Path, tmp_path: Path) -> None:
     out = tmp_path / "x"
     given = ["--model", tiny_lm, "--data", packed, "--steps", 60, "--batch-tokens", 202, "--cp", 2, "-o", out]
     command = [*TORCHRUN, *LVCTX, "extend-lm", *map(str, given)]

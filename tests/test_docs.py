@@ -1,4 +1,4 @@
-"""What the help and the README say is true: examples run, recipes name real flags."""
+"""Help and README are correct: examples run, recipes name real flags."""
 
 import os
 import re

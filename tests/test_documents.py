@@ -1,4 +1,4 @@
-"""Every kind of input gives the same documents from any place on; every bad one is one line with its place."""
+"""Every kind of input gives the same documents from any place on; an error names its location in one line."""
 
 import bz2
 import gzip
@@ -165,14 +165,14 @@ def test_invalid_utf8_is_replaced_skipped_or_an_error_and_counted(bpe: Path, tmp
     ("line", "what"),
     [
         (b'{"text": "torn', "malformed JSON"),
-        (b"[1, 2]", "a JSON array where one object a line is needed"),
+        (b"[1, 2]", "a JSON array instead of one object per line"),
         (b"3", "not a JSON object"),
         (b'{"content": "x", "id": 1}', r"no field 'text' \(it has content, id\)"),
         (b'{"text": 5}', "field 'text' is not a string"),
         (b'{"text": null}', "field 'text' is not a string"),
     ],
 )
-def test_a_malformed_line_is_told_by_its_number(line: bytes, what: str, bpe: Path, tmp_path: Path) -> None:
+def test_a_malformed_line_is_reported_by_its_number(line: bytes, what: str, bpe: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(TEXTS) + b"\n" + line + b"\n" + lines(["after"]))
     source = corpus(tmp_path / "a.jsonl")
     with pytest.raises(InputError, match=rf"a\.jsonl:{len(TEXTS) + 2}: {what}.*skip-malformed"):
@@ -187,29 +187,29 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "cut.jsonl.zst").write_bytes(zstandard.compress(whole)[:-40])
     (tmp_path / "bad.jsonl.zst").write_bytes(zstandard.compress(whole)[:20] + b"rubbish" * 9)
     for name in ("cut.jsonl.gz", "cut.jsonl.zst", "bad.jsonl.zst"):
-        with pytest.raises(InputError, match=rf"{name}: cannot read past line.*is the file whole\?"):
+        with pytest.raises(InputError, match=rf"{name}: cannot read past line.*check the file"):
             list(corpus(tmp_path / name).chunks(START))
     (tmp_path / "no.parquet").write_bytes(b"")
     with pytest.raises(InputError, match="not readable as Parquet"):
         list(corpus(tmp_path / "no.parquet").chunks(START))
     write_parquet(tmp_path / "a.parquet", ["x"])
-    with pytest.raises(InputError, match=r"no field 'body'; --text-field: it has text"):
+    with pytest.raises(InputError, match=r"no field 'body'; set --text-field; it has text"):
         list(corpus(tmp_path / "a.parquet", text="body").chunks(START))
-    with pytest.raises(InputError, match=r"no field 'site'; --source-field: it has text"):
+    with pytest.raises(InputError, match=r"no field 'site'; set --source-field; it has text"):
         list(corpus(tmp_path / "a.parquet", source="site").chunks(START))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.pdf").write_bytes(bz2.compress(b""))
     for name, what in (("empty", "no documents in the folder"), ("gone.jsonl", "no such file"), ("./x", "no such")):
         with pytest.raises(InputError, match=what):
             find_parts([str(tmp_path / name) if name != "./x" else name])
-    with pytest.raises(InputError, match="stdin is named twice"):
+    with pytest.raises(InputError, match="stdin is given twice"):
         find_parts(["-", "-"])
 
     def offline(*_: Any, **__: Any) -> None:
         raise ConnectionError("no network")
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
-    with pytest.raises(InputError, match=r"user/name: neither a file or folder here nor a dataset .*no network"):
+    with pytest.raises(InputError, match=r"user/name: neither a local file or folder nor a dataset .*no network"):
         corpus("user/name").fingerprint()
 
 
@@ -228,7 +228,7 @@ def test_a_hub_dataset_is_streamed_and_known_by_its_commit(
     assert read(source, bpe, start=Place(0, 290, 290)) == [(t, "web", OK) for t in TEXTS[290:]]
 
 
-def test_fingerprint_tells_inputs_apart_and_nothing_else(tmp_path: Path) -> None:
+def test_fingerprint_distinguishes_inputs_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "y").mkdir()
     data = lines(TEXTS) * 400
@@ -272,9 +272,9 @@ def test_the_command_ends_with_one_line_and_code_3(bpe: Path, tmp_path: Path) ->
     cases = [
         ([tmp_path / "bad.jsonl"], b"", "bad.jsonl:2: malformed JSON"),
         (["-"], b"", "-: no documents in the input"),
-        (["-"], b'{"text": ""}\n', "0 tokens of 1 documents passed the length rule: not one row of 16"),
+        (["-"], b'{"text": ""}\n', "0 tokens of 1 documents passed the length rule: less than one row of 16"),
         (["-"], named, "source 'web' is not in the mix (which has RedPajamaC4"),
-        (["-"], lines(["x"]) + named, "source 'web' after documents that name none"),
+        (["-"], lines(["x"]) + named, "source 'web' after documents without one"),
     ]
     for inputs, stdin, line in cases:
         out = tmp_path / "out"

@@ -163,7 +163,7 @@ def test_rates() -> None:
     assert parse_rate("native") == "native"
     assert parse_rate("30000/1001") == 30000 / 1001
     for bad in ("0", "-1", "1/0", "nan", "inf", "fast", ""):
-        with pytest.raises(ValueError, match="no frame rate"):
+        with pytest.raises(ValueError, match="not a frame rate"):
             parse_rate(bad)
 
 
@@ -311,7 +311,7 @@ def test_contact_sheets(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
     video.rename(tmp_path / "moved.mp4")
     gone = draw()
     assert gone.exit_code == 3
-    assert "its video is gone" in gone.stderr
+    assert "its video is missing" in gone.stderr
     assert draw("--video", tmp_path / "moved.mp4").exit_code == 0
     other = draw("--video", clips / "b.mp4")
     assert other.exit_code == 3

@@ -1,4 +1,4 @@
-"""extend-lm on the language model inside a VLM, and the LoRA that it keeps by itself."""
+"""extend-lm on the language model inside a VLM, and the LoRA that it stores separately."""
 
 import json
 import shutil

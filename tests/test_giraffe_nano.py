@@ -1,4 +1,4 @@
-"""The nano Qwen2-VL: stock transformers loads it, to text it is SmolLM2, and its stretched config says M-RoPE++."""
+"""The nano Qwen2-VL: stock transformers loads it, on text it equals SmolLM2; its extended config has M-RoPE++."""
 
 import json
 import subprocess
@@ -71,7 +71,7 @@ def test_to_text_it_is_smollm2(nano: Any) -> None:
     check_text(nano.lm)
 
 
-def test_stretched_it_says_mrope_pp(built: Path, tmp_path: Path) -> None:
+def test_the_extended_config_describes_mrope_pp(built: Path, tmp_path: Path) -> None:
     done = run("mrope-extend", "--model", built, "--scale", "4", "--verify", "-o", tmp_path / "out")
     assert done.exit_code == 0, done.stderr
     config = json.loads((tmp_path / "out" / "config.json").read_text())

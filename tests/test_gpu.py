@@ -92,7 +92,7 @@ def test_a_row_of_documents_and_its_gradients() -> None:
 
 
 @pytest.mark.parametrize("kv_cache", ["device", "host", "int8"])
-def test_needles_score_alike(half_lm: Path, kv_cache: CachePlacement) -> None:
+def test_needles_score_the_same(half_lm: Path, kv_cache: CachePlacement) -> None:
     """Chunks, a shared beginning and one key head for two query heads, wherever the cache lives."""
     rng = np.random.default_rng(0)
     head = rng.integers(0, 1000, 200)
@@ -106,7 +106,7 @@ def test_needles_score_alike(half_lm: Path, kv_cache: CachePlacement) -> None:
         assert there.forced == here.forced
 
 
-def test_single_precision_needles_score_alike(tiny_lm: Path) -> None:
+def test_single_precision_needles_score_the_same(tiny_lm: Path) -> None:
     ids = np.random.default_rng(0).integers(0, 1000, 200)
     here, there = (PrefixScorer(load_model(tiny_lm, device=d), chunk=64).score(ids, 5) for d in ("cpu", CUDA))
     assert there.log_prob == pytest.approx(here.log_prob, abs=1e-2)
@@ -183,7 +183,7 @@ def test_loss_and_gradients_agree(tiny_lm: Path) -> None:
     [(), ("--lora", 4, "--pose"), ("--doc-mask",), ("--offload-activations",)],
     ids=lambda flags: " ".join(map(str, flags)) or "full",
 )
-def test_extend_lm_learns_alike(tiny_lm: Path, packed: Path, tmp_path: Path, flags: tuple[object, ...]) -> None:
+def test_extend_lm_trains_the_same(tiny_lm: Path, packed: Path, tmp_path: Path, flags: tuple[object, ...]) -> None:
     def learn(device: str, out: Path) -> Any:
         given = ("--model", tiny_lm, "--data", packed, "--rope-theta", 5e4, "--context", 1024, "--steps", 3)
         rate = ("--batch-tokens", 202, "--lr", 1e-3)
@@ -208,7 +208,7 @@ def test_extend_lm_under_torchrun(tiny_lm: Path, packed: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     "flags", [{"stage": "projector"}, {"stage": "full", "lora": 2}, {"stage": "full", "lora": 2, "pose": True}], ids=str
 )
-def test_align_learns_alike(tiny_lm: Path, tiny_tower: Path, tmp_path: Path, flags: dict[str, Any]) -> None:
+def test_align_trains_the_same(tiny_lm: Path, tiny_tower: Path, tmp_path: Path, flags: dict[str, Any]) -> None:
     """Sequences of one row kept apart by transformers' mask, or where positions jump by our kernels."""
     draw(tmp_path)
     rows = [talk("<image>What?", f"a {i} thing", image=f"{i}.png") for i in range(4)]
@@ -219,7 +219,7 @@ def test_align_learns_alike(tiny_lm: Path, tiny_tower: Path, tmp_path: Path, fla
     assert there == pytest.approx(here, rel=1e-2)
 
 
-def test_align_dpo_learns_alike(tiny_vlm: Path, tmp_path: Path) -> None:
+def test_align_dpo_trains_the_same(tiny_vlm: Path, tmp_path: Path) -> None:
     draw(tmp_path)
     rows = [{"prompt": "<image>What?", "chosen": f"a {i}", "rejected": "no", "image": f"{i}.png"} for i in range(4)]
     data = write(tmp_path / "data.json", rows)
@@ -230,7 +230,7 @@ def test_align_dpo_learns_alike(tiny_vlm: Path, tmp_path: Path) -> None:
     assert there == pytest.approx(here, rel=1e-2)
 
 
-def test_mrope_extend_learns_alike(here: Path, tmp_path: Path) -> None:
+def test_mrope_extend_trains_the_same(here: Path, tmp_path: Path) -> None:
     def learn(device: str, out: Path) -> Any:
         flags = ("--model", here / "model", "--scale", 2, "--media", here, "--data", here / "chat", "--steps", 2)
         return run("mrope-extend", *flags, "--device", device, "-o", out)

@@ -67,7 +67,7 @@ def test_paper_divides_and_shrinks_only_what_is_too_large(width: int, height: in
 
 @given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(["code", "paper"]))
 @settings(max_examples=30, deadline=None)
-def test_tiles_are_the_picture(width: int, height: int, rule: str) -> None:
+def test_tiles_are_the_image(width: int, height: int, rule: str) -> None:
     image = Image.new("RGB", (width, height), (200, 100, 50))
     tiles = unires_tiles(image, 48, rule)  # type: ignore[arg-type]
     columns, rows = unires_grid(width, height, tile=48, rule=rule)  # type: ignore[arg-type]
@@ -129,7 +129,7 @@ def test_pad_and_squash_keep_everything() -> None:
     assert (np.asarray(clip.square(white, "squash")) == 255).all()
 
 
-def test_preprocess_says_where_it_looked(tiny_tower: Path, tmp_path: Path) -> None:
+def test_missing_preprocessing_is_reported_with_its_path(tiny_tower: Path, tmp_path: Path) -> None:
     assert Preprocess.from_directory(tiny_tower).size == 48
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"preprocessor_config\.json"):

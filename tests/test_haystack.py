@@ -1,4 +1,4 @@
-"""Haystacks that may be passed on: the same pixels everywhere, streamed into a tower, checked against their hashes."""
+"""Redistributable haystacks: the same pixels everywhere, streamed to a tower, checked against their hashes."""
 
 import json
 from itertools import islice, pairwise
@@ -45,7 +45,7 @@ def test_pixels_are_pinned(seed: int, side: int) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(y=st.integers(-999, 999), x=st.integers(-999, 999), cell=st.sampled_from([1, 4, 32]), dy=st.integers(0, 20))
-def test_a_pan_moves_what_is_seen_and_nothing_else(y: int, x: int, cell: int, dy: int) -> None:
+def test_a_pan_moves_only_the_window(y: int, x: int, cell: int, dy: int) -> None:
     whole = _noise(7, y, x, 40, 30, cell)
     assert (_noise(7, y + dy, x + 9, 40 - dy, 21, cell) == whole[dy:, 9:]).all()
     assert whole.min() >= 0
@@ -56,7 +56,7 @@ def test_a_pan_moves_what_is_seen_and_nothing_else(y: int, x: int, cell: int, dy
     assert (at == (_lattice(7, rows, columns) & np.uint64(255)).astype(int)).all()
 
 
-def test_a_film_moves_and_is_cut(nano: Any) -> None:
+def test_a_video_moves_and_is_cut(nano: Any) -> None:
     frames = [frame.astype(int) for frame in islice(scene(2, 0, 64), 9)]
     within = [abs(a - b).mean() for a, b in pairwise(frames)]
     assert min(within) > 1  # nothing stands still
@@ -70,7 +70,7 @@ def test_a_film_moves_and_is_cut(nano: Any) -> None:
     assert shapes[first + 10 :] == [(64, 64, 3)] * (50 - first)
 
 
-def test_artifact_pictures_and_a_needle_in_them(tiny_lm: Path, tiny_tower: Path, tmp_path: Path) -> None:
+def test_artifact_images_and_a_needle_in_them(tiny_lm: Path, tiny_tower: Path, tmp_path: Path) -> None:
     base = ["niah", "haystack", "--frames", 12, "--side", 48, "--seed", 3]
     artifact = tmp_path / "hay.frames.safetensors"
     done = run(*base, "--model", tiny_tower, "--batch", 5, "-o", artifact)

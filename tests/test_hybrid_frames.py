@@ -1,4 +1,4 @@
-"""Hybrid resolution of a tower's frames: counts told first, recorded in the artifact, pooled by hand the same."""
+"""Hybrid resolution of a tower's frames: counts are known first, are recorded, and equal pooling by hand."""
 
 import json
 from pathlib import Path
@@ -28,9 +28,9 @@ def lvctx(*args: object) -> tuple[int, list[dict[str, Any]], str]:
 
 
 @pytest.fixture(scope="module")
-def film(tiny_vlm: Path, nano: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def encoded(tiny_vlm: Path, nano: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Ten frames, uniform and with (L, m, s) = (3, 4, 2): 4 x 4 features become 2 x 2 or 1 x 2 tokens."""
-    out, clip = tmp_path_factory.mktemp("film"), nano.clips / "bikes.mp4"
+    out, clip = tmp_path_factory.mktemp("hybrid"), nano.clips / "bikes.mp4"
     found: dict[str, Any] = {"clip": clip}
     for name, more in (("plain", ()), ("same", ("--hybrid", "1,4,1")), ("mixed", ("--hybrid", "3,4,2"))):
         code, rows, said = lvctx("encode-video", clip, "--model", tiny_vlm, "--frames", 10, "-o", out / name, *more)
@@ -43,11 +43,11 @@ HIGH = [i % 3 == 0 for i in range(10)]
 TOKENS = 4 * 4 + 6 * 2
 
 
-def test_counts_come_first_and_stay_in_the_artifact(film: dict[str, Any]) -> None:
-    assert f"10 frames, {TOKENS} visual tokens (nominal {TOKENS})" in film["mixed said"]
-    row = film["mixed row"]
+def test_counts_come_first_and_stay_in_the_artifact(encoded: dict[str, Any]) -> None:
+    assert f"10 frames, {TOKENS} visual tokens (nominal {TOKENS})" in encoded["mixed said"]
+    row = encoded["mixed row"]
     assert (row["visual_tokens"], row["nominal_tokens"], row["tokens_per_frame"]) == (TOKENS, TOKENS, TOKENS / 10)
-    mixed, plain = read_feature_cache(film["mixed"]), read_feature_cache(film["plain"])
+    mixed, plain = read_feature_cache(encoded["mixed"]), read_feature_cache(encoded["plain"])
     assert mixed.provenance["schema"] == row["schema"] == "lvctx.frames/2"
     assert mixed.provenance["config"]["hybrid"] == [3, 4, 2]
     assert mixed.grid is not None
@@ -55,9 +55,9 @@ def test_counts_come_first_and_stay_in_the_artifact(film: dict[str, Any]) -> Non
     assert torch.equal(mixed.features, plain.features), "pooling comes after the projector"
 
 
-def test_uniform_artifacts_are_what_they_were(film: dict[str, Any]) -> None:
-    assert film["same"].read_bytes() == film["plain"].read_bytes()
-    plain = read_feature_cache(film["plain"])
+def test_uniform_artifacts_are_what_they_were(encoded: dict[str, Any]) -> None:
+    assert encoded["same"].read_bytes() == encoded["plain"].read_bytes()
+    plain = read_feature_cache(encoded["plain"])
     assert plain.grid is None
     assert plain.provenance["schema"] == "lvctx.frames/1"
     assert "hybrid" not in plain.provenance["config"]
@@ -71,9 +71,9 @@ def test_clip_at_336_pools_to_exactly_a_third() -> None:
 
 @pytest.mark.parametrize(("hybrid", "words"), [("3,5,2", "m is 4"), ("3,4,3", "cannot be pooled"), ("3,4", "L,M,S")])
 def test_what_the_tower_cannot_do_is_refused(
-    hybrid: str, words: str, tiny_vlm: Path, film: dict[str, Any], tmp_path: Path
+    hybrid: str, words: str, tiny_vlm: Path, encoded: dict[str, Any], tmp_path: Path
 ) -> None:
-    code, _, said = lvctx("encode-video", film["clip"], "--model", tiny_vlm, "--hybrid", hybrid, "-o", tmp_path)
+    code, _, said = lvctx("encode-video", encoded["clip"], "--model", tiny_vlm, "--hybrid", hybrid, "-o", tmp_path)
     assert (code, words in said) == (2, True), said
 
 
@@ -109,23 +109,23 @@ def test_what_is_inserted_has_the_resolution_of_its_place() -> None:
     starts = np.cumsum([0, *tokens])
     rows = {i: list(range(starts[i], starts[i + 1])) for i in range(5)}
     fifth, sixth = {4: [14, 15, 16, 17], 2: [18, 19]}, {4: [20, 21, 22, 23], 2: [24, 25]}
-    for film, expected in (
+    for frame_order, expected in (
         ([0, 5, 1, 2, 3, 4], [rows[0], fifth[2], rows[1], rows[2], rows[3], rows[4]]),
         ([5, 0, 1, 6, 2], [fifth[4], rows[0], rows[1], sixth[2], rows[2]]),
         ([0, 1, 2, 6, 5, 3], [rows[0], rows[1], rows[2], sixth[4], fifth[4], rows[3]]),
         ([0, 1, 5], [rows[0], rows[1], fifth[2]]),
         ([3, 4, 0, 1, 6], [rows[3], rows[4], rows[0], rows[1], sixth[2]]),
     ):
-        found = layout.ids(np.array(film)) - 100
+        found = layout.ids(np.array(frame_order)) - 100
         assert found.tolist() == [n for part in expected for n in part] + [26]
     even = FrameRows(vocabulary=7, tokens=[3] * 4, sizes=[3], inserted=2)
     order = [0, 4, 1, 5, 2]
     assert even.ids(np.array(order)).tolist() == [7 + 3 * n + i for n in order for i in range(3)] + [7 + 6 * 3]
 
 
-def test_the_needle_tests_table_is_what_its_ids_mean(tiny_vlm: Path, film: dict[str, Any]) -> None:
+def test_the_needle_tests_table_is_what_its_ids_mean(tiny_vlm: Path, encoded: dict[str, Any]) -> None:
     """Artifacts of both kinds, one after the other: every id looks up the token worked out by hand."""
-    haystack = LlavaOnevision(tiny_vlm).haystack([film["mixed"], film["plain"]], VideoSampling(), as_images=False)
+    haystack = LlavaOnevision(tiny_vlm).haystack([encoded["mixed"], encoded["plain"]], VideoSampling(), as_images=False)
     vlm = load_model(tiny_vlm)
     picture = draw_image(np.random.default_rng(0), size=48, shape="star", color="red")
     frames, inserted = 13, [picture, picture.rotate(90)]
@@ -134,9 +134,9 @@ def test_the_needle_tests_table_is_what_its_ids_mean(tiny_vlm: Path, film: dict[
         table = tokens.table(vlm)
         tower = load_tower(tiny_vlm, dtype=vlm.dtype)
         seen = tower.encode_images([tower.preprocess.square(image, "crop") for image in inserted])
-        features = torch.cat([read_feature_cache(film["mixed"]).features, read_feature_cache(film["plain"]).features])[
-            :frames
-        ]
+        features = torch.cat(
+            [read_feature_cache(encoded["mixed"]).features, read_feature_cache(encoded["plain"]).features]
+        )[:frames]
         grids = [(2, 2) if i >= 10 or HIGH[i] else (1, 2) for i in range(frames)]
         order = [*range(4), 14, *range(4, 12), 13, 12]
         assert [order[at + 1] for at in (4, 13)] == [4, 12]
@@ -147,17 +147,17 @@ def test_the_needle_tests_table_is_what_its_ids_mean(tiny_vlm: Path, film: dict[
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_vqa_and_niah_read_them(tiny_vlm: Path, film: dict[str, Any], tmp_path: Path) -> None:
+def test_vqa_and_niah_read_them(tiny_vlm: Path, encoded: dict[str, Any], tmp_path: Path) -> None:
     read = {}
     for name in ("plain", "mixed"):
         options = ("--model", tiny_vlm, "--ask", "Why?", "--max-new-tokens", 1)
-        code, rows, said = lvctx("vqa", film[name], *options)
+        code, rows, said = lvctx("vqa", encoded[name], *options)
         assert code == 0, said
         read[name] = rows[0]["tokens"]
     assert read["plain"] - read["mixed"] == 10 * 4 - TOKENS
     grid = ("--lengths", "3,10", "--depths", "0,0.5,1", "--trials", 1)
     code, rows, said = lvctx(
-        "niah", "video", "--model", tiny_vlm, "--haystack", film["mixed"], *grid, "-o", tmp_path / "niah"
+        "niah", "video", "--model", tiny_vlm, "--haystack", encoded["mixed"], *grid, "-o", tmp_path / "niah"
     )
     assert code == 0, said
     assert len(rows) == 6

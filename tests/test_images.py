@@ -1,4 +1,4 @@
-"""Pictures as people have them: every kind becomes the right RGB pixels, worked out here by hand, or one clear line."""
+"""Images of every kind become the right RGB pixels, computed here by hand, or an error of one line."""
 
 import struct
 import zlib
@@ -100,7 +100,7 @@ def test_pixels_without_a_known_range_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tiff"])
-def test_of_what_moves_the_first_picture_counts(name: str, tmp_path: Path) -> None:
+def test_of_an_animation_the_first_frame_is_used(name: str, tmp_path: Path) -> None:
     first, *rest = (Image.fromarray(RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)) for _ in range(3))
     more = {"lossless": True} if name.endswith("webp") else {"disposal": 2} if name.endswith("gif") else {}
     first.save(tmp_path / name, save_all=True, append_images=rest, **more)
@@ -137,7 +137,7 @@ def test_exif_rotation(orientation: int, suffix: str, tmp_path: Path) -> None:
     "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff", b"Exif\0\0MM\0*\xff\xff\xff\xff"]
 )
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_a_broken_exif_block_does_not_cost_the_picture(exif: bytes, tmp_path: Path) -> None:
+def test_a_broken_exif_block_is_ignored(exif: bytes, tmp_path: Path) -> None:
     Image.fromarray(COLORS).save(tmp_path / "plain.jpg", quality=100)
     Image.fromarray(COLORS).save(tmp_path / "broken.jpg", quality=100, exif=b"Exif\0\0" + exif)
     assert (pixels(tmp_path / "broken.jpg") == pixels(tmp_path / "plain.jpg")).all()

@@ -1,4 +1,4 @@
-"""The cache beneath the walk: a buffer that grows and is cropped holds what appending and cutting tensors gives."""
+"""The KV cache: a buffer that grows and is cropped equals appending and cutting tensors."""
 
 from pathlib import Path
 from typing import Any

@@ -92,7 +92,7 @@ def test_lmms_eval_shows_our_model_videos(tiny_vlm: Path, nano: Any, tmp_path: P
             assert said[answer.question] == answer.text
 
 
-def test_lmms_eval_shows_our_model_pictures_as_it_was_taught(tiny_vlm: Path, tmp_path: Path) -> None:
+def test_lmms_eval_encodes_images_as_in_training(tiny_vlm: Path, tmp_path: Path) -> None:
     """UniRes: a picture of 2 x 1 tiles, then one of 2 x 2."""
     rng = np.random.default_rng(0)
     for name, size in (("wide", (48, 96, 3)), ("square", (96, 96, 3))):

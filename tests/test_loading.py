@@ -1,4 +1,4 @@
-"""A model is loaded whole or refused: every missing, unknown or differing tensor is named."""
+"""A model is loaded completely or refused: every missing, unknown or differing tensor is named."""
 
 import json
 import shutil
@@ -70,11 +70,11 @@ def reshape(tensors: Tensors) -> None:
 DAMAGE = [
     (drop(UP), {}, f"lacks {UP}"),
     (misname, {}, f"lacks {UP}; holds model.layers.1.mlp.upproj.weight"),
-    (reshape, {}, rf"{UP}: \[3, 3\], and the configuration wants \[128, 64\]"),
+    (reshape, {}, rf"{UP}: \[3, 3\], but the configuration has \[128, 64\]"),
     (nothing, {"num_hidden_layers": 1}, "holds model.layers.1.input_layernorm.weight.* and 1 more"),
     (nothing, {"num_hidden_layers": 3}, "lacks model.layers.2.input_layernorm.weight.* and 1 more"),
     (nothing, {"tie_word_embeddings": False}, "lacks lm_head.weight"),
-    (nothing, {"intermediate_size": 64}, r"down_proj.weight.*: \[64, 128\], and the configuration wants \[64, 64\]"),
+    (nothing, {"intermediate_size": 64}, r"down_proj.weight.*: \[64, 128\], but the configuration has \[64, 64\]"),
 ]
 
 
@@ -228,9 +228,9 @@ def split(lm: Path, out: Path) -> Path:
         ({"weight_map": ["model-00001-of-00002.safetensors"]}, "does not map tensors to files"),
         ({"weight_map": {"a": 1}}, "does not map tensors to files"),
         ({"weight_map": {}}, "does not map tensors to files"),
-        ({"weight_map": {"a": "../lm/model.safetensors"}}, r"'\.\./lm/model\.safetensors' is no safetensors file"),
-        ({"weight_map": {"a": "/etc/passwd"}}, "is no safetensors file of this directory"),
-        ({"weight_map": {"a": "pytorch_model.bin"}}, "is no safetensors file of this directory"),
+        ({"weight_map": {"a": "../lm/model.safetensors"}}, r"'\.\./lm/model\.safetensors' is not a safetensors file"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "is not a safetensors file of this directory"),
+        ({"weight_map": {"a": "pytorch_model.bin"}}, "is not a safetensors file of this directory"),
         ({"weight_map": {"a": "model-9.safetensors"}}, r"missing model-9\.safetensors"),
     ],
 )
@@ -250,7 +250,7 @@ def test_a_single_file_comes_before_an_index_as_in_transformers(lm: Path, tmp_pa
     assert describe(model)["model"]["parameters"] == sum(p.numel() for p in load_model(lm).parameters())
 
 
-def test_what_stands_where_weights_should_is_named(lm: Path, tmp_path: Path) -> None:
+def test_a_file_in_place_of_weights_is_named(lm: Path, tmp_path: Path) -> None:
     pointer = broken.clone(lm, tmp_path / "lfs")
     (pointer / "model.safetensors").unlink()
     (pointer / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")

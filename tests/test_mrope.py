@@ -152,7 +152,7 @@ def test_flat_configurations_keep_their_style() -> None:
     }
 
 
-def test_a_flat_checkpoint_loads_alike(qwen2: Path, tmp_path: Path) -> None:
+def test_a_flat_checkpoint_loads_the_same(qwen2: Path, tmp_path: Path) -> None:
     """The released layout, stretched, computes the same as ours."""
     raw = json.loads((qwen2 / "config.json").read_text())
     text = raw.pop("text_config")
@@ -185,7 +185,7 @@ def yarn_elsewhere(rope: dict[str, Any], *, length: int) -> tuple[list[float], f
 
 
 @pytest.mark.parametrize(("s", "attn"), [(4.0, 0.878249), (8.0, 0.827853)])
-def test_side_files_say_the_same_to_other_runtimes(s: float, attn: float, qwen2: Path, tmp_path: Path) -> None:
+def test_side_files_give_other_runtimes_the_same(s: float, attn: float, qwen2: Path, tmp_path: Path) -> None:
     out = extend(qwen2, tmp_path / "out", scale=s)
     wanted = [paper(j, s=s, length=32_768, ramp="index") for j in range(64)]
     overrides = json.loads((out / "vllm.json").read_text())["text_config"]
@@ -206,7 +206,7 @@ def test_side_files_say_the_same_to_other_runtimes(s: float, attn: float, qwen2:
     assert attention == pytest.approx(1.0)
 
 
-def test_what_other_runtimes_cannot_do_is_said(qwen2: Path, tmp_path: Path) -> None:
+def test_what_other_runtimes_cannot_do_is_reported(qwen2: Path, tmp_path: Path) -> None:
     out = extend(qwen2, tmp_path / "out", ramp="wavelength")
     rope = json.loads((out / "config.json").read_text())["text_config"]["rope_parameters"]
     assert vllm(rope, model_type="qwen2_vl", context=1) is sglang(rope) is None
@@ -221,7 +221,7 @@ def test_bad_input(qwen2: Path, tiny_lm: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"llama has no M-RoPE.*extend-lm"):
         extend(tiny_lm, tmp_path / "x")
     out = extend(qwen2, tmp_path / "out")
-    with pytest.raises(InputError, match=r"stretched already, by 4 with mrope\+\+.*--force"):
+    with pytest.raises(InputError, match=r"already scaled by 4 with mrope\+\+.*--force"):
         extend(out, tmp_path / "x")
     again = extend(out, tmp_path / "again", scale=8.0, force=True)
     assert json.loads((again / "config.json").read_text())["text_config"]["max_position_embeddings"] == 262_144
@@ -251,7 +251,7 @@ def test_no_mrope_pp_for_qwen3_and_the_reason(tmp_path: Path) -> None:
     assert "alternate over all frequencies" in job.note
 
 
-def test_qwen25_does_not_say_its_length(tmp_path: Path) -> None:
+def test_qwen25_does_not_state_its_length(tmp_path: Path) -> None:
     model = mrope_models.save("qwen2_5_vl", tmp_path / "model")
     raw = json.loads((model / "config.json").read_text())
     raw["text_config"]["max_position_embeddings"] = 128_000
@@ -274,4 +274,4 @@ def test_the_command(qwen2: Path, tmp_path: Path) -> None:
     assert lvctx("mrope-extend", "--model", qwen2, "--scale", 4, "-o", out).returncode == 0
     assert (out / "config.json").stat().st_mtime_ns == before
     fails(3, lvctx("mrope-extend", "--model", qwen2, "--scale", 8, "-o", out), "factor: 4.0 -> 8.0")
-    fails(2, lvctx("mrope-extend", "--model", qwen2, "--scale", 8, "-o", qwen2), "-o is the model itself")
+    fails(2, lvctx("mrope-extend", "--model", qwen2, "--scale", 8, "-o", qwen2), "-o is the model's own directory")

@@ -26,7 +26,7 @@ def test_an_image_between_words_by_hand() -> None:
     assert after == 7
 
 
-def test_a_long_video_by_hand_text_goes_on_after_its_time() -> None:
+def test_a_long_video_by_hand_text_follows_its_time() -> None:
     """Eight grids of 2 x 2 tokens after three words: times 3 to 10, so text goes on at 11, not at 3 + 2 = 5."""
     ids, after = positions_of_ids([9, 9, START, *[VIDEO] * 32, END, 9], QWEN2, videos=[(8, 4, 4)])
     time, height, width = ids.tolist()
@@ -53,10 +53,10 @@ def test_qwen3_makes_every_grid_an_item_by_hand() -> None:
     assert after == 7
 
 
-def test_a_film_of_two_sizes_by_hand_time_goes_on() -> None:
+def test_a_video_of_two_sizes_by_hand_time_continues() -> None:
     """A grid of 2 x 2, then two of 1 x 1: times 1, 2, 3; the two delimiters between stand at 1 and 2."""
-    film = VideoGrids(runs=(Grids(1, 2, 2), Grids(2, 1, 1)), times=(0, 1, 2))
-    ids, after = positions([Text(1), film, Text(1)])
+    grids = VideoGrids(runs=(Grids(1, 2, 2), Grids(2, 1, 1)), times=(0, 1, 2))
+    ids, after = positions([Text(1), grids, Text(1)])
     assert ids.tolist() == [
         [0, 1, 1, 1, 1, 1, 2, 2, 3, 4],
         [0, 1, 1, 2, 2, 1, 2, 1, 1, 4],
@@ -75,13 +75,13 @@ def test_what_follows_is_after_everything(count: int, height: int, width: int, s
 
 
 def test_one_run_is_the_plain_video() -> None:
-    film = VideoGrids(runs=(Grids(5, 2, 3),), times=tuple(range(5)))
-    assert torch.equal(positions([Text(2), film])[0], positions([Text(2), Grids(5, 2, 3)])[0])
+    grids = VideoGrids(runs=(Grids(5, 2, 3),), times=tuple(range(5)))
+    assert torch.equal(positions([Text(2), grids])[0], positions([Text(2), Grids(5, 2, 3)])[0])
 
 
 def test_placeholders_and_grids_that_do_not_fit() -> None:
     for ids, images in (([IMAGE] * 3, [(1, 4, 4)]), ([IMAGE] * 4, []), ([9], [(1, 4, 4)])):
-        with pytest.raises(InputError, match=r"do not fit|more images"):
+        with pytest.raises(InputError, match=r"do not match|more images"):
             positions_of_ids(ids, QWEN2, images=images)
 
 

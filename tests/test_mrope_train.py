@@ -91,10 +91,10 @@ def test_the_loss_is_the_stock_models(here: Path) -> None:
             at = begin + down * across // 4
         else:
             shots = [(frame.pts, frame.image) for frame in read_video(here / "b.mp4", VideoSampling(fps=2))]
-            film = resize_frames(shots, reader.rule, resample=reader.processor.resample)
-            seen |= pixels(film, reader.processor)
-            parts += [Text(begin - at), film.part(2)]
-            at = begin + sum(block.tokens for block in film.blocks) + 2 * (len(film.blocks) - 1)
+            sampled = resize_frames(shots, reader.rule, resample=reader.processor.resample)
+            seen |= pixels(sampled, reader.processor)
+            parts += [Text(begin - at), sampled.part(2)]
+            at = begin + sum(block.tokens for block in sampled.blocks) + 2 * (len(sampled.blocks) - 1)
     found, _ = positions([*parts, Text(len(ids) - at)])
     assert torch.equal(row.positions_3L, found)
     model = opinionated("qwen2_5_vl")
@@ -143,7 +143,7 @@ def test_two_ranks_share_a_row_exactly(here: Path) -> None:
     multiprocessing.spawn(_compare, args=(here, 2), nprocs=2)
 
 
-def test_only_the_language_model_changes_and_a_stopped_run_goes_on(here: Path, tmp_path: Path) -> None:
+def test_only_the_language_model_changes_and_a_stopped_run_continues(here: Path, tmp_path: Path) -> None:
     from lvctx.errors import Stopped
 
     options: dict[str, Any] = {"steps": 2, "batch": 2, "lr": 1e-2, "warmup": 0.0, "lora": 4}
@@ -191,7 +191,7 @@ def test_the_command_trains_on_a_file_of_samples(here: Path, tmp_path: Path) -> 
     assert again.stdout == done.stdout
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
     fails(3, run(*flags, "--data", here / "chat", "--hybrid", "2,16,2", "-o", tmp_path / "x"), "another resolution")
-    fails(2, run(*flags, "--data", here / "chat", "--seq-len", 100, "-o", tmp_path / "x"), "not cut to 100")
+    fails(2, run(*flags, "--data", here / "chat", "--seq-len", 100, "-o", tmp_path / "x"), "cannot be cut to 100")
 
 
 def test_stages_go_on_from_each_other(here: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is hidden and asked: RULER's kinds, look-alikes, times, points that lengths share, repeated haystacks."""
+"""Kinds of needles: RULER's tasks, distractors, times, insertion points that lengths share, repeated haystacks."""
 
 import copy
 import itertools

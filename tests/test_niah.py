@@ -1,4 +1,4 @@
-"""Needles: exact sequences, results that survive anything, reports that need no model, one line for bad input."""
+"""Needles: exact sequences, results that survive kills, reports that need no model, one line for bad input."""
 
 import json
 import os
@@ -69,7 +69,7 @@ def encode(tower: Any, target: Path) -> Path:
 # --- sequences
 
 
-def test_a_sequence_says_what_it_should_in_exactly_as_many_tokens(tiny_lm: Path, essays: Path) -> None:
+def test_a_sequence_has_its_text_in_exactly_as_many_tokens(tiny_lm: Path, essays: Path) -> None:
     from lvctx.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_lm)
@@ -174,7 +174,7 @@ def test_a_run_and_its_files(tiny_lm: Path, essays: Path, tmp_path: Path) -> Non
     assert (again.exit_code, again.stdout) == (0, "")
     other = run(*text_arguments(tiny_lm, essays, tmp_path / "b"), "-q", "--prefill-chunk", 64)
     assert other.exit_code == 0
-    assert "share of needles" not in other.stderr
+    assert "text: accuracy" not in other.stderr
     for name in ("results.jsonl", "summary.json", "heatmap.json"):
         same = (tmp_path / "a" / name).read_text().replace('"name": "a"', '"name": "b"')
         assert same == (tmp_path / "b" / name).read_text(), name
@@ -334,15 +334,15 @@ def test_bad_input_is_one_line(
         assert not (tmp_path / "out").exists()
 
     refused(3, "cannot hold needle and question", "--lengths", "40,200")
-    refused(3, "beyond the haystack", "--lengths", 1_000_000)
-    refused(2, "depths are between 0 and 1", "--depths", "0,1.5")
-    refused(2, "lengths are at least 1", "--lengths", "0,200")
+    refused(3, "exceed the haystack", "--lengths", 1_000_000)
+    refused(2, "depths have to be between 0 and 1", "--depths", "0,1.5")
+    refused(2, "lengths have to be at least 1", "--lengths", "0,200")
     refused(2, "whole numbers", "--lengths", "200.5")
     refused(2, "comma-separated numbers", "--depths", "a")
     refused(2, "comma-separated numbers", "--depths", "nan")
     refused(3, "no such file or folder", "--haystack", tmp_path / "none")
     refused(3, "no such model directory", "--model", "./none")
-    refused(3, "beyond the haystack (it has 10)", "--lengths", 11, video=True)
+    refused(3, "exceed the haystack (it has 10)", "--lengths", 11, video=True)
     refused(2, "has no vision tower", "--model", tiny_lm, video=True)
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     refused(3, "not UTF-8", "--haystack", tmp_path / "binary.txt")
@@ -495,7 +495,7 @@ def test_report_needs_no_torch_and_rebuilds(tmp_path: Path) -> None:
 
 
 def test_a_report_of_nothing_is_refused() -> None:
-    with pytest.raises(InputError, match="no result"):
+    with pytest.raises(InputError, match="there are no results"):
         build_results([], "empty")
 
 
@@ -519,7 +519,7 @@ def test_ranks_write_one_file_with_no_row_twice(tiny_lm: Path, essays: Path, tmp
     stored = {row["key"]: row for row in results(tmp_path / "two")}
     assert len(results(tmp_path / "two")) == len(stored) == 12
     assert shown == stored == {row["key"]: row for row in map(json.loads, alone.stdout.splitlines())}
-    assert done.stderr.count("share of needles") == 1
+    assert done.stderr.count(": accuracy") == 1
     summary = json.loads((tmp_path / "two/summary.json").read_text())
     assert summary | {"name": "alone"} == json.loads((tmp_path / "alone/summary.json").read_text())
 

@@ -109,10 +109,10 @@ def test_help_is_the_docstring_of_the_field_or_of_the_field_it_inherits() -> Non
 
 def test_what_cannot_be_is_one_line_and_2(capsys: pytest.CaptureFixture[str]) -> None:
     for args, message in (
-        (("--depths", "a"), "--depths 'a': comma-separated numbers are wanted"),
+        (("--depths", "a"), "--depths 'a': write comma-separated numbers"),
         (("--tokens", "many"), "--tokens 'many': not a number"),
-        (("--factor", 2), "--factor has no meaning without --rope yarn; drop --factor, or give --rope yarn"),
-        (("--stage", "lr=1"), "--stage has no meaning without --data"),
+        (("--factor", 2), "--factor needs --rope yarn; drop --factor, or give --rope yarn"),
+        (("--stage", "lr=1"), "--stage needs --data"),
     ):
         assert run("a", "-o", "out", *args) == 2
         error = capsys.readouterr().err
@@ -159,7 +159,7 @@ def test_what_identifies_a_run() -> None:
 def test_whole_numbers() -> None:
     assert parse_integers("2,1,2") == (1, 2)
     for text in ("1.5", "", "nan"):
-        with pytest.raises(ValueError, match="numbers are wanted"):
+        with pytest.raises(ValueError, match="write comma-separated"):
             parse_integers(text)
 
 

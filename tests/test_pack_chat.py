@@ -358,7 +358,7 @@ def test_a_share_is_met_to_a_sample_and_long_ones_only_as_often_as_needed() -> N
 
 
 @pytest.mark.nano
-def test_nothing_is_lost_or_cut_and_the_shares_are_told(qwen: Path, media: Path, tmp_path: Path) -> None:
+def test_nothing_is_lost_or_cut_and_the_shares_are_reported(qwen: Path, media: Path, tmp_path: Path) -> None:
     rows = pack(tmp_path / "out", sources(tmp_path), qwen, media)
     manifest = rows.manifest
     assert len(manifest["shard_rows"]) > 1
@@ -491,13 +491,13 @@ def test_the_same_bytes_again_and_others_for_another_seed(qwen: Path, media: Pat
 
 
 @pytest.mark.nano
-def test_what_cannot_be_met_is_told(qwen: Path, media: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_met_is_reported(qwen: Path, media: Path, tmp_path: Path) -> None:
     given = sources(tmp_path)
     with pytest.raises(InputError, match=r"no sample of image, interleaved, video is that long, so at most 20% can be"):
         pack(tmp_path / "out", given, qwen, media, long_share=0.3, long_over=1100)
     with pytest.raises(InputError, match=r"100,000,000 tokens cannot be met \(text is \d.* short.*--tokens \d+ is"):
         pack(tmp_path / "out", given, qwen, media, tokens=100_000_000)
-    with pytest.raises(UsageError, match="gives video a share, but there is no --video"):
+    with pytest.raises(UsageError, match="has a share for video, but --video is not given"):
         pack(tmp_path / "out", {"text": given["text"]}, qwen, media, mix={"text": 1, "video": 1})
     with pytest.raises(UsageError, match="--video is not in --mix"):
         pack(tmp_path / "out", given, qwen, media, mix={"text": 1, "image": 1, "interleaved": 1})
@@ -529,7 +529,7 @@ TURN = '{"from": "human", "value": "<image>\\nHm?"}, {"from": "gpt", "value": "Y
         ('{"conversations": ["Hm"]}', r"a.jsonl:2: a turn from 'Hm'"),
         ('{"conversations": [{"from": "human", "value": 3}]}', r"a.jsonl:2: a turn's content is 3"),
         ('{"conversations": [{"from": "human", "value": "Hm"}]}', r"a.jsonl:2: no answer"),
-        ('{"conversations": [{"from": "gpt", "value": "Hm"}]}', r"a.jsonl:2: no answer to learn from"),
+        ('{"conversations": [{"from": "gpt", "value": "Hm"}]}', r"a.jsonl:2: no answer to train on"),
     ],
 )
 def test_bad_rows_stop_or_are_left_out_and_named(line: str, what: str, qwen: Path, media: Path, tmp_path: Path) -> None:
@@ -550,7 +550,7 @@ def test_bad_rows_stop_or_are_left_out_and_named(line: str, what: str, qwen: Pat
 @pytest.mark.nano
 def test_empty_files_lists_and_models_that_cannot_see(qwen: Path, nano: Nano, media: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(InputError, match=r"empty.jsonl: no sample in it"):
+    with pytest.raises(InputError, match=r"empty.jsonl: the file has no sample"):
         pack(tmp_path / "out", {"image": [tmp_path / "empty.jsonl"]}, qwen, media)
     rows = [{"image": "2.png", "conversations": json.loads(f"[{TURN}]")}] * 3
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))

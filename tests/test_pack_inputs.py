@@ -1,4 +1,4 @@
-"""What pack-text reads of files that are not what their name says: read as python's own readers do, or refused.
+"""pack-text on files of another format than their name: read like Python's own readers, or refused.
 
 The expectations are those of python's json, gzip, lzma and bz2, of the zstandard package and of the formats'
 specifications (RFC 8259, RFC 1952, RFC 8878, Unicode's byte order marks).
@@ -94,7 +94,7 @@ def test_plain_files_with_a_compressed_name_and_texts_without_one(bpe: Path, tmp
     assert texts(tmp_path, bpe) == [*TEXTS, "plain", "squeezed", "named", "so"]
 
 
-def test_zstandards_skippable_frames_stand_anywhere(bpe: Path, tmp_path: Path) -> None:
+def test_zstandards_skippable_frames_may_be_anywhere(bpe: Path, tmp_path: Path) -> None:
     one, two = zstandard.compress(lines(["one"])), zstandard.compress(lines(["two"]))
     path = tmp_path / "a.jsonl.zst"
     for content in (SKIPPABLE + one + two, one + SKIPPABLE + two, one + two + SKIPPABLE, 3 * SKIPPABLE + one + two):
@@ -146,7 +146,7 @@ FOREIGN: dict[str, tuple[bytes, str]] = {
     "tar": (tar("a.txt", b"one"), "a tar archive"),
     "tar.gz": (gzip.compress(tar("a.txt", b"one")), "a tar archive"),
     "tar.xz": (lzma.compress(tar("a.txt", b"one")), "a tar archive"),
-    "parquet": (parquet(["one"]), "Parquet, which is not read here; name it .parquet"),
+    "parquet": (parquet(["one"]), "Parquet, which is not supported; name it .parquet"),
     "pdf": (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n", "PDF"),
     "png": (png(), "a PNG image"),
     "jpeg": (b"\xff\xd8\xff\xe0\0\x10JFIF\0", "a JPEG image"),
@@ -181,7 +181,7 @@ def test_binary_content_without_a_name_is_no_text(bpe: Path, tmp_path: Path) -> 
     assert texts(tmp_path / "a.jsonl", bpe) == ["a\0b"], "JSON can spell it"
     brotli = tmp_path / "a.jsonl.br"
     brotli.write_bytes(b"whatever")
-    with pytest.raises(InputError, match="Brotli is not read"):
+    with pytest.raises(InputError, match="Brotli is not supported"):
         texts(brotli, bpe)
 
 
@@ -207,7 +207,7 @@ def test_a_byte_order_mark_names_the_encoding(encoding: str, squeeze: Any, bpe: 
         assert texts(tmp_path / name, bpe) == expected
 
 
-def test_damaged_utf16_is_told_and_a_lone_surrogate_is_invalid_text(bpe: Path, tmp_path: Path) -> None:
+def test_damaged_utf16_is_reported_and_a_lone_surrogate_is_invalid_text(bpe: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffcut".encode("utf-16-le")[:-1])
     with pytest.raises(InputError, match=r"a\.txt: cannot read .*UTF-16.*truncated"):
@@ -286,7 +286,7 @@ def test_objects_are_read_however_they_are_laid_out(
         ("[]", None),
     ],
 )
-def test_what_is_wrong_in_an_array_is_told_with_its_place(
+def test_an_error_in_an_array_is_reported_with_its_location(
     content: str, said: str | None, bpe: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.json"

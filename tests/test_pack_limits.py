@@ -1,4 +1,4 @@
-"""What packing must hold for any input: nothing lost, budgets exact, memory that does not grow."""
+"""Invariants of packing for any input: nothing lost, budgets exact, memory that does not grow."""
 
 import json
 import subprocess
@@ -137,7 +137,7 @@ def test_draws_are_uniform_and_belong_to_seed_and_number() -> None:
         ("web", "not readable as TOML"),
     ],
 )
-def test_a_mix_that_is_none_is_told(text: str, what: str, tmp_path: Path) -> None:
+def test_an_invalid_mix_is_reported(text: str, what: str, tmp_path: Path) -> None:
     (tmp_path / "mix.toml").write_text(text)
     with pytest.raises(InputError, match=what):
         load_mix(str(tmp_path / "mix.toml"))

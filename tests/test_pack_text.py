@@ -344,7 +344,7 @@ def test_a_special_token_that_no_text_can_spell_is_named(tmp_path: Path) -> None
     options: dict[str, Any] = {"tokenizer": tmp_path / "unigram", "separator": "</s>", "seq_len": 4, "keep_short": 1.0}
     lines = '{"text": "the book É"}\n\n{"text": "ends </s> here"}\n{"text": "<unk> a book"}\n'
     (tmp_path / "a.jsonl").write_text(lines)
-    with pytest.raises(InputError, match=r"a\.jsonl:3: </s> in the text, which this tokenizer cannot write as text"):
+    with pytest.raises(InputError, match=r"a\.jsonl:3: </s> in the text, which this tokenizer cannot encode as text"):
         pack(tmp_path / "out", tmp_path / "a.jsonl", **options)
     rows = pack(tmp_path / "out", tmp_path / "a.jsonl", skip_malformed=True, **options)
     assert rows.manifest["sources"]["unreadable"]["malformed"] == 1
@@ -356,7 +356,7 @@ def test_a_lone_surrogate_is_named_by_its_line(bpe: Path, tmp_path: Path) -> Non
         pack(tmp_path / "out", tmp_path / "a.jsonl", tokenizer=bpe, invalid="error")
 
 
-def test_wrong_numbers_are_told_before_anything_is_read(bpe: Path, tmp_path: Path) -> None:
+def test_wrong_numbers_are_reported_before_anything_is_read(bpe: Path, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", make_documents(5, seed=4))
     with pytest.raises(UsageError, match="less than 2"):
         pack(tmp_path / "out", source, tokenizer=bpe, seq_len=1)

@@ -1,4 +1,4 @@
-"""The plan against what others counted: stock models on the meta device, published speeds and limits."""
+"""The plan against published counts: stock models on the meta device, published speeds and limits."""
 
 import json
 import re
@@ -84,7 +84,7 @@ def test_lora_is_what_peft_adds(tiny_lm: Path) -> None:
 
 
 @pytest.mark.parametrize(("length", "speed", "mfu"), [(65536, 7816, 0.28), (512000, 2133, 0.38), (700000, 1603, 0.38)])
-def test_work_is_what_published_speed_and_utilisation_say(length: int, speed: float, mfu: float) -> None:
+def test_work_agrees_with_published_speed_and_utilisation(length: int, speed: float, mfu: float) -> None:
     """EasyContext on 8 A100, Llama-2-7B: tokens a second and MFU as published."""
     work = flops(read_shape(LLAMA2_7B, where=""), length, 1)
     assert work * speed / (8 * A100.flops) == pytest.approx(mfu, abs=0.011)
@@ -117,7 +117,7 @@ def test_longest_is_where_it_stops_to_fit(gib: int, cp: int, offload: bool, chec
     assert not found or peaks[0] <= device.memory
 
 
-def test_what_is_said_to_help_helps() -> None:
+def test_the_suggested_flags_help() -> None:
     spread = Spread(world=8, cp=1, checkpointing=False)
     before = memory(qwen2(), spread, 224_000, runtime=A100.runtime)[1]
     helps = remedies(qwen2(), spread, 224_000, A100)

@@ -1,4 +1,4 @@
-"""Positional skip-wise training: what positions a short row gets, and that its two parts still see each other."""
+"""Positional skip-wise training: the positions of a short row, whose two parts still attend to each other."""
 
 import json
 from pathlib import Path

@@ -70,7 +70,7 @@ def test_frequencies_are_the_formula_and_what_stock_transformers_computes(
     assert stock.attention_scaling == pytest.approx(expected if module is yarn else 1.0, rel=1e-12)
 
 
-def test_a_sharper_attention_is_told_to_every_runtime() -> None:
+def test_the_attention_factor_reaches_every_runtime() -> None:
     """transformers and vLLM read the whole factor; SGLang multiplies its own 0.1 ln s + 1 by `attn_factor`."""
     told = chosen(config(), "yarn", factor=8, attention_factor=1.4).rope_parameters
     assert told["attention_factor"] == 1.4
@@ -115,7 +115,7 @@ def chosen(model: Any, scheme: Any, **asked: Any) -> Any:
     )
 
 
-def test_what_is_not_said_follows_from_what_is() -> None:
+def test_missing_options_follow_from_given_ones() -> None:
     assert chosen(config(), "theta").rope_parameters["rope_theta"] == 1e9
     assert chosen(config(), "theta", seq_len=65536).context == 65536
     assert chosen(config(), "yarn", factor=4).context == 131072
@@ -153,7 +153,7 @@ def test_a_lower_base_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     assert "base 50000 is lower than the model's own 1e+06" in caplog.text
 
 
-def test_linear_positions_do_not_say_their_original_length() -> None:
+def test_linear_positions_do_not_state_their_original_length() -> None:
     """Chen et al. scale the pretrained length; max_position_embeddings of released configurations is either."""
     linear = config(rope_type="linear", factor=4.0)
     with pytest.raises(InputError, match="--original-length, 32768 or 8192"):
@@ -171,10 +171,10 @@ def test_linear_positions_do_not_say_their_original_length() -> None:
         ("theta", {"factor": 2.0}, "--factor has no meaning"),
         ("none", {"theta": 1e6}, "keeps the base"),
         ("ntk", {"factor": 2.0, "attention_factor": 1.4}, "--attention-factor has no meaning"),
-        ("pi", {"context": 8192}, "stretches by 0.25"),
+        ("pi", {"context": 8192}, "would scale by 0.25"),
         ("theta", {"original": 8192}, "--original-length has no meaning"),
         ("none", {"original": 8192}, "--original-length has no meaning"),
-        ("yarn", {}, "stretches by 0"),
+        ("yarn", {}, "would scale by 0"),
     ],
 )
 def test_contradicting_flags(scheme: Any, asked: dict[str, Any], message: str) -> None:

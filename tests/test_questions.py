@@ -75,8 +75,8 @@ class PlainModel:
         from lvctx.models.vlm_assembly import embed_frames, newline_embedding
         from lvctx.vlm.feature_cache import read_feature_cache
 
-        film = read_feature_cache(frames)
-        block = torch.cat([embed_frames(self.vlm, film.features, film.grid), newline_embedding(self.vlm)])
+        cache = read_feature_cache(frames)
+        block = torch.cat([embed_frames(self.vlm, cache.features, cache.grid), newline_embedding(self.vlm)])
         return self.answer_about(block, turns, count)
 
     @torch.no_grad()
@@ -115,7 +115,7 @@ def asked(loud_vlm: Path, clips: Path, out: Path, questions: Path = DATA / "ques
 
 
 @pytest.mark.nano
-def test_replies_are_those_of_plain_generation_and_say_all_that_decided_them(
+def test_replies_are_those_of_plain_generation_with_all_that_decided_them(
     finished: tuple[Path, list[dict[str, Any]]], loud_vlm: Path
 ) -> None:
     out, rows = finished
@@ -136,7 +136,7 @@ def test_replies_are_those_of_plain_generation_and_say_all_that_decided_them(
 
 
 @pytest.mark.nano
-def test_the_official_file_is_exact_and_scored_as_it_stands(finished: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_the_official_file_is_exact_and_scored_unchanged(finished: tuple[Path, list[dict[str, Any]]]) -> None:
     out, rows = finished
     text = (out / "responses.json").read_text()
     videos = json.loads(text)
@@ -169,7 +169,7 @@ def test_frames_are_read_once_for_three_questions(loud_vlm: Path, finished: tupl
 
 
 @pytest.mark.nano
-def test_a_run_goes_on_where_it_stopped_and_a_finished_one_does_nothing(
+def test_a_run_continues_where_it_stopped_and_a_finished_one_does_nothing(
     finished: tuple[Path, list[dict[str, Any]]], loud_vlm: Path, clips: Path, tmp_path: Path
 ) -> None:
     out, _ = finished
@@ -225,7 +225,7 @@ def test_frames_of_two_resolutions(loud_vlm: Path, clips: Path, tmp_path: Path) 
         (("--hybrid", "3,5,2"), "m is 4"),
         (
             ("--hybrid", "3,4,2", "--hybrid-mode", "image"),
-            "--hybrid-mode: a CLIP or SigLIP tower merges no frames",
+            "--hybrid-mode: a CLIP or SigLIP tower does not merge frames",
         ),
         (("--fps", 1), "not both"),
     ):
@@ -301,7 +301,7 @@ def test_questions_from_the_hub(loud_vlm: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     gone = run("videomme", "run", *flags, "hub")
     assert (gone.exit_code, gone.stdout) == (3, "")
-    assert gone.stderr.startswith("lvctx: hub: neither a file here nor")
+    assert gone.stderr.startswith("lvctx: hub: neither a local file nor")
     assert gone.stderr.count("\n") == 1
     nowhere = run("videomme", "run", *flags, "./no/such/file.json")
     assert (nowhere.exit_code, "no such file" in nowhere.stderr) == (3, True)
@@ -453,7 +453,7 @@ def haystack(folder: Path, sizes: tuple[int, ...]) -> None:
         ("single", (4 + 1, 3 * (4 + 1))),
     ],
 )
-def test_pictures_are_shown_as_the_model_was_taught(
+def test_images_are_encoded_as_in_training(
     grid: ImageGrid, tokens: tuple[int, int], loud_vlm: Path, tmp_path: Path
 ) -> None:
     """Replies and lengths are those of stock transformers' own image and video paths."""

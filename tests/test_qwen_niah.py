@@ -1,4 +1,4 @@
-"""Needles for Qwen-VL: a cell scores like a stock forward over the film that it is, and what is shared is run once."""
+"""Needles for Qwen-VL: a cell scores like a stock forward over its video, and common prefixes are computed once."""
 
 import copy
 import itertools
@@ -70,7 +70,7 @@ HYBRIDS = {
 def test_grid_equals_plain_forwards(
     nested: bool, kind: str, name: str, saved: dict[str, Path], hay: tuple[Path, list[np.ndarray]]
 ) -> None:
-    """The other way: the film's pixels, needle among them, through the stock forward, with positions of whole films."""
+    """Reference: pixels of the whole video, with the needle among them, through the stock forward."""
     folder, shots = hay
     tokenizer, model, hybrid = mrope_models.tokenizer(), opinionated(kind), HYBRIDS[name]
     sampling = VideoSampling(fps=0.75, hybrid=hybrid, hybrid_mode=hybrid.mode)
@@ -97,12 +97,12 @@ def test_grid_equals_plain_forwards(
     for cell in [cells[i] for i in walk_order(sequences)]:
         ids, answer = test.sequence(cell)
         assert cell.position % unit == 0
-        film = [shots[i % count] for i in range(cell.length)]
+        with_needle = [shots[i % count] for i in range(cell.length)]
         spread = 4 if nested else cell.length
         other = int(float(test._distractor_fractions[0]) * spread) // unit * unit
         for at, number in sorted([(cell.position, cell.trial), (other, 2)], key=lambda p: p[0], reverse=True):
-            film[at:at] = [pictures[number]] * unit
-        seen = resize_frames([(i / 0.75, shot) for i, shot in enumerate(film)], haystack.rule, resample=BICUBIC)
+            with_needle[at:at] = [pictures[number]] * unit
+        seen = resize_frames([(i / 0.75, shot) for i, shot in enumerate(with_needle)], haystack.rule, resample=BICUBIC)
         before, after = chat_ids(tokenizer, cell.question, mark="<|video_pad|>")
         plain_ids = [*before, *haystack.rule.layout(seen.blocks).ids, *after, *tokenizer.encode(cell.answer)]
         found, _ = positions([Text(len(before) + 1), seen.part(rules.tokens_per_second), Text(len(after) + 1 + answer)])
@@ -121,7 +121,7 @@ def test_grid_equals_plain_forwards(
 
 
 @pytest.mark.parametrize("natural", [True, False])
-def test_pictures_apart_equal_a_plain_forward(
+def test_separate_images_equal_a_plain_forward(
     natural: bool, saved: dict[str, Path], hay: tuple[Path, list[np.ndarray]]
 ) -> None:
     """The other way: stock prompt of an image after the other, each through the model's own processor."""
@@ -155,8 +155,8 @@ def test_pictures_apart_equal_a_plain_forward(
         assert_same(walker.score(ids, answer), plain(logits, np.array(whole), answer))
 
 
-def test_writing_goes_on_after_the_films_time(saved: dict[str, Path], hay: tuple[Path, list[np.ndarray]]) -> None:
-    """Twelve grids of 2 x 4 tokens: what is generated stands behind the last of them, as for `vqa`."""
+def test_generation_continues_after_the_videos_time(saved: dict[str, Path], hay: tuple[Path, list[np.ndarray]]) -> None:
+    """Twelve grids of 2 x 4 tokens: generated tokens follow the last of them, as in `vqa`."""
     model = opinionated("qwen2_5_vl")
     tokenizer = mrope_models.tokenizer()
     sampling = VideoSampling(fps=1, hybrid=Hybrid(tokens=8))
@@ -173,8 +173,10 @@ def test_writing_goes_on_after_the_films_time(saved: dict[str, Path], hay: tuple
         assert scorer.score(again, 1).forced
     text = [int(p) for p in tokens.positions(ids, 0)[0, 0, -4:]]
     assert text == list(range(text[0], text[0] + 4))
-    film = tokens.positions(ids, 0)[0, 0, ids >= tokens.grids.vocabulary]
-    assert int(film.max() - film.min()) == 13 * 2 * 2  # the last of 14 grids of two frames a second apart, 2 a second
+    video_positions = tokens.positions(ids, 0)[0, 0, ids >= tokens.grids.vocabulary]
+    assert (
+        int(video_positions.max() - video_positions.min()) == 13 * 2 * 2
+    )  # the last of 14 grids of two frames a second apart, 2 a second
 
 
 @pytest.mark.nano
@@ -205,7 +207,7 @@ def test_the_command(saved: dict[str, Path], nano: Any, tmp_path: Path) -> None:
     assert facts["last_position"] < facts["longest_tokens"]
 
 
-def test_pictures_of_two_shapes_are_refused(saved: dict[str, Path], tmp_path: Path) -> None:
+def test_images_of_two_shapes_are_refused(saved: dict[str, Path], tmp_path: Path) -> None:
     for name, size in (("a", (150, 90)), ("b", (90, 150))):
         (tmp_path / name).mkdir()
         Image.new("RGB", size).save(tmp_path / name / "0.png")

@@ -1,4 +1,4 @@
-"""Questions to Qwen-VL: replies are those of whole stock forwards, and what is shown is read once for all questions."""
+"""Questions to Qwen-VL: replies equal those of full stock forwards, and a video is read once for all questions."""
 
 import json
 from pathlib import Path
@@ -67,32 +67,32 @@ def resized(vlm: QwenVL, frames: list[tuple[float, np.ndarray]], sampling: Video
         ),
     ],
 )
-def test_a_film_is_read_once_for_all_questions(kind: str, options: dict[str, Any], saved: dict[str, Path]) -> None:
+def test_a_video_is_read_once_for_all_questions(kind: str, options: dict[str, Any], saved: dict[str, Path]) -> None:
     """Seventeen frames at uneven times: an odd last one, and time that goes far beyond height and width."""
     vlm, engine = engine_of(saved, kind)
     sampling = VideoSampling(**options)
     rng = np.random.default_rng(0)
     frames = [(i / 2 + i % 3 / 10, rng.integers(0, 256, (90, 150, 3), dtype=np.uint8)) for i in range(17)]
-    film = resized(vlm, frames, sampling)
-    engine.set_visual_input(vlm.visual_input([film], sampling))
+    sampled = resized(vlm, frames, sampling)
+    engine.set_visual_input(vlm.visual_input([sampled], sampling))
     prompts = [engine.prompt_ids([question]) for question in QUESTIONS]
-    seen = pixels(film, vlm.processor)
+    seen = pixels(sampled, vlm.processor)
     for ids, question in zip(prompts, QUESTIONS, strict=True):
         text = f"<|im_start|>user\n<|video_pad|>{question}<|im_end|>\n<|im_start|>assistant\n"
         first, last = (engine.tokenizer.encode(part) for part in text.split("<|video_pad|>"))
-        plain = [*first, *film.rule.layout(film.blocks).ids, *last]
-        found, after = positions([Text(len(first) + 1), film.part(vlm.seconds_to_positions), Text(len(last) + 1)])
+        plain = [*first, *sampled.rule.layout(sampled.blocks).ids, *last]
+        found, after = positions([Text(len(first) + 1), sampled.part(vlm.seconds_to_positions), Text(len(last) + 1)])
         assert torch.equal(engine.scorer.positions(ids, 0)[:, 0], found)
         assert engine.last_position(ids) == after - 1
         stock = greedy(engine.model, Prompt(ids=plain, positions=found, pixels=seen), 4)
         assert engine.generate(ids, 4) == stock
     assert engine.scorer.tokens_run < len(prompts[0]) + 3 * 70
     engine.context = after + 3
-    with pytest.raises(InputError, match=rf"{after} positions and 4 to answer exceed.*mrope-extend"):
+    with pytest.raises(InputError, match=rf"{after} positions and 4 to generate exceed.*mrope-extend"):
         engine.generate(prompts[2], 4)
 
 
-def test_pictures_are_items_of_their_own(saved: dict[str, Path]) -> None:
+def test_images_are_separate_items(saved: dict[str, Path]) -> None:
     """Two pictures of two shapes: transformers' own positions are right where there is no video."""
     vlm, engine = engine_of(saved, "qwen2_5_vl")
     rng = np.random.default_rng(0)
@@ -131,9 +131,9 @@ def test_qwen3_writes_times_as_the_stock_processor_does(hybrid: Hybrid, saved: d
     sampling = VideoSampling(hybrid=hybrid)
     rng = np.random.default_rng(0)
     frames = [(7.0 + i / 2, rng.integers(0, 256, (90, 150, 3), dtype=np.uint8)) for i in range(7)]
-    film = resized(vlm, frames, sampling)
-    engine.set_visual_input(vlm.visual_input([film], sampling))
-    seen = pixels(film, vlm.processor)
+    sampled = resized(vlm, frames, sampling)
+    engine.set_visual_input(vlm.visual_input([sampled], sampling))
+    seen = pixels(sampled, vlm.processor)
     grids = seen["video_grid_thw"].repeat_interleave(seen["video_grid_thw"][:, 0], 0)
     grids[:, 0] = 1
     processor = SimpleNamespace(
@@ -171,10 +171,10 @@ def test_qwen3_writes_times_as_the_stock_processor_does(hybrid: Hybrid, saved: d
 
 @pytest.mark.nano
 def test_the_command_asks_about_video_files(saved: dict[str, Path], nano: Any, tmp_path: Path) -> None:
-    films = tmp_path / "films"
-    films.mkdir()
-    (films / "bikes.mp4").symlink_to(nano.clips / "bikes.mp4")
-    flags = ("videomme", "run", "--model", saved["qwen2_vl"], "--videos", films)
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    (videos / "bikes.mp4").symlink_to(nano.clips / "bikes.mp4")
+    flags = ("videomme", "run", "--model", saved["qwen2_vl"], "--videos", videos)
     flags += ("--questions", DATA / "questions.json", "--max-new-tokens", 2, "-q")
     done = run(*flags, "--frames", 5, "--hybrid", "2,24,4", "-o", tmp_path / "a")
     assert done.exit_code == 4, done.stderr
@@ -192,7 +192,7 @@ def test_the_command_asks_about_video_files(saved: dict[str, Path], nano: Any, t
     fails(2, run(*flags, "--frame-mode", "pad", "-o", tmp_path / "b"), "--frame-mode")
     chat = run(
         "vqa",
-        films / "bikes.mp4",
+        videos / "bikes.mp4",
         "--model",
         saved["qwen2_vl"],
         "--chat",

@@ -1,4 +1,4 @@
-"""Runs that are killed -9, wherever and however often: the log has every step once, the files are the whole run's."""
+"""Runs that are killed with -9, anywhere and repeatedly: the log has every step once, the files are the whole run's."""
 
 import json
 import os
@@ -135,7 +135,7 @@ def test_a_signal_between_a_step_and_its_row_loses_neither(tmp_path: Path) -> No
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
 
 
-def test_a_log_that_somebody_changed_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_changed_log_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(Stopped):
         Toy(tmp_path, stop_at=8).run()
     path = tmp_path / "metrics.jsonl"

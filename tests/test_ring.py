@@ -1,4 +1,4 @@
-"""Ring attention: what meets what, sharding, and loss and gradients against stock transformers and full attention."""
+"""Ring attention: blocks, sharding, and loss and gradients against stock transformers and full attention."""
 
 import sys
 from collections.abc import Callable
@@ -64,7 +64,7 @@ def test_every_pair_that_may_meet_meets_once(length: int, world: int, begins: se
 
 
 @given(st.integers(2, 200), st.sampled_from([2, 4, 8]))
-def test_without_documents_ranks_work_alike(length: int, world: int) -> None:
+def test_without_documents_ranks_do_equal_work(length: int, world: int) -> None:
     def work(rank: int) -> float:
         size = len(places(rank, world, length))
         found = [b for source in range(world) for b in blocks(rank, source, world, size, None)]

@@ -1,4 +1,4 @@
-"""The life cycle that all trainings share, on a training of its own."""
+"""The common life cycle of trainings, tested with a minimal training."""
 
 import json
 import os

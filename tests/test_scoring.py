@@ -125,7 +125,7 @@ def score(file: Path) -> dict[str, Any]:
     return row
 
 
-def test_the_output_says_which_script(tmp_path: Path) -> None:
+def test_the_output_names_the_script(tmp_path: Path) -> None:
     """Three of four right now; before, two were read as A, one of them rightly."""
     said = [("Answer: B", "B"), ("Answer: A", "A"), ("Option: C", "B"), ("B", "B"), ("no idea", "B")]
     file = write(tmp_path / "r.json", [video(i, question(str(i), r, a)) for i, (r, a) in enumerate(said)])
@@ -134,8 +134,8 @@ def test_the_output_says_which_script(tmp_path: Path) -> None:
     assert (row["rules"]["official-2024"]["mean"], row["rules"]["official-2024"]["counted"]) == (0.5, 4)
     assert list(row["rule_sources"]) == list(row["rules"]) == ["official", "official-2024", "lmms-eval", "strict"]
     text = run("videomme", "score", file, "--rule", "official-2024").stdout
-    assert "official: Video-MME's eval_your_results.py as it is now" in text
-    assert "official-2024: Video-MME's eval_your_results.py as it was" in text
+    assert "official: Video-MME's current eval_your_results.py" in text
+    assert "official-2024: Video-MME's eval_your_results.py before it removed" in text
     assert "official-2024 rule, %" in text
 
 
@@ -185,7 +185,7 @@ def test_replies_with_reasoning(text: str, expected: str) -> None:
 def test_reasoning_is_reported_and_longvideobench_guesses_without_it(tmp_path: Path) -> None:
     text = "<think>It is A, or C.</think>no idea"
     row = score(write(tmp_path / "r.json", [video(0, question("1", text)), video(1, question("2", "B"))]))
-    assert row["warnings"] == ["1 of 2 replies hold reasoning in tags, which only the rule of lmms-eval removes"]
+    assert row["warnings"] == ["1 of 2 replies have reasoning in tags, which only the rule of lmms-eval removes"]
     groups = {"duration_group": "15", "question_category": "S2E", "topic_category": "KH"}
     shared = {"video": "v", "answer": "B", "letters": "ABC", "groups": groups}
     rows = [{"id": "1", "response": "<think>A</think>B", **shared}, {"id": "2", "response": text, **shared}]
@@ -222,10 +222,10 @@ def test_keys_are_read_or_reported(key: Any, expected: str | None, tmp_path: Pat
         assert row["overlooked"] == ({} if key == "B" else {"answers in another form than their letter": 1})
     else:
         assert (row["questions"], row["rules"]["official"]["mean"]) == (1, 1.0)
-        kind = "answers that are none of their question's options, left out"
+        kind = "answers that are not among their question's options, left out"
         assert row["overlooked"] == {kind: 1}
         assert row["warnings"] == [f"1 {kind}; the first is x-1: {key!r}"]
-        assert run("videomme", "score", file).stdout.startswith("WARNING r: 1 answers that are none")
+        assert run("videomme", "score", file).stdout.startswith("WARNING r: 1 answers that are not among")
 
 
 @pytest.mark.parametrize("response", [["B"], {"answer": "B"}, 2, True, float("nan")])
@@ -233,7 +233,7 @@ def test_a_response_that_is_no_text_is_empty_and_reported(response: Any, tmp_pat
     row = score(write(tmp_path / "r.json", [video(0, question("x-1", response)), video(1, question("x-2", "B"))]))
     assert (row["rules"]["official"]["mean"], row["rules"]["official"]["counted"]) == (1.0, 1)
     assert (row["rules"]["lmms-eval"]["mean"], row["rules"]["lmms-eval"]["counted"]) == (0.5, 2)
-    assert row["warnings"][0].startswith("1 responses that are no text, read as empty; the first is x-1: ")
+    assert row["warnings"][0].startswith("1 responses that are not text, read as empty; the first is x-1: ")
 
 
 def test_a_key_may_be_any_of_the_options_that_a_question_has(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_key_may_be_any_of_the_options_that_a_question_has(tmp_path: Path) -> 
     rows = [question("1", "F", "F", options=eight), question("2", "B", "D", options=["a", "b", "c"])]
     read = read_responses(write(tmp_path / "r.json", [video(0, *rows)]))
     assert [(r.answer, r.letters) for r in read.replies] == [("F", "ABCDEFGH")]
-    assert read.warnings == ["1 answers that are none of their question's options, left out; the first is 2: 'D'"]
+    assert read.warnings == ["1 answers that are not among their question's options, left out; the first is 2: 'D'"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
@@ -306,9 +306,9 @@ def test_effective_length_is_the_largest_up_to_which_none_falls_under(shares: di
     assert vhs.score(rows)["effective_length"] == effective
 
 
-def test_replies_that_say_both_are_reported() -> None:
+def test_replies_with_both_words_are_reported() -> None:
     row = {"id": "1", "answer": "no", "response": "Yes and no.", "groups": {"images": "1"}}
-    assert vhs.score([row])["warnings"][-1].startswith("1 replies say both yes and no")
+    assert vhs.score([row])["warnings"][-1].startswith("1 replies have both yes and no")
 
 
 # --- time

@@ -58,7 +58,7 @@ def test_rows_are_cut_into_pieces_with_their_documents(tmp_path: Path, length: i
 
 
 def test_a_length_beyond_the_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"rows of 100 tokens, 101 are wanted; pack-text --seq-len 101"):
+    with pytest.raises(InputError, match=r"rows have 100 tokens instead of 101; pack-text --seq-len 101"):
         PackedRows(pack(tmp_path / "packed"), seq_len=101)
 
 
@@ -68,9 +68,9 @@ def test_a_stage_is_read_or_refused() -> None:
         "rope_theta": 1e6,
         "data": Path("x/y"),
     }
-    with pytest.raises(UsageError, match="no 'length'; it has seq-len"):
+    with pytest.raises(UsageError, match="no 'length'; give seq-len"):
         parse_stage("length=32")
-    with pytest.raises(UsageError, match="'many' is no int"):
+    with pytest.raises(UsageError, match="'many' is not a valid int"):
         parse_stage("steps=many")
 
 
@@ -143,7 +143,7 @@ def test_the_second_stage_starts_from_the_first(recipe: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("stage", "code", "said"),
     [
-        ("seq-len=200,steps=1,batch-tokens=200", 3, "rows of 100 tokens, 200 are wanted"),
+        ("seq-len=200,steps=1,batch-tokens=200", 3, "rows have 100 tokens instead of 200"),
         ("seq-len=50,steps=1,batch-tokens=1000", 3, "14 rows of 50 tokens do not make a step of 1000"),
         ("seq-len=50,steps=1,batch-tokens=40", 2, "less than one row of 50"),
         ("seq-len=50,context=40,steps=1,batch-tokens=50", 2, "rows of 50 are longer than the 40 positions"),
@@ -161,7 +161,7 @@ def test_rows_read_more_than_once_are_a_warning(recipe: Path, tmp_path: Path) ->
     flags = ("--stage", "seq-len=100,steps=8,batch-tokens=100,lr=0")
     done = extend("--recipe", recipe, *flags, "-o", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "7 rows are few for 8 steps: each is read 1.1 times" in done.stderr
+    assert "7 rows for 8 steps: each row is used 1.1 times" in done.stderr
 
 
 def test_bases_are_a_grid_by_factor() -> None:

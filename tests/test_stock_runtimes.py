@@ -1,4 +1,4 @@
-"""What we write in stock transformers, from the files alone: the same pixels, the same answers."""
+"""Our outputs in stock transformers, from the files alone: the same pixels, the same answers."""
 
 import json
 import os

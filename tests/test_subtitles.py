@@ -1,4 +1,4 @@
-"""Subtitles against FFmpeg's own demuxer, and where it has no answer, against the formats; how files are found."""
+"""Subtitles against FFmpeg's own demuxer or, where it has none, the formats; finding their files."""
 
 from pathlib import Path
 
@@ -101,7 +101,7 @@ def test_what_cannot_be_read_is_counted_or_refused(tmp_path: Path) -> None:
     assert read_subtitles(file).at([0.0]) == "one"
     for text in ("[Script Info]\n\n[Events]\nDialogue: 0,0:00:01.00,0:00:02.00,Default,,0,0,0,,one\n", "words"):
         file.write_text(text)
-        with pytest.raises(InputError, match=r"v\.srt: no subtitle in it"):
+        with pytest.raises(InputError, match=r"v\.srt: the file has no subtitles"):
             read_subtitles(file)
     for text in ("", "\n\n", "WEBVTT\n"):
         file.write_text(text)

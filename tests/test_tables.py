@@ -1,4 +1,4 @@
-"""Question files: options, keys, encodings and dialects as they are found; what cannot be read is named."""
+"""Question files: options, keys, encodings and dialects in use; unreadable values are named."""
 
 import csv
 import json
@@ -347,7 +347,7 @@ def test_columns_of_other_types(tmp_path: Path) -> None:
     assert (one.id, one.video, one.question, one.answer) == ("24-6", "24", "why", "D")
     broken = pa.Table.from_pylist([NEXTQA | {"question": b"\xff"}])
     pq.write_table(broken, tmp_path / "q.parquet")
-    with pytest.raises(InputError, match="row 1: question is no text"):
+    with pytest.raises(InputError, match="row 1: question is not text"):
         nextqa.samples(tmp_path / "q.parquet")
     at = broken.schema.get_field_index("question")
     text = pa.Array.from_buffers(pa.string(), 1, broken["question"].chunk(0).buffers())

@@ -1,4 +1,4 @@
-"""What metrics.jsonl says of a step's speed."""
+"""The speed of a step in metrics.jsonl."""
 
 import pytest
 import torch

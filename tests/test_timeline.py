@@ -1,4 +1,4 @@
-"""Which frame is which: numbers, times, streams and orientation are those of the ffmpeg program, in odd containers too.
+"""Numbers, times, streams and orientation of frames are those of the ffmpeg program, in unusual containers too.
 
 Every frame carries its number as ten bars, most significant first: black is 0, white is 1.
 """
@@ -161,7 +161,7 @@ def test_a_still_stays_on_display_where_the_container_is_trusted(make: Make) -> 
 @pytest.mark.parametrize(
     ("turn", "flips"), itertools.product((0, 90, 180, 270, 45), ((), ("-display_hflip",), ("-display_vflip",)))
 )
-def test_a_picture_is_turned_and_flipped_as_ffmpeg_does(turn: int, flips: Sequence[str], make: Make) -> None:
+def test_a_frame_is_turned_and_flipped_as_in_ffmpeg(turn: int, flips: Sequence[str], make: Make) -> None:
     plain = make("upright.mp4", "-vf", "geq=lum='X*2+Y':cb=X:cr=Y", *H264, count=3)
     path = plain.with_name(f"turned{turn}{''.join(flips)}.mp4")
     ffmpeg("-display_rotation", turn, *flips, "-i", plain, "-c", "copy", path)

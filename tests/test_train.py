@@ -1,4 +1,4 @@
-"""The training engine: schedules, data order, conversations, and runs that a signal can stop at any step."""
+"""The training engine: schedules, data order, conversations, and stopping by a signal at any step."""
 
 import json
 import math
@@ -140,7 +140,7 @@ def test_only_the_assistants_words_and_their_end_are_counted(pictures: Path, tin
         (talk("What?", "red", image="a.png"), "0 <image> marks for 1 images"),
         (talk("<image>\nWhat?", "", image="a.png"), "an empty answer"),
         (talk("<image>\nWhat?", "red", "And?", " \n", image="a.png"), "an empty answer"),
-        (talk("What?"), "no answer to learn from"),
+        (talk("What?"), "no answer to train on"),
         (talk("Hi", "Ho", "<image>What?", image="a.png"), "an image or video after the last answer"),
         (talk("<video>What?", "red", video="a.mp4"), "a video"),
         (talk("<image>What?", "red", image=3), "`image` is neither a path nor a list of paths"),
@@ -196,7 +196,7 @@ def changed(a: Path, b: Path) -> set[str]:
     return {name for name in old if not torch.equal(old[name], new[name])}
 
 
-def test_stages_train_what_they_say_and_freeze_the_rest(
+def test_stages_train_their_parts_and_freeze_the_rest(
     drawn: Path, tmp_path: Path, tiny_lm: Path, tiny_tower: Path
 ) -> None:
     first, second = tmp_path / "p1", tmp_path / "p3"
@@ -216,7 +216,7 @@ def test_stages_train_what_they_say_and_freeze_the_rest(
     assert "image_newline" in trained, "the newline follows its token"
 
 
-def test_align_learns_what_it_is_shown(drawn: Path, tmp_path: Path, tiny_lm: Path, tiny_tower: Path) -> None:
+def test_align_learns_its_images(drawn: Path, tmp_path: Path, tiny_lm: Path, tiny_tower: Path) -> None:
     align(drawn, tmp_path / "vlm", tiny_lm, tiny_tower, steps=40, batch=5, stage="full", lr=5e-3)
     losses = [row["loss"] for row in metrics(tmp_path / "vlm")]
     assert losses[-1] < 0.1 * losses[0]
@@ -254,8 +254,8 @@ def test_recomputed_layers_give_the_same_weights(
     ("options", "message"),
     [
         ({"init": "x"}, "either --init, or"),
-        ({"lm": None}, "go together"),
-        ({"lora": 4}, "goes with --stage full"),
+        ({"lm": None}, "given together"),
+        ({"lora": 4}, "needs --stage full"),
         ({"epochs": 1.0}, "not both"),
     ],
 )

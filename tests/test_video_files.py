@@ -1,4 +1,4 @@
-"""Which files are read as videos: whole and cut ones, any file name, other kinds of files, and damaged ones."""
+"""Which files are read as videos: complete, truncated and damaged ones, any file name, other kinds of files."""
 
 import json
 import os
@@ -191,7 +191,7 @@ def test_a_playlist_opens_no_other_file(text: str, files: dict[str, bytes], tmp_
 def other_files(folder: Path) -> dict[str, Path]:
     """Files and folders that are no videos, by what an error calls them."""
     files = {
-        "text": b"I am a film.\n",
+        "text": b"I am a video.\n",
         "an HTML page": b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>\n",
         "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
         "JSON text": b'[{"video": "a.mp4"}]',
@@ -216,7 +216,7 @@ def test_errors_name_what_was_given(
     files: dict[str, bytes], tiny_vlm: Path, tiny_tower: Path, tiny_lm: Path, tmp_path: Path
 ) -> None:
     """Each command that wants one kind of file is given the others: exit 3, one line that says what it is."""
-    video = tmp_path / "film one.mp4"
+    video = tmp_path / "video one.mp4"
     video.write_bytes(files["fast.mp4"])
 
     def refused(*command: object) -> str:

@@ -1,4 +1,4 @@
-"""Video-MME: three scorers' verdicts, intervals against independent computations, runs that equal plain generation."""
+"""Video-MME: three scorers, intervals against independent computations, runs that equal plain generation."""
 
 import csv
 import json
@@ -285,7 +285,7 @@ def test_runs_of_as_many_frames_are_bars_side_by_side(tmp_path: Path, monkeypatc
     assert bars["b"][3].mean == pytest.approx(100 * scores[1]["rules"]["official"]["mean"])
 
 
-def test_what_failed_is_told_and_files_called_alike_are_told_apart(tmp_path: Path) -> None:
+def test_failures_are_reported_and_files_with_the_same_name_distinguished(tmp_path: Path) -> None:
     for name, failed in (("a", 0), ("b", 2)):
         finish_run(tmp_path / name, 8, videos(4, 0), failed)
     files = [tmp_path / name / "responses.json" for name in "ab"]
@@ -293,7 +293,7 @@ def test_what_failed_is_told_and_files_called_alike_are_told_apart(tmp_path: Pat
     assert [row.get("failed") for row in rows] == [0, 2, None]
     assert (rows[2]["first"], rows[2]["second"]) == tuple(map(str, files))
     said = run("videomme", "score", tmp_path / "b").stdout
-    assert "12 questions about 4 videos, 2 more failed and are left out" in said
+    assert "12 questions about 4 videos, 2 failed and left out" in said
 
 
 @pytest.mark.alone

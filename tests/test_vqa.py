@@ -1,4 +1,4 @@
-"""`lvctx vqa`: questions from everywhere, answers as they grow, models spread over devices."""
+"""`lvctx vqa`: sources of questions, streamed answers, models on several devices."""
 
 import importlib.util
 import json
@@ -47,7 +47,7 @@ def asked(loud_vlm: Path, frames: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.nano
-def test_every_question_is_answered_and_every_frames_time_told(asked: list[dict[str, Any]], frames: Path) -> None:
+def test_every_question_is_answered_with_the_times_of_all_frames(asked: list[dict[str, Any]], frames: Path) -> None:
     assert [row["question"] for row in asked] == QUESTIONS
     assert len({row["answer"] for row in asked}) > 1
     pts = read_feature_cache(frames).pts.tolist()
@@ -69,7 +69,7 @@ def test_questions_on_lines(asked: list[dict[str, Any]], loud_vlm: Path, frames:
     assert chat[1]["tokens"] > asked[1]["tokens"]
     for bad in ("{", '{"text": 1}'):
         assert "stdin:2" in vqa(frames, "--model", loud_vlm, "--ask", "-", given=f"Hm?\n{bad}\n", code=3)[1]
-    assert "about one" in vqa(frames, frames, "--model", loud_vlm, "--ask", "-", code=2)[1]
+    assert "exactly one" in vqa(frames, frames, "--model", loud_vlm, "--ask", "-", code=2)[1]
 
 
 @pytest.mark.nano
@@ -136,7 +136,7 @@ def test_a_video_file_is_encoded_once_and_asked_about(
     assert [row["answer"] for row in vqa(clip, "--frames", 6, *ask)[0]] == [row["answer"] for row in asked]
     assert cached.stat().st_mtime_ns == before
     assert [row["answer"] for row in vqa(cached, *ask)[0]] == [row["answer"] for row in asked]
-    assert "used as they are" in vqa(cached, "--frames", 3, *ask, code=2)[1]
+    assert "do not apply to encoded features" in vqa(cached, "--frames", 3, *ask, code=2)[1]
 
 
 @pytest.mark.nano
@@ -151,7 +151,7 @@ def test_a_cache_keeps_a_video_in_every_way_it_was_encoded(loud_vlm: Path, nano:
     assert len(list((tmp_path / "cache").rglob("*.frames.safetensors"))) == 3
 
 
-def test_only_what_is_new_is_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_new_text_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     printer, parts = StreamPrinter(live=True), []
     for text in ("The", "The caf\ufffd", "The café", "The café is"):
@@ -206,10 +206,10 @@ def test_a_rate_is_bounded(nano: Any, tmp_path: Path) -> None:
 
 def test_device_maps_that_are_none(loud_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ask = ("x.frames.safetensors", "--model", loud_vlm, "--ask", "What?", "--device-map")
-    assert "is no file" in vqa(*ask, "everywhere", code=2)[1]
-    assert "one process" in vqa(*ask, "auto", "--cp", 2, code=2)[1]
+    assert "is not a file" in vqa(*ask, "everywhere", code=2)[1]
+    assert "single process" in vqa(*ask, "auto", "--cp", 2, code=2)[1]
     (tmp_path / "list.json").write_text("[1]")
-    assert "not an object" in vqa(*ask, tmp_path / "list.json", code=3)[1]
+    assert "not a JSON object" in vqa(*ask, tmp_path / "list.json", code=3)[1]
     monkeypatch.setitem(sys.modules, "accelerate", None)
     assert importlib.util.find_spec("accelerate") is None
     assert "pip install accelerate" in vqa(*ask, "auto", code=5)[1]

@@ -1,4 +1,4 @@
-"""What an artifact or model directory holds, read from headers and manifests alone: no tensor is loaded."""
+"""The contents of an artifact or model directory, read from headers and manifests only: no tensor is loaded."""
 
 import json
 from math import prod
@@ -16,7 +16,7 @@ from lvctx.errors import InputError
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Facts about an artifact: its provenance, and the shapes, counts or configuration that its kind has.
+    """Facts about an artifact: its provenance, and the shapes, counts or configuration of its kind.
 
     Raises InputError for a path that is neither an artifact of ours nor a model directory.
     """
@@ -57,7 +57,7 @@ def _describe_packed(manifest: dict[str, Any], unit: str) -> dict[str, Any]:
 
 
 def _describe_results(path: Path) -> dict[str, Any]:
-    """What all rows of a results directory share, how many there are, and the summary once it is finished."""
+    """What all rows of a results directory have in common, their number, and the summary of a finished one."""
     rows = list(read_results(path).values())
     shared = {k: v for k, v in rows[0].items() if k != "key" and all(r.get(k) == v for r in rows)} if rows else {}
     facts = {**shared, "cells": len(rows), "errors": sum("error" in row for row in rows)}
@@ -70,7 +70,7 @@ def _describe_results(path: Path) -> dict[str, Any]:
 def _describe_file(path: Path) -> dict[str, Any]:
     sniffed = sniff(path)
     if sniffed.name not in ("frames", "tensors"):
-        fix = encode_first(path) if sniffed.name == "video" else "info is about artifacts and model directories"
+        fix = encode_first(path) if sniffed.name == "video" else "info describes artifacts and model directories"
         raise mistaken(path, "an artifact of ours", fix=fix, sniffed=sniffed)
     header = read_safetensors_header(path)
     tensors = {k: f"{v['dtype']} {v['shape']}" for k, v in sorted(header.items()) if k != "__metadata__"}

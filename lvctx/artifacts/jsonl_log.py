@@ -1,4 +1,4 @@
-"""JSON lines files: read without a torn last line, rewritten atomically, appended to durably by several processes."""
+"""JSON lines files: atomic rewrites, durable appends by several processes; an incomplete last line is ignored."""
 
 import fcntl
 import json
@@ -19,7 +19,7 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON lines file of ours; a last line without its line end is a torn write and is left out.
+    """Rows of a JSON lines file of ours; a last line without its line end is an incomplete write and is ignored.
 
     Raises InputError naming the line that is not a JSON object.
     """
@@ -39,7 +39,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Make these the rows of a JSON lines file: it has all of them or, until then, what it had before."""
+    """Replace the rows of a JSON lines file atomically: the file has either all new rows or its former content."""
     with atomic_file(path) as partial, open(partial, "w", encoding="utf-8") as f:
         f.writelines(map(json_line, rows))
 
@@ -47,11 +47,11 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 class JsonlLog:
     """A JSON lines file open for appending; every row is durable when `append` returns.
 
-    Several processes may append to one file. The torn last line of a process that was killed is dropped.
+    Several processes may append to one file. An incomplete last line, left by a killed process, is removed.
     """
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
-        """Open `path`, and read the rows it has; `fresh` empties it first. Raises InputError for a malformed row."""
+        """Open `path`, and read its rows; `fresh` empties it first. Raises InputError for a malformed row."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._file = open(path, "w+b" if fresh else "a+b")  # noqa: SIM115 (closed in __exit__)
@@ -60,7 +60,7 @@ class JsonlLog:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Keep other processes from appending meanwhile, at the end of the last complete line."""
+        """Block other processes from appending, with the file positioned after the last complete line."""
         fcntl.flock(self._file, fcntl.LOCK_EX)
         try:
             size = self._file.seek(0, os.SEEK_END)

@@ -1,4 +1,4 @@
-"""One writer on an output at a time: a lock that dies with its owner, however that ends."""
+"""One writer per output at a time: a lock that is released when its process ends, however that ends."""
 
 import fcntl
 import os
@@ -14,9 +14,9 @@ LOCK = ".lock"
 
 @contextmanager
 def only_writer(directory: Path, *, name: str = LOCK, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of an output directory, made if need be, or with `name` that of one of its files.
+    """Hold the lock of an output directory, created if needed, or with `name` that of one of its files.
 
-    Raises InputError where another process holds it, unless it is waited for.
+    Raises InputError if another process holds it, unless `wait` is true.
     """
     path = directory / name
     while True:
@@ -29,7 +29,7 @@ def only_writer(directory: Path, *, name: str = LOCK, wait: bool = False) -> Ite
             raise
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # Its last owner removes the file: between opening and locking, this one may have been it.
+            # The last owner removes the file, possibly between this process's open and its lock.
             if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
                 break
         except BlockingIOError:

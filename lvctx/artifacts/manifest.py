@@ -57,7 +57,7 @@ class Provenance:
         }
 
     def to_metadata(self, **facts: Any) -> dict[str, str]:
-        """The safetensors metadata: the single key `lvctx` holding compact JSON, with what was found on the way."""
+        """The safetensors metadata: the single key `lvctx` holding compact JSON, with facts found while writing."""
         return {"lvctx": json.dumps({**self.to_dict(), **facts}, sort_keys=True, separators=(",", ":"))}
 
 
@@ -73,7 +73,7 @@ def read_provenance(path: Path) -> dict[str, Any] | None:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """MANIFEST.json of a finished artifact directory. Raises InputError where there is none or it is not JSON."""
+    """MANIFEST.json of a finished artifact directory. Raises InputError if it is missing or not JSON."""
     path = directory / MANIFEST
     if not path.exists():
         raise InputError(
@@ -99,17 +99,17 @@ def write_manifest(directory: Path, provenance: Provenance, files: list[str], **
 def is_finished(target: Path, provenance: Provenance, *, resume: str = "auto", force: bool = False) -> bool:
     """Whether `target` already is this run's finished artifact, so that there is nothing to do.
 
-    `resume` is `auto` (use what stands), `never` or `must`. Raises InputError when another run's finished artifact
-    stands there (naming what differs) or when `must` finds nothing; `force` says to overwrite instead.
+    `resume` is `auto` (use an existing artifact), `never` or `must`. Raises InputError when another run's finished
+    artifact exists there (naming what differs) or when `must` finds nothing; `force` is to overwrite instead.
     """
-    stands = read_provenance(target) if target.exists() and not force else None
-    if stands is None:
+    existing = read_provenance(target) if target.exists() and not force else None
+    if existing is None:
         if resume == "must" and not target.exists():
             raise InputError("nothing to resume", where=target, fix="drop --resume must")
         return False
-    if stands.get("config_hash") != provenance.config_hash:
+    if existing.get("config_hash") != provenance.config_hash:
         raise InputError(
-            f"holds another run's output ({differences(stands, provenance.to_dict())})",
+            f"holds another run's output ({differences(existing, provenance.to_dict())})",
             where=target,
             fix="choose another -o, or --force to overwrite it",
         )

@@ -17,13 +17,13 @@ SIZES = {
     "vocab_size": 1 << 26,
     "max_position_embeddings": 10**12,
 }
-"""Keys that hold whole numbers of at least 1, and bounds that no model comes near: libraries allocate that much."""
+"""Keys that hold whole numbers of at least 1, and bounds far above any real model: libraries allocate that much."""
 
 
 def read_model_config(directory: Path) -> dict[str, Any]:
     """config.json of a model directory, or that file itself, as stored.
 
-    Raises InputError for a missing file, for JSON that is no model's configuration, and for sizes that no model has.
+    Raises InputError for a missing file, for JSON that is not a model's configuration, and for impossible sizes.
     """
     path = directory if directory.is_file() else directory / CONFIG_FILE
     raw = read_json(path)
@@ -39,11 +39,11 @@ def read_model_config(directory: Path) -> dict[str, Any]:
             values = part.get(key)
             for value in values if isinstance(values, list) else [values]:
                 if value is not None and not (type(value) is int and 1 <= value <= most):
-                    raise InputError(f"{name}{key} is {value!r}", where=path, fix=f"it has to be 1 to {most:,}")
+                    raise InputError(f"{name}{key} is {value!r}", where=path, fix=f"write 1 to {most:,}")
     return raw
 
 
 def language_part(raw: dict[str, Any]) -> dict[str, Any]:
-    """The language model's part of a config.json: that of a VLM, or all of it."""
+    """The language model's part of a config.json: the text part of a VLM's, otherwise all of it."""
     part: dict[str, Any] = raw.get("text_config") or raw
     return part

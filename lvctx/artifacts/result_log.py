@@ -1,7 +1,7 @@
-"""The result log of an evaluation: a JSON line for each sample, appended when it is done; a run that stopped goes on.
+"""The result log of an evaluation: one JSON line per sample, appended when it is done, so a stopped run can resume.
 
-Every row has `key` (which sample it is), `run` (a hash of what decided all of the run's results) and `made_of` (what
-that is). A row with `error` is no result: it stays in the file, and its key is run again.
+Every row has `key` (which sample it is), `run` (a hash of everything that decides the run's results) and `made_of` (the
+hashed values). A row with `error` is not a result: it stays in the file, and its key is run again.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from lvctx.artifacts.lock import only_writer
 from lvctx.errors import InputError
 
 RESULTS = "results.jsonl"
-"""In a directory of results."""
+"""File name in a directory of results."""
 
 
 def short_hash(value: Any) -> str:
@@ -48,13 +48,13 @@ class ResultLog:
     def open(
         cls, path: Path, made_of: Mapping[str, Any], *, resume: str = "auto", force: bool = False, shared: bool = False
     ) -> Iterator[Self]:
-        """The log at `path` of the run that `made_of` decides, as JSON values.
+        """The log at `path` of the run that `made_of`, a dict of JSON values, identifies.
 
-        `resume` is `auto`, `never` or `must`; `force` starts anew whatever the file has. The lock of its directory is
-        held meanwhile; several processes of one run open the log `shared`, and one of them holds the lock.
+        `resume` is `auto`, `never` or `must`; `force` empties an existing file. The lock of its directory is held
+        meanwhile; several processes of one run open the log `shared`, and one of them holds the lock.
 
-        Raises InputError where another process writes, the rows are of another run (naming what differs), a row is
-        malformed, or `resume` forbids to go on or to begin.
+        Raises InputError if another process is writing, the rows are of another run (naming what differs), a row is
+        malformed, or `resume` forbids continuing or starting.
         """
         if resume == "must" and not path.is_file():
             raise InputError("nothing to resume", where=path.parent, fix="drop --resume must")
@@ -81,7 +81,7 @@ class ResultLog:
 
 def _differing(old: Any, new: Mapping[str, Any]) -> str:
     old = old if isinstance(old, dict) else {}
-    # JSON has no tuples: what was stored is compared with what would be.
+    # JSON has no tuples, so stored values are compared with values in their stored form.
     stored = json.loads(json.dumps(new))
     return ", ".join(sorted(key for key in old.keys() | new.keys() if old.get(key) != stored.get(key)))
 
@@ -94,9 +94,9 @@ def _keyed(path: Path, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Rows of a directory's results.jsonl, or of such a file, by their place (`FILE:LINE`): the last row of each key.
+    """Rows of a directory's results.jsonl, or of such a file, by position (`FILE:LINE`): the last row of each key.
 
-    Raises InputError where there is no such file, or a line is not a row with a key.
+    Raises InputError if there is no such file, or a line is not a row with a key.
     """
     file = path / RESULTS if path.is_dir() else path
     if not file.is_file():

@@ -1,6 +1,6 @@
-"""What a path is, from its first bytes and from the names of its files: for the errors of commands that want another.
+"""The kind of a path, from its first bytes and from the names of its files: for errors about an input of a wrong kind.
 
-Nothing is loaded and nothing raised for content, so that it can be asked about any path that a user gives.
+Nothing is loaded, and no content raises an error, so any path that a user gives can be checked.
 """
 
 import json
@@ -33,7 +33,7 @@ Name = Literal[
     "other",
 ]
 HEAD = 4096
-"""Bytes that are read."""
+"""Number of bytes read."""
 
 
 class Sniffed(NamedTuple):
@@ -42,7 +42,7 @@ class Sniffed(NamedTuple):
     name: Name
     """For code."""
     phrase: str
-    """For people, with its article."""
+    """Description for error messages, with its article."""
 
 
 DIRECTORIES: dict[str, Sniffed] = {
@@ -87,11 +87,11 @@ MAGIC: tuple[tuple[int, bytes, Name, str], ...] = (
     (0, b"\x93NUMPY", "other", "a NumPy array"),
     (0, b"SQLite format 3", "other", "a SQLite database"),
 )
-"""Offset, bytes there, kind and phrase; the first that matches counts."""
+"""Offset, bytes at the offset, kind and phrase; the first match is used."""
 
 
 def sniff(path: Path) -> Sniffed:
-    """What a path is."""
+    """The kind of a path."""
     if path.is_dir():
         return _sniff_directory(path)
     if not path.is_file():
@@ -136,7 +136,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _sniff_tensors(path: Path) -> Sniffed:
-    """A safetensors file, complete or not, by the command in its header."""
+    """A safetensors file, complete or not, by the command stored in its header."""
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
         header = f.read(min(length, 1 << 24))
@@ -163,7 +163,7 @@ def _sniff_text(head: bytes) -> Sniffed | None:
     try:
         head.decode("utf-8")
     except UnicodeDecodeError as e:
-        if e.start < HEAD - 4:  # else a character that the end of the head cuts
+        if e.start < HEAD - 4:  # else the last character is cut at the end of the head
             return None
     if b"\0" in head:
         return None
@@ -176,13 +176,13 @@ ADVICE: dict[str, str] = {
     "empty": "download or copy it again",
     "playlist": "give the files that it names, or join them with ffmpeg first",
 }
-"""What to do about a file that is not what anyone wants."""
+"""What to do about a file of one of these kinds, which no command reads."""
 
 
 def mistaken(path: Path, expected: str, *, fix: str = "", sniffed: Sniffed | None = None) -> InputError:
-    """The error of a command that wants `expected` (a noun with its article) and was given something else.
+    """The error of a command that needs `expected` (a noun with its article) and got something else.
 
-    `fix` is what to do where the file is sound and of another kind.
+    `fix` is the advice for an intact file of another kind.
     """
     sniffed = sniffed or sniff(path)
     if sniffed.name == "missing":
@@ -191,7 +191,7 @@ def mistaken(path: Path, expected: str, *, fix: str = "", sniffed: Sniffed | Non
 
 
 def check_kind(path: Path, name: Name, expected: str, *, fix: str) -> None:
-    """Raise `mistaken` for a path that is something else; a directory without a sign of its kind passes."""
+    """Raise `mistaken` for a path of another kind; a directory of unknown kind passes."""
     sniffed = sniff(path)
     if sniffed.name not in (name, "directory"):
         raise mistaken(path, expected, fix=fix, sniffed=sniffed)

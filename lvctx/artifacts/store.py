@@ -1,4 +1,4 @@
-"""The atomic store: a file is either absent, or whole. Nothing here leaves a half-written artifact under its name.
+"""The atomic store: a file is either absent or complete. No half-written artifact ever has its final name.
 
 Writers get a temporary name beside the target (same file system, so the rename is atomic); the file is fsynced, renamed
 and its directory fsynced. A killed writer leaves `.NAME.partial`, which the next run overwrites.
@@ -19,7 +19,7 @@ from typing import Any
 from lvctx.errors import InputError
 
 LFS_POINTER = b"version "
-"""First bytes of the pointer file in place of a large file in a Git repository cloned without Git LFS."""
+"""First bytes of the pointer file that replaces a large file in a Git repository cloned without Git LFS."""
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
 def scratch(target: Path) -> Iterator[Path]:
     """An empty directory `.NAME.saving` beside `target`, gone afterwards: for writers with their own temporary files.
 
-    safetensors writes to a name of its choice first. What a killed one left there, the next run removes.
+    safetensors writes to a temporary name of its own first. The next run removes what a killed writer left.
     """
     folder = target.with_name(f".{target.name}.saving")
     shutil.rmtree(folder, ignore_errors=True)
@@ -59,7 +59,7 @@ def scratch(target: Path) -> Iterator[Path]:
 
 
 def link_file(source: Path, target: Path) -> None:
-    """Make `target` a hard link to `source`, or a copy where the file systems differ or one knows no links."""
+    """Make `target` a hard link to `source`, or a copy where a link is not possible."""
     target.unlink(missing_ok=True)
     try:
         os.link(source.resolve(), target)
@@ -89,7 +89,7 @@ def is_disk_error(e: BaseException) -> bool:
 
 
 def disk_error(e: BaseException, target: Path) -> InputError:
-    """The one line a user sees when `target` could not be written."""
+    """The error when `target` could not be written."""
     reason = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e)
     return InputError(
         f"cannot write ({reason})", where=target, fix="free some space or choose another -o, then run again"
@@ -103,7 +103,7 @@ def write_json(target: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises InputError where there is none, or it holds something else."""
+    """A JSON object from a file. Raises InputError for a missing file or anything else than a JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -127,7 +127,7 @@ def save_tensors(target: Path, tensors: Mapping[str, Any], metadata: Mapping[str
             from safetensors.torch import save_file
         save_file(dict(tensors), str(folder / target.name), metadata=dict(metadata))
         os.replace(folder / target.name, partial)
-        # safetensors writes for its owner alone; whoever may read the directory may read its files.
+        # safetensors makes the file readable for its owner only; it gets the permissions of a newly created file.
         partial.chmod(target.parent.stat().st_mode & 0o666)
 
 

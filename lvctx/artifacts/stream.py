@@ -1,4 +1,4 @@
-"""Artifacts on a pipe: one JSON line each, or bare paths, so that tee, grep and xargs work between our commands."""
+"""Artifact paths on a pipe, as JSON lines or bare paths, so that tee, grep and xargs work between our commands."""
 
 import json
 from collections.abc import Iterable, Iterator

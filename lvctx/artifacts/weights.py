@@ -1,7 +1,7 @@
-"""Weights from file to file under other names: bytes are copied as stored, so memory does not grow with the model.
+"""Copy weights from file to file under other names: bytes are copied as stored, so memory does not grow with the model.
 
-A tensor is where its bytes are, not the bytes. Shards are written in safetensors' own order (wide types first, then by
-name), so that what is carried there and back is the same file.
+A `Weight` knows where its bytes are stored and reads them when it is written. Shards are written in safetensors' own
+order (wide types first, then by name), so a file converted to another format and back is identical.
 """
 
 import json
@@ -18,21 +18,21 @@ from lvctx.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 COPY_BYTES = 1 << 24
-"""Bytes read at once."""
+"""Number of bytes read at once."""
 WIDTHS = {"BF16": 2, "F16": 2, "F32": 4}
-"""Types that weights come in, and their bytes."""
+"""Data types of weights, and their sizes in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weight:
-    """A tensor that is still in a file, or that is made when it is written."""
+    """A tensor that is still in a file, or is computed when it is written."""
 
     dtype: str
-    """Safetensors' name, of `WIDTHS`."""
+    """Name in safetensors, one of `WIDTHS`."""
     shape: tuple[int, ...]
-    """As in the header."""
+    """Shape as in the header."""
     chunks: Callable[[], Iterator[Any]]
-    """Its bytes, a piece at a time."""
+    """Its bytes, in pieces."""
 
     @property
     def size(self) -> int:
@@ -43,7 +43,7 @@ class Weight:
 def shard_names(directory: Path) -> list[str]:
     """Names of the safetensors files that hold a model's weights: the single one, as in transformers, or the index's.
 
-    Raises InputError for an index that is not one, or leads out of the directory, and for files that are not there.
+    Raises InputError for an invalid index, one that names files outside the directory, and for missing files.
     """
     index = directory / INDEX
     names = [SINGLE]
@@ -57,7 +57,7 @@ def shard_names(directory: Path) -> list[str]:
         names = sorted(set(places.values()))
         for name in names:
             if "/" in name or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
-                raise InputError(f"{name!r} is no safetensors file of this directory", where=index, fix="correct it")
+                raise InputError(f"{name!r} is not a safetensors file of this directory", where=index, fix="correct it")
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise InputError(
@@ -69,7 +69,7 @@ def shard_names(directory: Path) -> list[str]:
 def read_headers(directory: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Shards of a model directory, in order: file name -> tensor name -> its entry in the safetensors header.
 
-    Raises InputError for what `shard_names` refuses, a shard that is not whole, or a name that occurs twice.
+    Raises InputError for what `shard_names` refuses, an incomplete shard, or a name that occurs twice.
     """
     shards: dict[str, dict[str, dict[str, Any]]] = {}
     names: set[str] = set()
@@ -86,7 +86,7 @@ def read_headers(directory: Path) -> dict[str, dict[str, dict[str, Any]]]:
 def read_weights(directory: Path) -> dict[str, dict[str, Weight]]:
     """Shards of a resolved model directory, in order: file name -> name -> tensor.
 
-    Raises InputError for what `read_headers` refuses, and for a tensor of a type that no weight has.
+    Raises InputError for what `read_headers` refuses, and for a tensor of an unsupported type.
     """
     shards: dict[str, dict[str, Weight]] = {}
     for file, header in read_headers(directory).items():
@@ -120,7 +120,7 @@ def _copied(path: Path, begin: int, end: int) -> Iterator[bytes]:
 def write_weights(
     out: Path, shards: list[Mapping[str, Weight]], *, on_progress: Callable[[int, int, str], None] = lambda *_: None
 ) -> None:
-    """Write shards and, where there are several, their index. A shard that exists is complete, and is kept."""
+    """Write shards and, where there are several, their index. An existing shard is complete, and is kept."""
     count = len(shards)
     names = [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     if count == 1:

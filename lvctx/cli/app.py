@@ -1,4 +1,4 @@
-"""The program: its commands, loaded when they are asked for, and the exit code of every way a command can end."""
+"""The program: its commands, loaded on demand, and the exit codes."""
 
 import errno
 import os
@@ -31,18 +31,18 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "mrope-extend": ("train", "Extend the context of a Qwen-VL model with M-RoPE++."),
         "niah": ("niah", "Needle-in-a-haystack test over context lengths and needle depths, in text or in video."),
         "vqa": ("vqa", "Answer questions about videos."),
-        "videomme": ("videomme_score", "Video-MME: run a model on its questions, and score it or anyone's responses."),
+        "videomme": ("videomme_score", "Video-MME: run a model on its questions, and score it or existing responses."),
         "bench": ("benchmarks", "Other benchmarks of long video: run a model on their questions, and score it."),
     },
     "Utilities": {
         "import-longva": ("convert", "Convert a released LongVA checkpoint for transformers and vLLM."),
-        "export": ("convert", "Write a model in the format that another program reads."),
-        "info": ("inspect", "Show what a model directory or artifact is, what made it and what is in it."),
+        "export": ("convert", "Write a model in the format of another program."),
+        "info": ("inspect", "Show the kind, provenance and content of a model directory or artifact."),
         "plan": ("inspect", "Predict the memory and time of a training run from config.json alone."),
         "doctor": ("inspect", "Check that context parallelism is exact with a model on this machine."),
     },
 }
-"""Panel of the help -> command -> (module of `lvctx.cli`, one line of help); those of the pipeline come first."""
+"""Panel of the help -> command -> (module of `lvctx.cli`, one line of help); the pipeline's commands first."""
 
 MODULES = {name: module for commands in COMMANDS.values() for name, (module, _) in commands.items()}
 """Command -> module, in the order of the help."""
@@ -57,7 +57,7 @@ def load_command(name: str) -> Any:
 
 
 class Program(TyperGroup):
-    """The group of all commands: turns every way a command can end into one line and an exit code (see `errors`)."""
+    """The group of all commands: turns every outcome of a command into one line and an exit code (see `errors`)."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -66,7 +66,7 @@ class Program(TyperGroup):
                 self.add_command(TyperCommand(name=name, help=line, rich_help_panel=panel))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Load the command that was asked for; until then a command is its name and one line of help."""
+        """Load the requested command; other commands are only a name and a line of help."""
         name, command, rest = super().resolve_command(ctx, args)
         return name, load_command(name) if name in MODULES else command, rest
 
@@ -88,7 +88,7 @@ class Program(TyperGroup):
             if e.errno != errno.EPIPE:
                 say(traceback.format_exc())
                 raise typer.Exit(1) from e
-            # The reader is gone. Python would fail once more when it flushes stdout on exit: give it nowhere to.
+            # The reader is gone, and Python would fail again when it flushes stdout on exit: redirect stdout.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(EXIT_READER_GONE) from None
         finally:
@@ -123,4 +123,4 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Options of the program itself."""
+    """Options of the program."""

@@ -18,7 +18,7 @@ from lvctx.video.sampling import VideoSampling
 
 BENCHMARKS = {
     "mlvu": "MLVU: nine tasks on long videos; generation tasks are exported for a judge.",
-    "longvideobench": "LongVideoBench: referred reasoning; a random letter where none is found.",
+    "longvideobench": "LongVideoBench: referred reasoning; a random letter for replies without one.",
     "nextqa": "NExT-QA, multiple choice: causal, temporal, descriptive.",
     "vhs": "Visual Haystacks, single needle: yes or no about one image among many.",
 }
@@ -27,7 +27,7 @@ TEMPLATES = {"videomme": "official, lmms-eval or vlmevalkit", "mlvu": "official 
 
 group(
     "videomme",
-    "Video-MME: run a model on its questions, and score it or anyone's responses.",
+    "Video-MME: run a model on its questions, and score it or existing responses.",
     "lvctx videomme run --model vlm --videos videos --questions questions.json --frames 8 -o videomme",
     "lvctx videomme score videomme --plot accuracy.png",
 )
@@ -41,7 +41,7 @@ group(
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkOptions:
-    """What to ask."""
+    """The model, videos and questions."""
 
     model: str
     """VLM: directory or hub id."""
@@ -52,15 +52,15 @@ class BenchmarkOptions:
     out: Annotated[Path, Flag(names=("-o", "--out"))]
     """Results directory."""
     prompt: str = "official"
-    """Prompt template: official, or another that the help of the command lists."""
+    """Prompt template: official, or another one listed in the command's help."""
     subtitles: Path | None = None
-    """Folder of .srt or .vtt files (Video-MME); the subtitles at the sampled frames are shown."""
+    """Folder of .srt or .vtt files (Video-MME); the subtitles at the sampled frames are added to the prompt."""
     max_new_tokens: Annotated[int, Flag(min=1)] = 16
     """Longest reply, in tokens."""
 
 
 def _declare(name: str, prefix: str, what: str) -> None:
-    """The `run` command of a benchmark, and `score` where it is not declared by itself."""
+    """The `run` command of a benchmark, and `score` unless it is declared separately."""
     if prefix != name:
         group(prefix, what)
 
@@ -72,13 +72,13 @@ def _declare(name: str, prefix: str, what: str) -> None:
     def score(config: ScoreConfig, output: OutputOptions) -> None:
         _score(name, config)
 
-    run.__doc__ = f"""Ask a model the benchmark's questions: 128 frames of each video, unless a rate is given.
+    run.__doc__ = f"""Ask a model the benchmark's questions: with 128 frames of each video, unless a rate is given.
 
-    Writes OUT/results.jsonl, from which scores are made, and the file that the benchmark's own scorer reads. Features
-    of videos are kept in --feature-cache, by default OUT/frames. Prompt templates: {TEMPLATES.get(name, "official")}. A
-    video that is missing or broken is an error row; the model is never asked about a video that it is not shown.
+    Writes OUT/results.jsonl, from which scores are computed, and the input file of the benchmark's own scorer. Video
+    features are kept in --feature-cache, by default OUT/frames. Prompt templates: {TEMPLATES.get(name, "official")}. A
+    video that is missing or broken is an error row; no question is asked without its video.
     """
-    score.__doc__ = "Score runs: accuracy with 95% intervals clustered by video, in all and by group. Needs no model."
+    score.__doc__ = "Score runs: accuracy with 95% intervals clustered by video, overall and by group. Needs no model."
     command(f"{prefix} run")(run)
     if prefix != name:
         command(f"{prefix} score")(score)
@@ -91,7 +91,7 @@ class ScoreConfig:
     runs: Annotated[tuple[Path, ...], Flag(argument=True, metavar="DIR...")]
     """Results directories of run."""
     seed: int = 0
-    """Seed of the letters that LongVideoBench's own rule draws."""
+    """Seed of the random letters of LongVideoBench's own rule."""
 
 
 _declare("videomme", "videomme", "")
@@ -100,7 +100,7 @@ for _name, _what in BENCHMARKS.items():
 
 
 def load_benchmark(name: str) -> ModuleType:
-    """A benchmark: one module of `bench`."""
+    """The module of a benchmark."""
     return import_module(f"lvctx.eval.benchmarks.{name}")
 
 
@@ -120,7 +120,7 @@ def _run(
         raise UsageError(f"{name} has no subtitles", where="--subtitles")
     if name == "vhs" and (flags := sorted(set_by_user & set(VideoSampling.__dataclass_fields__))):
         what = ", ".join(f"--{flag.replace('_', '-')}" for flag in flags)
-        raise UsageError("vhs shows images, as the model was trained to read them", fix=f"drop {what}")
+        raise UsageError("vhs uses images, in the encoding that the model was trained with", fix=f"drop {what}")
     if sampling.fps is None and sampling.frames is None:
         sampling = replace(sampling, frames=128)
     from lvctx.device import resolve_device
@@ -171,13 +171,13 @@ def _run(
         say(f"lvctx: {error}")
     total = len(job.samples)
     if not is_quiet() or failed:
-        say(f"lvctx: {total - len(failed):,} of {total:,} questions answered; scores count these alone")
+        say(f"lvctx: {total - len(failed):,} of {total:,} questions answered; scores count only these")
     if failed:
         raise typer.Exit(EXIT_SAMPLES_FAILED)
 
 
 def _find_questions(bench: ModuleType, questions: str) -> Path:
-    """A path, or the file of a dataset on the hub or in its cache: `hub`, ORG/NAME of it, or ORG/NAME/FILE of any."""
+    """A local path, or a file of a dataset on the hub or in its cache: `hub`, ORG/NAME, or ORG/NAME/FILE."""
     hub_file: tuple[str, str] = getattr(bench, "HUB", ("", ""))
     parts = questions.split("/", 2)
     if questions in ("hub", hub_file[0]) and hub_file[0]:
@@ -188,13 +188,13 @@ def _find_questions(bench: ModuleType, questions: str) -> Path:
         repository, file = f"{parts[0]}/{parts[1]}", parts[2]
     from huggingface_hub import hf_hub_download, logging
 
-    logging.set_verbosity_error()  # its retries are many lines, and the outcome is one of ours
+    logging.set_verbosity_error()  # its retries print many lines, and the outcome is reported here
     try:
         return Path(hf_hub_download(repository, file, repo_type="dataset"))
-    except Exception as e:  # whatever the hub client raises
+    except Exception as e:  # the hub client may raise anything
         reason = str(e).strip().split("\n")[0] or type(e).__name__
         raise InputError(
-            f"neither a file here nor one of a dataset that the hub can give ({reason})",
+            f"neither a local file nor a file of a dataset that could be downloaded ({reason})",
             where=questions,
             fix="check name and network, or download the questions and give the file",
         ) from e
@@ -224,12 +224,12 @@ def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False, emoji=False)  # names and groups are text of others: [x] and :x: are no markup
+    console = Console(markup=False, emoji=False)  # names and groups are external text: [x] and :x: are not markup
     for warning in result["warnings"]:
         console.print(f"WARNING {result['run']}: {warning}", style="bold red", highlight=False)
     left_out = f", {result['failed']:,} failed and left out" if result["failed"] else ""
     console.print(f"{result['run']}: {result['questions']:,} questions{left_out}", highlight=False)
-    rules = [rule for rule in result["rules"] if rule != "official-2024"]  # of Video-MME alone; --json has it
+    rules = [rule for rule in result["rules"] if rule != "official-2024"]  # only for Video-MME; --json has it
     table = Table("", box=None, pad_edge=False)
     for rule in rules:
         table.add_column(f"{rule}, %", justify="right")
@@ -254,7 +254,7 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def print_sources(console: Any, rules: Iterable[str]) -> None:
-    """Which version of whose scorer each rule is."""
+    """Print the scorer and version of each rule."""
     from lvctx.eval.benchmarks.answers import RULE_SOURCES
 
     for rule in rules:
@@ -263,7 +263,7 @@ def print_sources(console: Any, rules: Iterable[str]) -> None:
 
 
 def percent(value: float | None) -> str:
-    """`61.2`, or a dash where nothing was counted."""
+    """`61.2`, or a dash if nothing was counted."""
     return "–" if value is None else f"{100 * value:.1f}"
 
 

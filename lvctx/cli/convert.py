@@ -14,7 +14,7 @@ from lvctx.models.convert_config import ExportConfig, ImportLongvaConfig
 def import_longva(config: ImportLongvaConfig, run: RunOptions) -> None:
     """Convert a released LongVA checkpoint for transformers and vLLM.
 
-    The result is a model directory like those that align writes. Every tensor of the checkpoint is accounted for.
+    The result is a model directory as written by align. Every tensor of the checkpoint is converted or listed.
     """
     with progress("import-longva", "checking the checkpoint") as on_progress:
         from lvctx.models.import_longva import plan_import_longva, run_import_longva
@@ -30,9 +30,9 @@ def import_longva(config: ImportLongvaConfig, run: RunOptions) -> None:
 
 @command("export", "lvctx export vlm --to hf -o vlm-hf", "lvctx export vlm --to llava -o vlm-llava")
 def export_model(config: ExportConfig, run: RunOptions) -> None:
-    """Write a model in the format that another program reads.
+    """Write a model in the format of another program.
 
-    import-longva reads the result of --to llava back, bit for bit.
+    import-longva converts the result of --to llava back, bit for bit.
     """
     with progress("export", "checking the model") as on_progress:
         from lvctx.models.export import plan_export, run_export

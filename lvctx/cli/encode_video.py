@@ -28,14 +28,14 @@ JsonRow = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeVideoConfig:
-    """What to encode, and with what."""
+    """The videos to encode, and the vision tower."""
 
     videos: Annotated[tuple[str, ...], Flag(argument=True, metavar="VIDEO...")]
     """Video files; - reads them from stdin."""
     model: str | None = None
     """VLM whose vision tower is used: directory or hub id."""
     tower: str | None = None
-    """Or a CLIP or SigLIP vision tower alone: directory or hub id."""
+    """CLIP or SigLIP vision tower, instead of --model: directory or hub id."""
     out: Annotated[Path, Flag(names=("-o", "--out"))] = Path("frames")
     """Directory of the feature caches."""
     jobs: Annotated[int, Flag(min=1)] = 1
@@ -43,7 +43,7 @@ class EncodeVideoConfig:
     batch: Annotated[int, Flag(min=1)] = 64
     """Frames per forward pass of the vision tower."""
     dtype: Dtype = "auto"
-    """Data type of the computation. auto is bfloat16 where the device is fast with it."""
+    """Data type of the computation. auto is bfloat16 if the device supports it natively."""
     device: str = "auto"
     """Device: cpu, cuda or mps. auto takes the first GPU, else the CPU."""
 
@@ -56,8 +56,8 @@ class EncodeVideoConfig:
 def encode_video(config: EncodeVideoConfig, sampling: VideoSampling, run: RunOptions) -> None:
     """Sample videos and store the vision tower's features of their frames.
 
-    Writes OUT/NAME.frames.safetensors for each video. A video that cannot be read is an error row; the others go on.
-    Under torchrun the processes share the videos, and the rows come at the end.
+    Writes OUT/NAME.frames.safetensors for each video. A video that cannot be read is an error row; the others continue.
+    Under torchrun the videos are divided among the processes, and the rows are printed at the end.
     """
     if (config.model is None) == (config.tower is None):
         raise UsageError("give either --model or --tower")
@@ -104,13 +104,13 @@ def _one_line(video: Path, row: JsonRow) -> str:
 def _share_out(
     videos: Iterator[Any], encode: Callable[[Iterator[Any]], Iterator[Any]], parallel: "ParallelContext"
 ) -> Iterator[Any]:
-    """`encode` over all videos in their order: as they are done, or at the end where several processes share them."""
+    """`encode` over all videos in their order: as they finish, or at the end if several processes share them."""
     if parallel.size == 1:
         yield from encode(videos)
         return
     from lvctx.parallel.video_shares import share_videos
 
-    # The first process alone reads stdin.
+    # Only the first process reads stdin.
     todo = parallel.gather(list(videos) if parallel.rank == 0 else None)[0]
     assigned = parallel.gather(share_videos(todo, parallel.size) if parallel.rank == 0 else None)[0][parallel.rank]
     results = list(zip(assigned, encode(todo[i] for i in assigned), strict=True))
@@ -119,9 +119,9 @@ def _share_out(
 
 
 def _count_tokens(encoder: "VideoEncoder", videos: Iterator[tuple[Path, JsonRow]]) -> Iterator[tuple[Path, JsonRow]]:
-    """The videos, with a line about the tokens of each before it is encoded."""
+    """The videos; prints the number of tokens of each before it is encoded."""
     for video, row in videos:
-        with suppress(LvctxError):  # its own turn will say it
+        with suppress(LvctxError):  # encoding it will report the error
             frames, exact, tokens = encoder.count(video)
             if tokens:
                 actual, nominal, about = tokens["visual_tokens"], tokens["nominal_tokens"], "" if exact else "about "
@@ -131,19 +131,19 @@ def _count_tokens(encoder: "VideoEncoder", videos: Iterator[tuple[Path, JsonRow]
 
 
 def _describe(encoder: "VideoEncoder", videos: Iterator[tuple[Path, JsonRow]], out: Path) -> Iterator[Any]:
-    """What would be done with each video: video, row, plan or error."""
+    """The dry run of each video: video, row, plan or error."""
     for video, row in videos:
         try:
             plan = encoder.describe(video, out)
             if plan["about"]:
-                say(f"lvctx: {video}: about {plan['expected_frames']} frames; only decoding would tell")
+                say(f"lvctx: {video}: about {plan['expected_frames']} frames; only decoding gives the exact number")
             yield video, row, {"dry_run": True, **plan}
         except LvctxError as e:
             yield video, row, e
 
 
 def _references(videos: tuple[str, ...]) -> Iterator[tuple[Path, JsonRow]]:
-    """The videos with the rows they came in, if any: arguments, and lines of stdin where an argument is `-`."""
+    """The videos with their input rows, if any: from arguments, and from lines of stdin for `-`."""
     from lvctx.artifacts.stream import read_references
 
     for video in videos:

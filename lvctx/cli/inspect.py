@@ -21,7 +21,7 @@ MROPE = (
 
 @dataclass(frozen=True, kw_only=True)
 class InfoConfig:
-    """What to show, and how."""
+    """The artifact to show, and how."""
 
     artifact: Annotated[Path, Flag(argument=True)]
     """A packed or chat directory, frames file, niah directory or model directory."""
@@ -30,12 +30,12 @@ class InfoConfig:
     contact_sheet: Path | None = None
     """Draw the sampled frames of a frames file into this image."""
     video: Annotated[Path | None, Flag(needs=("contact_sheet",))] = None
-    """Where the video of a frames file is now."""
+    """Current path of a frames file's video."""
 
 
 @command("info", "lvctx info packed --plot", "lvctx info frames/bikes.frames.safetensors --json")
 def info(config: InfoConfig, run: OutputOptions) -> None:
-    """Show what a model directory or artifact is, what made it and what is in it."""
+    """Show the kind, provenance and content of a model directory or artifact."""
     from lvctx.artifacts.describe import describe
 
     facts = describe(config.artifact)
@@ -66,7 +66,7 @@ def info(config: InfoConfig, run: OutputOptions) -> None:
     console = Console()
     console.print(table)
     if sources:
-        # A terminal that is too narrow folds the lines; rich would cut names and numbers short.
+        # A narrow terminal wraps the lines; rich would truncate names and numbers.
         Console(width=max(console.width, 160)).print(_source_table(sources))
     if positions is not None:
         from lvctx.cli.train import print_channels
@@ -77,7 +77,7 @@ def info(config: InfoConfig, run: OutputOptions) -> None:
 
 
 def _source_table(sources: dict[str, Any]) -> Any:
-    """What packing did with each source: one row each; columns that are 0 everywhere are left out."""
+    """Packing statistics, a row per source; columns that are 0 everywhere are left out."""
     from rich.table import Table
 
     columns = [k for k in next(iter(sources.values())) if any(account[k] for account in sources.values())]
@@ -106,10 +106,10 @@ def _plot(lengths: dict[str, Any], console: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(PlanConfig):
-    """Which training, and how."""
+    """The training to predict."""
 
     stage: Annotated[Literal["extend-lm"], Flag(argument=True)]
-    """The command to be planned."""
+    """The training command."""
 
 
 @command(
@@ -153,7 +153,7 @@ def _prediction_table(prediction: dict[str, Any]) -> str:
 def doctor(config: DoctorConfig, run: OutputOptions) -> None:
     """Check that context parallelism is exact with a model on this machine.
 
-    Compares the loss and gradients of --cp processes with those of one process, in float32. By itself the command
+    Compares the loss and gradients of --cp processes with those of one process, in float32. By default the command
     starts the processes on the CPU; under torchrun it checks the devices that extend-lm would use.
     """
     with progress("doctor", f"computing gradients on 1 and on {config.cp} processes"):
@@ -167,7 +167,7 @@ def doctor(config: DoctorConfig, run: OutputOptions) -> None:
         emit(row, f"{'exact' if f.exact else 'NOT EXACT'}: {mask}: {difference}")
     if not all(f.exact for f in findings):
         raise InputError(
-            f"{config.cp} processes do not compute what one does (allowed difference {GRADIENT_TOLERANCE:.0e})",
+            f"{config.cp} processes compute other values than one (allowed difference {GRADIENT_TOLERANCE:.0e})",
             where=config.model,
             fix="please report it with the lines above",
         )

@@ -35,11 +35,11 @@ class NiahRunOptions(RunOptions):
     """Options of a run."""
 
     out: Annotated[Path, Flag(names=("-o", "--out"))]
-    """Results directory; with several --rope one folder of it for each."""
+    """Results directory; with several --rope, one subdirectory for each."""
     kv_cache: CachePlacement = "device"
-    """Where keys and values are kept: on the device, on the host, or on the device in 8 bits (not exact)."""
+    """Placement of the KV cache: on the device, on the host, or on the device in 8 bits (not exact)."""
     threshold: Threshold = 0.9
-    """Accuracy from which a length counts for the effective length."""
+    """Minimum accuracy of a length for the effective length."""
 
 
 @command(
@@ -133,14 +133,14 @@ def _run(
 
 @dataclass(frozen=True, kw_only=True)
 class HaystackRunOptions(OutputOptions):
-    """Where a haystack goes."""
+    """The output of a haystack."""
 
     out: Annotated[Path, Flag(names=("-o", "--out"))] = Path("haystack")
     """NAME.frames.safetensors (with --model), NAME.mp4, or a directory of images."""
     model: str | None = None
     """VLM or vision tower that encodes the frames: directory or hub id."""
     pixels: Path | None = None
-    """A .pixels.txt that the frames must agree with."""
+    """A .pixels.txt file of hashes that the frames must match."""
     batch: Annotated[int, Flag(min=1, needs=("model",))] = 64
     """Frames per forward pass of the vision tower."""
     device: str = "auto"
@@ -157,9 +157,10 @@ class HaystackRunOptions(OutputOptions):
     "lvctx niah haystack clips/bikes.mp4 --frames 20 --seed 1 -o hay-images",
 )
 def haystack(config: HaystackConfig, run: HaystackRunOptions) -> None:
-    """Draw hours of video from a seed and hash every frame; clips, if given, are between its scenes.
+    """Draw hours of video from a seed and hash every frame; clips, if given, are inserted between its scenes.
 
-    Frames stream into the vision tower: no video is stored. Two machines have the same haystack where --pixels agrees.
+    Frames are streamed to the vision tower and no video is stored. With --pixels two machines can verify that their
+    haystacks are equal.
     """
     from lvctx.device import resolve_device
     from lvctx.eval.niah.haystack import write_haystack
@@ -184,23 +185,23 @@ def haystack(config: HaystackConfig, run: HaystackRunOptions) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """What to show of which runs."""
+    """The runs to report, and the output."""
 
     runs: Annotated[tuple[Path, ...], Flag(argument=True, metavar="RUN...")]
     """Results directories, or LongVA's all_accuracies.json."""
     out: Annotated[Path | None, Flag(names=("-o", "--out"))] = None
     """.png or .svg: heatmaps side by side; .json: numbers; all_accuracies.json: LongVA's format."""
     threshold: Threshold = 0.9
-    """Accuracy from which a length counts for the effective length."""
+    """Minimum accuracy of a length for the effective length."""
     training_length: Annotated[int | None, Flag(min=1)] = None
-    """Tokens that the model of an all_accuracies.json was trained on, drawn as a line."""
+    """Training length in tokens of an all_accuracies.json's model, drawn as a line."""
 
 
 @command("niah report", "lvctx niah report niah", "lvctx niah report niah niah -o both.png --json")
 def report(config: ReportConfig, output: OutputOptions) -> None:
-    """Tabulate accuracy by length and draw runs side by side on one scale. Needs the results only, no model.
+    """Tabulate accuracy by length and draw runs side by side on one scale. Needs only the results, no model.
 
-    Without -o each run's own summary and heatmap are written again.
+    Without -o each run's summary and heatmap are rewritten.
     """
     from lvctx.artifacts.store import write_json
     from lvctx.eval.niah.heatmap import draw_heatmaps, write_report
@@ -209,9 +210,9 @@ def report(config: ReportConfig, output: OutputOptions) -> None:
 
     out, threshold = config.out, config.threshold
     if out is not None and out.suffix not in (".png", ".svg", ".json"):
-        raise UsageError(f"-o {out}: .png, .svg or .json is wanted")
+        raise UsageError(f"-o {out}: the name has to end in .png, .svg or .json")
     if out is not None and out.name == LONGVA_FILE and len(config.runs) > 1:
-        raise UsageError(f"-o {out}: LongVA's file holds one run")
+        raise UsageError(f"-o {out}: LongVA's format holds a single run")
     results = [
         read_longva(run, trained_length=config.training_length) if run.suffix == ".json" else read_needle_results(run)
         for run in config.runs
@@ -234,7 +235,7 @@ def report(config: ReportConfig, output: OutputOptions) -> None:
 
 
 def print_tables(results: "Sequence[NeedleResults]", *, threshold: float, stderr: bool) -> None:
-    """A table for text and one for video: a row a length, a column a run, then its mean and its effective length."""
+    """A table for text and one for video: a row per length, a column per run, then mean and effective length."""
     from rich.console import Console
     from rich.table import Table
 
@@ -246,7 +247,7 @@ def print_tables(results: "Sequence[NeedleResults]", *, threshold: float, stderr
             continue
         tokens = {n: t for result in chosen for n, t in zip(result.lengths, result.tokens, strict=True)}
         guessing = f", {chosen[0].guessing}" if chosen[0].guessing else ""
-        table = Table(title=f"{modality}: share of needles found{guessing}", title_justify="left")
+        table = Table(title=f"{modality}: accuracy{guessing}", title_justify="left")
         for name in (
             chosen[0].unit,
             *(("tokens",) if modality == "video" else ()),

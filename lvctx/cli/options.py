@@ -1,7 +1,7 @@
 """Commands from configuration dataclasses: every field is an option; recipes and LVCTX_* variables follow.
 
 A command is a function of dataclasses, such as `def pack_text(config: PackTextConfig, run: RunOptions)`. A field gives
-the option's name, type and default, the docstring under it the help, and `lvctx.config.Flag` what is left. A value is
+the option's name, type and default, its docstring the help, and `lvctx.config.Flag` everything else. A value is
 taken from the command line, else from LVCTX_COMMAND_FLAG, else from --recipe, else from the field's default.
 """
 
@@ -56,7 +56,7 @@ class RunOptions(OutputOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class _Declared:
-    """A command or a group of commands that a module declares."""
+    """A command or a group of commands declared by a module."""
 
     function: Callable[..., None] | None
     help: str
@@ -67,9 +67,9 @@ _declared: dict[str, _Declared] = {}
 
 
 def command(name: str, *examples: str) -> Callable[[FunctionT], FunctionT]:
-    """Declare a command; `name` may have several words (`niah report`). A test runs the examples of its help.
+    """Declare a command; `name` may have several words (`niah report`). A test runs the examples in the help.
 
-    The function's parameters are configuration dataclasses, and `typer.Context` if it asks `given`.
+    The function's parameters are configuration dataclasses, and `typer.Context` if it calls `given`.
     """
 
     def declare(function: FunctionT) -> FunctionT:
@@ -80,7 +80,7 @@ def command(name: str, *examples: str) -> Callable[[FunctionT], FunctionT]:
 
 
 def group(name: str, help: str, *examples: str) -> None:
-    """Declare a group, whose commands are those that are declared with its name in front of theirs."""
+    """Declare a group; its commands are declared with the group's name as prefix."""
     _declared[name] = _Declared(function=None, help=help, examples=examples)
 
 
@@ -106,7 +106,7 @@ def given(ctx: typer.Context) -> frozenset[str]:
 
 
 def option_name(field: Field[Any], flag: Flag) -> str:
-    """How messages and recipes call a field: `--seq-len`, or the name of an argument."""
+    """Name of a field in messages and recipes: `--seq-len`, or the name of an argument."""
     if flag.argument:
         return flag.metavar or field.name.upper()
     return flag.names[-1].partition("/")[0] if flag.names else f"--{field.name.replace('_', '-')}"
@@ -127,7 +127,7 @@ def config_classes(function: Callable[..., None]) -> dict[str, type]:
 
 
 def field_help(config_class: type) -> dict[str, str]:
-    """The docstring under each field, first paragraph; a subclass inherits those it does not write again."""
+    """The first paragraph of each field's docstring; a subclass inherits those that it does not override."""
     docs: dict[str, str] = {}
     for base in reversed(config_class.__mro__):
         if is_dataclass(base):
@@ -137,7 +137,7 @@ def field_help(config_class: type) -> dict[str, str]:
 
 @cache
 def _docstrings(file: str) -> dict[str, dict[str, str]]:
-    """Class name -> field name -> docstring, for the classes at the top of a source file."""
+    """Class name -> field name -> docstring, for the top-level classes of a source file."""
     tree = ast.parse(Path(file).read_text(encoding="utf-8"))
     docs: dict[str, dict[str, str]] = {}
     for node in tree.body:
@@ -153,12 +153,12 @@ def _docstrings(file: str) -> dict[str, dict[str, str]]:
 
 
 def _unwrap(docstring: str) -> str:
-    """Paragraphs in one line each."""
+    """Put each paragraph on one line."""
     return "\n\n".join(" ".join(p.split()) for p in inspect.cleandoc(docstring).split("\n\n"))
 
 
 def _escape(text: str) -> str:
-    """Square brackets in help are text, not rich's markup."""
+    """Escape square brackets in help, which rich would read as markup."""
     return text.replace("[", "\\[")
 
 
@@ -240,7 +240,7 @@ def _without_none(annotation: Any) -> Any:
 
 
 def _as_text(value: Any) -> str | None:
-    """A default as the user would write it."""
+    """A default in the notation of the command line."""
     if value is None:
         return None
     if isinstance(value, tuple):
@@ -249,7 +249,7 @@ def _as_text(value: Any) -> str | None:
 
 
 def _from_values(config_class: type, values: Mapping[str, Any]) -> Any:
-    """A configuration from the values that Typer found. Raises UsageError for a text that cannot be parsed."""
+    """A configuration from the values parsed by Typer. Raises UsageError for a text that cannot be parsed."""
     arguments: dict[str, Any] = {}
     for field, annotation, flag in config_fields(config_class):
         value = values[field.name]
@@ -267,13 +267,13 @@ def _from_values(config_class: type, values: Mapping[str, Any]) -> Any:
 
 
 def _check_needs(config_class: type, values: Mapping[str, Any], names: frozenset[str]) -> None:
-    """Raise UsageError for an option that the user set and that has no meaning with the others."""
+    """Raise UsageError for an option that the user set without the options that it needs."""
     for field, _, flag in config_fields(config_class):
         if not flag.needs or field.name not in names or any(_holds(need, values) for need in flag.needs):
             continue
         wanted = " or ".join("--" + need.replace("_", "-").replace("=", " ") for need in flag.needs)
         name = option_name(field, flag)
-        raise UsageError(f"{name} has no meaning without {wanted}", fix=f"drop {name}, or give {wanted}")
+        raise UsageError(f"{name} needs {wanted}", fix=f"drop {name}, or give {wanted}")
 
 
 def _holds(need: str, values: Mapping[str, Any]) -> bool:
@@ -284,8 +284,8 @@ def _holds(need: str, values: Mapping[str, Any]) -> bool:
 def _load_recipe(ctx: typer.Context, recipe: str | None) -> str | None:
     """Take defaults from `FILE.toml[#section]`; the section defaults to the command's name.
 
-    A table stands for `key=value,key=value`, an array of them for an option that is repeated. Raises InputError for a
-    missing file, section or an unknown key.
+    A table is converted to `key=value,key=value`, an array of tables to a repeated option. Raises InputError for a
+    missing file, a missing section or an unknown key.
     """
     if recipe is None:
         return None
@@ -302,7 +302,7 @@ def _load_recipe(ctx: typer.Context, recipe: str | None) -> str | None:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise InputError(f"not valid TOML ({e})", where=name) from e
     if section not in table:
-        raise InputError(f"no section [{section}]", where=name, fix=f"it has {', '.join(table)}")
+        raise InputError(f"no section [{section}]", where=name, fix=f"sections: {', '.join(table)}")
     parameters: dict[str, Any] = {str(p.name): p for p in ctx.command.params}
     values = {}
     for key, value in table[section].items():
@@ -316,7 +316,7 @@ def _load_recipe(ctx: typer.Context, recipe: str | None) -> str | None:
 
 
 def _recipe_value(value: Any, *, repeated: bool) -> Any:
-    """What the command line would hold in place of a TOML value: tables and lists are comma-separated there."""
+    """The command-line text of a TOML value: tables and lists become comma-separated."""
     if isinstance(value, dict):
         return ",".join(f"{key}={part}" for key, part in value.items())
     if isinstance(value, list) and not repeated:

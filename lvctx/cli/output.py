@@ -1,4 +1,4 @@
-"""What a command writes: rows to stdout, as JSON or as lines for a person; progress and messages to stderr."""
+"""Output of commands: rows to stdout, as JSON or readable lines; progress and messages to stderr."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from lvctx.config import OnProgress
 
 @dataclass
 class _Settings:
-    """What the running command was asked for; `configure` sets it."""
+    """Output settings of the running command, set by `configure`."""
 
     json: bool = False
     quiet: bool = False
@@ -25,7 +25,7 @@ _settings = _Settings()
 
 
 def configure(*, json: bool, quiet: bool, verbose: bool) -> None:
-    """Apply --json, --quiet and --verbose: warnings of the library always go to stderr, its log with --verbose."""
+    """Apply --json, --quiet and --verbose: the library's warnings always go to stderr, its log only with --verbose."""
     _settings.json, _settings.quiet = json, quiet
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(stream=sys.stderr, format="lvctx: %(message)s", level=level)
@@ -42,17 +42,17 @@ def is_quiet() -> bool:
 
 
 def wants_json() -> bool:
-    """Whether stdout is for a program: it is no terminal, or --json was given."""
+    """Whether stdout is JSON: it is not a terminal, or --json was given."""
     return _settings.json or not stdout_is_terminal()
 
 
 def stdout_is_terminal() -> bool:
-    """Whether stdout is for a person."""
+    """Whether stdout is a terminal and --json was not given."""
     return sys.stdout.isatty()
 
 
 def emit(row: Mapping[str, Any], line: str | None = None) -> None:
-    """Write one row to stdout and flush it, so that the next command in a pipe can start on it.
+    """Write one row to stdout and flush it, so that the next command in a pipe can process it at once.
 
     It is a JSON line for programs. On a terminal it is `line`, or a short summary of the row.
     """
@@ -61,7 +61,7 @@ def emit(row: Mapping[str, Any], line: str | None = None) -> None:
     if wants_json():
         text = json.dumps(row, ensure_ascii=False)
         if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
-            text = json.dumps(row)  # a file name that is not UTF-8 can only be escaped
+            text = json.dumps(row)  # a file name that is not UTF-8 has to be escaped
     else:
         text = summarize(row) if line is None else line
     sys.stdout.write(text + "\n")
@@ -77,7 +77,7 @@ def artifact_row(schema: str, out: Path, facts: Mapping[str, Any]) -> dict[str, 
 
 
 def summarize(row: Mapping[str, Any]) -> str:
-    """A row for a person: a dry run with one fact per line, anything else in one line that begins with its path."""
+    """A row as readable text: a dry run with one fact per line, other rows in one line that begins with the path."""
     if row.get("dry_run"):
         facts = flatten({key: value for key, value in row.items() if key != "dry_run"})
         width = max(len(key) for key, _ in facts)
@@ -108,7 +108,7 @@ def _number(value: Any) -> str:
 
 
 def say(line: str) -> None:
-    """Write one line for a person to stderr."""
+    """Write a line to stderr."""
     if is_rank_zero():
         print(line, file=sys.stderr, flush=True)
 

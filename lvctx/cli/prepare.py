@@ -17,7 +17,7 @@ def pack_text(config: PackTextConfig, run: RunOptions) -> None:
 
     Keeps all long documents, subsamples short ones, and preserves the proportions of the sources.
 
-    A special token that is written in a document (<|endoftext|>) is encoded as text. If the tokenizer cannot encode it
+    A special token in a document's text (<|endoftext|>) is encoded as text. If the tokenizer cannot encode it
     as text (Unigram with it among its pieces), the document is malformed.
     """
     with progress("pack-text", "loading the tokenizer and listing the input") as on_progress:
@@ -43,12 +43,12 @@ def pack_chat(config: PackChatConfig, run: RunOptions) -> None:
 
     No sample is truncated: a row holds whole samples.
 
-    The loss is on the assistant's answers and the end of their turns, or on what the chat template marks as generated;
-    a template that rewrites earlier turns is an error. A special token that is written in a turn (<|im_end|>), and
+    The loss is on the assistant's answers and the end of their turns, or on the text that the chat template marks as
+    generated; a template that rewrites earlier turns is an error. A special token in a turn's text (<|im_end|>), and
     <image> or <video> in a sample without one, is encoded as text. An assistant turn before the first question is left
     out.
 
-    A stopped run begins again: it keeps no partial result.
+    A stopped run starts over: no partial result is kept.
     """
     with progress("pack-chat", "loading the tokenizer") as on_progress:
         from lvctx.data.pack_chat import plan_pack_chat, run_pack_chat

@@ -1,4 +1,4 @@
-"""Training curves elsewhere than in metrics.jsonl: TensorBoard or Weights & Biases, each an extra of its own name."""
+"""Training curves in TensorBoard or Weights & Biases; each is an extra of the same name."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,12 +13,12 @@ from lvctx.training.parallel_config import OnStep
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingOptions:
-    """Where training curves go."""
+    """Trackers for training curves."""
 
     panel: ClassVar[str] = "Run"
 
     log: Literal["tensorboard", "wandb"] | None = None
-    """Send training curves there too; metrics.jsonl always has them."""
+    """Tracker for training curves, in addition to metrics.jsonl."""
 
 
 Send = Callable[[dict[str, float], int], None]
@@ -26,9 +26,9 @@ Send = Callable[[dict[str, float], int], None]
 
 @contextmanager
 def tracker(options: TrackingOptions, out: Path) -> Iterator[OnStep]:
-    """A function that sends a row of metrics.jsonl to the tracker that the user chose.
+    """A function that sends a row of metrics.jsonl to the chosen tracker.
 
-    The curves of a stage carry the name of its directory. Raises MissingError without the extra.
+    The curves of a stage have its directory as prefix. Raises MissingError without the extra.
     """
     if options.log is None or not is_rank_zero():
         yield lambda folder, row: None

@@ -51,7 +51,7 @@ def extend_lm(
             rows = run_search(base_search, config.out, device=parallel.device, force=run.force, on_progress=on_progress)
         config, facts = replace(config, rope_theta=best(rows)), {"search": search_facts(base_search, rows)}
     if config.adapter and config.stages:
-        raise UsageError("--adapter is where one run starts, and each stage starts from the one before", fix="drop one")
+        raise UsageError("--adapter has no effect with --stage, which starts from earlier results", fix="drop one")
     configs = stage_configs(config)
     jobs = [replace(job, facts=facts) for job in resolve_stages(resolve_extend, configs)]
     facts = {"original_context": jobs[0].original_context, **hashed_fields(jobs[-1].config), **facts}
@@ -82,10 +82,10 @@ def extend_lm(
 def align(config: AlignConfig, parallel: ParallelConfig, tracking: TrackingOptions, run: RunOptions) -> None:
     """Train a language model to process images, with a vision tower and a projector.
 
-    The projector is trained first, then the whole model or LoRA. Answers and the end of their turn are learned, or what
-    the chat template marks as generated; a template that rewrites earlier turns is refused. The text of a special token
-    in a turn (<|im_end|>), and <image> in a row without images, is encoded as plain text. An assistant turn before the
-    first question is left out.
+    The projector is trained first, then the whole model or LoRA. The loss is on answers and the end of their turns, or
+    on the text that the chat template marks as generated; a template that rewrites earlier turns is an error. A special
+    token in a turn's text (<|im_end|>), and <image> in a row without images, is encoded as text. An assistant turn
+    before the first question is left out.
 
     Stage dpo reads rows of "image" (or "images", or neither), "prompt" (or "conversations"), "chosen" and "rejected",
     each text or messages.
@@ -116,14 +116,14 @@ def align(config: AlignConfig, parallel: ParallelConfig, tracking: TrackingOptio
 def mrope_extend(config: MropeConfig, parallel: ParallelConfig, tracking: TrackingOptions, run: RunOptions) -> None:
     """Extend the context of a Qwen-VL model with M-RoPE++.
 
-    This is GIRAFFE's method. Without training the weights are linked, and config.json changes.
+    This is GIRAFFE's method. Without training the weights are linked, and only config.json changes.
 
     With --data the language model is trained at the new positions on long rows of chat samples; the tower is frozen.
     """
     from lvctx.training.mrope_checkpoint import resolve_mrope, run_mrope
 
     if config.plot is not None and config.plot.suffix not in (".png", ".svg"):
-        raise UsageError("--plot draws .png or .svg", where=config.plot)
+        raise UsageError("--plot needs a .png or .svg file", where=config.plot)
     job = resolve_mrope(config, force=run.force)
     if job.note:
         say(f"lvctx: {job.note}")
@@ -131,9 +131,9 @@ def mrope_extend(config: MropeConfig, parallel: ParallelConfig, tracking: Tracki
     if config.frames is not None:
         facts["video"] = _count_video(config, config.frames)
     if config.allow_partial and (config.data is None or config.data.is_dir()):
-        raise UsageError("--allow-partial is for videos of samples that are packed here", fix="give it to pack-chat")
+        raise UsageError("--allow-partial is for samples that are not packed yet", fix="give it to pack-chat")
     if config.stages and config.data is None:
-        raise UsageError("--stage is for training", fix="give --data")
+        raise UsageError("--stage needs a training", fix="give --data")
     if config.data is not None and not (run.dry_run and config.data.is_file()):
         facts |= _train_mrope(config, job.context, parallel, tracking, run)
     elif not run.dry_run:
@@ -153,18 +153,18 @@ def mrope_extend(config: MropeConfig, parallel: ParallelConfig, tracking: Tracki
 def _train_mrope(
     config: MropeConfig, context: int, parallel: ParallelConfig, tracking: TrackingOptions, run: RunOptions
 ) -> dict[str, Any]:
-    """Pack the samples if they are not packed, and train in one run or in stages; facts for the output row."""
+    """Pack the samples if needed, and train in one run or in stages; returns facts for the output row."""
     from lvctx.training.mrope_extend import MropeTrainingJob, pack_samples_file, resolve_mrope_training
     from lvctx.training.progressive import resolve_stages, run_stages, stage_configs
 
     if config.data is not None and config.data.is_file():
         if "WORLD_SIZE" in os.environ:
-            raise UsageError("several processes train on packed chat", fix="lvctx pack-chat first")
+            raise UsageError("several processes need packed chat", fix="run lvctx pack-chat first")
         with progress("mrope-extend, packing") as on_progress:
             config = replace(config, data=pack_samples_file(config, config.seq_len or context, on_progress))
 
     def resolve(stage: MropeConfig) -> MropeTrainingJob:
-        # Every stage after the first starts from a model that is extended already.
+        # Every stage after the first starts from a model that is already extended.
         return resolve_mrope_training(stage, force=run.force or stage.model != config.model)
 
     configs = stage_configs(config)
@@ -193,13 +193,13 @@ def _count_video(config: MropeConfig, frames: int) -> dict[str, Any]:
     counts = open_vlm(config.model).count(frames, width, height, sampling)
     say(
         f"lvctx: {frames} frames of {config.size}: {counts['actual']} visual tokens (nominal {counts['nominal']}) "
-        f"and {counts['delimiters']} delimiters, but positions end at {counts['last_position']}"
+        f"and {counts['delimiters']} delimiters, but the last position is {counts['last_position']}"
     )
     return {"frames": frames, "size": config.size, **counts}
 
 
 def _verify(out: Path) -> float | None:
-    """Compare the frequencies that transformers computes with the formula; the largest relative error."""
+    """Compare the frequencies that transformers computes with the formula; returns the largest relative error."""
     from lvctx.training.mrope_verify import verify
 
     verified = verify(out)
@@ -208,13 +208,13 @@ def _verify(out: Path) -> float | None:
         raise InputError(
             f"this transformers computes other frequencies (relative error {verified.error:.1e})",
             where=out,
-            fix="report it with the version of transformers",
+            fix="please report it with the version of transformers",
         )
     return verified.error
 
 
 def _control(stack: ExitStack, label: str, out: Path, tracking: TrackingOptions, run: RunOptions) -> RunControl:
-    """How a training runs and reports, until `stack` ends."""
+    """The output, resume policy and callbacks of a training, until `stack` closes."""
 
     on_progress = stack.enter_context(progress(label))
     on_step = stack.enter_context(tracker(tracking, out))
@@ -227,7 +227,7 @@ def _processes() -> int:
 
 
 def print_channels(verified: "Verified", *, stderr: bool = True) -> None:
-    """A table of wavelengths, a line for each channel."""
+    """A table of wavelengths, a row per channel."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""`lvctx videomme score_videomme`: responses of a run, or of anyone, under the scorers in use."""
+"""`lvctx videomme score`: responses of a run, or an existing responses file, under the common scorers."""
 
 import csv
 from dataclasses import dataclass, replace
@@ -14,14 +14,14 @@ from lvctx.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class VideoMMEScoreConfig:
-    """What to score, and how."""
+    """The responses to score, and the output."""
 
     files: Annotated[tuple[Path, ...], Flag(argument=True, metavar="FILE...")]
     """Responses in the official format, or results directories of run."""
     rule: Literal["official", "official-2024", "lmms-eval", "strict"] = "official"
-    """Scorer that the breakdown, the difference and the plot use."""
+    """Scorer for the breakdown, the difference and the plot."""
     csv: Path | None = None
-    """Write duration x domain x task, with margins, for every rule."""
+    """Write duration x domain x task, with totals, for every rule."""
     plot: Path | None = None
     """Draw accuracy by duration, or by number of frames for several runs: .png or .svg."""
 
@@ -32,11 +32,11 @@ class VideoMMEScoreConfig:
     "lvctx videomme score videomme/responses.json videomme --csv cells.csv --plot both.png",
 )
 def score_videomme(config: VideoMMEScoreConfig, output: OutputOptions) -> None:
-    """Score responses under four rules with 95% intervals clustered by video; of two files, also their difference.
+    """Score responses under four rules with 95% intervals clustered by video; for two files, also their difference.
 
-    official is the authors' script as it is now, official-2024 as it was before; both drop replies without a letter
-    from the denominator. lmms-eval counts them wrong, strict wants the reply to begin with the letter. No model is
-    needed.
+    official is the authors' current script, official-2024 its earlier version; both exclude replies without a letter
+    from the denominator. lmms-eval counts them as wrong, strict requires the reply to begin with the letter. No model
+    is needed.
     """
     from lvctx.artifacts.schemas import SCORE
     from lvctx.eval.benchmarks import videomme
@@ -46,7 +46,7 @@ def score_videomme(config: VideoMMEScoreConfig, output: OutputOptions) -> None:
 
     files, plot = config.files, config.plot
     if plot is not None and plot.suffix not in (".png", ".svg"):
-        raise UsageError(f"--plot {plot}: .png or .svg is wanted")
+        raise UsageError(f"--plot {plot}: the name has to end in .png or .svg")
     responses = [read_responses(file) for file in files]
     if len({item.name for item in responses}) < len(responses):
         responses = [replace(item, name=str(file)) for item, file in zip(responses, files, strict=True)]
@@ -76,9 +76,9 @@ def score_videomme(config: VideoMMEScoreConfig, output: OutputOptions) -> None:
 
 
 def _read_run(path: Path) -> tuple[int | None, int]:
-    """Frames of each video that a run of ours showed its model, and how many questions failed in it.
+    """Number of frames per video in a run of ours, and the number of failed questions.
 
-    None and 0 for files of others; None for runs whose videos differ in frames.
+    None and 0 for other files; None for runs with varying numbers of frames.
     """
     from lvctx.artifacts.result_log import RESULTS, read_results
 
@@ -101,10 +101,10 @@ def _print(row: dict[str, Any], cells: list[dict[str, Any]], rule: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False, emoji=False)  # names and groups are text of others: [x] and :x: are no markup
+    console = Console(markup=False, emoji=False)  # names and groups are external text: [x] and :x: are not markup
     for warning in row["warnings"]:
         console.print(f"WARNING {row['file']}: {warning}", style="bold red", highlight=False)
-    left_out = f", {row['failed']:,} more failed and are left out" if row["failed"] else ""
+    left_out = f", {row['failed']:,} failed and left out" if row["failed"] else ""
     totals = f"{row['questions']:,} questions about {row['videos']:,} videos"
     console.print(f"{row['file']}: {totals}{left_out}", highlight=False)
     for what, count in row["overlooked"].items():

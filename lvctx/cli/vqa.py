@@ -24,31 +24,31 @@ if TYPE_CHECKING:
     from lvctx.parallel.context import ParallelContext
 
 FEATURE_CACHE = Path("~/.cache/lvctx/features")
-"""Where vqa keeps features of videos by default."""
+"""Default folder for features of videos."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VqaConfig:
-    """What to ask about what."""
+    """The videos and the questions."""
 
     videos: Annotated[tuple[str, ...], Flag(argument=True, metavar="VIDEO...")] = ("-",)
-    """Video files or feature caches of encode-video; - reads lines, which may hold a `question`."""
+    """Video files or feature caches of encode-video; - reads lines from stdin, which may have a `question`."""
     model: str
     """VLM: directory or hub id."""
     ask: tuple[str, ...] = ()
     """A question; repeat for more. - reads lines: text, or JSON objects with a `question`."""
     chat: bool = False
-    """One conversation: the questions of --ask, then lines of stdin, each with those before it."""
+    """One conversation: the questions of --ask, then lines of stdin, each with the previous ones."""
     max_new_tokens: Annotated[int, Flag(min=1)] = 64
     """Longest answer, in tokens."""
 
     def __post_init__(self) -> None:
         if "-" in self.videos and len(self.videos) > 1:
-            raise UsageError("- excludes other videos", fix="give videos or -")
+            raise UsageError("- cannot be combined with other videos", fix="give either videos or -")
         if not self.ask and not self.chat and not self.piped:
             raise UsageError("no question", fix="give --ask or --chat")
         if self.reads_questions and (self.piped or len(self.videos) > 1):
-            raise UsageError("--chat and --ask - are about one video", fix="name it; stdin is for questions")
+            raise UsageError("--chat and --ask - need exactly one video", fix="give its path; stdin is for questions")
 
     @property
     def piped(self) -> bool:
@@ -69,11 +69,11 @@ class VqaConfig:
 def vqa(config: VqaConfig, sampling: VideoSampling, engine: EngineConfig, output: OutputOptions) -> None:
     """Answer questions about videos.
 
-    A video file is encoded first where the model needs it, and its features are kept in --feature-cache. On a pipe
-    there is one JSON line for each answer, and what came in on a line goes out with it.
+    A video file is encoded first if the model needs it, and its features are kept in --feature-cache. On a pipe
+    there is one JSON line for each answer, with the fields of its input line.
     """
     if config.piped and sys.stdin.isatty():
-        raise UsageError("no video", fix="name one, or pipe from lvctx encode-video")
+        raise UsageError("no video", fix="give one, or pipe from lvctx encode-video")
     from lvctx.parallel.context import SHARED_WORK_TIMEOUT, open_context
 
     opened = open_context(device=engine.device, cp=engine.cp, timeout=SHARED_WORK_TIMEOUT)
@@ -120,7 +120,7 @@ def _open(
 
 
 def _cost(frames: int, facts: dict[str, Any]) -> str:
-    """Frames and tokens of a video; the model's nominal tokens and delimiters where its frames are items in runs."""
+    """Frames and tokens of a video; also nominal tokens and delimiters if its frames are items in runs."""
     if "runs" not in facts:
         return f"{frames:,} frames, {facts['visual_tokens']:,} visual tokens"
     return (
@@ -132,7 +132,7 @@ def _cost(frames: int, facts: dict[str, Any]) -> str:
 def _answer_lines(
     config: VqaConfig, questions: "VideoQuestions", parallel: "ParallelContext", printer: "StreamPrinter"
 ) -> None:
-    """Questions of --ask and of stdin's lines about one video."""
+    """Answer the questions of --ask and of stdin about one video."""
     rows: deque[dict[str, Any]] = deque()
 
     def texts() -> Iterator[str]:
@@ -148,12 +148,12 @@ def _answer_lines(
 def _answer_videos(
     config: VqaConfig, questions: "VideoQuestions", parallel: "ParallelContext", printer: "StreamPrinter"
 ) -> int:
-    """The same questions, or those of stdin's lines, about each video; the number of videos that failed."""
+    """Answer the same questions, or those of stdin's lines, about each video; returns the number of failed videos."""
     from lvctx.artifacts.stream import read_references
 
     references = read_references(sys.stdin) if config.piped else ((Path(name), {}) for name in config.videos)
     failed = 0
-    # A bar would be drawn between the words of an answer that grows.
+    # A progress bar would be drawn into the text of a streamed answer.
     no_bar = nullcontext(lambda done, total, note: None)
     with no_bar if printer.live else progress("vqa", "loading the model") as on_progress:
         for done, (path, row) in enumerate(parallel.follow(references), start=1):
@@ -163,7 +163,7 @@ def _answer_videos(
                     raise InputError(str(row["error"]))
                 texts = config.ask or ((str(row["question"]),) if row.get("question") else ())
                 if not texts:
-                    raise InputError("no question", where=path, fix="give --ask, or a `question` on its line")
+                    raise InputError("no question", where=path, fix="give --ask, or a `question` in its line")
                 for answer in questions.ask(path, texts):
                     _emit_answer(reference, answer, printer)
             except InputError as e:
@@ -194,7 +194,7 @@ def _emit_answer(row: dict[str, Any], answer: "Answer", printer: "StreamPrinter"
 
 
 def _questions(ask: tuple[str, ...], chat: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Those of --ask, a - among them for stdin's lines; a chat goes on with stdin's. With the line's row."""
+    """The questions of --ask, with stdin's lines for -, and those of stdin in a chat; each with its input row."""
     for question in [*ask, *(["-"] if chat and "-" not in ask else [])]:
         if question == "-":
             yield from _question_lines()
@@ -203,7 +203,7 @@ def _questions(ask: tuple[str, ...], chat: bool) -> Iterator[tuple[str, dict[str
 
 
 def _question_lines() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Questions on stdin's lines, text or JSON objects, with a prompt where a person types them."""
+    """Questions from lines of stdin, text or JSON objects, with a prompt on a terminal."""
     interactive, number = sys.stdin.isatty(), 0
     while True:
         if interactive:
@@ -221,11 +221,11 @@ def _question_lines() -> Iterator[tuple[str, dict[str, Any]]]:
             row = json.loads(text)
             yield str(row["question"]), {k: v for k, v in row.items() if k != "schema"}
         except (ValueError, KeyError):
-            raise InputError("no JSON object with a `question`", where=f"stdin:{number}") from None
+            raise InputError("not a JSON object with a `question`", where=f"stdin:{number}") from None
 
 
 class StreamPrinter:
-    """Prints an answer on a terminal as it grows: on stdout where that is one, else on stderr."""
+    """Streams an answer to a terminal: to stdout if it is one, else to stderr."""
 
     def __init__(self, *, live: bool) -> None:
         self.live = live
@@ -235,7 +235,7 @@ class StreamPrinter:
 
     def show(self, text: str) -> None:
         """The answer so far."""
-        text = text.rstrip("\ufffd")  # the rest of a character is yet to come
+        text = text.rstrip("\ufffd")  # the rest of a character is not decoded yet
         if not self._prints:
             return
         new = text.removeprefix(self._printed) if text.startswith(self._printed) else f"\n{text}"
@@ -243,7 +243,7 @@ class StreamPrinter:
         self._printed = text
 
     def end(self) -> bool:
-        """The answer is complete; whether anything of it was printed."""
+        """End the answer; returns whether any of it was printed."""
         printed = bool(self._printed)
         if printed:
             print(file=self._file, flush=True)

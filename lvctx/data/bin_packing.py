@@ -1,17 +1,17 @@
-"""Samples into rows without cutting one: best-fit decreasing (Johnson 1974).
+"""Packing samples into rows without truncating any: best-fit decreasing (Johnson 1974).
 
-Longest first, each into the row that it leaves least room in, else into a new one. It needs at most 11/9 of the rows
-that the best packing needs, plus 6/9 (Dosa 2007), and no two rows of it would fit into one.
+Samples are placed longest first, each into the row with the least sufficient room, else into a new row. This needs at
+most 11/9 of the rows of an optimal packing, plus 6/9 (Dosa 2007), and no two of its rows would fit into one.
 """
 
 from collections.abc import Sequence
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of sample numbers, each at most `capacity` in sum. `lengths` are 1 to `capacity`.
+    """Rows of sample numbers, each at most `capacity` in total. `lengths` are 1 to `capacity`.
 
-    Rows by their room, and the least room that is enough, come from one integer whose bit r says that a row with room r
-    is open: time is N log N plus N times capacity / 64.
+    The least sufficient room is found in an integer whose bit r is set if a row with room r is open: time is N log N
+    plus N times capacity / 64.
     """
     rows: list[list[int]] = []
     by_room: dict[int, list[int]] = {}

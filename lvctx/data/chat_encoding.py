@@ -1,7 +1,7 @@
 """Conversations as training sequences: the model's own chat template, loss on the assistant's turns only.
 
-In the sequence an image is the block of its grids' tokens closed by one "\\n",
-and the "\\n" that LLaVA writes after `<image>` is that one.
+In the sequence an image is the block of its grids' tokens closed by one "\\n", which is also the "\\n" that LLaVA
+writes after `<image>`.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,16 +25,16 @@ CHATML = (
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSequence:
-    """Token ids of a conversation, with its visual blocks unfolded."""
+    """Token ids of a conversation, with its visual blocks expanded."""
 
     ids: list[int]
-    """`video` ids are placeholders of visual tokens."""
+    """Token ids; `video` ids are placeholders of visual tokens."""
     labels: list[int]
-    """Target under each position's hidden state (already shifted): -100 where it is not the assistant's word."""
+    """Target under each position's hidden state (already shifted): -100 where it is not part of an answer."""
     places: list[int] = field(default_factory=list)
-    """Where each visual block begins."""
+    """Start of each visual block."""
     positions: list[int] | None = None
-    """Of the tokens, where they do not count up from 0."""
+    """Position ids of the tokens, unless they count up from 0."""
 
 
 def to_messages(conversation: Conversation, mark: Callable[[MediaKind], str]) -> tuple[Message, ...]:
@@ -51,7 +51,7 @@ def to_messages(conversation: Conversation, mark: Callable[[MediaKind], str]) ->
 def encode_conversation(
     conversation: Conversation, tokenizer: Any, visual_tokens: Callable[[Path], int], *, last_only: bool = False
 ) -> TokenSequence:
-    """Ids and shifted labels of a conversation in the tokenizer's chat template; `last_only`: of its last answer.
+    """Ids and shifted labels of a conversation in the tokenizer's chat template; `last_only`: only its last answer.
 
     `visual_tokens` gives the tokens of an image's block, its closing "\\n" included.
     """
@@ -71,14 +71,14 @@ def encode_messages(
 ) -> TokenSequence:
     """Ids and shifted labels of turns in the tokenizer's chat template, each `Visual` part replaced by its block.
 
-    Counted are the assistant's words and the end-of-turn token after them, as in LLaVA, or what the template marks as
-    generated (transformers' `return_assistant_tokens_mask`); `last_only` leaves out all answers but the last, and what
-    follows that is no part of the sequence. Raises InputError for a template that rewrites what it wrote before (see
-    `lvctx.models.chat_template`), and where parts and blocks are not of one number.
+    The assistant's text and the end-of-turn token after it count in the loss, as in LLaVA, or the text that the
+    template marks as generated (transformers' `return_assistant_tokens_mask`). `last_only` counts only the last answer
+    and ends the sequence after it. Raises InputError for a template that rewrites its earlier output (see
+    `lvctx.models.chat_template`), and if parts and blocks differ in number.
     """
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
     if last < 0:
-        raise InputError("no answer to learn from", where=where)
+        raise InputError("no answer to train on", where=where)
     chat = chat_encoder(tokenizer).encode(messages[: last + 1], where=where)
     if len(chat.visual) != len(blocks):
         raise InputError(f"{len(chat.visual)} marks in the text for {len(blocks)} images", where=where)

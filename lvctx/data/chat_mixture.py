@@ -1,7 +1,7 @@
-"""Which samples of several kinds are taken, so that every kind has its share and enough of it is long.
+"""Selection of samples of several kinds, so that every kind has its share and enough tokens are in long samples.
 
 GIRAFFE section 2.3: of the tokens 20% long text, 25% short images, 25% interleaved, 30% video, and 60% or more in
-samples longer than 8K tokens. Both are shares of tokens: of samples, a quarter of short images leaves no room for 60%.
+samples longer than 8K tokens. Both are shares of tokens: with shares of samples, 25% short images would rule out 60%.
 
 Suffixes: N samples of one kind.
 """
@@ -17,9 +17,9 @@ from lvctx.errors import InputError
 def largest_blend(
     lengths: Mapping[str, np.ndarray], shares: Mapping[str, float], *, long_share: float, long_over: int
 ) -> int:
-    """Most tokens at which every kind and the long samples still reach their shares.
+    """The largest number of tokens at which every kind and the long samples still reach their shares.
 
-    `lengths` are each kind's samples in tokens (N,). Raises InputError where long samples cannot meet theirs at all.
+    `lengths` are each kind's samples in tokens (N,). Raises InputError if long samples cannot reach theirs at all.
     """
     total = {kind: int(lengths_N.sum()) for kind, lengths_N in lengths.items()}
     long = {kind: int(lengths_N[lengths_N > long_over].sum()) for kind, lengths_N in lengths.items()}
@@ -27,8 +27,8 @@ def largest_blend(
     if most < long_share - 1e-9:
         none = ", ".join(kind for kind in shares if not long[kind])
         raise InputError(
-            f"{long_share:.0%} of the tokens are to be in samples of more than {long_over:,}, but no sample of {none} "
-            f"is that long, so at most {most:.0%} can be",
+            f"{long_share:.0%} of the tokens have to be in samples of more than {long_over:,}, but no sample of {none} "
+            f"is that long, so at most {most:.0%} are possible",
             fix="give longer samples, change --mix, or lower --long-share or --long-over",
         )
     high = min(int(total[kind] / share) for kind, share in shares.items() if share > 0)
@@ -49,12 +49,12 @@ def choose_samples(
     long_over: int,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Samples to take of each kind, ascending (int64), for `tokens` in all, which `largest_blend` must allow.
+    """Samples to take of each kind, ascending (int64), for `tokens` in total, which `largest_blend` must allow.
 
     In a kind, long and short samples keep the proportions of the source if enough are long; otherwise every kind
-    takes more of its long ones, each by the same part of what it could. A budget is filled with samples in an order
-    drawn from `seed`, leaving out what no longer fits, so a kind falls short of it by less than a sample; where long
-    samples then miss their share, short ones go.
+    takes more of its long ones, each the same fraction of what is possible. A budget is filled with samples in an order
+    drawn from `seed`, skipping those that no longer fit, so a kind falls short of it by less than a sample; if long
+    samples then miss their share, short ones are removed.
     """
     budget, long, usual, most = {}, {}, {}, {}
     for kind, share in shares.items():
@@ -87,7 +87,7 @@ def choose_samples(
 
 
 def _fill(order: np.ndarray, lengths: np.ndarray, budget: float) -> list[int]:
-    selected, room = [], budget + 0.5  # budgets are products of floats; what fills one exactly must fit
+    selected, room = [], budget + 0.5  # budgets are products of floats, and an exact fill must fit
     for number in order.tolist():
         if lengths[number] <= room:
             selected.append(number)

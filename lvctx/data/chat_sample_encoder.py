@@ -1,4 +1,4 @@
-"""Turns a chat sample into token ids and labels, with placeholders for as many visual tokens as the model will make."""
+"""Encodes a chat sample as token ids and labels, with a placeholder for every visual token."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -26,7 +26,7 @@ class ChatSampleEncoder:
         max_frames: int,
         allow_partial: bool,
     ) -> None:
-        """`tokenizer` has the chat template in place; `rule` counts visual tokens, None for a language model."""
+        """`tokenizer` already has the chat template; `rule` counts visual tokens, None for a language model."""
         self.tokenizer, self.rule, self.media = tokenizer, rule, media
         self.video_fps, self.max_frames, self.allow_partial = video_fps, max_frames, allow_partial
         self._count = lru_cache(maxsize=1 << 16)(self._count_media)
@@ -35,7 +35,7 @@ class ChatSampleEncoder:
         """Ids, labels (already shifted) and the media of a sample; see `data.packed_chat`. Raises InputError."""
         rule, where = self.rule, conversation.where
         if rule is None and conversation.media:
-            raise InputError("the model has no vision tower", where=where, fix="--model takes a vision-language model")
+            raise InputError("the model has no vision tower", where=where, fix="give --model a vision-language model")
         media = []
         for item in conversation.media:
             assert rule is not None

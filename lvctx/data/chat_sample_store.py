@@ -1,4 +1,4 @@
-"""Tokenized chat samples on disk between reading and packing: ids, labels and a line of facts for each."""
+"""Tokenized chat samples on disk between reading and packing: ids, labels and a JSON line for each."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ STORE_FILES = (".spool.tokens", ".spool.jsonl")
 
 
 class ChatSampleStore:
-    """Samples are numbered in the order they are added. In memory are two numbers and a kind for each."""
+    """Samples are numbered in the order they are added. Only two numbers and a kind are kept in memory for each."""
 
     def __init__(self, directory: Path) -> None:
         """Begin an empty store in two hidden files of a directory."""

@@ -2,15 +2,15 @@
 
 A row is `{"image": PATH or [PATHS], "video": ..., "conversations": [{"from": "human"|"gpt"|"system", "value": TEXT}]}`
 or `{"messages": [{"role": ..., "content": TEXT or [parts]}]}`; the keys `images` and `videos` mean the same, and
-`system` is the text of a system turn. `<image>` and `<video>` in a text stand for the next image and the next video;
-where a row has videos alone, `<image>` stands for one of them, as LLaVA-Video writes it; where it has neither, both are
-text. A part is `{"type": "text", "text": ...}`, `{"type": "image", "image": PATH}`, `{"type": "image_url", "image_url":
-{"url": PATH}}` or `{"type": "video", "video": PATH}`; without a path it stands for the next of the row's. What the
-assistant says before the first user turn is left out, as LLaVA does.
+`system` is the text of a system turn. `<image>` and `<video>` in a text mark the next image and the next video; in a
+row with videos only, `<image>` marks a video, as in LLaVA-Video; in a row without media, both are plain text. A part is
+`{"type": "text", "text": ...}`, `{"type": "image", "image": PATH}`, `{"type": "image_url", "image_url": {"url": PATH}}`
+or `{"type": "video", "video": PATH}`; a part without a path is the next of the row's. Assistant turns before the first
+user turn are left out, as in LLaVA.
 
-A pair is `{"prompt": TEXT, "chosen": TEXT, "rejected": TEXT, "image" or "images": PATH or [PATHS]}`, or TRL's with
-lists of messages in their places; `conversations` in LLaVA's form, ending in a human turn, may stand in place of
-`prompt`, and the lists `chosen` and `rejected` may begin with the prompt.
+A pair is `{"prompt": TEXT, "chosen": TEXT, "rejected": TEXT, "image" or "images": PATH or [PATHS]}`, or TRL's format
+with lists of messages; `conversations` in LLaVA's format, ending in a human turn, may replace `prompt`, and the lists
+`chosen` and `rejected` may begin with the prompt.
 
 Files and datasets are those of `records`. Images in a dataset's rows are written to files named by their content.
 """
@@ -38,7 +38,7 @@ class Media(NamedTuple):
 
     kind: MediaKind
     path: str
-    """As the row has it, relative to the folder of media."""
+    """Path in the row, relative to the folder of media."""
 
 
 class Turn(NamedTuple):
@@ -47,7 +47,7 @@ class Turn(NamedTuple):
     role: str
     """`user`, `assistant` or `system`."""
     content: tuple[str | Media, ...]
-    """Text and media in their order."""
+    """Text and media in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,34 +55,34 @@ class Conversation:
     """One checked row."""
 
     where: str
-    """Its place, for errors."""
+    """Its location, for errors."""
     turns: tuple[Turn, ...]
-    """Up to the last answer."""
+    """Turns up to the last answer."""
     folder: Path = Path()
     """The folder of media."""
 
     @property
     def media(self) -> list[Media]:
-        """Images and videos in their order."""
+        """Images and videos in order."""
         return [part for turn in self.turns for part in turn.content if isinstance(part, Media)]
 
     @property
     def images(self) -> tuple[Path, ...]:
-        """Files of the images in their order."""
+        """Files of the images in order."""
         return tuple(self.folder / media.path for media in self.media if media.kind == "image")
 
 
 def read_conversations(path: Path, images: Path) -> list[Conversation]:
     """Every row of a file or dataset, of text and images; image paths are relative to `images`.
 
-    Raises InputError naming the first bad row (malformed JSON, a missing image file, a number of `<image>` marks other
-    than the number of images, an unknown role, no answer or an empty one), with the number of all of them.
+    Raises InputError naming the first bad row (malformed JSON, a missing image file, `<image>` marks and images that
+    differ in number, an unknown role, no answer or an empty one), with the number of bad rows.
     """
     return _parse_all(path, images, lambda record: _with_images(parse_conversation(record), images))
 
 
 def read_pairs(path: Path, images: Path) -> list[tuple[Conversation, Conversation]]:
-    """Every row of a file or dataset of preferences, once ending in the chosen answer and once in the rejected one.
+    """Every row of a file or dataset of preference pairs, as conversations with the chosen and the rejected answer.
 
     Image paths are relative to `images`. Raises InputError naming the first bad row, as `read_conversations` does.
     """
@@ -102,7 +102,7 @@ def _parse_all(path: Path, folder: Path, parse: Callable[[Record], ParsedT]) -> 
         except InputError as e:
             bad.append(e)
     if bad:
-        more = f" ({len(bad):,} bad rows in all)" if len(bad) > 1 else ""
+        more = f" ({len(bad):,} bad rows in total)" if len(bad) > 1 else ""
         raise InputError(bad[0].what + more, where=bad[0].where, fix=bad[0].fix or "correct or remove the row")
     if not parsed:
         raise InputError("no row", where=path)
@@ -110,10 +110,10 @@ def _parse_all(path: Path, folder: Path, parse: Callable[[Record], ParsedT]) -> 
 
 
 def _with_images(conversation: Conversation, folder: Path) -> Conversation:
-    """A conversation whose images are files of `folder`. Raises InputError for a video or a missing file."""
+    """The conversation with its images as files in `folder`. Raises InputError for a video or a missing file."""
     conversation = replace(conversation, folder=folder)
     if len(conversation.images) < len(conversation.media):
-        raise InputError("a video", where=conversation.where, fix="samples are text and images")
+        raise InputError("a video", where=conversation.where, fix="give samples of text and images")
     for image in conversation.images:
         if not _is_file(image):
             raise InputError(
@@ -125,12 +125,12 @@ def _with_images(conversation: Conversation, folder: Path) -> Conversation:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except ValueError:  # no name that a file can have
+    except ValueError:  # not a valid file name
         return False
 
 
 def chat_records(path: Path, folder: Path) -> Iterator[Record]:
-    """Records of a file or dataset. Images in its rows are written to `folder`, and the rows have their names."""
+    """Records of a file or dataset. Images in its rows are written to `folder` and replaced by their file names."""
     for record in read_records(path):
         if isinstance(record.value, dict):
             for key in record.value.keys() & {"image", "images"}:
@@ -139,7 +139,7 @@ def chat_records(path: Path, folder: Path) -> Iterator[Record]:
 
 
 def _stored_image(cell: Any, folder: Path) -> Any:
-    """The file name of each image of a cell; what is a name already stays."""
+    """The file name of each image of a cell; names are kept."""
     if isinstance(cell, list):
         return [_stored_image(one, folder) for one in cell]
     if not isinstance(cell, dict):
@@ -157,7 +157,7 @@ def _stored_image(cell: Any, folder: Path) -> Any:
 
 
 def parse_conversation(record: Record) -> Conversation:
-    """A row as a conversation. Raises InputError for other rows, unknown roles, and marks that do not fit the media."""
+    """A row as a conversation. Raises InputError for other rows, unknown roles, and marks that do not match media."""
     row, where = record.fields(), record.where
     turns = _first(row, "conversations", "messages")
     if not isinstance(turns, list):
@@ -173,7 +173,7 @@ def parse_conversation(record: Record) -> Conversation:
     parsed = [*_system_turn(row, parsed, where), *parsed]
     answers = [i for i, turn in enumerate(parsed) if turn.role == "assistant"]
     if not answers:
-        raise InputError("no answer to learn from", where=where)
+        raise InputError("no answer to train on", where=where)
     media.check()
     for i in answers:
         if not any(isinstance(part, Media) or part.strip() for part in parsed[i].content):
@@ -184,17 +184,17 @@ def parse_conversation(record: Record) -> Conversation:
 
 
 def parse_pair(record: Record) -> tuple[Conversation, Conversation]:
-    """A row of preferences, ending in the chosen and in the rejected answer. Raises InputError for other rows."""
+    """A row of preferences as its chosen and its rejected conversation. Raises InputError for other rows."""
     row, where = record.fields(), record.where
     prompt, *answers = _pair_turns(row, where)
     if any(_role(answer, where) != "assistant" for answer in answers):
-        raise InputError("`chosen` or `rejected` does not end in the assistant's words", where=where)
+        raise InputError("`chosen` or `rejected` does not end with the assistant's text", where=where)
     chosen, rejected = (
         parse_conversation(Record(where, {**row, "conversations": [*prompt, answer], "messages": None}))
         for answer in answers
     )
     if len(chosen.turns) < 2 or chosen.turns[-2].role != "user":
-        raise InputError("the prompt does not end in a human turn", where=where)
+        raise InputError("the prompt does not end with a human turn", where=where)
     texts = [[p.strip() if isinstance(p, str) else p for p in one.turns[-1].content] for one in (chosen, rejected)]
     if texts[0] == texts[1]:
         raise InputError("`chosen` and `rejected` are the same", where=where)
@@ -202,29 +202,29 @@ def parse_pair(record: Record) -> tuple[Conversation, Conversation]:
 
 
 def _pair_turns(row: dict[str, Any], where: str) -> tuple[list[Any], Any, Any]:
-    """The turns of a pair's prompt, and the turn of either answer, as the row has them."""
+    """The turns of a pair's prompt, and the turns of the two answers, as in the row."""
     prompts = [row[key] for key in ("prompt", "conversations") if row.get(key) is not None]
     if len(prompts) > 1:
-        raise InputError("either `prompt` or `conversations` is wanted", where=where)
+        raise InputError("give either `prompt` or `conversations`", where=where)
     answers = [_as_turns(row.get(key), "gpt") for key in ("chosen", "rejected")]
     if not all(answers):
-        raise InputError("`chosen` and `rejected` have to be text that is not empty, or messages", where=where)
+        raise InputError("`chosen` and `rejected` have to be non-empty text or messages", where=where)
     inside = [answer[:-1] for answer in answers]
     if not prompts and not all(inside):
-        raise InputError("either `prompt` or `conversations` is wanted", where=where)
+        raise InputError("give either `prompt` or `conversations`", where=where)
     if inside[0] != inside[1]:
         raise InputError("`chosen` and `rejected` begin with different prompts", where=where)
     turns = _as_turns(row.get("prompt"), "human") or row.get("conversations") or inside[0]
     if not isinstance(turns, list) or not turns:
         raise InputError("no list of `conversations`, or text or messages in `prompt`", where=where)
     if inside[0] and not (turns == inside[0] or _last_text(turns) == _last_text(inside[0])):
-        raise InputError("`chosen` begins with another prompt than the row's own", where=where)
-    # Messages inside the answers may have turns before a prompt that is one text.
+        raise InputError("`chosen` begins with another prompt than the row's", where=where)
+    # Messages in the answers may have turns before a prompt given as text.
     return inside[0] or turns, answers[0][-1], answers[1][-1]
 
 
 def _as_turns(value: Any, role: str) -> list[Any]:
-    """Text as a turn, a turn as a list of one; nothing for what is neither, or empty."""
+    """A list of turns from text, a turn or a list; empty for other or empty values."""
     if isinstance(value, str):
         return [{"from": role, "value": value}] if value.strip() else []
     if isinstance(value, dict):
@@ -237,12 +237,12 @@ def _last_text(turns: list[Any]) -> Any:
 
 
 def _first(row: dict[str, Any], *keys: str) -> Any:
-    """The value of the first key that has one: a table's row has all keys of all rows."""
+    """The first value that is not empty: a table's row has all keys of all rows."""
     return next((row[key] for key in keys if row.get(key) is not None), None)
 
 
 def _role(turn: Any, where: str) -> str:
-    """user, assistant or system. Raises InputError for a turn of anyone else."""
+    """user, assistant or system. Raises InputError for any other role."""
     named = _first(turn, "from", "role") if isinstance(turn, dict) else turn
     role = ROLES.get(named) if isinstance(named, str) and isinstance(turn, dict) else None
     if role is None:
@@ -251,7 +251,7 @@ def _role(turn: Any, where: str) -> str:
 
 
 def _system_turn(row: dict[str, Any], turns: list[Turn], where: str) -> list[Turn]:
-    """The system turn that the row's key `system` holds."""
+    """The system turn from the row's key `system`."""
     text = row.get("system")
     if text is None or text == "":
         return []
@@ -260,22 +260,22 @@ def _system_turn(row: dict[str, Any], turns: list[Turn], where: str) -> list[Tur
     _check_characters(text, where)
     present = [turn.content for turn in turns if turn.role == "system"]
     if present and present != [(text,)]:
-        raise InputError("a system turn and the key `system`", where=where, fix="keep one")
+        raise InputError("both a system turn and the key `system`", where=where, fix="keep one")
     return [] if present else [Turn("system", (text,))]
 
 
 def _check_characters(text: str, where: str) -> None:
-    """Raise InputError for a lone surrogate, and for the noncharacter that `models.chat_template` marks turns with."""
+    """Raise InputError for a lone surrogate, and for the noncharacter used as a mark by `models.chat_template`."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise InputError("half a character (a lone surrogate) in the text", where=where) from None
     if "\ufdd0" in text:
-        raise InputError("U+FDD0 in the text, which Unicode keeps out of text", where=where)
+        raise InputError("U+FDD0 in the text, which Unicode reserves as a noncharacter", where=where)
 
 
 class _RowMedia:
-    """Images and videos of a row, assigned to the marks of its turns."""
+    """Images and videos of a row, assigned to the marks in its turns."""
 
     def __init__(self, row: dict[str, Any], where: str) -> None:
         self.where = where
@@ -283,7 +283,7 @@ class _RowMedia:
         self._used = dict.fromkeys(MEDIA_KINDS, 0)
 
     def _kind(self, mark: str) -> MediaKind:
-        """What a mark stands for: in a row with videos alone, a video."""
+        """The media kind of a mark: a video for any mark in a row with videos only."""
         return "image" if mark == "image" and (self._media["image"] or not self._media["video"]) else "video"
 
     def _next(self, kind: MediaKind) -> list[Media]:
@@ -291,7 +291,7 @@ class _RowMedia:
         return self._media[kind][self._used[kind] - 1 : self._used[kind]]
 
     def parts(self, content: Any) -> Iterator[str | Media]:
-        """A turn's text and media in their order."""
+        """A turn's text and media in order."""
         for part in content if isinstance(content, list) else [content]:
             kind = part.get("type") if isinstance(part, dict) else None
             value = part if kind is None else part.get(kind) if isinstance(kind, str) else None
@@ -310,7 +310,7 @@ class _RowMedia:
     def _text(self, text: str) -> Iterator[str | Media]:
         _check_characters(text, self.where)
         marks = [kind for kind in MEDIA_KINDS if self._media[self._kind(kind)]]
-        # The visual block closes with its own "\n", so the newline around a mark would be a second one.
+        # The visual block closes with its own "\n", so a newline beside a mark would be a second one.
         pieces = re.split(rf"\n?<({'|'.join(marks)})>\n?", text) if marks else [text]
         for i, piece in enumerate(pieces):
             if i % 2:
@@ -319,11 +319,11 @@ class _RowMedia:
                 yield piece
 
     def check(self) -> None:
-        """Raises InputError where there were more marks than media, or fewer."""
+        """Raises InputError if there were more marks than media, or fewer."""
         for kind, media in self._media.items():
             if self._used[kind] != len(media):
                 what = f"{self._used[kind]} <{kind}> marks for {len(media)} {kind}s"
-                raise InputError(what, where=self.where, fix=f"write <{kind}> where each belongs")
+                raise InputError(what, where=self.where, fix=f"write <{kind}> at the position of each")
 
 
 def _media_of(row: dict[str, Any], kind: MediaKind, where: str) -> list[Media]:

@@ -1,9 +1,9 @@
-"""A file's format by its first bytes, whatever its name: compressed content is decompressed, UTF-16 and UTF-32 become
-UTF-8, and archives, unknown compressions and binary files are refused by name.
+"""A file's format from its first bytes, whatever its name: compressed content is decompressed, UTF-16 and UTF-32 become
+UTF-8, and archives, unknown compressions and binary files are refused with their kind.
 
-gzip, Zstandard, xz and bzip2 are read, each with several members (frames, streams), with zeros as padding between and
-after them, and with Zstandard's skippable frames anywhere. A cut or damaged file and other bytes after the last member
-are errors: a part of a file is never taken for the whole. Zstandard's, lzma's and bz2's own readers do take it.
+gzip, Zstandard, xz and bzip2 may have several members (frames, streams), zeros as padding between and after them, and
+Zstandard's skippable frames anywhere. A truncated or damaged file and other bytes after the last member are errors, so
+part of a file is never taken for all of it. Zstandard's, lzma's and bz2's own readers accept such files.
 """
 
 import bz2
@@ -21,7 +21,7 @@ from lvctx.errors import InputError
 MEBIBYTE = 1 << 20
 _BLOCK = 1 << 17
 _LAYERS = 2
-"""Compressions inside one another that are undone: some downloads are compressed twice, a gzip quine endlessly."""
+"""Maximum nesting of compressions: some downloads are compressed twice, and a gzip quine nests endlessly."""
 
 _REFUSED = (
     (0, b"\x04\x22\x4d\x18", "LZ4"),
@@ -43,10 +43,10 @@ _REFUSED = (
     (0, b"\xff\xd8\xff", "a JPEG image"),
     (0, b"\x7fELF", "an ELF program"),
 )
-"""Offset, bytes there, and what they mean; from the formats' specifications and file(1)."""
+"""Offset, bytes at the offset, and the format; from the specifications and file(1)."""
 
 _NO_TEXT = re.compile(rb"[\x00-\x06\x0e-\x1a\x1c-\x1f\x7f]")
-"""Bytes that file(1) finds in no text of any 8-bit encoding."""
+"""Bytes that do not occur in text of any 8-bit encoding, from file(1)."""
 
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -54,15 +54,15 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-"""Byte order marks; UTF-32's little-endian one begins like UTF-16's."""
+"""Byte order marks; the little-endian one of UTF-32 begins like that of UTF-16."""
 
 
 def unpack(raw: Any, name: str, *, guess_encoding: bool = False) -> io.BufferedReader:
-    """The content of a binary stream as UTF-8 or what else it is, decompressed; peeking at it gives a whole mebibyte.
+    """The decompressed content of a binary stream, text as UTF-8; `peek` returns up to a mebibyte of it.
 
-    `guess_encoding` takes JSON or a table in UTF-16 or UTF-32 without a byte order mark, by its first characters'
-    zeros. Raises InputError for a format that is not read, and OSError or EOFError, here or when reading, for damaged
-    content.
+    `guess_encoding` also accepts JSON or a table in UTF-16 or UTF-32 without a byte order mark, recognised by the zeros
+    in its first characters. Raises InputError for an unsupported format, and OSError or EOFError, here or when reading,
+    for damaged content.
     """
     stream = io.BufferedReader(raw, MEBIBYTE)
     for layer in range(_LAYERS + 1):
@@ -76,7 +76,7 @@ def unpack(raw: Any, name: str, *, guess_encoding: bool = False) -> io.BufferedR
     for offset, magic, kind in _REFUSED:
         if head.startswith(magic, offset):
             fix = "name it .parquet" if kind == "Parquet" else "give its content as text, JSON lines or Parquet"
-            raise InputError(f"the content is {kind}, which is not read here", where=name, fix=fix)
+            raise InputError(f"the content is {kind}, which is not supported", where=name, fix=fix)
     for mark, encoding in _MARKS:
         if head.startswith(mark):
             return io.BufferedReader(Pieces(_to_utf8(stream, encoding), stream), MEBIBYTE)
@@ -86,10 +86,10 @@ def unpack(raw: Any, name: str, *, guess_encoding: bool = False) -> io.BufferedR
 
 
 def check_is_text(content: bytes, name: str) -> None:
-    """Raise InputError for what is no text: it holds a NUL, or is neither UTF-8 nor free of other control bytes.
+    """Raise InputError for content that is not text: with a NUL, or with control bytes and not UTF-8.
 
-    Text in another 8-bit encoding passes: invalid UTF-8 is the tokenizer's to judge. A NUL shows UTF-16 without a
-    byte order mark too, which would pass for UTF-8.
+    Text in another 8-bit encoding passes, since the tokenizer handles invalid UTF-8. A NUL also shows UTF-16 without
+    a byte order mark, which would be valid UTF-8.
     """
     at = content.find(b"\0")
     if at < 0 and (control := _NO_TEXT.search(content)):
@@ -103,7 +103,7 @@ def check_is_text(content: bytes, name: str) -> None:
 
 
 class Pieces(io.RawIOBase):
-    """A stream of pieces of bytes that a generator gives; closing it closes the stream they were made from."""
+    """A stream of bytes from a generator; closing it closes the stream that they were read from."""
 
     def __init__(self, pieces: Iterator[bytes], source: Any) -> None:
         self._pieces, self._source, self._ready = pieces, source, memoryview(b"")
@@ -113,7 +113,7 @@ class Pieces(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill all of `buffer` unless the pieces end."""
+        """Fill `buffer` completely unless the pieces end."""
         filled = 0
         while filled < len(buffer):
             if not self._ready:
@@ -133,7 +133,7 @@ class Pieces(io.RawIOBase):
 
 
 def _decompressed(stream: io.BufferedReader) -> Iterator[bytes] | None:
-    """The decompressed content, or None where it does not begin like compressed content that is read."""
+    """The decompressed content, or None if it does not begin like a supported compression."""
     head = stream.peek(MEBIBYTE)[:10]
     if head.startswith(b"\x1f\x8b"):
         members = gzip.GzipFile(fileobj=stream)
@@ -155,7 +155,7 @@ def _zstandard(stream: io.BufferedReader) -> Iterator[bytes]:
 
 
 class _Bounded:
-    """One of the standard library's decompressors that never gives more than a mebibyte at once."""
+    """One of the standard library's decompressors that never returns more than a mebibyte at once."""
 
     def __init__(self, decompressor: Any) -> None:
         self._inner = decompressor
@@ -170,7 +170,7 @@ class _Bounded:
 
     @property
     def full(self) -> bool:
-        """Whether it has more to give without further input."""
+        """Whether it has more output without further input."""
         return not (self._inner.needs_input or self._inner.eof)
 
     def decompress(self, data: bytes) -> bytes:
@@ -178,7 +178,7 @@ class _Bounded:
 
 
 def _members(stream: io.BufferedReader, new: Callable[[], Any], errors: tuple[type[Exception], ...]) -> Iterator[bytes]:
-    """Decompressed members, one after another. Raises OSError for damage and EOFError for a cut file."""
+    """Decompressed members, one after another. Raises OSError for damage and EOFError for a truncated file."""
     member, data = new(), stream.read(_BLOCK)
     while data:
         try:
@@ -200,7 +200,7 @@ def _members(stream: io.BufferedReader, new: Callable[[], Any], errors: tuple[ty
 
 
 def _to_utf8(stream: io.BufferedReader, encoding: str) -> Iterator[bytes]:
-    """UTF-8 of text with a byte order mark; a lone surrogate becomes invalid UTF-8, which `--invalid` is about."""
+    """UTF-8 of text with a byte order mark; a lone surrogate becomes invalid UTF-8, which `--invalid` handles."""
     decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
     try:
         while block := stream.read(_BLOCK):

@@ -2,11 +2,11 @@
 
 JSON lines, JSON arrays and plain text (all also compressed, see `unpack`), Parquet, folders of these, stdin (`-`), a
 dataset saved by `datasets` and one on the Hugging Face hub (`name` or `name@revision`), several at once and in the
-order given. A chunk carries raw bytes where it can: parsing and decoding are the tokenizing process's work, so that one
-reader feeds many.
+given order. A chunk has raw bytes where possible: parsing and decoding are done in the tokenizing processes, so one
+reader can supply many.
 
-Chunk borders depend on the input alone, and every chunk knows the place it begins and ends at, so a run that was killed
-starts reading at the chunk it was in. Nothing is held beyond one chunk (for Parquet: one row group's pages).
+Chunk borders depend on the input alone, and every chunk has its start and end, so a killed run resumes at the chunk it
+was in. At most one chunk is in memory (for Parquet: one row group's pages).
 """
 
 import hashlib
@@ -36,23 +36,23 @@ from lvctx.data.streams import (
 from lvctx.errors import InputError
 
 UNNAMED = "unnamed"
-"""The source of documents that name none."""
+"""The source of documents without one."""
 
 
 class Place(NamedTuple):
-    """Where a chunk begins or ends; stored in resume states as a list."""
+    """The start or end of a chunk; stored in resume states as a list."""
 
     part: int
-    """Number of the input file or dataset, 0-based."""
+    """Index of the input file or dataset, 0-based."""
     at: int
-    """Bytes into its decompressed content, or rows; 0 for text files."""
+    """Offset in bytes of decompressed content, or in rows; 0 for text files."""
     line: int
-    """Lines or rows before this place, for messages."""
+    """Number of lines or rows before this place, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Some documents in their order: either `lines` (JSON lines, unparsed) or `texts` with `sources`."""
+    """Consecutive documents: either `lines` (JSON lines, unparsed) or `texts` with `sources`."""
 
     start: Place
     """Place of the first document."""
@@ -61,18 +61,18 @@ class Chunk:
     where: str
     """Name of the part; its lines or rows are numbered from `start.line + 1`."""
     files: tuple[str, ...] = ()
-    """Name of each document where every one is a file of its own."""
+    """Name of each document if every one is a separate file."""
     lines: bytes | None = None
     """Whole lines of JSON."""
     elements: bool = False
-    """Whether the lines are made of the elements of an array or other values, which are then numbered from 0."""
+    """Whether the lines are elements of an array or other values, which are numbered from 0."""
     texts: tuple[bytes | str | None, ...] = ()
-    """Documents, decoded or not; None where the record has no text."""
+    """Documents, decoded or not; None if the record has no text."""
     sources: tuple[str, ...] = ()
-    """Source of each of them."""
+    """Source of each document."""
 
     def name(self, number: int) -> str:
-        """How to call the `number`-th line or document in a message."""
+        """Name of the `number`-th line or document in messages."""
         if self.files:
             return self.files[number]
         at = self.start.line + number
@@ -81,7 +81,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """Which fields of a record hold what; a dot goes into a nested object."""
+    """The fields of a record; a dot separates the keys of nested objects."""
 
     text: str = "text"
     """The document."""
@@ -89,7 +89,7 @@ class Fields:
     """The source's name; None tries `source`, then SlimPajama's `meta.redpajama_set_name`."""
 
     def source_paths(self) -> tuple[str, ...]:
-        """Fields tried for the source; the first that exists is used."""
+        """Fields tried for the source; the first existing one is used."""
         return (self.source,) if self.source else ("source", "meta.redpajama_set_name")
 
     def source_of(self, record: dict[str, Any]) -> str:
@@ -97,13 +97,13 @@ class Fields:
         for path in self.source_paths():
             source = dig(record, path)
             if isinstance(source, str | int):
-                # JSON can spell a lone surrogate, which no manifest can hold.
+                # JSON can encode a lone surrogate, which a manifest cannot store.
                 return str(source).encode(errors="surrogatepass").decode(errors="replace")
         return UNNAMED
 
 
 def dig(record: Any, path: str) -> Any:
-    """`record["a"]["b"]` for path `a.b`, or `record["a.b"]` if it has that; None where anything is missing."""
+    """`record["a"]["b"]` for path `a.b`, or `record["a.b"]` if it has that; None if anything is missing."""
     if isinstance(record, dict) and path in record:
         return record[path]
     for key in path.split("."):
@@ -112,10 +112,10 @@ def dig(record: Any, path: str) -> Any:
 
 
 class Corpus:
-    """The documents of some inputs, readable from any place that a chunk of theirs began at."""
+    """The documents of some inputs, readable from the start of any chunk."""
 
     def __init__(self, inputs: Sequence[str], *, fields: Fields, split: str = "train") -> None:
-        """Find the parts. `split` is for datasets. Raises InputError for what does not exist."""
+        """Find the parts. `split` is for datasets. Raises InputError for an input that does not exist."""
         self.fields, self.split = fields, split
         self.parts = find_parts(inputs)
         self._stdin: io.BufferedReader | None = None
@@ -129,7 +129,7 @@ class Corpus:
         return self._base[-1]
 
     def bytes_before(self, place: Place) -> int:
-        """Bytes on disk before a place, roughly: what a progress bar needs."""
+        """Bytes on disk before a place, roughly: for a progress bar."""
         return self._base[place.part] + min(
             place.at, self.parts[place.part].size if place.part < len(self.parts) else 0
         )
@@ -137,7 +137,7 @@ class Corpus:
     def fingerprint(self) -> str:
         """Hex SHA-256 that identifies this input without reading all of it.
 
-        It covers every part's name (of the file alone), size and content: whole up to 4 MiB, else its first, middle and
+        It covers every part's name (of the file alone), size and content: all up to 4 MiB, else its first, middle and
         last mebibyte; for stdin the first mebibyte; for a hub dataset its commit.
         """
         hasher = hashlib.sha256()
@@ -153,7 +153,7 @@ class Corpus:
         return hasher.hexdigest()
 
     def _head(self) -> bytes:
-        """The first mebibyte of stdin, unconsumed: `peek` waits for it because the buffer wraps another one."""
+        """The first mebibyte of stdin, unconsumed: `peek` waits for it, because the buffer wraps another one."""
         try:
             return self._open_stdin().peek(MEBIBYTE)
         except BROKEN as e:
@@ -165,8 +165,8 @@ class Corpus:
         return self._stdin
 
     def chunks(self, start: Place) -> Iterator[Chunk]:
-        """Chunks from a place on. Raises InputError for what cannot be read."""
-        texts: list[tuple[int, bytes]] = []  # small text files travel together
+        """Chunks from a place on. Raises InputError for input that cannot be read."""
+        texts: list[tuple[int, bytes]] = []  # small text files share a chunk
         for number in range(start.part, len(self.parts)):
             part = self.parts[number]
             begin = start if number == start.part else Place(number, 0, 0)
@@ -208,7 +208,7 @@ class Corpus:
             try:
                 text = stream.read()
             except BROKEN as e:
-                raise InputError(f"cannot read ({e})", where="stdin", fix="is it whole?") from e
+                raise InputError(f"cannot read ({e})", where="stdin", fix="check that it is complete") from e
             check_is_text(text, "stdin")
             if text:
                 end = Place(begin.part + 1, 0, 0)
@@ -231,12 +231,12 @@ class Corpus:
                     end = Place(begin.part, at, line)
                     yield Chunk(start=start, end=end, where=name, lines=blob, elements=values is not None)
         except BROKEN as e:
-            raise InputError(f"cannot read past line {line} ({e})", where=name, fix="is the file whole?") from e
+            raise InputError(f"cannot read past line {line} ({e})", where=name, fix="check the file") from e
 
     def _table(self, begin: Place, part: InputPart) -> Iterator[Chunk]:
         """Chunks of a Parquet file or a dataset."""
         if part.kind == "parquet":
-            # Text as bytes: what becomes of invalid UTF-8 is decided where it is tokenized.
+            # Text stays bytes: invalid UTF-8 is handled where it is tokenized.
             names = {self.fields.text, self.fields.text.split(".")[0]}
             pick = partial(self._needed_columns, where=part.name)
             rows = parquet_rows(part.name, start=begin.at, columns=pick, as_bytes=names)
@@ -249,7 +249,7 @@ class Corpus:
         yield from gather.rest()
 
     def _needed_columns(self, columns: Sequence[str], where: str) -> list[str]:
-        """The columns that hold text and sources."""
+        """The columns of text and sources."""
         self._check_columns(columns, where)
         paths = (self.fields.text, *self.fields.source_paths())
         return list({path if path in columns else path.split(".")[0] for path in paths} & set(columns))
@@ -257,11 +257,11 @@ class Corpus:
     def _check_columns(self, columns: Sequence[str], name: str) -> None:
         for flag, field in (("--text-field", self.fields.text), ("--source-field", self.fields.source)):
             if field and field not in columns and field.split(".")[0] not in columns:
-                raise InputError(f"no field {field!r}", where=name, fix=f"{flag}: it has {', '.join(columns)}")
+                raise InputError(f"no field {field!r}", where=name, fix=f"set {flag}; it has {', '.join(columns)}")
 
 
 class _Gather:
-    """Rows until they make a chunk."""
+    """Collects rows into chunks."""
 
     def __init__(self, begin: Place, name: str) -> None:
         self.begin, self.name = begin, name

@@ -6,13 +6,13 @@ from typing import Any
 from lvctx.errors import InputError, first_line
 
 ROWS = 64
-"""Rows in memory at once, with their images."""
+"""Number of rows in memory at once, with their images."""
 
 
 def dataset_rows(name: str, split: str, *, saved: bool, start: int = 0) -> Iterator[dict[str, Any]]:
-    """Rows of a dataset from row `start` on, images as the bytes or paths that are stored.
+    """Rows of a dataset from row `start` on, images as the stored bytes or paths.
 
-    Raises InputError where there is no such dataset, or it cannot be read.
+    Raises InputError if there is no such dataset, or it cannot be read.
     """
     import datasets
 
@@ -22,7 +22,7 @@ def dataset_rows(name: str, split: str, *, saved: bool, start: int = 0) -> Itera
             stored = datasets.load_from_disk(name)
             if isinstance(stored, datasets.DatasetDict):
                 if split not in stored:
-                    raise InputError(f"no split {split!r}", where=name, fix=f"--split: it has {', '.join(stored)}")
+                    raise InputError(f"no split {split!r}", where=name, fix=f"set --split; it has {', '.join(stored)}")
                 stored = stored[split]
         else:
             repository, _, revision = name.partition("@")
@@ -32,12 +32,12 @@ def dataset_rows(name: str, split: str, *, saved: bool, start: int = 0) -> Itera
             yield from batch.to_pylist()
     except InputError:
         raise
-    except Exception as e:  # whatever the hub client and the dataset's own reader raise
+    except Exception as e:  # the hub client and the dataset's reader may raise anything
         raise _no_dataset(name, e) from e
 
 
 def hub_commit(name: str) -> str:
-    """The commit that a hub dataset is at. Raises InputError when the hub does not know it or does not answer."""
+    """The current commit of a hub dataset. Raises InputError if it is not found or the hub does not respond."""
     from huggingface_hub import HfApi
 
     repository, _, revision = name.partition("@")
@@ -48,5 +48,5 @@ def hub_commit(name: str) -> str:
 
 
 def _no_dataset(name: str, e: Exception) -> InputError:
-    what = f"neither a file or folder here nor a dataset the hub gives ({first_line(e)})"
+    what = f"neither a local file or folder nor a dataset that could be downloaded ({first_line(e)})"
     return InputError(what, where=name)

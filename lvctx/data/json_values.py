@@ -1,8 +1,8 @@
-"""JSON that is not one object a line, turned into JSON lines as it is read: an array, objects over several lines as
-`jq` and `json.dumps(indent=...)` write them, objects without a line end between them, or with CR alone.
+"""Converts JSON that is not one object per line to JSON lines while it is read: an array, objects over several lines as
+`jq` and `json.dumps(indent=...)` write them, objects without a line end between them, or with only CR.
 
-Nothing is held beyond one value and a mebibyte. A value keeps its own spelling, so that what is wrong inside one
-(invalid UTF-8, a missing field) is reported where all records are checked.
+Memory holds at most one value and a mebibyte. Values are not reformatted, so errors inside a value (invalid UTF-8, a
+missing field) are reported where all records are checked.
 """
 
 import codecs
@@ -16,13 +16,13 @@ from lvctx.data.decompress import MEBIBYTE, Pieces
 from lvctx.errors import InputError
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-_scan = json.JSONDecoder(parse_int=str).raw_decode  # a number's size is not judged here
+_scan = json.JSONDecoder(parse_int=str).raw_decode  # the size of a number is not checked here
 _NEAR = 16
-"""Characters from the end of what is read within which an error may come from the cut: an escape has up to 12."""
+"""Within this many characters of the end of the buffer, an error may be due to the cut: an escape has up to 12."""
 
 
 def as_lines(stream: io.BufferedReader, name: str) -> io.BufferedReader | None:
-    """JSON lines of the values in `stream`, or None where it begins like JSON lines already.
+    """JSON lines of the values in `stream`, or None if it begins like JSON lines already.
 
     Reading raises InputError that names the line where the JSON is malformed or ends too early.
     """
@@ -33,7 +33,7 @@ def as_lines(stream: io.BufferedReader, name: str) -> io.BufferedReader | None:
 
 
 def _is_spread(text: str) -> bool:
-    """Whether the first object goes on in the next line, or another one follows it in the same line."""
+    """Whether the first object continues on the next line, or another one follows it on the same line."""
     line, _, rest = text.partition("\n")
     if not line.startswith("{"):
         return False
@@ -68,7 +68,7 @@ def _lines(text: "_Text") -> Iterator[bytes]:
 
 
 class _Text:
-    """The text of a stream from the place that is read next, more of it as needed."""
+    """The text of a stream from the current position on, read as needed."""
 
     def __init__(self, stream: Any, name: str) -> None:
         self._stream, self._name = stream, name
@@ -78,7 +78,7 @@ class _Text:
         self._text = self._text.removeprefix("\ufeff")
 
     def _grow(self) -> bool:
-        """Read as much again as is held, so that a long value is not scanned often; False at the end."""
+        """Double the buffered text, so that a long value is not scanned often; False at the end."""
         if self._ended:
             return False
         block = self._stream.read(max(MEBIBYTE, len(self._text) - self._at))
@@ -88,7 +88,7 @@ class _Text:
         return True
 
     def next(self) -> str:
-        """The next character that is no white space, or nothing at the end."""
+        """The next character that is not white space, or "" at the end."""
         while True:
             match = _SPACE.match(self._text, self._at)
             assert match is not None
@@ -114,11 +114,11 @@ class _Text:
             except RecursionError as e:
                 raise self.malformed("nested too deeply") from e
             if end < len(self._text) or self._text[end - 1] in '}]"' or not self._grow():
-                break  # a number may go on in what is not read yet
+                break  # a number may continue in text that is not read yet
         value, self._at = self._text[self._at : end], end
         return value.replace("\n", " ").replace("\r", " ").encode("utf-8", "surrogateescape") + b"\n"
 
     def malformed(self, what: str, at: int | None = None) -> InputError:
-        """The error that names the line, here or at a place in the text."""
+        """The error that names the line, at the current or a given position."""
         line = self._line + self._text.count("\n", 0, self._at if at is None else at)
         return InputError(f"malformed JSON ({what})", where=f"{self._name}:{line}", fix="correct it")

@@ -1,4 +1,4 @@
-"""Shares of sources: SlimPajama's own, a file's, or the input's, and the token budgets they come to.
+"""Shares of sources (SlimPajama's, a file's, or the input's), and the token budgets that follow from them.
 
 LongVA section 3.1 and Fu et al. 2024 (arXiv 2402.10171): long documents are upsampled inside each source while every
 source keeps its share, because the mix of domains matters as much as the lengths.
@@ -23,13 +23,13 @@ SLIMPAJAMA = {
 """Token shares of SlimPajama-627B, under the names of its `meta.redpajama_set_name`."""
 
 AUTO, KEEP, NONE = "auto", "keep", "none"
-"""`auto`: SlimPajama's shares where documents name a source, else none; `keep`: the input's own; `none`: no budgets."""
+"""`auto`: SlimPajama's shares if documents have a source, else none; `keep`: the input's own; `none`: no budgets."""
 
 
 def load_mix(mix: str) -> dict[str, float] | str:
-    """Shares from a name or a TOML/JSON file `{source: weight}`, normalised to sum 1; AUTO, KEEP and NONE as they are.
+    """Shares from a name or a TOML/JSON file `{source: weight}`, normalised to sum 1; AUTO, KEEP and NONE unchanged.
 
-    Raises InputError for an unreadable file or weights that are no weights.
+    Raises InputError for an unreadable file or invalid weights.
     """
     if mix in (AUTO, KEEP, NONE):
         return mix
@@ -45,10 +45,10 @@ def load_mix(mix: str) -> dict[str, float] | str:
     except (OSError, ValueError) as e:
         raise InputError(f"not readable as {'JSON' if path.suffix == '.json' else 'TOML'} ({e})", where=mix) from e
     if not isinstance(table, dict) or not table:
-        raise InputError("no shares in it", where=mix, fix='write lines such as "RedPajamaBook" = 0.04')
+        raise InputError("the file has no shares", where=mix, fix='write lines such as "RedPajamaBook" = 0.04')
     for source, weight in table.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
-            raise InputError(f"the share of {source!r} is {weight!r}", where=mix, fix="give a number from 0 on")
+            raise InputError(f"the share of {source!r} is {weight!r}", where=mix, fix="give a number of at least 0")
     total = sum(table.values())
     if total <= 0:
         raise InputError("the shares sum to 0", where=mix)
@@ -66,7 +66,7 @@ def apportion(total: int, shares: Mapping[str, float]) -> dict[str, int]:
 
 
 def largest_total(available: Mapping[str, int], shares: Mapping[str, float]) -> tuple[int, str]:
-    """Most tokens at which every source still reaches its share, and the source that limits it."""
+    """The largest number of tokens at which every source still reaches its share, and the source that limits it."""
     limits = {source: int(available.get(source, 0) / share) for source, share in shares.items() if share > 0}
     scarce = min(limits, key=lambda s: (limits[s], s))
     total = limits[scarce]
@@ -76,7 +76,7 @@ def largest_total(available: Mapping[str, int], shares: Mapping[str, float]) -> 
 
 
 def check_budgets(budgets: Mapping[str, int], available: Mapping[str, int], shares: Mapping[str, float]) -> None:
-    """Raise InputError naming every source that has fewer tokens than its budget, by how many, and what would fit."""
+    """Raise InputError naming every source with fewer tokens than its budget, by how many, and the largest total."""
     short = {s: b - available.get(s, 0) for s, b in budgets.items() if b > available.get(s, 0)}
     if short:
         lines = ", ".join(f"{s} needs {budgets[s]} and has {budgets[s] - n}: {n} short" for s, n in short.items())

@@ -1,8 +1,8 @@
 """Packs chat samples of several kinds into rows of about one length: GIRAFFE's data recipe (section 2, ETVLM).
 
-Every sample is tokenized once, its visual tokens are counted, and it is stored on disk; then samples are chosen so that
-every kind has its proportion of the tokens, and packed whole into rows by best-fit decreasing. In memory are a few
-numbers per sample, whatever its length. A run that was killed begins again.
+Every sample is tokenized once, with its visual tokens counted, and stored on disk; then samples are chosen so that
+every kind has its proportion of the tokens, and packed whole into rows by best-fit decreasing. Memory holds a few
+numbers per sample, whatever its length. A run that was killed starts over.
 """
 
 import logging
@@ -49,23 +49,23 @@ LEFT_OUT = "left-out.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class PackChatJob:
-    """A checked configuration with what was resolved from it."""
+    """A checked configuration with the values resolved from it."""
 
     config: PackChatConfig
     """As given."""
     sources: Mapping[str, Sequence[Path]]
-    """Files of each kind that has any."""
+    """Files of each kind that is given."""
     mix: dict[str, float]
     """Proportion of the tokens of each of those kinds, summing to 1."""
     tokenizer: Any
-    """With the template in place."""
+    """Tokenizer with the chosen template."""
     rule: VisualRule | None
     """Counts the model's visual tokens; None for a language model."""
     provenance: Provenance
     """What identifies the run."""
 
     def describe(self) -> dict[str, Any]:
-        """What a run would read and write, for a dry run."""
+        """The inputs and outputs of a run, for a dry run."""
         files = {kind: [str(path) for path in paths] for kind, paths in self.sources.items()}
         rule = type(self.rule).__name__ if self.rule else None
         return {"path": str(self.config.out), **self.provenance.config, "sources": files, "rule": rule}
@@ -89,11 +89,11 @@ def plan_pack_chat(config: PackChatConfig) -> PackChatJob:
     tokenizer = load_tokenizer(path)
     if config.template == "chatml":
         if None in (chatml_ids := [tokenizer.get_vocab().get(t) for t in ("<|im_start|>", "<|im_end|>")]):
-            fix = "--template own takes the tokenizer's own"
+            fix = "use the tokenizer's with --template own"
             raise InputError(f"no ChatML tokens {chatml_ids}", where=config.model, fix=fix)
         tokenizer.chat_template = CHATML
     elif tokenizer.chat_template is None:
-        raise InputError("no chat template", where=config.model, fix="--template chatml, or an instruct model")
+        raise InputError("no chat template", where=config.model, fix="use --template chatml, or an instruct model")
     chat_encoder(tokenizer)
     rule = open_vlm(path, weights=False).token_rule(sampling) if family_of(path) else None
     small = [path / name for name in ("tokenizer.json", "config.json", "preprocessor_config.json")]
@@ -124,7 +124,7 @@ def _proportions(mix: Mapping[str, float] | None, sources: Mapping[str, Any]) ->
             log.warning("no source of %s: the others share its part", ", ".join(k for k in SHARES if k not in mix))
     for kind in mix:
         if mix[kind] and kind not in sources:
-            raise UsageError(f"--mix gives {kind} a share, but there is no --{kind}", fix=f"add --{kind} FILE")
+            raise UsageError(f"--mix has a share for {kind}, but --{kind} is not given", fix=f"add --{kind} FILE")
     for kind in sources:
         if kind not in mix:
             raise UsageError(f"--{kind} is not in --mix", fix=f"write {kind}=SHARE into it")
@@ -137,11 +137,11 @@ def _proportions(mix: Mapping[str, float] | None, sources: Mapping[str, Any]) ->
 def run_pack_chat(
     job: PackChatJob, *, resume: str = "auto", force: bool = False, on_progress: OnProgress
 ) -> dict[str, Any]:
-    """Write the directory and return its manifest; a finished one is left as it is."""
+    """Write the directory and return its manifest; a finished one is not changed."""
     out = job.config.out
     if not is_finished(out, job.provenance, resume=resume, force=force):
         if resume == "must":
-            raise InputError("unfinished, and this command begins again", where=out, fix="drop --resume must")
+            raise InputError("unfinished, and this command cannot resume", where=out, fix="drop --resume must")
         try:
             out.mkdir(parents=True, exist_ok=True)
             for pattern in (MANIFEST, "shard-*", ".*.partial"):
@@ -189,14 +189,14 @@ class _ChatPacker:
         write_manifest(self.out, self.job.provenance, [*names, LEFT_OUT], **stats, shard_rows=shard_rows, **facts)
 
     def _read(self, kind: str, path: Path) -> None:
-        """Tokenize a file's samples into the store, or list why one is left out."""
+        """Tokenize a file's samples into the store, or record why one is left out."""
         where = None
         for record in chat_records(path, self.config.media):
             where = record.where
             try:
                 conversation = parse_conversation(record)
                 if kind == "text" and conversation.media:
-                    raise InputError("an image or video in a --text source", where=where, fix="give it as another kind")
+                    raise InputError("an image or video in a --text source", where=where, fix="use another source kind")
                 ids, labels, media = self.encoder.encode(conversation)
             except InputError as e:
                 if not self.config.skip_malformed:
@@ -210,7 +210,7 @@ class _ChatPacker:
             self.samples.add(ids, labels, {"source": where, "kind": kind, "tokens": len(ids), "media": media})
             self.on_progress(len(self.samples), 0, f"samples read, {path.name}")
         if where is None:
-            raise InputError("no sample in it", where=path)
+            raise InputError("the file has no sample", where=path)
 
     def _choose(self) -> np.ndarray:
         """Numbers of the samples to pack, ascending."""
@@ -218,7 +218,7 @@ class _ChatPacker:
         numbers = {kind: np.flatnonzero(kinds == kind) for kind in mix}
         empty = [kind for kind in mix if mix[kind] and not len(numbers[kind])]
         if empty:
-            raise InputError(f"no sample of {', '.join(empty)} can be packed", fix="see what was left out, or --mix")
+            raise InputError(f"no sample of {', '.join(empty)} can be packed", fix="check omitted samples, or --mix")
         all_lengths = np.array(self.samples.lengths, np.int64)
         lengths = {kind: all_lengths[numbers[kind]] for kind in mix}
         largest = largest_blend(lengths, mix, long_share=config.long_share, long_over=config.long_over)
@@ -235,12 +235,12 @@ class _ChatPacker:
         chosen = np.sort(np.concatenate([numbers[kind][selected[kind]] for kind in mix]))
         if not len(chosen):
             raise InputError(
-                f"no long sample fits into its share of {tokens:,} tokens", fix="add samples, or lower --long-share"
+                f"no long sample fits into the long share of {tokens:,} tokens", fix="add samples or lower --long-share"
             )
         return chosen
 
     def _pack(self, chosen: np.ndarray) -> list[list[int]]:
-        """Sample numbers of every row; rows, and samples inside one, in an order drawn from the seed."""
+        """Sample numbers of every row; the order of rows, and of samples in a row, is drawn from the seed."""
         draws = uniform(self.config.seed, np.arange(len(self.samples)))
         shuffled = chosen[np.argsort(draws[chosen], kind="stable")]
         packed = best_fit_decreasing([self.samples.lengths[n] for n in shuffled], self.config.target_length)
@@ -248,7 +248,7 @@ class _ChatPacker:
         return sorted(rows, key=lambda row: draws[row[0]])
 
     def _write(self, rows: list[list[int]]) -> tuple[list[int], dict[str, int]]:
-        """Write all shards. Rows of each, and how many labels count and how many tokens are visual."""
+        """Write all shards; returns the rows of each, and the numbers of counted labels and of visual tokens."""
         metadata = self.job.provenance.to_metadata()
         shard_rows: list[int] = []
         counted = visual = 0
@@ -262,7 +262,7 @@ class _ChatPacker:
         return shard_rows, {"labels_counted": counted, "visual_tokens": visual}
 
     def _shards(self, rows: list[list[int]]) -> Iterator[list[list[int]]]:
-        """The rows of each shard: as many as bring it to `shard_tokens`."""
+        """The rows of each shard: as many as reach `shard_tokens`."""
         shard: list[list[int]] = []
         tokens = 0
         for row in rows:
@@ -299,7 +299,7 @@ class _ChatPacker:
 
 
 def _placed(line: dict[str, Any], row: int, start: int) -> dict[str, Any]:
-    """A sample's line with its place in the row."""
+    """A sample's line with its position in the row."""
     for item in line["media"]:
         item["at"] += start
         for block in item["blocks"]:

@@ -21,13 +21,13 @@ def parse_proportions(text: str) -> dict[str, float]:
     except ValueError:
         raise ValueError("write it as text=20,image=25,interleaved=25,video=30") from None
     if not all(0 <= share < float("inf") for share in proportions.values()):
-        raise ValueError("proportions are numbers from 0 on")
+        raise ValueError("proportions have to be numbers of at least 0")
     return proportions
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackChatConfig:
-    """What to pack, and how."""
+    """The samples to pack, and how."""
 
     out: Annotated[Path, Flag(names=("-o", "--out"), in_hash=False)]
     """Directory of the packed rows."""
@@ -61,7 +61,7 @@ class PackChatConfig:
     """Maximum frames of a video; a longer one gets this many, evenly spaced."""
     hybrid: Annotated[str | None, Flag(metavar="L,M,S", panel=COUNTING)] = None
     """Hybrid resolution: of every L frames one has M tokens, the others M/S. Default: all frames have 240 tokens, or
-    what a LlavaOnevision's frames have."""
+    for LlavaOnevision the tokens of its frames."""
     hybrid_mode: Annotated[Literal["pair", "image", "literal"], Flag(panel=COUNTING)] = "pair"
     """If the model merges two frames into one: L counts merged pairs (pair), no frames are merged (image), or each run
     of frames of one size is merged (literal)."""

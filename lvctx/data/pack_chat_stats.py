@@ -1,4 +1,4 @@
-"""What came of packing chat samples: proportions, lengths before and after, what was left out. For the manifest."""
+"""Statistics of packed chat samples, for the manifest: proportions, lengths before and after, omitted samples."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from lvctx.data.pack_chat_config import PackChatConfig
 from lvctx.data.row_packing import BINS, bin_names
 
 TOO_LONG, NOT_NEEDED = "too long", "not needed"
-"""Why a sample is left out, where it is not malformed."""
+"""Reasons to leave out a sample that is not malformed."""
 
 
 def packing_stats(
@@ -23,7 +23,7 @@ def packing_stats(
     *,
     rows: int,
 ) -> dict[str, Any]:
-    """What was requested and what was achieved; `packed` marks the samples that went into the rows, bool (N,)."""
+    """Requested and achieved values; `packed` marks the samples that went into the rows, bool (N,)."""
     lengths, kinds = np.array(samples.lengths), np.array(samples.kinds)
     total, long = int(lengths[packed].sum()), packed & (lengths > config.long_over)
     reasons = Counter((r["kind"], r["why"] if r["why"] in (TOO_LONG, NOT_NEEDED) else "malformed") for r in left_out)

@@ -1,11 +1,11 @@
-"""Documents in, rows of token ids of one length out: the paper's length-upsampled corpus (LongVA section 3.1).
+"""Pack documents into rows of token ids of one length: the paper's length-upsampled corpus (LongVA section 3.1).
 
-One process reads, others tokenize, this one decides and packs. Where budgets are known from the start (`--tokens`,
-or no mix) rows are written at once; where they follow from what the input holds (the input's own shares, or as much as
-the scarcest source allows) the documents that the length rule keeps first go to spool parts beside the shards.
+One process reads, others tokenize, this one selects and packs. If budgets are known from the start (`--tokens`, or no
+mix), rows are written at once; if they depend on the whole input (its own shares, or as much as the scarcest source
+allows), the documents kept by the length rule first go to spool parts beside the shards.
 
-Every shard and part carries the place it ends at and the counts up to there. A killed run begins again after the last
-whole one; since every decision is a function of seed and place, its bytes are those of a run that was never killed.
+Every shard and part stores where it ends in the input and the counts up to there. A killed run resumes after the last
+complete one; since every decision is a function of seed and position, its bytes equal those of an uninterrupted run.
 """
 
 import itertools
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class PackTextJob:
-    """A checked configuration with what was resolved from it."""
+    """A checked configuration with the values resolved from it."""
 
     config: PackTextConfig
     """As given."""
@@ -46,7 +46,7 @@ class PackTextJob:
     corpus: Corpus
     """The input."""
     tokenizer: TokenizerFile
-    """Loaded, with the separator that goes before each document."""
+    """The loaded tokenizer, with the separator put before each document."""
     workers: int
     """Tokenizer processes."""
     provenance: Provenance
@@ -58,7 +58,7 @@ class PackTextJob:
         return max(1, self.config.shard_tokens // self.config.seq_len)
 
     def describe(self) -> dict[str, Any]:
-        """What a run would read and write, for a dry run."""
+        """The inputs and outputs of a run, for a dry run."""
         kinds = [part.kind for part in self.corpus.parts]
         return {
             "path": str(self.config.out),
@@ -75,7 +75,7 @@ def plan_pack_text(config: PackTextConfig) -> PackTextJob:
     """Check the inputs and resolve the defaults. Raises UsageError and InputError."""
     mix = mixture.load_mix(config.mix)
     if config.seq_len < 2:
-        raise UsageError(f"--seq-len {config.seq_len} is less than 2", fix="a row needs two tokens to learn from")
+        raise UsageError(f"--seq-len {config.seq_len} is less than 2", fix="a row needs at least two tokens")
     if config.tokens is not None and config.tokens < config.seq_len:
         raise UsageError(f"--tokens {config.tokens} is less than one row of {config.seq_len}", fix="raise it")
     tokenizer = find_tokenizer(config.tokenizer, config.separator)
@@ -97,7 +97,7 @@ def plan_pack_text(config: PackTextConfig) -> PackTextJob:
 def run_pack_text(
     job: PackTextJob, *, resume: str = "auto", force: bool = False, on_progress: OnProgress
 ) -> dict[str, Any]:
-    """Write the packed directory, or continue it, and return its manifest; a finished one is left as it is."""
+    """Write the packed directory, or continue it, and return its manifest; a finished one is not changed."""
     out = job.config.out
     if not is_finished(out, job.provenance, resume=resume, force=force):
         _Packer(job, on_progress).run(resume=resume, force=force)
@@ -105,7 +105,7 @@ def run_pack_text(
 
 
 class _Packer:
-    """One run: the state that moves on, and the two ways through it."""
+    """One run: its state, and its two ways of writing rows."""
 
     def __init__(self, job: PackTextJob, on_progress: OnProgress) -> None:
         self.job, self.config, self.out, self.on_progress = job, job.config, job.config.out, on_progress
@@ -125,7 +125,7 @@ class _Packer:
         shards = [] if fresh else self._standing(shard_name, rows=self.job.shard_rows)
         spool = Spool(self.out, parts, part_tokens=self.config.shard_tokens, metadata=self._metadata)
         if shards and shards[-1]["spooled"] and not spool.complete:
-            shards = []  # somebody removed the parts they came from
+            shards = []  # the parts that they came from were removed
         if resume == "must" and not shards and not parts:
             raise InputError("nothing to resume", where=self.out, fix="drop --resume must")
         self._remove_all_but({shard_name(i) for i in range(len(shards))} | {part_name(i) for i in range(len(parts))})
@@ -162,7 +162,7 @@ class _Packer:
         return self.mix == mixture.KEEP or (isinstance(self.mix, dict) and self.config.tokens is None)
 
     def _tokens(self, start: Sequence[int]) -> Generator[Tokens, None, None]:
-        """Tokenized chunks from a place on."""
+        """Tokenized chunks from a place in the input."""
         corpus, config = self.job.corpus, self.config
         stream = tokenize(
             corpus.chunks(Place(*start)),
@@ -189,15 +189,15 @@ class _Packer:
         where = tokens.chunk.where
         for name in tokens.names:
             if isinstance(self.mix, dict) and name not in (*self.mix, UNREADABLE):
-                what = f"source {name!r} is not" if name != UNNAMED else "documents that name no source are not"
+                what = f"source {name!r} is not" if name != UNNAMED else "documents without a source are not"
                 fix = "--mix none, --mix keep or a --mix file that has it"
                 raise InputError(f"{what} in the mix (which has {', '.join(self.mix)})", where=where, fix=fix)
             if self.job.mix == mixture.AUTO and self.mix == mixture.NONE and name not in (UNNAMED, UNREADABLE):
-                what = f"source {name!r} after documents that name none"
+                what = f"source {name!r} after documents without one"
                 raise InputError(what, where=where, fix="give --mix none, --mix keep or a --mix file")
 
     def _set_budgets(self) -> None:
-        """Budgets from what the whole input holds: its own shares (before the length rule) or the mix's."""
+        """Set budgets from the whole input: its own shares (before the length rule) or the mix's."""
         sources = self.stats.sources
         if self.mix == mixture.KEEP:
             total = sum(a.tokens for a in sources.values())
@@ -281,14 +281,14 @@ class _Packer:
     # Beginning and ending
 
     def _standing(self, name: Callable[[int], str], *, rows: int | None) -> list[dict[str, Any]]:
-        """States of the whole shards or parts that this very run left, up to the first gap or partial one."""
+        """States of the complete shards or parts of this same run, up to the first gap or partial one."""
         states: list[dict[str, Any]] = []
         for number in itertools.count():
             stored = read_state(self.out / name(number))
             if stored is None or (rows is not None and stored["state"]["rows"] < rows):
                 return states
             if stored["config_hash"] != self.job.provenance.config_hash:
-                log.warning("%s: starting over: the unfinished output there is of another run", self.out)
+                log.warning("%s: starting over, since the unfinished output is of another run", self.out)
                 return []
             states.append(stored["state"])
         raise AssertionError
@@ -304,7 +304,7 @@ class _Packer:
         if self.budgets and isinstance(self.mix, dict):
             mixture.check_budgets(self.budgets, {s: a.packed for s, a in stats.sources.items()}, self.mix)
         elif config.tokens is not None and not self._enough():
-            fix = f"--tokens {stats.packed()} is the most there is; or raise --keep-short, or add input"
+            fix = f"--tokens {stats.packed()} is the maximum; or raise --keep-short, or add input"
             raise InputError(f"the token budget cannot be met ({config.tokens - stats.packed()} tokens short)", fix=fix)
         tail = self.buffer.used % config.seq_len
         if tail and config.keep_tail:
@@ -314,7 +314,7 @@ class _Packer:
         shard_rows = [full] * self.shards + ([rest] if rest else [])
         if not shard_rows:
             raise InputError(
-                f"{stats.packed()} tokens of {stats.documents} documents passed the length rule: not one row of "
+                f"{stats.packed()} tokens of {stats.documents} documents passed the length rule: less than one row of "
                 f"{config.seq_len}",
                 fix="add input, raise --keep-short, lower --min-long or --seq-len, or --keep-tail",
             )

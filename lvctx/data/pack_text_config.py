@@ -11,7 +11,7 @@ SELECTION, READING = "Selection of documents", "Reading"
 
 @dataclass(frozen=True, kw_only=True)
 class PackTextConfig:
-    """What to pack, and how."""
+    """The documents to pack, and how."""
 
     inputs: Annotated[tuple[str, ...], Flag(argument=True, metavar="INPUT", in_hash=False)]
     """JSON, Parquet or text files (also .gz, .zst, .xz, .bz2), directories, - for stdin, or a datasets hub id."""

@@ -1,9 +1,9 @@
-"""The packed artifact: rows of token ids of one length in safetensors shards, with where documents begin.
+"""The packed artifact: rows of token ids of one length in safetensors shards, with the starts of documents.
 
 Shapes: R rows in a shard, S = seq_len. Each shard holds `input_ids` int32 (R, S); `doc_offsets` int64 (R + 1,) and
 `doc_starts` int32, ragged: row i's documents begin at `doc_starts[doc_offsets[i]:doc_offsets[i + 1]]`, each at its
-separator. A row whose first value is not 0 begins inside a document that the row before it began.
-Read without torch: rows are views of a memory map.
+separator. A row whose first value is not 0 begins inside a document of the previous row.
+Reading needs no torch: rows are views of a memory map.
 """
 
 import itertools
@@ -35,7 +35,7 @@ def write_token_shard(
 
 
 def map_tensors(path: Path) -> dict[str, np.ndarray]:
-    """A safetensors file's integer tensors as read-only memory maps. Raises InputError if it is not whole."""
+    """A safetensors file's integer tensors as read-only memory maps. Raises InputError if it is incomplete."""
     header = read_safetensors_header(path)
     with open(path, "rb") as f:
         base = 8 + struct.unpack("<Q", f.read(8))[0]
@@ -44,7 +44,7 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
     for name, entry in header.items():
         if name != "__metadata__":
             dtype, shape = dtypes[entry["dtype"]], tuple(entry["shape"])
-            empty = 0 in shape  # a map of nothing is refused
+            empty = 0 in shape  # mapping zero bytes is an error
             offset = base + entry["data_offsets"][0]
             tensors[name] = np.zeros(shape, dtype) if empty else np.memmap(path, dtype, "r", offset, shape)
     return tensors
@@ -54,10 +54,10 @@ class PackedRows:
     """Rows of a finished packed directory, memory-mapped. `len()` is the number of rows."""
 
     def __init__(self, directory: Path, *, seq_len: int | None = None) -> None:
-        """Check manifest and shard sizes; maps nothing yet. Raises InputError for what is missing or changed.
+        """Check manifest and shard sizes; maps nothing yet. Raises InputError for missing or changed files.
 
-        A smaller `seq_len` than the rows' own cuts each into pieces of that length, which are the rows from then on;
-        what is left at a row's end is not read. A larger one is refused: rows are not joined.
+        A smaller `seq_len` than the rows' own splits each row into pieces of that length, which are then the rows; the
+        rest of a row is not used. A larger one is refused: rows are not joined.
         """
         self.directory = Path(directory)
         check_kind(self.directory, "packed", "packed text", fix="run lvctx pack-text")
@@ -72,7 +72,7 @@ class PackedRows:
         self.seq_len = seq_len or packed
         if self.seq_len > packed:
             raise InputError(
-                f"rows of {packed} tokens, {seq_len} are wanted", where=directory, fix=f"pack-text --seq-len {seq_len}"
+                f"rows have {packed} tokens instead of {seq_len}", where=directory, fix=f"pack-text --seq-len {seq_len}"
             )
         self._pieces = packed // self.seq_len
         self._ends = list(itertools.accumulate(self.manifest["shard_rows"]))
@@ -82,7 +82,7 @@ class PackedRows:
         return int(self.manifest["rows"]) * self._pieces
 
     def _find(self, row: int) -> tuple[dict[str, np.ndarray], int, int]:
-        """Shard, row in the shard, and where in that row it begins."""
+        """Shard, row in the shard, and start within that row."""
         if not 0 <= row < len(self):
             raise IndexError(row)
         packed_row, piece = divmod(row, self._pieces)
@@ -97,21 +97,21 @@ class PackedRows:
         return shard["input_ids"][i, begin : begin + self.seq_len]
 
     def doc_starts(self, row: int) -> np.ndarray:
-        """Places in the row where a document begins (at its separator), ascending, int32."""
+        """Positions in the row where documents begin (at their separator), ascending, int32."""
         shard, i, begin = self._find(row)
         starts = shard["doc_starts"][shard["doc_offsets"][i] : shard["doc_offsets"][i + 1]]
         first, last = np.searchsorted(starts, [begin, begin + self.seq_len])
         return starts[first:last] - begin
 
     def documents(self, row: int) -> np.ndarray:
-        """Number of the document each token belongs to, counted in the row from 0, int32 (S,): equal numbers attend."""
+        """Index of each token's document in the row, from 0, int32 (S,); tokens attend within a document."""
         marks = np.zeros(self.seq_len, np.int32)
         marks[self.doc_starts(row)] = 1
         marks[0] = 0
         return np.cumsum(marks, dtype=np.int32)
 
     def positions(self, row: int) -> np.ndarray:
-        """Position of each token in its document, int32 (S,); a document continued from the row before counts anew."""
+        """Position of each token in its document, int32 (S,); one continued from the previous row starts at 0."""
         places = np.arange(self.seq_len, dtype=np.int32)
         begins = np.zeros(self.seq_len, np.int32)
         begins[self.doc_starts(row)] = self.doc_starts(row)
@@ -119,7 +119,7 @@ class PackedRows:
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """The `lvctx` metadata of a whole shard, or None where there is no whole file."""
+    """The `lvctx` metadata of a complete shard, or None if there is none."""
     try:
         raw = read_safetensors_header(path).get("__metadata__", {}).get("lvctx")
     except InputError:

@@ -1,9 +1,9 @@
-"""The chat artifact: whole samples concatenated to rows, none truncated, with what goes into the visual placeholders.
+"""The chat artifact: whole samples concatenated to rows, none truncated, with the media of their visual placeholders.
 
 Shapes: a shard has R rows, N samples, T tokens. `input_ids` int32 (T,) and `labels` int32 (T,) (already shifted; -100
-is not counted, and is under every sample's last token); `row_offsets` int64 (R + 1,): row i is the tokens
+is not counted, and is the label of every sample's last token); `row_offsets` int64 (R + 1,): row i is the tokens
 `row_offsets[i]:row_offsets[i + 1]`; `sample_offsets` int64 (R + 1,) and `sample_starts` int32 (N,), ragged: row i's
-samples begin in it at `sample_starts[sample_offsets[i]:sample_offsets[i + 1]]`, the first at 0. Rows are not padded.
+samples begin at `sample_starts[sample_offsets[i]:sample_offsets[i + 1]]` in it, the first at 0. Rows are not padded.
 
 Beside it `shard-*.jsonl` has a line for every sample in the same order: `source` (file and line), `kind`, `row` (in the
 shard), `start` (in the row), `tokens` and `media`, a list of `{"kind", "path", "width", "height", "at", "tokens",
@@ -28,7 +28,7 @@ from lvctx.errors import InputError
 
 
 def lines_name(number: int) -> str:
-    """File name of what the shard with this 0-based number holds."""
+    """File name of the lines of the shard with this 0-based number."""
     return f"shard-{number:05d}.jsonl"
 
 
@@ -44,7 +44,7 @@ class ChatRows:
     """Rows of a finished chat directory, memory-mapped. `len()` is the number of rows."""
 
     def __init__(self, directory: Path) -> None:
-        """Check manifest and file sizes; maps nothing yet. Raises InputError for what is missing or changed."""
+        """Check manifest and file sizes; maps nothing yet. Raises InputError for missing or changed files."""
         self.directory = Path(directory)
         check_kind(self.directory, "chat", "packed chat", fix="run lvctx pack-chat")
         self.manifest: dict[str, Any] = read_manifest(self.directory)
@@ -79,16 +79,16 @@ class ChatRows:
         return self._tokens(row, "input_ids")
 
     def labels(self, row: int) -> np.ndarray:
-        """Targets under each position (already shifted), -100 where none counts; int32, as long as the row."""
+        """Targets of each position (already shifted), -100 where none counts; int32, as long as the row."""
         return self._tokens(row, "labels")
 
     def sample_starts(self, row: int) -> np.ndarray:
-        """Places in the row where a sample begins, ascending from 0, int32."""
+        """Positions in the row where samples begin, ascending from 0, int32."""
         _, shard, i = self._find(row)
         return shard["sample_starts"][shard["sample_offsets"][i] : shard["sample_offsets"][i + 1]]
 
     def samples(self, row: int) -> list[dict[str, Any]]:
-        """What each of the row's samples is and which media it shows; see above."""
+        """The line of each of the row's samples with its media; see above."""
         number, shard, i = self._find(row)
         if number not in self._lines:
             self._lines[number] = read_jsonl(self.directory / lines_name(number))

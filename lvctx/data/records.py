@@ -1,7 +1,7 @@
-"""Records of files and datasets, one at a time, each with its place: the reader of every command that takes data.
+"""Records of files and datasets, one at a time, each with its location: the reader of all commands that take data.
 
 JSON (a list, lines, or values one after another), CSV and TSV with a header, Parquet, Arrow, a folder that the datasets
-library saved, and an id on the Hugging Face hub. Text may be compressed (see `unpack`). In memory are one value and a
+library saved, and an id on the Hugging Face hub. Text may be compressed (see `unpack`). Memory holds one value and a
 mebibyte of its file, or some rows of a table.
 """
 
@@ -25,15 +25,15 @@ _BOM = "\ufeff"
 
 
 class Record(NamedTuple):
-    """A value and its place."""
+    """A value and its location."""
 
     where: str
     """`FILE:LINE` of JSON lines, `FILE[i]` (from 0) of a list or a dataset, `FILE, row n` (from 1) of a CSV file."""
     value: Any
-    """The JSON value or row; the InputError that names it where it is malformed and others may follow."""
+    """The JSON value or row; an InputError that names it if it is malformed and others may follow."""
 
     def fields(self) -> dict[str, Any]:
-        """The JSON object or row. Raises InputError where the value is another or malformed."""
+        """The JSON object or row. Raises InputError for other or malformed values."""
         if isinstance(self.value, InputError):
             raise self.value
         if not isinstance(self.value, dict):
@@ -42,15 +42,15 @@ class Record(NamedTuple):
 
 
 def is_dataset(path: Path) -> bool:
-    """Whether this is a folder or, by its name, an id on the hub, rather than a file, there or not."""
+    """Whether this is a folder or, judged by its name, a hub id, rather than an existing or missing file."""
     is_id = not path.is_absolute() and len(path.parts) == 2 and path.suffix.lower() not in RECORD_SUFFIXES
     return path.is_dir() or (is_id and not path.exists())
 
 
 def read_records(path: Path, *, guess_encoding: bool = False) -> Iterator[Record]:
-    """Records of a file or a dataset (its split `train`); blank lines are none.
+    """Records of a file or a dataset (its split `train`); blank lines are skipped.
 
-    `guess_encoding` also takes UTF-16 and UTF-32 without a byte order mark. Raises InputError for what cannot be read.
+    `guess_encoding` also accepts UTF-16 and UTF-32 without a byte order mark. Raises InputError for unreadable input.
     """
     suffix = base_suffix(path)
     if is_dataset(path):
@@ -66,7 +66,7 @@ def read_records(path: Path, *, guess_encoding: bool = False) -> Iterator[Record
             with open_stream(str(path), guess_encoding=guess_encoding) as stream:
                 yield from (csv_records if suffix in (".csv", ".tsv") else json_records)(stream, str(path))
         except BROKEN as e:
-            raise InputError(f"cannot read ({e})", where=path, fix="is the file whole?") from e
+            raise InputError(f"cannot read ({e})", where=path, fix="check that the file is complete") from e
         return
     yield from (Record(f"{path}[{number}]", row) for number, row in enumerate(rows))
 
@@ -75,7 +75,7 @@ def json_records(stream: io.BufferedReader, name: str) -> Iterator[Record]:
     """JSON values of a stream of UTF-8, as a list, in lines or one after another."""
     values = as_lines(stream, name)
     for number, line in enumerate(values or stream):
-        # A line ends in "\n" alone: strings may hold U+2028 and U+0085.
+        # Only "\n" ends a line: strings may contain U+2028 and U+0085.
         where = f"{name}:{number + 1}" if values is None else f"{name}[{number}]"
         try:
             text = line.decode().removeprefix(_BOM if number == 0 else "").strip()
@@ -87,7 +87,7 @@ def json_records(stream: io.BufferedReader, name: str) -> Iterator[Record]:
 
 
 def csv_records(stream: io.BufferedReader, name: str) -> Iterator[Record]:
-    """Rows of a table in UTF-8 with a header; its delimiter is the one that cuts the header into most columns."""
+    """Rows of a table in UTF-8 with a header; the delimiter is the one that gives the header the most columns."""
     head = stream.peek(MEBIBYTE).decode(errors="replace").removeprefix(_BOM)
     start = len(head) - len(head.lstrip("\r\n"))
     declared = re.compile(r"sep=([,;\t|])[\r\n]+").match(head, start)  # Excel's own first line
@@ -98,7 +98,7 @@ def csv_records(stream: io.BufferedReader, name: str) -> Iterator[Record]:
         delimiter = declared[1] if declared else max(DELIMITERS, key=lambda d: len(headers[d]))
         text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
         text.read(start)
-        # Strict: a quote that is never closed would take all rows after it into its field.
+        # Strict, since a quote that is never closed would include all later rows in its field.
         reader = csv.DictReader(text, delimiter=delimiter, strict=True)
         reader.fieldnames = [column.strip() for column in reader.fieldnames or ()]
         for number, row in enumerate(reader, start=1):
@@ -107,7 +107,7 @@ def csv_records(stream: io.BufferedReader, name: str) -> Iterator[Record]:
             yield Record(f"{name}, row {number}", row)
             number += 1
     except (csv.Error, UnicodeDecodeError) as e:
-        fix = "mend its quotes and delimiters, and save it as UTF-8"
+        fix = "correct its quotes and delimiters, and save it as UTF-8"
         raise InputError(f"malformed CSV ({e})", where=f"{name}, row {number}", fix=fix) from e
 
 
@@ -120,17 +120,17 @@ def parquet_rows(
 ) -> Iterator[dict[str, Any]]:
     """Rows of a Parquet file from row `start` on.
 
-    `columns` picks columns of those there are. Strings of the columns `as_bytes` come undecoded: pyarrow stops at
-    invalid UTF-8. Raises InputError for what is not a Parquet file.
+    `columns` selects existing columns. Strings of the columns `as_bytes` are not decoded: pyarrow stops at
+    invalid UTF-8. Raises InputError for a file that is not Parquet.
     """
     import pyarrow.parquet as pq
 
     try:
-        # Opened here: pyarrow takes no name that is not UTF-8.
+        # Opened here, since pyarrow does not accept a name that is not UTF-8.
         with open(name, "rb") as opened, pq.ParquetFile(opened) as file:
             selected = columns(file.schema_arrow.names) if columns else None
             counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            first = row = 0  # the row group that has the first wanted row, and that group's first row
+            first = row = 0  # the row group with the first wanted row, and that group's first row
             while first < len(counts) and row + counts[first] <= start:
                 row += counts[first]
                 first += 1
@@ -140,7 +140,7 @@ def parquet_rows(
                 row += len(batch)
     except InputError:
         raise
-    except Exception as e:  # what a damaged file makes pyarrow raise is not only its own errors
+    except Exception as e:  # for a damaged file pyarrow raises other errors than its own
         raise InputError(f"not readable as Parquet ({first_line(e)})", where=name) from e
 
 

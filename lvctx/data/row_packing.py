@@ -1,8 +1,8 @@
-"""Length-upsampled packing: which documents are kept, what was kept, and rows of one length. Pure, no files.
+"""Length-upsampled packing: the length rule, statistics, and rows of one length. Pure functions without files.
 
-Fu et al. 2024 as LongVA uses it (section 3.1): inside a source every document longer than `min_long` tokens is kept and
+Fu et al. 2024 as used in LongVA (section 3.1): inside a source every document longer than `min_long` tokens is kept and
 a shorter one with probability `keep_short`. Whether a document is kept is a hash of the seed and its number in the
-input, not a draw from a shared stream: the number of processes and a restart in the middle change nothing.
+input, not a draw from a shared stream, so the number of processes and a restart do not change it.
 
 Shapes: N documents in a batch.
 """
@@ -21,23 +21,23 @@ BINS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class LengthRule:
-    """Which documents are kept by their length."""
+    """Selects documents by their length."""
 
     min_long: int = 4096
-    """Tokens; every longer document is kept. LongVA and Fu et al.: 4096."""
+    """In tokens; every longer document is kept. LongVA and Fu et al.: 4096."""
     keep_short: float = 0.1
-    """Probability to keep one that is not longer. LongVA: 0.1."""
+    """Probability of keeping a document that is not longer. LongVA: 0.1."""
     seed: int = 0
     """Changes which short documents are kept."""
 
     def keep(self, lengths: np.ndarray, first: int) -> np.ndarray:
-        """Which of N documents stay, bool (N,). `first` is the number of the first in the whole input."""
+        """Which of N documents are kept, bool (N,). `first` is the number of the first in the whole input."""
         draws = uniform(self.seed, first + np.arange(len(lengths), dtype=np.uint64))
         return (lengths > 0) & ((lengths > self.min_long) | (draws < self.keep_short))
 
 
 def uniform(seed: int, numbers: np.ndarray) -> np.ndarray:
-    """A float64 in [0, 1) for each uint64 number: SplitMix64 (Steele et al. 2014), at its place in the seed's stream"""
+    """A float64 in [0, 1) for each uint64 number: SplitMix64 (Steele et al. 2014), at that index of its stream"""
     with np.errstate(over="ignore"):
         golden = np.uint64(0x9E3779B97F4A7C15)
         start = _mix(np.array([seed & (2**64 - 1)], np.uint64) + golden)
@@ -57,30 +57,30 @@ def _bins() -> list[int]:
 
 @dataclass(kw_only=True)
 class SourceStats:
-    """What one source had and what became of it. Documents are counted once; histograms are by `BINS`."""
+    """Counts of one source. Documents are counted once; histograms have `BINS` bins."""
 
     documents: int = 0
     """Documents read."""
     tokens: int = 0
-    """Their tokens, without separators."""
+    """Tokens of these documents, without separators."""
     empty: int = 0
-    """Documents without a token."""
+    """Documents without tokens."""
     repaired: int = 0
     """Documents with invalid UTF-8 replaced."""
     skipped: int = 0
     """Documents left out for invalid UTF-8."""
     malformed: int = 0
-    """Records left out because they are none."""
+    """Malformed records left out."""
     too_short: int = 0
     """Documents left out by the length rule."""
     eligible: int = 0
-    """Tokens that the length rule kept, separators counted."""
+    """Tokens kept by the length rule, including separators."""
     packed: int = 0
-    """Tokens packed, separators counted."""
+    """Tokens packed, including separators."""
     over_budget: int = 0
     """Documents left out because the source's budget was used up."""
     cut: int = 0
-    """Documents that lost their end to the budget."""
+    """Documents truncated at the budget."""
     before_documents: list[int] = field(default_factory=_bins)
     """Documents read, by length."""
     before_tokens: list[int] = field(default_factory=_bins)
@@ -92,7 +92,7 @@ class SourceStats:
 
 
 class PackingStats:
-    """Counts of all sources; every shard has their JSON form, so that a killed run resumes from them."""
+    """Counts of all sources; every shard stores them as JSON, so that a killed run can resume."""
 
     def __init__(self, stored: Mapping[str, Any] | None = None) -> None:
         self.sources: dict[str, SourceStats] = {s: SourceStats(**a) for s, a in (stored or {}).items()}
@@ -111,11 +111,11 @@ class PackingStats:
         return sum(a.packed for a in self.sources.values())
 
     def source(self, source: str) -> SourceStats:
-        """The counts of a source, all 0 where it is new."""
+        """The counts of a source, all 0 if it is new."""
         return self.sources.setdefault(source, SourceStats())
 
     def read(self, tokens: Tokens, keep: np.ndarray, low: int, high: int) -> None:
-        """Enter documents low..high of a batch as read; `keep` bool (N,) marks those that passed the length rule."""
+        """Count documents low..high of a batch as read; `keep` bool (N,) marks those that passed the length rule."""
         part = slice(low, high)
         lengths, status, keep = tokens.lengths()[part], tokens.status[part], keep[part]
         for one, mask in self._by_source(tokens, part):
@@ -133,7 +133,7 @@ class PackingStats:
             _add_to_histogram(one.before_documents, one.before_tokens, length)
 
     def pack(self, tokens: Tokens, keep: np.ndarray, take: np.ndarray, low: int, high: int) -> None:
-        """Enter documents low..high of a batch as packed: `take` (N,) tokens of each, its separator counted."""
+        """Count documents low..high of a batch as packed: `take` (N,) tokens of each, including its separator."""
         part = slice(low, high)
         lengths, keep, take = tokens.lengths()[part] + 1, keep[part], take[part]
         for one, mask in self._by_source(tokens, part):
@@ -145,7 +145,7 @@ class PackingStats:
             _add_to_histogram(one.after_documents, one.after_tokens, packed_lengths[packed] - 1)
 
     def report(self, shares: Mapping[str, float], budgets: Mapping[str, int]) -> dict[str, Any]:
-        """Counts with the share of tokens each source had in the input, was to have, and has."""
+        """Counts with each source's share of tokens in the input, its target share, and its packed share."""
         read, packed = sum(a.tokens for a in self.sources.values()), self.packed()
         return {
             source: {
@@ -165,7 +165,7 @@ class PackingStats:
 
 
 def bin_names() -> list[str]:
-    """What each bin of the histograms holds, as text."""
+    """The range of each bin of the histograms, as text."""
     return ["0", "1", *(f"{2 ** (b - 1)}-{2**b - 1}" for b in range(2, BINS))]
 
 
@@ -178,7 +178,7 @@ def _add_to_histogram(documents: list[int], tokens: list[int], lengths: np.ndarr
 
 
 def take_all(tokens: Tokens, keep: np.ndarray, low: int, room: int | None) -> np.ndarray:
-    """Tokens to pack of each kept document from `low` on, at most `room` in all, int64 (N,); separators counted."""
+    """Tokens to pack of each kept document from `low` on, at most `room` in total, int64 (N,); including separators."""
     take = np.where(keep, tokens.lengths() + 1, 0)
     take[:low] = 0
     return take if room is None else _clip(take, room)
@@ -187,7 +187,7 @@ def take_all(tokens: Tokens, keep: np.ndarray, low: int, room: int | None) -> np
 def take_budgets(
     tokens: Tokens, keep: np.ndarray, low: int, budgets: Mapping[str, int], stats: PackingStats
 ) -> np.ndarray:
-    """As `take_all`, with each source's own room: its budget less what it packed."""
+    """As `take_all`, with the room of each source: its budget minus its packed tokens."""
     take = take_all(tokens, keep, low, None)
     for code, name in enumerate(tokens.names):
         mask = tokens.codes == code
@@ -196,7 +196,7 @@ def take_budgets(
 
 
 def _clip(take: np.ndarray, room: int) -> np.ndarray:
-    """Give each in order what is left of the room; the last may get only its separator, so that the room is filled."""
+    """Divide the room in order; the last document may get only its separator, so that the room is filled."""
     before = np.cumsum(take) - take
     return np.clip(room - before, 0, take)
 
@@ -221,11 +221,11 @@ class ShardBuffer:
 
     @property
     def full(self) -> bool:
-        """Whether nothing fits any more."""
+        """Whether no token fits any more."""
         return self.used == len(self._ids)
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Whole rows so far: ids int32 (R, S), offsets int64 (R + 1,), starts int32; see `data.packed`."""
+        """Complete rows so far: ids int32 (R, S), offsets int64 (R + 1,), starts int32; see `data.packed`."""
         rows = self.used // self.seq_len
         starts = np.array([s for s in self._starts if s < rows * self.seq_len], np.int64)
         offsets = np.searchsorted(starts, np.arange(rows + 1) * self.seq_len).astype(np.int64)
@@ -233,5 +233,5 @@ class ShardBuffer:
         return ids, offsets, (starts % self.seq_len).astype(np.int32)
 
     def clear(self) -> None:
-        """Begin the next shard."""
+        """Start the next shard."""
         self.used, self._starts = 0, []

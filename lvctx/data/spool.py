@@ -17,7 +17,7 @@ from lvctx.data.tokenization import Tokens
 
 
 def part_name(number: int) -> str:
-    """File name of the part with this 0-based number; hidden, since it goes when the shards are done."""
+    """File name of the part with this 0-based number; hidden, since it is removed when the shards are done."""
     return f".part-{number:05d}.safetensors"
 
 
@@ -39,11 +39,11 @@ class Spool:
 
     @property
     def complete(self) -> bool:
-        """Whether the whole input is in it."""
+        """Whether it holds the whole input."""
         return bool(self.states) and self.states[-1]["complete"]
 
     def add(self, tokens: Tokens, keep: np.ndarray) -> None:
-        """Append the documents that `keep` bool (N,) names."""
+        """Append the documents marked in `keep`, bool (N,)."""
         lengths = tokens.lengths() + 1
         codes = np.array([self._names.setdefault(name, len(self._names)) for name in tokens.names], np.int32)
         self._ids.append(tokens.ids[np.repeat(keep, lengths)])
@@ -73,7 +73,7 @@ class Spool:
         self._buffered, self._end = 0, Place(0, 0, 0)
 
     def read(self, first: int) -> Iterator[Tokens]:
-        """Part after part from number `first` on, memory-mapped."""
+        """The parts from number `first` on, memory-mapped."""
         for number in range(first, len(self.states)):
             path, place = self.directory / part_name(number), Place(number, 0, 0)
             stored = map_tensors(path)

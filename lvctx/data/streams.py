@@ -1,4 +1,4 @@
-"""Where documents are stored, and their bytes: read from an offset on, identified by a sample."""
+"""Files, streams and datasets of documents: found in inputs, read from an offset, identified by a sample of bytes."""
 
 import hashlib
 import io
@@ -15,35 +15,35 @@ from lvctx.errors import InputError
 
 _WHOLE = 4 * MEBIBYTE
 BROKEN = (OSError, EOFError, zlib.error)
-"""What reading a damaged or cut file raises."""
+"""Exceptions from reading a damaged or truncated file."""
 
 
 _LINES, _TEXTS = (".jsonl", ".ndjson", ".json"), (".txt", ".md", ".rst", ".text")
 DOCUMENT_SUFFIXES = (*_LINES, *_TEXTS, ".parquet")
 _READ = (".gz", ".zst", ".xz", ".bz2")
 SQUEEZED = (*_READ, ".lz4", ".br", ".z", ".lz", ".lzma", ".lzo", ".sz", ".7z", ".zip", ".rar")
-"""What may follow a file's own suffix; what is not read is refused when the file is opened, not passed by."""
+"""Suffixes of compressions; an unsupported one is an error when the file is opened, it is not skipped."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputPart:
-    """One file, stream or dataset that is read from its beginning to its end."""
+    """One file, stream or dataset that is read from beginning to end."""
 
     kind: str
     """`lines`, `text`, `parquet`, `stdin`, `saved` (by `datasets`) or `hub`."""
     name: str
     """Path, `-` or hub id."""
     size: int
-    """Bytes on disk; 0 where unknown."""
+    """Bytes on disk; 0 if unknown."""
 
 
 def find_parts(inputs: Sequence[str]) -> list[InputPart]:
-    """What the inputs consist of; folders are walked in sorted order.
+    """The parts of the inputs; folders are walked in sorted order.
 
     Raises InputError for a missing, empty or unknown input.
     """
     if inputs.count("-") > 1:
-        raise InputError("stdin is named twice", where="-", fix="give - once")
+        raise InputError("stdin is given twice", where="-", fix="give - once")
     parts: list[InputPart] = []
     for name in inputs:
         path = Path(name)
@@ -55,7 +55,7 @@ def find_parts(inputs: Sequence[str]) -> list[InputPart]:
         elif info and stat.S_ISREG(info.st_mode):
             parts.append(InputPart(kind=_kind(path), name=name, size=info.st_size))
         elif info:
-            raise InputError("a pipe or device: it can be read once only", where=name, fix="pipe it to -")
+            raise InputError("a pipe or device, which can be read only once", where=name, fix="pipe it to -")
         elif (
             path.suffix.lower() in (*DOCUMENT_SUFFIXES, *SQUEEZED)
             or name.startswith((".", "/", "~"))
@@ -72,7 +72,7 @@ def _stat(path: Path) -> os.stat_result | None:
         return path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as e:  # a name that is too long, a folder that may not be entered
+    except (OSError, ValueError) as e:  # a name that is too long, a folder without permission
         raise InputError(f"cannot read ({getattr(e, 'strerror', None) or e})", where=path) from e
 
 
@@ -103,16 +103,16 @@ def _kind(path: Path) -> str:
 
 
 def read_bytes(name: str, *, guess_encoding: bool = False) -> bytes:
-    """All of a file, decompressed, as UTF-8, without a byte order mark. Raises InputError for what cannot be read."""
+    """All of a file, decompressed, as UTF-8, without a byte order mark. Raises InputError if it cannot be read."""
     try:
         with open_stream(name, guess_encoding=guess_encoding) as f:
             return f.read().removeprefix(b"\xef\xbb\xbf")
     except BROKEN as e:
-        raise InputError(f"cannot read ({e})", where=name, fix="is the file whole?") from e
+        raise InputError(f"cannot read ({e})", where=name, fix="check that the file is complete") from e
 
 
 def read_text(path: Path) -> str:
-    """Text of a file in any encoding of Unicode. Raises InputError for what cannot be read, or is no such text."""
+    """Text of a file in any encoding of Unicode. Raises InputError if it cannot be read or is not such text."""
     try:
         return read_bytes(str(path), guess_encoding=True).decode()
     except UnicodeDecodeError as e:
@@ -120,9 +120,9 @@ def read_text(path: Path) -> str:
 
 
 def open_stream(name: str, *, guess_encoding: bool = False) -> io.BufferedReader:
-    """A file open for reading, decompressed and as UTF-8 (see `unpack`). Raises InputError for what is not read."""
+    """A file open for reading, decompressed and as UTF-8 (see `unpack`). Raises InputError for unsupported formats."""
     if Path(name).suffix.lower() == ".br":
-        raise InputError("Brotli is not read, and nothing in a file shows it", where=name, fix="decompress it first")
+        raise InputError("Brotli is not supported", where=name, fix="decompress it first")
     try:
         raw = open(name, "rb", buffering=0)  # noqa: SIM115 (closed with what wraps it)
     except OSError as e:
@@ -135,19 +135,19 @@ def open_stream(name: str, *, guess_encoding: bool = False) -> io.BufferedReader
 
 
 def skip(f: Any, count: int, *, seek: bool) -> None:
-    """Pass over `count` bytes from the beginning; a pipe has to be read for it."""
+    """Skip `count` bytes from the beginning; a pipe has to be read for that."""
     if seek and f.seekable():
         f.seek(count)
         return
     while count > 0:
         passed = len(f.read(min(count, MEBIBYTE)))
         if not passed:
-            raise EOFError("it is shorter than when this run began")
+            raise EOFError("it is shorter than when this run started")
         count -= passed
 
 
 def sample(path: Path) -> bytes:
-    """Bytes that identify a file or folder: hashes of all up to 4 MiB, else of three mebibytes of it."""
+    """Bytes that identify a file or folder: hashes of all of it up to 4 MiB, else of three mebibytes of it."""
     if path.is_dir():
         return b"".join(_sample_one(p) for p in sorted(path.rglob("*")) if p.is_file())
     return _sample_one(path)

@@ -1,7 +1,7 @@
-"""Tokenizing chunks in other processes, in order: the tokenizers library's batch call and little else.
+"""Tokenizing chunks in other processes, in order: mainly the tokenizers library's batch call.
 
-A worker gets raw chunks, parses and decodes them, and sends back one int32 array of all their tokens, the separator
-already before each document, so that the process that packs only copies.
+A worker gets raw chunks, parses and decodes them, and returns one int32 array of all their tokens, with the separator
+before each document, so that the packing process only copies.
 """
 
 import json
@@ -23,10 +23,10 @@ from lvctx.data.tokenizer import TokenizerFile
 from lvctx.errors import InputError
 
 OK, REPAIRED, SKIPPED, MALFORMED = 0, 1, 2, 3
-"""What became of a document: read, read with invalid UTF-8 replaced, left out for it, or not a record at all."""
+"""Status of a document: read, read with invalid UTF-8 replaced, left out for it, or a malformed record."""
 
 UNREADABLE = "unreadable"
-"""The source of documents that were left out before theirs was known."""
+"""The source of documents that were left out before their source was known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Tokens:
     """A tokenized chunk. N documents; document i is `ids[starts[i]:starts[i + 1]]`, the separator first."""
 
     chunk: Chunk
-    """Where it came from, without its content."""
+    """The chunk that it came from, without content."""
     ids: np.ndarray
     """int32, all documents one after another."""
     starts: np.ndarray
@@ -53,7 +53,7 @@ class Tokens:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What to do with what is not right."""
+    """How to handle invalid input."""
 
     invalid: str = "replace"
     """Invalid UTF-8: `replace` with U+FFFD, `skip` the document, or `error`."""
@@ -65,9 +65,9 @@ class Encoder:
     """A loaded tokenizer that turns chunks into tokens."""
 
     def __init__(self, content: str, *, separator: int, fields: Fields, policy: Policy) -> None:
-        """`content` is the JSON of `tokenizers`; its own truncation and padding are switched off.
+        """`content` is the JSON of `tokenizers`; its truncation and padding are switched off.
 
-        Special tokens and the separator are text where a document has them, encoded as any other.
+        Special tokens and the separator inside a document are encoded like any other text.
         """
         from tokenizers import Tokenizer
 
@@ -80,25 +80,25 @@ class Encoder:
             self.tokenizer.add_special_tokens([added[separator]])
         self.tokenizer.encode_special_tokens = True
         special = {i: token.content for i, token in added.items() if token.special}
-        unknown = set(self._ids("\ufdd0"))  # a character that no vocabulary has
+        unknown = set(self._ids("\ufdd0"))  # a character in no vocabulary
         self._leaks = {i for i, text in special.items() if i in self._ids(text)} - unknown
-        """Special tokens that are pieces of the vocabulary too (Unigram's), so that no text has their letters."""
+        """Special tokens that are also pieces of the vocabulary (Unigram), which cannot be encoded as text."""
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode(self, chunk: Chunk) -> Tokens:
-        """Tokenize a chunk. Raises InputError naming the line or file that is not right."""
+        """Tokenize a chunk. Raises InputError naming the invalid line or file."""
         texts, sources, status, numbers = self._parse(chunk) if chunk.lines is not None else self._decode(chunk)
         starts = np.zeros(len(texts) + 1, np.int64)
         try:
             encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        except (UnicodeEncodeError, TypeError):  # a lone surrogate, which JSON can spell and UTF-8 cannot
+        except (UnicodeEncodeError, TypeError):  # a lone surrogate, which JSON can encode and UTF-8 cannot
             texts = [self._without_surrogates(t, chunk, numbers[i], i, status) for i, t in enumerate(texts)]
             encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         for i, encoding in enumerate(encodings) if self._leaks else ():
             for token in sorted(self._leaks.intersection(encoding.ids))[:1]:
-                what = f"{self.tokenizer.id_to_token(token)} in the text, which this tokenizer cannot write as text"
+                what = f"{self.tokenizer.id_to_token(token)} in the text, which this tokenizer cannot encode as text"
                 texts[i], status[i] = self._malformed(what, chunk, numbers[i])
                 encodings[i] = self.tokenizer.encode("", add_special_tokens=False)
         np.cumsum([len(e) + 1 for e in encodings], out=starts[1:])
@@ -126,7 +126,7 @@ class Encoder:
         return texts, list(chunk.sources), status, list(range(len(texts)))
 
     def _parse(self, chunk: Chunk) -> tuple[list[str], list[str], list[int], list[int]]:
-        """Texts, sources, what became of each, and its line in the chunk, from 0."""
+        """Texts, sources, the status of each, and its line in the chunk, from 0."""
         blob = chunk.lines or b""
         if chunk.start.at == 0:
             blob = blob.removeprefix(b"\xef\xbb\xbf")
@@ -169,7 +169,7 @@ class Encoder:
 
     def _no_text(self, record: Any) -> str:
         if isinstance(record, list):
-            return "a JSON array where one object a line is needed"
+            return "a JSON array instead of one object per line"
         if not isinstance(record, dict):
             return "not a JSON object"
         if self.fields.text.split(".")[0] in record:
@@ -201,7 +201,7 @@ _encoder: Encoder | None = None
 
 
 def _start(content: str, options: dict[str, Any]) -> None:
-    """A worker begins: one thread, deaf to Ctrl-C (the parent decides), and gone when the parent is."""
+    """Initialise a worker: one thread, Ctrl-C ignored (the parent handles it), and exit when the parent exits."""
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -225,9 +225,9 @@ def _encode(chunk: Chunk) -> Tokens:
 def tokenize(
     chunks: Iterable[Chunk], tokenizer: TokenizerFile, *, fields: Fields, policy: Policy, workers: int
 ) -> Generator[Tokens, None, None]:
-    """Tokenize chunks in `workers` processes; results come in the chunks' order, a few chunks ahead at most.
+    """Tokenize chunks in `workers` processes; results are in the order of chunks, at most a few chunks ahead.
 
-    Raises InputError for a document that is not right, and when a worker dies.
+    Raises InputError for an invalid document, and if a worker dies.
     """
     options = {"separator": tokenizer.separator, "fields": fields, "policy": policy}
     pool = ProcessPoolExecutor(

@@ -1,7 +1,7 @@
 """A tokenizer as one JSON text that any process can load, and the token that separates documents.
 
-Read with the `tokenizers` library alone where there is a `tokenizer.json`; transformers (and torch with it) comes in
-only to convert one that has none.
+It is read with the `tokenizers` library alone if there is a `tokenizer.json`; transformers (and with it torch) is
+imported only to convert a tokenizer without one.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ class TokenizerFile:
     separator: int
     """Token id put before each document."""
     separator_token: str
-    """The same as text."""
+    """The same token as text."""
     vocabulary: int
     """Number of ids."""
 
@@ -31,7 +31,7 @@ class TokenizerFile:
 def find_tokenizer(name: str, separator: str) -> TokenizerFile:
     """Load a tokenizer from a model directory, a tokenizer.json or the hub, and resolve its separator.
 
-    `separator` is `auto` (bos, else <|endoftext|>, else eos), a token or an id. Raises InputError for what is unknown.
+    `separator` is `auto` (bos, else <|endoftext|>, else eos), a token or an id. Raises InputError for an unknown one.
     """
     from tokenizers import Tokenizer
 
@@ -51,7 +51,7 @@ def find_tokenizer(name: str, separator: str) -> TokenizerFile:
         ids = [i for i in map(tokenizer.token_to_id, names) if i is not None]
         if not ids:
             what = "no bos, <|endoftext|> or eos token" if separator == "auto" else f"no token {separator!r}"
-            raise InputError(what, where=name, fix="give --separator a token or id that it has")
+            raise InputError(what, where=name, fix="give --separator an existing token or id")
         number = ids[0]
     return TokenizerFile(
         content=content,
@@ -74,13 +74,13 @@ def _read_tokenizer(name: str) -> tuple[str, dict[str, str]]:
         files = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
         try:
             path = Path(snapshot_download(name, allow_patterns=files))
-        except Exception as e:  # whatever the hub client raises
+        except Exception as e:  # the hub client may raise anything
             reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
-            raise InputError(f"neither a directory here nor a model the hub gives ({reason})", where=name) from e
+            raise InputError(f"neither a local directory nor a downloadable model ({reason})", where=name) from e
         if (path / "tokenizer.json").is_file():
             return (path / "tokenizer.json").read_bytes().decode(), _special_tokens(path)
     elif not path.is_dir():
-        raise InputError("no such tokenizer", where=name, fix="--tokenizer takes a model directory or a hub id")
+        raise InputError("no such tokenizer", where=name, fix="give --tokenizer a model directory or a hub id")
     return _convert(name)
 
 
@@ -100,14 +100,14 @@ def _special_tokens(path: Path) -> dict[str, str]:
 
 
 def _convert(name: str) -> tuple[str, dict[str, str]]:
-    """A tokenizer without tokenizer.json (SentencePiece, vocab and merges), converted by transformers."""
+    """Convert a tokenizer without tokenizer.json (SentencePiece, vocab and merges) with transformers."""
     from transformers import AutoTokenizer
 
     try:
         stock = AutoTokenizer.from_pretrained(name)
-    except Exception as e:  # whatever it raises: there is no list
-        raise InputError("no tokenizer.json, and transformers reads no tokenizer there either", where=name) from e
+    except Exception as e:  # transformers may raise anything
+        raise InputError("no tokenizer.json, and transformers cannot load a tokenizer either", where=name) from e
     if not stock.is_fast:
-        raise InputError("its tokenizer has no fast form", where=name, fix="convert it to tokenizer.json")
+        raise InputError("its tokenizer has no fast version", where=name, fix="convert it to tokenizer.json")
     special = {k: str(v) for k, v in stock.special_tokens_map.items() if k in ("bos_token", "eos_token")}
     return stock.backend_tokenizer.to_str(), special

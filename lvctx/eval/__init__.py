@@ -1,1 +1,1 @@
-"""Evaluation: what models are asked, and what their replies are worth."""
+"""Evaluation: needle tests and benchmarks of long video."""

@@ -1,12 +1,12 @@
-"""Accuracy with a 95% interval when questions come in clusters: three about one video are less than three answers.
+"""Accuracy with a 95% interval for clustered questions: three about one video are not three independent answers.
 
 The estimate is a ratio, right answers over counted ones. Its standard error is the cluster-robust one (the linearised
 ratio of Cochran, Sampling Techniques, section 6.3): with r_g the sum of (x - mean) in video g,
 
     se^2 = G / (G - 1) * sum_g r_g^2 / n^2        over G videos and n counted questions,
 
-and the interval is mean +- 1.96 se, cut at the ends of the scale. It wants some tens of videos. Where all videos came
-out alike (se 0: all right, or all wrong), Wilson's interval for G answers is given instead of one of no width.
+and the interval is mean +- 1.96 se, clipped to the scale. It needs some tens of videos. If all videos have the
+same result (se 0: all right, or all wrong), Wilson's interval for G answers is given instead of an empty one.
 """
 
 from collections.abc import Sequence
@@ -24,15 +24,15 @@ class Estimate:
     """A mean over clustered values."""
 
     mean: float | None
-    """None where nothing was counted."""
+    """None if nothing was counted."""
     low: float | None
     """Lower end of the 95% interval; None with fewer than two videos."""
     high: float | None
     """Upper end."""
     counted: int
-    """Values in the mean."""
+    """Number of values in the mean."""
     clusters: int
-    """Videos they come from."""
+    """Number of videos that they come from."""
 
 
 def clustered_mean(values: Sequence[float], clusters: Sequence[str], *, lowest: float = 0.0) -> Estimate:
@@ -54,7 +54,7 @@ def clustered_mean(values: Sequence[float], clusters: Sequence[str], *, lowest: 
 
 
 def wilson_interval(mean: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share `mean` of `n` independent answers (Wilson 1927)."""
+    """The 95 % interval of a proportion `mean` of `n` independent answers (Wilson 1927)."""
     centre, scale = mean + Z * Z / (2 * n), 1 + Z * Z / n
     half = Z * sqrt(mean * (1 - mean) / n + Z * Z / (4 * n * n))
     return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)

@@ -1,1 +1,1 @@
-"""Running a model: shared prefixes, a KV cache, and replies about what it is shown."""
+"""Running a model: shared prefixes, a KV cache, and replies about images and video."""

@@ -1,6 +1,6 @@
-"""Where and how a model runs; of these options only the data type decides results.
+"""Options of where and how a model runs; only the data type affects results.
 
-Nothing heavy is imported here, for the commands' help.
+No heavy module is imported here, since the commands' help needs this file.
 """
 
 import json
@@ -17,18 +17,18 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def parse_device_map(text: str) -> DeviceMap:
-    """A word that accelerate knows, or a JSON file of module: device. Raises UsageError, InputError."""
+    """A device map name of accelerate, or a JSON file of module: device. Raises UsageError, InputError."""
     if text in DEVICE_MAPS:
         return text
     if not Path(text).is_file():
         fix = "give auto, balanced, sequential or a JSON file of module: device"
-        raise UsageError(f"--device-map {text!r} is no file", fix=fix)
+        raise UsageError(f"--device-map {text!r} is not a file", fix=fix)
     try:
         device_map = json.loads(Path(text).read_text(encoding="utf-8"))
     except ValueError as e:
         raise InputError(f"malformed JSON ({e})", where=text) from e
     if not isinstance(device_map, dict):
-        raise InputError("not an object of modules and their devices", where=text)
+        raise InputError("not a JSON object of modules and their devices", where=text)
     return device_map
 
 
@@ -43,9 +43,9 @@ class DeviceConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights in memory. auto is the checkpoint's own."""
     prefill_chunk: Annotated[int, Flag(min=1)] = 2048
-    """Tokens per forward pass while a prompt is computed; fewer need less memory."""
+    """Tokens per forward pass while a prompt is computed; smaller values need less memory."""
     reuse: bool = True
-    """Compute what prompts have in common only once."""
+    """Compute the common prefix of prompts only once."""
     cp: Annotated[int, Flag(min=1)] = 1
     """Context parallelism: processes that share each sequence and its KV cache (torchrun)."""
 
@@ -61,4 +61,4 @@ class EngineConfig(DeviceConfig):
 
     def __post_init__(self) -> None:
         if self.device_map is not None and self.cp > 1:
-            raise UsageError("--device-map is for one process", fix="drop --cp")
+            raise UsageError("--device-map is for a single process", fix="drop --cp")

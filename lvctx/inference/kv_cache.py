@@ -1,9 +1,9 @@
-"""Where the KV cache lives: on the device, on the host, or on the device in eight bits.
+"""Placement of the KV cache: on the device, on the host, or on the device in eight bits.
 
-The walk over prefixes appends and crops all the time, so a layer keeps one buffer that grows by half and whose end
-moves: nothing is copied to append or to crop. `host` keeps the buffers in the host's memory and brings a layer to the
-device while it attends, so that the device holds one layer's instead of all (12 GiB at 224K tokens of Qwen2-7B); the
-numbers are the same. `int8` keeps a scale for every token and head, half the bytes of bfloat16, and is not the same.
+The walk over prefixes appends and crops often, so a layer has one buffer that grows by half, with a moving end:
+appending and cropping copy nothing. `host` keeps the buffers in host memory and copies one layer at a time to the
+device for its attention, so the device holds one layer's cache instead of all (12 GiB at 224K tokens of Qwen2-7B); the
+results are the same. `int8` has a scale per token and head and half the bytes of bfloat16; the results differ.
 
 Shapes: B samples, H key heads, L tokens, D channels.
 """
@@ -18,7 +18,7 @@ from lvctx.inference.engine_config import CachePlacement
 
 
 class Buffer:
-    """Keys or values of one layer: what is kept, and how it becomes a tensor again."""
+    """Keys or values of one layer, as stored, with the conversion to a tensor."""
 
     def __init__(self, like: Tensor, placement: CachePlacement) -> None:
         self.device, self.dtype, self.eighths = like.device, like.dtype, placement == "int8"
@@ -32,7 +32,7 @@ class Buffer:
         return torch.empty(b, h, tokens, d, dtype=dtype, device=self.where)
 
     def put(self, first: int, new_BHLD: Tensor) -> None:
-        """Write tokens from `first` on; what stood behind is gone."""
+        """Write tokens from `first` on; later tokens are dropped."""
         end = first + new_BHLD.shape[-2]
         if self.eighths:
             scale = (new_BHLD.float().abs().amax(-1, keepdim=True) / 127).clamp_min(1e-12)
@@ -51,7 +51,7 @@ class Buffer:
         return new
 
     def get(self, end: int) -> Tensor:
-        """The first `end` tokens, on the device and in the model's type."""
+        """The first `end` tokens, on the device in the model's data type."""
         data = self._data[..., :end, :]
         if self.eighths:
             return (data.float() * self._scale[..., :end, :]).to(self.dtype)
@@ -59,7 +59,7 @@ class Buffer:
 
 
 class BufferedLayer(DynamicLayer):
-    """One layer's keys and values, as transformers' attention asks for them."""
+    """One layer's keys and values, with the interface of transformers' cache layers."""
 
     placement: CachePlacement = "device"
 
@@ -68,7 +68,7 @@ class BufferedLayer(DynamicLayer):
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make the buffers, once it is known of what shape."""
+        """Create the buffers, once their shape is known."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self._pair = Buffer(key_states, self.placement), Buffer(value_states, self.placement)
         self.is_initialized = True
@@ -88,19 +88,19 @@ class BufferedLayer(DynamicLayer):
         return self.length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last -`tokens_to_remove` tokens."""
+        """Drop the last -`tokens_to_remove` tokens."""
         assert tokens_to_remove <= 0
         self.length = max(0, self.length + tokens_to_remove)
 
 
 class HostLayer(BufferedLayer):
-    """CachePlacement in the host's memory."""
+    """A layer in host memory."""
 
     placement = "host"
 
 
 class EightBitLayer(BufferedLayer):
-    """CachePlacement in eight bits."""
+    """A layer in eight bits."""
 
     placement = "int8"
 
@@ -109,5 +109,5 @@ LAYERS: dict[CachePlacement, type[BufferedLayer]] = {"device": BufferedLayer, "h
 
 
 def empty_cache(placement: CachePlacement) -> Cache:
-    """A cache without a token, for any number of layers."""
+    """An empty cache, for any number of layers."""
     return Cache(layer_class_to_replicate=LAYERS[placement])

@@ -1,6 +1,6 @@
-"""Models of lvctx in lmms-eval: `lmms-eval --model lvctx --model_args pretrained=DIR,frames=32 --tasks ...`.
+"""lvctx models in lmms-eval: `lmms-eval --model lvctx --model_args pretrained=DIR,frames=32 --tasks ...`.
 
-Found through the entry-point group `lmms_eval.models`; nothing of lmms-eval is needed to use this project without it.
+lmms-eval finds them through the entry-point group `lmms_eval.models`; this project does not depend on lmms-eval.
 """
 
 import logging
@@ -22,29 +22,29 @@ log = logging.getLogger(__name__)
 
 
 def manifest() -> ModelManifest:
-    """What the entry point gives lmms-eval."""
+    """The model manifest for lmms-eval's entry point."""
     return ModelManifest(model_id="lvctx", simple_class_path=f"{__name__}.Lvctx")
 
 
 class Lvctx(lmms):
-    """A VLM directory or hub id of any family. A video is 32 frames evenly spread unless `frames` or `fps` is given.
+    """A VLM directory or hub id of any family. A video has 32 evenly spread frames by default.
 
-    Under accelerate or torchrun every process has the model and a share of the samples.
+    Under accelerate or torchrun every process loads the model and gets a share of the samples.
     """
 
     is_simple = True
 
     def __init__(self, pretrained: str, device: str | None = None, batch_size: int | str = 1, **options: Any) -> None:
-        """Find the model; `options` are `VideoSampling`'s as text, hybrid as `L:M:S`, and `prefill_chunk`.
+        """Find the model; `options` are those of `VideoSampling` as text, hybrid as `L:M:S`, and `prefill_chunk`.
 
-        Raises InputError where there is no such model, UsageError for what its family cannot do, ValueError for
-        unknown arguments.
+        Raises InputError if there is no such model, UsageError for options that its family does not support,
+        ValueError for unknown arguments.
         """
         super().__init__()
         accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
-        self.accelerator = accelerator  # lmms-eval gathers by it
-        # lmms-eval says cuda:0 unless it is told otherwise; each process has a device of its own.
+        self.accelerator = accelerator  # lmms-eval gathers results with it
+        # lmms-eval passes cuda:0 by default; each process has its own device.
         target_device = str(accelerator.device) if device is None or device.startswith("cuda") else device
         chunk = int(options.pop("prefill_chunk", PREFILL_CHUNK))
         vlm = open_vlm(pretrained, device=target_device)
@@ -55,7 +55,7 @@ class Lvctx(lmms):
         self._current_visuals: Any = None
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Greedy replies, cut before the first of the request's `until`; empty where a visual cannot be read."""
+        """Greedy replies, cut before the first string of the request's `until`; empty if a visual cannot be read."""
         replies = []
         for request in requests:
             context, options, visuals = request.args[0], request.args[1], self._visuals(request)
@@ -84,7 +84,7 @@ class Lvctx(lmms):
         return scores
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        """Raises UsageError: nothing here goes on from an answer."""
+        """Raises UsageError: continuing from an answer is not supported."""
         raise UsageError("lmms-eval's tasks of several rounds are not supported", fix="leave them out of --tasks")
 
     def _visuals(self, request: Any) -> list[Any]:
@@ -93,7 +93,7 @@ class Lvctx(lmms):
         return items
 
     def _show(self, visuals: list[Any]) -> None:
-        """Show videos and images, unless they were shown last: their keys and values are still there."""
+        """Show videos and images, unless they are the current input, whose keys and values are cached."""
         if self._current_visuals is not None and self._current_visuals == visuals:
             return
         self._current_visuals = None
@@ -106,7 +106,7 @@ class Lvctx(lmms):
 
 
 def _sampling(options: dict[str, Any]) -> VideoSampling:
-    """From model arguments, which lmms-eval gives as text or numbers."""
+    """The sampling from model arguments, which lmms-eval passes as text or numbers."""
     fields = VideoSampling.__dataclass_fields__
     if unknown := [name for name in options if name not in fields]:
         raise ValueError(f"unknown model arguments: {', '.join(unknown)}")

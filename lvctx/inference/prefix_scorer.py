@@ -1,8 +1,8 @@
-"""Score many sequences that begin alike, computing what they share once: a walk over the tree of their prefixes.
+"""Score many sequences with common prefixes, computing each prefix once: a walk over the tree of their prefixes.
 
-One KV cache holds the path from the root to where the walk stands. The next sequence keeps the longest common prefix,
-crops the rest and runs only what is new; visited in depth-first order, every edge of the tree is computed exactly once.
-That covers a haystack before a needle that all needles share, and a haystack after it that longer cells share.
+One KV cache holds the path from the root to the current node. For the next sequence the longest common prefix is kept,
+the rest is cropped and only new tokens are computed; in depth-first order every edge of the tree is computed exactly
+once. This covers a haystack before a needle that all needles share, and one after it that longer cells share.
 
 A sequence is one int array over an extended vocabulary: below V a text token, from V on a row of a table of visual
 embeddings. Shapes: L tokens, A answer tokens, E width, V text vocabulary, R rows of visual embeddings.
@@ -25,20 +25,20 @@ from lvctx.vlm.base import Positions, sequential_positions
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What a model makes of an answer."""
+    """The score of an answer."""
 
     forced: bool
-    """Teacher forcing: at every answer token the answer is the model's first choice (V-NIAH's verdict)."""
+    """Teacher forcing: every answer token is the model's most likely token (V-NIAH's criterion)."""
     log_prob: float
     """Summed log-probability of the answer, in nats."""
     rank: int
-    """Worst rank of an answer token among the vocabulary; 0 is the first choice."""
+    """Worst rank of an answer token among the vocabulary; 0 is the most likely."""
     generated: list[int] | None
-    """Greedy continuation of the prompt, as many tokens as asked for; None if not asked for."""
+    """Greedy continuation of the prompt, of the requested length; None if not requested."""
 
 
 class PrefixScorer:
-    """A model, a KV cache, and the sequence the cache holds."""
+    """A model, a KV cache, and the sequence in the cache."""
 
     def __init__(
         self,
@@ -53,23 +53,23 @@ class PrefixScorer:
     ) -> None:
         """Score with a language model or VLM; `visual_RE` are the embeddings of the ids from V on.
 
-        A table wider than E has in its further columns, E by E, what is added to the first layers' states.
+        Further columns of a table wider than E are, E by E, added to the first layers' states.
 
-        `chunk` bounds the tokens of one forward, and so the memory of its activations; `reuse=False` empties the
-        cache before every sequence; `kv_cache` is where the cache is kept (see `inference.kv_cache`);
-        `positions` are the model's. The ranks of a `ring` read every sequence together, each with its share of the
-        cache and all of the weights: they must make the same calls, and all get the same scores.
+        `chunk` limits the tokens per forward, and so the memory of activations; `reuse=False` empties the cache before
+        every sequence; `kv_cache` is the placement of the cache (see `inference.kv_cache`), `positions` the model's.
+        The ranks of a `ring` process every sequence together, each with its share of the cache and all of the weights:
+        they must make the same calls, and all get the same scores.
         """
         self.lm = model.model.language_model if hasattr(model.model, "language_model") else model.model
         self.head, self.embedding = model.lm_head, model.get_input_embeddings()
         self.visual_RE, self.chunk, self.reuse, self.kv_cache = visual_RE, chunk, reuse, kv_cache
         self.positions, self.ring = positions, ring
         self.device = device_of(self.embedding)
-        # Beside a cache transformers gives torch's kernel a mask: 1.4 to 1.9 times the time on a CPU.
+        # With a cache transformers passes torch's kernel a mask, which takes 1.4 to 1.9 times as long on a CPU.
         if ring.world > 1 or needs_no_mask(self.lm, self.device):
             prepare(self.lm)
         self.tokens_run = 0
-        """Tokens that went through the model so far, on all ranks together."""
+        """Number of tokens computed so far, over all ranks."""
         self._empty()
 
     def _empty(self) -> None:
@@ -83,7 +83,7 @@ class PrefixScorer:
 
     @torch.inference_mode()
     def score(self, ids_L: np.ndarray, answer: int, *, generate: int = 0) -> Score:
-        """Score the last `answer` ids given all before; with `generate`, also continue the prompt greedily that far."""
+        """Score the last `answer` ids given the others; also continue the prompt greedily by `generate` tokens."""
         prompt = len(ids_L) - answer
         if not self.reuse:
             self._empty()
@@ -96,7 +96,7 @@ class PrefixScorer:
             picked_A = logits_AV.gather(1, target_A[:, None])[:, 0]
             generated = self._continue(prompt, logits_AV[0], generate) if generate else None
         except RuntimeError:
-            self._empty()  # what an interrupted forward left in the cache belongs to no sequence
+            self._empty()  # an interrupted forward leaves the cache inconsistent
             raise
         return Score(
             forced=bool((logits_AV.argmax(1) == target_A).all()),
@@ -113,14 +113,14 @@ class PrefixScorer:
         stop: Collection[int],
         on_token: Callable[[int], None] = lambda token: None,
     ) -> list[int]:
-        """The greedy continuation of a prompt: at most `count` ids, up to and without the first of `stop`.
+        """The greedy continuation of a prompt: at most `count` ids, ending before the first of `stop`.
 
-        The cache keeps the prompt and the continuation, so a prompt that begins with both runs only what is new.
+        The cache keeps the prompt and the continuation, so a prompt that begins with both reuses them.
         `on_token` gets each id as soon as it is chosen.
         """
         if not self.reuse:
             self._empty()
-        # The last token is run again even if it is held: its hidden state is what chooses the first word.
+        # The last token is computed again even if cached: its hidden state selects the first new token.
         self._crop(min(common_prefix(self._cached_ids, ids_L), len(ids_L) - 1))
         generated: list[int] = []
         try:
@@ -134,12 +134,12 @@ class PrefixScorer:
                 if len(generated) < count:
                     hidden_1E = self._run(np.array([token], dtype=np.int64), keep=1)
         except RuntimeError:
-            self._empty()  # what an interrupted forward left in the cache belongs to no sequence
+            self._empty()  # an interrupted forward leaves the cache inconsistent
             raise
         return generated
 
     def show(self, visual_RE: Tensor | None, positions: Positions) -> None:
-        """Take another visual table, and the positions of sequences with its rows; empties the cache."""
+        """Set another visual table, and the positions of sequences with its rows; empties the cache."""
         self.visual_RE, self.positions = visual_RE, positions
         self._empty()
 
@@ -152,7 +152,7 @@ class PrefixScorer:
         return generated
 
     def _run(self, ids_L: np.ndarray, *, keep: int) -> Tensor:
-        """Append ids to the cache; the final hidden states (keep, E) of the last ones."""
+        """Append ids to the cache; returns the final hidden states (keep, E) of the last ones."""
         last_states: list[Tensor] = []
         for start in range(0, len(ids_L), self.chunk):
             part = ids_L[start : start + self.chunk]
@@ -174,7 +174,7 @@ class PrefixScorer:
         return last_rows(last_states[0], end=len(self._cached_ids), count=keep, ring=self.ring)
 
     def _embed(self, ids_L: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
-        """Embeddings (L, E), and what visual ones add to the first layers' states (Qwen3-VL)."""
+        """Embeddings (L, E), and the visual additions to the first layers' states (Qwen3-VL)."""
         ids = torch.from_numpy(ids_L.astype(np.int64)).to(self.device)
         if self.visual_RE is None:
             return self.embedding(ids), {}
@@ -194,8 +194,8 @@ class PrefixScorer:
 
 
 def walk_order(sequences: Iterable[np.ndarray]) -> list[int]:
-    """Indices of the sequences depth-first (lexicographically): in this order every edge of their tree is run once."""
-    # Big-endian bytes compare as the ids do, and as fast as memory is read.
+    """Indices of the sequences depth-first (lexicographically): so that every edge of their tree is computed once."""
+    # Big-endian bytes have the order of the ids, and compare as fast as memory is read.
     keys = [ids.astype(">i4").tobytes() for ids in sequences]
     return sorted(range(len(keys)), key=keys.__getitem__)
 

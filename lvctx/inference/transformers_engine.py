@@ -1,4 +1,4 @@
-"""A vision-language model in this process, by transformers: what prompts share, the frames above all, is run once.
+"""A vision-language model in this process, with transformers: the common prefix of prompts is computed once.
 
 Suffixes: L tokens of a prompt, N visual tokens.
 """
@@ -26,11 +26,11 @@ from lvctx.vlm.base import VLM, VisualInput
 
 log = logging.getLogger(__name__)
 PREFILL_CHUNK = 2048
-"""Tokens of one forward."""
+"""Tokens per forward."""
 
 
 class TransformersEngine:
-    """See `Engine`. The weights are loaded when something is shown for the first time."""
+    """See `Engine`. The weights are loaded with the first visual input."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class TransformersEngine:
         ring: Ring = ALONE,
         device_map: DeviceMap | None = None,
     ) -> None:
-        """The ranks of a `ring` compute together; a `device_map` places the model's modules, in place of `device`.
+        """The ranks of a `ring` compute together; a `device_map` places the model's modules, instead of using `device`.
 
         `reuse=False` computes every prompt anew.
         """
@@ -53,7 +53,7 @@ class TransformersEngine:
 
     @classmethod
     def from_config(cls, vlm: VLM, config: EngineConfig, *, ring: Ring = ALONE) -> Self:
-        """With a resolved device. Raises MissingError for a device map without accelerate."""
+        """The engine with a resolved device. Raises MissingError for a device map without accelerate."""
         if config.device_map is not None:
             require_accelerate()
         return cls(
@@ -68,7 +68,7 @@ class TransformersEngine:
 
     @cached_property
     def model(self) -> Any:
-        """The loaded model. Raises InputError where it cannot be loaded, MissingError without accelerate."""
+        """The loaded model. Raises InputError if it cannot be loaded, MissingError without accelerate."""
         model = load_model(self.vlm.path, dtype=self.dtype, device=self.device, device_map=self.device_map)
         try_forward(model, self.vlm.path)
         return model
@@ -96,22 +96,22 @@ class TransformersEngine:
 
     def show(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> Shown:
         """See `Engine`."""
-        self.visual = None  # half of what should be shown is nothing to ask about
+        self.visual = None  # no partial input remains after an error
         visual = self.vlm.load(items, sampling)
         self.set_visual_input(visual)
         return Shown(pts=visual.pts, facts=visual.facts)
 
     def set_visual_input(self, visual: VisualInput) -> None:
-        """Take this as what is asked about."""
+        """Set the visual input."""
         self.scorer.show(visual.table(self.model), visual.positions)
         self.visual = visual
         last = self.last_position(visual.ids_N)
         if last < self.context < visual.tokens:
-            log.warning("%d visual tokens, though positions end at %d", visual.tokens, last)
+            log.warning("%d visual tokens, although the last position is %d", visual.tokens, last)
 
     def prompt_ids(self, turns: Sequence[str]) -> np.ndarray:
-        """The prompt (L,) of a conversation about what was shown, up to where the reply begins."""
-        assert self.visual is not None, "nothing was shown"
+        """The prompt (L,) of a conversation about the visual input, up to the reply."""
+        assert self.visual is not None, "no visual input was set"
         before, after = chat_ids(self.tokenizer, *turns, mark=self.visual.placeholder)
         return np.concatenate([np.array(before, dtype=np.int64), self.visual.ids_N, np.array(after, dtype=np.int64)])
 
@@ -140,18 +140,18 @@ class TransformersEngine:
     def generate(
         self, ids_L: np.ndarray, count: int, on_token: Callable[[int], None] = lambda token: None
     ) -> list[int]:
-        """Ids of the greedy reply. Raises InputError where prompt and reply exceed the model's context."""
+        """Ids of the greedy reply. Raises InputError if prompt and reply exceed the model's context."""
         needed = self.last_position(ids_L) + 1
         if needed + count > self.context:
             what = "tokens" if needed == len(ids_L) else "positions"
             raise InputError(
-                f"{needed} {what} and {count} to answer exceed the model's context of {self.context}",
-                fix="show fewer frames, or extend the model: lvctx extend-lm, or mrope-extend for Qwen-VL",
+                f"{needed} {what} and {count} to generate exceed the model's context of {self.context}",
+                fix="use fewer frames, or extend the model: lvctx extend-lm, or mrope-extend for Qwen-VL",
             )
         return self.scorer.generate(ids_L, count, self.stop_ids, on_token)
 
     def score(self, turns: Sequence[str], answer: str) -> AnswerScore:
-        """See `Engine`; the answer is tokenized by itself."""
+        """See `Engine`; the answer is tokenized separately."""
         ids = np.array(self.tokenizer.encode(answer, add_special_tokens=False), dtype=np.int64)
         score = self.scorer.score(np.concatenate([self.prompt_ids(turns), ids]), len(ids))
         return AnswerScore(log_prob=score.log_prob, is_greedy=score.forced)

@@ -1,4 +1,4 @@
-"""Questions about videos, one after the other or as a conversation (LongVA's prompt, section 4.1)."""
+"""Questions about videos, separately or as a conversation (LongVA's prompt, section 4.1)."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ class Answer:
     """A reply to a question about a video."""
 
     question: str
-    """What was asked."""
+    """The question."""
     text: str
     """Decoded answer without special tokens."""
     pts: tuple[float, ...]
-    """When each frame that the model was shown is on display, in seconds."""
+    """Timestamp of each frame of the input, in seconds."""
     tokens: int
-    """Tokens of the whole prompt, visual ones included."""
+    """Tokens of the whole prompt, including visual ones."""
     partial: bool = False
-    """Whether the video is truncated or damaged, and only what is left of it was shown."""
+    """Whether the video is truncated or damaged, so that only its intact frames were used."""
 
 
 class VideoQuestions:
-    """Answers questions about video files or feature caches; one that was shown last is not read again."""
+    """Answers questions about video files or feature caches; the current file is not read again."""
 
     def __init__(
         self,
@@ -38,9 +38,9 @@ class VideoQuestions:
         on_text: Callable[[str], None] | None = None,
         on_shown: Callable[[Path, Shown], None] | None = None,
     ) -> None:
-        """`on_text` gets each answer as it grows, `on_shown` what the model is shown of a file.
+        """`on_text` gets each answer as it is generated, `on_shown` the visual input from a file.
 
-        Answers are of at most `max_new_tokens` tokens.
+        Answers have at most `max_new_tokens` tokens.
         """
         self.engine, self.sampling, self.max_new_tokens = engine, sampling, max_new_tokens
         self.on_text, self.on_shown = on_text, on_shown
@@ -48,7 +48,7 @@ class VideoQuestions:
         self._shown = Shown(pts=(), facts={})
 
     def ask(self, path: Path, questions: Iterable[str]) -> Iterator[Answer]:
-        """Answer each question about one video by itself.
+        """Answer each question about one video separately.
 
         Raises InputError for a file that cannot be read or was encoded by another model, or a prompt longer than the
         model's context.
@@ -58,7 +58,7 @@ class VideoQuestions:
             yield self._answer(path, [question])
 
     def chat(self, path: Path, questions: Iterable[str]) -> Iterator[Answer]:
-        """Answer the questions as one conversation, in which each turn has those before it. Raises as `ask`."""
+        """Answer the questions as one conversation, in which each turn follows the previous ones. Raises as `ask`."""
         self._show(path)
         turns: list[str] = []
         for question in questions:

@@ -1,8 +1,8 @@
-"""Adapters: what a training with LoRA trained, as a PEFT directory `adapter/` of a few MB beside the merged weights.
+"""LoRA adapters: the trained parameters, as a PEFT directory `adapter/` of a few MB beside the merged weights.
 
-It has a directory of its own because vLLM loads every safetensors file beside config.json. The tensors
-have PEFT's names, so `PeftModel.from_pretrained(base, "adapter")` puts the LoRA, and the projector where it was
-trained, on a model that has the same positions.
+It is a separate directory because vLLM loads every safetensors file beside config.json. The tensors have PEFT's
+names, so `PeftModel.from_pretrained(base, "adapter")` loads the LoRA, and the projector if it was trained, into a
+model with the same positions.
 """
 
 import json
@@ -21,18 +21,18 @@ from lvctx.models.lora import load_lora_state, lora_state
 from lvctx.models.weight_check import check_shapes
 
 ADAPTER = "adapter"
-"""In the output of a run with LoRA: the directory of what it trained."""
+"""Directory of the adapter in the output of a run with LoRA."""
 WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ROOT = "base_model.model."
-"""How PEFT's names begin."""
+"""Prefix of PEFT's names."""
 PROJECTOR = "multi_modal_projector"
 
 
 def save_adapter(out: Path, model: Any, wrapped: Any, provenance: Provenance, *, longest: int) -> None:
-    """Write `out/adapter`: the LoRA, and the projector where it was trained, in bfloat16.
+    """Write `out/adapter`: the LoRA, and the projector if it was trained, in bfloat16.
 
-    `longest` is what `longest_sample` reads back.
+    `longest` is stored for `longest_sample`.
     """
     from peft import LoraConfig
 
@@ -48,7 +48,7 @@ def save_adapter(out: Path, model: Any, wrapped: Any, provenance: Provenance, *,
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
-        # The tower's attention has projections of the same names: the language model's alone are meant.
+        # The tower's attention has projections of the same names; only the language model's are trained.
         target_modules=rf"{re.escape(place)}\.layers\..*\.({linears})",
         modules_to_save=[PROJECTOR] if trained else None,
         inference_mode=True,
@@ -63,7 +63,7 @@ def save_adapter(out: Path, model: Any, wrapped: Any, provenance: Provenance, *,
 
 
 def longest_sample(path: Path) -> int:
-    """Tokens of the longest sequence that an adapter, or an aligned VLM, was trained on; 0 where that is not stored."""
+    """Tokens of the longest sequence that an adapter, or an aligned VLM, was trained on; 0 if that is not stored."""
     if (path / WEIGHTS).is_file():
         path = path / WEIGHTS
     return int((read_provenance(path) or {}).get("longest_sample", 0))
@@ -72,8 +72,8 @@ def longest_sample(path: Path) -> int:
 def load_adapter(path: Path, model: Any, wrapped: Any) -> None:
     """Start from an adapter directory, from its tensors alone, or from a file with a projector's tensors.
 
-    A tensor is known by the end of its name, from `layers.` or `multi_modal_projector.` on, so the adapter of a
-    language model fits the same language model within a VLM. Raises InputError when it does not fit.
+    A tensor is identified by the end of its name, from `layers.` or `multi_modal_projector.` on, so the adapter of a
+    language model fits the same language model inside a VLM. Raises InputError when it does not fit.
     """
     from safetensors.torch import load_file
 
@@ -87,7 +87,7 @@ def load_adapter(path: Path, model: Any, wrapped: Any) -> None:
         projector = getattr(model.model, PROJECTOR, None)
         if projector is None:
             raise InputError(
-                "holds a projector, and the model has none", where=path, fix="give the LoRA of an extend-lm"
+                "holds a projector, but the model has none", where=path, fix="give the LoRA of an extend-lm"
             )
         expected = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
         check_shapes(
@@ -99,7 +99,7 @@ def load_adapter(path: Path, model: Any, wrapped: Any) -> None:
 
 
 def _split(tensors: Mapping[str, Tensor], where: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The LoRA, under the names that `load_lora_state` takes, and the projector."""
+    """The LoRA, under the names of `load_lora_state`, and the projector."""
     lora, projector = {}, {}
     for name, tensor in tensors.items():
         if match := re.search(r"(?:^|\.)(layers\..*\.lora_[AB]\.weight)$", name):
@@ -114,7 +114,7 @@ def _split(tensors: Mapping[str, Tensor], where: Path) -> tuple[dict[str, Tensor
 
 
 def _check_scale(path: Path) -> None:
-    """Raise InputError for a LoRA that is added with another weight than ours, 2."""
+    """Raise InputError for a LoRA whose scale (lora_alpha / rank) is not 2."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         rank, alpha = config["r"], config["lora_alpha"]

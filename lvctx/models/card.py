@@ -1,4 +1,4 @@
-"""The model card, README.md of a model directory: sections that are replaced by their heading."""
+"""The model card, README.md of a model directory: sections are identified by their heading."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_specia
 
 
 def write_section(out: Path, heading: str, body: str) -> None:
-    """Put a section at the end of a directory's card, in place of one with the same heading."""
+    """Append a section to a directory's card, replacing one with the same heading."""
     path = out / CARD
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     mark = f"## {heading}\n"
@@ -44,7 +44,7 @@ def write_section(out: Path, heading: str, body: str) -> None:
 
 
 def write_vision_section(config: Any, out: Path) -> None:
-    """How a VLM is shown images and video in stock code, from its configuration."""
+    """Describe how to give images and video to a VLM in stock code, from its configuration."""
     side = config.vision_config.image_size
     grid = getattr(config, "image_grid", "unires")
     body = (

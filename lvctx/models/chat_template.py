@@ -1,12 +1,12 @@
-"""Conversations as tokens: a tokenizer's chat template, and which of the tokens are an assistant's answer.
+"""Conversations as token ids in a tokenizer's chat template, with the positions of the assistant's answers.
 
-A template may write a turn differently once others follow it, so nothing is measured on one rendering and applied to
-another. The conversation is rendered once, whole, with marks around what every turn contains; the answers are where
-their marks are. What comes out is refused where the template changes what it wrote before: every prompt for an answer
-has to be the beginning of the whole.
+A template may render a turn differently once others follow it, so offsets of one rendering are not applied to another.
+The conversation is rendered once, as a whole, with marks around every turn's content; the marks give the answers'
+positions. A template that changes its earlier output is refused: every prompt for an answer has to be a prefix of the
+whole.
 
-Control tokens written inside a turn (`<|im_end|>`, `<image>` where there is no image) are text, encoded as such: only
-the template and `Visual` parts make control tokens. These are the tokenizer's special tokens, and its other added
+Control tokens written inside a turn (`<|im_end|>`, `<image>` where there is no image) are encoded as text: only the
+template and `Visual` parts produce control tokens. These are the tokenizer's special tokens, and its other added
 tokens that the template writes around turns.
 """
 
@@ -26,19 +26,19 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Visual(NamedTuple):
-    """Part of a turn: an image or a video, by its special token."""
+    """Part of a turn: an image or a video, as its special token."""
 
     token: str
 
 
 Content = str | Sequence[str | Visual]
-"""What a turn contains: text, or text and images in their order."""
+"""Content of a turn: text, or text and images in order."""
 Message = Mapping[str, Any]
 """`role` and `content` (`Content`)."""
 
 
 class AnswerSpan(NamedTuple):
-    """Tokens of an answer: `[first, end)` are its words, `[end, closed)` what ends its turn."""
+    """Tokens of an answer: `[first, end)` are its text, `[end, closed)` the end of its turn."""
 
     first: int
     end: int
@@ -50,15 +50,15 @@ class ChatTokens:
     """A conversation."""
 
     ids: list[int]
-    """Token ids; an image or a video is one token."""
+    """Token ids; an image or video is one token."""
     visual: list[int]
-    """Where the tokens of images and videos are, in order."""
+    """Positions of the tokens of images and videos, in order."""
     answers: list[AnswerSpan]
-    """The assistant's, in order."""
+    """The assistant's answers, in order."""
 
 
 def chat_encoder(tokenizer: Any) -> "ChatEncoder":
-    """The encoder of a tokenizer and its present chat template. Raises InputError where it has none."""
+    """The encoder of a tokenizer and its current chat template. Raises InputError if it has none."""
     try:
         template = tokenizer.get_chat_template()
     except ValueError:
@@ -75,12 +75,12 @@ class ChatEncoder:
     """A tokenizer and a chat template."""
 
     def __init__(self, tokenizer: Any, template: str) -> None:
-        """Raises InputError for a tokenizer without a fast form, or a template that leaves out what the user writes."""
+        """Raises InputError for a tokenizer without a fast form, or a template that leaves out the user's text."""
         self.tokenizer, self.template = tokenizer, template
         self.marks_answers = _GENERATION.search(template) is not None
-        """Whether the template itself marks what counts in the loss: transformers' `return_assistant_tokens_mask`."""
+        """Whether the template itself marks the tokens that count in the loss: `return_assistant_tokens_mask`."""
         self.wants_parts = False
-        """Whether the template reads lists of parts alone (SmolVLM's), so that text has to be such a list."""
+        """Whether the template accepts only lists of parts (SmolVLM's), so that text has to be such a list."""
         self._find_form()
         added = {token.content: (i, token) for i, token in tokenizer.added_tokens_decoder.items()}
         try:
@@ -90,7 +90,7 @@ class ChatEncoder:
         self._ids = {
             text: i for text, (i, token) in added.items() if token.special or (text.strip() and text in around)
         }
-        """Control tokens: text to id."""
+        """Control tokens: text -> id."""
         texts = "|".join(map(re.escape, sorted(self._ids, key=len, reverse=True))) or "(?!)"
         self._control, self._scan = re.compile(texts), re.compile(f"{MARK}|({texts})")
         self._closing = re.compile(rf"\s*(?:{texts})")
@@ -98,14 +98,14 @@ class ChatEncoder:
         self._encoder, self._alias = self._plain_encoder({i: added[text][1] for text, i in self._ids.items()})
 
     def _plain_encoder(self, controls: Mapping[int, Any]) -> tuple[Any, dict[int, int]]:
-        """The tokenizer with control tokens under other names, their own being text; and which of its ids are which."""
+        """The tokenizer with renamed control tokens, so that their own names are text; and the map from its ids."""
         from tokenizers import AddedToken, Tokenizer
 
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise InputError("its tokenizer has no fast form", where=self.tokenizer.name_or_path)
+            raise InputError("its tokenizer has no fast version", where=self.tokenizer.name_or_path)
         stored = json.loads(backend.to_str())
-        # Without a post-processor offsets include white space. Only special tokens can be read as text.
+        # Without a post-processor offsets include white space. Only special tokens can be encoded as text.
         stored |= {"post_processor": None, "truncation": None, "padding": None}
         for token in stored["added_tokens"]:
             token["special"] = token["id"] in controls
@@ -129,7 +129,7 @@ class ChatEncoder:
             except InputError as e:
                 refusal = refusal or e
         raise refusal or InputError(
-            "the chat template leaves out what the user writes", where=self.tokenizer.name_or_path, fix="use another"
+            "the chat template leaves out the user's text", where=self.tokenizer.name_or_path, fix="use another"
         )
 
     # Text
@@ -140,7 +140,7 @@ class ChatEncoder:
     def _render_spans(
         self, turns: Sequence[tuple[str, str]], *, prompt: bool = False, where: str | None = None
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The template's text, and what it marks as generated: what `apply_chat_template` does before it encodes."""
+        """The rendered text, and what it marks as generated, as in `apply_chat_template` before encoding."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         messages = [{"role": r, "content": [{"type": "text", "text": t}] if self.wants_parts else t} for r, t in turns]
@@ -152,7 +152,7 @@ class ChatEncoder:
                 return_assistant_tokens_mask=self.marks_answers,
                 **self.tokenizer.special_tokens_map,
             )
-        except Exception as e:  # a template is a program: it raises what it likes
+        except Exception as e:  # a template is a program and may raise anything
             reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
             raise InputError(
                 f"the chat template refuses this conversation ({reason})", where=where or self.tokenizer.name_or_path
@@ -160,7 +160,7 @@ class ChatEncoder:
         return text, spans[0] if spans else []
 
     def _marked_turn(self, message: Message, where: str | None) -> tuple[str, str]:
-        """A turn's role and text, every control token and image in it a mark."""
+        """A turn's role and text, with a mark for every control token and image in it."""
         content = message["content"]
         text = ""
         for is_visual, run in groupby([content] if isinstance(content, str) else content, _is_visual):
@@ -170,21 +170,21 @@ class ChatEncoder:
             words = "".join(run)
             check_text(words, where)
             text += self._control.sub(lambda match: mark("t", self._ids[match[0]]), words)
-        # White space around an answer may melt into one token with the template's, which is no model's to say.
+        # White space around an answer may merge into one token with the template's, which a model cannot predict.
         return message["role"], text.strip() if message["role"] == "assistant" else text
 
     def _id(self, token: str, where: str | None) -> int:
         if token not in self._ids:
-            raise InputError(f"{token} is no special token of this tokenizer", where=where)
+            raise InputError(f"{token} is not a special token of this tokenizer", where=where)
         return self._ids[token]
 
     def _marked(self, turns: Sequence[tuple[str, str]], where: str | None) -> str:
-        """The conversation with marks around each turn's content, before each answer, and after what ends its turn."""
+        """The conversation with marks around each turn's content, before each answer, and after the end of its turn."""
         wrapped = [(role, wrap_in_marks(text, i)) for i, (role, text) in enumerate(turns)]
         text = self._render(wrapped, where=where)
         answers = [i for i, (role, _) in enumerate(turns) if role == "assistant"]
         if not answers:
-            raise InputError("no answer to learn from", where=where)
+            raise InputError("no answer to train on", where=where)
         starts = {i: self._render(wrapped[:i], prompt=True, where=where) for i in answers}
         if not all(text.startswith(start) for start in starts.values()):
             raise InputError("the chat template rewrites earlier turns", where=where, fix="use one that only appends")
@@ -193,7 +193,7 @@ class ChatEncoder:
             if content.strip() and (closed != 1 or opened > 1 if role == "assistant" else not (opened and closed)):
                 raise InputError(f"the chat template leaves out or repeats a turn of the {role}", where=where)
         if re.sub(f"{SIGN}[oc][0-9]+{END}", "", text) != self._render(turns, where=where):
-            raise InputError("the chat template reads what a turn begins or ends with", where=where)
+            raise InputError("the chat template depends on how a turn begins or ends", where=where)
         ends = [text.index(mark("c", i)) + len(mark("c", i)) for i in answers]
         counts = self._closings([until_mark(text, end) for end in ends])
         inserted = [(end + count, mark("e", i)) for end, count, i in zip(ends, counts, answers, strict=True)]
@@ -201,17 +201,17 @@ class ChatEncoder:
         return insert_marks(text, inserted)
 
     def _closings(self, rests: list[str]) -> list[int]:
-        """How much of what follows each answer ends its turn: a control token, or what follows each of them.
+        """How much of the text after each answer ends its turn: a control token, or the text common to all of them.
 
-        What comes after the last answer alone ends the conversation, not a turn; what comes after the earlier ones
-        alone begins the next turn.
+        Text that follows only the last answer ends the conversation, not a turn; text after only the earlier ones
+        begins the next turn.
         """
         *_, last = matches = [self._closing.match(rest) for rest in rests]
         if last:
             return [len(one[0]) if one and one[0].strip() == last[0].strip() else 0 for one in matches]
         lines = [re.split(f"{self._control.pattern}|\n", rest, maxsplit=1)[0] for rest in rests]
         shared = len(_shared(lines).rstrip())
-        # Text stops no generation, so a control token after it at the very end is learned as well.
+        # Text does not stop generation, so a control token after it at the very end is trained on as well.
         stop = self._closing.match(rests[-1], shared)
         return [*[shared] * (len(rests) - 1), stop.end() if stop else shared]
 
@@ -220,9 +220,9 @@ class ChatEncoder:
     def encode(
         self, messages: Sequence[Message], *, where: str | None = None, generation_marks: bool = True
     ) -> ChatTokens:
-        """A conversation that ends in an answer; `generation_marks` learns what the template marks as generated.
+        """A conversation that ends in an answer; with `generation_marks` the template's marks are used.
 
-        Answers are stripped. Raises InputError where the template rewrites, leaves out or refuses turns.
+        Answers are stripped. Raises InputError if the template rewrites, leaves out or refuses turns.
         """
         if not messages or messages[0]["role"] == "assistant":
             raise InputError("the first turn is the assistant's", where=where)
@@ -232,8 +232,8 @@ class ChatEncoder:
         plain, at, _ = self._unmarked(text)
         for i in [number for kind, number in at if kind == "s" and not generated]:
             opened = at.get(("o", i))
-            # What the template writes before an answer's own words belongs to the prompt: an empty <think> block. Where
-            # the beginning is gone, the template has dropped it, as reasoning is from earlier turns.
+            # Text that the template writes before an answer belongs to the prompt: an empty <think> block. If the
+            # beginning is missing, the template has dropped it, as it does with reasoning in earlier turns.
             if opened is not None and plain[at["s", i] : opened].strip():
                 at["s", i] = opened
             content, rendered = self._unmarked(turns[i][1])[0], plain[at["s", i] : at["c", i]]
@@ -242,7 +242,7 @@ class ChatEncoder:
         return self._tokens(text, at, where)
 
     def _generated(self, turns: Sequence[tuple[str, str]], where: str | None) -> str:
-        """The conversation with marks around what the template marks as generated."""
+        """The conversation with marks around the text that the template marks as generated."""
         text, spans = self._render_spans(turns, where=where)
         if not spans:
             raise InputError("the chat template marks nothing as generated", where=where)
@@ -250,9 +250,9 @@ class ChatEncoder:
         return insert_marks(text, [*marks, *((end, mark("c", i) + mark("e", i)) for i, (_, end) in enumerate(spans))])
 
     def prompt(self, messages: Sequence[Message]) -> ChatTokens:
-        """The text before an answer to the last of the messages, as `encode` has it.
+        """The tokens before an answer to the last of the messages, as in `encode`.
 
-        That is the template's generation prompt, and what else it writes before an answer that has no reasoning.
+        This is the template's generation prompt, and other text that it writes before an answer without reasoning.
         """
         turns = [self._marked_turn(message, None) for message in messages]
         text = self._render(turns, prompt=True)
@@ -265,7 +265,7 @@ class ChatEncoder:
         return self._tokens(text, {}, None)
 
     def _unmarked(self, text: str) -> tuple[str, dict[tuple[str, int], int], list[int]]:
-        """The text to encode, where the marks were in it, and ids of the control tokens for images."""
+        """The text to encode, the positions of the marks in it, and the ids of the images' control tokens."""
         pieces: list[str] = []
         at: dict[tuple[str, int], int] = {}
         visual: list[int] = []
@@ -289,12 +289,12 @@ class ChatEncoder:
     def _tokens(self, text: str, at: Mapping[tuple[str, int], int], where: str | None) -> ChatTokens:
         plain, _, expected = self._unmarked(text)
         if plain.count(SIGN) != len(re.findall(MARK, plain)):
-            raise InputError("the chat template takes a turn's text apart", where=where)
+            raise InputError("the chat template splits a turn's text", where=where)
         encoded = self._encoder.encode(plain, add_special_tokens=False)
         leaked = set(encoded.ids) & (self._content.keys() - {self.tokenizer.unk_token_id})
         if leaked:
             token = self._content[min(leaked)]
-            raise InputError(f"{token} in the text, which this tokenizer cannot write as text", where=where)
+            raise InputError(f"{token} in the text, which this tokenizer cannot encode as text", where=where)
         ids = [self._alias.get(i, i) for i in encoded.ids]
         visual = [place for place, i in enumerate(ids) if i in set(expected)]
         if [ids[place] for place in visual] != expected:
@@ -313,16 +313,16 @@ def _is_visual(part: str | Visual) -> bool:
 
 
 def check_text(text: str, where: str | None) -> None:
-    """Raises InputError for text that no file of Unicode text can hold: a lone surrogate, or our own marks."""
+    """Raises InputError for text that is not valid Unicode: a lone surrogate, or the characters of our marks."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise InputError("half a character (a lone surrogate) in the text", where=where) from None
     if SIGN in text:
-        raise InputError("U+FDD0 in the text, which Unicode keeps out of text", where=where)
+        raise InputError("U+FDD0 in the text, which Unicode reserves as a noncharacter", where=where)
 
 
 def _shared(texts: Sequence[str]) -> str:
-    """What all of them begin with."""
+    """The longest common prefix."""
     lowest, highest = min(texts), max(texts)
     return lowest[: next((i for i, (a, b) in enumerate(zip(lowest, highest, strict=False)) if a != b), len(lowest))]

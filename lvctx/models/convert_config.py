@@ -9,21 +9,21 @@ from lvctx.config import Flag
 
 @dataclass(frozen=True, kw_only=True)
 class ImportLongvaConfig:
-    """What to convert, and how."""
+    """The model to convert."""
 
     source: Annotated[str, Flag(argument=True, metavar="SRC")]
     """LLaVA checkpoint: directory, or hub id such as lmms-lab/LongVA-7B."""
     out: Annotated[Path, Flag(names=("-o", "--out"))]
     """Directory of the converted model."""
     tower: str | None = None
-    """CLIP vision tower: its configuration, and its weights if SRC has none. Default: the one that SRC names."""
+    """CLIP vision tower: its configuration, and its weights if SRC has none. Default: the tower named by SRC."""
     context: Annotated[int | None, Flag(min=1)] = None
     """Context length in tokens that config.json gets. Default: that of SRC."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What to export, and how."""
+    """The model to export, and its format."""
 
     model: Annotated[str, Flag(argument=True, metavar="MODEL")]
     """Model: directory or hub id."""

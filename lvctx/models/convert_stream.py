@@ -1,4 +1,4 @@
-"""Write a converted model: shard by shard, each whole under its name or absent, configuration and manifest last."""
+"""Write a converted model: shard by shard, each complete or absent; configuration and manifest last."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from lvctx.errors import InputError
 from lvctx.models.saving import model_files
 
 STARTED = ".started.json"
-"""Written first: identifies the run that the shards of an unfinished output belong to."""
+"""Written first: identifies the run of an unfinished output."""
 
 
 def write_converted(
@@ -27,7 +27,7 @@ def write_converted(
     force: bool,
     on_progress: OnProgress,
 ) -> None:
-    """Write a model directory, or continue one; a finished one is left as it is.
+    """Write a model directory, or continue one; a finished one is not changed.
 
     `shards` returns the weights to write; `finish` writes everything but the weights and returns facts for the
     manifest. Raises InputError if another model is there, unless `force`.
@@ -50,10 +50,10 @@ def write_converted(
 
 
 def _clear(out: Path, *, force: bool) -> None:
-    """Remove what an earlier conversion wrote. Raises InputError where the files are not ours to remove."""
+    """Remove what an earlier conversion wrote. Raises InputError if other files are there."""
     ours = (out / STARTED).is_file() or (out / MANIFEST).is_file()
     if not ours and not force and any(p.name != LOCK for p in out.iterdir()):
-        raise InputError("holds files already", where=out, fix="choose another -o, or --force to write into it")
+        raise InputError("already holds files", where=out, fix="choose another -o, or --force to write into it")
     if (out / MANIFEST).is_file():
         names = read_manifest(out).get("files", {})
         (out / MANIFEST).unlink()

@@ -1,4 +1,4 @@
-"""Writes a model for other programs: a plain Hugging Face directory, or the format in which LongVA was released."""
+"""Export a model for other programs: a plain Hugging Face directory, or the format in which LongVA was released."""
 
 import shutil
 from collections.abc import Mapping
@@ -25,12 +25,12 @@ from lvctx.models.weight_check import check_shapes
 
 TEMPLATE = "chat_template.jinja"
 ADDED_FILES = frozenset({"config.json", CARD, TEMPLATE, PIXELS_FILE, *VLM_FILES})
-"""Files that a directory in LLaVA's format does not have, or has in another form."""
+"""Files that LLaVA's format does not have, or has in another form."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaExport:
-    """A model in the form of LLaVA's checkpoints."""
+    """A model in the format of LLaVA's checkpoints."""
 
     config: dict[str, Any]
     """LLaVA's flat config.json."""
@@ -53,7 +53,7 @@ class ExportJob:
     source: Path
     """Resolved model directory."""
     llava: LlavaExport | None
-    """With `to="llava"` only."""
+    """For `to="llava"` only."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -62,20 +62,20 @@ class ExportJob:
 
 
 def plan_export(config: ExportConfig) -> ExportJob:
-    """Check the model, from its headers alone.
+    """Check the model, from its headers only.
 
-    Raises UsageError for a model that has no such form, InputError for one that is incomplete.
+    Raises UsageError for a model that the format does not support, InputError for an incomplete one.
     """
     source = resolve_model(config.model)
     if config.out.resolve() == source.resolve():
-        raise UsageError("-o is the model itself", fix="choose another directory")
+        raise UsageError("-o is the model's own directory", fix="choose another directory")
     return ExportJob(config=config, source=source, llava=_plan_llava(source) if config.to == "llava" else None)
 
 
 def _plan_llava(source: Path) -> LlavaExport:
     config = load_config(source)
     if config.model_type != VLM_TYPE:
-        raise UsageError(f"{source} is a {config.model_type} model and has no form of LLaVA's", fix="--to hf")
+        raise UsageError(f"{source} is a {config.model_type} model not supported by LLaVA's format", fix="--to hf")
     raw = read_model_config(source)
     image_max_grids(config)
     flat = llava.llava_config(raw, context_length(config))
@@ -91,7 +91,7 @@ def _plan_llava(source: Path) -> LlavaExport:
 
 
 def run_export(job: ExportJob, *, resume: str, force: bool, on_progress: OnProgress) -> dict[str, Any]:
-    """Write the model in that format, or continue; the row of the result. A finished one is left as it is.
+    """Write the model in that format, or continue; returns the row of the result. A finished one is not changed.
 
     Raises InputError if another model is there.
     """
@@ -104,7 +104,7 @@ def run_export(job: ExportJob, *, resume: str, force: bool, on_progress: OnProgr
 
 
 def _export_hf(source: Path, out: Path, *, force: bool) -> None:
-    """Link or copy a model's files, config.json last; files that are there already are compared and kept."""
+    """Link or copy a model's files, config.json last; existing files are compared and kept."""
     names = sorted((name for name in model_files(source) if "/" not in name), key="config.json".__eq__)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def _export_hf(source: Path, out: Path, *, force: bool) -> None:
         other = [p.name for p in out.iterdir() if p.name not in present and not p.name.startswith(".")]
         if other and not force:
             raise InputError(
-                f"holds {', '.join(sorted(other)[:3])}, which is not of this model",
+                f"holds {', '.join(sorted(other)[:3])}, not part of this model",
                 where=out,
                 fix="choose another -o, or --force to write into it",
             )
@@ -155,7 +155,7 @@ def _export_llava(
 
 
 def _write_tower(source: Path, model: LlavaExport, out: Path) -> None:
-    """What LLaVA's config.json does not have about the vision tower; its weights too if the hub has no such tower."""
+    """Write the vision tower's settings that LLaVA's config.json lacks, and its weights if it is not on the hub."""
     out.mkdir(exist_ok=True)
     write_json(out / "config.json", model.vision_config)
     pixels = read_json(source / PIXELS_FILE)

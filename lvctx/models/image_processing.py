@@ -1,6 +1,6 @@
-"""Pixels on their way to a tower: opening images safely, making them square, normalising.
+"""Preprocessing of images for a tower: opening them safely, making them square, normalising.
 
-Suffixes: N images; H, W pixels down and across; 3 the RGB channels; S the side that the tower reads.
+Suffixes: N images; H, W pixels down and across; 3 the RGB channels; S the input side of the tower.
 """
 
 import warnings
@@ -23,7 +23,7 @@ from lvctx.video.squares import MAX_PIXELS, FrameMode, square
 def open_image(path: Path) -> Image.Image:
     """An image file as RGB, upright: EXIF rotation applied, palette, CMYK, grey and 16 bit converted; first frame.
 
-    Transparency is left out. Raises InputError for a file that is missing, unreadable, cut short, larger than
+    Transparency is dropped. Raises InputError for a file that is missing, unreadable, truncated, larger than
     `MAX_PIXELS`, or whose pixels have no known range (floats, 32 bits).
     """
     with _opened(path) as image:
@@ -31,19 +31,19 @@ def open_image(path: Path) -> Image.Image:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
         except Exception as e:
-            # Pillow's decoders let errors of many kinds escape on a broken file.
+            # Pillow's decoders raise errors of many types for a broken file.
             raise _unreadable(path, e) from e
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image file once upright, from its header. Raises InputError like `open_image`."""
+    """Width and height of an image file when upright, from its header. Raises InputError like `open_image`."""
     with _opened(path) as image:
         try:
             turned = image.getexif().get(0x0112) in (5, 6, 7, 8)  # EXIF orientations that swap the sides
         except Exception as e:
             raise _unreadable(path, e) from e
         if turned and image.format == "TIFF":
-            # Pillow turns these itself when it decodes them; whether `size` shows it depends on the version.
+            # Pillow rotates these itself when it decodes them; whether `size` reflects that depends on the version.
             return open_image(path).size
         return (image.height, image.width) if turned else image.size
 
@@ -75,10 +75,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         # Pillow's own conversion clips 16-bit values at 255 instead of scaling them.
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"integers up to {values.max()}: more than 16 bits have no agreed white")
+            raise ValueError(f"integers up to {values.max()}: more than 16 bits have no defined white level")
         return Image.fromarray(np.rint(values * (255 / 65535)).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("float pixels, which have no agreed white")
+        raise ValueError("float pixels, which have no defined white level")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
@@ -86,7 +86,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """How a tower wants its pixels: squares of one side, scaled to 0..1, normalised by channel."""
+    """A tower's preprocessing: squares of one side, scaled to 0..1, normalised per channel."""
 
     size: int
     """Side S in pixels: `image_size` of the tower's configuration."""
@@ -97,7 +97,7 @@ class Preprocess:
 
     @classmethod
     def from_directory(cls, path: Path) -> Self:
-        """Read it from a tower's, CLIP's, SigLIP's or VLM's directory. Raises InputError where it is missing."""
+        """Read it from the directory of a tower, CLIP, SigLIP or VLM. Raises InputError if it is missing."""
         pixels = _read_json(path / "preprocessor_config.json")
         if not pixels:
             pixels = _read_json(path / "processor_config.json").get("image_processor") or {}
@@ -105,10 +105,10 @@ class Preprocess:
             raise InputError(
                 "no preprocessor_config.json with image_mean and image_std",
                 where=path,
-                fix="copy it from where the tower came from",
+                fix="copy it from the tower's original directory",
             )
         config = read_model_config(path)
-        size = (config.get("vision_config") or config).get("image_size", 224)  # 224: what both families default to
+        size = (config.get("vision_config") or config).get("image_size", 224)  # 224: the default of both families
         if not isinstance(size, int) or size < 1:
             raise InputError(f"image_size is {size!r}", where=path / "config.json")
         with library_errors("image_mean and image_std are not three numbers each", where=path):
@@ -120,7 +120,7 @@ class Preprocess:
 
     @property
     def background(self) -> tuple[int, int, int]:
-        """The mean colour as a pixel, truncated as LLaVA does: what `pad` fills with, near zero once normalised."""
+        """The mean colour as a pixel, truncated as in LLaVA: the padding of `pad`, near zero once normalised."""
         red, green, blue = (int(m * 255) for m in self.mean)
         return red, green, blue
 

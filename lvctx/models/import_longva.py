@@ -1,8 +1,8 @@
-"""Converts LongVA's released checkpoints shard by shard; every tensor is accounted for.
+"""Convert LongVA's released checkpoints shard by shard; every tensor is converted or listed as left out.
 
-`lmms-lab/LongVA-7B` and `LongVA-7B-DPO` are LLaVA checkpoints: see `llava_format` for how they differ. Needs the
-memory of the largest tensor that has to be built (none for LongVA-7B, whose vocabulary has room for the placeholders),
-not of the model.
+`lmms-lab/LongVA-7B` and `LongVA-7B-DPO` are LLaVA checkpoints: see `llava_format` for how they differ. Memory is needed
+for the largest tensor that has to be built (none for LongVA-7B, whose vocabulary has room for the placeholders), not
+for the model.
 """
 
 import ast
@@ -50,7 +50,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 @dataclass(frozen=True, kw_only=True)
 class ImportLongvaJob:
-    """A checked import: everything but the bytes."""
+    """A checked import: everything but the weights' bytes."""
 
     out: Path
     """Directory to write."""
@@ -59,7 +59,7 @@ class ImportLongvaJob:
     config: Any
     """LlavaOnevisionConfig of the result."""
     tokenizer: Any
-    """With the placeholders."""
+    """Tokenizer with the placeholders."""
     pixels: Mapping[str, Any]
     """Image processor configuration of the vision tower."""
     tower: Path | None
@@ -67,9 +67,9 @@ class ImportLongvaJob:
     shards: list[dict[str, Weight]]
     """The checkpoint's tensors under our names."""
     dropped: list[str]
-    """Names of tensors that are left out: computed from the configuration, tied, or unused."""
+    """Names of the omitted tensors: computed from the configuration, tied, or unused."""
     rows: int
-    """Rows of the embedding: those of the checkpoint, or more if it has no room for the placeholders."""
+    """Rows of the embedding: those of the checkpoint, or more if these have no room for the placeholders."""
     provenance: Provenance
     """What identifies the run."""
 
@@ -86,14 +86,14 @@ class ImportLongvaJob:
 
 
 def plan_import_longva(config: ImportLongvaConfig) -> ImportLongvaJob:
-    """Check a LLaVA checkpoint tensor by tensor, from headers alone.
+    """Check a LLaVA checkpoint tensor by tensor, from headers only.
 
-    Raises InputError for a checkpoint that is incomplete, or has tensors that have no place in the result, and
+    Raises InputError for a checkpoint that is incomplete or has tensors that do not belong in the result, and
     UsageError for an output that is the checkpoint itself.
     """
     path = resolve_model(config.source)
     if config.out.resolve() == path.resolve():
-        raise UsageError("-o is the checkpoint itself", fix="choose another directory")
+        raise UsageError("-o is the checkpoint's own directory", fix="choose another directory")
     flat = read_model_config(path)
     text = llava.text_config(flat, context=config.context, where=path)
     stored = {name: weight for shard in read_weights(path).values() for name, weight in shard.items()}
@@ -109,7 +109,7 @@ def plan_import_longva(config: ImportLongvaConfig) -> ImportLongvaJob:
         set_image_max_grids(vlm, grids)
     side = vision.image_size // vision.patch_size
     if side % 2:
-        raise InputError(f"{side} x {side} features cannot be pooled 2x2 without a rest", where=path)
+        raise InputError(f"{side} x {side} features cannot be pooled 2x2: the side is odd", where=path)
     unread = {llava.NEWLINE, "lm_head.weight"} if text.tie_word_embeddings else {llava.NEWLINE}
     expected = llava.expected(text, vision, tower=inside)
     check_shapes({name: shape for name, shape in shapes.items() if name not in unread}, expected, path)
@@ -143,16 +143,16 @@ def plan_import_longva(config: ImportLongvaConfig) -> ImportLongvaJob:
 
 
 def read_pinpoints(pinpoints: Any, *, tile: int, where: object) -> MaxGrids:
-    """The grids that `image_grid_pinpoints` of a LLaVA config.json allows an image; LongVA's 49 where there are none.
+    """The grids that `image_grid_pinpoints` of a LLaVA config.json allows an image; LongVA's 49 if there are none.
 
-    They are sizes in pixels (width, height) in a list, or in its text, or a range of grids written as
-    "(1x1),...,(6x6)". A list that is LongVA's own for some number of tiles becomes that number. Raises InputError for
-    anything else, and for a size that is no multiple of the tower's.
+    They are sizes in pixels (width, height) as a list, or as its text, or a range of grids written as
+    "(1x1),...,(6x6)". A list that equals LongVA's own for some number of tiles becomes that number. Raises InputError
+    for anything else, and for a size that is not a multiple of the tower's.
     """
     if pinpoints is None:
         return MAX_GRIDS
     wrong = InputError(
-        f"image_grid_pinpoints is {str(pinpoints)[:60]!r}", where=where, fix=f"give sizes that {tile} px divide"
+        f"image_grid_pinpoints is {str(pinpoints)[:60]!r}", where=where, fix=f"give multiples of {tile} px"
     )
     if isinstance(pinpoints, str):
         corners = [(int(w), int(h)) for w, h in re.findall(r"\((\d{1,4})x(\d{1,4})\)", pinpoints)]
@@ -179,7 +179,7 @@ def read_pinpoints(pinpoints: Any, *, tile: int, where: object) -> MaxGrids:
 def _tower(
     path: Path, flat: Mapping[str, Any], tower: str | None, shapes: Mapping[str, tuple[int, ...]] | None
 ) -> tuple[Any, Mapping[str, Any], Path | None]:
-    """Configuration, pixels and directory of the tower; `shapes` are the checkpoint's if it holds its weights."""
+    """Configuration, pixels and directory of the tower; `shapes` are the checkpoint's if it has the tower's weights."""
     named = str(flat.get("mm_vision_tower") or flat.get("vision_tower"))
     if tower is None and (path / "tower" / "config.json").is_file():
         directory = path / "tower"
@@ -193,15 +193,15 @@ def _tower(
     config = load_config(directory)
     config = getattr(config, "vision_config", config)
     if config.model_type != "clip_vision_model":
-        raise InputError(f"a {config.model_type} model is no CLIP tower", where=directory, fix="give --tower")
+        raise InputError(f"a {config.model_type} model is not a CLIP tower", where=directory, fix="give --tower")
     if not (directory / PIXELS_FILE).is_file():
-        raise InputError(f"no {PIXELS_FILE}", where=directory, fix="copy it from where the tower came from")
+        raise InputError(f"no {PIXELS_FILE}", where=directory, fix="copy it from the tower's original directory")
     pixels = read_json(directory / PIXELS_FILE)
     return config, llava.pixels_of(pixels), directory
 
 
 def run_import_longva(job: ImportLongvaJob, *, resume: str, force: bool, on_progress: OnProgress) -> None:
-    """Write the VLM, or continue it; a finished one is left as it is. Raises InputError if the disk refuses."""
+    """Write the VLM, or continue it; a finished one is not changed. Raises InputError if writing fails."""
     write_converted(
         job.out,
         job.provenance,
@@ -214,7 +214,7 @@ def run_import_longva(job: ImportLongvaJob, *, resume: str, force: bool, on_prog
 
 
 def _shards(job: ImportLongvaJob) -> list[Mapping[str, Weight]]:
-    """What to write: the checkpoint's shards with the added rows, and one for a tower that is not in the checkpoint."""
+    """The shards to write: the checkpoint's with the added rows, and one for a tower that is not in the checkpoint."""
     shards: list[Mapping[str, Weight]] = []
     line_end = newline_id(job.tokenizer)
     for shard in job.shards:
@@ -260,7 +260,7 @@ def _made(value: Tensor) -> Weight:
 
 
 def _row(weight: Weight, row: int) -> Weight:
-    """One row of a matrix, as a vector; reads no further than that."""
+    """One row of a matrix, as a vector; reads only that row."""
     width = weight.shape[1] * WIDTHS[weight.dtype]
     read = bytearray()
     chunks = weight.chunks()

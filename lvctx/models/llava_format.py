@@ -1,9 +1,9 @@
-"""LLaVA's own checkpoint format, in which LongVA was released, beside ours: tensors' names and config.json, both ways.
+"""LLaVA's own checkpoint format, in which LongVA was released: tensor names and config.json, to and from ours.
 
-There config.json is the language model's with keys of LLaVA's (`mm_...`) in it, and it names the tower instead of
-describing it. UniRes (LongVA section 3.2) is `mm_patch_merge_type` "unires": every grid is pooled 2x2, grids follow
-each other, and no newline is put between or after them; the "\\n" that follows is the prompt's. In ours that "\\n" is
-`image_newline`, so a parameter of that name in a UniRes checkpoint, which nothing there reads, is not taken over.
+Its config.json is the language model's with additional keys (`mm_...`), and names the tower instead of describing
+it. UniRes (LongVA section 3.2) is `mm_patch_merge_type` "unires": every grid is pooled 2x2, grids follow each other
+without a newline between or after them; the "\\n" that follows is the prompt's. In our format that "\\n" is
+`image_newline`, so a parameter of that name in a UniRes checkpoint, which is not used there, is not converted.
 """
 
 import copy
@@ -36,10 +36,10 @@ RENAMED = (
     ("lm_head.", "language_model.lm_head."),
     ("model.", "language_model.model."),
 )
-"""How LLaVA's names begin, and ours; the first that fits counts. See `lvctx.models.saving.tower_names`."""
+"""Prefixes of LLaVA's names and of ours; the first that matches is used. See `lvctx.models.saving.tower_names`."""
 
 CONFIG_5 = "config.5.0.0.json"
-"""Named in config.json under `configuration_files`, as transformers has it for a file that later versions read."""
+"""Listed in config.json under `configuration_files`, transformers' key for files that later versions read."""
 
 CLIP = "openai/clip-vit-"
 CLIP_336 = f"{CLIP}large-patch14-336"
@@ -58,11 +58,11 @@ SHAPE_336 = {
     "image_size": 336,
     "patch_size": 14,
 }
-"""Of the vision tower of LLaVA-1.5 and LongVA."""
+"""Configuration of the vision tower of LLaVA-1.5 and LongVA."""
 
 
 def rename(names: Mapping[str, Any] | set[str], *, to_llava: bool) -> dict[str, str]:
-    """Old name -> new name, unknown ones left out."""
+    """Old name -> new name, without unknown names."""
     renamed = {}
     for name in names:
         for llava, stock in RENAMED:
@@ -96,7 +96,7 @@ def expected(text: Any, vision: Any, *, tower: bool = True) -> dict[str, tuple[i
 
 
 def text_config(flat: Mapping[str, Any], *, context: int | None, where: object) -> Any:
-    """The language model's configuration out of a LLaVA config.json. Raises InputError for one of another kind."""
+    """The language model's configuration from a LLaVA config.json. Raises InputError for other models."""
     from transformers import CONFIG_MAPPING
 
     kind = LANGUAGE.get(flat.get("model_type", ""))
@@ -108,7 +108,7 @@ def text_config(flat: Mapping[str, Any], *, context: int | None, where: object) 
         ("mm_patch_merge_type", ("unires",)),
         ("mm_projector_type", ("mlp2x_gelu",)),
         ("mm_vision_select_feature", ("patch",)),
-        # LongVA's DPO script passes spatial_pool, and its UniRes encoder reads neither: it pools 2x2 by itself.
+        # LongVA's DPO script passes spatial_pool, but its UniRes encoder reads neither key: it always pools 2x2.
         ("mm_resampler_type", (None, "spatial_pool")),
     ):
         if flat.get(key) not in read:
@@ -130,7 +130,7 @@ def text_config(flat: Mapping[str, Any], *, context: int | None, where: object) 
 def clip_config(shapes: Mapping[str, tuple[int, ...]], name: str, *, where: object) -> Any:
     """The configuration of an OpenAI tower, whose heads are all 64 wide, from the shapes of its tensors.
 
-    Raises InputError where those tensors lack or have no such shape.
+    Raises InputError if those tensors are missing or have other shapes.
     """
     from transformers import CLIPVisionConfig
 
@@ -144,7 +144,7 @@ def clip_config(shapes: Mapping[str, tuple[int, ...]], name: str, *, where: obje
     width, _, patch, _ = shapes[f"{TOWER_PREFIX}embeddings.patch_embedding.weight"]
     positions = shapes[f"{TOWER_PREFIX}embeddings.position_embedding.weight"][0]
     if width % 64 or math.isqrt(positions - 1) < 1:
-        raise InputError(f"a tower of {width} channels and {positions} positions is none of OpenAI's", where=where)
+        raise InputError(f"a tower of {width} channels and {positions} positions is not one of OpenAI's", where=where)
     layers = {m[1] for key in shapes if (m := re.match(re.escape(TOWER_PREFIX) + r"encoder\.layers\.(\d+)\.", key))}
     config = CLIPVisionConfig(
         hidden_size=width,
@@ -160,18 +160,18 @@ def clip_config(shapes: Mapping[str, tuple[int, ...]], name: str, *, where: obje
 
 
 def llava_config(config: Mapping[str, Any], tokenizer_length: int) -> dict[str, Any]:
-    """LLaVA's config.json from that of a VLM of ours. Raises UsageError for a model that has no form there."""
+    """LLaVA's config.json from that of our VLM. Raises UsageError for a model that the format does not support."""
     text, vision = _value(config, "text_config", dict), _value(config, "vision_config", dict)
     kind = _value(text, "model_type", str)
     if _value(vision, "model_type", str) != "clip_vision_model" or kind not in LANGUAGE_CLASSES:
         raise UsageError(
-            f"LLaVA's names are for CLIP on {', '.join(LANGUAGE_CLASSES)}, not {vision['model_type']} on {kind}",
+            f"LLaVA's format is for CLIP on {', '.join(LANGUAGE_CLASSES)}, not {vision['model_type']} on {kind}",
             fix="--to hf",
         )
     if config.get("image_grid", "unires") != "unires":
-        raise UsageError(f"LongVA reads images by UniRes, not {config['image_grid']}", fix="--to hf")
+        raise UsageError(f"LongVA encodes images with UniRes, not {config['image_grid']}", fix="--to hf")
     if config.get("image_grid_rule", "code") != "code":
-        raise UsageError("LongVA's code reads images by its own rule, not the paper's", fix="--to hf")
+        raise UsageError("LongVA's code uses its own UniRes rule, not the paper's", fix="--to hf")
     rope = _value(text, "rope_parameters", dict) if "rope_parameters" in text else {}
     left = ("_name_or_path", "model_type", "architectures", "rope_parameters")
     flat = {key: value for key, value in text.items() if key not in left}
@@ -209,7 +209,7 @@ def llava_config(config: Mapping[str, Any], tokenizer_length: int) -> dict[str, 
 
 
 def _value(config: Mapping[str, Any], key: str, *types: type) -> Any:
-    """What config.json has under a key. Raises InputError for nothing, or another type."""
+    """The value of a key in config.json. Raises InputError if it is missing or of another type."""
     if type(config.get(key)) not in types:
         raise InputError(f"config.json has {key} {str(config.get(key))[:40]}", fix="save the model again")
     return config[key]
@@ -218,17 +218,17 @@ def _value(config: Mapping[str, Any], key: str, *types: type) -> Any:
 def config_for_5(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The same configuration for `CONFIG_5`, which transformers 5 reads in place of config.json.
 
-    Of a model type that it does not know, such as LLaVA's, it cannot read `rope_scaling` of YaRN.
+    transformers 5 cannot read YaRN's `rope_scaling` of a model type that it does not know, such as LLaVA's.
     """
     changed = {key: value for key, value in flat.items() if key not in ("rope_theta", "rope_scaling")}
     return {**changed, "rope_parameters": flat["rope_scaling"]}
 
 
 def is_clip_336(vision: Mapping[str, Any]) -> bool:
-    """Whether a tower has the shape of that one."""
+    """Whether a tower has the shape of CLIP ViT-L/14-336."""
     return all(vision.get(key) == value for key, value in SHAPE_336.items())
 
 
 def pixels_of(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a preprocessor_config.json."""
+    """The part of a preprocessor_config.json that is kept."""
     return {key: preprocessor[key] for key in PIXEL_OPTIONS if key in preprocessor}

@@ -1,4 +1,4 @@
-"""Find and load models and tokenizers: a local Hugging Face directory or a hub id, language model or VLM alike."""
+"""Find and load models and tokenizers: a local Hugging Face directory or a hub id, for language models and VLMs."""
 
 import copy
 from importlib.util import find_spec
@@ -17,13 +17,13 @@ from lvctx.models.weight_check import DERIVED, check_loaded
 
 VLM_TYPE = "llava_onevision"
 FLOATS = ("BF16", "F16", "F32", "F64")
-"""Types of weights that are not quantized, as safetensors names them."""
+"""Data types of unquantized weights, in safetensors' names."""
 
 
 def resolve_model(name: str | Path, *, weights: bool = True) -> Path:
     """The local directory of a model: `name` itself, or the downloaded snapshot of a hub id such as `org/model`.
 
-    Without `weights` only the small files are asked for. Raises InputError when there is no such directory or
+    Without `weights` only the small files are needed. Raises InputError when there is no such directory or
     repository, no config.json, or a shard is missing.
     """
     path = Path(name)
@@ -45,21 +45,21 @@ def _download(name: str, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        # Weights in safetensors only: a pickle is never fetched, let alone loaded.
+        # Weights in safetensors only: a pickle is never downloaded or loaded.
         patterns = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as e:
         raise InputError(
-            f"neither a directory nor a model the hub would give ({first_line(e)})",
+            f"neither a directory nor a model that could be downloaded ({first_line(e)})",
             where=name,
             fix="check name and network",
         ) from e
 
 
 def read_config(name: str | Path) -> dict[str, Any]:
-    """The raw config.json of a directory, of that file itself, or of a hub id; weights are not asked for.
+    """The raw config.json of a directory, of that file itself, or of a hub id; weights are not needed.
 
-    A VLM's language model is what counts. Raises InputError.
+    For a VLM it is the language model's part. Raises InputError.
     """
     path = Path(name)
     if not path.exists():
@@ -77,24 +77,24 @@ def load_config(path: Path) -> Any:
 
 
 def load_tokenizer(name: str | Path) -> Any:
-    """The tokenizer of a model directory or hub id, tried on one letter.
+    """The tokenizer of a model directory or hub id, tested on one letter.
 
-    Raises InputError where there is none, or where it cannot encode and decode text.
+    Raises InputError if there is none, or if it cannot encode and decode text.
     """
     from transformers import AutoTokenizer
 
     path = resolve_model(name) if not (Path(name) / "tokenizer.json").is_file() else Path(name)
     with library_errors("no usable tokenizer", where=name):
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        # Loading accepts any value in tokenizer_config.json; encoding fails with a model_max_length that is no number.
+        # Loading accepts any value in tokenizer_config.json; encoding fails if model_max_length is not a number.
         tokenizer.decode(tokenizer("a").input_ids)
     return tokenizer
 
 
 def load_image_processor(path: Path) -> Any:
-    """The image processor of a Qwen-VL directory, tried on a blank image.
+    """The image processor of a Qwen-VL directory, tested on a blank image.
 
-    Raises InputError for a preprocessor_config.json that is unusable, or whose patches are not the model's.
+    Raises InputError for a preprocessor_config.json that is unusable, or whose patch size is not the model's.
     """
     from PIL import Image
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -127,7 +127,7 @@ def require_accelerate() -> None:
 
 
 def effective_dtype(config: Any, dtype: str) -> str:
-    """Name of the weights' data type in memory; it stays `auto` where config.json does not name the checkpoint's."""
+    """Name of the weights' data type in memory; it stays `auto` if config.json does not name one."""
     return str(config.dtype or dtype).removeprefix("torch.") if dtype == "auto" else dtype
 
 
@@ -142,14 +142,14 @@ def load_model(
     """A language model, a LlavaOnevision VLM or a Qwen-VL model, in eval mode with SDPA attention.
 
     `dtype` is a torch dtype, or `auto` for the checkpoint's own. `device` may be `auto` (`lvctx.device`) and is not
-    used with a `device_map`. Raises InputError for weights that do not fit the configuration tensor by tensor, do not
+    used with a `device_map`. Raises InputError for weights that do not match the configuration tensor by tensor, do not
     fit the map, or cannot be read; MissingError for a map without accelerate, a package that quantized weights need,
-    or a device that is not here.
+    or an unavailable device.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    from lvctx.rope.scaling import check_rope  # imports torch, which readers of config.json alone do without
+    from lvctx.rope.scaling import check_rope  # imports torch, which is not needed to read config.json
 
     if device_map is None:
         device = resolve_device(device)
@@ -162,9 +162,9 @@ def load_model(
     with library_errors("cannot load the model", where=path), torch.device("meta"):
         described = sum(parameter.numel() for parameter in kind.from_config(copy.deepcopy(config)).parameters())
     if quantization(config) is None and described > 4 * sum(stored.values()):
-        # Before transformers makes room for all that the configuration describes.
+        # Checked before transformers allocates all that the configuration describes.
         raise InputError(
-            f"config.json describes {described:,} parameters, the weights are {sum(stored.values()):,}", where=path
+            f"config.json describes {described:,} parameters, the weights have {sum(stored.values()):,}", where=path
         )
     with library_errors("cannot load the weights", where=path):
         model, loading_info = kind.from_pretrained(
@@ -176,7 +176,7 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are named below
+            ignore_mismatched_sizes=True,  # they are reported below
         )
     check_loaded(model, loading_info, stored, path)
     end = model.generation_config.eos_token_id
@@ -186,9 +186,9 @@ def load_model(
 
 
 def try_forward(model: Any, where: object) -> None:
-    """Run a loaded model on two tokens. Raises InputError where its configuration makes it fail.
+    """Run a loaded model on two tokens. Raises InputError if it fails.
 
-    Many values of a config.json are used in no other place: positions, attention's windows, scales.
+    Many values of a config.json are used only in a forward pass: those of positions, attention windows and scales.
     """
     import torch
 
@@ -198,7 +198,7 @@ def try_forward(model: Any, where: object) -> None:
 
 
 def _stored(path: Path, config: Any) -> dict[str, int]:
-    """Names in a checkpoint, and how many values each has. Raises InputError for values that are no plain numbers."""
+    """Number of values of each tensor. Raises InputError for quantized values without a quantization_config."""
     if (path / "adapter_config.json").is_file():
         raise InputError(
             "holds a PEFT adapter (adapter_config.json)", where=path, fix="merge it into the weights first"
@@ -212,7 +212,7 @@ def _stored(path: Path, config: Any) -> dict[str, int]:
         for name, entry in header.items():
             if quantization(config) is None and entry["dtype"] not in FLOATS and not DERIVED.search(name):
                 raise InputError(
-                    f"{name} is {entry['dtype']}, and config.json has no quantization_config",
+                    f"{name} is {entry['dtype']}, but config.json has no quantization_config",
                     where=path / file,
                     fix="give the model in bfloat16",
                 )
@@ -221,7 +221,7 @@ def _stored(path: Path, config: Any) -> dict[str, int]:
 
 
 def quantization(config: Any) -> str | None:
-    """The method that a model's weights are quantized by, from its configuration; None where they are not."""
+    """The method that a model's weights are quantized by, from its configuration; None if they are not."""
     quant_config = getattr(config, "quantization_config", None) or getattr(
         config.get_text_config(), "quantization_config", None
     )
@@ -234,13 +234,11 @@ def quantization(config: Any) -> str | None:
 def refuse_quantized(config: Any, where: object) -> None:
     """Raise InputError for a model with quantized weights, which cannot be trained and saved as plain ones."""
     if (method := quantization(config)) is not None:
-        raise InputError(
-            f"its weights are quantized ({method})", where=where, fix="give the checkpoint that was quantized"
-        )
+        raise InputError(f"its weights are quantized ({method})", where=where, fix="give the unquantized checkpoint")
 
 
 def device_of(module: Any) -> Any:
-    """The torch device that a module computes on: where its weights are, or are brought to when it is called."""
+    """The torch device that a module computes on: the device of its weights, also if these are moved for each call."""
     import torch
 
     hooked = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
@@ -248,7 +246,7 @@ def device_of(module: Any) -> Any:
 
 
 def trained_length(path: Path) -> int:
-    """Tokens of the longest sequence a language model was trained on: its manifest's word, else the context it claims.
+    """Tokens of the longest sequence a language model was trained on: from its manifest, else its context length.
 
     Extending the positions without training raises the context, not this.
     """
@@ -257,7 +255,7 @@ def trained_length(path: Path) -> int:
 
 
 def context_length(config: Any) -> int:
-    """Context length in config.json of a language model or VLM. Raises InputError where it has none."""
+    """Context length in config.json of a language model or VLM. Raises InputError if it has none."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(length, int):
         raise InputError("config.json has no max_position_embeddings", where=config.name_or_path or None)

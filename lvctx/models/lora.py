@@ -14,7 +14,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def add_lora(model: Any, *, rank: int, targets: Sequence[str], seed: int) -> Any:
-    """Wrap `model` in LoRA of `rank` on the linear layers named `targets` (alpha = 2 rank); only LoRA can train.
+    """Wrap `model` in LoRA of `rank` on the linear layers named `targets` (alpha = 2 rank); only LoRA is trainable.
 
     The weights of LoRA are float32 and drawn from `seed`.
     """
@@ -22,7 +22,7 @@ def add_lora(model: Any, *, rank: int, targets: Sequence[str], seed: int) -> Any
 
     torch.manual_seed(seed)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets))
-    with library_errors("LoRA finds no attention of a kind that it knows"):
+    with library_errors("LoRA does not support this model's attention"):
         wrapped = get_peft_model(model, config)
     for parameter in lora_parameters(wrapped):
         parameter.data = parameter.data.float()
@@ -35,14 +35,14 @@ def lora_parameters(wrapped: Any) -> list[nn.Parameter]:
 
 
 def lora_state(wrapped: Any) -> dict[str, Tensor]:
-    """The trained tensors by name, to be saved and given to `load_lora_state` of another wrapped model."""
+    """The trained tensors by name, for `load_lora_state` of another wrapped model."""
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(wrapped, save_embedding_layers=False)
 
 
 def load_lora_state(wrapped: Any, state: dict[str, Tensor], *, where: object = None) -> None:
-    """Start from saved tensors. Raises InputError when they are of another rank, other layers or another model."""
+    """Start from saved tensors. Raises InputError if they have another rank, other layers or are of another model."""
     from peft import set_peft_model_state_dict
 
     expected = {name: tuple(tensor.shape) for name, tensor in lora_state(wrapped).items()}
@@ -50,7 +50,7 @@ def load_lora_state(wrapped: Any, state: dict[str, Tensor], *, where: object = N
         check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, expected, where)
     except InputError as e:
         what = f"the adapter is of another rank or another model: {e.what}"
-        raise InputError(what, where=where, fix="give the --lora it was trained with") from None
+        raise InputError(what, where=where, fix="give the --lora that it was trained with") from None
     set_peft_model_state_dict(wrapped, {name: tensor.float() for name, tensor in state.items()})
 
 

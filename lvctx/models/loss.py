@@ -1,10 +1,10 @@
-"""Cross-entropy on hidden states: logits exist for one chunk of counted tokens at a time, never for the sequence.
+"""Cross-entropy on hidden states: logits are computed for one chunk of counted tokens at a time, not for the sequence.
 
 At 224K tokens and Qwen2's 152,064 entries the logits alone are 68 GB in bfloat16. The sum is kept in float32, and
-sum and count are returned apart: a mean of means would weigh short samples more than long ones.
+sum and count are returned separately: a mean of means would weigh short samples more than long ones.
 
 torch 2.13's `linear_cross_entropy` is not used: its sum of bfloat16 losses is bfloat16 (0.7 % off over 2,048 tokens,
-where this one is off by 7e-6), and on a CPU it takes four times as long (`benchmarks/loss.py`).
+compared with 7e-6 here), and on a CPU it takes four times as long (`benchmarks/loss.py`).
 
 Shapes: N tokens, E hidden width, V vocabulary.
 """
@@ -21,12 +21,12 @@ IGNORED = -100
 def token_loss(hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor, *, chunk: int = 1024) -> tuple[Tensor, int]:
     """Sum of the cross-entropies (float32, nats) over counted tokens, and their number.
 
-    `labels_N` are targets already shifted to the place of the hidden state that predicts them; -100 is not counted.
+    `labels_N` are targets already shifted to the position of the hidden state that predicts them; -100 is not counted.
     """
     counted = labels_N != IGNORED
     hidden, labels = hidden_NE[counted], labels_N[counted]
     total = hidden.new_zeros((), dtype=torch.float32)
-    # Split, not sliced: the gradient of each slice would be as large as all hidden states.
+    # Split, not sliced: the gradient of every slice would be as large as all hidden states.
     for hidden_CE, labels_C in zip(hidden.split(chunk), labels.split(chunk), strict=True):
         total = total + checkpoint(_chunk_loss, hidden_CE, weight_VE, labels_C, use_reentrant=False)
     return total, len(labels)
@@ -37,5 +37,5 @@ def _chunk_loss(hidden_NE: Tensor, weight_VE: Tensor, labels_N: Tensor) -> Tenso
 
 
 def shift_labels(ids: Tensor) -> Tensor:
-    """Targets of next-token prediction for rows of ids (..., L): each token's successor, -100 under the last."""
+    """Targets of next-token prediction for rows of ids (..., L): each token's successor, -100 for the last."""
     return torch.cat([ids[..., 1:], torch.full_like(ids[..., :1], IGNORED)], dim=-1)

@@ -14,13 +14,13 @@ from lvctx.models.card import CARD
 def save_model(model: Any, tokenizer: Any, out: Path) -> None:
     """Save weights (safetensors), configuration, generation defaults and tokenizer into `out`.
 
-    The tokenizer's maximal length becomes the model's context. Raises InputError when the disk refuses.
+    The tokenizer's maximal length becomes the model's context. Raises InputError if writing fails.
     """
     forget_origin(model.config)
     try:
         with scratch(out / "model") as folder:
             model.save_pretrained(folder, state_dict=tower_names(model.state_dict()))
-            for stale in out.glob("model*.safetensors*"):  # of a run whose weights were parted otherwise
+            for stale in out.glob("model*.safetensors*"):  # of a run with other shards
                 stale.unlink()
             for path in folder.iterdir():
                 os.replace(path, out / path.name)
@@ -35,7 +35,7 @@ TOWER_NAMES = "vision_tower."
 
 
 def tower_names(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's tensors, a CLIP or SigLIP tower's under `vision_tower.vision_model.`, which every runtime reads.
+    """A model's tensors, with a CLIP or SigLIP tower under `vision_tower.vision_model.`, which every runtime reads.
 
     transformers 5.19 dropped that level from its own names and reads both; vLLM 0.32 reads no other.
     """
@@ -44,7 +44,7 @@ def tower_names(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def forget_origin(config: Any) -> None:
-    """Where a model and its parts were loaded from is not part of it: the same weights must give the same bytes."""
+    """Remove the paths that a model and its parts were loaded from: the same weights must give the same bytes."""
     config._name_or_path = ""
     for name in config.sub_configs:
         getattr(config, name)._name_or_path = ""
@@ -57,14 +57,14 @@ def save_tokenizer(tokenizer: Any, config: Any, out: Path) -> None:
 
 
 def copy_processors(source: Path, out: Path) -> None:
-    """Take over a VLM's processors' files, which come with no weights and no tokenizer, and a model's card."""
+    """Copy a VLM's processor files, which belong to neither weights nor tokenizer, and a model's card."""
     (out / CARD).unlink(missing_ok=True)
     for path in (*source.glob("*processor*.json"), *source.glob(CARD)):
         shutil.copyfile(path, out / path.name)
 
 
 def model_files(out: Path) -> list[str]:
-    """Names of the files of a saved model directory and its adapter: everything but our own log and manifest."""
+    """Names of the files of a saved model directory and its adapter: all but the training log and manifest."""
     ours = {"MANIFEST.json", "metrics.jsonl", "search.jsonl"}
     folders = [folder for folder in (out, out / ADAPTER, out / "sglang") if folder.is_dir()]
     files = [path for folder in folders for path in folder.iterdir() if path.is_file() and not path.is_symlink()]

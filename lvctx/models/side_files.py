@@ -1,5 +1,5 @@
-"""Files beside config.json for the runtimes that need more than it to compute a model's positions, and what the model
-card says of each runtime. Which runtime needs what: `lvctx/rope/runtimes.py`.
+"""Files beside config.json for runtimes that need them to compute a model's positions, and the section about runtimes
+in the model card. The differences between runtimes: `lvctx/rope/runtimes.py`.
 """
 
 import copy
@@ -14,12 +14,12 @@ from lvctx.models.card import write_section
 from lvctx.rope.runtimes import GGUF, llama_cpp, sglang, vllm
 
 VLLM, SGLANG, LLAMA_CPP = "vllm.json", "sglang", "llama.cpp.txt"
-"""SGLANG is a directory: SGLang's overrides on the command line do not reach a VLM's language model."""
+"""SGLANG is a directory, since SGLang's command-line overrides do not apply to a VLM's language model."""
 SIDE_FILES = (VLLM, LLAMA_CPP)
 
 
 def write_side_files(out: Path, title: str | None = None) -> list[str]:
-    """Write what the model in `out` needs elsewhere and the card's section on positions; the names of the side files.
+    """Write the side files of the model in `out` and the card's section on positions; returns the names of the files.
 
     `title` describes the positions in the card; by default those of config.json. Files of an earlier run are
     replaced or removed.
@@ -81,7 +81,7 @@ def _title(rope: dict[str, Any], context: int) -> str:
 
 
 def _for_llama_cpp(out: Path, rope: dict[str, Any], model_type: str, context: int, names: list[str]) -> str:
-    """Write its flags where it needs some, and return a line about what to do."""
+    """Write llama.cpp's flags if it needs any, and return the card's line about it."""
     flags = llama_cpp(rope, model_type=model_type, context=context)
     if flags is None:
         known = model_type in GGUF
@@ -98,10 +98,10 @@ def _for_llama_cpp(out: Path, rope: dict[str, Any], model_type: str, context: in
 
 
 def with_rope(raw: dict[str, Any], rope: dict[str, Any], context: int) -> dict[str, Any]:
-    """config.json with other positions and nothing else changed, in the style that it has.
+    """config.json with other positions and no other change, in its own style.
 
     transformers 5 writes `text_config.rope_parameters`; released checkpoints are flat and have `rope_scaling`, with the
-    base beside it, where older programs expect it.
+    base beside it, as older programs expect.
     """
     new = copy.deepcopy(raw)
     text = new.get("text_config")

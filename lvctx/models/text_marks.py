@@ -1,30 +1,30 @@
-"""Marks in a text that find its parts again in what a chat template makes of it."""
+"""Marks in a text, to find its parts in the output of a chat template."""
 
 from collections.abc import Sequence
 
 SIGN, END = "\ufdd0", "\ufdd1"
-"""Around our marks: characters that Unicode keeps out of text ("noncharacters")."""
+"""Delimiters of our marks: Unicode noncharacters, which do not occur in text."""
 MARK = f"{SIGN}([a-z])([0-9]+){END}"
 
 
 def mark(kind: str, number: int) -> str:
-    """o, c: a turn's content begins, ends. s, e: an answer's tokens begin, end. v, t: a visual token, one as text."""
+    """o, c: start, end of a turn. s, e: start, end of an answer's tokens. v: a visual token, t: one as text."""
     return f"{SIGN}{kind}{number}{END}"
 
 
 def wrap_in_marks(text: str, i: int) -> str:
-    """Marks around a text, inside its outer white space, which templates strip."""
+    """Put marks around a text, inside its outer white space, which templates strip."""
     core = text.strip()
     return text.replace(core, mark("o", i) + core + mark("c", i), 1) if core else text
 
 
 def until_mark(text: str, begin: int) -> str:
-    """What follows, up to the next mark."""
+    """The text from `begin` up to the next mark."""
     return text[begin:].partition(SIGN)[0]
 
 
 def insert_marks(text: str, marks: Sequence[tuple[int, str]]) -> str:
-    """The text with marks inserted at these places."""
+    """The text with marks inserted at these positions."""
     pieces, done = [], 0
     for at, inserted in sorted(marks, key=lambda one: one[0]):
         pieces += [text[done:at], inserted]

@@ -1,4 +1,4 @@
-"""Which tokens a part of a text became."""
+"""The tokens that a part of a text is encoded as."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ class TokenOffsets:
         self._stops = [stop for _, stop in offsets]
 
     def tokens(self, begin: int, end: int) -> tuple[int, int]:
-        """The tokens of `text[begin:end]`; one that reaches beyond it is among them if that is white space."""
+        """The tokens of `text[begin:end]`; one that extends beyond it is included if only by white space."""
         first = bisect_left(self._stops, begin)
         while first < len(self.offsets) and not self._inside(first, begin, end) and self.offsets[first][0] < end:
             first += 1

@@ -1,4 +1,4 @@
-"""UniRes: an image as a grid of square tiles, which a model reads like the frames of a video (LongVA section 3.2).
+"""UniRes: an image as a grid of square tiles, which a model encodes like the frames of a video (LongVA section 3.2).
 
 Two rules, because the paper's text and the released code differ:
 
@@ -24,13 +24,13 @@ MAX_GRIDS = 49
 
 
 MaxGrids = int | tuple[tuple[int, int], ...]
-"""Which grids an image may become: all of up to so many tiles, or these alone (columns, rows)."""
+"""The grids allowed for an image: all with up to this many tiles, or only the listed (columns, rows)."""
 
 
 def image_max_grids(config: Any) -> MaxGrids:
-    """Which grids of UniRes a VLM reads an image as, from its configuration; up to LongVA's 49 tiles if it has none.
+    """The UniRes grids that a VLM's configuration allows for an image; up to LongVA's 49 tiles by default.
 
-    `image_max_grids` is a number; `image_grids` lists the grids of an imported model whose own list is another. Raises
+    `image_max_grids` is a number; `image_grids` lists the grids of an imported model with a list of its own. Raises
     InputError for other values.
     """
     grids, most = getattr(config, "image_grids", None), getattr(config, "image_max_grids", MAX_GRIDS)
@@ -45,7 +45,7 @@ def image_max_grids(config: Any) -> MaxGrids:
 
 
 def set_image_max_grids(config: Any, grids: MaxGrids) -> None:
-    """Write them into a VLM's configuration, where `image_max_grids` reads them."""
+    """Write them into a VLM's configuration, for `image_max_grids` to read."""
     if isinstance(grids, int):
         config.image_max_grids = grids
         if hasattr(config, "image_grids"):
@@ -72,15 +72,15 @@ def unires_grid(
 
 @cache
 def grids_up_to(max_grids: int) -> list[tuple[int, int]]:
-    """The released code's grids (columns, rows) of at most so many tiles, in its order."""
+    """The released code's grids (columns, rows) of at most this many tiles, in its order."""
     return [(w, h) for w in range(1, max_grids + 1) for h in range(1, max_grids // w + 1) if w * h > 1] or [(1, 1)]
 
 
 def best_grid(width: int, height: int, tile: int, grids: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """Of these grids (columns, rows) the one that keeps most of the image, then wastes least, then the first."""
+    """The grid (columns, rows) that keeps most of the image, then wastes least, then is listed first."""
 
     def kept_and_wasted(grid: tuple[int, int]) -> tuple[int, int]:
-        # Floating point and truncation as in the released code: a tie there must be a tie here.
+        # Floating point and truncation as in the released code, so that ties are the same.
         across, down = grid[0] * tile, grid[1] * tile
         scale = min(across / width, down / height)
         kept = min(int(width * scale) * int(height * scale), width * height)
@@ -93,7 +93,7 @@ def _grid_of_paper(width: int, height: int, tile: int, max_grids: int) -> tuple[
     grid = max(1, width // tile), max(1, height // tile)
     if grid[0] * grid[1] <= max_grids:
         return grid
-    # Shrinking loses a column or a row each time a side falls below a multiple of the tile: of these grids the largest.
+    # Shrinking removes a column or row when a side falls below a multiple of the tile; the largest such grid is taken.
     by_columns = [(w, max(1, w * height // width)) for w in range(1, min(grid[0], max_grids) + 1)]
     by_rows = [(max(1, h * width // height), h) for h in range(1, min(grid[1], max_grids) + 1)]
     return max((g for g in by_columns + by_rows if g[0] * g[1] <= max_grids), key=math.prod)
@@ -104,8 +104,8 @@ def unires_tiles(
 ) -> list[Image.Image]:
     """The image's tiles of `tile` x `tile` pixels (RGB), row by row; their number is the product of `unires_grid`.
 
-    Resampling is bicubic. `code` keeps the aspect and fills with black; `paper` fits both sides to the tiles, because
-    it leaves no remainder to lose at the edges.
+    Resampling is bicubic. `code` keeps the aspect and pads with black; `paper` resizes both sides to the tiles, so that
+    nothing is cut off at the edges.
     """
     columns, rows = unires_grid(*image.size, tile=tile, rule=rule, max_grids=max_grids)
     if rule == "paper":
@@ -114,7 +114,7 @@ def unires_tiles(
 
 
 def fit_tiles(image: Image.Image, tile: int, columns: int, rows: int) -> list[Image.Image]:
-    """Tiles of the image, aspect kept, centred on a black canvas of so many: row by row, bicubic."""
+    """Tiles of the image, aspect kept, centred on a black canvas of this many: row by row, bicubic."""
     canvas = Image.new("RGB", (columns * tile, rows * tile))
     fitted = image.resize(_fit(*image.size, *canvas.size), Image.Resampling.BICUBIC)
     canvas.paste(fitted, ((canvas.width - fitted.width) // 2, (canvas.height - fitted.height) // 2))
@@ -127,7 +127,7 @@ def _cut(canvas: Image.Image, tile: int) -> list[Image.Image]:
 
 
 def _fit(width: int, height: int, across: int, down: int) -> tuple[int, int]:
-    """The largest size of this aspect inside `across` x `down`; the free side is rounded up."""
+    """The largest size of this aspect ratio inside `across` x `down`; the free side is rounded up."""
     scale_x, scale_y = across / width, down / height
     if scale_x < scale_y:
         return across, min(math.ceil(height * scale_x), down)

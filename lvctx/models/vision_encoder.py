@@ -1,8 +1,8 @@
 """Vision towers: the frozen CLIP or SigLIP encoder that turns squares of pixels into patch features.
 
-A tower is found in its own directory, in a full CLIP or SigLIP, or in a LlavaOnevision VLM; of the last two only the
-tower's tensors are read. The features are those of one hidden layer, by default the second-last of CLIP without CLS
-(LLaVA, LongVA section 3.2: 576 x 1024 for ViT-L/14-336) and the last of SigLIP; a VLM's configuration says its own.
+A tower is read from its own directory, from a full CLIP or SigLIP, or from a LlavaOnevision VLM; of the latter two only
+the tower's tensors are read. The features are those of one hidden layer, by default the second-last of CLIP without CLS
+(LLaVA, LongVA section 3.2: 576 x 1024 for ViT-L/14-336) and the last of SigLIP; a VLM's configuration has its own.
 
 Suffixes: N images, P patches, D tower width, S side in pixels.
 """
@@ -44,28 +44,28 @@ _SHAPE = (
 
 @dataclass(frozen=True, kw_only=True)
 class TowerFiles:
-    """The vision tower of a directory, as its configuration describes it; no weights are loaded."""
+    """The vision tower of a directory, as described by its configuration; no weights are loaded."""
 
     path: Path
     """The model directory."""
     config: Any
     """The tower's own CLIPVisionConfig or SiglipVisionConfig."""
     layer: int
-    """Which hidden state is the feature; -1 is the last layer's output, before the final norm."""
+    """Index of the hidden state used as features; -1 is the last layer's output, before the final norm."""
     drop_cls: bool
-    """Whether the first token is CLS and is left out."""
+    """Whether the first token is CLS, which is dropped."""
     preprocess: Preprocess
-    """How it wants its pixels."""
+    """Its image preprocessing."""
 
     @classmethod
     def find(cls, name: str | Path) -> Self:
-        """Look into a directory or hub id. Raises InputError when there is no CLIP or SigLIP tower in it."""
+        """Find the tower of a directory or hub id. Raises InputError if there is no CLIP or SigLIP tower in it."""
         path = resolve_model(name)
         model_config = load_config(path)
         config = getattr(model_config, "vision_config", model_config)
         if config.model_type not in ("clip_vision_model", "siglip_vision_model"):
             raise InputError(
-                f"a {config.model_type} model, which holds no CLIP or SigLIP tower",
+                f"a {config.model_type} model, which has no CLIP or SigLIP tower",
                 where=path,
                 fix="give a CLIPVisionModel, CLIP, SigLIP or LlavaOnevision directory or hub id",
             )
@@ -73,17 +73,17 @@ class TowerFiles:
             if not (isinstance(value := getattr(config, key), int) and value > 0):
                 raise InputError(f"{key} of the vision tower is {value!r}", where=path, fix="correct config.json")
         if config.image_size < config.patch_size:
-            raise InputError(f"images of {config.image_size} px hold no patch of {config.patch_size}", where=path)
+            raise InputError(f"image_size {config.image_size} is below patch_size {config.patch_size}", where=path)
         clip = config.model_type == "clip_vision_model"
         layer = getattr(model_config, "vision_feature_layer", -2 if clip else -1)
         drop_cls = getattr(model_config, "vision_feature_select_strategy", "default" if clip else "full") == "default"
         if not isinstance(layer, int) or not -config.num_hidden_layers - 1 <= layer <= config.num_hidden_layers:
-            raise InputError(f"vision_feature_layer is {layer}: it has to be one layer of the tower", where=path)
+            raise InputError(f"vision_feature_layer is {layer}: it has to be a layer of the tower", where=path)
         return cls(path=path, config=config, layer=layer, drop_cls=drop_cls, preprocess=Preprocess.from_directory(path))
 
     @property
     def patches_per_frame(self) -> int:
-        """P: features of one square."""
+        """P: number of features of one square."""
         patches = (self.config.image_size // self.config.patch_size) ** 2
         has_cls = self.config.model_type == "clip_vision_model"
         return patches + has_cls - self.drop_cls
@@ -100,14 +100,14 @@ class TowerFiles:
 
     @property
     def depth(self) -> int:
-        """Layers that have to run to reach the selected one."""
+        """Number of layers up to the selected one."""
         return self.layer if self.layer >= 0 else int(self.config.num_hidden_layers) + 1 + self.layer
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex SHA-256 over weights, shape, layer and preprocessing, the same for a tower wherever it is stored.
+        """Hex SHA-256 over weights, shape, layer and preprocessing, independent of where the tower is stored.
 
-        So aligning a new projector to a frozen tower keeps every frames artifact valid; training the tower does not.
+        So frames artifacts stay valid when a projector is aligned to a frozen tower, but not when the tower is trained.
         """
         facts = {key: getattr(self.config, key) for key in _SHAPE}
         facts |= {"layer": self.layer, "drop_cls": self.drop_cls, "preprocess": asdict(self.preprocess)}
@@ -133,15 +133,15 @@ class TowerFiles:
         tensors = {}
         for key in nested or weights:
             name = re.sub(r"^.*?(vision_tower\.vision_model|vision_tower|vision_model)\.", "", key)
-            if not name.endswith("position_ids"):  # a buffer that old checkpoints carry
+            if not name.endswith("position_ids"):  # a buffer in old checkpoints
                 tensors[name] = (self.path / weights[key], key)
         return tensors
 
     def load(self, dtype: Any) -> nn.Module:
-        """The whole transformers model in eval mode, on the CPU. Raises InputError when its tensors do not fit.
+        """The whole transformers model in eval mode, on the CPU. Raises InputError if its tensors do not match.
 
-        Only the tower's own tensors are held to its configuration: a full CLIP's or a VLM's other parts are not read. A
-        SigLIP tower may come without its pooling head, which no feature here goes through; then it is built without.
+        Only the tower's own tensors are checked; other parts of a full CLIP or VLM are not read. A SigLIP tower may
+        lack its pooling head, which is not used for features; then it is built without.
         """
         from safetensors import safe_open
         from transformers import CLIPVisionModel, SiglipVisionModel
@@ -153,7 +153,7 @@ class TowerFiles:
             config.vision_use_head = False
         with library_errors("cannot build the tower", where=self.path), torch.device("meta"):
             model: nn.Module = (SiglipVisionModel if siglip else CLIPVisionModel)(config)
-        inner: Any = getattr(model, "vision_model", model)  # a level that transformers dropped on the way to 5.23
+        inner: Any = getattr(model, "vision_model", model)  # a level that transformers dropped before 5.23
         headers = read_headers(self.path)
         stored = {name: tuple(headers[file.name][key]["shape"]) for name, (file, key) in tensors.items()}
         expected = {n: tuple(t.shape) for n, t in inner.state_dict().items() if not DERIVED.search(n)}
@@ -166,7 +166,7 @@ class TowerFiles:
             inner.load_state_dict(state, strict=False, assign=True)
         embeddings = inner.embeddings
         positions = embeddings.position_embedding.weight.shape[0]
-        embeddings.position_ids = torch.arange(positions)[None]  # the one buffer, which no checkpoint has
+        embeddings.position_ids = torch.arange(positions)[None]  # the only buffer; checkpoints do not store it
         return model.eval().requires_grad_(False)
 
 
@@ -185,7 +185,7 @@ class Tower:
         self.patches_per_frame, self.width = files.patches_per_frame, files.width
         model = files.load(dtype)
         inner: Any = getattr(model, "vision_model", model)
-        # Layers above the selected one would run for nothing. What is left ends in the selected hidden state.
+        # Layers above the selected one are not needed; the remaining ones end in the selected hidden state.
         inner.encoder.layers = inner.encoder.layers[: files.depth]
         inner.post_layernorm = nn.Identity()
         inner.use_head = False
@@ -211,5 +211,5 @@ class Tower:
 
 
 def load_tower(path_or_hub_id: str | Path, *, dtype: Any, device: str = "cpu") -> Tower:
-    """The tower of a tower's, CLIP's, SigLIP's or VLM's directory or hub id, loaded without the language model."""
+    """The tower of a directory or hub id (a tower, CLIP, SigLIP or VLM), loaded without the language model."""
     return Tower(TowerFiles.find(path_or_hub_id), dtype=dtype, device=device)

@@ -1,6 +1,6 @@
 """The VLM: a CLIP or SigLIP tower, a two-layer GELU projector and a language model, as stock LlavaOnevision.
 
-A frame's P tower features go through the projector and a 2x2 average pool; frames follow each other without delimiter
+A frame's P tower features go through the projector and a 2x2 average pool; frames follow each other without delimiters
 and one embedding of "\\n" closes the block, so the sequence is LongVA's `<image>\\n{question}` (LongVA section 3.2,
 UniRes). LlavaOnevision pools bilinearly to half the side, which for an even side is exactly the 2x2 average.
 
@@ -25,7 +25,7 @@ from lvctx.models.saving import save_model
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
 ImageGrid = Literal["unires", "anyres", "single"]
-"""How a model was taught to read an image: see `lvctx.vlm.image_tiling`. A video's frame is one pooled grid in all."""
+"""How a model was trained to encode an image: see `lvctx.vlm.image_tiling`. A video frame is always one pooled grid."""
 
 FLATTEN_CONTENT = """\
 {%- set flat = namespace(messages=[]) -%}
@@ -40,23 +40,23 @@ FLATTEN_CONTENT = """\
 {%- endfor -%}
 {%- set messages = flat.messages -%}
 """
-"""Goes before a language model's own chat template: parts become one string; those of other types are left out."""
+"""Prepended to a language model's own chat template: joins parts to one string and drops other types."""
 
 FLATTEN_PARTS = FLATTEN_CONTENT.replace("'content': turn.text", "'content': [{'type': 'text', 'text': turn.text}]")
-"""The same for a template that takes lists of parts alone."""
+"""The same for a template that accepts only lists of parts."""
 
 
 def image_grid(config: Any) -> ImageGrid:
-    """How a VLM reads images, from its configuration. Raises InputError for a word that is none of ours."""
+    """How a VLM encodes images, from its configuration. Raises InputError for an unknown value."""
     named = getattr(config, "image_grid", "unires")
     for grid in get_args(ImageGrid):
         if grid == named:
             return grid
-    raise InputError(f"config.json has image_grid {named!r}", fix=f"it is one of {', '.join(get_args(ImageGrid))}")
+    raise InputError(f"config.json has image_grid {named!r}", fix=f"write one of {', '.join(get_args(ImageGrid))}")
 
 
 def image_rule(config: Any) -> Literal["code", "paper"]:
-    """Which rule of UniRes (`lvctx.models.unires`) a VLM reads images by, from its configuration."""
+    """The UniRes rule (`lvctx.models.unires`) of a VLM, from its configuration."""
     return "paper" if getattr(config, "image_grid_rule", "code") == "paper" else "code"
 
 
@@ -76,7 +76,7 @@ def vlm_config(text: Any, vision: Any, tokenizer: Any) -> Any:
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         video_token_index=tokenizer.convert_tokens_to_ids(VIDEO_TOKEN),
-        # CLIP: second-last layer without CLS, as LLaVA and LongVA. SigLIP: last layer, no CLS to drop.
+        # CLIP: second-last layer without CLS, as in LLaVA and LongVA. SigLIP: last layer, no CLS to drop.
         vision_feature_layer=-2 if clip else -1,
         vision_feature_select_strategy="default" if clip else "full",
         tie_word_embeddings=text.tie_word_embeddings,
@@ -87,7 +87,7 @@ def vlm_config(text: Any, vision: Any, tokenizer: Any) -> Any:
 def assemble(lm: Any, tower: Any, tokenizer: Any, *, where: Path, seed: int) -> Any:
     """Build a LlavaOnevision model from a language model and a tower, with a fresh projector drawn from `seed`.
 
-    Adds the tokens `<image>` and `<video>` to `tokenizer` and, where the embedding has no rows for them, grows it;
+    Adds the tokens `<image>` and `<video>` to `tokenizer` and grows the embedding if it has no rows for them;
     `image_newline` becomes the embedding of "\\n". `where` names the language model in errors.
     """
     from transformers import LlavaOnevisionForConditionalGeneration
@@ -103,7 +103,7 @@ def assemble(lm: Any, tower: Any, tokenizer: Any, *, where: Path, seed: int) -> 
     projector = vlm.model.multi_modal_projector.to_empty(device="cpu").float()
     generator = torch.Generator().manual_seed(seed)
     for linear in (projector.linear_1, projector.linear_2):
-        bound = 1 / math.sqrt(linear.in_features)  # torch.nn.Linear's own initialisation, drawn from our generator
+        bound = 1 / math.sqrt(linear.in_features)  # torch.nn.Linear's own initialisation, drawn from a seeded generator
         for parameter in (linear.weight, linear.bias):
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
     projector.to(lm.dtype)
@@ -114,16 +114,16 @@ def assemble(lm: Any, tower: Any, tokenizer: Any, *, where: Path, seed: int) -> 
 
 
 def add_visual_tokens(tokenizer: Any, where: Path) -> None:
-    """Give a language model's tokenizer `<image>` and `<video>`. Raises InputError if it has no chat template."""
+    """Add `<image>` and `<video>` to a language model's tokenizer. Raises InputError if it has no chat template."""
     if tokenizer.chat_template is None:
         raise InputError("no chat template", where=where, fix="use an instruct model")
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN, VIDEO_TOKEN]})
 
 
 def grow_embedding(lm: Any, tokens: int) -> None:
-    """Give the embedding (and the head) rows up to `tokens`, padded to a multiple of 64, if it has fewer.
+    """Grow the embedding (and the head) to `tokens` rows, padded to a multiple of 64, if it has fewer.
 
-    New rows are the mean of the old ones: as logits they are average, so greedy decoding never picks a placeholder.
+    New rows are the mean of the old ones: their logits are average, so greedy decoding never selects a placeholder.
     """
     old = lm.get_input_embeddings().weight.shape[0]
     if tokens <= old:
@@ -135,7 +135,7 @@ def grow_embedding(lm: Any, tokens: int) -> None:
 
 
 def newline_id(tokenizer: Any) -> int:
-    """The token of "\\n". Raises InputError if this tokenizer has no single token for it."""
+    """The token of "\\n". Raises InputError if it is not a single token of this tokenizer."""
     ids = tokenizer.encode("\n", add_special_tokens=False)
     if len(ids) != 1:
         raise InputError('"\\n" is not one token of this tokenizer', where=tokenizer.name_or_path)
@@ -143,7 +143,7 @@ def newline_id(tokenizer: Any) -> int:
 
 
 def set_newline(vlm: Any, tokenizer: Any) -> None:
-    """Make `image_newline` the language model's embedding of "\\n": in LongVA it is that very token."""
+    """Set `image_newline` to the language model's embedding of "\\n", the token that LongVA uses."""
     with torch.no_grad():
         vlm.model.image_newline.copy_(vlm.get_input_embeddings().weight[newline_id(tokenizer)])
 
@@ -158,14 +158,14 @@ def frame_features(vlm: Any, pixels_F3SS: Tensor) -> Tensor:
 def embed_frames(vlm: Any, features_FPD: Tensor, grid_F2: Tensor | None = None) -> Tensor:
     """Language-model embeddings (tokens, E) of tower features: projector, then pool, raster order, frame by frame.
 
-    The pool is 2x2, or the average that leaves each frame its `grid_F2` of rows and columns (hybrid resolution).
+    The pool is 2x2, or an average that gives each frame its `grid_F2` of rows and columns (hybrid resolution).
     """
     side = math.isqrt(features_FPD.shape[1])
     linear = vlm.model.multi_modal_projector.linear_1
     parameter = linear.weight
     if features_FPD.shape[1:] != (side * side, parameter.shape[1]):
         raise InputError(
-            f"features of shape {tuple(features_FPD.shape[1:])} a frame do not fit a projector that reads "
+            f"features of shape {tuple(features_FPD.shape[1:])} per frame do not fit a projector with input "
             f"{parameter.shape[1]} channels",
             fix="encode the video with this model's own tower",
         )
@@ -190,10 +190,10 @@ def newline_embedding(vlm: Any) -> Tensor:
 
 
 def chat_ids(tokenizer: Any, *turns: str, mark: str = VIDEO_TOKEN) -> tuple[list[int], list[int]]:
-    """Token ids before and after the visual block of a chat that ends where the answer begins.
+    """Token ids before and after the visual block of a chat that ends before the answer.
 
-    `turns` are the user's, the reply, the user's next, ...; `mark` is the token of the block. The answer
-    follows what it follows in training, an empty `<think>` block included where the template writes one.
+    `turns` are the user's, the reply, the user's next, ...; `mark` is the token of the block. The prompt ends as in
+    training, with an empty `<think>` block if the template writes one.
     """
     chat = chat_encoder(tokenizer).prompt(_messages(turns, mark))
     return chat.ids[: chat.visual[0]], chat.ids[chat.visual[0] + 1 :]
@@ -202,9 +202,9 @@ def chat_ids(tokenizer: Any, *turns: str, mark: str = VIDEO_TOKEN) -> tuple[list
 def answer_ids(
     tokenizer: Any, question: str, answer: str, mark: str = VIDEO_TOKEN
 ) -> tuple[list[int], list[int], list[int]]:
-    """`chat_ids` of a question, and the ids of its answer, as a training sequence has them.
+    """`chat_ids` of a question, and the ids of its answer, as in a training sequence.
 
-    A chat template that training would refuse gives the prompt that it has, and the answer encoded alone.
+    For a chat template that training would refuse, it is the plain prompt, and the answer encoded separately.
     """
     try:
         chat = chat_encoder(tokenizer).encode(_messages((question, answer), mark), generation_marks=False)
@@ -221,7 +221,7 @@ def _messages(turns: Sequence[str], mark: str) -> list[dict[str, Any]]:
 
 
 def save_vlm(vlm: Any, tokenizer: Any, tower_dir: Path, out: Path) -> None:
-    """Write what stock transformers needs: weights, tokenizer, chat template with parts, and the processors' files.
+    """Write the files that stock transformers needs: weights, tokenizer, chat template with parts, and processor files.
 
     `tower_dir` is where the tower's preprocessor_config.json is.
     """
@@ -233,21 +233,21 @@ def save_vlm(vlm: Any, tokenizer: Any, tower_dir: Path, out: Path) -> None:
 
 
 def flatten_content(tokenizer: Any) -> None:
-    """Let the chat template take messages in parts, as processors send them."""
+    """Make the chat template accept messages in parts, as processors send them."""
     template = text_template(tokenizer.get_chat_template())
     flatten = FLATTEN_PARTS if ChatEncoder(tokenizer, template).wants_parts else FLATTEN_CONTENT
     tokenizer.chat_template = flatten + template
 
 
 def text_template(template: str) -> str:
-    """A VLM's chat template without what `flatten_content` put before it: its language model's."""
+    """A VLM's chat template without the prefix of `flatten_content`: its language model's."""
     return template.removeprefix(FLATTEN_CONTENT).removeprefix(FLATTEN_PARTS)
 
 
 PIXELS_FILE = "preprocessor_config.json"
 VLM_FILES = ("processor_config.json", "video_preprocessor_config.json")
 PIXEL_OPTIONS = ("do_normalize", "do_rescale", "rescale_factor", "image_mean", "image_std", "resample")
-"""What a VLM takes over from its tower's `PIXELS_FILE`."""
+"""Keys that a VLM copies from its tower's `PIXELS_FILE`."""
 
 
 def write_processors(config: Any, pixels: Mapping[str, Any], out: Path) -> None:
@@ -263,7 +263,7 @@ def write_processors(config: Any, pixels: Mapping[str, Any], out: Path) -> None:
             **kept,
             "size": square,
         },
-        # A frame's short side is resized and its centre cut out, as `encode-video` does.
+        # A frame's short side is resized and its centre cropped, as in `encode-video`.
         VLM_FILES[1]: {
             "video_processor_type": "LlavaOnevisionVideoProcessor",
             **kept,

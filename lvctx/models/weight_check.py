@@ -1,7 +1,7 @@
-"""Whether a checkpoint's tensors are those that its model has: every load in the project ends in this check.
+"""Checks that a checkpoint has exactly the tensors of its model; every load in the project ends with this check.
 
-transformers draws what a checkpoint lacks at random and drops what the model does not have, with a warning at most.
-Tied weights need not be stored twice, and buffers that old checkpoints hold are computed from the configuration.
+transformers initialises missing tensors at random and drops unknown ones, with at most a warning.
+Tied weights need not be stored twice, and buffers in old checkpoints are computed from the configuration.
 """
 
 import re
@@ -14,13 +14,13 @@ Shape = tuple[int, ...]
 DERIVED = re.compile(r"(rotary_emb\.inv_freq|position_ids|attention\.masked_bias)$")
 """Buffers in old checkpoints that are computed from the configuration."""
 LAYER = re.compile(r"(.*\.)?(?:layers|blocks|h)\.(\d+)\.(.*)")
-"""A tensor of one of many layers: what holds them, number, name inside."""
+"""A tensor of a numbered layer: prefix, number, name inside."""
 
 
 def check_names(
     missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[tuple[str, Shape, Shape]], where: object
 ) -> None:
-    """Raise InputError, naming them, for tensors that lack, that nothing reads, or that have another shape.
+    """Raise InputError, naming them, for missing or unknown tensors and those with another shape.
 
     `mismatched` are names with the stored shape and the model's.
     """
@@ -31,7 +31,7 @@ def check_names(
         problems.append(f"holds {listed(unknown)}, which no model of this configuration has")
     if wrong:
         stored, expected = (list(shape) for shape in wrong[0][1:])
-        problems.append(f"{listed([name for name, _, _ in wrong])}: {stored}, and the configuration wants {expected}")
+        problems.append(f"{listed([name for name, _, _ in wrong])}: {stored}, but the configuration has {expected}")
     if problems:
         fix = "download or save it again" if problems[0].startswith("lacks") and not unknown else ""
         raise InputError(
@@ -40,7 +40,7 @@ def check_names(
 
 
 def check_shapes(stored: Mapping[str, Shape], expected: Mapping[str, Shape], where: object) -> None:
-    """`check_names` by the shapes of what is stored and of what the model has."""
+    """`check_names` by the shapes of the stored tensors and of the model's."""
     both = stored.keys() & expected.keys()
     mismatched = [(name, tuple(stored[name]), tuple(expected[name])) for name in both if stored[name] != expected[name]]
     check_names(expected.keys() - stored.keys(), stored.keys() - expected.keys(), mismatched, where)
@@ -49,9 +49,9 @@ def check_shapes(stored: Mapping[str, Shape], expected: Mapping[str, Shape], whe
 def check_loaded(model: Any, loading_info: Mapping[str, Any], stored: Iterable[str], where: object) -> None:
     """`check_names` after `from_pretrained(..., output_loading_info=True, ignore_mismatched_sizes=True)`.
 
-    Some of transformers' classes ignore tensors by name (`_keys_to_ignore_on_load_unexpected`): heads for multi-token
-    prediction, which it does not compute. Among them may be a whole layer that num_hidden_layers does not count; so one
-    that is built like the model's own layers is searched for in `stored`, the names in the checkpoint.
+    Some classes of transformers ignore tensors by name (`_keys_to_ignore_on_load_unexpected`): heads for multi-token
+    prediction, which it does not compute. These may include a whole layer not counted in num_hidden_layers, so a layer
+    built like the model's own is searched for in `stored`, the names in the checkpoint.
     """
     mismatched = [(name, tuple(a), tuple(b)) for name, a, b in loading_info["mismatched_keys"]]
     unexpected = set(loading_info["unexpected_keys"]) | _uncounted_layers(model, stored)
@@ -59,7 +59,7 @@ def check_loaded(model: Any, loading_info: Mapping[str, Any], stored: Iterable[s
 
 
 def _uncounted_layers(model: Any, stored: Iterable[str]) -> set[str]:
-    """Stored tensors of layers that the model has not, where each has a counterpart in a layer of the model."""
+    """Stored tensors of layers that the model lacks, if each has a counterpart in a layer of the model."""
     patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     model_layers: dict[str, set[str]] = {}
     for name in model.state_dict() if patterns else ():
@@ -75,6 +75,6 @@ def _uncounted_layers(model: Any, stored: Iterable[str]) -> set[str]:
 
 
 def listed(names: list[str]) -> str:
-    """The first eight, and how many more."""
+    """The first eight names, and the number of the others."""
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(names[:8]) + more

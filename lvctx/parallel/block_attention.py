@@ -1,8 +1,8 @@
-"""Attention over one block of queries and keys, with what a ring needs besides: the log-sum-exp, and a backward that
-takes the whole row's output and log-sum-exp and gives this block's exact share of the gradients (Dao 2023, sec. 3.1).
+"""Attention over one block of queries and keys, and what a ring needs in addition: the log-sum-exp, and a backward that
+takes the whole row's output and log-sum-exp and returns this block's exact share of gradients (Dao 2023, sec. 3.1).
 
-Torch's own flash kernels where they serve (CPU; CUDA in half precision), plain matrix products elsewhere. Grouped
-queries need no copies: K key heads may be fewer than the H query heads.
+Torch's own flash kernels are used where supported (CPU; CUDA in half precision), otherwise plain matrix products.
+Grouped queries need no copies: K key heads may be fewer than the H query heads.
 
 Shapes: B samples, H query heads, K key heads, Q queries, S keys, D channels.
 """
@@ -95,7 +95,7 @@ class FlashCUDA:
         causal: bool,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # Seed and offset of the dropout that we do not use, in the shapes the kernel's forward would have given.
+        # Seed and offset of the unused dropout, in the shapes that the kernel's forward would return.
         seed, offset = (torch.zeros(shape, dtype=torch.uint64, device=q_BHQD.device) for shape in ((2,), ()))
         queries, keys = q_BHQD.shape[2], k_BKSD.shape[2]
         return _aten._scaled_dot_product_flash_attention_backward(
@@ -118,7 +118,7 @@ class FlashCUDA:
 
 
 class Plain:
-    """Matrix products with all Q x S scores in memory: for float32 on CUDA and other sizes no flash kernel takes."""
+    """Matrix products with all Q x S scores in memory: for float32 on CUDA and sizes that no flash kernel supports."""
 
     name = "matrix products"
 
@@ -164,9 +164,9 @@ class Plain:
 
 
 def cudnn_first(device: str) -> AbstractContextManager[None]:
-    """Let `scaled_dot_product_attention` try cuDNN first on CUDA, for many calls of one shape: each new shape compiles.
+    """Let `scaled_dot_product_attention` try cuDNN first on CUDA, for repeated shapes; each new shape is compiled.
 
-    On an H100 it takes .52 to .65 of the time of torch's own flash kernels, forward and backward, at 32,768 tokens.
+    On an H100 it takes 0.52 to 0.65 of the time of torch's own flash kernels, forward and backward, at 32,768 tokens.
     """
     if torch.device(device).type != "cuda":
         return nullcontext()
@@ -175,7 +175,7 @@ def cudnn_first(device: str) -> AbstractContextManager[None]:
 
 
 def choose_kernel(device: str, dtype: torch.dtype, head_dim: int) -> Kernel:
-    """The fastest kernel that takes these blocks."""
+    """The fastest kernel that supports these blocks."""
     if torch.device(device).type == "cpu":
         return FlashCPU()
     half = dtype in (torch.bfloat16, torch.float16)

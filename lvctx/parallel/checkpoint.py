@@ -1,8 +1,8 @@
-"""Training checkpoints through torch's distributed checkpoint (DCP): whole or absent, at any number of ranks.
+"""Training checkpoints with torch's distributed checkpoint (DCP): complete or absent, at any number of ranks.
 
-`checkpoint/step-N` stands only when every rank's part of it does: it is written under another name, with what
-identifies the run beside it, and renamed by rank 0. The newest `KEEP` stay. A state is copied first and written while
-training goes on. A checkpoint written by W ranks can be read by any other number. Nothing of the user's is unpickled.
+`checkpoint/step-N` exists only if every rank's part is complete: it is written under a temporary name, together with
+the run's identity, and renamed by rank 0. The newest `KEEP` are kept. A state is copied first and written while
+training continues. A checkpoint written by W ranks can be loaded by any number. Nothing from the user is unpickled.
 """
 
 import json
@@ -23,26 +23,26 @@ from lvctx.errors import InputError
 from lvctx.parallel.context import ParallelContext
 
 FOLDER, RUN = "checkpoint", "run.json"
-# DCP warns that a single process is one, also from its writing thread; it is what we ask for.
+# DCP warns about a single process, also from its writing thread; a single process is supported here.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 KEEP = 2
-"""Complete checkpoints that stay: the newest, and one in case that the disk spoils it."""
+"""Number of complete checkpoints that are kept: the newest, and one in case it is damaged on disk."""
 
 
 class Checkpoints:
     """The checkpoints of one run's output. Every rank calls every method at the same point of the run."""
 
     def __init__(self, out: Path, run: Provenance, world: ParallelContext) -> None:
-        """Remove what a killed writer left. Raises InputError for the checkpoint of another run."""
+        """Remove incomplete checkpoints of a killed run. Raises InputError for the checkpoint of another run."""
         self.folder, self.run, self.world = out / FOLDER, run, world
         self._pending: tuple[int, Future[Any]] | None = None
-        self.saved = world.gather(self.newest())[0]  # a network file system may show it to others later
+        self.saved = world.gather(self.newest())[0]  # on a network file system other ranks may see it later
         """Step of the newest complete checkpoint, or None."""
         if self.saved is not None:
-            stands = json.loads((self._path(self.saved) / RUN).read_text(encoding="utf-8"))
-            if stands["config_hash"] != run.config_hash:
+            stored = json.loads((self._path(self.saved) / RUN).read_text(encoding="utf-8"))
+            if stored["config_hash"] != run.config_hash:
                 raise InputError(
-                    f"holds the checkpoint of a run with other settings ({differences(stands, run.to_dict())})",
+                    f"holds the checkpoint of a run with other settings ({differences(stored, run.to_dict())})",
                     where=out,
                     fix="choose another -o, or --force to start over",
                 )
@@ -55,14 +55,14 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def newest(self) -> int | None:
-        """Steps of the run that the newest complete checkpoint has done, or None without one."""
+        """Step of the newest complete checkpoint on disk, or None."""
         steps = [int(p.name.partition("-")[2]) for p in self.folder.glob("step-*")]
         return max(steps, default=None)
 
     def save(self, step: int, state: dict[str, Any], *, wait: bool) -> None:
         """Write `state` (tensors and nested dicts of them) as the checkpoint of `step`; returns once it is copied.
 
-        `wait` returns only when it is complete. Raises InputError when the disk refuses this or the one before.
+        With `wait`, returns once it is complete. Raises InputError if writing this or the previous one fails.
         """
         self.finish()
         if self.saved != step:
@@ -80,12 +80,12 @@ class Checkpoints:
             self.world.barrier()
 
     def poll(self) -> None:
-        """Let a checkpoint that has meanwhile been written count."""
+        """Mark the pending checkpoint as complete if it has been written."""
         if self._pending is not None and self._pending[1].done():
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, and let it count."""
+        """Wait for the pending checkpoint, and mark it as complete."""
         if self._pending is None:
             return
         (step, done), self._pending = self._pending, None
@@ -115,7 +115,7 @@ class Checkpoints:
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """Disk errors as ours."""
+        """Raise disk errors as InputError."""
         try:
             yield
         except Exception as e:

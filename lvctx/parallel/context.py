@@ -1,7 +1,7 @@
 """The ranks of a run: data parallel x context parallel on one DeviceMesh, their collectives, and their errors.
 
-Ranks of a CP group see the same sample, each a part of it; DP groups see different ones. Alone, all of this is the
-identity, so one process runs the same code as eight GPUs.
+Ranks of a CP group have the same sample, each a part of it; DP groups have different samples. For one process all of
+this is the identity, so one process runs the same code as eight GPUs.
 """
 
 import json
@@ -28,16 +28,16 @@ ValueT = TypeVar("ValueT")
 STEP_TIMEOUT = timedelta(minutes=10)
 """Timeout of a collective in training: longer than a first step at the longest sequences, below torch's 30 minutes."""
 SHARED_WORK_TIMEOUT = timedelta(days=7)
-"""Timeout where ranks share out independent work: as long as the largest share takes, or a person's next question.
+"""Timeout where ranks divide independent work: as long as the largest share, or the wait for a user's next question.
 torchrun ends all processes when one dies."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelContext:
-    """All ranks of a run, from the side of one of them."""
+    """All ranks of a run, as known to one of them."""
 
     device: str
-    """Where this rank computes, e.g. `cuda:3`."""
+    """Device of this rank, e.g. `cuda:3`."""
     rank: int = 0
     """0-based; rank 0 writes files and output."""
     size: int = 1
@@ -45,22 +45,22 @@ class ParallelContext:
     cp: int = 1
     """Ranks that share a sample."""
     ring: Ring = ALONE
-    """This rank among those."""
+    """This rank's index among those."""
     mesh: Any = None
-    """DeviceMesh over all ranks (one dimension), over which parameters are sharded; None for one process alone."""
+    """DeviceMesh over all ranks (one dimension), over which parameters are sharded; None for a single process."""
     control: Any = None
-    """Process group on CPU for flags, apart from the gradients' traffic."""
+    """CPU process group for flags, separate from the gradients' collectives."""
     saving: Any = None
-    """Process group on CPU for checkpoints: they are written by another thread, beside everything else."""
+    """CPU process group for checkpoints, which another thread writes concurrently."""
 
     @property
     def dp(self) -> int:
-        """Groups that see different samples."""
+        """Number of groups that have different samples."""
         return self.size // self.cp
 
     @property
     def dp_rank(self) -> int:
-        """Number of this rank's group."""
+        """Index of this rank's group."""
         return self.rank // self.cp
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -87,7 +87,7 @@ class ParallelContext:
         return values
 
     def follow(self, values: Iterable[ValueT]) -> Iterator[ValueT]:
-        """What rank 0 iterates over, on every rank; the others' `values` are not touched."""
+        """Rank 0's values, on every rank; the `values` of other ranks are not used."""
         if self.size == 1:
             yield from values
             return
@@ -100,7 +100,7 @@ class ParallelContext:
             yield box[0][0]
 
     def add_up(self, tensor: Tensor) -> None:
-        """Make `tensor` the sum of every rank's, in place."""
+        """Replace `tensor` by its sum over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
 
@@ -110,7 +110,7 @@ class ParallelContext:
 
 
 def make_context(*, device: str, cp: int, timeout: timedelta = STEP_TIMEOUT) -> ParallelContext:
-    """The context of an initialised process group, or of one process alone.
+    """The context of an initialised process group, or of a single process.
 
     Raises UsageError where `cp` does not divide the number of processes.
     """
@@ -136,11 +136,11 @@ def make_context(*, device: str, cp: int, timeout: timedelta = STEP_TIMEOUT) -> 
 def open_context(
     *, device: str, cp: int = 1, sharded: bool = False, timeout: timedelta = STEP_TIMEOUT
 ) -> Iterator[ParallelContext]:
-    """The process group that torchrun started this process in, or this process alone; closed at the end.
+    """The process group that torchrun started this process in, or this single process; closed at the end.
 
-    `device` may be `auto` (`lvctx.device`). `sharded` makes a process group, and so a mesh, for one process too.
-    `timeout` is how long a rank waits for another. An error on one rank ends the others with that error: they see it in
-    place of a lost connection.
+    `device` may be `auto` (`lvctx.device`). `sharded` creates a process group, and so a mesh, for a single process too.
+    `timeout` is how long a rank waits for another. An error on one rank is raised on the others instead of a lost
+    connection.
     """
     device = resolve_device(device)
     if not under_torchrun() and not sharded:
@@ -159,7 +159,7 @@ def open_context(
         with propagate_errors():
             yield make_context(device=device, cp=cp, timeout=timeout)
     finally:
-        # Closing talks to ranks that may be gone; what ended this run matters more than how its connections end.
+        # Closing may fail when other ranks have ended; the run's own error is more useful than that failure.
         with suppress(RuntimeError):
             dist.destroy_process_group()
 
@@ -171,7 +171,7 @@ def under_torchrun() -> bool:
 
 @contextmanager
 def joined(store: Path, *, rank: int, size: int) -> Iterator[None]:
-    """A process group on CPU among processes of this machine that share a file."""
+    """A CPU process group of processes on this machine that share a file."""
     dist.init_process_group("gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size)
     try:
         yield
@@ -181,12 +181,12 @@ def joined(store: Path, *, rank: int, size: int) -> Iterator[None]:
 
 @contextmanager
 def propagate_errors() -> Iterator[None]:
-    """Raise the error of the first rank that failed on every rank, in place of the lost connections that follow it."""
+    """Raise the error of the first rank that failed on every rank, instead of the lost connections that follow it."""
     store = dist.distributed_c10d._get_default_store()
     try:
         yield
     except BaseException as e:
-        if isinstance(e, UsageError):  # flags are the same on every rank, and so is what is wrong with them
+        if isinstance(e, UsageError):  # flags are the same on every rank, and so are their errors
             raise
         try:
             first = store.add("lvctx/failures", 1) == 1
@@ -195,7 +195,7 @@ def propagate_errors() -> Iterator[None]:
             else:
                 store.wait(["lvctx/failure"], timedelta(seconds=5))
             origin = json.loads(store.get("lvctx/failure"))
-        except RuntimeError:  # the store went away with its owner
+        except RuntimeError:  # the store ended with its owner
             raise e from None
         if first or isinstance(e, LvctxError | Stopped | KeyboardInterrupt):
             raise

@@ -1,6 +1,6 @@
-"""Parameters, gradients and optimizer state spread over all ranks: FSDP2 (Zhao et al. 2023) layer by layer.
+"""Parameters, gradients and optimizer state sharded over all ranks: FSDP2 (Zhao et al. 2023), layer by layer.
 
-Master weights and their sums of gradients are float32; a layer is gathered in bfloat16 when it computes.
+Master weights and accumulated gradients are float32; a layer is gathered in bfloat16 for its computation.
 """
 
 from collections.abc import Iterable
@@ -21,11 +21,11 @@ def shard_model(
     offload: bool = False,
     compute: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Shard `model` in place over all ranks, each of `layers` by itself and the rest with `model`.
+    """Shard `model` in place over all ranks, each of `layers` separately and the rest with `model`.
 
     From then on `model` must be entered through its own forward. Trained parameters become float32 here, a layer at a
     time, so that no rank ever holds the whole model in float32. `offload` keeps parameters, gradients and optimizer
-    state in host memory between their uses. Without a mesh (one process alone) nothing is sharded.
+    state in host memory between their uses. Without a mesh (a single process) nothing is sharded.
     """
     precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     where = CPUOffloadPolicy(pin_memory=torch.device(world.device).type == "cuda") if offload else OffloadPolicy()
@@ -38,12 +38,12 @@ def shard_model(
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The full tensor of a sharded one (every rank must ask), any other as it is."""
+    """The full tensor of a sharded one (every rank must call this); other tensors are returned unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def keep_in_graph(total: Tensor, *tensors: Tensor) -> Tensor:
-    """`total` as it is, with `tensors` in its graph, for their gradient of zero.
+    """`total` unchanged, with `tensors` added to its graph with zero gradient.
 
     A rank's part of a row may hold no counted token. It must still go through the backward pass, where the others wait
     for its keys and for its share of each parameter's gradient.
@@ -53,7 +53,7 @@ def keep_in_graph(total: Tensor, *tensors: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather_into(target: nn.Module | None, model: nn.Module) -> None:
-    """Copy the parameters of a sharded model into its unsharded twin, one at a time; other ranks give None and help."""
+    """Copy the parameters of a sharded model into an unsharded copy, one at a time; ranks without a copy give None."""
     into = dict(target.named_parameters(remove_duplicate=False)) if target is not None else {}
     for name, parameter in model.named_parameters():
         full = full_tensor(parameter.detach())

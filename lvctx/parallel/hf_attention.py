@@ -1,8 +1,8 @@
-"""Ring attention as one of transformers' attention implementations, so that models know nothing of it.
+"""Ring attention registered as an attention implementation of transformers, so that models need no change.
 
-A forward carries one more keyword, `shard`, from the model's call down to its attention layers. Without it, and for one
-rank without documents, this is torch's own causal attention. transformers builds no mask for an implementation it has
-no mask function for, which is what we want: at 224K tokens an L x L mask is 50 GB.
+A forward gets one more keyword, `shard`, passed on from the model's call to its attention layers. Without it, and for
+one rank without documents, this is torch's own causal attention. transformers builds no mask for an implementation
+without a mask function, which is necessary: at 224K tokens an L x L mask is 50 GB.
 
 Shapes: B samples, H query heads, K key heads, L local tokens, D channels.
 """
@@ -26,22 +26,22 @@ from lvctx.parallel.ring_attention import Ring, ring_attention
 
 log = logging.getLogger(__name__)
 RING_ATTENTION = "lvctx_ring"
-"""What a model's `attn_implementation` has to be."""
+"""The required `attn_implementation` of a model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Which part of which sequence a forward pass has."""
+    """The part of a sequence that a forward pass computes."""
 
     ring: Ring = field(default_factory=Ring)
     """The ranks that share the sequence."""
     starts: tuple[int, ...] | None = None
-    """Where documents begin in the whole sequence, ascending from 0: tokens attend in their document only. None: to all
-    before them."""
+    """Start of each document in the whole sequence, ascending from 0: tokens attend within their document. None: tokens
+    attend to all previous ones."""
 
 
 def document_starts(begins: Sequence[int]) -> tuple[int, ...]:
-    """`Shard.starts` of a row whose documents begin at these places; tokens before the first are a document too."""
+    """`Shard.starts` of a row whose documents begin at these positions; tokens before the first are a document too."""
     return tuple(sorted({0, *map(int, begins)}))
 
 
@@ -53,25 +53,25 @@ def register() -> None:
 
 
 def is_plain(config: Any) -> bool:
-    """Whether every token attends to all before it, with values as wide as keys: that is what `_attend` computes."""
+    """Whether attention is full and causal with values as wide as keys, as `_attend` computes it."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    latent = getattr(config, "kv_lora_rank", None)  # DeepSeek's: values are of another width than keys
+    latent = getattr(config, "kv_lora_rank", None)  # DeepSeek: values and keys have different widths
     return not windowed and not latent and kinds == {"full_attention"}
 
 
 def check_config(config: Any, *, where: object) -> None:
-    """Raise InputError for a model with a sliding window or latent keys: ranks that share a sequence know neither."""
+    """Raise InputError for a model with a sliding window or latent keys: context parallelism supports neither."""
     if not is_plain(config):
         raise InputError(
             "its attention has a sliding window or latent keys",
             where=where,
-            fix="context parallelism is for models with neither",
+            fix="use context parallelism with other models only",
         )
 
 
 def use(lm: Any, *, where: object) -> None:
-    """Let a language model attend by `shard` from now on. Raises InputError where attention is not plain."""
+    """Make a language model attend by `shard`. Raises InputError if its attention is not plain."""
     check_config(lm.config, where=where)
     register()
     lm.set_attn_implementation(RING_ATTENTION)
@@ -89,10 +89,10 @@ def _attend(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention: q (B, H, L, D), k and v (B, K, L, D) to (B, L, H, D)."""
-    assert attention_mask is None, "ring attention knows documents, not masks"
+    assert attention_mask is None, "ring attention supports documents, not masks"
     device = query.device.type
     if torch.is_autocast_enabled(device):
-        # RoPE leaves queries and keys in float32 there; torch's own attention is cast by autocast, a function is not.
+        # Under autocast RoPE returns float32 queries and keys; autocast casts torch's own attention, not this one.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     shard = shard or Shard()
@@ -109,7 +109,7 @@ def _attend(
 
 @cache
 def select_kernel(device: str, dtype: torch.dtype, head_dim: int, documents: bool) -> "Kernel | PackageRing":
-    """What computes the ring: ring-flash-attn where it can be loaded and serves, else ours on torch's kernels."""
+    """The ring's implementation: ring-flash-attn if available and suitable, else ours on torch's kernels."""
     half = dtype in (torch.bfloat16, torch.float16)
     package = load_package() if device == "cuda" and half and not documents else None
     chosen = PackageRing(package) if package else choose_kernel(device, dtype, head_dim)
@@ -118,10 +118,10 @@ def select_kernel(device: str, dtype: torch.dtype, head_dim: int, documents: boo
 
 
 def load_package() -> ModuleType | None:
-    """ring-flash-attn (the `cuda` extra), or None where it is not installed or its kernels are not.
+    """ring-flash-attn (the `cuda` extra), or None if it or its kernels are not installed.
 
-    Its 0.1.8 fails to import beside transformers 5 for the sake of an adapter that we have no use for: an empty one
-    takes its place.
+    Version 0.1.8 fails to import beside transformers 5 because of an adapter that is not used here, so an empty module
+    replaces it.
     """
     adapters = ModuleType("ring_flash_attn.adapters")
     for name in ("substitute_hf_flash_attn", "update_ring_flash_attn_params"):

@@ -1,12 +1,12 @@
 """Ring attention with exact gradients (Liu et al. 2023) on zigzag shards, with or without document masks.
 
-Keys and values go round the ring; each rank attends to what it holds and merges the pieces by their log-sum-exp, in
-float32 and through sigmoid and logsigmoid, which cannot overflow. In the backward pass their float32 gradients travel
-with them and come home after a full turn.
+Keys and values are passed around the ring; each rank attends to those it has and merges the pieces by their
+log-sum-exp, in float32 and through sigmoid and logsigmoid, which cannot overflow. In the backward pass their float32
+gradients travel with them and return to their rank after a full turn.
 
-Which tokens meet is a list of rectangles, so no mask is ever built. Without documents a step is one rectangle. With
-them: a document is one run of tokens, so of two different chunks at most one document is in both, and its part in the
-later chunk attends to all of its part in the earlier one; inside a chunk each document is a causal square.
+The pairs of tokens that attend are a list of rectangles, so no mask is ever built. Without documents a step is one
+rectangle. With documents, each is contiguous, so two different chunks have at most one document in common, and its part
+in the later chunk attends to all of its part in the earlier one; inside a chunk each document is a causal square.
 
 Shapes: B samples, H query heads, K key heads, L local tokens, D channels.
 """
@@ -28,12 +28,12 @@ from lvctx.parallel.zigzag import chunks_of
 
 @dataclass(frozen=True, kw_only=True)
 class Ring:
-    """The place of a rank among those that share a sequence."""
+    """A rank's index among those that share a sequence."""
 
     rank: int = 0
-    """0-based place in the ring."""
+    """0-based index in the ring."""
     world: int = 1
-    """Ranks that share the sequence."""
+    """Number of ranks that share the sequence."""
     group: Any = None
     """Their torch.distributed process group; None for a ring of one."""
 
@@ -44,21 +44,21 @@ ALONE = Ring()
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionBlock:
-    """Queries that meet keys, as half-open ranges of local places."""
+    """Queries and the keys they attend to, as half-open ranges of local positions."""
 
     queries: tuple[int, int]
     """In this rank's shard."""
     keys: tuple[int, int]
     """In the shard of the rank the keys come from."""
     causal: bool
-    """Both ranges are the same tokens, and each attends to itself and those before."""
+    """Both ranges are the same tokens, and each attends to itself and those before it."""
 
 
-@lru_cache(maxsize=64)  # every layer asks again
+@lru_cache(maxsize=64)  # every layer calls it again
 def blocks(rank: int, source: int, world: int, length: int, starts: tuple[int, ...] | None) -> list[AttentionBlock]:
-    """What `rank` computes of the keys of rank `source`; `length` is a shard's, `starts` where documents begin.
+    """The blocks that `rank` computes with the keys of rank `source`; `length` is that of a shard.
 
-    `starts` are ascending places in the whole sequence, the first 0; None lets every token see all before it.
+    `starts` are the ascending positions where documents begin, the first 0; None is causal attention without documents.
     """
     half = length // 2
     if starts is None:
@@ -79,7 +79,7 @@ def blocks(rank: int, source: int, world: int, length: int, starts: tuple[int, .
 def _chunk_blocks(
     mine: int, theirs: int, size: int, at: int, key_at: int, starts: Sequence[int]
 ) -> list[AttentionBlock]:
-    """Blocks between two chunks of `size` tokens that lie at local places `at` and `key_at`, theirs not after mine."""
+    """Blocks between two chunks of `size` tokens at local positions `at` and `key_at`; theirs is not after mine."""
     begin, key_begin = mine * size, theirs * size
     if mine == theirs:
         edges = [begin, *(s for s in starts if begin < s < begin + size), begin + size]
@@ -173,7 +173,7 @@ class _RingAttention(torch.autograd.Function):
             for keys, part_k, part_v in key_value_grads:
                 dkv[0, :, :, keys] += part_k
                 dkv[1, :, :, keys] += part_v
-            # After its last step a gradient is one rank short of home.
+            # After the last step a gradient has to be passed on once more to reach its rank.
             coming_grad = _Exchange(dkv, ring) if ring.world > 1 else None
             if coming:
                 kv = coming.wait()
@@ -184,7 +184,7 @@ class _RingAttention(torch.autograd.Function):
 
 
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Take a block into the running output and log-sum-exp, in place and in float32."""
+    """Merge a block into the running output and log-sum-exp, in place and in float32."""
     out.sub_(torch.sigmoid(part_lse - lse)[..., None] * (out - part.float()))
     fresh = lse == -torch.inf  # no key so far, and infinity minus infinity is not a number
     merged = lse - torch.nn.functional.logsigmoid(lse - part_lse)
@@ -192,7 +192,7 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
 
 
 class _Exchange:
-    """A tensor on its way to the next rank while another comes from the one before."""
+    """Sends a tensor to the next rank while receiving one from the previous rank."""
 
     def __init__(self, send: Tensor, ring: Ring) -> None:
         self.sent, self.received = send.contiguous(), torch.empty_like(send, memory_format=torch.contiguous_format)

@@ -1,13 +1,12 @@
-"""One sequence on several ranks: each has every W-th token's keys and values, so that the cache is divided too.
+"""One sequence on several ranks: each has the keys and values of every W-th token, so the cache is divided too.
 
-Token p belongs to rank p mod W (Brandon et al. 2023, Striped Attention): whatever is appended or cropped, ranks hold
-the same number of tokens or one fewer. A forward's new tokens are divided the same way, so projections and MLP are not
-computed twice. In every layer the new queries go to all ranks, each attends to the keys it has, and the parts come back
-and are merged by their log-sum-exp (pass-Q of Yang et al. 2024, Context Parallelism for Scalable Million-Token
-Inference): a chunk's queries are fewer than the keys of all that stands before it, and those never travel.
-
-No mask is built. What is cached stands before all new tokens. Of two ranks' new tokens, i-th against j-th, those of
-rank a see those of rank b up to j = i where b's first comes no later than a's, else up to j = i - 1: a causal square.
+Token p belongs to rank p mod W (Brandon et al. 2023, Striped Attention), so after any append or crop all ranks have the
+same number of tokens, or one fewer. The new tokens of a forward are divided the same way, so that projections and MLP
+are not computed twice. In every layer the new queries are sent to all ranks, each attends to its keys, and the results
+are returned and merged by their log-sum-exp (pass-Q of Yang et al. 2024, Context Parallelism for Scalable Million-Token
+Inference): a chunk has fewer queries than there are keys before it, and the keys are never sent.
+No mask is built. Cached tokens precede all new tokens. Of two ranks' new tokens, those of rank a attend to those of
+rank b up to j = i if b's first is not later than a's, else up to j = i - 1 (i-th against j-th): a causal square.
 
 Shapes: W ranks, B samples, H query heads, K key heads, L this rank's new tokens, M the most that any rank has, S this
 rank's tokens so far, Q = W M queries, D channels, C rows, E width.
@@ -26,49 +25,49 @@ from lvctx.parallel.hf_attention import check_config, is_plain
 from lvctx.parallel.ring_attention import Ring, merge
 
 STRIPED_ATTENTION = "lvctx_stripes"
-"""What a model's `attn_implementation` has to be."""
+"""The required `attn_implementation` of a model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stripe:
-    """New tokens of a sequence that ranks read together, and which of them are one rank's."""
+    """New tokens of a sequence that ranks process together, and which of them belong to one rank."""
 
     ring: Ring
     """The ranks."""
     first: int
-    """Tokens before the new ones: their keys and values are cached."""
+    """Number of tokens before the new ones: their keys and values are cached."""
     count: int
-    """New tokens of all ranks."""
+    """Number of new tokens on all ranks."""
 
     @property
     def local_slice(self) -> slice:
-        """This rank's among the new ones; where it has none, the first in its stead, for no model runs on nothing."""
+        """This rank's new tokens; if it has none, the first one, since a model cannot run on no token."""
         return slice(self.lead(self.ring.rank), None, self.ring.world) if self.local_count else slice(0, 1)
 
     @property
     def local_count(self) -> int:
-        """How many of the new ones are this rank's. Keys and values of a token in their stead do not count."""
+        """Number of new tokens of this rank; keys and values of a substitute token are not counted."""
         return owned_count(self.first + self.count, self.ring) - owned_count(self.first, self.ring)
 
     def lead(self, rank: int) -> int:
-        """Place of a rank's first token among the new ones; it may be beyond their end."""
+        """Index of a rank's first token among the new ones; it may be beyond their end."""
         return (rank - self.first) % self.ring.world
 
 
 def owned_count(length: int, ring: Ring) -> int:
-    """How many of a sequence's first `length` tokens are this rank's."""
+    """Number of a sequence's first `length` tokens that belong to this rank."""
     return len(range(ring.rank, length, ring.world))
 
 
 def needs_no_mask(lm: Any, device: torch.device) -> bool:
-    """Whether one rank alone is served by `prepare` too: flash kernels take the model's attention there."""
+    """Whether `prepare` is useful for a single rank too: if flash kernels support the model's attention."""
     head_dim = getattr(lm.config, "head_dim", None) or lm.config.hidden_size // lm.config.num_attention_heads
     kernel = choose_kernel(device.type, lm.dtype, head_dim)
     return is_plain(lm.config) and not isinstance(kernel, Plain)
 
 
 def prepare(lm: Any) -> None:
-    """Let a language model read in stripes: its forwards then need `stripe=`, unless one rank reads alone.
+    """Make a language model attend in stripes: its forwards then need `stripe=`, except on a single rank.
 
     Raises InputError for a model whose attention is not plain.
     """
@@ -87,7 +86,7 @@ def last_rows(local_LE: Tensor, *, end: int, count: int, ring: Ring) -> Tensor:
     full_CE = torch.zeros(count, local_LE.shape[-1], dtype=torch.float32, device=local_LE.device)
     places_CE = full_CE[lead :: ring.world]
     places_CE.copy_(local_LE[len(local_LE) - len(places_CE) :])
-    dist.all_reduce(full_CE, group=ring.group)  # every row is one rank's, zero on the others: the sum is exact
+    dist.all_reduce(full_CE, group=ring.group)  # every row is non-zero on one rank only, so the sum is exact
     return full_CE.to(local_LE.dtype)
 
 
@@ -104,9 +103,9 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention: q (B, H, L, D) of this rank's new tokens, k and v (B, K, S, D) of all it has.
 
-    Gives (B, L, H, D). Every rank must call it; without `stripe` there is one.
+    Returns (B, L, H, D). Every rank must call it; without `stripe` there is a single rank.
     """
-    assert attention_mask is None, "ranks know places, not masks"
+    assert attention_mask is None, "stripes support positions, not masks"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     kernel = choose_kernel(query.device.type, query.dtype, query.shape[-1])
     if stripe is None:
@@ -120,7 +119,7 @@ def _attend(
     q_WBHMD = padded.new_empty(ring.world, *padded.shape)
     dist.all_gather(list(q_WBHMD), padded, group=ring.group)
 
-    # The log-sum-exp travels as one more channel of its output.
+    # The log-sum-exp is sent as one more channel of the output.
     parts = torch.zeros(*q_WBHMD.shape[:-1], query.shape[-1] + 1, dtype=torch.float32, device=query.device)
     out, lse = parts[..., :-1], parts[..., -1].fill_(-torch.inf)
     if before:

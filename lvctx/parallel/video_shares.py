@@ -7,9 +7,9 @@ from typing import Any
 
 
 def share_videos(videos: Sequence[tuple[Path, dict[str, Any]]], processes: int) -> list[list[int]]:
-    """Indices of the videos that each process encodes, in order; the largest files go first to whom has least.
+    """Indices of the videos that each process encodes, in order; largest files first, each to the least load.
 
-    Videos called alike stay together: which of them gets the plain name is for one process to say.
+    Videos with the same file name go to one process, which decides which of them gets the plain name.
     """
     groups: dict[str, list[int]] = defaultdict(list)
     sizes: dict[str, int] = defaultdict(int)

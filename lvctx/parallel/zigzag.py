@@ -1,7 +1,7 @@
 """Zigzag sharding of a sequence: 2W chunks, rank r holds chunks r and 2W-1-r, so causal attention costs each the same.
 
 Brandon et al. 2023 (Striped Attention) name the imbalance; this layout is ring-flash-attention's and EasyContext's.
-A length that 2W does not divide is padded at its end, where causal attention lets no real token see the padding.
+A length that 2W does not divide is padded at its end, where no real token attends to the padding.
 
 Shapes: L tokens of the whole sequence, W ranks, C = ceil(L / 2W) tokens of a chunk; a shard has 2C.
 """
@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 
 def chunk_length(length: int, world: int) -> int:
-    """Tokens of one of the 2W chunks of a sequence; the last ones may hold padding. One rank keeps all as it is."""
+    """Tokens of one of the 2W chunks of a sequence; the last ones may hold padding. One rank has it unpadded."""
     return length if world == 1 else -(-length // (2 * world))
 
 
 def chunks_of(rank: int, world: int) -> tuple[int, ...]:
-    """Numbers of the chunks a rank holds, ascending. One rank holds the one chunk there is."""
+    """Numbers of the chunks a rank holds, ascending. A single rank holds the only chunk."""
     return (0,) if world == 1 else (rank, 2 * world - 1 - rank)
 
 

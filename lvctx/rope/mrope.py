@@ -24,13 +24,13 @@ class Mrope:
     theta: float
     """The base."""
     sections: tuple[int, int, int]
-    """Frequencies of time, height and width."""
+    """Numbers of frequencies of time, height and width."""
     interleaved: bool
-    """Qwen3-VL: t h w t h w ... and t where height and width are used up, instead of one block after another."""
+    """Qwen3-VL: t h w t h w ... with t for the remaining channels, instead of one block after another."""
 
     @property
     def axes(self) -> str:
-        """One letter a channel, fastest first: the axis (t, h, w) whose position it rotates by."""
+        """One letter per channel, fastest first: the axis (t, h, w) whose position it rotates by."""
         time, height, width = self.sections
         if not self.interleaved:
             return "t" * time + "h" * height + "w" * width
@@ -42,14 +42,14 @@ class Mrope:
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How far, and how."""
+    """Scaling method and factor."""
 
     method: Method
     """`none` keeps every frequency: direct extrapolation."""
     ramp: Ramp
-    """M-RoPE++ alone: how height goes over from time to width."""
+    """M-RoPE++ only: the ramp of the height section between time and width."""
     factor: float
-    """New length over pretrained length, at least 1."""
+    """Ratio of new to pretrained length, at least 1."""
     original: int
     """Pretrained length in tokens."""
 
@@ -78,7 +78,7 @@ def inv_freq(model: Mrope, scaling: RopeScaling) -> Tensor:
 
 
 def mrope_attention_factor(model: Mrope, scaling: RopeScaling) -> float:
-    """What cos and sin are multiplied by: YaRN sharpens attention, the others leave it."""
+    """Factor for cos and sin: YaRN's attention factor, 1 for the other methods."""
     scheme, spec = _specs(model, scaling)
     return float(scheme.attention_factor(spec)) if scheme is yarn else 1.0
 

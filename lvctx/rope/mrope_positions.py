@@ -1,12 +1,12 @@
-"""Position ids of M-RoPE: one number a token and axis (time, height, width), for Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
+"""Position ids of M-RoPE: one number per token and axis (time, height, width), for Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
 
-Text counts on all three axes at once. An image or a video begins at the next free position c on each axis: time c + the
-grid's time, height c + row, width c + column. What follows begins after the largest position on any axis (Qwen2-VL
-report, section 2.1). Grids of a video stand 1 apart in Qwen2-VL, and `tokens_per_second` x seconds, rounded down, in
-Qwen2.5-VL; Qwen3-VL writes times as text and makes every grid an image.
+A text token has the same position on all three axes. An image or a video begins at the next free position c on each
+axis: time c + the grid's time, height c + row, width c + column. The next token follows the largest position on any
+axis (Qwen2-VL report, section 2.1). Temporal positions of a video's grids are 1 apart in Qwen2-VL, and
+`tokens_per_second` x seconds, rounded down, in Qwen2.5-VL; Qwen3-VL writes times as text and makes every grid an image.
 
-transformers 5.3 and later let text after a Qwen2-VL or Qwen2.5-VL video begin after its height or width alone, inside
-the video's own time; therefore these are computed here and given to the model.
+transformers 5.3 and later start the text after a Qwen2-VL or Qwen2.5-VL video at the end of its height or width, within
+the video's own time; therefore positions are computed here and passed to the model.
 
 Positions are (3, S): S tokens of one sequence.
 """
@@ -22,7 +22,7 @@ from lvctx.errors import InputError
 
 
 class Text(NamedTuple):
-    """Tokens that count on all axes."""
+    """Text tokens: equal positions on all axes."""
 
     tokens: int
 
@@ -31,24 +31,24 @@ class Grids(NamedTuple):
     """Visual tokens of one size: an image (one grid) or a video."""
 
     time: int
-    """Grids along time."""
+    """Number of grids along time."""
     height: int
-    """Rows of tokens, after merging."""
+    """Rows of tokens after merging."""
     width: int
-    """Columns of tokens, after merging."""
+    """Columns of tokens after merging."""
     step: float = 1.0
     """Positions from one grid to the next, rounded down at each grid."""
 
 
 class VideoGrids(NamedTuple):
-    """One video in runs of different sizes, each between its own delimiters, whose time goes on from run to run.
+    """One video as runs of different sizes, each between its own delimiters; time continues from run to run.
 
     All runs share the height and width positions of the first, as the frames of one video do. Delimiters between runs
     have the time of the grid beside them; the first and the last belong to the text around the video.
     """
 
     runs: tuple[Grids, ...]
-    """In order of time; `step` is not used."""
+    """In temporal order; `step` is not used."""
     times: tuple[int, ...]
     """Position of every grid, counted from the video's first; ascending, from 0."""
 
@@ -64,7 +64,7 @@ def positions(parts: Iterable[SequencePart]) -> tuple[Tensor, int]:
         if isinstance(part, Text):
             ids = torch.arange(part.tokens).expand(3, -1) + free
         elif isinstance(part, Grids):
-            # In float32, as the model's own code does: at steps like 4/3 it decides what is rounded down.
+            # In float32, as in the model's own code: at steps like 4/3 the precision decides the rounding.
             times = (torch.arange(part.time) * torch.tensor(part.step, dtype=torch.float32)).long()
             ids = _grid(times, part.height, part.width) + free
         else:
@@ -94,7 +94,7 @@ def _video_positions(video: VideoGrids) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What a Qwen-VL configuration has about positions."""
+    """The position settings of a Qwen-VL configuration."""
 
     image: int
     """Id of the image placeholder."""
@@ -103,9 +103,9 @@ class Rules:
     merge: int
     """Patches along a side that become one token: 2."""
     tokens_per_second: float | None
-    """Qwen2.5-VL: positions a second of video. None: grids are 1 apart."""
+    """Qwen2.5-VL: positions per second of video. None: grids are 1 apart."""
     split: bool
-    """Qwen3-VL: each grid of a video is an item of its own, after its time in text."""
+    """Qwen3-VL: each grid of a video is a separate item, preceded by its time as text."""
 
     @classmethod
     def of(cls, config: Any) -> "Rules":
@@ -131,8 +131,8 @@ def positions_of_ids(
     """Position ids (3, S) of token ids with placeholders, and the position of the token after them.
 
     `images` and `videos` are rows of `image_grid_thw` and `video_grid_thw`, that is (grids, patches down, patches
-    across); `seconds_per_grid` is one number a video (default 1), which Qwen2.5-VL alone looks at.
-    Raises InputError where placeholders and grids do not fit each other.
+    across); `seconds_per_grid` is one number per video (default 1), used by Qwen2.5-VL only.
+    Raises InputError if placeholders and grids do not match.
     """
     return positions(_parts(list(ids), rules, images, videos, seconds_per_grid))
 
@@ -154,7 +154,7 @@ def _parts(
         grids = next(waiting[ids[at]], None)
         size = grids.time * grids.height * grids.width if grids else 0
         if grids is None or ids[at : at + size] != [ids[at]] * size:
-            raise InputError(f"{kind} placeholders at token {at} do not fit the {kind}s' grids")
+            raise InputError(f"{kind} placeholders at token {at} do not match the {kind}s' grids")
         yield Text(text)
         yield grids
         text, at = 0, at + size

@@ -1,16 +1,16 @@
-"""M-RoPE++: temporal channels stay as trained, width is interpolated, height goes from one to the other (GIRAFFE 3.2).
+"""M-RoPE++: temporal channels stay as trained, width is interpolated, height ramps between them (GIRAFFE 3.2).
 
 M-RoPE gives the first `t` of a head's frequencies to time, the next `h` to height, the rest to width: 16, 24 and 24 in
 Qwen2-VL. With scale s, 0-based channel j, theta_j = base^(-2j / head_dim) and r_j = L theta_j / 2 pi turns within the
-pretrained length L (the paper's piecewise function, whose ramp can be read in three ways):
+pretrained length L (the paper's piecewise function, whose ramp has three readings):
 
 - time    theta_j
 - height  theta_j (1/s + (1 - 1/s) gamma_j), gamma 1 at the last channel of time and 0 at the last of height
 - width   theta_j / s
 
-`index`: gamma linear in j, the form that YaRN has: it is stock YaRN with its betas at the ends of the height section.
-`wavelength`: gamma linear in r_j, the paper's letter; it is stock `llama3`. `ntk`: the authors' released code, which
-gives height and width the frequencies of a larger base; stock `longrope` can say it.
+`index`: gamma linear in j, as in YaRN: this is stock YaRN with its betas at the ends of the height section.
+`wavelength`: gamma linear in r_j, the paper's literal text; this is stock `llama3`. `ntk`: the authors' released code,
+which gives height and width the frequencies of a larger base; stock `longrope` can express it.
 """
 
 import math
@@ -25,7 +25,7 @@ Ramp = Literal["index", "wavelength", "ntk"]
 
 @dataclass(frozen=True, kw_only=True)
 class MropeSpec:
-    """What decides M-RoPE++ frequencies."""
+    """Parameters of M-RoPE++ frequencies."""
 
     head_dim: int
     """Channels of one attention head; twice the sum of `sections`."""
@@ -38,7 +38,7 @@ class MropeSpec:
     original: int
     """L: pretrained length in tokens; Qwen2-VL 32,768."""
     ramp: Ramp = "index"
-    """How height goes over from time to width."""
+    """The ramp of the height section between time and width."""
 
     @property
     def last(self) -> tuple[int, int]:
@@ -59,7 +59,7 @@ def inv_freq(spec: MropeSpec) -> Tensor:
 
 
 def _ntk_theta(spec: MropeSpec) -> float:
-    """The base of height and width in the authors' code: lengths enter as their last positions."""
+    """The base of height and width in the authors' code: lengths enter as last positions."""
     ratio = (spec.factor * spec.original - 1) / (spec.original - 1)
     return float(spec.theta * ratio ** (spec.head_dim / (spec.head_dim - 2)))
 
@@ -67,7 +67,7 @@ def _ntk_theta(spec: MropeSpec) -> float:
 def betas(spec: MropeSpec) -> tuple[float, float]:
     """Turns of the last channels of time and height within the pretrained length: 204.6539 and 1.150854 for Qwen2-VL.
 
-    As YaRN's beta_fast and beta_slow they make its ramp start and end there.
+    Used as YaRN's beta_fast and beta_slow, they place its ramp between these channels.
     """
     time, height = (spec.original * spec.theta ** (-2 * j / spec.head_dim) / (2 * math.pi) for j in spec.last)
     return time, height

@@ -1,7 +1,7 @@
 """NTK-aware scaling (bloc97 2023), static: a larger base, so that the slowest channel is interpolated by the factor and
 the fastest stays as it was: theta' = theta * factor^(d / (d - 2)).
 
-A base is all it changes, so what is written is plain rope; stock `dynamic` would follow each sequence's own length.
+Only the base changes, so config.json gets plain RoPE; stock `dynamic` would depend on each sequence's own length.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ from lvctx.rope.spec import RopeSpec
 
 
 def scale_base(spec: RopeSpec) -> RopeSpec:
-    """Plain rope with the base that stretches `spec.theta` by `spec.factor`."""
+    """Plain RoPE with the larger base for `spec.factor`."""
     theta = spec.theta * spec.factor ** (spec.head_dim / (spec.head_dim - 2))
     return replace(spec, theta=theta, factor=1.0)
 
@@ -25,5 +25,5 @@ def inv_freq(spec: RopeSpec) -> Tensor:
 
 
 def to_hf(spec: RopeSpec) -> dict[str, Any]:
-    """The `rope_parameters` of plain rope with the larger base."""
+    """The `rope_parameters` of plain RoPE with the larger base."""
     return rope.to_hf(scale_base(spec))

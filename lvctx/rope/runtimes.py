@@ -1,17 +1,17 @@
 """What other runtimes need in order to compute the positions that config.json describes.
 
-transformers reads config.json. The others differ where positions are YaRN's, each in its own way:
+transformers reads config.json. Other runtimes differ for YaRN:
 
 - vLLM multiplies the pretrained length of a Qwen2-VL or Qwen2.5-VL model by 4 before it places YaRN's ramp, so betas
-  times 4 give the same ramp. Of Qwen3-VL it does so up to 0.31 and no longer from 0.32 on, so no file can serve both.
+  times 4 give the same ramp. For Qwen3-VL it does so up to 0.31 but not from 0.32 on, so no file can serve both.
   It reads `attention_factor` from 0.31 on; before, it reads `attn_factor`, which multiplies 0.1 ln s + 1.
 - SGLang reads `attn_factor`.
 - llama.cpp reads `attn_factor` from the metadata of the model file, which its converter does not write.
-- llama.cpp always rounds the ends of the ramp outwards to whole channels, older releases of the others too. Betas a
-  ten-thousandth inwards land on the very channels, so rounding is asked for.
+- llama.cpp always rounds the ends of the ramp outwards to whole channels, and so do older releases of the others. Betas
+  a ten-thousandth further inwards round to exactly the intended channels.
 
 For M-RoPE with `linear` (pi), `llama3` and `longrope` (ramps wavelength and ntk) vLLM and SGLang drop the sections.
-`make test-runtimes` runs vLLM and llama.cpp on what is written here.
+`make test-runtimes` runs vLLM and llama.cpp on the files written here.
 """
 
 import math
@@ -33,7 +33,7 @@ GGUF = {
 
 
 def vllm(rope: dict[str, Any], *, model_type: str, context: int) -> dict[str, Any] | None:
-    """`--hf-overrides` for these rope_parameters: {} where config.json is enough, None where vLLM cannot do them."""
+    """`--hf-overrides` for these rope_parameters: {} where config.json is enough, None if vLLM cannot compute them."""
     sections = "mrope_section" in rope
     if sections and rope["rope_type"] not in ("default", "yarn"):
         return None
@@ -49,7 +49,7 @@ def vllm(rope: dict[str, Any], *, model_type: str, context: int) -> dict[str, An
 
 
 def sglang(rope: dict[str, Any]) -> dict[str, Any] | None:
-    """The rope_parameters for SGLang's config.json: unchanged where they need no change, None where it cannot."""
+    """The rope_parameters for SGLang's config.json: unchanged where possible, None if it cannot compute them."""
     if "mrope_section" in rope and rope["rope_type"] not in ("default", "yarn"):
         return None
     if rope["rope_type"] != "yarn" or "attention_factor" not in rope:
@@ -59,10 +59,10 @@ def sglang(rope: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def llama_cpp(rope: dict[str, Any], *, model_type: str, context: int) -> list[str] | None:
-    """Flags for llama.cpp's programs; None where it cannot compute these positions.
+    """Flags for llama.cpp's programs; None if it cannot compute these positions.
 
-    A Qwen-VL model's are for a GGUF of the model before it was extended, since its converter knows no scaling of
-    M-RoPE; those of a language model for a GGUF of the extended one.
+    The flags for a Qwen-VL model are for a GGUF of the model before it was extended, since the converter does not know
+    scaled M-RoPE; those for a language model are for a GGUF of the extended model.
     """
     architecture = GGUF.get(model_type)
     if architecture is None:
@@ -70,7 +70,7 @@ def llama_cpp(rope: dict[str, Any], *, model_type: str, context: int) -> list[st
     if "mrope_section" not in rope:
         changed = rope["rope_type"] == "yarn" and "attention_factor" in rope
         return ["--override-kv", _attn_factor(architecture, rope)] if changed else []
-    # The server limits its context to the length in the file, except where YaRN's flags give the extension.
+    # The server limits its context to the length in the file, unless YaRN's flags extend it.
     length = ["--override-kv", f"{architecture}.context_length=int:{context}"]
     if rope["rope_type"] == "default":
         return ["--rope-freq-base", f"{rope['rope_theta']:.9g}", *length]
@@ -96,12 +96,12 @@ def _attn_factor(architecture: str, rope: dict[str, Any]) -> str:
 
 
 def _rounded_betas(rope: dict[str, Any]) -> tuple[float, float]:
-    """beta_fast and beta_slow of which rounding outwards gives the ramp that the exact ones give without rounding."""
+    """beta_fast and beta_slow that, with rounding outwards, give the ramp of the exact ones without rounding."""
     fast, slow = rope["beta_fast"], rope["beta_slow"]
     return (fast, slow) if rope.get("truncate", True) else (fast * (1 - NUDGE), slow * (1 + NUDGE))
 
 
 def _undo(rope: dict[str, Any]) -> float:
-    """The attn_factor that turns a runtime's own 0.1 ln s + 1 into the attention factor that is wanted."""
+    """The attn_factor that turns a runtime's built-in 0.1 ln s + 1 into the required attention factor."""
     default_factor = 0.1 * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
     return float(rope.get("attention_factor", default_factor)) / default_factor

@@ -1,4 +1,4 @@
-"""From a model's configuration and what the user asks for to the positions its config.json will describe."""
+"""Scaled RoPE: from a model's configuration and the user's options to the rope_parameters of the new config.json."""
 
 import logging
 import math
@@ -15,27 +15,27 @@ log = logging.getLogger(__name__)
 Scheme = Literal["theta", "pi", "ntk", "yarn", "none"]
 
 LONGVA_THETA = 1e9
-"""The base of `theta` where none is given (LongVA section 3.1)."""
+"""The base of `theta` if none is given (LongVA section 3.1)."""
 
 KEPT = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
-"""Which channels turn, and with which axis: no scheme changes that."""
+"""Keys that state which channels rotate, and by which axis: no scheme changes them."""
 
 SCHEMES = {"theta": (rope, "default"), "pi": (pi, "linear"), "ntk": (ntk, "default"), "yarn": (yarn, "yarn")}
-"""Name -> its file, and the `rope_type` of a model that has it already."""
+"""Name -> its module, and the `rope_type` of a model that already has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScaledRope:
-    """What of a configuration changes."""
+    """The part of a configuration that changes."""
 
     rope_parameters: dict[str, Any]
-    """As transformers 5 and vLLM read it."""
+    """In the format of transformers 5 and vLLM."""
     factor: float
-    """Times the pretrained length; 1 where only the base changes."""
+    """Multiple of the pretrained length; 1 if only the base changes."""
     context: int
-    """Positions the new configuration promises, in tokens."""
+    """Context length of the new configuration, in tokens."""
     original: int | None = None
-    """Pretrained length in tokens that `factor` counts from; None for `theta` and `none`."""
+    """Pretrained length in tokens that `factor` multiplies; None for `theta` and `none`."""
 
 
 def check_rope(config: Any, where: object) -> None:
@@ -68,15 +68,16 @@ def resolve_scaling(
 ) -> ScaledRope:
     """Positions of `scheme` for a model with this transformers configuration, trained on rows of `seq_len` (0: none).
 
-    `none` keeps what the model has (direct extrapolation). `theta` removes the scaling, with base `theta`. The others
-    scaling: `factor` is relative to the length the model was pretrained on, so on a model that has the same scheme
-    already (pi, yarn) the new factor replaces the old one; ntk leaves no trace but its base and starts from that.
-    Without a factor, `context` or the rows decide it. `original` is the pretrained length, where the configuration
+    `none` keeps the model's positions (direct extrapolation). `theta` removes scaling and sets the base `theta`. The
+    others scale: `factor` is relative to the length the model was pretrained on, so on a model that already has the
+    same scheme (pi, yarn) the new factor replaces the old one; ntk changes only the base and starts from it.
+    Without a factor, `context` or the rows decide it. `original` is the pretrained length, needed if the configuration
     does not have it: with `linear` positions it does not, since some models write the scaled length into
-    max_position_embeddings and some the length before. `attention_factor` is yarn's alone, and not kept from a former
-    scaling. Raises UsageError for contradicting flags, InputError for a model whose positions are of another kind.
+    max_position_embeddings and some the original one. `attention_factor` is for yarn only, and one from an earlier
+    scaling is not kept. Raises UsageError for contradicting flags, InputError for a model with positions of another
+    kind.
     """
-    old, promised = _read(config)
+    old, stored_context = _read(config)
     kind = old.get("rope_type", "default")
     if scheme in ("none", "theta") and original is not None:
         raise UsageError(f"--original-length has no meaning with --rope {scheme}", fix="choose --rope pi, ntk or yarn")
@@ -86,14 +87,14 @@ def resolve_scaling(
         raise UsageError(f"--attention-factor has no meaning with --rope {scheme}", fix="choose --rope yarn")
     if scheme == "none":
         if theta is not None:
-            raise UsageError("--rope none keeps the base", fix="drop --rope-theta, or --rope theta")
-        return ScaledRope(rope_parameters=old, factor=1.0, context=context or max(promised, seq_len))
+            raise UsageError("--rope none keeps the base", fix="drop --rope-theta, or use --rope theta")
+        return ScaledRope(rope_parameters=old, factor=1.0, context=context or max(stored_context, seq_len))
     module, scheme_rope_type = SCHEMES[scheme]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kept = {key: old[key] for key in KEPT if key in old}
     rotating = int(head_dim * rope_number(kept, "partial_rotary_factor", above=0.0, default=1.0))
     if rotating < 4 or rotating % 2:
-        raise InputError(f"{rotating} channels of a head rotate; an even number of at least 4 is wanted")
+        raise InputError(f"{rotating} channels of a head rotate; it has to be an even number of at least 4")
     if scheme == "theta":
         stored = old.get("rope_theta")
         if isinstance(stored, int | float) and (theta or LONGVA_THETA) < stored:
@@ -104,16 +105,16 @@ def resolve_scaling(
             log.warning("the model's %s positions (factor %s) lose their scaling", kind, old.get("factor"))
         spec = RopeSpec(head_dim=rotating, theta=theta or LONGVA_THETA)
         return ScaledRope(
-            rope_parameters=module.to_hf(spec) | kept, factor=1.0, context=context or max(promised, seq_len)
+            rope_parameters=module.to_hf(spec) | kept, factor=1.0, context=context or max(stored_context, seq_len)
         )
     if kind not in ("default", scheme_rope_type):
         raise InputError(
             f"the model's positions are {kind} already", fix="--rope none keeps them, --rope theta removes the scaling"
         )
-    original = original or _original(old, promised, known=bool(factor and context))
+    original = original or _original(old, stored_context, known=bool(factor and context))
     factor = factor or (context or seq_len) / original
     if factor < 1:
-        raise UsageError(f"--rope {scheme} stretches by {factor:g}", fix="give --factor, at least 1, or --context")
+        raise UsageError(f"--rope {scheme} would scale by {factor:g}", fix="give --factor, at least 1, or --context")
     spec = RopeSpec(
         head_dim=rotating,
         theta=theta or rope_number(old, "rope_theta", above=1.0),
@@ -131,30 +132,30 @@ def resolve_scaling(
 
 def _read(config: Any) -> tuple[dict[str, Any], int]:
     """Rope parameters and max_position_embeddings. Raises InputError for a model without one RoPE in all layers."""
-    old, promised = getattr(config, "rope_parameters", None), getattr(config, "max_position_embeddings", None)
+    old, stored_context = getattr(config, "rope_parameters", None), getattr(config, "max_position_embeddings", None)
     if not isinstance(old, dict) or not old:
         raise InputError(
             f"a {getattr(config, 'model_type', '')} model has no rotary positions, so they cannot be extended"
         )
     if any(isinstance(value, dict) for value in old.values()):
         raise InputError("positions differ from layer to layer; only models with one RoPE can be extended")
-    if not isinstance(promised, int):
+    if not isinstance(stored_context, int):
         raise InputError("config.json has no max_position_embeddings")
-    return dict(old), promised
+    return dict(old), stored_context
 
 
-def _original(old: Mapping[str, Any], promised: int, *, known: bool) -> int:
-    """The pretrained length. Raises InputError where the configuration leaves it open, unless nothing depends on it."""
+def _original(old: Mapping[str, Any], stored_context: int, *, known: bool) -> int:
+    """The pretrained length. Raises InputError if the configuration leaves it open, unless nothing depends on it."""
     stored = old.get("original_max_position_embeddings")
     if isinstance(stored, int) and stored > 0:
         return stored
     if old.get("rope_type", "default") == "default" or known:
-        return promised
+        return stored_context
     factor = rope_number(old, "factor", above=0.0)
     raise InputError(
         f"its {old['rope_type']} positions are scaled by {factor:g}, and config.json does not state whether "
-        f"{promised} positions are the length before or after",
-        fix=f"give --original-length, {promised} or {round(promised / factor)}",
+        f"{stored_context} positions are the length before or after",
+        fix=f"give --original-length, {stored_context} or {round(stored_context / factor)}",
     )
 
 

@@ -1,4 +1,4 @@
-"""What decides rotary frequencies, whatever the scheme."""
+"""Parameters of rotary frequencies, common to all schemes."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ class RopeSpec:
     head_dim: int
     """Channels of one attention head that rotate; even."""
     theta: float
-    """The base: of the model as pretrained, or the one that replaces it (LongVA: 1e9)."""
+    """The base: the pretrained model's, or its replacement (LongVA: 1e9)."""
     factor: float = 1.0
-    """New length of pi, ntk and yarn over the pretrained length; rope does not use it."""
+    """Ratio of new to pretrained length, for pi, ntk and yarn; plain RoPE does not use it."""
     original: int = 0
-    """Pretrained length in tokens; yarn alone needs it."""
+    """Pretrained length in tokens; only yarn needs it."""
     attention_factor: float | None = None
-    """What yarn multiplies cos and sin by; None: the paper's."""
+    """YaRN attention factor (multiplies cos and sin); None: the paper's."""

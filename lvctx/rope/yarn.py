@@ -1,6 +1,6 @@
-"""YaRN (Peng et al. 2024, section 3): fast channels stay, slow ones are interpolated, with a linear ramp between.
+"""YaRN (Peng et al. 2024, section 3): fast channels are kept, slow ones interpolated, with a linear ramp between.
 
-A channel is fast if it turns more than `BETA_FAST` times within the pretrained length, slow below `BETA_SLOW` turns;
+A channel is fast if it turns more than `BETA_FAST` times within the pretrained length, slow if less than `BETA_SLOW`;
 the ramp's ends are rounded outwards to whole channels, as the authors' code and stock runtimes do. Attention is
 sharpened by multiplying cos and sin by 0.1 ln(factor) + 1 (equation 22: sqrt(1/t)).
 """
@@ -34,7 +34,7 @@ def _channel(spec: RopeSpec, turns: float) -> float:
 
 
 def attention_factor(spec: RopeSpec) -> float:
-    """What cos and sin are multiplied by: what was asked for, else the paper's."""
+    """Factor for cos and sin: the given one, else the paper's."""
     return _published(spec) if spec.attention_factor is None else spec.attention_factor
 
 
@@ -45,8 +45,8 @@ def _published(spec: RopeSpec) -> float:
 def to_hf(spec: RopeSpec) -> dict[str, Any]:
     """The `rope_parameters` of stock `yarn`.
 
-    Without `attention_factor` every runtime computes the paper's. transformers and vLLM from 0.31 on read another one
-    here; for the runtimes that do not there are side files (`lvctx/rope/runtimes.py`).
+    Without `attention_factor` every runtime computes the paper's. transformers, and vLLM from 0.31 on, read another one
+    from it; other runtimes need side files (`lvctx/rope/runtimes.py`).
     """
     other = {} if spec.attention_factor is None else {"attention_factor": spec.attention_factor}
     return {

@@ -1,8 +1,8 @@
 """Align a language model with a vision tower on single images: first the projector, then the whole model (or LoRA).
 
-LongVA section 3.2 and LLaVA-1.6: stage `projector` trains the MLP alone on caption pairs; stage `full` trains
+LongVA section 3.2 and LLaVA-1.6: stage `projector` trains only the MLP on caption pairs; stage `full` trains
 projector, language model and tower on instructions; stage `dpo` on preferences between answers (`lvctx.training.dpo`).
-To the model, a grid of an image is like a frame of a video.
+The model encodes a grid of an image like a frame of a video.
 """
 
 from collections.abc import Sequence
@@ -76,7 +76,7 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
     def build(self, trainable: TrainableModel, context: ParallelContext, parallel: ParallelConfig) -> nn.Module:
         """The VLM with its loss."""
         if context.cp > 1:
-            raise UsageError("--cp has no meaning here: samples are not shared by processes", fix="drop it")
+            raise UsageError("--cp is not supported here, since processes do not share samples", fix="drop it")
         self.context, self.micro_tokens = context, parallel.forward_tokens
         self.positions = context_length(trainable.model.config)
         self.forward = Forward(
@@ -96,18 +96,18 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
         return encode_sample(number, row, self.tokenizer, encoding, max_length=length)
 
     def sample_numbers(self, step: int) -> list[int]:
-        """Rows of the data that a step reads."""
+        """Rows of the data that a step uses."""
         assert self.config.batch is not None
         return indices(step, batch=self.config.batch, samples=len(self.job.rows), seed=self.config.seed)
 
     def batches(self, step: int) -> list[list[Sample]]:
-        """Samples of a step, packed. Raises InputError where truncation left no answer in any of them."""
+        """Samples of a step, packed. Raises InputError if truncation removed all answers."""
         samples = [self.sample(number) for number in self.sample_numbers(step)]
         if self.config.pose:
             rngs = [np.random.default_rng([self.config.seed, step, sample.number]) for sample in samples]
             samples = [skip_positions(s, self.positions, rng) for s, rng in zip(samples, rngs, strict=True)]
         if all(label == IGNORED for sample in samples for s in sample.sequences for label in s.labels):
-            raise InputError("a whole step without an answer left", where=samples[0].where, fix="raise --max-length")
+            raise InputError("truncation removed all answers", where=samples[0].where, fix="raise --max-length")
         return pack_samples(samples, self.micro_tokens)
 
     def loss(self, micro: Sequence[Sample]) -> tuple[Tensor, int]:
@@ -124,13 +124,13 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
         return max(sample.longest for sample in micro)
 
     def longest_sample(self, metrics: Sequence[dict[str, Any]]) -> int:
-        """Tokens of the longest sample of this run and of those that it starts from."""
+        """Tokens of the longest sample of this run and of the runs that it starts from."""
         sources = [*self.config.adapter, *([self.job.init] if self.job.init else [])]
         lengths = [longest_sample(path) for path in sources]
         return max([*lengths, *(row.get("longest_sample", 0) for row in metrics)], default=0)
 
     def save(self, model: Any, out: Path, metrics: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
-        """Write the VLM, its tokenizer and processor, and files for the runtimes that need more."""
+        """Write the VLM, its tokenizer and processor, and side files for other runtimes."""
         model.to(model.config.dtype)
         save_vlm(model, self.tokenizer, self.job.vision_source, out)
         write_side_files(out)
@@ -142,7 +142,7 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
 
 
 def _freeze(vlm: Any, job: AlignJob) -> tuple[list[ParameterGroup], Any]:
-    """Freeze what the stage freezes; what trains, and the language model's LoRA wrapper if there is one."""
+    """Freeze the stage's frozen parts; returns the trained groups, and the LoRA wrapper if there is one."""
     config, groups, lora = job.config, [], None
     assert config.lr is not None
     vlm.requires_grad_(False)

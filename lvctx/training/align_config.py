@@ -12,23 +12,23 @@ IMAGES, TRAINING = "Images", "Training"
 def parse_max_grids(text: str) -> int:
     """Text of --max-grids. Raises ValueError."""
     if not text.isdecimal() or int(text) < 2:
-        raise ValueError("a whole number of at least 2 is wanted")
+        raise ValueError("write a whole number of at least 2")
     return int(text)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig:
-    """What decides an aligned model."""
+    """The settings that decide an aligned model."""
 
     data: Annotated[Path, Flag(in_hash=False)]
-    """LLaVA rows or OpenAI messages, for dpo preference pairs: JSON, JSONL, Parquet, a directory that datasets saved,
+    """LLaVA rows or OpenAI messages, for dpo preference pairs: JSON, JSONL, Parquet, a directory saved by datasets,
     or a hub id. Images inside the rows are written to --images."""
     images: Annotated[Path, Flag(in_hash=False)]
     """Directory that the image paths are relative to."""
     out: Annotated[Path, Flag(names=("-o", "--out"), in_hash=False)]
     """Directory of the aligned model."""
     stage: Literal["projector", "full", "dpo"] = "projector"
-    """What trains. projector: the MLP only. full: the whole model. dpo: the whole model, on preferences."""
+    """Trained parts. projector: the MLP only. full: the whole model. dpo: the whole model, on preferences."""
     lm: Annotated[str | None, Flag(in_hash=False)] = None
     """Language model: directory or hub id."""
     tower: Annotated[str | None, Flag(in_hash=False)] = None
@@ -36,7 +36,7 @@ class AlignConfig:
     init: Annotated[str | None, Flag(in_hash=False)] = None
     """VLM to start from, instead of --lm and --tower."""
     adapter: Annotated[tuple[Path, ...], Flag(in_hash=False)] = ()
-    """adapter/ of an earlier run with --lora, to start from; of several, the later one wins."""
+    """adapter/ of an earlier run with --lora, to start from; if several overlap, the last one is used."""
     image_encoding: Annotated[Literal["unires", "anyres", "single"] | None, Flag(panel=IMAGES)] = None
     """unires: grids that are encoded like video frames. anyres: a base image and at most 4 grids (LLaVA-NeXT). single:
     one grid. Default: that of --init, else unires."""
@@ -45,7 +45,7 @@ class AlignConfig:
     max_grids: Annotated[
         int | tuple[tuple[int, int], ...] | None, Flag(parse=parse_max_grids, metavar="INTEGER", panel=IMAGES)
     ] = None
-    """UniRes: grids per image at most. Default: that of --init, else 49 (LongVA)."""
+    """UniRes: maximum grids per image. Default: that of --init, else 49 (LongVA)."""
     anyres_share: Annotated[float, Flag(min=0, max=1, panel=IMAGES)] = 0.0
     """UniRes: fraction of the samples whose images are encoded as anyres instead, as stock code encodes an image."""
     steps: Annotated[int | None, Flag(min=1, panel=TRAINING)] = None
@@ -65,9 +65,9 @@ class AlignConfig:
     lora: Annotated[int, Flag(min=0, panel=TRAINING)] = 0
     """Rank of LoRA on the language model's attention for full and dpo; 0 trains all of its parameters."""
     beta: Annotated[float | None, Flag(panel=TRAINING)] = None
-    """DPO: strength of the penalty for leaving the starting model. Default: 0.1."""
+    """DPO: strength of the penalty for deviating from the starting model. Default: 0.1."""
     max_length: Annotated[int, Flag(min=2, panel=TRAINING)] = 32_768
-    """Tokens after which a sample is truncated."""
+    """Maximum tokens of a sample; longer ones are truncated."""
     pose: Annotated[bool, Flag(panel=TRAINING)] = False
     """PoSE: cut each sample in two and move the parts apart, so that short samples cover the whole context."""
     seed: Seed = 0

@@ -32,15 +32,15 @@ class AlignJob:
     """A checked run."""
 
     config: AlignConfig
-    """With every default resolved."""
+    """The configuration with every default resolved."""
     lm: Path | None
-    """Resolved directory of the language model to start from, with `tower`."""
+    """Resolved directory of the language model to start from, used with `tower`."""
     tower: Path | None
     """Resolved directory of the vision tower to start from."""
     init: Path | None
-    """Resolved directory of the VLM to start from, instead of the two."""
+    """Resolved directory of the VLM to start from, instead of `lm` and `tower`."""
     rows: Sequence[tuple[Conversation, ...]]
-    """Training samples: a conversation, or two of which the first has the preferred answer."""
+    """Training samples: a conversation, or two with the preferred answer in the first."""
     provenance: Provenance
     """What identifies the run."""
 
@@ -53,13 +53,13 @@ class AlignJob:
 
     @property
     def vision_source(self) -> Path:
-        """Directory with the tower and the preprocessing of images."""
+        """Directory with the tower and the image preprocessing."""
         path = self.init or self.tower
         assert path is not None
         return path
 
     def encoding(self, vision_config: Any) -> ImageEncoding:
-        """How images become tokens of this tower."""
+        """The image encoding for this tower."""
         config = self.config
         assert config.image_encoding is not None
         assert config.unires_rule is not None
@@ -79,7 +79,7 @@ class AlignJob:
 
 @dataclass(frozen=True, kw_only=True)
 class StageDefaults:
-    """What a stage does unless the user asks for something else."""
+    """Default settings of a stage."""
 
     lr: float
     batch: int
@@ -105,7 +105,7 @@ def resolve_align(config: AlignConfig) -> AlignJob:
     text_source = paths.get("init") or paths["lm"]
     model_config = load_config(text_source)
     if "init" in paths and model_config.model_type != VLM_TYPE:
-        raise UsageError(f"--init {config.init} is no VLM", fix="start with --lm and --tower")
+        raise UsageError(f"--init {config.init} is not a VLM", fix="start with --lm and --tower")
     refuse_quantized(model_config, text_source)
     if config.pose and not is_plain(model_config.get_text_config()):
         raise InputError("its attention has a sliding window or latent keys", where=text_source, fix="drop --pose")
@@ -136,29 +136,29 @@ def resolve_align(config: AlignConfig) -> AlignJob:
 
 
 def _check_options(config: AlignConfig) -> None:
-    """Raise UsageError for options that do not go together."""
+    """Raise UsageError for options that contradict each other."""
     stage, init = config.stage, config.init
     if (init is None) == (config.lm is None and config.tower is None):
         raise UsageError("give either --init, or --lm and --tower")
     if init is None and (config.lm is None or config.tower is None):
-        raise UsageError("--lm and --tower go together")
+        raise UsageError("--lm and --tower have to be given together")
     if init is None and stage == "dpo":
-        raise UsageError("--stage dpo goes on from an aligned model", fix="give --init")
+        raise UsageError("--stage dpo starts from an aligned model", fix="give --init")
     if stage != "dpo" and config.beta is not None:
-        raise UsageError("--beta goes with --stage dpo")
+        raise UsageError("--beta needs --stage dpo")
     if stage == "dpo" and config.pose:
         raise UsageError("--pose is for the stages projector and full", fix="drop it")
     if stage == "projector" and config.lora:
-        raise UsageError("--lora trains the language model: it goes with --stage full")
+        raise UsageError("--lora trains the language model and needs --stage full or dpo")
     if config.steps is not None and config.epochs is not None:
-        raise UsageError("give --steps or --epochs, not both")
+        raise UsageError("give either --steps or --epochs, not both")
     if config.adapter and not config.lora:
-        raise UsageError("--adapter holds a LoRA: it goes with --lora")
+        raise UsageError("--adapter is a LoRA and needs --lora")
     if stage == "projector" and config.projector_lr is not None:
-        raise UsageError("--projector-lr goes with --stage full", fix="--lr is the projector's rate here")
+        raise UsageError("--projector-lr needs --stage full or dpo", fix="use --lr for the projector")
     tower_lr = DEFAULTS[stage].tower_lr if config.tower_lr is None else config.tower_lr
     if config.lr == 0 and (stage == "projector" or not (config.projector_lr or tower_lr)):
-        raise UsageError("every rate is 0: nothing would be trained", fix="raise --lr")
+        raise UsageError("every learning rate is 0, so nothing would be trained", fix="raise --lr")
 
 
 def _resolve_defaults(config: AlignConfig, samples: int, init: Any) -> AlignConfig:
@@ -193,7 +193,7 @@ def _hash_images(rows: Sequence[tuple[Conversation, ...]], images: Path) -> str:
 
 
 def _check_template(rows: Sequence[tuple[Conversation, ...]], path: Path, *, new: bool) -> None:
-    """Raise InputError where the chat template cannot write a row; rows with the same roles are one to it."""
+    """Raise InputError if the chat template cannot render a row; one row per sequence of roles is checked."""
     tokenizer = load_tokenizer(path)
     if new:
         add_visual_tokens(tokenizer, path)
@@ -207,10 +207,10 @@ def _check_template(rows: Sequence[tuple[Conversation, ...]], path: Path, *, new
 
 
 def count_tokens(job: AlignJob, on_progress: OnProgress) -> dict[str, Any]:
-    """What one pass over the data feeds the language model; images are read as far as their headers.
+    """Token counts of one pass over the data; only the headers of images are read.
 
-    `tokens` are all of them, `visual_tokens` those of images, `counted_tokens` those that are learned. Raises
-    InputError for a file that is no image.
+    `tokens` counts all, `visual_tokens` those of images, `counted_tokens` those with a loss. Raises InputError for a
+    file that is not an image.
     """
     tokenizer = load_tokenizer(job.text_source)
     if job.lm is not None:

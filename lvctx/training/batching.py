@@ -1,7 +1,7 @@
-"""Samples of an alignment as micro-batches: laid end to end in one row, their images embedded, one forward.
+"""Micro-batches of an alignment: samples concatenated into one row, with their images embedded, for one forward.
 
-A sample is one sequence, or several about the same images (an answer preferred and one not). Sequences of a row do not
-see each other, and nothing is padded: a row costs what its sequences cost.
+A sample is one sequence, or several about the same images (a preferred and another answer). Sequences of a row do not
+attend to each other, and nothing is padded, so the cost of a row is the sum of its sequences' costs.
 
 Shapes: T tokens of all sequences of a row, N visual tokens, E language-model width, V vocabulary.
 """
@@ -32,36 +32,36 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """What goes through the model together."""
+    """Sequences that go through the model together."""
 
     number: int
-    """Its row in the data, from 0."""
+    """Its row number in the data, from 0."""
     where: str
     """File and row, for errors."""
     images: tuple[Path, ...]
-    """In the order of their blocks, which all sequences have."""
+    """Images in the order of their blocks, which all sequences have."""
     encoding: ImageEncoding
     """How the images are encoded."""
     sequences: tuple[TokenSequence, ...]
-    """One, or the preferred answer's and the other's."""
+    """One sequence, or those of the preferred and the other answer."""
 
     @property
     def tokens(self) -> int:
-        """Of all its sequences."""
+        """Number of tokens of all its sequences."""
         return sum(len(s.ids) for s in self.sequences)
 
     @property
     def longest(self) -> int:
-        """Tokens of its longest sequence: what the language model must have positions for."""
+        """Tokens of its longest sequence: the number of positions that the language model needs."""
         return max(len(s.ids) for s in self.sequences)
 
 
 def encode_sample(
     number: int, row: Sequence[Conversation], tokenizer: Any, encoding: ImageEncoding, *, max_length: int
 ) -> Sample:
-    """A row of the data, one conversation or two that differ in their last answer, which then alone is counted.
+    """A row of the data, one conversation or two that differ in their last answer, which is then the only one counted.
 
-    What is longer than `max_length` is cut there, with a warning.
+    A sequence longer than `max_length` is truncated, with a warning.
     """
     images, sequences = row[0].images, []
 
@@ -71,7 +71,7 @@ def encode_sample(
     for conversation in row:
         sequence = encode_conversation(conversation, tokenizer, tokens, last_only=len(row) > 1)
         if len(sequence.ids) > max_length:
-            log.warning("%s: %d tokens, cut at %d", conversation.where, len(sequence.ids), max_length)
+            log.warning("%s: %d tokens, truncated to %d", conversation.where, len(sequence.ids), max_length)
             labels = [*sequence.labels[: max_length - 1], IGNORED]
             sequence = replace(sequence, ids=sequence.ids[:max_length], labels=labels)
         sequences.append(sequence)
@@ -79,7 +79,7 @@ def encode_sample(
 
 
 def skip_positions(sample: Sample, context: int, rng: np.random.Generator) -> Sample:
-    """The sample with every sequence cut in two and moved apart over `context` positions (PoSE), if it is shorter."""
+    """The sample with every sequence split in two and moved apart over `context` positions (PoSE), if it is shorter."""
     sequences = [
         replace(s, positions=skipped(len(s.ids), max(context, len(s.ids)), rng).tolist()) for s in sample.sequences
     ]
@@ -87,7 +87,7 @@ def skip_positions(sample: Sample, context: int, rng: np.random.Generator) -> Sa
 
 
 def pack_samples(samples: Sequence[Sample], micro_tokens: int) -> list[list[Sample]]:
-    """Micro-batches of at most `micro_tokens` each, or one sample alone: each, longest first, where it first fits."""
+    """Micro-batches of at most `micro_tokens`, or of one sample: first-fit decreasing."""
     groups: list[list[Sample]] = []
     for sample in sorted(samples, key=lambda s: s.tokens, reverse=True):
         fits = (g for g in groups if sum(s.tokens for s in g) + sample.tokens <= micro_tokens)
@@ -122,15 +122,15 @@ class Forward(nn.Module):
         device: str,
         pose: bool = False,
     ) -> None:
-        """`newline` is the token of a line's end; `tower_grad` is whether the tower is trained; `pose`, whether samples
-        have positions from `skip_positions`, for which a model's attention must be plain (InputError)."""
+        """`newline` is the token of "\\n"; `tower_grad` is whether the tower is trained; `pose`, whether samples have
+        positions from `skip_positions`, which requires a model with plain attention (InputError)."""
         super().__init__()
         self.vlm, self.preprocess = vlm, preprocess
         self.newline, self.tower_grad, self.device = newline, tower_grad, device
         lm = vlm.model.language_model
         self.ours = pose or (torch.device(device).type == "cpu" and hf_attention.is_plain(lm.config))
-        """Sequences are kept apart by our attention, which costs what they cost, on CPU and where positions jump, which
-        transformers takes for the beginning of another; else by transformers' mask."""
+        """Sequences are separated by our attention, whose cost is the sum of theirs, on CPU and with jumping positions,
+        which transformers takes for the start of another sequence; otherwise by transformers' mask."""
         if self.ours:
             hf_attention.use(lm, where=lm.config.name_or_path or lm.config.model_type)
 
@@ -146,7 +146,7 @@ class Forward(nn.Module):
         is_visual_T = ids_T == vlm.config.video_token_id
         embeds_TE = vlm.get_input_embeddings()(ids_T.masked_fill(is_visual_T, 0))
         embeds_TE = self._embed_images(embeds_TE, is_visual_T, micro)
-        # transformers' own attention finds from the positions where sequences begin.
+        # transformers' own attention derives the starts of sequences from the positions.
         ours = {"shard": hf_attention.Shard(starts=starts)} if self.ours else {}
         hidden_BTE = vlm.model.language_model(
             inputs_embeds=embeds_TE[None], position_ids=positions_T[None], use_cache=False, **ours
@@ -154,7 +154,7 @@ class Forward(nn.Module):
         return loss_fn(hidden_BTE[0], vlm.lm_head.weight, labels_T, micro)
 
     def _embed_images(self, embeds_TE: Tensor, is_visual_T: Tensor, micro: Sequence[Sample]) -> Tensor:
-        """The embeddings with those of the images in their places; a sequence that was cut lacks some at its end."""
+        """The embeddings with those of the images inserted; a truncated sequence lacks some at its end."""
         vlm, tile = self.vlm, self.vlm.config.vision_config.image_size
         parts, visual = iter(is_visual_T.split([len(s.ids) for sample in micro for s in sample.sequences])), []
         for sample in micro:
@@ -165,7 +165,7 @@ class Forward(nn.Module):
         if visual:
             visual_NE = torch.cat(visual).to(embeds_TE.dtype)
             return embeds_TE.masked_scatter(is_visual_T[:, None], visual_NE)
-        # What trains must take part in every backward: ranks add their gradients up in step.
+        # Trained modules must take part in every backward, since ranks reduce their gradients in step.
         blank = torch.zeros(1, 3, tile, tile, device=self.device, dtype=vlm.model.vision_tower.dtype)
         return embeds_TE + 0 * embed_frames(vlm, frame_features(vlm, blank)).sum().to(embeds_TE.dtype)
 

@@ -1,7 +1,7 @@
-"""Packed chat rows as a Qwen-VL model trains on them: pixels of all their media, and positions of the whole row.
+"""Packed chat rows as training inputs of a Qwen-VL model: pixels of all their media, and positions of the whole row.
 
-A row's samples follow each other on one time line, so that a long row has far positions (GIRAFFE, appendix E:
-concatenated to the target length). What an image or a video is resized to stands in the row's blocks.
+A row's samples follow each other on one time axis, so that a long row has large positions (GIRAFFE, appendix E:
+concatenated to the target length). The sizes of its images and videos are stored in the row's blocks.
 
 Shapes: L tokens of a row, N patches, B blocks.
 """
@@ -31,29 +31,29 @@ class ChatRow:
     """One row."""
 
     ids_L: Tensor
-    """Tokens, with a placeholder for each visual token."""
+    """Token ids, with a placeholder for each visual token."""
     labels_L: Tensor
     """Targets, already shifted; -100 is not counted."""
     positions_3L: Tensor
-    """Time, height and width."""
+    """Position ids of time, height and width."""
     patches: Tensor | None
-    """(N, C) of all blocks in order; None for a row of text."""
+    """Patches (N, C) of all blocks in order; None for a row of text."""
     grids_B3: Tensor
     """Grids along time, patches down and across, of each block."""
 
 
 class RowReader:
-    """Rows with their media."""
+    """Reads rows with their media."""
 
     def __init__(
         self, rows: ChatRows, media: Path, rule: QwenRule, processor: Any, *, tokens_per_second: float | None
     ) -> None:
-        """`media` is the folder that the rows' paths are relative to; `processor` the model's own of images."""
+        """`media` is the folder that the rows' paths are relative to; `processor` the model's own image processor."""
         self.rows, self.media, self.rule, self.processor = rows, media, rule, processor
         self._per_second = tokens_per_second
 
     def read(self, number: int) -> ChatRow:
-        """A row. Raises InputError for media that are missing, or are others than when the row was packed."""
+        """A row. Raises InputError for media that are missing or have changed since the row was packed."""
         ids = self.rows.row(number)
         items = [item for sample in self.rows.samples(number) for item in sample["media"]]
         patch_rows, grids = [], []
@@ -92,7 +92,7 @@ class RowReader:
         reader = read_video(path, VideoSampling(**rate, allow_partial=item.get("partial", False)))
         frames = list(reader)
         if len(frames) != item["frames"]:
-            what = f"{len(frames)} frames, and {item['frames']} when it was packed"
+            what = f"{len(frames)} frames instead of {item['frames']} when it was packed"
             damaged = reader.facts["corrupt"]
             fix = f"{damaged} are damaged: convert the video, then pack-chat" if damaged else "run pack-chat again"
             raise InputError(what, where=path, fix=fix)

@@ -1,6 +1,6 @@
 """Checks that context parallelism is exact: the loss and every gradient of one row, on one process and on N.
 
-Both run in float32. The row has every difficult case: a length that is not a multiple of 2N, targets that do not count,
+Both run in float32. The row has every difficult case: a length that is not a multiple of 2N, targets without a loss,
 and documents that cross the boundaries of the shards. The run on one process is torch's own attention with a mask.
 """
 
@@ -23,7 +23,7 @@ from lvctx.training.doctor_config import DoctorConfig
 from lvctx.training.text_rows import RowLoss, shard_row
 
 GRADIENT_TOLERANCE = 1e-5
-"""Largest relative difference in float32; ring and full attention add up in different orders."""
+"""Largest relative difference in float32; ring and full attention sum in different orders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,11 @@ class Finding:
     """The differences between one process and N, with or without document masks."""
 
     doc_mask: bool
-    """Whether tokens attended in their own document only."""
+    """Whether tokens attended within their own document only."""
     loss: float
     """Relative difference of the summed loss."""
     gradient: float
-    """Largest, over all parameters, of the difference's norm over the gradient's norm."""
+    """Largest ratio of the difference's norm to the gradient's norm over all parameters."""
     parameter: str
     """The parameter of that largest difference."""
     parameters: int
@@ -43,12 +43,12 @@ class Finding:
 
     @property
     def exact(self) -> bool:
-        """Within `GRADIENT_TOLERANCE`. A difference that is not a number is not."""
+        """Whether the differences are within `GRADIENT_TOLERANCE`; NaN is not."""
         return self.loss <= GRADIENT_TOLERANCE and self.gradient <= GRADIENT_TOLERANCE
 
 
 def diagnose(config: DoctorConfig) -> list[Finding]:
-    """Compare one process with `cp` processes on a model's own weights; the findings, on every rank.
+    """Compare one process with `cp` processes on a model's own weights; returns the findings on every rank.
 
     Under torchrun its processes are used; otherwise `cp` processes are started on the CPU. Raises InputError for a
     model that ring attention does not support, UsageError if `cp` does not divide the number of processes.
@@ -58,7 +58,7 @@ def diagnose(config: DoctorConfig) -> list[Finding]:
     hf_attention.check_config(model_config.get_text_config(), where=path)
     cp, length, seed = config.cp, config.length, config.seed
     if length > (longest := context_length(model_config)):
-        raise InputError(f"{length} tokens are more than its {longest}", where=path, fix="--length")
+        raise InputError(f"{length} tokens exceed its context of {longest}", where=path, fix="lower --length")
     if under_torchrun() or cp == 1:
         with open_context(device=config.device, cp=cp) as context:
             return _compare(path, context, length, seed)
@@ -115,7 +115,7 @@ def _compare(path: Path, context: ParallelContext, length: int, seed: int) -> li
 def _run(
     row_loss: RowLoss, context: ParallelContext, ids: Tensor, starts: tuple[int, ...] | None, *, ring: bool
 ) -> tuple[float, dict[str, Tensor]]:
-    """Summed loss and gradients of this rank's part; every seventh target does not count."""
+    """Summed loss and gradients of this rank's part; every seventh target is not counted."""
     lm = row_loss.lm
     lm.set_attn_implementation(hf_attention.RING_ATTENTION if ring else "sdpa")
     lm.zero_grad(set_to_none=True)

@@ -8,7 +8,7 @@ from lvctx.config import Flag, Seed
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """What to compare, and on what."""
+    """The model and processes to compare."""
 
     model: str
     """Language model: directory or hub id."""

@@ -1,6 +1,6 @@
 """Direct preference optimisation (Rafailov et al. 2023, equation 7; LLaVA-Hound-DPO, which LongVA-DPO follows).
 
-Of two answers to one prompt the preferred one gains probability over the other, relative to the model that training
+Training raises the probability of the preferred answer relative to the other one, compared with the model that training
 starts from: `-log sigmoid(beta * ((log p - log p0)(chosen) - (log p - log p0)(rejected)))`, where a log-probability is
 the sum over the answer's tokens and its end of turn. The starting model's log-probabilities are computed once and kept
 in a row log, so there is never a second model in memory.
@@ -27,13 +27,13 @@ from lvctx.training.batching import Sample, pack_samples
 from lvctx.training.schedule import Schedule
 
 REFERENCE = "reference.jsonl"
-"""In the output: the starting model's log-probabilities, a row per pair."""
+"""File in the output with the starting model's log-probabilities, one row per pair."""
 Reference = Mapping[int, tuple[float, float]]
 """Number of a pair -> the starting model's log-probabilities of its chosen and its rejected answer."""
 
 
 def log_probs(hidden_TE: Tensor, head_VE: Tensor, labels_T: Tensor, micro: Sequence[Sample]) -> Tensor:
-    """Log-probabilities (M, 2), float32, nats: of each pair's chosen and rejected answer."""
+    """Log-probabilities (M, 2) of each pair's chosen and rejected answer, float32, in nats."""
     lengths = [len(s.ids) for sample in micro for s in sample.sequences]
     answers = zip(hidden_TE.split(lengths), labels_T.split(lengths), strict=True)
     sums = [-token_loss(hidden, head_VE, labels)[0] for hidden, labels in answers]
@@ -71,28 +71,28 @@ class DpoTask(AlignTask):
         (out / REFERENCE).unlink(missing_ok=True)
 
     def before_steps(self, out: Path, on_progress: OnProgress) -> None:
-        """Compute the log-probabilities of all pairs that training reads under the starting model."""
+        """Compute the starting model's log-probabilities of all pairs used in training."""
         numbers = {number for step in range(self.train_config.steps) for number in self.sample_numbers(step)}
         reference = self.compute_reference(sorted(numbers), out / REFERENCE, on_progress)
         assert self.config.beta is not None
         self.loss_fn = partial(reference_loss, reference=reference, beta=self.config.beta)
 
     def compute_reference(self, numbers: Sequence[int], path: Path, on_progress: OnProgress) -> Reference:
-        """Log-probabilities of these pairs under the model as it is, stored in `path` row by row.
+        """Log-probabilities of these pairs under the current model, stored in `path` row by row.
 
         Pairs that have a row are not computed again. Every rank must call it and computes its share. Raises InputError
-        where `path` has rows of another run.
+        if `path` has rows of another run.
         """
         context, made_of = self.context, _reference_made_of(self.job)
         keys = {number: str(number) for number in numbers}
         context.barrier()
         with ResultLog.open(path, made_of, shared=True) as log:
-            # Rank 0 decides what is missing: another one may be ahead and have written already.
+            # Rank 0 decides what is missing: a faster rank may already have written rows.
             missing = set(context.gather([number for number, key in keys.items() if key not in log])[0])
             done = len(keys) - len(missing)
             with torch.no_grad(), torch.autocast(torch.device(context.device).type, torch.bfloat16):
                 for groups in self._windows(numbers, missing):
-                    # Ranks compute in step; one without a group of its own computes another's and discards the result.
+                    # Ranks compute in step; a rank without its own batch computes another's and discards the result.
                     micro = groups[min(context.dp_rank, len(groups) - 1)]
                     values = self.forward(micro, log_probs).tolist()
                     for sample, (chosen, rejected) in zip(micro, values, strict=True):
@@ -101,7 +101,7 @@ class DpoTask(AlignTask):
                     done += sum(sample.number in missing for group in groups for sample in group)
                     on_progress(done, len(keys), "reference")
         if context.mesh is not None:
-            # Without a backward the root's parameters would stay gathered: what is loaded into them now would be lost.
+            # Without a backward the root's parameters would stay gathered, and weights loaded now would be lost.
             sharded: Any = self.forward
             sharded.reshard()
         context.barrier()
@@ -112,7 +112,7 @@ class DpoTask(AlignTask):
     def _windows(self, numbers: Sequence[int], missing: set[int]) -> Iterator[list[list[Sample]]]:
         """Micro-batches with a missing pair, one for each data-parallel group at a time.
 
-        Pairs are read a window at a time: their order decides nothing, and not all fit in memory at once.
+        Pairs are read in windows: their order does not affect the result, and not all fit in memory at once.
         """
         dp = self.context.dp
         window = 64 * dp
@@ -120,14 +120,14 @@ class DpoTask(AlignTask):
             part = numbers[begin : begin + window]
             if missing.isdisjoint(part):
                 continue
-            # The same micro-batches as in a run that was never stopped: what shares a forward decides the last bits.
+            # The same micro-batches as in an uninterrupted run, since samples that share a forward affect rounding.
             groups = pack_samples([self.sample(number) for number in part], self.micro_tokens)
             groups = [group for group in groups if any(sample.number in missing for sample in group)]
             yield from (groups[first : first + dp] for first in range(0, len(groups), dp))
 
 
 def _reference_made_of(job: AlignJob) -> dict[str, Any]:
-    """What decides the starting model's log-probabilities."""
+    """The values that decide the starting model's log-probabilities."""
     names = ("image_encoding", "unires_rule", "max_grids", "anyres_share", "max_length")
     encoding = {name: getattr(job.config, name) for name in names}
     return {**{name: value[:16] for name, value in job.provenance.inputs.items()}, **encoding}

@@ -1,4 +1,4 @@
-"""Extend a language model's context on text alone: raise the RoPE base, then train on long packed rows.
+"""Extend a language model's context on text only: raise the RoPE base, then train on long packed rows.
 
 LongVA section 3.1 (Qwen2-7B-Instruct: base 1e9, 224K tokens, 1000 steps of about 1M tokens, lr 1e-5 constant). The
 result is a plain Hugging Face directory whose config.json has the new base and the new length.
@@ -51,31 +51,31 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ExtendJob:
-    """A checked run: what will be read and written."""
+    """A checked run: its inputs and outputs."""
 
     model: Path
     """Resolved model directory."""
     config: ExtendConfig
-    """With every default resolved; `seq_len` is 0 where nothing is trained."""
+    """The configuration with every default resolved; `seq_len` is 0 without training."""
     data: PackedRows | None
-    """Packed rows; None when there is nothing to train."""
+    """Packed rows; None without training."""
     rope_parameters: dict[str, Any]
-    """Of the new config.json."""
+    """Positions of the new config.json."""
     original_context: int
-    """Context length that the model's config.json has."""
+    """Context length in the model's config.json."""
     provenance: Provenance
     """What identifies the run."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What else the manifest has: how a search found the base."""
+    """Further facts for the manifest: the search for the base."""
 
     @property
     def rows_per_step(self) -> int:
-        """Whole rows of `batch_tokens`."""
+        """Number of whole rows in `batch_tokens`."""
         return self.config.batch_tokens // (self.config.seq_len or 1) if self.data else 0
 
     @property
     def epochs(self) -> float:
-        """Times that training reads the rows."""
+        """Number of passes over the rows."""
         return self.config.steps * self.rows_per_step / len(self.data) if self.data else 0.0
 
     def task(self) -> "ExtendTask":
@@ -90,13 +90,13 @@ class ExtendJob:
 def resolve_extend(config: ExtendConfig) -> ExtendJob:
     """Check the inputs and resolve the defaults. Raises UsageError and InputError; loads no weights."""
     if config.adapter and not config.lora:
-        raise UsageError("--adapter holds a LoRA: it goes with --lora")
+        raise UsageError("--adapter is a LoRA and needs --lora")
     path = resolve_model(config.model)
     model_config = load_config(path)
     refuse_quantized(model_config, path)
     text = model_config.get_text_config()
     if "mrope_section" in (text.rope_parameters or {}):
-        raise InputError("positions have three axes (M-RoPE)", where=path, fix="lvctx mrope-extend")
+        raise InputError("positions have three axes (M-RoPE)", where=path, fix="use lvctx mrope-extend")
     rows = _open_rows(config, path) if config.steps else None
     length = rows.seq_len if rows else 0
     if config.rope == "none":
@@ -116,7 +116,7 @@ def resolve_extend(config: ExtendConfig) -> ExtendJob:
             f"rows of {length} are longer than the {positions.context} positions", fix="raise --context or --factor"
         )
     if config.pose and positions.context <= length:
-        raise UsageError(f"--pose spreads rows of {length} over {positions.context} positions", fix="raise --context")
+        raise UsageError(f"--pose: {positions.context} positions for rows of {length}", fix="raise --context")
     if rows:
         _check_batch(config, rows)
     resolved = replace(
@@ -146,10 +146,9 @@ def resolve_extend(config: ExtendConfig) -> ExtendJob:
 
 
 def _pretrained_length(model: Path, config: Any, original_length: int | None) -> int | None:
-    """The pretrained length where config.json does not have it: given by the user, or recorded by an earlier scaling.
+    """The pretrained length if config.json does not have it: given by the user, or recorded by an earlier scaling.
 
-    After a scaling that is a larger base (ntk) the next one starts from what that reaches. Raises UsageError where the
-    two differ.
+    After a scaling by a larger base (ntk) the next one starts from its context. Raises UsageError if the two differ.
     """
     recorded = read_manifest(model).get("original_length") if (model / MANIFEST).is_file() else None
     if not isinstance(recorded, int):
@@ -168,7 +167,7 @@ def _open_rows(config: ExtendConfig, model: Path) -> PackedRows:
     packed_with = rows.manifest["inputs"].get("tokenizer")
     if tokenizer.is_file() and packed_with and packed_with != fingerprint(tokenizer):
         raise InputError(
-            "rows were packed with another tokenizer", where=config.data, fix=f"pack-text --tokenizer {model} again"
+            "rows were packed with another tokenizer", where=config.data, fix=f"pack-text with --tokenizer {model}"
         )
     return rows
 
@@ -185,7 +184,7 @@ def _check_batch(config: ExtendConfig, rows: PackedRows) -> None:
 
 
 class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
-    """Next-token prediction on packed rows; a micro-batch holds rows, each with the epoch that reads it."""
+    """Next-token prediction on packed rows; a micro-batch is a list of rows, each with its epoch."""
 
     equal_lengths = True
 
@@ -196,7 +195,7 @@ class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
         self.flops = _flops(job)
 
     def load(self, device: str) -> TrainableModel:
-        """The model with its new positions. Of a VLM only the language model can train."""
+        """The model with its new positions. Only the language model of a VLM is trainable."""
         job, config = self.job, self.job.config
         model_config = load_config(job.model)
         text = model_config.get_text_config()
@@ -222,7 +221,7 @@ class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
             rows = f"--batch-tokens {config.batch_tokens} is {job.rows_per_step} rows"
             raise UsageError(f"{rows} for {context.dp} data-parallel groups", fix="raise it or --cp")
         if job.epochs > 1:
-            few = "%d rows are few for %d steps: each is read %.1f times"
+            few = "%d rows for %d steps: each row is used %.1f times"
             log.warning(few, len(self.rows), config.steps, job.epochs)
         if context.cp > 1 or config.doc_mask:
             hf_attention.use(trainable.decoder, where=job.model)
@@ -239,7 +238,7 @@ class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
         return self.job.data
 
     def batches(self, step: int) -> Sequence[Sequence[tuple[int, int]]]:
-        """Rows of a step, by forward."""
+        """Rows of a step, grouped by forward."""
         per_step, count = self.job.rows_per_step, len(self.rows)
         drawn = indices(step, batch=per_step, samples=count, seed=self.job.config.seed)
         row_epochs = [(row, (step * per_step + n) // count) for n, row in enumerate(drawn)]
@@ -271,7 +270,7 @@ class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
         return max(self.job.config.seq_len or 0, longest_sample(adapter) if adapter else 0)
 
     def save(self, model: Any, out: Path, metrics: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
-        """Write the model, its tokenizer, and files for the runtimes that need more."""
+        """Write the model, its tokenizer, and side files for other runtimes."""
         job = self.job
         save_model(model.to(load_config(job.model).dtype or torch.bfloat16), load_tokenizer(job.model), out)
         copy_processors(job.model, out)
@@ -289,7 +288,7 @@ class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
 
 
 def _flops(job: ExtendJob) -> float | None:
-    """Operations of a step; None for a model that the arithmetic does not know, and where nothing is trained."""
+    """Operations of a step; None for an unsupported model, and without training."""
     raw = read_config(job.model)
     if raw.get("model_type") not in PLANNED_TYPES or job.data is None:
         return None

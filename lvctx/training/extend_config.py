@@ -12,7 +12,7 @@ TRAINING = "Training"
 
 @dataclass(frozen=True, kw_only=True)
 class ExtendConfig:
-    """What decides an extended model."""
+    """The settings that decide an extended model."""
 
     stage_keys: ClassVar[dict[str, Callable[[str], Any]]] = {
         "seq_len": int,
@@ -24,7 +24,7 @@ class ExtendConfig:
         "lr": float,
         "data": Path,
     }
-    """Fields that a stage may set, and how their text is read."""
+    """Fields that a stage may set, and their parsers."""
 
     model: Annotated[str, Flag(in_hash=False)]
     """Language model, or a VLM with one: directory or hub id."""
@@ -41,7 +41,7 @@ class ExtendConfig:
     context: Annotated[int | None, Flag(min=2)] = None
     """Context length in tokens that config.json gets. Default: the longer of the model's and the rows'."""
     original_length: Annotated[int | None, Flag(min=2)] = None
-    """Pretrained length in tokens (pi, ntk, yarn). Default: as config.json has it."""
+    """Pretrained length in tokens (pi, ntk, yarn). Default: from config.json."""
     data: Annotated[Path | None, Flag(in_hash=False, panel=TRAINING)] = None
     """Packed rows to train on (pack-text)."""
     seq_len: Annotated[int | None, Flag(min=2, panel=TRAINING)] = None
@@ -57,13 +57,13 @@ class ExtendConfig:
     adapter: Annotated[Path | None, Flag(in_hash=False, panel=TRAINING)] = None
     """LoRA to start from, with --lora: adapter/ of an earlier run."""
     doc_mask: Annotated[bool, Flag(panel=TRAINING)] = False
-    """Let tokens attend within their own document only; without it they attend to the whole row."""
+    """Let tokens attend within their own document only, instead of the whole row."""
     pose: Annotated[bool, Flag(panel=TRAINING)] = False
     """PoSE: cut each row in two and move the parts apart, so that short rows cover all positions of --context."""
     stages: Annotated[
         tuple[str, ...], Flag(names=("--stage",), metavar="KEY=VALUE,...", in_hash=False, panel=TRAINING)
     ] = ()
-    """One of several runs, each starting from the result of the one before. Keys: seq-len, context, rope-theta, factor,
+    """One of several runs, each starting from the previous result. Keys: seq-len, context, rope-theta, factor,
     steps, lr, batch-tokens, data. Repeat the option; a recipe has [[extend-lm.stages]]."""
     seed: Seed = 0
     """Seed of the order of the rows and of LoRA's initialisation."""
@@ -71,7 +71,7 @@ class ExtendConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseSearchConfig:
-    """How the RoPE base is searched for before training."""
+    """Settings of the search for the RoPE base before training."""
 
     panel: ClassVar[str] = "Search for the RoPE base"
 

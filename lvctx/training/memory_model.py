@@ -1,25 +1,25 @@
-"""What a training step needs and costs, from config.json alone: arithmetic, no torch, no weights.
+"""Memory and time of a training step, computed from config.json alone, without torch or weights.
 
 Symbols: E hidden width, I inner width, H query heads, K key heads, D channels of a head, V vocabulary; P parameters,
 W devices, C devices that share a row, S tokens of a row, s = S / C tokens of a row on one device.
 
-Held all the time, spread over W devices (Rajbhandari et al. 2020, ZeRO 3), or on the host with offload:
+Persistent, sharded over W devices (Rajbhandari et al. 2020, ZeRO 3), or on the host with offload:
     parameters 4P/W (float32), gradients 4P/W, optimizer 8P/W (AdamW's two moments)
     LoRA: 2P/W frozen in bfloat16, and the above for its own parameters only
-Bfloat16 copies the step computes with: alone, autocast's of every weight, 2P; spread, embedding and head (held from$
-forward to backward), and two layers, the one at work and the one being fetched. Their gradients before they are
-spread: bfloat16 of embedding and head, bfloat16 and float32 of a layer.
-Activations of a token: w = 2 bytes a value of the hidden state (4 alone, where float32 weights make it float32).
+Bfloat16 copies for computation: on one device autocast's of every weight, 2P; sharded, embedding and head (kept from
+forward to backward), and two layers, the current and the prefetched one. Their gradients before the reduction:
+bfloat16 of embedding and head, bfloat16 and float32 of a layer.
+Activations per token: w = 2 bytes per value of the hidden state (4 on one device, where float32 weights determine it).
     a layer's input, all that checkpointing keeps: w E
-    a layer's inside, what its backward reads: norms and residual 18 E (22 E for w = 4), q k v and attention's output
+    inside a layer, for its backward: norms and residual 18 E (22 E for w = 4), q k v and attention's output
     4 (H + K) D + 4 H, the gated MLP 8 I
-    on the way back through a layer: 6 I + 2 w E
-Loss: hidden states and their gradient, 2 w E a token; logits of one chunk of 1,024 tokens, V times 12 bytes (bfloat16,
-float32, and the gradients of both). In full, as a plain forward has them, that is 12 V a token of the row.
+    during the backward of a layer: 6 I + 2 w E
+Loss: hidden states and their gradient, 2 w E per token; logits of one chunk of 1,024 tokens, V times 12 bytes
+(bfloat16, float32, and the gradients of both). Full logits, as in a plain forward, are 12 V per token of a row.
 Ring (C > 1): keys and values twice in bfloat16 and their gradients twice in float32, queries' gradient and output in
 float32: s (24 K D + 8 H D).
-Work: 2 operations a weight and token but for the embedding, 2 S H D a token and layer for causal attention, three times
-that with the backward pass; checkpointing does the forward again, which MFU does not count.
+Operations: 2 per weight and token except for the embedding, 2 S H D per token and layer for causal attention, three
+times that with the backward pass; checkpointing repeats the forward, which MFU does not count.
 """
 
 from collections.abc import Mapping
@@ -29,11 +29,11 @@ from typing import Any
 from lvctx.errors import InputError
 
 LOGITS_CHUNK = 1024
-"""Tokens whose logits exist at a time."""
+"""Number of tokens whose logits exist at a time."""
 
 GIB = 1 << 30
 PLANNED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""Models whose layers are as above."""
+"""Model types with layers as above."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,9 @@ class Device:
     memory: int
     """Bytes."""
     flops: float
-    """Dense bfloat16 operations a second, the vendor's figure; 0 where there is none."""
+    """Dense bfloat16 operations per second, the vendor's figure; 0 if there is none."""
     runtime: int
-    """Bytes that the process holds before it holds anything of ours: context, libraries, collectives."""
+    """Bytes used by the process itself: context, libraries, collectives."""
 
 
 DEVICES = {
@@ -57,7 +57,7 @@ DEVICES = {
 
 
 def known_device(name: str) -> str | None:
-    """Key in DEVICES of the device that its driver calls `name`; None where it is none of them."""
+    """Key in DEVICES of the device with this driver name; None for others."""
     return next((key for key in DEVICES if key in name.lower()), None)
 
 
@@ -73,7 +73,7 @@ class DecoderShape:
     head_dim: int
     vocab: int
     tied: bool
-    """Whether embedding and head are one matrix."""
+    """Whether embedding and head share one matrix."""
     attention_extra: int
     """Parameters of a layer's attention besides its four matrices: biases, norms of queries and keys."""
     mlp_extra: int
@@ -107,10 +107,10 @@ class DecoderShape:
 
 
 def read_shape(config: Mapping[str, Any], *, where: object) -> DecoderShape:
-    """The shape that a config.json describes. Raises InputError for a model of another kind, or a missing number."""
+    """The shape described by a config.json. Raises InputError for an unsupported model or a missing number."""
     kind = config.get("model_type")
     if kind not in PLANNED_TYPES:
-        raise InputError(f"no plan for a model of type {kind}", where=where, fix=f"it knows {', '.join(PLANNED_TYPES)}")
+        raise InputError(f"{kind} models are not supported", where=where, fix=f"give one of {', '.join(PLANNED_TYPES)}")
 
     def size(key: str, default: int | None = None) -> int:
         value = default if config.get(key) is None else config[key]
@@ -143,36 +143,36 @@ def read_shape(config: Mapping[str, Any], *, where: object) -> DecoderShape:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """How a run is laid out."""
+    """The layout of a run."""
 
     world: int = 1
     """Devices."""
     cp: int = 1
     """Devices that share a row."""
     rows: int = 1
-    """Rows that one device reads one after the other for a step."""
+    """Rows that one device processes consecutively in a step."""
     checkpointing: bool = True
-    """Layers are computed again in the backward pass."""
+    """Layers are recomputed in the backward pass."""
     offload: bool = False
-    """Parameters, gradients and optimizer wait on the host."""
+    """Parameters, gradients and optimizer state are kept on the host."""
     offload_activations: bool = False
-    """Layers' inputs wait on the host."""
+    """Layers' inputs are kept on the host."""
     lora: int = 0
     """Rank of LoRA on attention; 0 trains everything."""
     full_logits: bool = False
-    """As a plain forward has them; ours are made in chunks."""
+    """Logits of all tokens, as in a plain forward; ours are computed in chunks."""
 
 
 def rows_together(seq_len: int, micro_tokens: int, rows: int) -> int:
-    """Rows of one forward: as many whole ones as fit, at least one, at most the `rows` a device reads for a step."""
+    """Rows of one forward: as many whole ones as fit, at least one, at most the `rows` of a device's step."""
     return max(1, min(micro_tokens // seq_len, rows))
 
 
 def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -> tuple[dict[str, int], int, int]:
-    """Bytes of one device by part, of its peak, and those that one device's process keeps on the host.
+    """Bytes of one device by part, its peak, and the bytes of its process on the host.
 
-    Not all parts are there at once: the peak is the largest of three moments: loss, a layer's backward, the last
-    gradients' way out.
+    Not all parts exist at once: the peak is the largest of three moments: the loss, a layer's backward, and the
+    reduction of the last gradients.
     """
     world, alone = spread.world, spread.world == 1 and not spread.offload
     total = shape.parameters
@@ -218,7 +218,7 @@ def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -
     }
     accumulated = state_bytes["gradients"] if spread.rows > 1 else 0
     always = state_bytes["parameters"] + state_bytes["optimizer"] + runtime
-    copied = 0 if alone else copies  # autocast forgets its copies before the backward pass
+    copied = 0 if alone else copies  # autocast drops its copies before the backward pass
     peak = always + max(
         accumulated + copies + stored + loss,
         state_bytes["gradients"] + copied + late + stored + layer + ring,
@@ -228,9 +228,9 @@ def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -
 
 
 def flops(shape: DecoderShape, seq_len: int, tokens: int, *, lora: bool = False) -> float:
-    """Operations of a step over `tokens` in rows of `seq_len`: forward and backward, nothing computed twice.
+    """Operations of a step over `tokens` in rows of `seq_len`: forward and backward, without recomputation.
 
-    LoRA leaves out the frozen weights' gradients.
+    With LoRA the frozen weights have no gradients.
     """
     weights = shape.layers * (shape.attention + 3 * shape.hidden * shape.inner) + shape.vocab * shape.hidden
     attention = 2 * shape.layers * shape.heads * shape.head_dim * seq_len
@@ -238,7 +238,7 @@ def flops(shape: DecoderShape, seq_len: int, tokens: int, *, lora: bool = False)
 
 
 def longest(shape: DecoderShape, spread: Spread, device: Device) -> int:
-    """Tokens of the longest row that fits, a multiple of 1,024 per device that shares it; 0 where none does."""
+    """Tokens of the longest row that fits, a multiple of 1,024 per device that shares it; 0 if none does."""
     step = 1024 * spread.cp
 
     def fits(steps: int) -> bool:
@@ -254,7 +254,7 @@ def longest(shape: DecoderShape, spread: Spread, device: Device) -> int:
 
 
 def remedies(shape: DecoderShape, spread: Spread, seq_len: int, device: Device) -> list[tuple[str, int]]:
-    """Flags that bring the peak down, each by itself, and the peak with it; the smallest change first."""
+    """Flags that each lower the peak, with the resulting peak; the smallest change first."""
     tried = []
     if not spread.checkpointing:
         tried.append(("--checkpoint-activations", replace(spread, checkpointing=True)))

@@ -1,8 +1,8 @@
-"""Extend a Qwen-VL checkpoint by its config.json alone; weights are linked, never rewritten (GIRAFFE 3.2).
+"""Extend a Qwen-VL checkpoint by changing only its config.json; weights are linked, not rewritten (GIRAFFE 3.2).
 
-The authors' released code replaces a class that Qwen2-VL does not use. Here M-RoPE++ is expressed in terms that stock
-transformers has, so that any program that loads the checkpoint computes it; for programs that read those terms
-differently there are side files (`models/side_files.py`).
+The authors' released code replaces a class that Qwen2-VL does not use. Here M-RoPE++ is expressed with rope_parameters
+of stock transformers, so any program that loads the checkpoint computes it; programs that read them differently
+get side files (`models/side_files.py`).
 """
 
 import math
@@ -29,42 +29,40 @@ MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Model types with M-RoPE."""
 
 RELEASED = 32_768
-"""Pretrained length of the released Qwen2-VL and Qwen2.5-VL; the latter's config.json promises 128,000."""
+"""Pretrained length of the released Qwen2-VL and Qwen2.5-VL; the latter's config.json allows 128,000."""
 
-INTERLEAVED = (
-    "time, height and width alternate over all frequencies, so there is no section to interpolate and none to keep"
-)
-"""Why M-RoPE++ has no meaning for Qwen3-VL."""
+INTERLEAVED = "time, height and width alternate over all frequencies, so no section can be interpolated or kept"
+"""The reason why M-RoPE++ is not defined for Qwen3-VL."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The positions that a Qwen-VL directory describes."""
+    """The positions of a Qwen-VL directory."""
 
     path: Path
     """Resolved directory."""
     model_type: str
     """One of `MODEL_TYPES`."""
     mrope: Mrope
-    """As pretrained, also where the checkpoint is stretched already."""
+    """The pretrained positions, also if the checkpoint is already scaled."""
     scaling: RopeScaling | None
-    """What made the checkpoint, where that was ours; None otherwise."""
+    """The scaling of a checkpoint written by this project; None otherwise."""
     scaling_text: str
-    """What stretched it, in words; empty for a plain checkpoint."""
+    """Description of its scaling; empty for a plain checkpoint."""
     length: int | None
-    """Pretrained length in tokens, where the configuration leaves no doubt."""
-    promised: int
+    """Pretrained length in tokens, if the configuration determines it."""
+    context: int
     """`max_position_embeddings` of config.json."""
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a resolved directory. Raises InputError for a model without M-RoPE or with sections that do not fit."""
+    """Read a resolved directory. Raises InputError for a model without M-RoPE or with invalid sections."""
     config = load_config(path)
     if config.model_type not in MODEL_TYPES:
         raise InputError(
             f"{config.model_type} has no M-RoPE",
             where=path,
-            fix="lvctx extend-lm --rope ntk scales one-dimensional RoPE, also of a VLM's language model",
+            fix="use lvctx extend-lm --rope ntk for one-dimensional RoPE, also of a VLM's language model",
         )
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -99,12 +97,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
         scaling=scaling,
         scaling_text=words,
         length=length,
-        promised=text.max_position_embeddings,
+        context=text.max_position_embeddings,
     )
 
 
 def _made_by_us(path: Path) -> dict[str, Any] | None:
-    """The configuration of the run that wrote this checkpoint."""
+    """The configuration of our run that wrote this checkpoint; None for other checkpoints."""
     manifest = read_manifest(path) if (path / MANIFEST).is_file() else {}
     return manifest["config"] if manifest.get("command") == COMMAND else None
 
@@ -120,17 +118,17 @@ class MropeJob:
     """A checked run."""
 
     config: MropeConfig
-    """As the user gave it; where it trains, with every default resolved."""
+    """The user's options; for a training, with every default resolved."""
     checkpoint: Checkpoint
-    """What is extended."""
+    """The checkpoint to extend."""
     scaling: RopeScaling
-    """With every default resolved."""
+    """The scaling with every default resolved."""
     context: int
-    """Context length in tokens that the new config.json has."""
+    """Context length in tokens of the new config.json."""
     provenance: Provenance
     """What identifies the run."""
     note: str
-    """Why the method is not M-RoPE++, where the user chose none; empty otherwise."""
+    """The reason for another default method than M-RoPE++; empty otherwise."""
 
     @property
     def rope(self) -> dict[str, Any]:
@@ -145,8 +143,8 @@ class MropeJob:
 def resolve_mrope(config: MropeConfig, *, force: bool = False) -> MropeJob:
     """Check the checkpoint and resolve the defaults; loads no weights.
 
-    Raises UsageError for options that make no sense for the model, InputError for a model that cannot be extended, is
-    extended already (unless `force`), or does not have its pretrained length.
+    Raises UsageError for options that do not apply to the model, InputError for a model that cannot be extended, is
+    already extended (unless `force`), or does not have its pretrained length.
     """
     scale, method, ramp = config.scale, config.method, config.ramp
     if not (scale >= 1 and math.isfinite(scale)):
@@ -154,9 +152,9 @@ def resolve_mrope(config: MropeConfig, *, force: bool = False) -> MropeJob:
     checkpoint = read_checkpoint(resolve_model(config.model))
     if checkpoint.scaling_text and not force:
         raise InputError(
-            f"is stretched already, {checkpoint.scaling_text}",
+            f"is already scaled {checkpoint.scaling_text}",
             where=checkpoint.path,
-            fix="start from the released checkpoint, or --force to put the new scale in place of the old one",
+            fix="start from the released checkpoint, or --force to replace the old scale",
         )
     note = ""
     if checkpoint.mrope.interleaved:
@@ -166,9 +164,9 @@ def resolve_mrope(config: MropeConfig, *, force: bool = False) -> MropeJob:
     length = config.original_length or checkpoint.length
     if length is None:
         raise InputError(
-            f"does not say to which length it was pretrained (it promises {checkpoint.promised} positions)",
+            f"config.json does not state the pretrained length (it allows {checkpoint.context} positions)",
             where=checkpoint.path,
-            fix=f"give --original-length; the released Qwen2.5-VL: {RELEASED}",
+            fix=f"give --original-length ({RELEASED} for the released Qwen2.5-VL)",
         )
     scaling = RopeScaling(
         method=method or ("yarn" if note else "mrope++"), ramp=ramp, factor=float(scale), original=length
@@ -190,9 +188,9 @@ def resolve_mrope(config: MropeConfig, *, force: bool = False) -> MropeJob:
 
 
 def run_mrope(job: MropeJob, out: Path, *, resume: str, force: bool) -> None:
-    """Write the extended checkpoint; nothing to do if it is finished. Raises InputError if the disk refuses."""
+    """Write the extended checkpoint; a finished one is not changed. Raises InputError if writing fails."""
     if out.resolve() == job.checkpoint.path.resolve():
-        raise UsageError("-o is the model itself", fix="choose another directory")
+        raise UsageError("-o is the model's own directory", fix="choose another directory")
     if is_finished(out, job.provenance, resume=resume, force=force):
         return
     clear(out)
@@ -203,10 +201,10 @@ def run_mrope(job: MropeJob, out: Path, *, resume: str, force: bool) -> None:
 def write_checkpoint(
     job: MropeJob, out: Path, *, weights: Callable[[], list[str]] | None = None, trained_length: int = 0
 ) -> tuple[list[str], dict[str, Any]]:
-    """Link or write all files but the manifest; their names, and facts for the manifest.
+    """Link or write all files except the manifest; returns their names, and facts for the manifest.
 
-    `weights` writes new ones into `out` and returns the names of their files; `trained_length` are the tokens of the
-    longest row they were trained on. Raises InputError if the disk refuses.
+    `weights` writes new weights into `out` and returns the names of their files; `trained_length` is the length of the
+    longest row they were trained on. Raises InputError if writing fails.
     """
     source = job.checkpoint.path
     try:
@@ -236,7 +234,7 @@ def write_checkpoint(
 
 
 def clear(out: Path) -> None:
-    """Remove what an earlier run wrote: its weights may be links to a model, which must not be written through."""
+    """Remove files of an earlier run: its weights may be links to a model, which must not be overwritten."""
     if (out / MANIFEST).is_file():
         names = read_manifest(out).get("files", {})
         (out / MANIFEST).unlink()
@@ -246,6 +244,6 @@ def clear(out: Path) -> None:
 
 
 def _source_files(source: Path) -> list[str]:
-    """Names of a model directory's files; manifest and log of its own making stay behind."""
+    """Names of a model directory's files; its manifest and training log are left out."""
     names = (p.name for p in source.iterdir() if p.is_file() and not p.name.startswith("."))
     return sorted(name for name in names if name not in (MANIFEST, "metrics.jsonl", *SIDE_FILES))

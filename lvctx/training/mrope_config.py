@@ -12,7 +12,7 @@ COUNT, TRAINING = "Tokens and positions of a video", "Training"
 
 @dataclass(frozen=True, kw_only=True)
 class MropeConfig:
-    """What decides an extended Qwen-VL model; the fields that belong to the hash are those of the training."""
+    """The settings of an extended Qwen-VL model; the fields in the hash are those of the training."""
 
     stage_keys: ClassVar[dict[str, Callable[[str], Any]]] = {
         "scale": float,
@@ -22,20 +22,20 @@ class MropeConfig:
         "batch": int,
         "lr": float,
     }
-    """Fields that a stage may set, and how their text is read."""
+    """Fields that a stage may set, and their parsers."""
 
     model: Annotated[str, Flag(in_hash=False)]
     """Qwen2-VL, Qwen2.5-VL or Qwen3-VL: directory or hub id."""
     out: Annotated[Path, Flag(names=("-o", "--out"), in_hash=False)]
     """Directory of the extended model."""
     scale: Annotated[float, Flag(in_hash=False)]
-    """New context length over pretrained length; at least 1."""
+    """Ratio of new context length to pretrained length; at least 1."""
     original_length: Annotated[int | None, Flag(min=2, in_hash=False)] = None
-    """Pretrained length in tokens. Default: as config.json has it."""
+    """Pretrained length in tokens. Default: from config.json."""
     method: Annotated[Literal["mrope++", "pi", "ntk", "yarn", "none"] | None, Flag(in_hash=False)] = None
     """RoPE scaling; none: direct extrapolation. Default: mrope++, for Qwen3-VL yarn."""
     ramp: Annotated[Literal["index", "wavelength", "ntk"], Flag(in_hash=False)] = "index"
-    """mrope++: interpolation ramp over the channel index, over the wavelength, or as in the authors' code (ntk)."""
+    """mrope++: interpolation ramp by channel index, by wavelength, or as in the authors' code (ntk)."""
     verify: Annotated[bool, Flag(in_hash=False)] = False
     """Compare the frequencies that transformers computes with the formula, channel by channel."""
     plot: Annotated[Path | None, Flag(in_hash=False)] = None
@@ -45,19 +45,19 @@ class MropeConfig:
     size: Annotated[str, Flag(metavar="WxH", in_hash=False, panel=COUNT)] = "1280x720"
     """Width and height of the video."""
     fps: Annotated[float, Flag(min=0.001, in_hash=False, panel=COUNT)] = 2.0
-    """Frames per second that are sampled."""
+    """Sampled frames per second."""
     hybrid: Annotated[str | None, Flag(metavar="L,M,S", in_hash=False, panel=COUNT)] = None
-    """Hybrid resolution, as for vqa; also of the training. Default: 1,240,1."""
+    """Hybrid resolution, as for vqa; also for training. Default: 1,240,1."""
     hybrid_mode: Annotated[Literal["pair", "image", "literal"], Flag(in_hash=False, panel=COUNT)] = "pair"
     """How hybrid resolution merges frames, as for vqa."""
     data: Annotated[Path | None, Flag(in_hash=False, panel=TRAINING)] = None
-    """Train on this: packed chat (pack-chat), or JSON or JSONL of chat samples."""
+    """Training data: packed chat (pack-chat), or JSON or JSONL of chat samples."""
     media: Annotated[Path, Flag(in_hash=False, panel=TRAINING, needs=("data",))] = Path(".")
     """Directory that the paths in the samples are relative to."""
     allow_partial: Annotated[bool, Flag(in_hash=False, panel=TRAINING)] = False
     """Use what can be decoded of truncated or damaged videos."""
     seq_len: Annotated[int | None, Flag(panel=TRAINING, needs=("data",))] = None
-    """Tokens per row at most. Default: those of the packed rows; for samples, --scale times the pretrained length."""
+    """Maximum tokens per row. Default: that of the packed rows; for samples, --scale times the pretrained length."""
     steps: Annotated[int, Flag(min=1, panel=TRAINING)] = 100
     """Optimizer steps."""
     batch: Annotated[int, Flag(min=1, panel=TRAINING)] = 1
@@ -71,7 +71,7 @@ class MropeConfig:
     stages: Annotated[
         tuple[str, ...], Flag(names=("--stage",), metavar="KEY=VALUE,...", in_hash=False, panel=TRAINING)
     ] = ()
-    """One of several trainings, each starting from the result of the one before. Keys: scale, data, seq-len, steps,
+    """One of several trainings, each starting from the result of the previous one. Keys: scale, data, seq-len, steps,
     batch, lr. Repeat the option; a recipe has [[mrope-extend.stages]]."""
     seed: Seed = 0
     """Seed of the order of the rows and of LoRA's initialisation."""

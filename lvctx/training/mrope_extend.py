@@ -1,7 +1,7 @@
-"""Train an extended Qwen-VL model on long chat rows: its language model alone, by LoRA or whole (GIRAFFE, appendix E).
+"""Train an extended Qwen-VL model on long chat rows: only its language model, fully or with LoRA (GIRAFFE, appendix E).
 
-The tower, the merger behind it and with LoRA the embeddings are frozen. The output is what `mrope-extend` writes
-without training, except for the weights, and beside them the LoRA by itself.
+The tower, the merger after it and, with LoRA, the embeddings are frozen. The output is that of `mrope-extend` without
+training, except for the weights, together with the LoRA adapter.
 
 Shapes: L tokens of a row, E width of the language model.
 """
@@ -55,7 +55,7 @@ class MropeTrainingJob(MropeJob):
         return MropeTask(self)
 
     def as_final_stage(self, first: Self, provenance: Provenance) -> Self:
-        """This job under the provenance of a run of several stages, which still has this stage's scaling."""
+        """This job under the provenance of a run of several stages, with this stage's scaling."""
         config = {**self.provenance.config, **provenance.config}
         return replace(self, provenance=replace(provenance, config=config))
 
@@ -68,16 +68,16 @@ def resolve_mrope_training(config: MropeConfig, *, force: bool = False) -> Mrope
     job, data = resolve_mrope(config, force=force), config.data
     assert data is not None
     if job.checkpoint.model_type not in ("qwen2_vl", "qwen2_5_vl"):
-        raise UsageError(f"{job.checkpoint.model_type} is extended but not trained here", fix="drop --data")
+        raise UsageError(f"{job.checkpoint.model_type} can be extended but not trained", fix="drop --data")
     if config.lr <= 0:
-        raise UsageError("--lr 0 trains nothing")
+        raise UsageError("--lr has to be above 0")
     rows = ChatRows(data)
     if config.seq_len is not None and config.seq_len < rows.target_length:
-        longer = f"rows of up to {rows.target_length} tokens are not cut to {config.seq_len}"
-        raise UsageError(longer, fix="pack-chat --target-length")
+        longer = f"rows have up to {rows.target_length} tokens and cannot be cut to {config.seq_len}"
+        raise UsageError(longer, fix="run pack-chat again with --target-length")
     hybrid = requested_hybrid(config)
     if hybrid is not None and packed_hybrid(rows) != hybrid:
-        raise InputError("packed at another resolution", where=data, fix="pack-chat with this --hybrid")
+        raise InputError("packed at another resolution", where=data, fix="run pack-chat with this --hybrid")
     _check_tokens(rows, job.checkpoint.path, data)
     resolved = replace(config, seq_len=rows.target_length)
     provenance = replace(
@@ -91,7 +91,7 @@ def resolve_mrope_training(config: MropeConfig, *, force: bool = False) -> Mrope
 
 
 def requested_hybrid(config: MropeConfig) -> Hybrid | None:
-    """The resolution that the options ask for; None where they ask for none. Raises UsageError."""
+    """The resolution that the options set; None if they set none. Raises UsageError."""
     hybrid = Hybrid.parse(config.hybrid) if config.hybrid else None
     return VideoSampling(hybrid=hybrid, hybrid_mode=config.hybrid_mode).resolution
 
@@ -109,12 +109,12 @@ def _check_tokens(rows: ChatRows, model: Path, data: Path) -> None:
         for sample in rows.samples(number):
             for item in sample["media"]:
                 if ids[item["blocks"][0][0]] not in rule.pads.values():
-                    raise InputError("packed for another model", where=data, fix=f"pack-chat --model {model} again")
+                    raise InputError("packed for another model", where=data, fix=f"pack-chat with --model {model}")
                 return
 
 
 def pack_samples_file(config: MropeConfig, seq_len: int, on_progress: OnProgress) -> Path:
-    """Pack `config.data`, a file of chat samples, as `pack-chat` does without a mix; the new directory."""
+    """Pack `config.data`, a file of chat samples, as `pack-chat` does without a mix; returns the new directory."""
     assert config.data is not None
     target = config.out.with_name(f"{config.out.name}-chat")
     hybrid = requested_hybrid(config)
@@ -171,7 +171,7 @@ class MropeTask(TrainingTask[int]):
         if batch < context.dp:
             raise UsageError(f"--batch {batch} for {context.dp} data-parallel groups", fix="raise it or --cp")
         if parallel.micro_tokens is not None:
-            raise UsageError("--micro-tokens has no meaning here: a forward pass takes one row", fix="drop it")
+            raise UsageError("--micro-tokens is not supported here, since a forward pass takes one row", fix="drop it")
         if context.cp > 1:
             hf_attention.use(trainable.decoder, where=path)
         rule = QwenVL(path).rule(packed_hybrid(self.job.rows))
@@ -195,7 +195,7 @@ class MropeTask(TrainingTask[int]):
         return f"row {micro}"
 
     def longest_sample(self, metrics: Sequence[dict[str, Any]]) -> int:
-        """Tokens that no row exceeds."""
+        """Upper bound for the tokens of a row."""
         return self.job.rows.target_length
 
     def save(self, model: Any, out: Path, metrics: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
@@ -213,7 +213,7 @@ class MropeTask(TrainingTask[int]):
 
 
 class ChatLoss(nn.Module):
-    """A Qwen-VL model and its loss on a row as one module: where parameters are sharded, they are gathered in it."""
+    """A Qwen-VL model and its loss on a row as one module: sharded parameters are gathered in its forward."""
 
     def __init__(self, vlm: Any, ring: Ring) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ class ChatLoss(nn.Module):
 def shard_chat(row: ChatRow, world: ParallelContext) -> Mapping[str, Any]:
     """A row as `ChatLoss` takes it on this rank: its part of labels and positions, and all pixels.
 
-    Every rank of a row embeds all of it and then keeps its part: a tower's work is small beside a long row's.
+    Every rank of a row embeds all of it and then keeps its part: the tower's cost is small compared with a long row's.
     """
     ring, device = world.ring, world.device
     ranks = {"rank": ring.rank, "world": ring.world}

@@ -20,45 +20,45 @@ ROTARY_CLASSES = {
     "qwen2_5_vl": "Qwen2_5_VLRotaryEmbedding",
     "qwen3_vl": "Qwen3VLTextRotaryEmbedding",
 }
-"""Model type -> the class of transformers' `modeling_TYPE` that turns positions into angles."""
+"""Model type -> the class of transformers' `modeling_TYPE` that computes angles from positions."""
 
 FREQUENCY_TOLERANCE = 1e-6
-"""Relative; what float32 arithmetic may cost."""
+"""Relative tolerance for float32 arithmetic."""
 
 
 class Channel(NamedTuple):
     """One frequency of a head."""
 
     axis: str
-    """t, h or w: whose position it rotates by."""
+    """t, h or w: the axis whose position it rotates by."""
     plain: float
     """Wavelength in positions before scaling."""
     wavelength: float
-    """Wavelength in positions that transformers computes."""
+    """Wavelength in positions as computed by transformers."""
     formula: float | None
-    """Wavelength by the formula in float64; None where the formula is not known."""
+    """Wavelength by the formula in float64; None if the formula is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """What transformers computes for a checkpoint."""
+    """The positions that transformers computes for a checkpoint."""
 
     checkpoint: Checkpoint
-    """What was verified."""
+    """The verified checkpoint."""
     channels: tuple[Channel, ...]
     """Fastest first."""
     attention: float
-    """What transformers multiplies cos and sin by."""
+    """The factor by which transformers multiplies cos and sin."""
     error: float | None
-    """Largest relative error of a frequency or of the attention factor; None where the formula is not known."""
+    """Largest relative error of a frequency or of the attention factor; None if the formula is not known."""
 
     @property
     def holds(self) -> bool:
-        """Whether formula and transformers agree, as far as there is a formula."""
+        """Whether formula and transformers agree, if the formula is known."""
         return self.error is None or self.error <= FREQUENCY_TOLERANCE
 
     def summary(self) -> dict[str, Any]:
-        """Facts for a row: how its RoPE was scaled, channels of each axis, largest relative error."""
+        """Facts for a row: its RoPE scaling, the channels of each axis, largest relative error."""
         axes = "".join(channel.axis for channel in self.channels)
         return {
             "stretched": self.checkpoint.scaling_text or "no",
@@ -79,7 +79,7 @@ def verify(model: str | Path) -> Verified:
     with library_errors("transformers cannot compute its positions", where=checkpoint.path):
         rotary = getattr(module, ROTARY_CLASSES[kind])(config)
     stock = rotary.inv_freq.double()
-    plain = RopeScaling(method="none", ramp="index", factor=1.0, original=checkpoint.length or checkpoint.promised)
+    plain = RopeScaling(method="none", ramp="index", factor=1.0, original=checkpoint.length or checkpoint.context)
     scaling = checkpoint.scaling or (None if checkpoint.scaling_text else plain)
     formula = inv_freq(checkpoint.mrope, scaling) if scaling else None
     error = None
@@ -105,7 +105,7 @@ def _wavelength(frequency: torch.Tensor) -> float:
 
 
 def draw_curves(mrope: Mrope, scaling: RopeScaling, target: Path) -> None:
-    """Draw how much slower each method makes each channel, as a .png or .svg; sections are shaded."""
+    """Plot the ratio of scaled to pretrained frequency per channel and method (.png or .svg); sections are shaded."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -129,11 +129,11 @@ def draw_curves(mrope: Mrope, scaling: RopeScaling, target: Path) -> None:
                 ax.axvspan(start - 0.5, start + size - 0.5, color="#f0f0f0", lw=0)
             ax.text(start + size / 2 - 0.5, 1.02, name, ha="center", fontsize=8, transform=ax.get_xaxis_transform())
     ax.set_xlabel("channel, fastest first", fontsize=8)
-    ax.set_ylabel("frequency, times the pretrained one", fontsize=8)
+    ax.set_ylabel("frequency relative to pretrained", fontsize=8)
     ax.set_title(f"{scaling.factor:g} x {scaling.original:,} positions", fontsize=9, loc="left", pad=14)
     ax.tick_params(labelsize=7)
     ax.legend(fontsize=7, frameon=False)
     with atomic_file(target) as partial, rc_context({"svg.hashsalt": "lvctx"}):
-        # No date and no version in the file: the same numbers give the same bytes.
+        # No date or version in the file, so that the same numbers give the same bytes.
         metadata = {"Date": None} if target.suffix == ".svg" else {"Software": None}
         figure.savefig(partial, format=target.suffix[1:], metadata=metadata)

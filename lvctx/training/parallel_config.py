@@ -1,4 +1,4 @@
-"""How a training uses the machine and where it writes: no part of its result, so of no configuration hash."""
+"""How a training uses the machine and where it writes; not part of its result or its configuration hash."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class ParallelConfig:
     panel: ClassVar[str] = "Devices, memory and speed"
 
     device: str = "auto"
-    """Where to train: cuda, mps or cpu. auto: CUDA if there is one, else MPS, else the CPU."""
+    """Device: cuda, mps or cpu. auto: CUDA if there is one, else MPS, else the CPU."""
     cp: Annotated[int, Flag(min=1)] = 1
     """Processes that share a row (context parallelism); start them with torchrun."""
     offload: bool = False
@@ -28,17 +28,17 @@ class ParallelConfig:
     offload_activations: bool = False
     """Keep the inputs of the layers in host memory between forward and backward pass."""
     micro_tokens: Annotated[int | None, Flag(min=1)] = None
-    """Tokens per forward pass, in whole rows or samples and at least one. Default: 4096."""
+    """Tokens per forward pass, in whole rows or samples, at least one. Default: 4096."""
 
     @property
     def forward_tokens(self) -> int:
-        """`micro_tokens` with its default."""
+        """`micro_tokens` or its default."""
         return self.micro_tokens or 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunControl:
-    """Where a training writes, what it does with what is there, and whom it keeps informed."""
+    """The output of a training, the handling of an existing one, and callbacks."""
 
     out: Path
     """Directory of the trained model."""
@@ -47,6 +47,6 @@ class RunControl:
     force: bool = False
     """Overwrite the output of another run."""
     on_progress: OnProgress = lambda done, total, note: None
-    """Called after every step, and in longer preparations."""
+    """Called after every step, and during longer preparations."""
     on_step: OnStep = lambda out, row: None
     """Called after every step, on rank 0."""

@@ -1,4 +1,4 @@
-"""What a training run will need on each device, how long it will take, and what would help if it does not fit."""
+"""Predicts the memory and time of a training run per device, with flags that help if it does not fit."""
 
 import os
 from dataclasses import asdict, replace
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def predict(config: PlanConfig) -> dict[str, Any]:
     """Bytes per device and part, host bytes, operations, hours, longest row. Raises UsageError and InputError.
 
-    `fits` is whether it does; see `refuse`.
+    `fits` states whether it fits; see `refuse`.
     """
     if config.world % config.cp:
         raise UsageError(f"--cp {config.cp} does not divide --world {config.world}")
@@ -75,9 +75,9 @@ def predict(config: PlanConfig) -> dict[str, Any]:
 
 
 def predict_extend(job: "ExtendJob", parallel: "ParallelConfig", *, world: int) -> dict[str, Any] | None:
-    """`predict` for a checked run on this machine's devices; None where nothing is trained or the model is not known.
+    """`predict` for a checked run on this machine's devices; None without training or for an unsupported model.
 
-    A stage's bytes are those of its own rows.
+    The bytes of a stage are those for its own rows.
     """
     config = job.config
     raw = read_config(job.model)
@@ -124,7 +124,7 @@ def _helps(shape: Any, spread: Spread, seq_len: int, device: Device) -> list[dic
 
 
 def refuse(prediction: dict[str, Any]) -> None:
-    """Raise InputError for a run that does not fit, naming the flags that would help."""
+    """Raise InputError for a run that does not fit, naming flags that help."""
     if prediction["fits"]:
         return
     needed, there = prediction["peak_bytes"] / GIB, prediction["device_memory"] / GIB
@@ -135,10 +135,10 @@ def refuse(prediction: dict[str, Any]) -> None:
         fix = f"it fits with {' or '.join(flags)}"
     elif flags:
         fix = (
-            f"no flag alone is enough: {', '.join(flags)}; the longest row that fits has {prediction['longest']} tokens"
+            f"one flag is not enough: {', '.join(flags)}; the longest row that fits has {prediction['longest']} tokens"
         )
     else:
         fix = f"the longest row that fits has {prediction['longest']} tokens"
     raise InputError(
-        f"{prediction['seq_len']} tokens a row need {needed:.1f} GiB a device, which has {there:.1f}", fix=fix
+        f"{prediction['seq_len']} tokens per row need {needed:.1f} GiB per device, which has {there:.1f}", fix=fix
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from lvctx.config import Flag
 
 DeviceKind = Literal["a100", "h100", "h200", "cpu"]
-"""Devices whose memory and peak speed are known; see `train.plan.DEVICES`."""
+"""Devices whose memory and peak speed are known; see `training.memory_model.DEVICES`."""
 
 
 def parse_bytes(text: str) -> int:
@@ -50,4 +50,4 @@ class PlanConfig:
     device_memory: Annotated[int | None, Flag(parse=parse_bytes, metavar="SIZE")] = None
     """Memory of one device, such as 80GiB or 24GB. Default: that of --device."""
     mfu: Annotated[float, Flag(min=0.01, max=1.0)] = 0.35
-    """Share of the peak speed that the model's own operations reach (LongVA's predecessor reports 0.28 to 0.38)."""
+    """Fraction of the peak speed that the model's operations reach (LongVA's predecessor reports 0.28 to 0.38)."""

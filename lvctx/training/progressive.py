@@ -1,7 +1,7 @@
-"""Progressive extension: train at one length, then at the next from what that made (EasyContext; GIRAFFE, appendix E).
+"""Progressive extension: train at one length, then from the result at the next (EasyContext; GIRAFFE, appendix E).
 
-A stage is `extend-lm` (or `mrope-extend`) with options of its own. All but the last write a finished model into
-`OUT/stage-N`, so whatever stands is not done again; the last writes OUT itself, under the name of the whole run.
+A stage is `extend-lm` (or `mrope-extend`) with its own options. All but the last write a finished model to
+`OUT/stage-N`, so finished stages are not repeated; the last writes OUT itself, with the provenance of the whole run.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,26 +35,26 @@ class StageJob(Protocol):
 
 
 def parse_stage(text: str, keys: Mapping[str, Callable[[str], Any]] = ExtendConfig.stage_keys) -> dict[str, Any]:
-    """Fields of a stage written as `seq-len=32768,rope-theta=1e6,steps=1000`; `keys` may be set. Raises UsageError."""
+    """Fields of a stage written as `seq-len=32768,rope-theta=1e6,steps=1000`; allowed are `keys`. Raises UsageError."""
     values = {}
     for pair in text.split(","):
         name, _, value = pair.partition("=")
         key = name.strip().replace("-", "_")
         if key not in keys:
             raise UsageError(
-                f"--stage has no {name.strip()!r}", fix="it has " + ", ".join(keys).replace("_", "-") + " as KEY=VALUE"
+                f"--stage has no {name.strip()!r}", fix="give " + ", ".join(keys).replace("_", "-") + " as KEY=VALUE"
             )
         try:
             values[key] = keys[key](value.strip())
         except ValueError:
-            raise UsageError(f"--stage {name.strip()}: {value!r} is no {keys[key].__name__}") from None
+            raise UsageError(f"--stage {name.strip()}: {value!r} is not a valid {keys[key].__name__}") from None
     return values
 
 
 def stage_configs(config: ConfigT) -> list[ConfigT]:
     """A configuration for each of `config.stages`, or `config` alone without any. Raises UsageError.
 
-    Stage N draws its rows with seed + N: the same length again is to read other rows.
+    Stage N draws its rows with seed + N, so that a repeated length uses other rows.
     """
     stages = [parse_stage(text, config.stage_keys) for text in config.stages]
     if not stages:
@@ -63,7 +63,7 @@ def stage_configs(config: ConfigT) -> list[ConfigT]:
 
 
 def resolve_stages(resolve: Callable[[ConfigT], Any], configs: Sequence[ConfigT]) -> list[Any]:
-    """Check every stage, each as if it were the first: its rows and positions do not depend on training."""
+    """Check every stage, independent of the others: its rows and positions do not depend on training."""
     jobs = []
     for number, config in enumerate(configs):
         try:

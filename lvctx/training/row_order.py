@@ -1,4 +1,4 @@
-"""Which samples a global step reads: a function of seed and step alone, so a resumed run uses the same ones."""
+"""The samples of a global step: a function of seed and step alone, so a resumed run uses the same ones."""
 
 from functools import lru_cache
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def indices(step: int, *, batch: int, samples: int, seed: int) -> list[int]:
-    """Sample numbers of a global step: a fresh permutation each epoch, epochs joined without a gap."""
+    """Sample numbers of a global step: a new permutation per epoch, without a gap between epochs."""
     places = (divmod(position, samples) for position in range(step * batch, (step + 1) * batch))
     return [int(_permutation(seed, epoch, samples)[place]) for epoch, place in places]
 

@@ -23,10 +23,10 @@ from lvctx.training.trainer import train
 
 
 def run_training(task: TrainingTask[Any], parallel: ParallelConfig, control: RunControl) -> None:
-    """Train (or resume) and write the model to `control.out`; nothing to do if it is finished.
+    """Train (or resume) and write the model to `control.out`; a finished one is not changed.
 
-    Under torchrun every rank calls it, and rank 0 writes. Raises InputError for the output of another run, and what
-    the task raises.
+    Under torchrun every rank calls it, and rank 0 writes. Raises InputError for the output of another run, and the
+    task's errors.
     """
     out = control.out
     if is_finished(out, task.provenance, resume=control.resume, force=control.force):
@@ -50,7 +50,7 @@ def run_training(task: TrainingTask[Any], parallel: ParallelConfig, control: Run
 def _train(
     task: TrainingTask[Any], parallel: ParallelConfig, control: RunControl, context: ParallelContext
 ) -> tuple[TrainableModel | None, list[dict[str, Any]]]:
-    """The trained model, unsharded, and the rows of metrics.jsonl; on ranks other than 0 None where it was sharded."""
+    """The trained model, unsharded, and the rows of metrics.jsonl; None on other ranks than 0 if it was sharded."""
     trainable = task.load("cpu" if context.mesh is not None else context.device)
     if not task.train_config.steps:
         return trainable, []

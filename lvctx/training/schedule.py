@@ -7,7 +7,7 @@ Schedule = Literal["constant", "cosine", "linear"]
 
 
 def rate(step: int, *, steps: int, schedule: Schedule, warmup: float) -> float:
-    """Factor on the peak learning rate at 0-based `step` of `steps`; the first `warmup` fraction climbs linearly."""
+    """Factor on the peak learning rate at 0-based `step` of `steps`; linear over the first `warmup` fraction."""
     rise = round(warmup * steps)
     if step < rise:
         return (step + 1) / rise

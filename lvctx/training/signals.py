@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C during training: held back while state changes, and agreed on among ranks."""
+"""SIGTERM and Ctrl-C during training: deferred while state changes, and raised on all ranks together."""
 
 import signal
 import threading
@@ -11,17 +11,17 @@ from lvctx.parallel.context import ParallelContext
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold SIGTERM and Ctrl-C back while parameters, moments and step count are being changed together."""
+    """Defer SIGTERM and Ctrl-C while parameters, moments and step count are changed together."""
     with _deferred_signals():
         yield
 
 
 @contextmanager
 def agreed_stop(context: ParallelContext) -> Iterator[Callable[[], None]]:
-    """A function that raises on every rank after a signal has come to any of them.
+    """A function that raises on every rank after any of them has received a signal.
 
-    In a single process a signal raises by itself, wherever it arrives. Among several ranks that would leave the others
-    waiting, so the signal is only noted, and raised on all ranks where the function is called.
+    In a single process a signal raises immediately. With several ranks this would leave the others waiting, so the
+    signal is only noted, and raised on all ranks when the function is called.
     """
     if context.size == 1:
         yield lambda: None
@@ -40,13 +40,13 @@ def agreed_stop(context: ParallelContext) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _deferred_signals() -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C are appended to a list instead of raised; the first one left in it is raised at the end.
+    """SIGTERM and Ctrl-C are appended to a list instead of raised; the first remaining one is raised at the end.
 
-    Blocking them in this thread would not do: another thread takes the signal and Python still runs the handler here.
+    Blocking them in this thread is not sufficient: another thread takes them and Python still runs the handler here.
     """
     deferred: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield deferred  # handlers only ever run in the main thread
+        yield deferred  # handlers run only in the main thread
         return
     signals = (signal.SIGTERM, signal.SIGINT)
     previous = {s: signal.signal(s, lambda number, frame: deferred.append(number)) for s in signals}

@@ -1,4 +1,4 @@
-"""What a training has to provide: its model, its batches, its loss, and how its result is saved."""
+"""The interface of a training: its model, its batches, its loss, and the saving of its result."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,25 +15,25 @@ from lvctx.training.parallel_config import ParallelConfig
 from lvctx.training.schedule import Schedule
 
 MicroT = TypeVar("MicroT")
-"""A micro-batch: what one forward and backward pass computes."""
+"""A micro-batch: the input of one forward and backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long and how fast to train."""
+    """Optimizer settings."""
 
     steps: int
     """Optimizer steps; 0 trains nothing."""
     schedule: Schedule
-    """Shape of the learning rate: constant for LongVA's extension, cosine for its alignment."""
+    """Schedule of the learning rate: constant for LongVA's extension, cosine for its alignment."""
     warmup: float
-    """Fraction of the steps over which the rate climbs from 0; LLaVA: 0.03."""
+    """Fraction of the steps over which the rate rises from 0; LLaVA: 0.03."""
     weight_decay: float
-    """AdamW's; LongVA's extension 0.1, LLaVA 0."""
+    """AdamW's weight decay; LongVA's extension 0.1, LLaVA 0."""
     clip: float = 1.0
-    """Largest global gradient norm; longer gradients are scaled to it."""
+    """Largest global gradient norm; larger gradients are scaled down to it."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's; LongVA's extension."""
+    """AdamW's betas; those of LongVA's extension."""
     save_every: int = 100
     """Steps between checkpoints; a signal saves one in any case."""
 
@@ -43,9 +43,9 @@ class ParameterGroup:
     """Modules whose trainable parameters share a peak learning rate."""
 
     name: str
-    """In metrics.jsonl: `lm`, `projector`, `tower`."""
+    """Name in metrics.jsonl: `lm`, `projector`, `tower`."""
     modules: Sequence[nn.Module]
-    """Parameters that do not train have `requires_grad` False."""
+    """Modules of the group; frozen parameters have `requires_grad` False."""
     lr: float
     """Peak learning rate."""
 
@@ -57,61 +57,61 @@ class ParameterGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainableModel:
-    """A model with its frozen parameters frozen."""
+    """A model with its trainable parts selected."""
 
     model: Any
-    """What is saved."""
+    """The model that is saved."""
     groups: Sequence[ParameterGroup]
     """What trains."""
     decoder: Any = None
-    """Its transformers decoder, whose `layers` are sharded and recomputed one by one; None: the model has no layers."""
+    """Its transformers decoder, whose `layers` are sharded and recomputed one by one; None without layers."""
     lora: Any = None
-    """The decoder wrapped in LoRA, if it trains by LoRA."""
+    """The decoder wrapped in LoRA, if it trains with LoRA."""
 
 
 class TrainingTask(ABC, Generic[MicroT]):
     """One training. `run_training` calls the methods in the order in which they are defined here."""
 
     provenance: Provenance
-    """What identifies the run: its checkpoints and its output are refused by any other."""
+    """Identifies the run; checkpoints and output of another run are refused."""
     train_config: TrainConfig
-    """How long and how fast to train."""
+    """Optimizer settings."""
     flops: float | None = None
-    """Operations of a step, where they are known."""
+    """Operations of a step, if known."""
     equal_lengths: bool = False
-    """Whether all micro-batches have one shape, so that compiled attention kernels pay off."""
+    """Whether all micro-batches have one shape, so that compiling attention kernels is worthwhile."""
 
     def clear(self, out: Path) -> None:
-        """Remove what an earlier run left in `out` besides its checkpoints; called when a run starts over."""
+        """Remove an earlier run's files in `out` other than its checkpoints; called when a run starts over."""
 
     @abstractmethod
     def load(self, device: str) -> TrainableModel:
-        """Load the model as training starts from it; called again, on the CPU, for the unsharded copy to be saved."""
+        """Load the starting model; called again, on the CPU, for the unsharded copy that is saved."""
 
     @abstractmethod
     def build(self, trainable: TrainableModel, context: ParallelContext, parallel: ParallelConfig) -> nn.Module:
         """The module that contains the model and computes the loss, to be sharded; `loss` calls it.
 
-        Raises UsageError for settings that the training cannot run with.
+        Raises UsageError for unsupported settings.
         """
 
     def before_steps(self, out: Path, on_progress: OnProgress) -> None:
-        """Compute what the loss needs from the starting model; called on every rank."""
+        """Compute values that the loss needs from the starting model; called on every rank."""
 
     @abstractmethod
     def batches(self, step: int) -> Sequence[MicroT]:
-        """Micro-batches of a global step, of all ranks; they must depend on the step alone."""
+        """Micro-batches of a global step, of all ranks; they must depend only on the step."""
 
     @abstractmethod
     def loss(self, micro: MicroT) -> tuple[Tensor, int]:
-        """Summed loss and number of counted tokens; of this rank's part where ranks share a sample."""
+        """Summed loss and number of counted tokens; for this rank's part if ranks share a sample."""
 
     def describe(self, micro: MicroT) -> str:
-        """Which samples a micro-batch holds, for errors."""
+        """Description of a micro-batch's samples, for errors."""
         return str(micro)
 
     def longest(self, micro: MicroT) -> int | None:
-        """Tokens of the longest sample of a micro-batch for metrics.jsonl; None: no such column."""
+        """Tokens of the longest sample of a micro-batch for metrics.jsonl; None omits the column."""
         return None
 
     def longest_sample(self, metrics: Sequence[dict[str, Any]]) -> int:
@@ -120,4 +120,4 @@ class TrainingTask(ABC, Generic[MicroT]):
 
     @abstractmethod
     def save(self, model: Any, out: Path, metrics: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
-        """Write the trained model, LoRA merged; the names of its files and further facts for the manifest."""
+        """Write the trained model, with LoRA merged; returns the names of its files and facts for the manifest."""

@@ -33,9 +33,9 @@ class RowLoss(nn.Module):
 def shard_row(
     ids_BL: Tensor, world: ParallelContext, starts: tuple[int, ...] | None, positions_BL: Tensor | None = None
 ) -> dict[str, Any]:
-    """This rank's part of rows, on its device, as `RowLoss` takes it. Labels are shifted before the row is cut.
+    """This rank's part of rows, on its device, as `RowLoss` takes it. Labels are shifted before the row is sharded.
 
-    `positions_BL` are those of the tokens where they do not count up from 0.
+    `positions_BL` are those of the tokens, unless they count up from 0.
     """
     places_BL = torch.arange(ids_BL.shape[1])[None] if positions_BL is None else positions_BL
     full_rows = {
@@ -50,5 +50,5 @@ def shard_row(
     }
     if ring.world > 1 or starts is not None:
         return parts | {"shard": Shard(ring=ring, starts=starts)}
-    # Without a mask, transformers takes a jump in the positions for the beginning of another document.
+    # Without a mask transformers treats a jump in the positions as the start of another document.
     return parts if positions_BL is None else parts | {"attention_mask": torch.ones_like(parts["ids"])}

@@ -1,4 +1,4 @@
-"""What a step took: tokens a second, memory, and the share of the devices' peak that its own operations reached."""
+"""Throughput of a step: tokens per second, memory, and model FLOPs utilization (MFU)."""
 
 import resource
 from typing import Any
@@ -12,8 +12,8 @@ from lvctx.training.memory_model import DEVICES, GIB, known_device
 def measure(world: ParallelContext, *, tokens: int, seconds: float, flops: float | None) -> dict[str, Any]:
     """Columns of metrics.jsonl for a step of `tokens` on all ranks; `flops` are its operations (`memory_model.flops`).
 
-    `memory_bytes` is this rank's largest so far: what torch allocated on the GPU, on a CPU the process's resident set.
-    `mfu` is None where the operations or the device's peak are not known.
+    `memory_bytes` is this rank's maximum so far: memory allocated by torch on a GPU, the resident set on a CPU.
+    `mfu` is None if the operations or the device's peak are not known.
     """
     device, peak = torch.device(world.device), 0.0
     if device.type == "cuda":
@@ -31,7 +31,7 @@ def measure(world: ParallelContext, *, tokens: int, seconds: float, flops: float
 
 
 def note(row: dict[str, Any]) -> str:
-    """A step's row of metrics.jsonl for people."""
+    """A step's row of metrics.jsonl as a readable line."""
     mfu = f", MFU {row['mfu']:.0%}" if row["mfu"] else ""
     speed, memory = row["tokens_per_second"], row["memory_bytes"] / GIB
     return f"loss {row['loss']:.3f}, {speed:,.0f} tokens/s, {memory:.1f} GiB{mfu}"

@@ -1,7 +1,7 @@
 """The training loop: batches by global step, one loss over all counted tokens, resumable at every step.
 
-Trained parameters are kept in float32 and computed with in bfloat16 (autocast); frozen ones stay as they were loaded.
-One process and many run the same lines: see `parallel.context`.
+Trained parameters are float32 and used in bfloat16 (autocast); frozen ones keep their loaded type.
+One process and many run the same code: see `parallel.context`.
 """
 
 import logging
@@ -34,12 +34,12 @@ log = logging.getLogger(__name__)
 def train(
     task: TrainingTask[MicroT], groups: Sequence[ParameterGroup], context: ParallelContext, control: RunControl
 ) -> list[dict[str, Any]]:
-    """Take the task's optimizer steps and leave metrics.jsonl and the checkpoint of the last step in `control.out`.
+    """Run the task's optimizer steps and write metrics.jsonl and the checkpoint of the last step to `control.out`.
 
-    Returns, on rank 0, the rows of metrics.jsonl: every step once, also those of earlier processes of this run.
+    Returns, on rank 0, the rows of metrics.jsonl: every step once, including those of earlier processes of this run.
 
     A checkpoint of another run than `task.provenance` is refused. On SIGTERM or Ctrl-C the last finished step is saved
-    before the exception goes on, on every rank. Raises InputError on every rank when a loss or the gradient is not
+    before the exception is raised on every rank. Raises InputError on every rank if a loss or the gradient is not
     finite, before the step is taken.
     """
     config, out = task.train_config, control.out
@@ -105,7 +105,7 @@ def _compute_gradients(
     context: ParallelContext,
     raise_if_stopped: Callable[[], None],
 ) -> dict[str, Any]:
-    """Leave the gradient of the mean loss over all ranks' tokens in `parameters`, clipped; the step's first columns."""
+    """Set the clipped gradient of the mean loss over all ranks' tokens in `parameters`; returns the first columns."""
     shared = _rank_micro_batches(micro_batches, context)
     total, tokens = _accumulate(shared, task.loss, context, raise_if_stopped)
     for p in parameters:
@@ -121,7 +121,7 @@ def _compute_gradients(
 def _rank_micro_batches(micro_batches: Sequence[MicroT], context: ParallelContext) -> list[tuple[MicroT, bool]]:
     """This rank's micro-batches, and whether each counts.
 
-    Ranks compute in step, so where the number does not divide, some compute one more that does not count.
+    Ranks compute in step, so if the number is not divisible, some compute an extra one that does not count.
     """
     rounds = -(-len(micro_batches) // context.dp)
     numbers = [i * context.dp + context.dp_rank for i in range(rounds)]
@@ -134,7 +134,7 @@ def _accumulate(
     context: ParallelContext,
     raise_if_stopped: Callable[[], None],
 ) -> tuple[float, int]:
-    """Backward through each micro-batch's summed loss: this rank's sum of losses and all ranks' counted tokens.
+    """Backward through each micro-batch's summed loss: returns this rank's sum of losses and all ranks' counted tokens.
 
     The caller divides the gradients by the tokens.
     """
@@ -154,24 +154,24 @@ def _accumulate(
 
 
 def _refuse(step: int, total: float, norm: float, samples: list[str], out: Path, context: ParallelContext) -> NoReturn:
-    """Raise what every rank knows of a step whose loss or gradient is not finite."""
+    """Raise an error with every rank's information about a step whose loss or gradient is not finite."""
     losses = context.gather((total, samples))
     bad = [(r, t, s) for r, (t, s) in enumerate(losses) if not math.isfinite(t)]
-    # A gradient is summed over ranks as it comes: where the losses are finite, any sample of the step may be the one.
+    # Gradients are summed over ranks, so with finite losses any sample of the step may be the cause.
     ranks = [f"rank {r}: loss {t} on {', '.join(s)}" for r, t, s in bad]
     ranks = ranks or [f"loss {sum(t for t, _ in losses)} on {', '.join(s for _, part in losses for s in part)}"]
     raise InputError(
         f"step {step}: {'; '.join(ranks)}; gradient norm {norm}",
         where=out,
-        fix="lower --lr, or leave these samples out",
+        fix="lower --lr, or leave out these samples",
     )
 
 
 @contextmanager
 def _open_metrics(path: Path, *, keep: int, writes: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Append rows to metrics.jsonl, each durable at once, after dropping those past step `keep`.
+    """Append rows to metrics.jsonl, each durable immediately, after dropping those past step `keep`.
 
-    An interrupted run leaves such rows, and their steps are done again. One rank writes; others drop theirs.
+    An interrupted run leaves such rows, and repeats their steps. One rank writes; others discard theirs.
     """
     if not writes:
         yield lambda row: None
@@ -209,13 +209,13 @@ def _state(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer,
 
 
 def _restore(checkpoints: Checkpoints, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest checkpoint into parameters and optimizer; the number of steps it has done, 0 without one."""
+    """Load the newest checkpoint into parameters and optimizer; returns its number of steps, 0 without one."""
     if checkpoints.saved is None:
         return 0
     state = _state(parameters, optimizer, 0)
     checkpoints.load(state)
     step = int(state["step"])
     for i, p in enumerate(parameters):
-        # `parameters` were filled in place; the optimizer starts empty and takes the moments as they are.
+        # `parameters` were filled in place; the optimizer starts empty and takes over the loaded moments.
         optimizer.state[p] = {**state["moments"][str(i)], "step": torch.tensor(float(step), device=p.device)}
     return step

@@ -18,20 +18,20 @@ log = logging.getLogger(__name__)
 
 
 def check_complete(path: Path, *, allow_partial: bool = False) -> bool:
-    """Whether a file is whole as far as its container tells. Raises InputError where there is none or it is empty.
+    """Whether a file is complete, judged by its container. Raises InputError if it is missing or empty.
 
-    Also for one that has been cut short, unless `allow_partial`.
+    It also raises InputError for a truncated file, unless `allow_partial`.
     """
     size = check_exists(path)
     cut = find_truncation(path)
     if cut and not allow_partial:
-        fix = "get it again, or --allow-partial takes what is left" if cut.readable else "get it again"
+        fix = "get it again, or use what is left with --allow-partial" if cut.readable else "get it again"
         raise InputError(f"the video is cut short at {size:,} bytes ({cut.why})", where=path, fix=fix)
     return cut is None
 
 
 def check_exists(path: Path) -> int:
-    """Size of a file in bytes. Raises InputError where there is none, it is empty or may not be read."""
+    """Size of a file in bytes. Raises InputError if it is missing, empty or not readable."""
     try:
         if path.exists() and not path.is_file():
             what = f"{sniff(path).phrase}, " if path.is_dir() else ""
@@ -52,9 +52,9 @@ def check_exists(path: Path) -> int:
 
 @contextmanager
 def decoder_errors(path: Path) -> Iterator[None]:
-    """Turn whatever FFmpeg and PyAV raise over a file into one InputError that names it.
+    """Turn any exception of FFmpeg and PyAV about a file into an InputError that names it.
 
-    What a damaged file makes of them is of every type (OSError, ValueError, IndexError, MemoryError and others).
+    A damaged file can raise exceptions of any type (OSError, ValueError, IndexError, MemoryError and others).
     """
     try:
         yield
@@ -67,28 +67,28 @@ def decoder_errors(path: Path) -> Iterator[None]:
 
 
 DAMAGED = "get it again, or convert it with ffmpeg"
-"""What to do about a video that the decoder fails over."""
+"""What to do about a video that the decoder fails on."""
 
 
 def open_file(path: Path) -> Any:
-    """A PyAV container of this file and no other. Raises what PyAV raises.
+    """Open exactly this file as a PyAV container. Raises what PyAV raises.
 
-    FFmpeg takes what precedes a colon in a name for a protocol and % for a pattern, and a playlist makes it open the
-    files and addresses that it lists. So it gets a descriptor in place of a name, and may open nothing else.
+    FFmpeg takes text before a colon in a name for a protocol and % for a pattern, and a playlist makes it open the
+    listed files and addresses. So it gets a file descriptor instead of a name, and may not open anything else.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         options = {"fd": str(descriptor), "protocol_whitelist": "fd"}
-        # Titles and comments are often in another encoding than they should be, and are nothing to us.
+        # Titles and comments often have another encoding than they should have, and are not used here.
         return av.open("fd:", options=options, metadata_errors="replace")
     finally:
-        os.close(descriptor)  # FFmpeg has its own copy
+        os.close(descriptor)  # FFmpeg has duplicated it
 
 
 def open_video(path: Path) -> tuple[Any, Any]:
-    """A container and its video stream, of several the one that the ffmpeg program takes, ready to decode on all cores.
+    """A container and its video stream, the one that the ffmpeg program selects, ready to decode on all cores.
 
-    Raises InputError where there is none.
+    Raises InputError if there is none.
     """
     try:
         container = open_file(path)
@@ -99,7 +99,7 @@ def open_video(path: Path) -> tuple[Any, Any]:
         raise InputError(f"{what} that FFmpeg can open ({reason})", where=path, fix="give a video file") from e
     if container.format.name == "image2" or container.format.name.endswith("_pipe"):
         container.close()
-        raise mistaken(path, "a video", fix="give a video; an animation in this format has to be converted first")
+        raise mistaken(path, "a video", fix="give a video; convert an animation in this format first")
     cover = av.stream.Disposition.attached_pic
     streams = [s for s in container.streams.video if not s.disposition & cover and s.codec_context is not None]
     if not streams:
@@ -115,17 +115,17 @@ def open_video(path: Path) -> tuple[Any, Any]:
 
 
 def _preference(stream: Any) -> int:
-    """What the ffmpeg program chooses a video stream by (fftools/ffmpeg_mux_init.c, `map_auto_video`).
+    """The key by which the ffmpeg program selects a video stream (fftools/ffmpeg_mux_init.c, `map_auto_video`).
 
-    The largest frame, and a stream that is marked as default counts as five million pixels more. One without a
-    packet is the last choice: FFmpeg decides by what it has read, this function by what the container states.
+    It selects the largest frame; a stream marked as default counts as five million pixels more, and one without a
+    packet is the last choice. FFmpeg uses the packets that it has read, this function the container's header.
     """
     default = bool(stream.disposition & av.stream.Disposition.default)
     return int(stream.width) * int(stream.height) + 5_000_000 * default + 100_000_000 * (stream.frames > 0)
 
 
 def _check_kind(path: Path) -> Sniffed:
-    """What a file is that is no video; InputError where more can be said of it than what FFmpeg says."""
+    """The kind of a file that is not a video; InputError where that is more informative than FFmpeg's error."""
     sniffed = sniff(path)
     if sniffed.name not in ("video", "sound", "text", "other"):
         raise mistaken(path, "a video", fix=OTHERS.get(sniffed.name, "give a video file"), sniffed=sniffed)
@@ -133,14 +133,14 @@ def _check_kind(path: Path) -> Sniffed:
 
 
 OTHERS = {
-    "frames": "give the video itself; vqa and niah read this file with the LlavaOnevision model that encoded it",
+    "frames": "give the video itself; vqa and niah accept this file with the LlavaOnevision model that encoded it",
     "json": "give a video file; lvctx encode-video - reads a list of paths from stdin",
 }
-"""What to do about files of other kinds that are taken for videos."""
+"""Advice for files of other kinds that are given as videos."""
 
 
 def demux(container: Any, stream: Any) -> Iterator[Any]:
-    """The packets of a stream that hold something, up to the end or to where the container is beyond reading."""
+    """The non-empty packets of a stream, up to the end or to where the container becomes unreadable."""
     packets = container.demux(stream)
     while True:
         try:
@@ -148,7 +148,7 @@ def demux(container: Any, stream: Any) -> Iterator[Any]:
         except (StopIteration, av.FFmpegError):
             return
         except IndexError:
-            # PyAV flushes at the end every stream there is, and fails over one that began on the way.
+            # At the end PyAV flushes every stream, and fails on one that was not present at the beginning.
             return
         if packet.size:
             yield packet

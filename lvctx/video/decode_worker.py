@@ -1,8 +1,8 @@
-"""Decoding in a process of its own, so that a decoder that dies or hangs costs one video and not the run.
+"""Decoding in a separate process, so that a decoder that dies or hangs costs one video and not the run.
 
-The process gets one request a line on stdin and answers on stdout with messages: a kind, a length, a body. It serves
-one video after another, and is replaced when one was too much for it. It imports no torch, so it starts at once, and it
-decodes ahead as far as its queues and the pipe have room: decoding overlaps with what the caller does.
+The process gets one request per line on stdin and answers on stdout with messages: a kind, a length, a body. It serves
+one video after another, and is replaced after a video that it fails on. It does not import torch, so it starts fast.
+It decodes ahead as far as its queues and the pipe have room, so decoding overlaps with the caller's work.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ from lvctx.video.sampling import VideoSampling
 from lvctx.video.squares import square
 
 TIMEOUT = 120.0
-"""Seconds in which a decoder has to read at least one packet."""
+"""Seconds within which a decoder has to read at least one packet."""
 HEAD, FRAME = struct.Struct("<cQ"), struct.Struct("<qd")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeRequest:
-    """Which frames of which video, and as what squares."""
+    """Which frames of which video to decode, and how to make them square."""
 
     path: str
     """The video."""
@@ -46,21 +46,21 @@ class DecodeRequest:
     size: int
     """Side of the squares in pixels."""
     background: tuple[int, int, int]
-    """Colour that `pad` adds."""
+    """Fill colour of `pad`."""
 
     def to_json(self) -> str:
-        """For the process; the resolution of frames is nothing to it."""
+        """The request for the process; the token resolution is left out."""
         return json.dumps(asdict(replace(self, sampling=replace(self.sampling, hybrid=None, frame_selection="group"))))
 
     @classmethod
     def from_json(cls, line: bytes) -> Self:
-        """What `to_json` wrote."""
+        """The inverse of `to_json`."""
         raw = json.loads(line)
         return cls(**{**raw, "sampling": VideoSampling(**raw["sampling"])})
 
 
 class Decoders:
-    """Processes that decode; safe to use from several threads. `timeout` is in seconds, see `TIMEOUT`."""
+    """Decoding processes; safe to use from several threads. `timeout` is in seconds, see `TIMEOUT`."""
 
     def __init__(self, *, timeout: float = TIMEOUT) -> None:
         self._timeout = timeout
@@ -70,7 +70,7 @@ class Decoders:
     def read(self, request: DecodeRequest, facts: dict[str, Any]) -> Iterator[Iterator[Frame]]:
         """The frames of a video, each a square; `facts` is filled once they are exhausted.
 
-        Raises what `read_video` raises, and InputError where the decoder dies or hangs.
+        Raises what `read_video` raises, and InputError if the decoder dies or hangs.
         """
         process = self._idle.pop() if self._idle else self._start()
         clean = False
@@ -93,7 +93,7 @@ class Decoders:
         return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
 
     def close(self) -> None:
-        """End the processes that wait for work."""
+        """End the idle processes."""
         while self._idle:
             _end(self._idle.pop())
 
@@ -137,7 +137,7 @@ class _Reader(Iterator[Frame]):
         while rest:
             if not select.select([pipe], [], [], self._timeout)[0]:
                 raise errors.InputError(
-                    f"the decoder stood still for {self._timeout:g} s",
+                    f"the decoder made no progress for {self._timeout:g} s",
                     where=self._request.path,
                     fix="convert the video",
                 )
@@ -154,16 +154,16 @@ class _Reader(Iterator[Frame]):
 
 
 def serve() -> None:
-    """What the process does: answer requests until stdin ends."""
+    """Main loop of the process: answer requests until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     out = os.dup(1)
-    os.dup2(2, 1)  # whatever a library prints must not come between messages
+    os.dup2(2, 1)  # output of libraries must not come between messages
     for line in sys.stdin.buffer:
         _Answer(out, DecodeRequest.from_json(line)).run()
 
 
 class _Answer:
-    """One video's messages."""
+    """The messages about one video."""
 
     def __init__(self, out: int, request: DecodeRequest) -> None:
         self._out, self._request = out, request

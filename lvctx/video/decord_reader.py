@@ -1,9 +1,9 @@
-"""The other decoder: decord, for the exact pixels of LongVA's own scripts.
+"""The alternative decoder decord, for the exact pixels of LongVA's own scripts.
 
-It is no default: its last release is of 2021 and x86 only, it knows no AV1, repeats neighbours where frames are
-damaged, counts wrong where the rate varies or an edit list hides frames, seeks to other frames in transport streams,
-mirrors nothing, and of several video streams takes the largest. So it is let at constant rates, codecs and containers
-it knows only, and which frame is shown when is read from the packets, not from it.
+It is not the default: its last release is from 2021 and for x86 only, it does not support AV1, repeats neighbouring
+frames for damaged ones, miscounts frames with a varying rate or with an edit list that hides frames, seeks to wrong
+frames in transport streams, ignores mirroring, and selects the largest of several video streams. It is therefore used
+only for constant rates and for codecs and containers that it reads correctly; timestamps are read from the packets.
 """
 
 import contextlib
@@ -22,15 +22,15 @@ from lvctx.video.packet_index import HIDDEN, PacketIndex
 from lvctx.video.pixel_conversion import upright
 
 DECORD_BATCH = 16
-"""Frames decoded in one call."""
+"""Number of frames decoded in one call."""
 DECORD_CODECS = ("h264", "hevc", "vp9")
 """Codecs whose packets we can count and that decord decodes."""
 TURNS = ((), (("transpose", "clock"),), (("transpose", "cclock"),), (("hflip",), ("vflip",)))
-"""What decord does to a frame that is not upright."""
+"""The rotations that decord applies to frames."""
 
 
 def require_decord() -> Any:
-    """The decord package. Raises MissingError where it is not installed."""
+    """The decord package. Raises MissingError if it is not installed."""
     try:
         import decord
     except ImportError as e:
@@ -39,18 +39,18 @@ def require_decord() -> Any:
 
 
 def check_decord(path: Path, index: PacketIndex | None) -> PacketIndex:
-    """The index. Raises InputError where decord would not give the right frames of the video."""
+    """The index. Raises InputError if decord would give wrong frames of this video."""
     if reason := _why_not(index) or _why_not_file(path):
-        raise InputError(f"decord is not exact here: {reason}", where=path, fix="--decoder auto")
+        raise InputError(f"decord would not read it correctly: {reason}", where=path, fix="--decoder auto")
     assert index is not None
     return index
 
 
 def _why_not(index: PacketIndex | None) -> str:
     if index is None or index.codec not in DECORD_CODECS:
-        return "a codec it does not know or whose frames cannot be counted"
+        return "the codec is unsupported or its frames cannot be counted"
     if not index.constant_rate:
-        return "its rate varies"
+        return "the frame rate varies"
     if (index.flags_N & HIDDEN).any():
         return "an edit list hides frames"
     return ""
@@ -60,9 +60,9 @@ def _why_not_file(path: Path) -> str:
     container, stream = open_video(path)
     with container:
         if container.format.flags & av.format.Flags.ts_discont.value:
-            return "in a transport stream it seeks to other frames"
+            return "decord seeks to wrong frames in a transport stream"
         if len(container.streams.video) > 1:
-            return "of several video streams it takes another"
+            return "decord selects another of several video streams"
         first = None
         with contextlib.suppress(av.FFmpegError):
             first = next(container.decode(stream), None)
@@ -70,21 +70,21 @@ def _why_not_file(path: Path) -> str:
     return (
         ""
         if display_matrix is None or upright(bytes(display_matrix)) in TURNS
-        else "it turns pictures, but mirrors none"
+        else "decord rotates frames but does not mirror them"
     )
 
 
 def read_with_decord(
     path: Path, index: PacketIndex, frame_indices: Sequence[int], facts: dict[str, Any]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(frame, RGB picture) for ascending, distinct `frame_indices` of a video that `check_decord` lets pass."""
+    """(frame, RGB image) for ascending, distinct `frame_indices` of a video that `check_decord` accepts."""
     decord = require_decord()
     decord.logging.set_level(decord.logging.QUIET)
     try:
-        # A relative name with a colon in it would be taken for a protocol.
+        # A relative name with a colon in it would be read as a protocol.
         reader = decord.VideoReader(str(path.absolute()), ctx=decord.cpu(0))
         if len(reader) != len(index):
-            raise InputError(f"decord counts {len(reader)} frames of {len(index)}", where=path, fix="--decoder auto")
+            raise InputError(f"decord counts {len(reader)} frames, not {len(index)}", where=path, fix="--decoder auto")
         todo = iter(frame_indices)
         while chunk := list(islice(todo, DECORD_BATCH)):
             yield from zip(chunk, reader.get_batch(chunk).asnumpy(), strict=True)

@@ -1,11 +1,11 @@
-"""Seeded drawings of one coloured shape on a cluttered background, and of many side by side.
+"""Seeded drawings of one coloured shape on a cluttered background, and grids of them.
 
-They stand in for photographs where none may be shipped: as training images of the nano recipe, as
-pictures in the tests, and as needles of V-NIAH (an image that no video contains, with a question that only
-it answers). One state of a `numpy.random.Generator` gives one drawing. Every name in `SHAPES` and `COLORS`
-is a single token after a space in SmolLM2's tokenizer; with ten colours, chance is one in ten.
+They replace photographs where none can be distributed: as training images of the nano recipe, as images in the tests,
+and as needles of V-NIAH (an image that occurs in no video, with a question that only this image answers). The same
+state of a `numpy.random.Generator` gives the same drawing. Every name in `SHAPES` and `COLORS` is a single token after
+a space in SmolLM2's tokenizer; with ten colours, chance accuracy is 1 in 10.
 
-Suffixes: H, W pixels down and across; 3 the RGB channels; N vertices of a polygon. Pictures are uint8 RGB.
+Suffixes: H, W pixels down and across; 3 the RGB channels; N vertices of a polygon. Images are uint8 RGB.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,10 +28,10 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "white": (248, 248, 248),
     "black": (12, 12, 12),
 }
-"""Name -> RGB. Far enough apart that the lighting of `paint` never turns one into another."""
+"""Name -> RGB. They differ enough that the lighting of `paint` never makes one look like another."""
 
 SUPERSAMPLE = 2
-"""Masks are drawn this many times too large and averaged down: PIL's polygons have hard edges."""
+"""Masks are drawn this many times larger and averaged down, because PIL draws polygons with hard edges."""
 
 Outline = Sequence[tuple[float, float]]
 
@@ -116,7 +116,7 @@ SHAPES: tuple[str, ...] = tuple(_OUTLINES)
 
 
 def _clouds(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """Noise with the falling spectrum of photographs: octaves of coarse grids, each enlarged smoothly."""
+    """Noise with the decreasing spectrum of photographs: octaves of coarse grids, each enlarged smoothly."""
     total_HW3 = np.zeros((height, width, 3), np.float32)
     decay = rng.uniform(0.4, 0.75)
     tint = rng.uniform(0.0, 1.0)  # 0: the octaves differ in brightness only
@@ -149,7 +149,7 @@ def _stripes(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 
 def _clutter(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """Dead leaves: overlapping irregular patches of many sizes, occlusions without objects."""
+    """Dead-leaves image: overlapping irregular patches of many sizes, occlusions without objects."""
     image = Image.new("RGB", (width, height), tuple(rng.integers(0, 256, 3).tolist()))
     pen = ImageDraw.Draw(image)
     palette = rng.integers(0, 256, (6, 3))
@@ -175,7 +175,7 @@ def background(rng: np.random.Generator, *, width: int, height: int) -> np.ndarr
     image_HW3 = np.zeros((height, width, 3), np.float32)
     for index in rng.choice(4, size=int(rng.integers(1, 4)), replace=False, p=[0.36, 0.2, 0.12, 0.32]):
         image_HW3 += layers[index](rng, width, height) * rng.uniform(0.4, 1.0)
-    # Films are rarely as gaudy as independent channels: pull towards grey, then choose contrast and exposure.
+    # Videos are rarely as saturated as independent channels: shift towards grey, then choose contrast and exposure.
     grey_HW1 = image_HW3.mean(axis=2, keepdims=True)
     image_HW3 = grey_HW1 + (image_HW3 - grey_HW1) * rng.uniform(0.1, 1.0)
     image_HW3 = image_HW3 * rng.uniform(0.3, 1.1) + rng.uniform(40, 215) + rng.uniform(-25, 25, 3)
@@ -183,7 +183,7 @@ def background(rng: np.random.Generator, *, width: int, height: int) -> np.ndarr
 
 
 def _bars(rng: np.random.Generator, image_HW3: np.ndarray) -> np.ndarray:
-    """Letterbox the background with bars of its mean colour, as a wide frame padded to a square has them."""
+    """Letterbox the background with bars of its mean colour, like a wide frame padded to a square."""
     height, width = image_HW3.shape[:2]
     bar = int(rng.uniform(0.1, 0.3) * height)
     barred_HW3 = np.empty_like(image_HW3)
@@ -194,9 +194,9 @@ def _bars(rng: np.random.Generator, image_HW3: np.ndarray) -> np.ndarray:
 
 
 def paint(rng: np.random.Generator, image_HW3: np.ndarray, *, shape: str, color: str) -> np.ndarray:
-    """Paint a shape into the uint8 picture in place; return the coverage per pixel, float32 (H, W) in 0..1.
+    """Paint a shape into the uint8 image in place; return the coverage per pixel, float32 (H, W) in 0..1.
 
-    Place, size (36-90 % of the shorter side), turn (±20°), stretch, shade and lighting are drawn from `rng`.
+    Position, size (36-90 % of the shorter side), rotation (±20°), aspect, shade and lighting are drawn from `rng`.
     """
     height, width = image_HW3.shape[:2]
     side = min(height, width)
@@ -214,12 +214,12 @@ def paint(rng: np.random.Generator, image_HW3: np.ndarray, *, shape: str, color:
         pen.polygon([(float(px), float(py)) for px, py in points_N2], fill=0 if hole else 255)
     cover_HW = np.asarray(mask.reduce(SUPERSAMPLE), np.float32) / 255
     color_3 = np.asarray(COLORS[color], np.float32) + rng.uniform(-14, 14, 3).astype(np.float32)
-    # A shape that its surroundings swallow cannot be asked about; their negative cannot swallow it as well.
+    # A shape of about the colour of its surroundings would be invisible; it is visible on their negative.
     top, left = max(0, int(y - half)), max(0, int(x - half))
     around_3 = image_HW3[top : int(y + half) + 1, left : int(x + half) + 1].reshape(-1, 3).mean(0)
     if np.abs(around_3 - color_3).sum() < 150:
         np.subtract(255, image_HW3, out=image_HW3)
-    # Light falls from one side and fades by at most a sixth, so brown and orange stay apart.
+    # Light falls from one side and fades by at most a sixth, so brown and orange remain distinct.
     ramp_H1 = np.linspace(-1, 1, height, dtype=np.float32)[:, None] * float(rng.uniform(-0.08, 0.08))
     ramp_1W = np.linspace(-1, 1, width, dtype=np.float32)[None] * float(rng.uniform(-0.08, 0.08))
     inside_HW3 = np.clip(color_3 * (1 + ramp_H1 + ramp_1W)[..., None], 0, 255)
@@ -228,7 +228,7 @@ def paint(rng: np.random.Generator, image_HW3: np.ndarray, *, shape: str, color:
 
 
 def _decoy(rng: np.random.Generator) -> Outline:
-    """The outline of something that has no name here: a bar, a wavy blob, or an irregular polygon."""
+    """The outline of an object that is not in `SHAPES`: a bar, a wavy blob, or an irregular polygon."""
     kind = rng.integers(3)
     if kind == 0:
         thin = rng.uniform(0.08, 0.35)
@@ -241,7 +241,7 @@ def _decoy(rng: np.random.Generator) -> Outline:
 
 
 def _scatter(rng: np.random.Generator, image_HW3: np.ndarray) -> None:
-    """Lay one to four decoys of gaudy colours on the picture, in place: colour alone must not look like a shape."""
+    """Paint one to four coloured decoys into the image, in place, so that colour alone does not indicate a shape."""
     height, width = image_HW3.shape[:2]
     image = Image.fromarray(image_HW3)
     for _ in range(int(rng.integers(1, 5))):
@@ -260,11 +260,11 @@ def _scatter(rng: np.random.Generator, image_HW3: np.ndarray) -> None:
 
 
 Photos = Sequence[np.ndarray]
-"""Pictures in which no shape is to be named, uint8 (H, W, 3) of any size; empty where there are none."""
+"""Photos used as backgrounds, uint8 (H, W, 3) of any size; may be empty."""
 
 
 def _canvas(rng: np.random.Generator, size: int, photos: Photos = ()) -> np.ndarray:
-    """A background, or more often a photo's crop if there are `photos`; with these, one in three has decoys."""
+    """A background or, more often, a crop of a photo if there are `photos`; one in three of the crops has decoys."""
     if photos and rng.random() < 0.6:
         image_HW3 = crop_photo(rng, photos[int(rng.integers(len(photos)))], size=size)
     else:
@@ -278,14 +278,14 @@ def _canvas(rng: np.random.Generator, size: int, photos: Photos = ()) -> np.ndar
 def draw_image_with_mask(
     rng: np.random.Generator, *, size: int, shape: str, color: str, photos: Photos = ()
 ) -> tuple[Image.Image, np.ndarray]:
-    """`draw_image`, and the coverage of each pixel by the shape, float32 (size, size) in 0..1."""
+    """`draw_image` together with the coverage of each pixel by the shape, float32 (size, size) in 0..1."""
     image_HW3 = _canvas(rng, size, photos)
     mask_HW = paint(rng, image_HW3, shape=shape, color=color)
     return Image.fromarray(image_HW3), mask_HW
 
 
 def draw_image(rng: np.random.Generator, *, size: int, shape: str, color: str, photos: Photos = ()) -> Image.Image:
-    """A square picture, `size` pixels a side, of one `color` `shape` on a background of its own (or a photo's)."""
+    """A square image, `size` pixels a side, of one `color` `shape` on a generated background or a photo's crop."""
     return draw_image_with_mask(rng, size=size, shape=shape, color=color, photos=photos)[0]
 
 
@@ -305,9 +305,9 @@ def draw_grids(
 ) -> Image.Image:
     """One large image of cols x rows square cells; `cells` maps a cell (row-major) to its (shape, color).
 
-    Cut into tiles of `size` pixels it is like as many frames of a video. Given `photos`,
-    two images in three are made of crops of them. Of the rest some share one scene (a background over all cells, or
-    one cell repeated with small shifts of brightness), and in some every cell is a scene of its own.
+    Cut into tiles of `size` pixels, it resembles that many frames of a video. With `photos`, two images in three
+    consist of crops of them. Of the rest, some have one scene (a background over all cells, or one cell repeated with
+    small shifts of brightness), and in some every cell is a separate scene.
     """
     kind = 1.0 if photos and rng.random() < 2 / 3 else rng.random()
     one_photo = rng.random() < 0.5
@@ -330,7 +330,7 @@ def draw_grids(
             part_HW3[:] = np.clip(scene_HW3 + rng.uniform(-12, 12), 0, 255)
         if cell in cells:
             shape, color = cells[cell]
-            if rng.random() < 0.5:  # a needle does not resemble its haystack
+            if rng.random() < 0.5:  # a needle's background differs from its haystack
                 part_HW3[:] = _canvas(rng, size)
             paint(rng, part_HW3, shape=shape, color=color)
     return Image.fromarray(full_HW3)

@@ -1,11 +1,11 @@
-"""Endless procedural footage: landscapes, skies and pebbles that a camera pans over, cut into scenes.
+"""Procedural video of any length: landscapes, skies and pebbles that a camera pans over, cut into scenes.
 
-A haystack that anybody may pass on, of any length, without storing it: frame i of a seed is the same pixels on every
-machine. So everything is integer arithmetic on an own hash (SplitMix64, Steele et al. 2014): no floating point, whose
-last bits differ between processors, and no generator of a library, whose streams may change with its version. Nothing
-is drawn that has a name, so that a needle's shape is nowhere but in the needle.
+It is a haystack that can be distributed freely without storing it: frame i of a seed has the same pixels on every
+machine. Therefore everything is integer arithmetic on a hash implemented here (SplitMix64, Steele et al. 2014), without
+floating point, whose last bits differ between processors, and without a library's random generator, whose streams may
+change with its version. No object with a name is drawn, so a needle's shape occurs only in the needle.
 
-Suffixes: H, W (or S, where square) pixels down and across; 3 the RGB channels. Frames are uint8 RGB, a second apart.
+Suffixes: H, W (or S, where square) pixels down and across; 3 the RGB channels. Frames are uint8 RGB, one second apart.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 VERSION = 1
-"""Grows when the pixels of a seed change."""
+"""Increases when the pixels of a seed change."""
 
 _MASK = (1 << 64) - 1
 _STEP, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """What SplitMix64 makes of each state: uint64 to uint64."""
+    """The output of SplitMix64 for each state: uint64 to uint64."""
     z = values + np.uint64(_STEP)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX1)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX2)
@@ -45,7 +45,7 @@ class _Dice:
         return low + (self._next() >> 11) % (high - low + 1)
 
     def color(self) -> np.ndarray:
-        """Int32 (3,), half way to grey: video is rarely of pure colours."""
+        """Int32 (3,), halfway to grey, since video rarely has pure colours."""
         color_3 = [self.between(16, 239) for _ in range(3)]
         return np.array([(c + sum(color_3) // 3) // 2 for c in color_3], np.int32)
 
@@ -114,7 +114,7 @@ def _hills(dice: _Dice) -> Scene:
         ramp = np.broadcast_to((np.arange(side, dtype=np.int32) * 255 // side)[:, None], (side, side))
         image = _blend(above, below, ramp)
         for near, (seed, color, rough) in enumerate(ridges, start=1):
-            x = speed * near * near * t  # what is nearer passes faster
+            x = speed * near * near * t  # nearer hills pass faster
             shape = _fractal(seed, 0, x, 1, side, 1 << (8 - near))[0]
             top = side * (near + 1) // (len(ridges) + 3) + (shape - 128) * side // 512
             texture = _fractal(seed + 1, 0, x, side, side, 32)
@@ -162,7 +162,7 @@ def scene(seed: int, number: int, side: int) -> Iterator[np.ndarray]:
     draw = SCENE_KINDS[dice.between(0, len(SCENE_KINDS) - 1)](dice)
     grain, light, turn = dice.between(0, 1 << 40), dice.between(0, 48), dice.between(8, 32)
     for t in range(dice.between(4, 40)):
-        swing = abs((t % (2 * turn)) - turn) * light // turn  # daylight comes and goes
+        swing = abs((t % (2 * turn)) - turn) * light // turn  # brightness rises and falls
         noise = (_lattice(grain + t, np.arange(side), np.arange(side)) & np.uint64(15)).astype(np.int32) - 8
         image = draw(t, side) * (256 - swing) // 256 + noise[..., None]
         yield np.clip(image, 0, 255).astype(np.uint8)

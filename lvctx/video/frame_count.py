@@ -1,4 +1,4 @@
-"""How many frames a sampling takes of a video, by its packets where they tell."""
+"""The number of frames that a sampling takes of a video, from its packets if they determine it."""
 
 import contextlib
 import itertools
@@ -25,7 +25,7 @@ from lvctx.video.timestamps import Clock, frame_ticks
 
 
 def bounded(path: Path, sampling: VideoSampling) -> VideoSampling:
-    """The sampling, or `max_frames` evenly spread where its rate gives more of this video. Raises as `read_video`."""
+    """The sampling, or `max_frames` evenly spread if its rate gives more of this video. Raises as `read_video`."""
     bound = sampling.max_frames
     if bound is None or sampling.frames is not None:
         return sampling
@@ -39,27 +39,27 @@ def bounded(path: Path, sampling: VideoSampling) -> VideoSampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Count:
-    """What a sampling finds in a video."""
+    """The frames that a sampling takes of a video."""
 
     frames: int
-    """Frames that `read_video` gives, if none is damaged."""
+    """Number of frames that `read_video` gives, if none is damaged."""
     exact: bool
-    """False: about so many, as only decoding would tell."""
+    """False: the number is an estimate, since only decoding gives the exact one."""
     width: int
-    """Pixels across once upright; where nothing was decoded as the container says, before a turn."""
+    """Width in pixels, upright; if nothing was decoded, the container's width before rotation."""
     height: int
-    """Pixels down, likewise."""
+    """Height in pixels, likewise."""
     duration: float
     """Seconds from the first frame to the end of the last."""
     partial: bool = False
-    """Whether the video is cut short or damaged; known only where it was decoded."""
+    """Whether the video is truncated or damaged; known only if it was decoded."""
 
 
 def count_frames(path: Path, sampling: VideoSampling, *, decode: bool = True) -> Count:
-    """How many frames `read_video` gives, by the packets; the first frame is decoded for its size.
+    """Number of frames that `read_video` gives, from the packets; the first frame is decoded for its size.
 
-    Where packets do not tell (see `packets.py`), and with `allow_partial`, everything is decoded, or without `decode`
-    nothing at all and the count is near. Raises as `read_video`.
+    If packets do not determine it (see `packet_index.py`), and with `allow_partial`, everything is decoded; without
+    `decode` nothing is decoded and the count is an estimate. Raises as `read_video`.
     """
     check_complete(path, allow_partial=sampling.allow_partial)
     job = ReadJob(path=path, sampling=sampling, threads=os.cpu_count() or 1)
@@ -77,7 +77,7 @@ def count_frames(path: Path, sampling: VideoSampling, *, decode: bool = True) ->
         width, height = facts["width"], facts["height"]
         if decode:
             height, width = _upright_size(job, index, frame_indices)
-        # What cannot be decoded is left out then.
+        # Frames that cannot be decoded are then left out.
         return Count(
             frames=len(frame_indices), exact=not sampling.allow_partial, width=width, height=height, duration=duration
         )

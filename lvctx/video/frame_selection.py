@@ -1,4 +1,4 @@
-"""Which frames a sampling takes: of numbered times in ticks, or of decoded frames as they come."""
+"""Which frames a sampling takes: from a list of times in ticks, or from a stream of decoded frames."""
 
 import math
 from bisect import bisect_left
@@ -15,14 +15,14 @@ from lvctx.video.sampling import VideoSampling
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedFrame:
-    """A frame of the source that is not converted yet: what sampling decides on."""
+    """A decoded frame of the source, not yet converted, that sampling accepts or skips."""
 
     index: int
     """Number in the source, in the order of presentation, from 0."""
     pts: Fraction
     """Exact seconds."""
     end: Fraction
-    """When the next frame is due; equal to `pts` where the container does not have it."""
+    """When the next frame is due; equal to `pts` if the container does not store it."""
     data: Any = field(default=None, repr=False)
     """The decoder's own frame."""
 
@@ -42,25 +42,25 @@ def frame_numbers(index: PacketIndex, sampling: VideoSampling) -> list[int]:
 def numbers_between(
     times: Sequence[int | Fraction], sampling: VideoSampling, *, tick: Fraction = Fraction(1)
 ) -> tuple[int, int]:
-    """First and after-last number of the times, ascending ticks from the first frame, between `start` and `end`."""
+    """The half-open range of numbers of the times, ascending ticks from the first frame, between `start` and `end`."""
     low = bisect_left(times, _exact(sampling.start or 0) / tick)
     return low, len(times) if sampling.end is None else max(low, bisect_left(times, _exact(sampling.end) / tick))
 
 
 def due_ticks(first: int, last: int, end: int, tick: Fraction, sampling: VideoSampling) -> list[int]:
-    """Ticks at which a rate takes a frame: from the first frame or `start` on, before the video's or the given end."""
+    """Ticks at which a rate takes a frame: from the first frame or `start`, before the end of the video or `end`."""
     step = _step(sampling) / tick
     begin = first + _exact(sampling.start or 0) / tick
     count = max(math.ceil((end - begin) / step), (last - begin) // step + 1)
     if sampling.end is not None:
         count = min(count, math.ceil((first + _exact(sampling.end) / tick - begin) / step))
-    # begin + k * step, rounded down: in whole numbers, as there may be a hundred thousand.
+    # begin + k * step, rounded down: in integers, since there may be a hundred thousand.
     base, part = begin.numerator * step.denominator, begin.denominator * step.numerator
     return [(base + k * part) // (begin.denominator * step.denominator) for k in range(count)]
 
 
 def _exact(seconds: float) -> Fraction:
-    """The decimals that were given: as a float, 0.44 is a little more."""
+    """The decimal number that was given: as a float, 0.44 is slightly larger."""
     return Fraction(seconds).limit_denominator(1_000_000)
 
 
@@ -81,7 +81,7 @@ def nearest_key_frames(index: PacketIndex, frame_indices: list[int]) -> tuple[li
 
 
 def take_numbered(frames: Iterable[DecodedFrame], frame_indices: Iterable[int]) -> Iterator[DecodedFrame]:
-    """The frames numbered in ascending `frame_indices`, each as often as it is there."""
+    """The frames numbered in ascending `frame_indices`, each as often as it occurs."""
     numbers = iter(frame_indices)
     number = next(numbers, None)
     for frame in frames:
@@ -91,7 +91,7 @@ def take_numbered(frames: Iterable[DecodedFrame], frame_indices: Iterable[int]) 
 
 
 def take_sampled(frames: Iterable[DecodedFrame], sampling: VideoSampling) -> Iterator[DecodedFrame]:
-    """The frames that a rate takes, in order; one that stays on display over several sampling times several times."""
+    """The frames that a rate takes, in order; a frame on display at several sampling times is repeated."""
     native = sampling.fps == "native"
     begin = _exact(sampling.start or 0)
     until: Fraction | float = math.inf

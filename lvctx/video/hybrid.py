@@ -1,15 +1,15 @@
 """Hybrid resolution: in every group of L frames the first has m visual tokens, the others m/s (GIRAFFE section 3.5).
 
-A group then takes m (1 + (L-1)/s) tokens: (4, 240, 3) is 120 a frame on average. L = 1 or s = 1 is uniform resolution.
+A group then has m (1 + (L-1)/s) tokens: (4, 240, 3) is 120 per frame on average. L = 1 or s = 1 is uniform resolution.
 
-Qwen2-VL merges two frames into one grid, and both must be of one size, which the paper does not speak of. Three ways:
+Qwen2-VL merges two frames into one grid, which requires equal sizes; the paper does not discuss this. Three modes:
 
-- `pair`: a group is L grids, that is 2L frames: one grid of m tokens and L-1 of m/s.
-- `image`: every frame is an image of its own, so a grid holds one frame: the paper's arithmetic, twice the tokens.
+- `pair`: a group is L grids, i.e. 2L frames: one grid of m tokens and L-1 of m/s.
+- `image`: every frame is a separate image, so a grid holds one frame: the paper's arithmetic, twice the tokens.
 - `literal`: a group is L frames; a run of frames of one size is merged in pairs, an odd one with itself.
 
-Frames of one size that follow each other are a run, and a run is one item for the model. Where a grid holds one frame
-(towers of LLaVA models) the three are the same.
+Consecutive frames of one size are a run, and a run is one item for the model. If a grid holds one frame
+(towers of LLaVA models) the modes are the same.
 """
 
 import math
@@ -32,16 +32,16 @@ class Hybrid:
     """The (L, m, s) of the paper and how frames are merged."""
 
     group: int = 1
-    """L: frames a group (grids in mode `pair`). Paper: 4."""
+    """L: frames per group (grids in mode `pair`). Paper: 4."""
     tokens: int = 240
     """m: tokens of a grid of high resolution. Paper: 240."""
     ratio: int = 1
-    """s: how many times fewer the others have. Paper: 3."""
+    """s: factor by which the others have fewer. Paper: 3."""
     mode: HybridMode = "pair"
     """See above."""
 
     def __post_init__(self) -> None:
-        """Raises UsageError for what is no resolution."""
+        """Raises UsageError for an invalid resolution."""
         if min(self.group, self.tokens, self.ratio) < 1:
             raise UsageError("L, m and s are at least 1", where=f"{self.group},{self.tokens},{self.ratio}")
         if self.ratio > self.tokens:
@@ -68,7 +68,7 @@ class Hybrid:
 
 
 class Run(NamedTuple):
-    """Frames of one size, one after another."""
+    """Consecutive frames of one size."""
 
     frames: int
     grids: int
@@ -76,7 +76,7 @@ class Run(NamedTuple):
 
 
 def runs(frames: int, hybrid: Hybrid, *, merge: int) -> Iterator[Run]:
-    """The runs that `frames` frames make where a model merges `merge` of them into a grid: 2 for Qwen2-VL, else 1."""
+    """The runs of `frames` frames for a model that merges `merge` of them into a grid: 2 for Qwen2-VL, else 1."""
     assert frames > 0
     if hybrid.mode == "image":
         merge = 1
@@ -103,9 +103,9 @@ def select_high(
 ) -> Callable[[int, "np.ndarray | None"], bool]:
     """Which frames are of high resolution: a function of a frame's number and thumbnail or image, called in order.
 
-    Without `threshold` the first frame of each group (the first `merge` in mode `pair`, where they share a grid). With
-    it, a frame whose grey thumbnail differs from that of the last high one by at least that much: mean absolute
-    difference, 0 to 1. The other frames of a pair follow its first. Images are (H, W, 3), thumbnails as `thumbnail`'s.
+    Without `threshold`, these are the first frame of each group (the first `merge` in mode `pair`, where they share a
+    grid). With it, a frame whose grey thumbnail differs from that of the last high one by at least that much: mean
+    absolute difference, 0 to 1. The other frames of a pair follow its first. Images are (H, W, 3).
     """
     unit = merge if hybrid.mode == "pair" else 1
     last: np.ndarray | None = None
@@ -128,7 +128,7 @@ def select_high(
 
 
 def thumbnail(image_HW3: "np.ndarray") -> "np.ndarray":
-    """A frame as a small grey image, float32 (THUMB, THUMB), 0 to 1."""
+    """A small grey image of a frame, float32 (THUMB, THUMB), 0 to 1."""
     import numpy as np
     from PIL import Image
 

@@ -1,15 +1,15 @@
-"""What a video's packets state before anything is decoded: when each frame is shown, and what its pixels depend on.
+"""The index of a video's packets, read before anything is decoded: when each frame is shown, and what it depends on.
 
-One pass over the container gives every frame's number and time, so sampling is decided first and only then is decoded
-what the sampled frames need. Three facts make that exact:
+One pass over the container gives every frame's number and time, so the sampling is decided first, and then only the
+packets that the sampled frames need are decoded. This is exact because of three facts:
 
-- an entry: a packet from which decoding may begin, because nothing shown at or after it refers to what was before
-  (IDR in H.264; IDR, BLA and CRA in HEVC; key frames in VP9 and AV1). A container's key frame flag alone would not do
+- Decoding may begin at an entry: a packet such that nothing shown at or after it refers to earlier packets
+  (IDR in H.264; IDR, BLA and CRA in HEVC; key frames in VP9 and AV1). A container's key frame flag alone is not enough
   for H.264: it is also set where a picture only begins to refresh.
-- a spare packet: no other frame refers to it (nal_ref_idc 0 in H.264; in HEVC a sub-layer non-reference picture of the
-  highest temporal layer), so it need not be decoded unless it is wanted. VP9 and AV1 have none that later frames could
-  do without: their entropy contexts go from frame to frame.
-- what lies after the last wanted packet of a seek range, in the order of decoding, nobody needs.
+- A spare packet is one that no other frame refers to (nal_ref_idc 0 in H.264; in HEVC a sub-layer non-reference picture
+  of the highest temporal layer), so it is decoded only if its frame is wanted. VP9 and AV1 have none: every frame
+  passes its entropy contexts on to later frames.
+- Packets after the last wanted one of a seek range, in decoding order, are not needed.
 
 Suffixes: N packets in the order of decoding, F frames in the order of presentation, E entries.
 """
@@ -27,31 +27,31 @@ from lvctx.video.container import demux, open_video
 from lvctx.video.timestamps import Clock
 
 PLANNED = ("h264", "hevc", "vp9", "av1")
-"""Codecs of which a packet is a frame; VP8 or old AVIs hide frames or put several into one."""
+"""Codecs with one frame per packet; VP8 and old AVIs hide frames or put several into a packet."""
 HIDDEN, ENTRY, SPARE = 1, 2, 4
 MERGE = 128
-"""Packets up to which seek ranges that touch are decoded as one: beginning anew costs about a frame."""
+"""Largest number of packets for which adjacent seek ranges are joined: a new seek costs about a frame."""
 
 
 class SeekRange(NamedTuple):
-    """Packets to decode in one go."""
+    """A range of packets to decode after one seek."""
 
     start: int
     """The entry, in the order of decoding."""
     stop: int
-    """After the last packet that is needed."""
+    """One past the last packet that is needed."""
     frames: list[int]
-    """Which frames are wanted of it: numbers in the order of presentation."""
+    """Numbers of the wanted frames, in the order of presentation."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PacketIndex:
-    """A video's packets; 17 bytes of memory each: 1.5 MB an hour at 25 frames a second."""
+    """A video's packets; 17 bytes of memory each: 1.5 MB per hour at 25 frames per second."""
 
     codec: str
     """One of `PLANNED`."""
     time_base: Fraction
-    """Seconds a tick."""
+    """Seconds per tick."""
     pts_N: np.ndarray
     """int64: ticks at which each packet's frame is shown."""
     flags_N: np.ndarray
@@ -61,9 +61,9 @@ class PacketIndex:
     entry_dts: dict[int, int]
     """Entry -> the tick to seek to."""
     end: int
-    """Tick at which the last frame is over."""
+    """Tick at which the last frame ends."""
     jumps: bool = False
-    """Whether the clock jumps: then times are other than the packets' own, and seeking by them leads nowhere."""
+    """Whether the clock jumps: then times differ from the packets' own, and seeking by them does not work."""
 
     def __len__(self) -> int:
         """Frames."""
@@ -75,24 +75,24 @@ class PacketIndex:
 
     @property
     def key_frames(self) -> np.ndarray:
-        """Numbers of the frames that decoding may begin with, ascending."""
+        """Numbers of the frames at which decoding may begin, ascending."""
         return np.flatnonzero(self.flags_N[self.packet_F] & ENTRY)
 
     @property
     def constant_rate(self) -> bool:
-        """Whether all frames are shown equally long, as far as the clock's ticks allow."""
+        """Whether all frames are shown for equal durations, as far as the clock's ticks allow."""
         gaps = np.diff(self.pts_N[self.packet_F])
         return len(gaps) == 0 or int(gaps.max() - gaps.min()) <= 1
 
     def seek_ranges(self, frames: Iterable[int]) -> list[SeekRange] | None:
-        """What to decode for these frames (ascending, distinct); None where the order of packets is not as expected."""
+        """The seek ranges for these frames (ascending, distinct); None if the packets are not in the expected order."""
         entries_E = np.fromiter(self.entry_dts, np.int64)
         ranges: list[SeekRange] = []
         before = -1
         for frame in frames:
             packet = int(self.packet_F[frame])
             e = int(np.searchsorted(entries_E, packet, "right")) - 1
-            # What is shown before an entry but comes after it refers to what was before.
+            # Packets that follow an entry but are shown before it refer to packets before the entry.
             while e >= 0 and self.pts_N[entries_E[e]] > self.pts_N[packet]:
                 e -= 1
             if e < 0 or (entry := int(entries_E[e])) < before:
@@ -107,23 +107,23 @@ class PacketIndex:
 
 
 def read_packets(path: Path) -> PacketIndex | None:
-    """The index of a video; None where packets are not enough: other codecs, times missing, given twice or in
-    another order than the frames'.
+    """The index of a video; None if packets are not sufficient: for other codecs, and for times that are missing,
+    repeated or in another order than the frames'.
 
-    Raises InputError for what is no video.
+    Raises InputError for a file that is not a video.
     """
     container, stream = open_video(path)
     with container:
         codec = stream.codec_context.codec.canonical_name
         if codec not in PLANNED:
             return None
-        time_base = Fraction(stream.time_base)  # a closed container's stream has none
+        time_base = Fraction(stream.time_base)  # not available once the container is closed
         size = _length_size(codec, stream.codec_context.extradata or b"")
         pts, flags, layers = array("q"), array("B"), array("B")
         entry_dts: dict[int, int] = {}
         reorders, clock = stream.codec_context.has_b_frames, Clock(container, stream)
         end, latest = 0, -(1 << 63)
-        highest = latest  # of all, latest only of those that are shown
+        highest = latest  # of all packets; latest is of the shown ones only
         for packet in demux(container, stream):
             jumps = clock.jumps
             clock.mend(packet)
@@ -134,7 +134,7 @@ def read_packets(path: Path) -> PacketIndex | None:
             if codec == "h264":
                 unit_flags, backward = _classify_h264(units(packet, size), bare=not size)
                 if backward and packet.pts > highest:
-                    return None  # a picture between others is stamped as if it came after all of them
+                    return None  # a picture between others has a timestamp after all of them
                 flag |= unit_flags
             elif codec == "hevc":
                 unit_flags, layer = _classify_hevc(units(packet, size), bare=not size)
@@ -159,7 +159,7 @@ def read_packets(path: Path) -> PacketIndex | None:
     if not _ordered(pts_N, np.fromiter(entry_dts, np.int64), codec):
         return None
     if codec == "hevc" and reorders and len(pts_N) > 1 and (np.diff(pts_N) > 0).all():
-        return None  # stamps in the order of decoding, as an AVI has them
+        return None  # timestamps in decoding order, as in an AVI
     flags_N[layers_N < layers_N.max()] &= ~np.uint8(SPARE)
     return PacketIndex(
         codec=codec,
@@ -174,16 +174,16 @@ def read_packets(path: Path) -> PacketIndex | None:
 
 
 def _ordered(pts_N: np.ndarray, entries_E: np.ndarray, codec: str) -> bool:
-    """Whether no time before an entry reaches beyond it and, in H.264, none after it is earlier: so do decoders."""
+    """Whether no time before an entry is later than it and, in H.264, none after it is earlier, as decoders assume."""
     before = np.maximum.accumulate(pts_N)[entries_E[1:] - 1]
     after = np.minimum.accumulate(pts_N[::-1])[::-1][entries_E]
     behind = after < pts_N[entries_E]
-    # Pictures that lead an entry are shown before it, except in H.264; nothing leads the first.
+    # Leading pictures follow an entry and are shown before it, except in H.264; the first entry has none.
     return bool((before < pts_N[entries_E[1:]]).all()) and not (behind if codec == "h264" else behind[:1]).any()
 
 
 def _length_size(codec: str, extradata: bytes) -> int:
-    """Bytes of the length before each unit (avcC, hvcC); 0 where start codes separate them."""
+    """Bytes of the length before each unit (avcC, hvcC); 0 if start codes separate them."""
     if codec not in ("h264", "hevc") or extradata[:1] != b"\x01":
         return 0
     return (extradata[4 if codec == "h264" else 21] & 3) + 1
@@ -205,7 +205,7 @@ def units(packet: Any, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _classify_h264(nal_units: Iterator[tuple[int, int]], *, bare: bool) -> tuple[int, bool]:
-    """Flags, and whether the picture refers to later ones: its first slice is of type B."""
+    """Flags, and whether the picture refers to later ones (its first slice is of type B)."""
     kinds, used, backward = set(), 0, False
     for head, second in nal_units:
         kinds.add(head & 31)
@@ -213,7 +213,7 @@ def _classify_h264(nal_units: Iterator[tuple[int, int]], *, bare: bool) -> tuple
             used |= head >> 5 & 3
             # Exponential Golomb codes: first_mb_in_slice 0 is 1, slice_type B is 010 or 00111.
             backward |= second >> 4 == 0b1010 or second >> 2 == 0b100111
-    # Where parameters are sent with the frames, an entry has its own.
+    # If parameter sets are sent within the stream, an entry comes with its own.
     if 5 in kinds and (7 in kinds or not bare):
         return ENTRY, backward
     return (SPARE if kinds & {1, 2} and not used and not kinds & {5, 7, 8} else 0), backward

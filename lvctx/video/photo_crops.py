@@ -1,13 +1,13 @@
-"""Random crops of photos in another light, as backgrounds of drawn images."""
+"""Random crops of photos with changed lighting, as backgrounds of drawn images."""
 
 import numpy as np
 from PIL import Image
 
 
 def crop_photo(rng: np.random.Generator, photo_HW3: np.ndarray, *, size: int) -> np.ndarray:
-    """A random square of a photo (30-100 % of its short side) in another light: uint8 (size, size, 3).
+    """A random square of a photo (30-100 % of its short side) with changed lighting: uint8 (size, size, 3).
 
-    Mirrored half the time, darker or brighter, greyer or gaudier, and one time in three with its channels swapped.
+    Mirrored half the time, brightness and saturation varied, and one time in three with its channels swapped.
     """
     height, width = photo_HW3.shape[:2]
     side = int(min(height, width) * rng.uniform(0.3, 1.0))

@@ -1,6 +1,6 @@
 """Decoded frames as RGB, through the filters that the ffmpeg program itself would insert.
 
-So a rotated, 10-bit or full-range video looks as it does there, to the bit.
+So the pixels of a rotated, 10-bit or full-range video are bit-identical to the program's.
 """
 
 import math
@@ -16,7 +16,7 @@ Filters = tuple[tuple[str, ...], ...]
 
 
 def upright(matrix: bytes | None) -> Filters:
-    """The filters that the ffmpeg program inserts for a display matrix (nine int32, by rows): turns and flips.
+    """The filters that the ffmpeg program inserts for a display matrix (nine int32, row by row): rotations and flips.
 
     After `configure_input_video_filter` of fftools/ffmpeg_filter.c and `av_display_rotation_get` of libavutil.
     """
@@ -39,7 +39,7 @@ def upright(matrix: bytes | None) -> Filters:
 
 
 class RgbConverter:
-    """Converts frames to RGB; the filters are kept as long as the frames stay of one kind. For one thread."""
+    """Converts frames to RGB; the filters are reused while the frames' format does not change. For one thread."""
 
     def __init__(self) -> None:
         self._kind: tuple[Any, ...] = ()

@@ -1,11 +1,11 @@
 """Frames of a video by time: the same frames, pixels and timestamps as FFmpeg, one at a time.
 
-A frame is identified by its number in the order of presentation and by its presentation timestamp (pts). Three ways to
-sample: every frame; a rate, which takes at t_k = first pts + k / rate the frame on display, that is the last whose
-pts <= t_k; or a number of frames spread as LongVA's linspace(0, n - 1, N) over the n frames of the video.
+A frame is identified by its number in the order of presentation and by its presentation timestamp (pts). There are
+three ways to sample: every frame; a rate, which takes at t_k = first pts + k / rate the frame on display, i.e. the last
+with pts <= t_k; or a number of frames spread as LongVA's linspace(0, n - 1, N) over the n frames of the video.
 
-PyAV (FFmpeg's own libraries) is the default. Where packets tell what is in them (`packets.py`), only what the sampled
-frames need is decoded (`planned.py`); elsewhere the video is read front to back. Only sampled frames become RGB.
+PyAV (FFmpeg's own libraries) is the default. If packets can be indexed (`packet_index.py`), only what the sampled
+frames need is decoded (`segment_decoder.py`); otherwise the whole video is. Only sampled frames are converted to RGB.
 """
 
 import contextlib
@@ -48,13 +48,13 @@ class Frame:
 
 
 class FrameReader(Iterator[Frame]):
-    """The frames asked for; once exhausted, `facts` has what was found while decoding."""
+    """The requested frames; once exhausted, `facts` has what was found while decoding."""
 
     def __init__(self, frames: Iterator[Frame], facts: dict[str, Any], path: Path) -> None:
         self._frames, self._path = frames, path
         self.facts = facts
         """width, height, source_frames, duration (seconds), corrupt (damaged frames), decoder (with versions);
-        and `partial`, true, for a video that is cut short or of which more than 1% is damaged."""
+        and `partial`, true, for a video that is truncated or of which more than 1% is damaged."""
 
     def __next__(self) -> Frame:
         with decoder_errors(self._path):
@@ -75,13 +75,13 @@ def read_video(
 ) -> FrameReader:
     """Read the frames that `sampling` takes of `path`, or those numbered in ascending `frame_indices`.
 
-    `prepare` is what to make of each RGB image, called in several threads; `threads` is the number of cores unless
-    given; `stats` shows how far the decoder is. Pixels in memory do not grow with the length of the video. The
-    resolution in `sampling` is not looked at, nor its `max_frames`: see `bounded`.
+    `prepare` is applied to each RGB image, in several threads; `threads` is the number of cores by default; `stats`
+    reports the decoder's progress. Memory for pixels does not grow with the length of the video. The resolution and
+    `max_frames` of `sampling` are not used: see `bounded`.
 
     Raises InputError for a file that is missing, empty, not a video or without a frame, also between `start` and
     `end`; and unless `allow_partial` for one that is truncated, or of which more than 1% is damaged: frames that do not
-    decode are left out and counted, never made up. MissingError where decord is asked for and not installed.
+    decode are left out and counted, never replaced. MissingError if decord is requested and not installed.
     """
     if sum(option is not None for option in (sampling.fps, sampling.frames, frame_indices)) != 1:
         raise UsageError("give either a rate or a number of frames")
@@ -111,7 +111,7 @@ def _read(job: ReadJob, facts: dict[str, Any], stats: DecodeStats) -> Iterator[F
     facts["decoder"] = f"PyAV {av.__version__} ({', '.join(versions)})"
     seek_ranges = index.seek_ranges(times) if index is not None else None
     if job.sampling.seek == "keyframe" and seek_ranges is None:
-        raise InputError("key frames cannot be told apart here", where=job.path, fix="--seek exact")
+        raise InputError("key frames cannot be identified in this video", where=job.path, fix="--seek exact")
     read: Any
     if job.sampling.decoder == "decord":
         from lvctx.video.decord_reader import check_decord, read_with_decord
@@ -127,7 +127,7 @@ def _read(job: ReadJob, facts: dict[str, Any], stats: DecodeStats) -> Iterator[F
     decoded_count = 0
     with contextlib.closing(read):
         for number, (facts["height"], facts["width"]), image in read:
-            assert index is not None, "decord refuses what has no index before its first frame"
+            assert index is not None, "decord refuses a video without an index before its first frame"
             decoded_count += 1
             for _ in range(times[number]):
                 yield Frame(index=number, pts=float(index.time(number)), image=image)
@@ -141,7 +141,7 @@ def _read(job: ReadJob, facts: dict[str, Any], stats: DecodeStats) -> Iterator[F
 
 
 def _read_everything(job: ReadJob, facts: dict[str, Any], stats: DecodeStats) -> Iterator[Frame]:
-    """Front to back, every frame decoded: where packets do not tell what is in them."""
+    """Decode every frame, front to back: for packets that cannot be indexed."""
     frame_indices = job.frame_indices
     if job.sampling.frames is not None:
         seconds = [frame.pts for frame in decode_all(job, {}, DecodeStats())]

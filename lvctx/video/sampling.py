@@ -1,6 +1,6 @@
 """How a video is sampled and at what resolution: declared once, for every command that reads video.
 
-Nothing heavy is imported here: the help of the commands is made from it.
+No heavy module is imported here, since the commands' help is made from this file.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +28,7 @@ def parse_rate(text: str) -> Rate:
     except (ValueError, ZeroDivisionError):
         rate = 0.0
     if not 1e-5 <= rate <= 1e5:
-        raise ValueError("no frame rate; give a number such as 1, or native")
+        raise ValueError("not a frame rate; give a number such as 1, or native")
     return rate
 
 
@@ -47,7 +47,7 @@ class VideoSampling:
     frames: Annotated[int | None, Flag(min=1)] = None
     """Number of frames, evenly spread, instead of a rate."""
     max_frames: Annotated[int | None, Flag(min=1)] = None
-    """Where the rate gives more frames than this, take this many, evenly spread. Default: 768 for Qwen-VL."""
+    """If the rate gives more frames than this, take this many, evenly spread. Default: 768 for Qwen-VL."""
     start: Annotated[float | None, Flag(min=0)] = None
     """Begin this many seconds into the video."""
     end: Annotated[float | None, Flag(min=0)] = None
@@ -55,7 +55,7 @@ class VideoSampling:
     frame_mode: FrameMode | None = None
     """How a frame becomes a square for CLIP and SigLIP towers. Default: crop."""
     hybrid: Annotated[Hybrid | None, Flag(parse=Hybrid.parse, metavar="L,M,S")] = None
-    """Hybrid resolution L,M,S: of every L frames one has M tokens, the others M/S. Default: all frames alike."""
+    """Hybrid resolution L,M,S: of every L frames one has M tokens, the others M/S. Default: one resolution."""
     hybrid_mode: HybridMode = "pair"
     """Qwen-VL: groups of merged pairs of frames, of frames as images, or of single frames."""
     frame_selection: FrameSelection = "group"
@@ -65,35 +65,35 @@ class VideoSampling:
     allow_partial: bool = False
     """Use what can be decoded of truncated or damaged videos; rows then have `partial`."""
     decoder: Decoder = "auto"
-    """Video decoder; auto is PyAV. decord refuses videos that it would read wrongly."""
+    """Video decoder; auto is PyAV. decord refuses videos that it would read incorrectly."""
     seek: SeekMode = "exact"
-    """keyframe takes the nearest key frames: fast, and off by up to seconds."""
+    """keyframe takes the nearest key frames: fast, but off by up to seconds."""
 
     def __post_init__(self) -> None:
         if self.fps is not None and self.frames is not None:
-            raise UsageError("give --fps or --frames, not both")
+            raise UsageError("give either --fps or --frames, not both")
         if self.max_frames is not None and (self.frames is not None or self.fps == "native"):
-            raise UsageError("--max-frames bounds a rate", fix="give --fps a number, and no --frames")
+            raise UsageError("--max-frames limits a frame rate", fix="give --fps a number, and no --frames")
         if (self.start or 0) < 0 or (self.end is not None and self.end <= (self.start or 0)):
-            raise UsageError("--start is at least 0 and before --end", where=f"{self.start or 0:g} to {self.end}")
+            raise UsageError("--start must be at least 0 and before --end", where=f"{self.start or 0:g} to {self.end}")
         if self.frame_selection == "adaptive" and (self.hybrid is None or self.hybrid.uniform):
-            raise UsageError("--frame-selection adaptive chooses between two resolutions", fix="give --hybrid L,M,S")
+            raise UsageError("--frame-selection adaptive needs two resolutions", fix="give --hybrid L,M,S")
 
     @property
     def resolution(self) -> Hybrid | None:
-        """The hybrid resolution with its mode; None where neither was given. 240 tokens is what the paper has."""
+        """The hybrid resolution with its mode; None if neither was given. The paper's default is 240 tokens."""
         if self.hybrid is None and self.hybrid_mode == "pair":
             return None
         return replace(self.hybrid or Hybrid(), mode=self.hybrid_mode)
 
     @property
     def threshold(self) -> float | None:
-        """`change_threshold` where frames are selected adaptively, otherwise None."""
+        """`change_threshold` if frames are selected adaptively, otherwise None."""
         return self.change_threshold if self.frame_selection == "adaptive" else None
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What decides which pixels a model is shown, for rows and provenance: the options that differ from none."""
+        """The options that decide a model's input pixels, for rows and provenance; unset options are left out."""
         facts = {key: value for key, value in asdict(self).items() if value is not None and value is not False}
         del facts["frame_selection"], facts["change_threshold"]
         if self.hybrid is not None:

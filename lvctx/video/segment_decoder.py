@@ -1,8 +1,8 @@
 """Decode only what the wanted frames need, in several threads, in the order of presentation.
 
-Every thread has a container and a decoder of its own and takes seek ranges one after another: seek to the entry, leave
-out spare packets that nobody wants, stop after the last that somebody does. A video of one seek range is decoded by one
-thread whose decoder has threads itself. Conversion and whatever the caller makes of a picture run in a pool beside.
+Every thread has its own container and decoder and takes seek ranges one after another: it seeks to the entry, skips
+unwanted spare packets and stops after the last packet that is needed. A video of one seek range is decoded by one
+thread with a multi-threaded decoder. Conversion to RGB and the caller's `prepare` run in a separate thread pool.
 """
 
 import contextlib
@@ -23,34 +23,34 @@ from lvctx.video.packet_index import HIDDEN, SPARE, PacketIndex, SeekRange
 from lvctx.video.pixel_conversion import RgbConverter
 
 AHEAD_BYTES = 200_000_000
-"""RGB bytes that may wait for the consumer, all threads together."""
+"""Limit for RGB bytes waiting for the consumer, over all threads."""
 NEAR = 64
-"""Packets that are rather read over than sought past."""
+"""Up to this many packets are skipped by reading rather than by seeking."""
 
 Prepare = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(kw_only=True)
 class DecodeStats:
-    """What was decoded so far, over all threads."""
+    """Progress of decoding, over all threads."""
 
     decoded: int = 0
-    """Frames that should have come out of the decoder."""
+    """Number of frames that the decoder should have returned."""
     damaged: int = 0
-    """Of these, frames that did not, or that the decoder calls corrupt."""
+    """Of these, the frames that are missing or marked as corrupt by the decoder."""
     packets: int = 0
-    """Packets read: a sign of life."""
+    """Number of packets read, which shows that decoding continues."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Converter(threading.local):
-    """One `RgbConverter` a thread."""
+    """One `RgbConverter` per thread."""
 
     def __init__(self, prepare: Prepare | None) -> None:
         self._rgb_converter, self._prepare = RgbConverter(), prepare
 
     def __call__(self, frame: Any) -> tuple[tuple[int, int], np.ndarray]:
-        """(height, width) of the upright picture, and what the caller makes of it."""
+        """(height, width) of the upright image, and the result of `prepare`."""
         image = self._rgb_converter.rgb(frame)
         return image.shape[:2], self._prepare(image) if self._prepare else image
 
@@ -64,7 +64,7 @@ def read_planned(
     threads: int,
     stats: DecodeStats,
 ) -> Iterator[tuple[int, tuple[int, int], np.ndarray]]:
-    """(frame, (height, width), picture) of each wanted frame, ascending; frames that do not decode are left out."""
+    """(frame, (height, width), image) of each wanted frame, ascending; frames that do not decode are left out."""
     work = _Work(path, index, seek_ranges, Converter(prepare), threads, stats)
     with work:
         for number in range(len(seek_ranges)):
@@ -86,7 +86,7 @@ class _Work:
         with container:
             room = max(4, min(128, AHEAD_BYTES // max(1, stream.width * stream.height * 3)))
         dense = max((len(s.frames) for s in seek_ranges), default=1)
-        # With more wanted frames in a seek range than may wait, other threads would stand still: one with all cores.
+        # If a seek range has more wanted frames than may wait, other threads would block: use one with all cores.
         workers = min(threads, len(seek_ranges), max(1, room // dense))
         self.decoder_threads = max(1, threads // workers) if workers > 1 or threads == 1 else 0
         self.open_ranges = max(workers, min(len(seek_ranges), room // dense))
@@ -176,10 +176,10 @@ class _RangeReader:
         first = int(index.pts_N[seek_range.start])
         expected = got = corrupt = 0
         for decoded in self._decode(seek_range, frame_at_pts):
-            if isinstance(decoded, int):  # the time of a packet that went in
+            if isinstance(decoded, int):  # the time of a packet sent to the decoder
                 expected += decoded >= first
                 continue
-            # Frames before the entry refer to earlier ones; they are not wanted here.
+            # Frames before the entry refer to earlier ones; they are not part of this range.
             if decoded.pts is None or decoded.pts < first:
                 continue
             got += 1
@@ -191,7 +191,7 @@ class _RangeReader:
             self.stats.damaged += max(0, expected - got) + corrupt
 
     def _decode(self, seek_range: SeekRange, frame_at_pts: dict[int, int]) -> Iterator[Any]:
-        """The times of the packets that are decoded and shown, and the frames that come out."""
+        """The times of the decoded packets that are shown, and the frames that the decoder returns."""
         flags_N, pts_N = self.index.flags_N, self.index.pts_N
         self._go_to(seek_range.start)
         for packet in self.packets:
@@ -207,7 +207,7 @@ class _RangeReader:
                 except av.EOFError:
                     return
                 except av.FFmpegError:
-                    pass  # its frame will be missing, and counted
+                    pass  # its frame is missing, and is counted
             if self.at == seek_range.stop:
                 break
         with contextlib.suppress(av.FFmpegError):
@@ -215,7 +215,7 @@ class _RangeReader:
         self.stream.codec_context.flush_buffers()
 
     def _go_to(self, start: int) -> None:
-        """Make packet `start`, an entry, the next one of `self.packets`."""
+        """Position `self.packets` at packet `start`, an entry."""
         if self.index.jumps:
             if start < self.at:
                 self._reopen()
@@ -226,9 +226,9 @@ class _RangeReader:
             self.at += 1
 
     def _seek(self, start: int) -> None:
-        """Let `self.packets` begin at an entry at or shortly before `start`."""
+        """Restart `self.packets` at an entry at or shortly before `start`."""
         entries = [number for number in self.index.entry_dts if number <= start][::-1]
-        # Containers differ in whether they seek by the time of showing or of decoding.
+        # Containers differ in whether they seek by presentation or by decoding time.
         for tick in (int(self.index.pts_N[start]), *(self.index.entry_dts[number] for number in entries[:3])):
             try:
                 self.container.seek(tick, stream=self.stream)

@@ -1,4 +1,4 @@
-"""Decode every frame of a video front to back, and what a reading of it was asked for."""
+"""Decode every frame of a video front to back; the arguments and errors of reading a video."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -35,19 +35,19 @@ class ReadJob:
 
 
 def no_frame(job: ReadJob) -> InputError:
-    """The error where a sampling takes nothing of a video."""
+    """The error for a sampling that takes no frame of a video."""
     if job.sampling.start is None and job.sampling.end is None:
         return InputError("not one frame could be decoded", where=job.path)
     return InputError("no frame between --start and --end", where=job.path, fix="check them against the duration")
 
 
 def check_damage(job: ReadJob, facts: dict[str, Any], damaged: int, frames: int) -> None:
-    """Raise InputError where too much is damaged, unless `allow_partial`; note it in `facts` in any case."""
+    """Raise InputError if too much is damaged, unless `allow_partial`; record the damage in `facts` in any case."""
     if damaged <= CORRUPT_LIMIT * frames or damaged <= ends_inside_packet(job.path):
         return
     facts["partial"] = True
     if not job.sampling.allow_partial:
-        fix = "get the video again, or --allow-partial takes what there is"
+        fix = "get the video again, or use its intact frames with --allow-partial"
         raise InputError(f"{damaged} of {frames} decoded frames are damaged or missing", where=job.path, fix=fix)
 
 

@@ -1,30 +1,30 @@
-"""Images become squares. A module of its own so that decoder processes start without torch."""
+"""Make images square. It is a separate module so that decoder processes start without torch."""
 
 from typing import Literal
 
 from PIL import Image, ImageOps
 
 FrameMode = Literal["crop", "pad", "squash"]
-"""How a frame becomes a square. `crop`: short side resized, centre cut out (LongVA on VQA and Video-MME). `pad`:
-centred on a square of the mean colour (LongVA on V-NIAH). `squash`: both sides resized, aspect lost."""
+"""How a frame is made square. `crop`: short side resized, centre cropped (LongVA on VQA and Video-MME). `pad`:
+centred on a square of the mean colour (LongVA on V-NIAH). `squash`: both sides resized, aspect ignored."""
 
 MAX_PIXELS = 178_956_970
-"""Largest image that is opened: where Pillow itself calls it a decompression bomb (half a gigabyte as RGB)."""
+"""Largest image that is opened: Pillow's own limit for a decompression bomb (half a gigabyte as RGB)."""
 
 STRIP = 64
-"""Aspect beyond which an image is a strip."""
+"""Aspect ratio beyond which an image is treated as a strip."""
 
 
 def square(image: Image.Image, side: int, mode: FrameMode, background: tuple[int, int, int]) -> Image.Image:
-    """An RGB image as a square of `side` pixels, bicubic; `background` fills where `pad` adds (see `Preprocess`)."""
+    """An RGB image as a square of `side` pixels, bicubic; `background` is the padding of `pad` (see `Preprocess`)."""
     width, height = image.size
     shortest, longest = min(width, height), max(width, height)
     if mode == "pad" and longest * longest > MAX_PIXELS:
-        # The canvas would be larger than any image we open: fit first, which differs by less than a level.
+        # The canvas would be larger than the limit, so the image is fitted first, which changes less than a level.
         image = ImageOps.contain(image, (side, side), Image.Resampling.BICUBIC)
         (width, height), longest = image.size, side
     if mode == "crop" and longest > STRIP * shortest:
-        # Of a strip only the middle is kept anyway: cut it before resizing would make it enormous.
+        # Only the middle of a strip is kept anyway: crop it first, since resizing would make it huge.
         left, top = max(0, width - STRIP * shortest) // 2, max(0, height - STRIP * shortest) // 2
         image = image.crop((left, top, width - left, height - top))
         width, height = image.size

@@ -1,10 +1,10 @@
-"""Continuous times: of packets where a recording's clock jumps, and of frames with missing or wrong timestamps.
+"""Continuous times for packets of a stream whose clock jumps, and for frames with missing or wrong timestamps.
 
-Transport and program streams that were joined from several recordings begin anew, or far ahead, at every joint. The
-ffmpeg program lets time go on there (fftools/ffmpeg_demux.c, `ts_discontinuity_detect`), and so does `Clock`.
+In transport and program streams joined from several recordings, times restart or jump ahead at every joint. The
+ffmpeg program makes them continuous (fftools/ffmpeg_demux.c, `ts_discontinuity_detect`), and so does `Clock`.
 
-A decoder gives frames in the order of presentation, whatever the container says. AVI knows no presentation times, so
-there, and in what was copied from it, stamps are in the order of decoding or missing. `in_order` mends them.
+A decoder returns frames in the order of presentation, regardless of the container. AVI stores no presentation times,
+so timestamps there, and in files remuxed from it, are in decoding order or missing. `in_order` corrects them.
 """
 
 import heapq
@@ -16,15 +16,15 @@ from typing import Any, NamedTuple
 import av
 
 AHEAD, BACK = 10, Fraction(1, 10)
-"""Seconds that the clock of a stream made for broadcast may jump before it is mended; ffmpeg's own."""
+"""Seconds that the clock of a stream made for broadcast may jump before it is corrected, as in ffmpeg."""
 AHEAD_ELSEWHERE, BACK_ELSEWHERE = 30 * 3600, 1
-"""The same in other containers: ffmpeg's 30 hours; and it would leave out what is stamped before what went by."""
+"""The same in other containers: ffmpeg's 30 hours; ffmpeg drops packets that are earlier than the ones before."""
 REORDERED = 16
-"""Frames that a decoder may hold back to bring them in order: the most in H.264 and HEVC."""
+"""Frames that a decoder may hold back for reordering: the maximum of H.264 and HEVC."""
 
 
 class Clock:
-    """Shifts the times of a stream's packets, taken in the order of the file, so that they go on where they jump."""
+    """Shifts the times of a stream's packets, taken in file order, so that times that jump become continuous."""
 
     def __init__(self, container: Any, stream: Any) -> None:
         tick, self._frame = Fraction(stream.time_base), frame_ticks(stream)
@@ -33,17 +33,17 @@ class Clock:
         else:
             self._ahead, self._back = int(AHEAD_ELSEWHERE / tick), int(BACK_ELSEWHERE / tick)
             if container.format.name.startswith("mov,"):
-                self._back = self._ahead  # an edit list may decode again what leads to a part
+                self._back = self._ahead  # an edit list may repeat packets that precede a segment
         self._apart = max(self._ahead, REORDERED * self._frame)
         self._last = self._due = 0
         self._started = False
         self.jumps = 0
         """How often the clock has jumped."""
         self.offset = 0
-        """Ticks by which packets are shifted since."""
+        """Ticks by which packets are currently shifted."""
 
     def mend(self, packet: Any) -> None:
-        """Set the times of the next packet."""
+        """Correct the times of the next packet."""
         dts, pts = packet.dts, packet.pts
         if dts is None:
             return
@@ -55,12 +55,12 @@ class Clock:
             if pts is not None:
                 packet.pts = pts = pts + self.offset
         if pts is not None and abs(pts - dts) > self._apart:
-            packet.pts = None  # of another recording than its neighbours
+            packet.pts = None  # from another recording than its neighbours
         self._started, self._last, self._due = True, dts, dts + (packet.duration or self._frame)
 
 
 class Timed(NamedTuple):
-    """A frame and when it is shown, in ticks."""
+    """A frame and its start and end in ticks."""
 
     data: Any
     start: int
@@ -68,9 +68,9 @@ class Timed(NamedTuple):
 
 
 def in_order(frames: Iterable[Any], stream: Any) -> Iterator[Timed]:
-    """When the frames that leave a decoder are shown: never earlier than the one before.
+    """The times of a decoder's frames, in order: none is earlier than the one before.
 
-    Stamps of frames near each other are sorted. A frame without follows when the one before it is over, as in ffmpeg.
+    Timestamps of nearby frames are sorted. A frame without one starts when the one before it ends, as in ffmpeg.
     """
     a_frame = frame_ticks(stream)
     pending: deque[tuple[Any, bool]] = deque()
@@ -89,7 +89,7 @@ def in_order(frames: Iterable[Any], stream: Any) -> Iterator[Timed]:
         pending.append((frame, stamp is not None))
         if stamp is not None:
             heapq.heappush(stamps, stamp)
-        # Where no frame is ever held back none can be stamped out of order; decoders may learn it on the way.
+        # If no frame is ever held back, timestamps are in order; decoders may set has_b_frames while decoding.
         if len(pending) > (REORDERED if stream.codec_context.has_b_frames else 0):
             yield (before := leave())
     while pending:
@@ -97,6 +97,6 @@ def in_order(frames: Iterable[Any], stream: Any) -> Iterator[Timed]:
 
 
 def frame_ticks(stream: Any) -> int:
-    """How long a frame is shown where that is not stored: 0 if the rate is not known either."""
+    """Duration of a frame for which none is stored: 0 if the rate is not known either."""
     rate = stream.average_rate or stream.guessed_rate
     return int(1 / Fraction(rate) / Fraction(stream.time_base)) if rate else 0

@@ -1,8 +1,8 @@
-"""Whether a video file has been cut short, by the sizes that its container states. Nothing is decoded.
+"""Whether a video file is truncated, judged by the sizes that its container states. Nothing is decoded.
 
-A decoder plays what is left of a truncated file without an error. But tags, trailers of cameras and padding may follow
-the video, and recorders write sizes that are unknown or off by a header. So a file counts as truncated where something
-that holds frames, or their index, ends beyond it.
+A decoder plays the rest of a truncated file without an error. But tags, camera trailers and padding may follow the
+video, and recorders write sizes that are unknown or off by a header. So a file counts as truncated only if an element
+that holds frames, or their index, ends beyond the file.
 
 Sources: ISO/IEC 14496-12 (boxes of MP4 and QuickTime), RFC 8794 and RFC 9559 (elements of Matroska), OpenDML 2.0
 (chunks of AVI). A transport stream has no size; it may end anywhere.
@@ -14,16 +14,16 @@ from typing import BinaryIO, NamedTuple
 
 
 class Truncation(NamedTuple):
-    """What shows that a file has been cut short."""
+    """Evidence that a file is truncated."""
 
     why: str
     """For people."""
     readable: bool = True
-    """Whether what is left can be decoded."""
+    """Whether the rest can be decoded."""
 
 
 def find_truncation(path: Path) -> Truncation | None:
-    """Evidence that a video file is truncated; None for a complete one, and where its container has no such sizes."""
+    """Evidence that a video file is truncated; None for a complete one, or if its container has no such sizes."""
     size = path.stat().st_size
     with open(path, "rb") as f:
         head = f.read(12)
@@ -37,9 +37,9 @@ def find_truncation(path: Path) -> Truncation | None:
 
 
 MP4_HEADS = (b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"pnot")
-"""Boxes that a file begins with; those of old QuickTime have no ftyp."""
+"""Boxes that may begin a file; old QuickTime files have no ftyp."""
 MP4_MOVIE = (b"moov", b"mdat", b"moof", b"styp", b"sidx", b"ssix", b"prft", b"emsg", b"mfra")
-"""Boxes of frames and fragments. All others (free, uuid, udta, and what is no box at all) may be cut or a trailer."""
+"""Boxes of frames and fragments. All others (free, uuid, udta, or data that is no box) may be cut or be a trailer."""
 
 
 def _cut_mp4(f: BinaryIO, size: int) -> Truncation | None:
@@ -56,7 +56,7 @@ def _cut_mp4(f: BinaryIO, size: int) -> Truncation | None:
         if end > size and kind in MP4_MOVIE:
             return Truncation(f"its {kind.decode()} box ends at {end:,}", readable=b"moov" in kinds)
         if length < 8 or end > size:
-            break  # no box of the movie: a trailer
+            break  # not a box of the movie but a trailer
         kinds.append(kind)
         at = end
     if b"moov" not in kinds and b"meta" not in kinds:  # meta: pictures of HEIF
@@ -85,28 +85,28 @@ def _cut_matroska(f: BinaryIO, size: int) -> Truncation | None:
             kind, length, inner = _element(f, at)
             if kind == SEEK_HEAD and length is not None:
                 targets += _seek_positions(f, inner, inner + length)
-            at = inner + (length or 0)  # of unknown length, as of a live cluster: what is in it comes next
+            at = inner + (length or 0)  # of unknown length, as a live cluster: its content follows
     except ValueError:
         return cut
-    # Where the last element ends with the file and nothing that is referred to is missing, the stated size is wrong.
+    # If the last element ends with the file and every element referred to exists, the stated size is wrong.
     return cut if at > size or start + max(targets) >= size else None
 
 
 def _element(f: BinaryIO, at: int) -> tuple[bytes, int | None, int]:
-    """Id, length (None: unknown) and place of the content of the EBML element at a place. Raises ValueError."""
+    """Id, length (None: unknown) and content offset of the EBML element at an offset. Raises ValueError."""
     f.seek(at)
     head = f.read(12)
-    width = 9 - head[0].bit_length() if head else 9  # as many bytes as the first has leading zeros, and one
+    width = 9 - head[0].bit_length() if head else 9  # one more byte than the first has leading zeros
     size = 9 - head[width].bit_length() if len(head) > width else 9
     if width > 4 or size > 8 or len(head) < width + size:
-        raise ValueError("no EBML element")
+        raise ValueError("not an EBML element")
     unknown = (1 << 7 * size) - 1
     length = int.from_bytes(head[width : width + size], "big") & unknown
     return head[:width], None if length == unknown else length, at + width + size
 
 
 def _seek_positions(f: BinaryIO, at: int, end: int) -> list[int]:
-    """Where the elements are that a seek head lists, counted from the segment's content on."""
+    """Offsets of the elements that a seek head lists, from the start of the segment's content."""
     f.seek(at)
     buffer = io.BytesIO(f.read(min(end - at, 1 << 16)))
     positions, place, total = [], 0, len(buffer.getbuffer())
@@ -122,7 +122,7 @@ def _seek_positions(f: BinaryIO, at: int, end: int) -> list[int]:
 RIFF_PICTURES = (b"LIST", b"idx1", b"ANMF", b"VP8 ", b"VP8L")
 """Chunks of AVI and WebP that hold frames or their index."""
 SLACK = 12
-"""Bytes by which writers overstate a chunk: its own header, with the name of a list."""
+"""Bytes by which writers overstate a chunk's size: its own header, with a list's name."""
 
 
 def _cut_riff(f: BinaryIO, size: int) -> Truncation | None:
@@ -132,11 +132,11 @@ def _cut_riff(f: BinaryIO, size: int) -> Truncation | None:
         f.seek(at)
         head = f.read(12)
         kind, length = head[:4], int.from_bytes(head[4:8], "little")
-        if kind == b"RIFF":  # beyond a gigabyte there are several
+        if kind == b"RIFF":  # files beyond a gigabyte have several
             at += 12
             continue
         if kind == b"LIST" and head[8:] == b"movi" and length in (0, 0xFFFFFFFF):
-            return None  # a recorder that never came back to fill it in
+            return None  # the recorder never filled it in
         end = at + 8 + length
         if end > size + SLACK:
             name = "movi" if head[8:] == b"movi" else kind.decode("latin-1").strip()
@@ -146,13 +146,13 @@ def _cut_riff(f: BinaryIO, size: int) -> Truncation | None:
 
 
 TS_PACKETS = (188, 192, 204)
-"""Sizes of a transport stream's packets: plain, with a Blu-ray time code before, with parity after."""
+"""Sizes of a transport stream's packets: plain, preceded by a Blu-ray time code, followed by parity."""
 
 
 def ends_inside_packet(path: Path) -> bool:
     """Whether this is a transport stream that ends within a packet, so that its last frame may be incomplete.
 
-    Recorders stop anywhere, and players show such files to the end.
+    Recorders stop anywhere, and players play such files to the end.
     """
     with open(path, "rb") as f:
         head = f.read(1024)

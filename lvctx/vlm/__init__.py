@@ -1,1 +1,1 @@
-"""Families of vision-language models: what an image or a video becomes for the language model of each."""
+"""Families of vision-language models: how each encodes images and videos for its language model."""

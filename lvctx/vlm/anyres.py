@@ -1,12 +1,12 @@
-"""AnyRes as in LLaVA-NeXT, the ablation beside UniRes (LongVA appendix B, figure 8); one plain grid as in LLaVA-1.5.
+"""AnyRes as in LLaVA-NeXT, UniRes's ablation in LongVA (appendix B, figure 8); and one grid as in LLaVA-1.5.
 
-AnyRes reads a small base image first, then at most 4 grids whose features are joined into one map: rows run across the
-borders of the grids, what the padding made is cut off, and every row ends with a newline token. There is no pooling.
+AnyRes encodes a small base image first, then at most 4 grids whose features are joined into one map: rows cross the
+borders of the grids, features of the padding are removed, and every row ends with a newline token. There is no pooling.
 
     base_P, row_0, newline, row_1, newline, ...         tokens: P + rows * (columns + 1)
 
-It is the path of stock LlavaOnevision for images, with `image_grid_pinpoints` of `anyres_pinpoints` and
-`vision_aspect_ratio` "anyres_max_4", under which it never interpolates.
+This is what stock LlavaOnevision does with images, given `image_grid_pinpoints` of `anyres_pinpoints` and
+`vision_aspect_ratio` "anyres_max_4", with which it never interpolates.
 
 Suffixes: G tiles (base first), P features a tile, D width, T tokens.
 """
@@ -19,7 +19,7 @@ from lvctx.models.unires import best_grid, fit_tiles
 from lvctx.video.squares import FrameMode, square
 
 GRIDS = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
-"""Columns and rows to choose from, in the order that decides ties: LLaVA-NeXT's 336 x 672 ... (height x width)."""
+"""Allowed columns and rows, in the order that decides ties: LLaVA-NeXT's 336 x 672 ... (height x width)."""
 
 
 def anyres_pinpoints(tile: int) -> list[list[int]]:
@@ -28,7 +28,7 @@ def anyres_pinpoints(tile: int) -> list[list[int]]:
 
 
 def anyres_grid(width: int, height: int, *, tile: int) -> tuple[int, int]:
-    """Columns and rows of tiles for an image of `width` x `height` pixels, the base not counted."""
+    """Columns and rows of tiles for an image of `width` x `height` pixels, excluding the base."""
     return best_grid(width, height, tile, GRIDS)
 
 
@@ -39,10 +39,10 @@ def anyres_tiles(image: Image.Image, tile: int) -> list[Image.Image]:
 
 
 def anyres_map(width: int, height: int, *, tile: int, side: int) -> tuple[int, int]:
-    """Rows and columns of features that stay once the padding is cut off; `side` features along a tile."""
+    """Rows and columns of features without the padding; `side` features along a tile."""
     columns, rows = anyres_grid(width, height, tile=tile)
     across, down = columns * side, rows * side
-    # As much is cut from both ends, and rounding is that of the released code: half a feature may stay or go.
+    # Both ends are cut equally, with the rounding of the released code: half a feature may be kept or cut.
     if width / height > across / down:
         down -= (down - int(round(height * (across / width), 7))) // 2 * 2
     else:
@@ -51,13 +51,13 @@ def anyres_map(width: int, height: int, *, tile: int, side: int) -> tuple[int, i
 
 
 def anyres_tokens(width: int, height: int, *, tile: int, side: int) -> int:
-    """Tokens of an image, base and newlines counted: 640 x 480 at tile 336 and side 24 has 576 + 36 * (48 + 1)."""
+    """Tokens of an image, including base and newlines: 640 x 480 at tile 336 and side 24 has 576 + 36 * (48 + 1)."""
     rows, columns = anyres_map(width, height, tile=tile, side=side)
     return side * side + rows * (columns + 1)
 
 
 def anyres_flatten(feats_GPD: Tensor, newline_D: Tensor, width: int, height: int, *, tile: int) -> Tensor:
-    """Projected features of `anyres_tiles` in the order a language model reads them: (T, D)."""
+    """Projected features of `anyres_tiles` in the language model's order: (T, D)."""
     side = round(feats_GPD.shape[1] ** 0.5)
     columns, rows = anyres_grid(width, height, tile=tile)
     left, top = columns * side, rows * side
@@ -70,5 +70,5 @@ def anyres_flatten(feats_GPD: Tensor, newline_D: Tensor, width: int, height: int
 
 
 def single_tiles(image: Image.Image, tile: int, mode: FrameMode, background: tuple[int, int, int]) -> list[Image.Image]:
-    """One grid and nothing else: the image as a square; its P features are read row by row."""
+    """A single grid: the image as a square, with its P features in row order."""
     return [square(image, tile, mode, background)]

@@ -1,11 +1,11 @@
-"""What a family of vision-language models has to give, for one checkpoint and without its weights.
+"""The interface of a family of vision-language models, for one checkpoint and without its weights.
 
-A family turns images and videos into ids of an extended vocabulary: below V a text token, from V on a row of a table of
-visual embeddings. With position ids that is all that the language model needs, and so all that scoring and generation
-know of a family. A new family is one file with a class like `VLM`, and one line in `registry.py`.
+A family turns images and videos into ids of an extended vocabulary: ids below V are text tokens, ids from V on are rows
+of a table of visual embeddings. Together with position ids, this is all that the language model needs, and so all that
+scoring and generation depend on. A new family is one file with a class like `VLM`, and one line in `registry.py`.
 
 Shapes: F frames, N visual tokens, L tokens of a sequence, R rows of the table, E width of the language model; the table
-is wider than E where deeper layers are fed too (Qwen3-VL).
+is wider than E if deeper layers get visual inputs too (Qwen3-VL).
 """
 
 from collections.abc import Callable, Sequence
@@ -23,92 +23,92 @@ from lvctx.vlm.token_count import VisualRule
 
 Positions = Callable[[np.ndarray, int], Tensor]
 """Position ids of a sequence's tokens from the given one on, as the language model takes them: (1, L), or (3, 1, L) for
-M-RoPE. A token's may depend on what comes before it, not on what follows: otherwise prefixes could not be shared."""
+M-RoPE. They may depend on earlier tokens but not on later ones: otherwise prefixes could not be shared."""
 
 
 def sequential_positions(ids_L: np.ndarray, first: int) -> Tensor:
-    """Positions of a model that counts its tokens."""
+    """Positions that count the tokens."""
     return torch.arange(first, len(ids_L))[None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisualInput:
-    """Images and videos that a prompt is about, in order."""
+    """Images and videos of a prompt, in order."""
 
     ids_N: np.ndarray
     """Ids of the extended vocabulary, delimiters included."""
     table: Callable[[Any], Tensor]
-    """Given the loaded model, the embeddings (R, E) of the ids from V on."""
+    """Computes the embeddings (R, E) of the ids from V on, given the loaded model."""
     placeholder: str
     """The placeholder token of the whole block in a chat's text."""
     positions: Positions = sequential_positions
-    """Of sequences with these ids."""
+    """Position ids of sequences with these ids."""
     tokens: int
-    """Visual tokens, without delimiters."""
+    """Number of visual tokens, without delimiters."""
     pts: tuple[float, ...] = ()
-    """When each frame of the videos is shown, in seconds."""
+    """Timestamp of each video frame, in seconds."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What rows have about it: frames, `visual_tokens`, the hash of the video, damage."""
+    """Its fields in result rows: frames, `visual_tokens`, the hash of the video, damage."""
 
 
 class VisualTokens(Protocol):
-    """Frames of a haystack and images inserted among them, for sequences of any order; equal frames have equal ids."""
+    """Frames of a haystack and images inserted among them, for sequences in any order; equal frames have equal ids."""
 
     placeholder: str
     """The placeholder token of the block in a chat's text."""
     frames_per_grid: int
-    """Frames that the model merges: an inserted image is shown that often, and between whole grids."""
+    """Number of frames that the model merges: an inserted image is repeated that often, between whole grids."""
     facts: dict[str, Any]
-    """What of it decides a result, for the keys of rows."""
+    """The facts that decide a result, for the keys of rows."""
 
     def ids(self, order_F: np.ndarray) -> np.ndarray:
         """Ids of these frames in this order: haystack frames by number, then the inserted images."""
 
     def table(self, model: Any) -> Tensor:
-        """Embeddings (R, E), given the loaded model; those of all orders that `ids` was asked for."""
+        """Embeddings (R, E), given the loaded model; for all sequences that `ids` was called with."""
 
     def positions(self, ids_L: np.ndarray, first: int) -> Tensor:
         """See `Positions`."""
 
 
 class Haystack(Protocol):
-    """One long video, of one or more files after each other, in which needles are hidden."""
+    """One long video, of one or more consecutive files, in which needles are inserted."""
 
     seconds: np.ndarray
-    """When each frame is shown; only whole grids of frames are counted."""
+    """Timestamp of each frame; only complete grids of frames are included."""
     image_size: int
-    """Side in pixels of an image that is drawn for it."""
+    """Side in pixels of an image drawn for it."""
 
     def tokens(self, frames: int, images: Sequence[Image.Image]) -> VisualTokens:
-        """The first `frames` frames with these images to insert."""
+        """The first `frames` frames with these images for insertion."""
 
 
 class VLM(Protocol):
-    """A checkpoint of a family."""
+    """A checkpoint of a model family."""
 
     path: Path
     """Its directory."""
 
     def resolve(self, sampling: VideoSampling) -> VideoSampling:
-        """With the family's defaults. Raises UsageError for what the family cannot do, before anything is loaded."""
+        """Apply the family's defaults. Raises UsageError for unsupported options, before anything is loaded."""
 
     def load(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> VisualInput:
-        """Read videos (files, or feature caches where the family has them) and RGB images, in order.
+        """Read videos (files, or feature caches if the family has them) and RGB images, in order.
 
-        Raises InputError for what cannot be read or was encoded by another model, UsageError as `resolve` does.
+        Raises InputError for files that cannot be read or were encoded by another model, UsageError as `resolve` does.
         """
 
     def image_facts(self) -> dict[str, Any]:
-        """What decides which pixels the model is shown of an image, for rows."""
+        """The settings that decide an image's input pixels, for rows."""
 
     def haystack(self, files: Sequence[Path], sampling: VideoSampling, *, as_images: bool) -> Haystack:
         """The files as one video, sampled at one frame per second (V-NIAH's) unless `sampling` has another rate.
 
-        `as_images` makes every frame an image of its own. Raises as `load`.
+        `as_images` makes every frame a separate image. Raises as `load`.
         """
 
     def count(self, frames: int, width: int, height: int, sampling: VideoSampling) -> dict[str, int]:
-        """Tokens and last position of a video of so many frames of a size in pixels, without reading any."""
+        """Tokens and last position of a video with this number of frames and size in pixels, without reading one."""
 
     def token_rule(self, sampling: VideoSampling) -> VisualRule:
-        """How training samples count images and videos. Raises InputError for checkpoints that cannot be packed for."""
+        """The token count of images and videos in training samples. Raises InputError for unsupported checkpoints."""

@@ -14,14 +14,14 @@ from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.feature_cache import FEATURE_SCHEMAS
 
 MOST, COLUMNS, WIDTH, LABEL = 64, 8, 192, 14
-"""Images on a sheet (of more frames some are left out, evenly), columns, pixels of an image and of its line."""
+"""Images on a sheet (more frames are thinned evenly), columns, pixels of an image and of its caption."""
 
 
 def contact_sheet(artifact: Path, out: Path, *, video: Path | None = None) -> dict[str, object]:
-    """Draw the sampled frames of `artifact` into the image file `out`; a row that says which.
+    """Draw the sampled frames of `artifact` into the image file `out`; returns a row that describes it.
 
-    The video is where it was when it was encoded, beside the artifact under the same name, or `video`. Raises
-    InputError for no frames artifact, a video that is gone or not the one that was encoded, or an unknown image suffix.
+    The video is read from its path at encoding, from beside the artifact under the same name, or from `video`. Raises
+    InputError if `artifact` is not a frames artifact, its video is missing or different, or the suffix is unknown.
     """
     from safetensors import safe_open
 
@@ -29,10 +29,10 @@ def contact_sheet(artifact: Path, out: Path, *, video: Path | None = None) -> di
     if provenance is None or provenance.get("schema") not in FEATURE_SCHEMAS:
         raise InputError("not a frames artifact", where=artifact, fix="write one with lvctx encode-video")
     if out.suffix.lower() not in Image.registered_extensions():
-        raise InputError("no image format of this suffix", where=out, fix="call it sheet.png")
+        raise InputError("no image format has this suffix", where=out, fix="call it sheet.png")
     source = video or _find(Path(provenance.get("facts", {}).get("source", "")), artifact)
     if sha256_file(source) != provenance["inputs"]["video"]:
-        raise InputError("not the video that was encoded", where=source, fix="give that one with --video")
+        raise InputError("not the video that was encoded", where=source, fix="give the original with --video")
     with safe_open(artifact, "np") as f:
         pts, index = f.get_tensor("pts"), f.get_tensor("index")
     selected = sorted(set(spread(len(index), min(len(index), MOST))))
@@ -61,7 +61,7 @@ def _find(source: Path, artifact: Path) -> Path:
     for candidate in (source, artifact.parent / source.name):
         if candidate.is_file():
             return candidate
-    raise InputError(f"its video is gone: {source or 'not recorded'}", where=artifact, fix="say where with --video")
+    raise InputError(f"its video is missing: {source or 'not recorded'}", where=artifact, fix="give it with --video")
 
 
 def clock(seconds: float) -> str:

@@ -1,7 +1,7 @@
-"""The feature cache: what a vision tower made of a video's sampled frames, written while the video is still read.
+"""The feature cache: a vision tower's features of a video's sampled frames, written while the video is being read.
 
 A safetensors file in which `features` comes first, so that batches are appended as they arrive and memory does not
-grow with the length of the video. The header is written last, into room kept for it (the format allows spaces there).
+grow with the length of the video. The header is written last, into reserved space (the format allows spaces there).
 
 Suffixes: F frames, P features a frame, D tower width.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIX = ".frames.safetensors"
-"""How the name of a frames artifact ends."""
+"""Suffix of a frames artifact's name."""
 FEATURE_SCHEMAS = (schemas.FRAMES, schemas.FRAMES_HYBRID)
 
 
@@ -33,18 +33,18 @@ class FeatureCache:
     """The vision features of a video's sampled frames."""
 
     features: "Tensor"
-    """bf16 (F, P, D): the tower's selected layer, before any projector. Paged in from the file as it is used."""
+    """bf16 (F, P, D): the tower's selected layer, before any projector. Loaded from the file on access."""
     pts: "Tensor"
-    """f64 (F,): when each frame is shown, in seconds."""
+    """f64 (F,): timestamp of each frame in seconds."""
     index: "Tensor"
     """i64 (F,): each frame's number in the source, in the order of presentation, from 0."""
     grid: "Tensor | None"
-    """i64 (F, 2): rows and columns of tokens that each frame is pooled to; None where all are pooled 2x2."""
+    """i64 (F, 2): rows and columns of tokens that each frame is pooled to; None if all are pooled 2x2."""
     provenance: dict[str, Any]
-    """What made it; `provenance["inputs"]["tower"]` is the fingerprint of the tower."""
+    """Its provenance; `provenance["inputs"]["tower"]` is the fingerprint of the tower."""
 
     def tokens(self, per_frame: int) -> int:
-        """Visual tokens of all frames; `per_frame` of those that are pooled 2x2."""
+        """Visual tokens of all frames; `per_frame` for those pooled 2x2."""
         return per_frame * len(self.pts) if self.grid is None else int(self.grid.prod(1).sum())
 
     def batches(self, size: int, count: int | None = None) -> "Iterator[tuple[Tensor, Tensor | None]]":
@@ -68,9 +68,9 @@ class FramesWriter:
     def append(
         self, features_BPD: "Tensor", pts: list[float], index: list[int], grid: Sequence[tuple[int, int]] = ()
     ) -> None:
-        """Add a batch: features (B, P, D) of any float type, stored as bf16, and each frame's time and number.
+        """Add a batch: features (B, P, D) of any float type, stored as bf16, with each frame's time and number.
 
-        `grid` is every frame's rows and columns of tokens, or nothing for all of them.
+        `grid` is every frame's rows and columns of tokens, or None for all frames.
         """
         import torch
 
@@ -111,10 +111,10 @@ class FramesWriter:
 def open_frames(target: Path, provenance: Provenance, facts: dict[str, Any]) -> Iterator[FramesWriter]:
     """Write a frames artifact: append to what this yields; on a clean exit it is complete under `target`.
 
-    `facts` (what was found out on the way, JSON values) may be filled until then; it is stored beside the provenance.
+    `facts` (JSON values found while encoding) may be filled until then; it is stored beside the provenance.
     """
     base = json.dumps(provenance.to_dict(), sort_keys=True)
-    # Quotes in the metadata are escaped once more in the header; facts and the three tensors' entries take the rest.
+    # Quotes in the metadata are escaped once more in the header; the rest is for facts and the tensors' entries.
     header_bytes = -(-(2 * len(base.encode()) + 4096) // 8) * 8
     with atomic_file(target) as partial, open(partial, "wb") as file:
         file.seek(8 + header_bytes)
@@ -133,12 +133,12 @@ def write_frames(
 
 
 def is_feature_cache(path: Path) -> bool:
-    """Whether a file is a feature cache, whole or not, by what is in it."""
+    """Whether a file is a feature cache, complete or not, judged by its content."""
     return sniff(path).name in ("frames", "tensors")
 
 
 def read_feature_cache(path: Path, *, model: str | None = None) -> FeatureCache:
-    """Open a frames artifact. Raises InputError for an incomplete file; `model` is the model that it is for."""
+    """Open a frames artifact. Raises InputError for an incomplete file; `model` is named in the advice."""
     from safetensors import safe_open
 
     sniffed = sniff(path)

@@ -1,13 +1,12 @@
-"""Qwen-VL's frames as ids of an extended vocabulary: videos that begin alike have ids that begin alike.
+"""Qwen-VL's frames as ids of an extended vocabulary: videos with a common beginning have ids with a common prefix.
 
-Ids below V are text. From V on, an id is a row of a table of visual embeddings: a grid of Qwen-VL has its rows wherever
-it stands, since the tower looks at one grid at a time and only position ids know of time. So a walk over prefixes
-(`lvctx.inference.prefix_scorer`) computes what videos share only once.
+Ids below V are text. An id from V on is a row of a table of visual embeddings: the rows of a grid do not depend on its
+position, since the tower encodes grids one at a time and only position ids depend on time. So a walk over prefixes
+(`lvctx.inference.prefix_scorer`) computes the common part of videos only once.
 
-Qwen3-VL has no such runs: before every grid it writes the grid's time in text, and each is an item by itself.
-
-Delimiters between the runs of a video have the time of the grid beside them, those at its ends belong to the text
-around it: the same tokens at other positions. Therefore the former are rows too, the first two.
+Qwen3-VL has no such runs: it writes the time of every grid as text before it, and each grid is a separate item.
+Delimiters between the runs of a video have the time of the adjacent grid, those at its ends belong to the text around
+it: the same tokens with different positions. Therefore the former are rows of the table too, the first two.
 
 Shapes: L tokens of a sequence, R rows, E width of the language model.
 """
@@ -28,17 +27,17 @@ from lvctx.vlm.qwen_frames import part, patches
 from lvctx.vlm.token_count import Block, QwenRule
 
 END, START = 0, 1
-"""Rows of the delimiters between runs."""
+"""Rows for the delimiters between runs."""
 
 GRID_BATCH = 16
-"""Grids that go through the tower at once."""
+"""Number of grids per batch of the tower."""
 
 
 class TokenGrid(NamedTuple):
-    """What some rows of the table show."""
+    """A grid of the table, encoded as consecutive rows."""
 
     frames: tuple[int, ...]
-    """One number, or two where two frames are merged; one alone is merged with itself."""
+    """One frame number, or two for two merged frames; a single one is merged with itself."""
     height: int
     """Rows of tokens."""
     width: int
@@ -46,7 +45,7 @@ class TokenGrid(NamedTuple):
 
 
 class GridTable:
-    """Grids so far, and sequences of them."""
+    """The grids used so far, and sequences of them."""
 
     def __init__(
         self,
@@ -57,9 +56,9 @@ class GridTable:
         times: Callable[[Sequence[int]], Sequence[float]],
         write: Callable[[str], Sequence[int]] | None = None,
     ) -> None:
-        """Ids from `vocabulary` on are rows; `times(numbers)` is when a video's frames are shown, in seconds.
+        """Ids from `vocabulary` on are rows; `times(numbers)` are a video's timestamps in seconds.
 
-        `write` is for models that write the time of a grid, the mean of its frames', before it: ids of a text.
+        `write` tokenizes text, for models with the time of a grid, the mean of its frames', before it.
         """
         self.rule, self.vocabulary = rule, vocabulary
         self._per_second, self._times, self._write = tokens_per_second, times, write
@@ -74,7 +73,7 @@ class GridTable:
         return self._first_row
 
     def ids(self, frames: Sequence[int], blocks: Sequence[Block]) -> np.ndarray:
-        """A video (or an image) of these frames between its delimiters; blocks say what is merged, and sizes."""
+        """A video (or an image) of these frames between its delimiters; `blocks` give merging and sizes."""
         times = self._times(frames)
         start, end, separator = [self.rule.start], [self.rule.end], [self.vocabulary + row for row in (END, START)]
         parts: list[Sequence[int] | np.ndarray] = []
@@ -84,7 +83,7 @@ class GridTable:
             for i in range(position, position + block.frames, merged):
                 last = min(i + merged, position + block.frames)
                 if self._write and block.kind == "video":
-                    # A frame that is merged with itself is shown at its own time.
+                    # A frame merged with itself has its own time.
                     seconds = (times[i] + times[last - 1]) / 2 - times[0]
                     parts += [end] if parts else []
                     parts += [self._write(f"<{seconds:.1f} seconds>"), start]
@@ -107,7 +106,7 @@ class GridTable:
         return mrope_positions.positions(self._parts(ids_L))[0][:, None, first : len(ids_L)]
 
     def _parts(self, ids_L: np.ndarray) -> Iterator[SequencePart]:
-        """Text and videos. A video that is cut is completed to its next grid: that moves nothing before the cut."""
+        """Text and videos. A truncated video is completed to its next grid, without effect on earlier positions."""
         edges = np.flatnonzero(np.diff(ids_L >= self.vocabulary)) + 1
         for segment in np.split(ids_L, edges):
             if not len(segment) or segment[0] < self.vocabulary:
@@ -135,14 +134,14 @@ class GridTable:
 
 
 GetFrame = Callable[[int, tuple[int, int]], Image.Image]
-"""A frame by its number, in a size in pixels."""
+"""Returns a frame by its number, resized to a size in pixels."""
 
 
 @torch.inference_mode()
 def encode_grids(
     model: Any, processor: Any, table: GridTable, table_RE: Tensor, grids: Sequence[TokenGrid], get_frame: GetFrame
 ) -> None:
-    """Fill the rows of these grids: they go through the model's vision tower."""
+    """Fill the rows of these grids with the output of the model's vision tower."""
     side, device = table.rule.factor, device_of(model.model.visual)
     for (_, height, width), group in groupby(grids, key=lambda grid: (None, grid.height, grid.width)):
         same_size = list(group)
@@ -165,9 +164,9 @@ def encode_grids(
 
 @torch.inference_mode()
 def empty_table(model: Any, table: GridTable) -> Tensor:
-    """The embeddings (R, E) of all rows so far with the delimiters', for `encode_grids` to fill.
+    """The embeddings (R, E) of all rows so far, with only the delimiters set; `encode_grids` fills the others.
 
-    Where the tower feeds layers beyond the first (Qwen3-VL's deepstack), what it has for them is to the right.
+    If the tower also feeds deeper layers (Qwen3-VL's deepstack), their inputs are in further columns.
     """
     embedding = model.get_input_embeddings()
     text_width, device = embedding.weight.shape[1], device_of(embedding)

@@ -1,9 +1,9 @@
 """How images are encoded in training: UniRes (LongVA section 3.2), AnyRes (its ablation, appendix B) or one grid.
 
 `unires`: grids like a video's frames, each pooled 2x2, then one newline. `anyres`: a base image and at most 4 grids,
-not pooled, a newline a row; of an image among several one grid alone, padded to a square, then one newline, which is
-what stock LlavaOnevision does. `single`: one grid, padded to a square and pooled like a frame, then one newline.
-Whatever is chosen, a frame of a video is one pooled grid.
+not pooled, with a newline per row; an image among several is one grid, padded to a square, then one newline, as in
+stock LlavaOnevision. `single`: one grid, padded to a square and pooled like a frame, then one newline.
+A video frame is always one pooled grid.
 
 Shapes: G tiles, P features a tile, D tower width, N visual tokens, E language-model width.
 """
@@ -33,14 +33,14 @@ from lvctx.vlm.anyres import anyres_flatten, anyres_pinpoints, anyres_tiles, any
 
 @dataclass(frozen=True, kw_only=True)
 class ImageEncoding:
-    """How an image becomes tiles, and how many tokens that makes."""
+    """The tiles of an image, and their number of tokens."""
 
     grid: ImageGrid
-    """Which of the three."""
+    """One of the three encodings."""
     rule: GridRule
-    """UniRes as the released code or as the paper."""
+    """The UniRes rule of the released code or of the paper."""
     max_grids: MaxGrids = MAX_GRIDS
-    """UniRes's grids an image at most, or these grids alone."""
+    """Maximum number of UniRes grids per image, or the allowed grids."""
     tile: int
     """Pixels of a tower's side: 336 for CLIP ViT-L/14-336."""
     side: int
@@ -48,22 +48,22 @@ class ImageEncoding:
 
     @classmethod
     def of(cls, vision_config: Any, *, grid: ImageGrid, rule: GridRule, max_grids: MaxGrids = MAX_GRIDS) -> Self:
-        """For a tower's configuration."""
+        """The encoding for a tower's configuration."""
         tile = vision_config.image_size
         return cls(grid=grid, rule=rule, max_grids=max_grids, tile=tile, side=tile // vision_config.patch_size)
 
     @classmethod
     def from_config(cls, config: Any) -> Self:
-        """What `write_to` wrote into a VLM's configuration. Raises InputError where it names a grid that is none."""
+        """The encoding that `write_to` wrote into a VLM's configuration. Raises InputError for an unknown one."""
         rule, max_grids = image_rule(config), image_max_grids(config)
         return cls.of(config.vision_config, grid=image_grid(config), rule=rule, max_grids=max_grids)
 
     def tokens(self, image: Path, *, alone: bool) -> int:
-        """Tokens of an image's block, newlines included, from the file's header; `alone`: its sample has no other."""
+        """Tokens of an image's block, newlines included, from the file's header; `alone`: the sample's only image."""
         return self.tokens_of(*image_size(image), alone=alone)
 
     def tokens_of(self, width: int, height: int, *, alone: bool) -> int:
-        """The same of an image of this size in pixels."""
+        """The same for an image of this size in pixels."""
         if self.grid == "anyres":
             if not alone:
                 return self.side**2 + 1
@@ -74,7 +74,7 @@ class ImageEncoding:
         return tiles * math.ceil(self.side / 2) ** 2 + 1
 
     def tiles(self, image: Image.Image, *, alone: bool, background: tuple[int, int, int]) -> list[Image.Image]:
-        """The squares that the tower reads."""
+        """The square tiles for the tower."""
         if self.grid == "unires":
             return unires_tiles(image, tile=self.tile, rule=self.rule, max_grids=self.max_grids)
         if self.grid == "anyres" and alone:
@@ -82,7 +82,7 @@ class ImageEncoding:
         return single_tiles(image, self.tile, "pad", background)
 
     def write_to(self, config: Any, *, with_anyres: bool = False) -> None:
-        """Write it into a VLM's configuration: for us in keys of our own, for stock LlavaOnevision in its own terms.
+        """Write it into a VLM's configuration, in our own keys and in those of stock LlavaOnevision.
 
         `with_anyres`: some images were encoded as AnyRes in training, so stock code is to encode them so.
         """
@@ -90,7 +90,7 @@ class ImageEncoding:
         set_image_max_grids(config, self.max_grids)
         if self.grid == "anyres" or with_anyres:
             config.image_grid_pinpoints, config.vision_aspect_ratio = anyres_pinpoints(self.tile), "anyres_max_4"
-        else:  # images go the way of videos, which knows neither
+        else:  # images are encoded like videos, which use neither
             sides = [self.tile * n for n in range(1, 7)]
             config.image_grid_pinpoints = [[down, across] for down in sides for across in sides]
             config.vision_aspect_ratio = "anyres_max_9"

@@ -1,8 +1,8 @@
 """LlavaOnevision as `lvctx align` makes it: a CLIP or SigLIP tower, a projector with a 2x2 pool, a language model.
 
-The features of a video are in a feature cache, which `encode-video` writes, or this file does on the way. Frames
-follow each other without delimiter and one newline closes the block; positions count tokens. In a haystack of hybrid
-resolution an inserted image has the resolution of the frame before which it comes; at the end, of the last one.
+The features of a video are in a feature cache, which is written by `encode-video` or here on demand. Frames follow each
+other without delimiters and one newline closes the block; positions count tokens. In a haystack of hybrid resolution
+an inserted image has the resolution of the frame that it precedes; at the end, that of the last frame.
 
 Shapes: F frames, P features a frame, D tower width, N tokens, R rows of the table, E width of the language model.
 """
@@ -34,7 +34,7 @@ from lvctx.vlm.token_count import LlavaRule, pooling
 from lvctx.vlm.video_encoder import VideoEncoder, resolve_for_tower
 
 PROJECTOR_BATCH = 64
-"""Frames that go through the projector at once: before its pooling a frame is four times its tokens."""
+"""Number of frames per batch of the projector: before pooling a frame is four times its tokens."""
 
 
 class LlavaOnevision:
@@ -55,7 +55,7 @@ class LlavaOnevision:
 
     @cached_property
     def image_encoding(self) -> ImageEncoding:
-        """How it was trained to read images."""
+        """The image encoding that it was trained with."""
         return ImageEncoding.from_config(self.config)
 
     def resolve(self, sampling: VideoSampling) -> VideoSampling:
@@ -73,7 +73,7 @@ class LlavaOnevision:
         return {"nominal": tokens, "actual": tokens, "delimiters": 1, "last_position": tokens}
 
     def token_rule(self, sampling: VideoSampling) -> LlavaRule:
-        """See `VLM`; UniRes rows alone can be packed."""
+        """See `VLM`; only UniRes rows can be packed."""
         vision, encoding = self.config.vision_config, self.image_encoding
         if encoding.grid != "unires":
             what = f"aligned with --image-encoding {encoding.grid}: only UniRes rows can be packed"
@@ -113,11 +113,11 @@ class LlavaOnevision:
             fix = f"lvctx encode-video VIDEO --model {self.path}"
             raise InputError("features of another vision tower", where=path, fix=fix)
         if sampling != VideoSampling():
-            raise UsageError("encoded features are used as they are", where=path, fix="drop the options of sampling")
+            raise UsageError("sampling options do not apply to encoded features", where=path, fix="drop them")
         return cache
 
     def _folder(self, encoder: VideoEncoder, video: Path) -> Path:
-        """The cache folder, or one inside it where it has this video, or one of its name, encoded in another way."""
+        """The cache folder, or a subfolder if it has a video of this name that was encoded differently."""
         assert self.feature_cache is not None
         check_complete(video, allow_partial=encoder.config.sampling.allow_partial)
         provenance = encoder.provenance(video)
@@ -171,7 +171,7 @@ class LlavaOnevision:
     def haystack(self, files: Sequence[Path], sampling: VideoSampling, *, as_images: bool) -> "LlavaHaystack":
         """See `VLM`: feature caches or video files."""
         if as_images:
-            raise UsageError("this model's haystack is a video", where="--as-images", fix="drop it, or use a Qwen-VL")
+            raise UsageError("this model needs a video haystack", where="--as-images", fix="drop it, or use a Qwen-VL")
         return LlavaHaystack(self, [self.open_cache(file, sampling) for file in files])
 
 
@@ -185,7 +185,7 @@ def _video_embedder(cache: FeatureCache) -> Callable[[Any], Tensor]:
 
 
 class LlavaHaystack:
-    """Feature caches, one after the other."""
+    """Consecutive feature caches."""
 
     def __init__(self, vlm: LlavaOnevision, caches: Sequence[FeatureCache]) -> None:
         self.vlm, self.caches = vlm, caches
@@ -208,7 +208,7 @@ class LlavaHaystack:
 
 
 class LlavaTokens:
-    """See `VisualTokens`. The table has the frames, every inserted image once in each size, and the newline."""
+    """See `VisualTokens`. The table has the frames, every inserted image in each size, and the newline."""
 
     placeholder, frames_per_grid = VIDEO_TOKEN, 1
 
@@ -216,7 +216,7 @@ class LlavaTokens:
         self.haystack, self.frames, self.images = haystack, frames, images
         grids = haystack.grids(frames)
         self.grids = sorted(set(grids), reverse=True)
-        """Of a frame, each once, the finest first."""
+        """The distinct sizes of frames, finest first."""
         self._layout = FrameRows(
             vocabulary=haystack.vlm.vocabulary,
             tokens=[rows * columns for rows, columns in grids],
@@ -239,7 +239,7 @@ class LlavaTokens:
             rows += [embed_frames(model, *batch) for batch in cache.batches(PROJECTOR_BATCH, remaining)]
             remaining -= min(remaining, len(cache.pts))
         if self.images:
-            # Needles become squares the way the haystack's frames did.
+            # Needles are made square like the haystack's frames.
             mode = self.haystack.caches[0].provenance["config"].get("frame_mode", "pad")
             tower = load_tower(self.haystack.vlm.path, dtype=model.dtype, device=str(model.device))
             features = tower.encode_images([tower.preprocess.square(image, mode) for image in self.images])
@@ -251,10 +251,10 @@ class LlavaTokens:
 
 
 class FrameRows:
-    """Which rows of a table each frame has."""
+    """The rows of each frame in a table."""
 
     def __init__(self, *, vocabulary: int, tokens: Sequence[int], sizes: Sequence[int], inserted: int) -> None:
-        """`tokens` of each haystack frame; every inserted image is in the table once in each of `sizes`."""
+        """`tokens` are those of each haystack frame; every inserted image has rows for each of `sizes`."""
         self._tokens, self.sizes = np.asarray(tokens), list(sizes)
         self._starts = vocabulary + np.cumsum(self._tokens) - self._tokens
         self._inserted = vocabulary + int(self._tokens.sum())
@@ -266,7 +266,7 @@ class FrameRows:
         rows = np.minimum(order_F, len(self._tokens) - 1)
         counts, starts = self._tokens[rows], self._starts[rows]
         for index in np.flatnonzero(~is_haystack)[::-1]:
-            # At the end the last frame of the haystack before it decides.
+            # At the end it is the haystack's last frame.
             previous = counts[:index][is_haystack[:index]][-1:]
             counts[index] = counts[index + 1] if index + 1 < len(counts) else [*previous, self._tokens[-1]][0]
             offset = sum(self.sizes[: self.sizes.index(int(counts[index]))])
@@ -276,7 +276,7 @@ class FrameRows:
 
 
 def joined_times(times: Sequence[np.ndarray]) -> np.ndarray:
-    """When each frame is shown, in seconds: a video that follows another begins one of its own steps after its end."""
+    """Timestamps of the frames in seconds; each video starts one of its own steps after the end of the previous one."""
     parts: list[np.ndarray] = []
     for pts in times:
         step = float(np.median(np.diff(pts))) if len(pts) > 1 else 1.0

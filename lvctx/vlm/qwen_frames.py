@@ -1,11 +1,11 @@
-"""Frames of a video for Qwen-VL: each at its own resolution, in runs of one size, with times that go on.
+"""Frames of a video for Qwen-VL: each at its own resolution, in runs of one size, with continuous times.
 
-Hybrid resolution (GIRAFFE section 3.5) changes a video's size from grid to grid, and an item of the model has one size.
-So each run of one size is a video item of its own (an image item each frame in mode `image`), and position ids are
-given explicitly, so that time does not start again at each (`rope/mrope_positions.py`). Uniform resolution is one run.
+Hybrid resolution (GIRAFFE section 3.5) changes the size from grid to grid, but an item of the model has one size. So
+each run of one size is a separate video item (in mode `image` each frame is an image item), and position ids are
+given explicitly, so that time does not restart at each (`rope/mrope_positions.py`). Uniform resolution is one run.
 
 Frames are resized as they are read, with the arithmetic of the model's own processor but without its lower limit for
-video (128 tokens), which would enlarge the small frames again; its own code then normalises them and cuts patches.
+video (128 tokens), which would enlarge small frames again; the processor then normalises them and cuts patches.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,11 +25,11 @@ from lvctx.video.hybrid import Hybrid, Run, hybrid_tokens, select_high
 from lvctx.vlm.token_count import Block, QwenRule
 
 LEAST = 4
-"""Tokens of the smallest frame: what the processor's least number of pixels is set to."""
+"""Tokens of the smallest frame; the processor's minimum number of pixels is set to this."""
 
 
 def check_reachable(hybrid: Hybrid) -> None:
-    """Raise UsageError, with the nearest that can be had, where m/s is no whole number or fewer than `LEAST` tokens."""
+    """Raise UsageError, with the nearest valid value, if m/s is not a whole number or is less than `LEAST` tokens."""
     group, m, s = hybrid.group, hybrid.tokens, hybrid.ratio
     if m < LEAST or m // s < LEAST:
         fix = f"m at least {LEAST * s}, or s at most {max(m // LEAST, 1)}"
@@ -39,7 +39,7 @@ def check_reachable(hybrid: Hybrid) -> None:
     if m % s:
         nearest = max(round(m / s), LEAST) * s
         raise UsageError(
-            f"m/s is {m / s:g}, no whole number", where=f"{group},{m},{s}", fix=f"the nearest m is {nearest}"
+            f"m/s is {m / s:g}, not a whole number", where=f"{group},{m},{s}", fix=f"the nearest m is {nearest}"
         )
 
 
@@ -52,42 +52,42 @@ class SampledVideo:
     pts: list[float]
     """Seconds."""
     high: list[bool]
-    """Whether each is of high resolution."""
+    """Whether each frame has the high resolution."""
     size: tuple[int, int]
-    """Width and height of the source, in pixels."""
+    """Width and height of the source in pixels."""
     rule: QwenRule
-    """How the model counts."""
+    """The model's token count."""
 
     @property
     def runs(self) -> list[Run]:
-        """Frames of one resolution that follow each other."""
+        """Runs of consecutive frames of one resolution."""
         return runs_of(self.high, self.rule)
 
     @property
     def blocks(self) -> list[Block]:
-        """The items the model reads; the sum of their tokens is exact."""
+        """The model's items; the sum of their tokens is exact."""
         return blocks_of(self.runs, self.rule, *self.size)
 
     @property
     def nominal(self) -> int:
-        """Visual tokens if every grid filled its budget."""
+        """Number of visual tokens if every grid filled its budget."""
         hybrid = self.rule.hybrid
         return sum(run.grids * (hybrid.tokens if run.high else hybrid.low_tokens) for run in self.runs)
 
     def part(self, tokens_per_second: float | None) -> mrope_positions.VideoGrids:
-        """What position ids are made of. Times count grids, or seconds where the model does."""
+        """The grids and times for position ids. Times count grids, or seconds if the model does."""
         return part(self.blocks, self.pts, self.rule.merge, tokens_per_second)
 
 
 def runs_of(high: Iterable[bool], rule: QwenRule) -> list[Run]:
-    """Frames of one resolution that follow each other, from the resolution of each frame."""
+    """Runs of consecutive frames of one resolution, from the resolution of each frame."""
     merge = 1 if rule.hybrid.mode == "image" else rule.merge
     lengths = [(is_high, len(list(same))) for is_high, same in groupby(high)]
     return [Run(n, -(-n // merge), is_high) for is_high, n in lengths]
 
 
 def blocks_of(runs: Iterable[Run], rule: QwenRule, width: int, height: int) -> list[Block]:
-    """The items that the model is given of runs of frames of this size in pixels."""
+    """The model's items for runs of frames of this size in pixels."""
     return [block for run in runs for block in _blocks(rule, run, width, height)]
 
 
@@ -100,7 +100,7 @@ def _blocks(rule: QwenRule, run: Run, width: int, height: int) -> list[Block]:
 def part(
     blocks: Sequence[Block], pts: Sequence[float], merge: int, tokens_per_second: float | None
 ) -> mrope_positions.VideoGrids:
-    """What position ids of a film's blocks are made of; `pts` are its frames' times in seconds."""
+    """The grids and times for the position ids of a video's blocks; `pts` are its timestamps in seconds."""
     times = tuple(grid_times(blocks, pts, merge, tokens_per_second))
     return mrope_positions.VideoGrids(runs=tuple(Grids(*block.grid) for block in blocks), times=times)
 
@@ -108,13 +108,13 @@ def part(
 def grid_times(
     blocks: Iterable[Block], pts: Sequence[float], merge: int, tokens_per_second: float | None
 ) -> Iterator[int]:
-    """The position of each grid on the axis of time, from 0: its number, or its first frame's time in positions."""
+    """The temporal position of each grid, from 0: its index, or its first frame's time in positions."""
     number = frame = 0
     for block in blocks:
         a_grid = merge if block.kind == "video" else 1
         for i in range(block.grid[0]):
             seconds = pts[frame + i * a_grid] - pts[0]
-            # Times of a regular sampling are whole positions but for their last bits.
+            # Times of regular sampling are whole positions except for rounding errors.
             yield number if tokens_per_second is None else int(seconds * tokens_per_second + 1e-6)
             number += 1
         frame += block.frames
@@ -123,9 +123,9 @@ def grid_times(
 def resize_frames(
     frames: Iterable[tuple[float, np.ndarray]], rule: QwenRule, *, threshold: float | None = None, resample: int
 ) -> SampledVideo:
-    """Resize frames (seconds, uint8 (H, W, 3)) as they come; memory holds the resized ones only.
+    """Resize frames (seconds, uint8 (H, W, 3)) as they arrive; memory holds only the resized ones.
 
-    `threshold` selects adaptively (see `select_high`). Raises UsageError for a resolution that cannot be had.
+    `threshold` selects adaptively (see `select_high`). Raises UsageError for an impossible resolution.
     """
     check_reachable(rule.hybrid)
     is_high = select_high(rule.hybrid, merge=rule.merge, threshold=threshold)
@@ -147,9 +147,9 @@ def resize_frames(
 
 
 def pixels(video: SampledVideo, processor: Any) -> dict[str, Tensor]:
-    """Patches and grids as the model's forward takes them, for all items of the video in order.
+    """Patches and grids for the model's forward, for all items of the video in order.
 
-    `processor` is the model's own image processor. It fills both frames of a grid with one image; a video's grid has
+    `processor` is the model's own image processor. It fills both frames of a grid with one image; a video's grid takes
     the first image's first half and the second image's second. A run's odd last frame is merged with itself.
     """
     merged = video.blocks[0].kind == "video"
@@ -166,9 +166,9 @@ def pixels(video: SampledVideo, processor: Any) -> dict[str, Tensor]:
 
 
 def patches(frames: Sequence[Image.Image], processor: Any, *, merged: bool) -> tuple[Tensor, tuple[int, int]]:
-    """Patches of frames of one size, and how many a frame has down and across.
+    """Patches of frames of one size, and the numbers of patches down and across.
 
-    `merged` in twos, an odd last with itself; otherwise each with itself, as the processor does with an image.
+    `merged` merges pairs, an odd last frame with itself; otherwise each with itself, as in the image processor.
     """
     processed = processor(images=list(frames), do_resize=False, return_tensors="pt")
     down, across = (int(n) for n in processed["image_grid_thw"][0, 1:])
@@ -180,16 +180,16 @@ def patches(frames: Sequence[Image.Image], processor: Any, *, merged: bool) -> t
 
 
 class VideoCount(NamedTuple):
-    """What a video costs, before there is one."""
+    """Tokens and positions of a video, computed without reading one."""
 
     nominal: int
-    """Visual tokens if every grid filled its budget."""
+    """Number of visual tokens if every grid filled its budget."""
     actual: int
-    """Visual tokens at the sizes that the aspect allows."""
+    """Number of visual tokens at the sizes that the aspect allows."""
     delimiters: int
-    """Tokens around the items."""
+    """Number of delimiter tokens around the items."""
     last_position: int
-    """Largest position of the video, which begins at 0."""
+    """Largest position of the video, starting from 0."""
 
 
 def count_video(

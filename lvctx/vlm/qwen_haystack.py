@@ -1,9 +1,9 @@
 """A haystack for Qwen-VL: video files or folders of images, with images inserted among their frames.
 
-An inserted image is a grid of the video: where two frames are merged it is shown for both, so that it has a grid to
-itself, and groups of hybrid resolution are counted with it among them. A frame's time is its number in that sequence
-over the rate. As images, every frame has delimiters around it and positions that go on by its height or width (Visual
-Haystacks; GIRAFFE section 3.1), so positions grow much faster than in a video.
+An inserted image is a separate grid of the video: if two frames are merged, it is repeated for both, and groups of
+hybrid resolution include it. A frame's time is its index in that sequence divided by the rate. As images, every frame
+has delimiters around it, and positions advance by its height or width (Visual Haystacks; GIRAFFE section 3.1), so
+positions grow much faster than in a video.
 """
 
 from collections import defaultdict
@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from lvctx.vlm.qwen_vl import QwenVL
 
 IMAGES = (".png", ".jpg", ".jpeg")
-"""What is read of a folder, in the order of names; `lvctx niah haystack` writes such."""
+"""Suffixes of a folder's frames, read in order of names; `lvctx niah haystack` writes such folders."""
 
 
 class QwenHaystack:
-    """Video files or folders of images, read when the table is made, and never kept."""
+    """Video files or folders of images, read when the table is built, and not kept in memory."""
 
     def __init__(self, vlm: "QwenVL", files: Sequence[Path], sampling: VideoSampling, *, as_images: bool) -> None:
-        """Of a video the first frame is decoded, and all where its packets do not give their number."""
+        """The first frame of a video is decoded, or all frames if packets do not give their number."""
         self.natural_size = as_images and sampling.resolution is None
         if sampling.frames is not None or sampling.max_frames is not None:
-            raise UsageError("a haystack is sampled at a rate", where="--frames, --max-frames", fix="give --fps")
+            raise UsageError("a haystack has to be sampled at a rate", where="--frames, --max-frames", fix="give --fps")
         if sampling.fps is None:
             sampling = replace(sampling, fps=1.0)  # V-NIAH's
         sampling = replace(vlm.resolve(sampling), max_frames=None)
@@ -59,7 +59,7 @@ class QwenHaystack:
         self.unit = 1 if as_images or hybrid.mode == "image" else self.rule.merge
         counts = [_count(file, sampling) for file in self.files]
         self.size = (counts[0].width, counts[0].height)
-        """Of the source's frames, in pixels."""
+        """Size of the source's frames in pixels."""
         self._check_sizes(counts)
         partial_files = [str(file) for file, count in zip(self.files, counts, strict=True) if count.partial]
         total = sum(count.frames for count in counts) // self.unit * self.unit
@@ -82,10 +82,10 @@ class QwenHaystack:
         for file, count in zip(self.files, counts, strict=True):
             if {block.grid[1:] for block in self.blocks(count.width, count.height, 2 * self.rule.merge)} != sizes:
                 what = f"{count.width} x {count.height} pixels beside {self.size[0]} x {self.size[1]}"
-                raise InputError(what, where=file, fix="give one shape")
+                raise InputError(what, where=file, fix="give frames of one shape")
 
     def blocks(self, width: int, height: int, count: int) -> list[Block]:
-        """What so many frames of a size are for the model, groups counted from the first."""
+        """The model's items for this number of frames of a size, with groups counted from the first."""
         return self.rule.image(width, height) * count if self.natural_size else self.rule.video(width, height, count)
 
     def read(self) -> Iterator[Image.Image]:
@@ -93,7 +93,7 @@ class QwenHaystack:
         return chain.from_iterable(_frames(file, self.sampling) for file in self.files)
 
     def as_frame(self, image: Image.Image) -> Image.Image:
-        """An image as a frame of the source, so that it keeps its shape as the frames keep theirs."""
+        """The image as a frame of the source's size, with its aspect ratio kept."""
         background = tuple(round(255 * mean) for mean in self.vlm.processor.image_mean)
         return ImageOps.pad(image, self.size, color=background)
 
@@ -132,11 +132,11 @@ class QwenTokens:
         blocks = self._blocks(order)
         if not self.haystack.as_images:
             return self.grids.ids(order, blocks)
-        # A needle has the size of the frame whose place it takes, as in a video.
+        # A needle has the size of the frame at its position, as in a video.
         return np.concatenate([self.grids.ids([n], [block]) for n, block in zip(order, blocks, strict=True)])
 
     def table(self, model: Any) -> torch.Tensor:
-        """See `VisualTokens`: the grids of all sequences so far. Frames are decoded once and not kept."""
+        """See `VisualTokens`: the grids of all sequences so far. Frames are decoded once and are not kept."""
         vlm, frames = self.haystack.vlm, self.frames
         table_RE = empty_table(model, self.grids)
         pending: dict[int, list[TokenGrid]] = defaultdict(list)
@@ -162,7 +162,7 @@ class QwenTokens:
         missing = [number for number in pending if number < frames]
         if missing:
             last = self.haystack.files[-1]
-            raise InputError(f"ends before frame {min(missing)}", where=last, fix="is the file whole?")
+            raise InputError(f"ends before frame {min(missing)}", where=last, fix="check that the file is complete")
         ready += [grid for grids in pending.values() for grid in grids]
         encode()
         return table_RE
@@ -174,7 +174,7 @@ def _count(file: Path, sampling: VideoSampling) -> Count:
         return count_frames(file, sampling)
     images = _list_images(file)
     if not images:
-        raise InputError("no image in it", where=file, fix=f"put {' or '.join(IMAGES)} there")
+        raise InputError("the folder has no images", where=file, fix=f"put {' or '.join(IMAGES)} there")
     width, height = image_size(images[0])
     duration = len(images) / float(sampling.fps or 1)
     return Count(frames=len(images), exact=True, width=width, height=height, duration=duration)

@@ -1,8 +1,8 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: whole frames, merged in pairs, with M-RoPE positions of our own.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: whole frames, merged in pairs, with M-RoPE positions computed here.
 
-A video is sampled at a rate, sized by hybrid resolution, and its grids go through the model's own tower. Stock
-generation is not used: it asks the model for positions, and transformers 5.3 and later give it wrong ones after a video
-(`rope/mrope_positions.py`).
+A video is sampled at a rate, resized by hybrid resolution, and its grids are encoded by the model's own tower. Stock
+generation is not used: it lets the model compute positions, and transformers 5.3 and later compute wrong ones after a
+video (`rope/mrope_positions.py`).
 
 Shapes: F frames, N tokens, E width of the language model, R rows of the table.
 """
@@ -37,17 +37,17 @@ from lvctx.vlm.qwen_haystack import QwenHaystack
 from lvctx.vlm.token_count import QwenRule
 
 MAX_FRAMES = 768
-"""Frames of a video at most; the processor's own default."""
+"""Maximum frames of a video; the processor's own default."""
 
 
 class QwenVL:
     """A Qwen2-VL or Qwen2.5-VL checkpoint."""
 
     writes_times = False
-    """Whether the time of each grid is written in text before it."""
+    """Whether the time of each grid precedes it as text."""
 
     def __init__(self, path: Path, *, device: str = "cpu", feature_cache: Path | None = None) -> None:
-        """See `open_vlm`; nothing of this family is cached, as resolution decides what its tower computes."""
+        """See `open_vlm`; this family has no feature cache, since its tower's output depends on the resolution."""
         self.path, self.config = path, load_config(path)
         self.seconds_to_positions = Rules.of(self.config).tokens_per_second
 
@@ -64,11 +64,11 @@ class QwenVL:
     def resolve(self, sampling: VideoSampling) -> VideoSampling:
         """See `VLM`: two frames per second (GIRAFFE), at most 768; uniform resolution at 240 tokens a grid."""
         if sampling.fps == "native" or sampling.frame_mode is not None:
-            raise UsageError("Qwen-VL takes frames whole, at a rate", fix="drop --frame-mode; give --fps a number")
+            raise UsageError("Qwen-VL needs whole frames at a rate", fix="drop --frame-mode; give --fps a number")
         hybrid = sampling.resolution or Hybrid()
         check_reachable(hybrid)
         if self.writes_times and hybrid.mode != "pair":
-            raise UsageError(f"--hybrid-mode {hybrid.mode}: this model reads pairs of frames", fix="drop it")
+            raise UsageError(f"--hybrid-mode {hybrid.mode}: this model merges pairs of frames", fix="drop it")
         rate = sampling.frames is None
         return replace(
             sampling,
@@ -88,7 +88,7 @@ class QwenVL:
         return self.rule(sampling.resolution or Hybrid())
 
     def rule(self, hybrid: Hybrid) -> QwenRule:
-        """How many tokens an image or a video of this resolution has, from the tokenizer's and processor's files."""
+        """The token count for images and videos of this resolution, from the tokenizer's and processor's files."""
         vision, file = self.config.vision_config, self.path / "preprocessor_config.json"
         pixels = read_json(file) if file.is_file() else {}
         configured = pixels.get("size")
@@ -125,7 +125,7 @@ class QwenVL:
         )._asdict()
 
     def load(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> VisualInput:
-        """See `VLM`; of a video only the resized frames are in memory."""
+        """See `VLM`; only the resized frames of a video are in memory."""
         sampling = self.resolve(sampling)
         loaded = [item if isinstance(item, Image.Image) else self._read(item, sampling) for item in items]
         visual = self.visual_input([item if isinstance(item, Image.Image) else item[0] for item in loaded], sampling)
@@ -151,13 +151,13 @@ class QwenVL:
         return self.resize(reader, sampling), reader.facts
 
     def resize(self, frames: Iterable[Frame], sampling: VideoSampling) -> SampledVideo:
-        """Frames at the sizes that the model takes."""
+        """Resize frames to the sizes for the model."""
         timed_frames = ((frame.pts, frame.image) for frame in frames)
         rule = self.token_rule(sampling)
         return resize_frames(timed_frames, rule, threshold=sampling.threshold, resample=self.processor.resample)
 
     def visual_input(self, items: Sequence[SampledVideo | Image.Image], sampling: VideoSampling) -> VisualInput:
-        """Resized videos, and images at the size that the model takes, in order."""
+        """The input for resized videos and for images, in order."""
         rule, frames, parts = self.token_rule(sampling), list[Image.Image](), list[np.ndarray]()
         pts: list[float] = []
         tokens = 0
@@ -191,7 +191,7 @@ class QwenVL:
         )
 
     def grid_table(self, rule: QwenRule, times: Any) -> GridTable:
-        """An empty table; `times(numbers)` is when these frames are shown, in seconds."""
+        """An empty table; `times(numbers)` are the timestamps of these frames in seconds."""
         return GridTable(
             rule,
             vocabulary=int(self.config.get_text_config().vocab_size),
@@ -206,10 +206,10 @@ class QwenVL:
 
 
 class Qwen3VL(QwenVL):
-    """A Qwen3-VL checkpoint: times in text, and every grid an item of its own."""
+    """A Qwen3-VL checkpoint: times are text, and every grid is a separate item."""
 
     writes_times = True
 
     def count(self, frames: int, width: int, height: int, sampling: VideoSampling) -> dict[str, int]:
-        """Raises InputError: the times in text are tokens too, and their number depends on the times."""
+        """Raises InputError: times are text tokens, and their number depends on the times."""
         raise InputError("only videos of Qwen2-VL and Qwen2.5-VL are counted", where=self.path, fix="drop --frames")

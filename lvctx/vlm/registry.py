@@ -1,4 +1,4 @@
-"""The families, and the one place that looks at a checkpoint's `model_type`."""
+"""The model families, and the only place that uses a checkpoint's `model_type`."""
 
 from importlib import import_module
 from pathlib import Path
@@ -13,13 +13,13 @@ FAMILIES = {
     "qwen2_5_vl": "lvctx.vlm.qwen_vl:QwenVL",
     "qwen3_vl": "lvctx.vlm.qwen_vl:Qwen3VL",
 }
-"""Model type to module and class."""
+"""Model type -> module and class."""
 
 
 def family_of(path: Path) -> str | None:
     """The model type of a directory if it is one of `FAMILIES`; None for a language model.
 
-    Raises UsageError for vision-language models of no family.
+    Raises UsageError for vision-language models of unknown families.
     """
     config = load_config(path)
     if config.model_type in FAMILIES:
@@ -32,10 +32,9 @@ def family_of(path: Path) -> str | None:
 def open_vlm(name: str | Path, *, device: str = "cpu", feature_cache: Path | None = None, weights: bool = True) -> VLM:
     """The family of a model, a directory or hub id; loads no weights.
 
-    Where the family keeps vision features of video files, `device` is where a vision tower computes them, and
-    `feature_cache` the folder that keeps them for the next time. Without `weights` the small files of the
-    checkpoint are enough. Raises InputError where there is no such model,
-    UsageError for a language model or an unknown family.
+    If the family caches vision features of video files, `device` is where a vision tower computes them, and
+    `feature_cache` the folder that stores them. Without `weights` the small files of the checkpoint are sufficient.
+    Raises InputError if there is no such model, UsageError for a language model or an unknown family.
     """
     path = resolve_model(name, weights=weights)
     family = family_of(path)

@@ -1,7 +1,7 @@
-"""How many tokens an image or a video takes in a model, and their order in the sequence.
+"""The number of tokens of an image or a video in a model, and their order in the sequence.
 
-Two families. LlavaOnevision as `align` makes it: UniRes grids of a fixed number of tokens, one block closed by "\\n".
-Qwen2-VL: pixels rounded to multiples of 28 inside a budget, one token each 28 x 28 pixels and two frames.
+There are two families. LlavaOnevision as trained by `align`: UniRes grids of a fixed number of tokens, one block closed
+by "\\n". Qwen2-VL: pixels rounded to multiples of 28 within a budget, one token per 28 x 28 pixels and two frames.
 
 Sizes are pixels; a grid is (t, h, w) in tokens of the language model. Qwen's own `image_grid_thw` and `video_grid_thw`
 count patches before the 2 x 2 merge: (t, 2h, 2w).
@@ -23,9 +23,9 @@ class Block(NamedTuple):
     """Visual tokens of one size."""
 
     kind: Kind
-    """Which placeholder they have."""
+    """The kind of placeholder."""
     frames: int
-    """Frames of the source in it."""
+    """Number of source frames in it."""
     grid: tuple[int, int, int]
     """Tokens along time, height and width."""
 
@@ -45,10 +45,10 @@ class Layout(NamedTuple):
 
 
 class VisualRule(Protocol):
-    """What a family of models makes of pixels."""
+    """The token count of a model family."""
 
     marks: ClassVar[frozenset[str]]
-    """Placeholder tokens of an image and a video in a chat's text."""
+    """Ids of the placeholder tokens of an image and a video."""
 
     def mark(self, kind: Kind) -> str:
         """The placeholder token of media of this kind in the text."""
@@ -64,7 +64,7 @@ class VisualRule(Protocol):
 
 
 def smart_resize(width: int, height: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Qwen2-VL's size for an image: multiples of `factor`, aspect about kept, pixels inside the budget.
+    """Qwen2-VL's size for an image: multiples of `factor`, aspect approximately kept, pixels within the budget.
 
     Raises InputError for a side more than 200 times the other, which the model's own processor refuses.
     """
@@ -93,15 +93,15 @@ class QwenRule:
     pads: dict[Kind, int]
     """Ids of `<|image_pad|>` and `<|video_pad|>`."""
     hybrid: Hybrid
-    """Tokens of a video's grids; m is a budget that the aspect may leave a little of."""
+    """Tokens of a video's grids; m is a budget that may not be used completely because of the aspect."""
     min_pixels: int = 56 * 56
-    """Least pixels of an image; the released preprocessor_config.json."""
+    """Minimum pixels of an image; the released preprocessor_config.json."""
     max_pixels: int = 14 * 14 * 4 * 1280
-    """Most pixels of an image; 16,384 tokens in the released preprocessor_config.json."""
+    """Maximum pixels of an image; 16,384 tokens in the released preprocessor_config.json."""
     factor: int = 28
     """Pixels along a side of a token: patch 14, 2 x 2 merged."""
     merge: int = 2
-    """Frames of a grid: `temporal_patch_size`."""
+    """Frames per grid: `temporal_patch_size`."""
 
     def mark(self, kind: Kind) -> str:
         """See `VisualRule`."""
@@ -112,7 +112,7 @@ class QwenRule:
         return [self._block("image", Run(1, 1, True), width, height, self.min_pixels, self.max_pixels)]
 
     def video(self, width: int, height: int, frames: int) -> list[Block]:
-        """A block for every run; in mode `image` one for every frame. Small frames are not enlarged beyond 4 tokens."""
+        """One block per run; in mode `image` one per frame. Small frames are enlarged to 4 tokens at most."""
         area = self.factor**2
         blocks: list[Block] = []
         for run in runs(frames, self.hybrid, merge=self.merge):
@@ -139,7 +139,7 @@ class QwenRule:
 
 @dataclass(frozen=True, kw_only=True)
 class LlavaRule:
-    """LlavaOnevision: grids of the tower's square, each pooled to the same tokens, then one token for "\\n".
+    """LlavaOnevision: grids of the tower's square, each pooled to the same number of tokens, then one token for "\\n".
 
     It does not distinguish images and videos.
     """
@@ -147,17 +147,17 @@ class LlavaRule:
     marks: ClassVar = frozenset({"<video>"})
 
     placeholder: int
-    """Id of `<video>`; the closing "\\n" is a placeholder too, the model's own embedding goes there."""
+    """Id of `<video>`; the closing "\\n" is a placeholder too, for the model's own embedding."""
     tile: int
     """Pixels of a tower's side: 336 for CLIP ViT-L/14-336."""
     side: int
     """Features along a side of the tower: 24."""
     grid_rule: GridRule = "code"
-    """UniRes as the released code or as the paper."""
+    """The UniRes rule of the released code or of the paper."""
     max_grids: MaxGrids = MAX_GRIDS
-    """UniRes's grids an image at most, or these grids alone."""
+    """Maximum number of UniRes grids per image, or the allowed grids."""
     hybrid: Hybrid
-    """m is what 2 x 2 pooling gives (144); m/s comes from pooling s times more."""
+    """m is the result of 2 x 2 pooling (144); m/s results from pooling s times as many features."""
 
     def mark(self, kind: Kind) -> str:
         """See `VisualRule`."""
@@ -169,7 +169,7 @@ class LlavaRule:
         return [Block("image", 1, (tiles, *self._pooled(2, 2)))]
 
     def video(self, width: int, height: int, frames: int) -> list[Block]:
-        """A block for every run; whatever their size, frames become squares."""
+        """One block per run; frames of any size become squares."""
         low = pooling(self.side, self.hybrid.ratio)
         return [
             Block("video", run.frames, (run.grids, *(self._pooled(2, 2) if run.high else self._pooled(*low))))
@@ -180,7 +180,7 @@ class LlavaRule:
         return math.ceil(self.side / down), math.ceil(self.side / across)
 
     def layout(self, blocks: Sequence[Block]) -> Layout:
-        """All blocks, then the token of the line's end."""
+        """All blocks, then the closing "\\n"."""
         at = [sum(block.tokens for block in blocks[:i]) for i in range(len(blocks))]
         return Layout([self.placeholder] * (sum(block.tokens for block in blocks) + 1), at)
 
@@ -188,7 +188,7 @@ class LlavaRule:
 def pooling(side: int, ratio: int) -> tuple[int, int]:
     """Features pooled (down, across) for `ratio` times fewer tokens than 2 x 2: (4, 3) for a side of 24 and 3.
 
-    Of the ways to fold 4 * ratio features that divide the side the squarest, taller first. Raises UsageError for none.
+    Among factorizations of 4 * ratio that divide the side, the squarest, taller first. Raises UsageError for none.
     """
     area = 4 * ratio
     for across in range(math.isqrt(area), 0, -1):

@@ -1,9 +1,9 @@
 """Encode videos with a frozen vision tower: sampled frames in, one feature cache per video out.
 
-The features are those before any projector, so a new projector never invalidates them: the same tower in another VLM
-finds its artifacts finished. A process of its own decodes ahead while the tower encodes batch by batch; several videos
-may be decoded at once, and take turns at the tower. A batch holds frames of one video, so the company that a video is
-encoded in leaves no trace in its features.
+Features are stored before any projector, so a new projector never invalidates them: the same tower in another VLM
+reuses its artifacts. A separate process decodes ahead while the tower encodes batch by batch; several videos may be
+decoded at once, and take turns at the tower. A batch holds frames of one video only, so the features of a video do not
+depend on other videos.
 
 Suffixes: N frames of a batch, S side in pixels, 3 the RGB channels.
 """
@@ -45,28 +45,28 @@ log = logging.getLogger(__name__)
 CacheRow = dict[str, Any]
 Batch = tuple[torch.Tensor, list[float], list[int], list[tuple[int, int]]]
 FACTS = ("duration", "source_frames", "time_error", "visual_tokens", "nominal_tokens", "partial")
-"""Their facts in a row."""
+"""Fields of the sampling in a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """What decides a feature cache, besides video and tower."""
+    """The settings of a feature cache, besides video and tower."""
 
     sampling: VideoSampling
-    """With its defaults: a rate or a number of frames, a frame mode, a decoder."""
+    """The sampling with its defaults: a rate or a number of frames, a frame mode, a decoder."""
     batch: int
-    """Frames that go through the tower at once; it decides how sums are rounded."""
+    """Number of frames per batch of the tower; it affects rounding."""
     dtype: Literal["float32", "bfloat16"]
-    """What the tower computes in. Features are stored as bfloat16 either way."""
+    """Data type of the tower's computation. Features are always stored as bfloat16."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """For provenance and rows."""
+        """The settings for provenance and rows."""
         return {"fps": None, "frames": None, **self.sampling.facts, "batch": self.batch, "dtype": self.dtype}
 
 
 class VideoEncoder:
-    """One tower and one way to sample, for any number of videos. Weights are loaded with the first that needs them."""
+    """One tower and one sampling, for any number of videos. Weights are loaded for the first video that needs them."""
 
     def __init__(self, files: TowerFiles, config: EncoderConfig, *, device: str) -> None:
         self.files, self.config, self.device = files, config, device
@@ -82,8 +82,8 @@ class VideoEncoder:
     ) -> Self:
         """Find the tower of a VLM, CLIP or SigLIP (directory or hub id) and resolve the defaults; loads no weights.
 
-        Raises UsageError for a resolution that the tower cannot have, InputError without a tower, MissingError without
-        decord.
+        Raises UsageError for a resolution that the tower does not support, InputError without a tower, MissingError
+        without decord.
         """
         files = TowerFiles.find(name)
         config = EncoderConfig(
@@ -94,7 +94,7 @@ class VideoEncoder:
         return cls(files, config, device=device)
 
     def close(self) -> None:
-        """Let videos that are being encoded in other threads fail at their next batch, and end idle decoders."""
+        """Make encoding in other threads fail at its next batch, and end idle decoders."""
         self._stop.set()
         self._decoders.close()
 
@@ -106,7 +106,7 @@ class VideoEncoder:
             return self._tower.encode_images(images, batch=self.config.batch)
 
     def provenance(self, video: Path) -> Provenance:
-        """What will have made the artifact of `video`."""
+        """The provenance of the artifact of `video`."""
         fingerprint = self._hashes[video] = self._hashes.get(video) or sha256_file(video)
         return Provenance(
             schema=schemas.FRAMES_HYBRID if self.hybrid else schemas.FRAMES,
@@ -116,7 +116,7 @@ class VideoEncoder:
         )
 
     def target(self, video: Path, out: Path, fingerprint: str) -> Path:
-        """`out`/NAME.frames.safetensors; of several videos called NAME all but the first get part of their hash."""
+        """`out`/NAME.frames.safetensors; further videos with the same NAME get part of their hash."""
         name = video.stem
         with self._naming:
             if self._names.setdefault(name, fingerprint) != fingerprint:
@@ -124,9 +124,9 @@ class VideoEncoder:
         return out / f"{name}{SUFFIX}"
 
     def describe(self, video: Path, out: Path) -> dict[str, Any]:
-        """What `encode` would do: the resolved options, the target, and the bytes that it predicts.
+        """The result that `encode` would have: the resolved options, the target, and the predicted size in bytes.
 
-        `about`: the frames, and so the bytes, are an estimate; only decoding gives the number.
+        With `about`, frames and size are estimates; only decoding gives the exact numbers.
         """
         facts = probe(video)
         provenance = self.provenance(video)
@@ -146,7 +146,7 @@ class VideoEncoder:
         }
 
     def count(self, video: Path) -> tuple[int, bool, dict[str, int]]:
-        """Frames that a video will have, whether exactly, and their `tokens`. Raises InputError."""
+        """Number of a video's sampled frames, whether it is exact, and their `tokens`. Raises InputError."""
         count = self._count(video)
         return count.frames, count.exact, self.tokens(count.frames)
 
@@ -155,18 +155,18 @@ class VideoEncoder:
 
     @property
     def hybrid(self) -> Hybrid | None:
-        """The resolutions; None where all frames are alike."""
+        """The hybrid resolution; None if all frames have the same."""
         return self.config.sampling.hybrid
 
     def tokens(self, frames: int) -> dict[str, int]:
-        """Visual tokens of so many frames of hybrid resolution, as they will be and by L, m, s; otherwise nothing.
+        """Visual tokens of this number of hybrid-resolution frames, actual and nominal (L, m, s); otherwise empty.
 
-        With adaptive selection nothing: it depends on what the frames show.
+        Also empty for adaptive selection, which depends on the content.
         """
         if self.hybrid is None or self.config.sampling.threshold is not None:
             return {}
         is_high = select_high(self.hybrid, merge=1)
-        actual = _total([self._grid(is_high(i, None)) for i in range(frames)])
+        actual = sum(math.prod(self._grid(is_high(i, None))) for i in range(frames))
         return {"visual_tokens": actual, "nominal_tokens": hybrid_tokens(frames, self.hybrid, merge=1)}
 
     def _grid(self, high: bool) -> tuple[int, int]:
@@ -188,11 +188,11 @@ class VideoEncoder:
         threads: int | None = None,
         on_progress: Callable[[int, int, str], None] = lambda done, total, note: None,
     ) -> dict[str, Any]:
-        """Write the artifact of one video into `out`, unless it exists already; the row that describes it.
+        """Write the artifact of one video into `out`, unless it exists; returns its row.
 
-        May run in several threads and processes at once: one writes an artifact, the others wait for it. `threads` is
-        how many the decoder of this one uses (all cores unless given).
-        Raises InputError for a video that cannot be read (see `decode.read_video`); nothing is left under its name.
+        May run in several threads and processes at once: one writes an artifact, the others wait. `threads` is
+        how many the decoder of this one uses (all cores by default).
+        Raises InputError for a video that cannot be read (see `reader.read_video`); then no file is written.
         """
         check_complete(video, allow_partial=self.config.sampling.allow_partial)
         provenance = self.provenance(video)
@@ -213,7 +213,7 @@ class VideoEncoder:
             return _row(video, target)
 
     def read(self, video: Path) -> FeatureCache:
-        """The same in memory, for features that are not kept. Raises as `encode`."""
+        """The same in memory, for features that are not stored. Raises as `encode`."""
         check_complete(video, allow_partial=self.config.sampling.allow_partial)
         provenance = self.provenance(video)
         facts: dict[str, Any] = {"source": str(video)}
@@ -228,7 +228,7 @@ class VideoEncoder:
         )
 
     def _batches(self, video: Path, facts: dict[str, Any], *, threads: int | None = None) -> Iterator[Batch]:
-        """Features, times, numbers and token grids (none where all are alike) of the frames; fills `facts`."""
+        """Features, times, numbers and token grids (None if all are the same) of the frames; fills `facts`."""
         sampling, preprocess = bounded(video, self.config.sampling), self.files.preprocess
         request = DecodeRequest(
             path=str(video),
@@ -247,7 +247,7 @@ class VideoEncoder:
                 high = [is_high(done + i, frame.image) for i, frame in enumerate(batch)] if is_high else []
                 grids = [self._grid(is_high_res) for is_high_res in high]
                 yield features, [frame.pts for frame in batch], [frame.index for frame in batch], grids
-                done, tokens = done + len(batch), tokens + _total(grids)
+                done, tokens = done + len(batch), tokens + sum(map(math.prod, grids))
                 nominal += sum(
                     self.hybrid.tokens if is_high_res else self.hybrid.low_tokens for is_high_res in high if self.hybrid
                 )
@@ -257,11 +257,11 @@ class VideoEncoder:
     def encode_all(
         self, videos: Iterable[tuple[Path, CacheRow]], out: Path, *, jobs: int, processes: int = 1, **options: Any
     ) -> Iterator[tuple[Path, CacheRow, CacheRow | LvctxError]]:
-        """`encode` for each (video, row), `jobs` at once; video, row and result or error, in the order they came.
+        """`encode` for each (video, row), `jobs` at once; video, row and result or error, in input order.
 
-        The decoders of `processes` like this one share the machine.
+        The cores are divided among the decoders of `processes` such processes.
 
-        Videos are read from the iterable while others are encoded, so a slow producer holds nothing back.
+        Videos are taken from the iterable while others are encoded, so a slow producer does not delay them.
         """
         todo: queue.Queue[Any] = queue.Queue(jobs)
         threads = max(1, (os.cpu_count() or 1) // (jobs * processes))
@@ -275,8 +275,8 @@ class VideoEncoder:
         def feed() -> None:
             try:
                 for video, row in videos:
-                    with contextlib.suppress(LvctxError, OSError):  # encode_one() will say it
-                        self.target(video, out, self.provenance(video).inputs["video"])  # names go by order
+                    with contextlib.suppress(LvctxError, OSError):  # encode_one() will report it
+                        self.target(video, out, self.provenance(video).inputs["video"])  # names depend on the order
                     todo.put((video, row, pool.submit(encode_one, video)))
                 todo.put(None)
             except BaseException as e:
@@ -294,7 +294,7 @@ class VideoEncoder:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _rough_total(self, video: Path) -> int:
-        """For progress, which must not read the file first."""
+        """An estimate for progress, without reading the file first."""
         sampling = self.config.sampling
         if sampling.frames is not None:
             return sampling.frames
@@ -307,14 +307,14 @@ class VideoEncoder:
 def resolve_for_tower(files: TowerFiles, sampling: VideoSampling) -> VideoSampling:
     """The sampling with the defaults of a CLIP or SigLIP tower.
 
-    Raises UsageError for a resolution that it cannot have, MissingError without decord.
+    Raises UsageError for a resolution that it does not support, MissingError without decord.
     """
     if sampling.decoder == "decord":
         from lvctx.video.decord_reader import require_decord
 
         require_decord()
     if sampling.hybrid_mode != "pair":
-        raise UsageError("a CLIP or SigLIP tower merges no frames", where="--hybrid-mode", fix="drop it")
+        raise UsageError("a CLIP or SigLIP tower does not merge frames", where="--hybrid-mode", fix="drop it")
     hybrid = sampling.hybrid
     if hybrid is not None:
         if hybrid.tokens != files.tokens_per_frame:
@@ -327,10 +327,6 @@ def resolve_for_tower(files: TowerFiles, sampling: VideoSampling) -> VideoSampli
         hybrid=None if hybrid is None or hybrid.uniform else hybrid,
         decoder="decord" if sampling.decoder == "decord" else "pyav",
     )
-
-
-def _total(grids: Sequence[tuple[int, int]]) -> int:
-    return sum(rows * columns for rows, columns in grids)
 
 
 def _row(video: Path, target: Path) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Benchmarks of long video, one file each, and what their replies are worth."""
+"""Benchmarks of long video, one file each, and their scorers."""

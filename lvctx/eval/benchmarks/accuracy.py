@@ -1,4 +1,4 @@
-"""Accuracy of replies under the rules of `choice`: whole, by group, and of two runs against each other. No torch."""
+"""Accuracy of replies under the rules of `answers`: overall, by group, and for two runs compared. No torch."""
 
 import re
 from collections import Counter
@@ -31,7 +31,7 @@ def accuracy(replies: Iterable[BenchmarkReply], rule: str) -> Estimate:
 
 
 def difference(first: Sequence[BenchmarkReply], second: Sequence[BenchmarkReply], rule: str) -> Estimate:
-    """First minus second on the questions that both have and the rule counts in both; paired, clustered by video."""
+    """First minus second on the questions that the rule counts in both; paired, clustered by video."""
     second_correct = {r.id: is_correct(r, rule) for r in second}
     pairs = [
         (float(a) - float(b), r.video)
@@ -42,7 +42,7 @@ def difference(first: Sequence[BenchmarkReply], second: Sequence[BenchmarkReply]
 
 
 def sorted_groups(replies: Iterable[BenchmarkReply], group: str) -> list[str]:
-    """The values of a group that occur: durations by length, others by the alphabet."""
+    """The existing values of a group: durations by length, others alphabetically."""
     values = {r.groups[group] for r in replies}
     rank = {name: i for i, name in enumerate(DURATIONS)}
     return sorted(values, key=lambda v: (rank.get(v, len(rank)), v))
@@ -73,18 +73,18 @@ def breakdown(replies: Sequence[BenchmarkReply], groups: Sequence[str]) -> dict[
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkRun:
-    """A run's results, read."""
+    """The results of a run."""
 
     rows: list[dict[str, Any]]
     """Rows of the questions that were answered and can be scored."""
     failed: int
-    """Questions that were not answered."""
+    """Number of questions that were not answered."""
     warnings: list[str]
-    """What was left out or read as empty, with the first question of each kind."""
+    """Notes on values that were left out or read as empty, with the first question of each kind."""
 
 
 def read_benchmark_run(directory: Path, bench: ModuleType) -> BenchmarkRun:
-    """Rows of a run of `bench`. Raises InputError where there is no such run, or a row is not what a run writes."""
+    """Rows of a run of `bench`. Raises InputError if there is no such run, or a row is invalid."""
     stored = read_results(directory)
     answered = [row for row in stored.values() if "error" not in row]
     for where, row in stored.items():
@@ -110,33 +110,33 @@ def read_benchmark_run(directory: Path, bench: ModuleType) -> BenchmarkRun:
 def _check_row(row: Mapping[str, Any], bench: ModuleType, location: str) -> None:
     if row.get("bench") != bench.NAME:
         name = f"{row.get('bench')!s:.60}"
-        raise InputError(f"a run of {name}", where=location, fix=f"lvctx bench {name} score")
+        raise InputError(f"the run is of {name}", where=location, fix=f"lvctx bench {name} score")
     groups = row.get("groups")
     fits = {name: isinstance(row.get(name), str) for name in ("id", "video", "answer", "letters")}
     fits["letters"] = fits["letters"] and re.fullmatch("[A-Z]{0,26}", row["letters"]) is not None
     fits["groups"] = isinstance(groups, dict) and all(isinstance(groups.get(name), str) for name in bench.GROUPS)
     wrong = [name for name, fit in fits.items() if not fit]
     if wrong:
-        raise InputError(f"no or another {', '.join(wrong)} than a run writes", where=location)
+        raise InputError(f"missing or invalid {', '.join(wrong)}", where=location)
     try:
         check_unicode(row)
     except ValueError as e:
         raise InputError(str(e), where=location) from None
 
 
-NO_KEY = "answers that are none of their question's options, left out"
-NO_TEXT = "responses that are no text, read as empty"
+NO_KEY = "answers that are not among their question's options, left out"
+NO_TEXT = "responses that are not text, read as empty"
 
 
 class Notes:
-    """What a reader could not use, by kind: how often, and the first as an example."""
+    """Unusable values by kind: their number, and the first as an example."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self._first: dict[str, str] = {}
 
     def add(self, kind: str, name: str, value: object) -> None:
-        """Count one more of `kind`, found in the question `name`."""
+        """Count a value of `kind` in the question `name`."""
         self.counts[kind] += 1
         self._first.setdefault(kind, f"{name}: {value!r:.60}")
 

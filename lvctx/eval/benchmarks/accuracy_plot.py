@@ -1,4 +1,4 @@
-"""A plot of accuracy: by duration for one file or several, and by number of frames where files differ in it."""
+"""A plot of accuracy: by duration for one or several files, or by number of frames if the files differ in it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,24 +14,24 @@ class Point(NamedTuple):
     """One bar, or one point of a line; in %."""
 
     x: float
-    """Number of frames, or which group of bars: 0 for the first."""
+    """Number of frames, or index of the group of bars."""
     mean: float
     low: float
     high: float
 
 
 def duration_groups(scores: Sequence[dict[str, Any]]) -> list[str]:
-    """Durations of any of the scores, and the whole."""
+    """The durations in the scores, and the group of all questions."""
     return [*dict.fromkeys(part for score in scores for part in score["by_duration"]), WHOLE]
 
 
 def accuracy_series(
     scores: Sequence[dict[str, Any]], frames: Sequence[int] | None, rule: str
 ) -> dict[str, list[Point]]:
-    """What `draw_accuracy` draws, by the names in its legend.
+    """The series of `draw_accuracy` by their legend names.
 
-    With `frames` a line for every duration over the number of frames, ascending; else bars for every file over the
-    durations. What has no accuracy is left out; an end of an interval that is not known is the mean.
+    With `frames` a line per duration over the number of frames, ascending; else bars per file over the durations.
+    Missing accuracies are left out; an unknown end of an interval is the mean.
     """
     parts = duration_groups(scores)
     series: dict[str, list[Point]] = {part: [] for part in parts} if frames else {s["file"]: [] for s in scores}
@@ -47,14 +47,14 @@ def accuracy_series(
 
 
 def _verbatim(name: str) -> str:
-    """A name of others as matplotlib shows it: dollar signs are no formula."""
+    """Escape dollar signs in a name, which matplotlib would read as a formula."""
     return name.replace("$", r"\$")
 
 
 def draw_accuracy(scores: Sequence[dict[str, Any]], frames: Sequence[int] | None, rule: str, target: Path) -> None:
     """Draw scores (see `videomme.score`) under a rule to a .png or .svg, with 95% intervals.
 
-    With `frames`, one number for each score, durations become lines over the number of frames; else bars side by side.
+    With `frames`, one number for each score, durations are lines over the number of frames; else bars side by side.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -69,7 +69,7 @@ def draw_accuracy(scores: Sequence[dict[str, Any]], frames: Sequence[int] | None
         xs, means = [p.x for p in points], [p.mean for p in points]
         errors = [[p.mean - p.low for p in points], [p.high - p.mean for p in points]]
         if frames:
-            # A little apart, so that no interval hides another.
+            # Shifted slightly, so that no interval hides another.
             xs = [x * 1.03 ** (number - (len(series) - 1) / 2) for x in xs]
             ax.errorbar(
                 xs, means, yerr=errors, marker="o", markersize=4, capsize=2, linewidth=1.4, label=_verbatim(name)

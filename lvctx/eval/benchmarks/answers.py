@@ -1,15 +1,15 @@
-"""Multiple choice: a reply, the letter that each published scorer reads in it, and signs of a broken run. No torch.
+"""Multiple choice: replies, the letters that published scorers extract, and warnings of broken runs. No torch.
 
-Four rules give one file four numbers, because they differ on replies that are not a bare letter:
+Four rules are implemented; they differ on replies that are not a bare letter:
 
-- `official`: Video-MME's own script, as it is now. Stock phrases are cut out, then the first capital letter of an
-  option anywhere in the reply is the answer; a reply without one leaves the denominator.
-- `official-2024`: the script as it was before it cut "Answer:", "Option:", "The correct answer" and "The correct
-  option". Numbers published until then rest on it.
-- `lmms-eval`: lmms-eval 0.7.3, `extract_mcq_answer` on the reply without its reasoning. Candidates by how they are
-  written (alone at the start or end, after "the answer is", in brackets, ...); the most telling form wins, the last of
-  its kind. No letter: wrong.
-- `strict`: the reply begins with the letter, alone or closed by punctuation. Anything else is wrong.
+- `official`: the current version of Video-MME's own script. Stock phrases are removed, then the first capital letter of
+  an option anywhere in the reply is the answer; a reply without one is excluded from the denominator.
+- `official-2024`: the script before it removed "Answer:", "Option:", "The correct answer" and "The correct option".
+  Numbers published until then were computed with it.
+- `lmms-eval`: lmms-eval 0.7.3, `extract_mcq_answer` on the reply without its reasoning. Candidates are ranked by their
+  form (alone at the start or end, after "the answer is", in brackets, ...); the last of the best form is the answer.
+  A reply without a letter is wrong.
+- `strict`: the reply begins with the letter, alone or followed by punctuation. Anything else is wrong.
 """
 
 import re
@@ -22,54 +22,54 @@ from typing import Any
 
 RULES = ("official", "official-2024", "lmms-eval", "strict")
 RULE_SOURCES = {
-    "official": "Video-MME's eval_your_results.py as it is now: also cuts Answer:, Option:, The correct answer/option",
-    "official-2024": "Video-MME's eval_your_results.py as it was before it cut these four",
-    "lmms-eval": "lmms-eval 0.7.3, extract_mcq_answer after its removal of <think> and <analysis> blocks",
+    "official": "Video-MME's current eval_your_results.py: also removes Answer:, Option:, The correct answer/option",
+    "official-2024": "Video-MME's eval_your_results.py before it removed these four phrases",
+    "lmms-eval": "lmms-eval 0.7.3, extract_mcq_answer after removing <think> and <analysis> blocks",
     "strict": "the reply begins with the letter",
 }
-"""Whose rule each of `RULES` is, in which version."""
+"""Source and version of each of `RULES`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One question as its benchmark releases it."""
+    """A question in the form released by its benchmark."""
 
     id: str
     """Unique within the benchmark."""
     video: str
-    """File name below the folder of videos, or its stem: what questions share. A name for the set of `images`."""
+    """File name (or stem) below the folder of videos, or a name for the set of `images`; questions may share it."""
     images: tuple[str, ...] = ()
-    """Paths below the folder of images, in the order they are shown, for benchmarks on sets of images."""
+    """Paths below the folder of images, in the order of the prompt, for benchmarks on sets of images."""
     question: str
-    """Without its options."""
+    """Text without the options."""
     options: tuple[str, ...] = ()
-    """As they are shown, with their letters; empty for a free answer."""
+    """Options as in the prompt, with their letters; empty for a free answer."""
     answer: str
     """Letter of the right option; the released answer for a free one."""
     groups: Mapping[str, str] = field(default_factory=dict)
-    """What accuracy is broken down by: duration, domain, task_type, ..."""
+    """Groups for the breakdown of accuracy: duration, domain, task_type, ..."""
     max_new_tokens: int | None = None
-    """Longest reply, where the task wants another than the run's."""
+    """Maximum tokens of the reply, if the task's differs from the run's."""
     released: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """The released row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkReply:
-    """What a model said to one question."""
+    """A model's reply to a question."""
 
     id: str
     """The question's."""
     video: str
-    """Which video it is about: replies about one video are correlated."""
+    """The video of the question: replies about the same video are correlated."""
     answer: str
     """Letter of the right option."""
     response: str
-    """The reply; empty where there is none."""
+    """The reply; empty if there is none."""
     letters: str = "ABCD"
     """Letters of the options."""
     groups: Mapping[str, str] = field(default_factory=dict)
-    """As in `Question`."""
+    """Groups as in `Question`."""
 
 
 def format_options(options: Sequence[str]) -> tuple[str, ...]:
@@ -78,17 +78,17 @@ def format_options(options: Sequence[str]) -> tuple[str, ...]:
 
 
 def extract_letter(reply: BenchmarkReply, rule: str) -> str:
-    """The letter that a rule reads in a reply; empty where it finds none."""
+    """The letter that a rule extracts from a reply; empty if there is none."""
     return _read(rule, reply.response, reply.letters)
 
 
-@cache  # a run repeats few replies, and every table asks again
+@cache  # a run has few distinct replies, and every table needs them
 def _read(rule: str, response: str, letters: str) -> str:
     return _READERS[rule](response, letters)
 
 
 def is_correct(reply: BenchmarkReply, rule: str) -> bool | None:
-    """Right or wrong under a rule; None where the rule does not count the reply."""
+    """Right or wrong under a rule; None if the rule does not count the reply."""
     letter = extract_letter(reply, rule)
     if not letter and rule.startswith("official"):
         return None
@@ -100,8 +100,8 @@ PHRASES_2024 = (
     "The correct answer is",
     "The answer is",
     "The answer",
-    # Two commas are missing in the script, so these are two long phrases that occur in no reply; and since the B of
-    # "Best answer: C" is therefore not cut out, that reply is read as B. Kept: it is what published numbers rest on.
+    # Two commas are missing in the script, so these are two long phrases that occur in no reply; therefore the B of
+    # "Best answer: C" is not removed, and that reply is read as B. Kept, since published numbers depend on it.
     "The best option isThe correct option is",
     "Best answer:Best option:",
 )
@@ -109,9 +109,9 @@ OFFICIAL_PHRASES = (*PHRASES_2024, "Answer:", "Option:", "The correct answer", "
 
 
 def first_letter(text: str, letters: str, phrases: Sequence[str] = OFFICIAL_PHRASES) -> str:
-    """The first of `letters` in a reply once `phrases` are cut out, one after the other; empty where there is none.
+    """The first of `letters` in a reply after removing `phrases` one after the other; empty if there is none.
 
-    The script's other condition, more than ten words without a letter, finds nothing either.
+    The script's other condition, more than ten words without a letter, returns no letter either.
     """
     text = text.strip()
     for phrase in phrases:
@@ -125,13 +125,13 @@ REASONING_TAGS = (("<think>", "</think>"), ("<analysis>", "</analysis>"))
 
 
 def strip_reasoning(text: str) -> str:
-    """A reply without its reasoning blocks, as lmms-eval gives it to its scorers (`strip_reasoning_tags`).
+    """A reply without its reasoning blocks, as lmms-eval passes it to its scorers (`strip_reasoning_tags`).
 
-    Where only an end tag is left (the prompt held the start), what follows the last one is the reply. A block that is
-    never closed stays: its letters count.
+    If only an end tag is left (the prompt has the start tag), the text after the last one is the reply. A block that is
+    never closed is kept: its letters count.
     """
     for start, end in REASONING_TAGS:
-        # Only up to the last end tag, so that every start that is tried has an end: the time stays linear.
+        # Only up to the last end tag, so that every matched start has an end and the time is linear.
         closed = text.rfind(end) + len(end) if end in text else 0
         text = re.sub(f"{start}.*?{end}", "", text[:closed], flags=re.DOTALL) + text[closed:]
         if end in text and start not in text:
@@ -145,7 +145,7 @@ LMMS_PHRASES = (
     *("my answer is", "my choice is", "i choose", "i select", "i pick"),
     *("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
 )
-"""Only its first occurrence counts; so a longer phrase may find what a shorter one inside it does not."""
+"""Only the first occurrence of a phrase counts, so a longer phrase may match where a shorter one inside it does not."""
 
 
 def _lmms_eval(text: str, letters: str) -> str:
@@ -186,17 +186,17 @@ _READERS = {"official": first_letter, "official-2024": _official_2024, "lmms-eva
 
 
 def response_warnings(replies: Sequence[BenchmarkReply]) -> list[str]:
-    """What a reader has to know before any number: replies that are empty, repeat themselves, or are all alike."""
+    """Warnings about replies that are empty, repeat a token, or are mostly the same letter."""
     total = len(replies)
     if not total:
-        return ["no reply at all"]
+        return ["there are no replies"]
     empty = sum(not r.response.strip() for r in replies)
     stuck = sum(is_degenerate(r.response) for r in replies)
     reasoned = sum(any(tag in r.response for pair in REASONING_TAGS for tag in pair) for r in replies)
     signs = (
         (empty, "are empty"),
         (stuck, "repeat one token"),
-        (reasoned, "hold reasoning in tags, which only the rule of lmms-eval removes"),
+        (reasoned, "have reasoning in tags, which only the rule of lmms-eval removes"),
     )
     warnings = [f"{count:,} of {total:,} replies {what}" for count, what in signs if count]
     picked = Counter(extract_letter(r, "official") for r in replies)
@@ -212,9 +212,9 @@ def response_warnings(replies: Sequence[BenchmarkReply]) -> list[str]:
 
 
 def is_degenerate(text: str) -> bool:
-    """Whether a reply is one short piece over and over, as in `the the the the` or `!!!!!!!!`.
+    """Whether a reply repeats one short piece, as in `the the the the` or `!!!!!!!!`.
 
-    A piece is 1 to 20 characters without white space, at least four times; white space may separate two pieces.
+    A piece is 1 to 20 characters without white space, repeated at least four times, possibly with white space between.
     """
     words = text.split()
     solid = "".join(words)

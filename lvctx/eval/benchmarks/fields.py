@@ -1,4 +1,4 @@
-"""What question files hold in their cells: text, lists of options as text, keys of the right option. No torch."""
+"""Parsers for cells of question files: text, lists of options, keys of the right option. No torch."""
 
 import ast
 import json
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 MOST_OPTIONS = 26
-"""As many as there are letters."""
+"""The number of letters."""
 
 
 def cell_text(value: Any) -> str | None:
@@ -29,7 +29,7 @@ def cell_text(value: Any) -> str | None:
 
 
 def check_unicode(value: Any) -> None:
-    """Raise ValueError where a string holds half of a surrogate pair, which no file or terminal takes."""
+    """Raise ValueError if a string has half of a surrogate pair, which cannot be encoded."""
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
@@ -46,7 +46,7 @@ def parse_key(value: Any, count: int, *, indexed: bool = False) -> str | None:
     Args:
         value: The cell.
         count: Number of options; a letter or index beyond them is None.
-        indexed: The format counts options from 0, so 1, `"1"` and `"1.0"` are B too.
+        indexed: The format counts options from 0, so 1, `"1"` and `"1.0"` are also B.
     """
     text = "" if isinstance(value, bool) else (cell_text(value) or "").strip()
     if indexed and (number := _INDEX.fullmatch(text)):
@@ -59,20 +59,20 @@ def parse_key(value: Any, count: int, *, indexed: bool = False) -> str | None:
 
 
 def have_letters(options: Sequence[str]) -> bool:
-    """Whether options carry their letters: `A. first`, `(B) second`, ..."""
+    """Whether options begin with their letters: `A. first`, `(B) second`, ..."""
     return all(re.match(rf"\(?{chr(65 + i)}[.):]", option) for i, option in enumerate(options[:MOST_OPTIONS]))
 
 
 def parse_list(value: Any) -> list[str]:
-    """The items of a cell that holds a list, or is the text of one.
+    """The items of a cell that is a list or the text of one.
 
-    Read are lists; mappings from letters; and as text JSON's and Python's lists, numpy's (no commas between items), one
-    item a line, and items that carry their letters. Raises ValueError with what is wrong.
+    Accepts lists; mappings from letters; and as text, lists of JSON, Python and numpy (without commas), one item per
+    line, and items that begin with their letters. Raises ValueError with the reason.
     """
     if isinstance(value, list | tuple):
         items = [cell_text(item) for item in value]
         if None in items:
-            raise ValueError("one of them has no text")
+            raise ValueError("one item has no text")
         return [item for item in items if item is not None]
     if isinstance(value, dict):
         options = {key: item for key, item in value.items() if cell_text(item) is not None}
@@ -101,9 +101,9 @@ _ITEM = re.compile(r"""[\s,]*(?:u?('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|(-?\d+(?
 
 
 def _literal(text: str) -> list[Any] | dict[str, Any] | None:
-    """A JSON list, or a mapping of JSON or Python. None for others.
+    """A JSON list, or a mapping of JSON or Python. None for other text.
 
-    Python's own reader is no good for lists: it joins numpy's items, between which there is no comma.
+    Python's own parser is not used for lists, since it joins numpy's items, which have no commas.
     """
     try:
         parsed = json.loads(text)
@@ -113,28 +113,28 @@ def _literal(text: str) -> list[Any] | dict[str, Any] | None:
         try:
             parsed = ast.literal_eval(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
-            raise ValueError("text in braces that is no mapping") from None
+            raise ValueError("text in braces that is not a mapping") from None
     return parsed if isinstance(parsed, list | dict) else None
 
 
 def _quoted(text: str) -> list[str]:
-    """Items in quotes, and numbers, with commas or white space between them."""
+    """Items in quotes, and numbers, separated by commas or white space."""
     items, position, end = [], 0, len(text.rstrip(", \t\r\n"))
     while position < end:
         match = _ITEM.match(text, position)
         if not match:
-            raise ValueError("text in brackets that is no list of quoted items")
+            raise ValueError("text in brackets that is not a list of quoted items")
         try:
-            with warnings.catch_warnings(action="ignore"):  # about escapes that Python does not know
+            with warnings.catch_warnings(action="ignore"):  # about invalid escapes
                 items.append(str(ast.literal_eval(match[1])) if match[1] else match[2])
-        except (ValueError, SyntaxError):  # a line break between the quotes, or a bad escape: as it is written
+        except (ValueError, SyntaxError):  # a line break or an invalid escape in the quotes: kept unchanged
             items.append(match[1][1:-1])
         position = match.end()
     return items
 
 
 def _lines(text: str) -> list[str]:
-    """Items that carry letters, each on a line (and the lines after it) or all on one; else one item a line."""
+    """Items that begin with letters, each on its own line or lines, or all on one line; else one item per line."""
     for prefix, separators in ((r"(?:^|\n)[ \t]*", ""), (r"(?:^|(?<=[\s,;|]))", ",;|")):
         starts = list(re.finditer(rf"{prefix}\(?([A-Z])[.):](?=\s)", text))
         in_order = [start[1] for start in starts] == [chr(65 + i) for i in range(len(starts))]

@@ -1,8 +1,8 @@
 """LongVideoBench: referred reasoning over up to an hour, two to five options (Wu et al. 2024, arXiv:2407.15754).
 
-Where no letter can be read in a reply its scorer (in lmms-eval, so on replies without their reasoning) draws one at
-random. So does this one, from a seed and the question's id, and says how often: such a score is part luck. Subtitles
-are not shown (its scripts interleave them with frames).
+For a reply without a letter its scorer (in lmms-eval, so on replies without their reasoning) draws one at random. This
+is done here from a seed and the question's id, and the number of such replies is reported, since they score by chance.
+Subtitles are not used (the original scripts interleave them with frames).
 """
 
 import random
@@ -60,7 +60,7 @@ def samples(path: Path) -> list[Question]:
 
 
 def _columns(row: QuestionRow) -> list[str]:
-    """Options from columns `option0` to `option4`; those that a question does not have hold N/A, or nothing."""
+    """Options from columns `option0` to `option4`; unused ones are N/A or empty."""
     cells = [cell_text(row.get(f"option{i}")) or "" for i in range(5)]
     options = list(takewhile(lambda cell: cell.strip() not in ("", "N/A"), cells))
     if any(cell.strip() not in ("", "N/A") for cell in cells[len(options) :]):
@@ -95,6 +95,6 @@ def _official_letter(reply: BenchmarkReply) -> str:
 
 
 def _settle(reply: BenchmarkReply, seed: int) -> BenchmarkReply:
-    """The reply as the letter its own scorer takes it for."""
+    """The reply replaced by the letter that the official scorer uses."""
     letter = _official_letter(reply) or random.Random(f"{seed}:{reply.id}").choice(reply.letters)
     return replace(reply, response=letter, letters="ABCDE")

@@ -1,7 +1,7 @@
 """MLVU: long videos, nine tasks (Zhou et al. 2024, arXiv:2406.04264), seven or nine of them multiple choice.
 
-Its M-Avg is a macro average over tasks in lmms-eval and pooled over questions in VLMEvalKit: both are given. The two
-generation tasks are scored by a judging model elsewhere: their replies are exported in the form its scripts read.
+Its M-Avg is a macro average over tasks in lmms-eval and pooled over questions in VLMEvalKit: both are reported. The two
+generation tasks are scored by a judging model elsewhere: their replies are exported in the format of its scripts.
 """
 
 import re
@@ -29,15 +29,15 @@ STYLES = ("official", "lmms-eval")
 GROUPS = ("task_type",)
 FREE_ANSWERS = True
 GENERATION = {"subPlot": "subplot_all.json", "summary": "summary_all.json"}
-"""Generation tasks and the file that each one's judge reads."""
+"""Generation tasks, and the input file of each one's judge."""
 LONGEST = 1000
-"""Tokens of a generated answer, as in MLVU's own scripts."""
+"""Maximum tokens of a generated answer, as in MLVU's own scripts."""
 
 
 def samples(path: Path) -> list[Question]:
-    """Questions from the released JSON files (one, or a folder), or lmms-eval's Parquet with its options inlined.
+    """Questions from the released JSON files (one, or a folder), or lmms-eval's Parquet with options in the question.
 
-    Raises InputError naming the row and what is wrong with it.
+    Raises InputError naming the row and its problem.
     """
     questions = []
     for number, row in enumerate(read_question_rows(path)):
@@ -63,16 +63,16 @@ def samples(path: Path) -> list[Question]:
 
 
 def _letters_in(question: str) -> tuple[str, ...]:
-    """The letters of the options that stand in a question's own text, each on its line; A to D where none are found."""
+    """The letters of the options in a question's own text, each on its line; A to D if there are none."""
     labels = re.findall(r"^\(?([A-Z])[.):]", question, re.MULTILINE)
     letters = [chr(65 + i) for i in range(len(labels))]
     return tuple(letters) if labels == letters and len(labels) > 1 else tuple("ABCD")
 
 
 def _answer(row: QuestionRow, candidates: Sequence[str], count: int) -> str:
-    """The letter of the right option: MLVU writes its text, others its letter. Generation tasks: the answer itself.
+    """The letter of the right option: MLVU stores its text, others its letter. Generation tasks: the answer itself.
 
-    Raises InputError where it is no option, or several.
+    Raises InputError if it matches no option, or several.
     """
     answer = text_field(row, "answer")
     if not count:
@@ -80,7 +80,7 @@ def _answer(row: QuestionRow, candidates: Sequence[str], count: int) -> str:
     for normalize in (str, str.strip, lambda text: text.strip().casefold()):
         fits = [i for i, candidate in enumerate(candidates) if normalize(candidate) == normalize(answer)]
         if len(fits) > 1:
-            raise InputError(f"answer {answer!r:.60} is several of its options", where=row_place(row))
+            raise InputError(f"answer {answer!r:.60} matches several of its options", where=row_place(row))
         if fits:
             return chr(65 + fits[0])
     return key_field(row, "answer", count)
@@ -90,7 +90,7 @@ WATCH = "Carefully watch this video and pay attention to every detail. Based on 
 
 
 def prompt(sample: Question, style: str, subtitles: str | None) -> str:
-    """The user's turn after the frames; MLVU shows no subtitles."""
+    """The user's turn after the frames; MLVU uses no subtitles."""
     if not sample.options:
         return f"{WATCH}answer the given questions.\n{sample.question}"
     question = sample.question
@@ -103,7 +103,7 @@ def prompt(sample: Question, style: str, subtitles: str | None) -> str:
 
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Breakdown by task, and `m_avg` by rule: `macro` over tasks and `pooled` over questions; generation left out."""
+    """Breakdown by task and `m_avg` by rule: `macro` (by task) and `pooled` over questions; no generation."""
     replies = [to_reply(row) for row in rows if row["letters"]]
     summary = breakdown(replies, GROUPS)
     tasks = summary["by_task_type"].values()
@@ -115,7 +115,7 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def export(out: Path, answered: Sequence[tuple[Question, str]]) -> None:
-    """Generated answers for their judges: {video_name, Q, A, pred} with the scoring points, one file a task."""
+    """Generated answers for their judges: {video_name, Q, A, pred} with the scoring points, one file per task."""
     for task, name in GENERATION.items():
         rows = [
             {

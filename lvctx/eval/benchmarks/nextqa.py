@@ -17,7 +17,7 @@ QUESTION_KINDS = {"C": "causal", "T": "temporal", "D": "descriptive"}
 
 
 def samples(path: Path) -> list[Question]:
-    """Questions from the released CSV or its Parquet; `answer` counts from 0, and a question's id holds its video."""
+    """Questions from the released CSV or its Parquet; `answer` counts from 0, and its id includes its video."""
     questions = []
     for row in read_question_rows(path):
         options = check_options(row, [(cell_text(row.get(f"a{i}")) or "").strip() for i in range(5)])

@@ -1,7 +1,7 @@
-"""Question files as they are released: Parquet, Arrow, JSON, JSONL, CSV or TSV, one file or a folder of them. No torch.
+"""Released question files: Parquet, Arrow, JSON, JSONL, CSV or TSV, one file or a folder of them. No torch.
 
-A folder may be a downloaded hub repository, or what the datasets library saves (Arrow files). A row that cannot be used
-as it is raises InputError with its file and number.
+A folder may be a downloaded hub repository, or a directory saved by the datasets library (Arrow files). An invalid row
+raises InputError with its file and number.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from lvctx.eval.benchmarks.fields import MOST_OPTIONS, cell_text, check_unicode,
 
 QUESTION_SUFFIXES = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tsv")
 NO_QUESTIONS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-"""What the datasets library writes beside its Arrow files."""
+"""Files that the datasets library writes beside its Arrow files."""
 AS_RELEASED = "give the questions as released"
 QuestionRow = dict[str, Any]
 
@@ -22,8 +22,8 @@ QuestionRow = dict[str, Any]
 def read_question_rows(path: Path) -> list[QuestionRow]:
     """Rows of a question file, or of all such files of a folder in the order of their names.
 
-    `_file` in a row names its file and `_row` counts within it, from 1. A folder without such a file is searched below,
-    hidden folders left out. Raises InputError for a path that is neither, or a file of another format than its suffix.
+    `_file` in a row is its file and `_row` its number in it, from 1. If a folder has no such file, its subfolders are
+    searched, except hidden ones. Raises InputError for other paths, or a file whose format differs from its suffix.
     """
     files = [path]
     if path.is_dir():
@@ -47,29 +47,29 @@ def read_question_rows(path: Path) -> list[QuestionRow]:
 
 
 def row_place(row: QuestionRow) -> str:
-    """How an error names a row: its file and its number there."""
+    """Location of a row for errors: its file and number."""
     return f"{row['_file']}, row {row['_row']}"
 
 
 def has_value(row: QuestionRow, name: str) -> bool:
-    """Whether a row has something in a column: neither null, NaN, blank nor an empty list."""
+    """Whether a row has a value in a column: neither null, NaN, blank nor an empty list."""
     value = row.get(name)
     return bool(value) if isinstance(value, list | tuple | dict) else bool((cell_text(value) or "").strip())
 
 
 def text_field(row: QuestionRow, *names: str) -> str:
-    """The text of the first of `names` that a row has. Raises InputError where it has none, or it is no text."""
+    """The text of the first of `names` in a row. Raises InputError if it has none, or the value is not text."""
     for name in names:
         text = cell_text(row.get(name))
         if text is not None and text.strip():
             return text
         if has_value(row, name) or isinstance(row.get(name), bytes):
-            raise InputError(f"{name} is no text", where=row_place(row), fix=AS_RELEASED)
+            raise InputError(f"{name} is not text", where=row_place(row), fix=AS_RELEASED)
     raise InputError(f"a question without {' or '.join(names)}", where=row_place(row), fix=AS_RELEASED)
 
 
 def options_field(row: QuestionRow, name: str) -> list[str]:
-    """The options in a column: a list, or one written as text (see `listed`). Raises InputError for anything else."""
+    """The options in a column: a list, or one written as text (see `parse_list`). Raises InputError for others."""
     if not has_value(row, name):
         raise InputError(f"a question without {name}", where=row_place(row), fix=AS_RELEASED)
     try:
@@ -82,7 +82,7 @@ def options_field(row: QuestionRow, name: str) -> list[str]:
 
 
 def check_options(row: QuestionRow, options: list[str]) -> list[str]:
-    """`options` as they are. Raises InputError for fewer than 2, more than 26, or a blank one."""
+    """`options` unchanged. Raises InputError for fewer than 2, more than 26, or a blank one."""
     if not 2 <= len(options) <= MOST_OPTIONS:
         raise InputError(f"{len(options)} options, not 2 to {MOST_OPTIONS}", where=row_place(row))
     for number, option in enumerate(options):
@@ -92,12 +92,12 @@ def check_options(row: QuestionRow, options: list[str]) -> list[str]:
 
 
 def with_letters(options: list[str]) -> tuple[str, ...]:
-    """Options as they are where they carry their letters, else with `A. ` and so on before them."""
+    """Options unchanged if they begin with their letters, else prefixed with `A. ` and so on."""
     return tuple(options) if have_letters(options) else format_options(options)
 
 
 def key_field(row: QuestionRow, name: str, count: int, *, indexed: bool = False) -> str:
-    """The letter of the right one of `count` options; see `parse_key`. Raises InputError where it is none of them."""
+    """The letter of the right one of `count` options; see `parse_key`. Raises InputError if it is none of them."""
     if not has_value(row, name):
         raise InputError(f"a question without {name}", where=row_place(row), fix="give questions with their answers")
     letter = parse_key(row[name], count, indexed=indexed)

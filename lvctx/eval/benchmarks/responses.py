@@ -1,4 +1,4 @@
-"""Video-MME's responses file: read leniently, with every leniency counted; written strictly.
+"""Video-MME's responses file: read leniently, with every tolerated deviation counted; written strictly.
 
 A list of videos, each `{"video_id", "duration", "domain", "sub_category", "questions": [{"question_id", "task_type",
 "question", "options", "answer", "response"}]}`. The released template has trailing commas, and the released script
@@ -28,23 +28,23 @@ ALIASES = {"duration": "duration_category", "domain": "video_category", "sub_cat
 
 @dataclass(frozen=True, kw_only=True)
 class Responses:
-    """One file, read."""
+    """The content of a responses file."""
 
     name: str
-    """What to call it."""
+    """Display name."""
     replies: list[BenchmarkReply]
     """Questions that can be scored."""
     leniencies: dict[str, int]
-    """What was overlooked -> how often: trailing commas, missing fields, questions left out."""
+    """Tolerated deviation -> its number: trailing commas, missing fields, questions left out."""
     warnings: list[str]
-    """Of these, what may change a score: keys and responses that cannot be read, with the first of each kind."""
+    """Deviations that may change a score: unreadable keys and responses, with the first of each kind."""
 
 
 def read_responses(path: Path) -> Responses:
     """Read a responses file, or that of a run's directory.
 
-    One video a line is read too. Raises InputError for a file that is not JSON even without its trailing commas, not a
-    list of videos, or without any question that can be scored.
+    One video per line is accepted too. Raises InputError for a file that is not JSON even without its trailing commas,
+    not a list of videos, or without any question that can be scored.
     """
     file = path / "responses.json" if path.is_dir() else path
     overlooked: Counter[str] = Counter()
@@ -98,7 +98,7 @@ def read_responses(path: Path) -> Responses:
 
 
 def _count_options(question: Mapping[str, Any]) -> int:
-    """How many options a question has; Video-MME's four where it does not list them."""
+    """Number of options of a question; Video-MME's four if it does not list them."""
     try:
         count = len(parse_list(question.get("options")))
     except ValueError:
@@ -106,7 +106,7 @@ def _count_options(question: Mapping[str, Any]) -> int:
     return count if 2 <= count <= MOST_OPTIONS else 4
 
 
-# A string as a whole, even one that is never closed, so that a comma inside it stays; else a comma before a bracket.
+# Matches a whole string, even an unclosed one, so that a comma inside it is kept; else a comma before a bracket.
 _SPARE_COMMA = re.compile(r'("(?:[^"\\]|\\.)*+"?)|,(?=\s*+[\]}])', re.DOTALL)
 
 
@@ -122,7 +122,7 @@ def _videos(file: Path, overlooked: Counter[str]) -> list[dict[str, Any]]:
 
 
 def _parse(text: str, file: Path) -> Iterator[dict[str, Any]]:
-    """Videos in JSON. Raises InputError naming the value that is none."""
+    """Videos in JSON. Raises InputError naming a value that is not a video."""
     for record in json_records(io.BufferedReader(io.BytesIO(text.encode())), str(file)):
         questions = record.fields().get("questions")
         if not isinstance(questions, list) or not all(isinstance(q, dict) for q in questions):
@@ -143,7 +143,7 @@ def _field(row: Mapping[str, Any], name: str, overlooked: Counter[str]) -> str:
 
 
 def write_responses(target: Path, answered: Iterable[tuple[Question, str]]) -> None:
-    """Write samples and their responses, video by video as they come, exactly in the released format."""
+    """Write samples and their responses, video by video in order, exactly in the released format."""
     videos: dict[str, dict[str, Any]] = {}
     for sample, response in answered:
         row = sample.released

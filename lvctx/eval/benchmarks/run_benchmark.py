@@ -1,7 +1,7 @@
-"""Run a benchmark: every question is asked about its video, whose frames are run once for all its questions.
+"""Run a benchmark: every question is asked about its video, whose frames are computed once for all its questions.
 
-Every question is a row of results.jsonl that has all that decided the reply. A video that is missing or broken makes
-error rows: a model is never asked about a video that it is not shown.
+Every question is a row of results.jsonl with everything that decided the reply. A missing or broken video makes
+error rows: no question is asked without its video.
 """
 
 import itertools
@@ -34,7 +34,7 @@ Asked = tuple[Question, dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
-    """What to ask whom, and how."""
+    """The model, videos and questions."""
 
     model: str
     """VLM: directory or hub id."""
@@ -45,28 +45,28 @@ class BenchmarkConfig:
     prompt: str
     """Prompt template; one of the benchmark's STYLES."""
     subtitles: Path | None
-    """Folder of .srt or .vtt files named as the videos; None shows no subtitles."""
+    """Folder of .srt or .vtt files with the videos' names; None: no subtitles."""
     max_new_tokens: int
     """Longest reply, in tokens; lmms-eval 16."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkJob:
-    """A checked run: everything but the model's weights."""
+    """A checked run: everything except the model's weights."""
 
     config: BenchmarkConfig
-    """As asked for."""
+    """The given configuration."""
     bench: ModuleType
-    """The benchmark: samples(), prompt(), STYLES."""
+    """Module of the benchmark: samples(), prompt(), STYLES."""
     sampling: VideoSampling
     """How videos are sampled."""
     samples: tuple[Question, ...]
-    """All of them, grouped by video in the order in which videos first appear."""
+    """All questions, grouped by video in order of first appearance."""
     run_facts: dict[str, Any]
-    """Facts of the run in every row; `run` in it identifies all that decides a reply but the video."""
+    """Facts of the run for every row; their `run` identifies everything that decides a reply except the video."""
 
     def key(self, sample: Question) -> str:
-        """Sixteen hex digits of the run and the question."""
+        """Key of a question in this run: sixteen hex digits."""
         return short_hash({"run": self.run_facts["run"], "id": sample.id})
 
 
@@ -76,7 +76,7 @@ def plan_benchmark(
     """Check everything that can be checked without weights or videos.
 
     Raises InputError for questions that cannot be read or are of another benchmark, UsageError for sampling that the
-    model cannot have.
+    model does not support.
     """
     resolved = vlm.resolve(sampling)
     if not config.videos.is_dir():
@@ -89,7 +89,7 @@ def plan_benchmark(
     counts = Counter(s.id for s in samples)
     if twice := [name for name, count in counts.items() if count > 1]:
         first_one = f"{twice[0]!r:.60}"
-        raise InputError(f"{len(twice)} question ids are given twice, the first {first_one}", where=config.questions)
+        raise InputError(f"{len(twice)} question ids occur twice, the first is {first_one}", where=config.questions)
     probe = Question(id="", video="", question="{question}", options=("{options}",), answer="")
     listing = None if config.subtitles is None else "{subtitles}"
     made_of = {
@@ -123,10 +123,10 @@ def run_benchmark(
     force: bool,
     on_progress: Callable[[int, int, str], None],
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for every question as it is answered; those that `out/results.jsonl` has are not asked again.
+    """Yield a row for every question as it is answered; those in `out/results.jsonl` are not asked again.
 
-    The ranks of `parallel` are one group, which computes every reply together; rank 0 alone writes and yields. Raises
-    InputError when `out` holds another run, or where memory ends on a rank that others wait for.
+    The ranks of `parallel` are one group, which computes every reply together; only rank 0 writes and yields. Raises
+    InputError if `out` has another run, or if a rank that others wait for runs out of memory.
     """
     with ExitStack() as stack:
         results: ResultLog | None = None
@@ -148,9 +148,9 @@ def run_benchmark(
 
 
 def _ask_about(job: BenchmarkJob, engine: Engine, samples: Sequence[Question], *, together: bool) -> Iterator[Asked]:
-    """One video's questions, each with its row.
+    """Ask the questions about one video; yields each with its row.
 
-    Of several ranks that compute `together`, one that runs out of memory must end the run: the others wait for it.
+    If ranks compute `together`, one that runs out of memory must end the run, since the others wait for it.
     """
     base = {s.id: {**job.run_facts, **_described(s)} for s in samples}
     try:
@@ -166,7 +166,7 @@ def _ask_about(job: BenchmarkJob, engine: Engine, samples: Sequence[Question], *
         try:
             reply = engine.reply([text], sample.max_new_tokens or job.config.max_new_tokens)
         except (InputError, RuntimeError) as e:
-            # Too long, or out of memory: this question is lost, the others need not be.
+            # Too long, or out of memory: only this question fails.
             if together and isinstance(e, torch.OutOfMemoryError):
                 raise _out_of_memory(sample.video) from e
             if together and not isinstance(e, InputError):
@@ -178,7 +178,7 @@ def _ask_about(job: BenchmarkJob, engine: Engine, samples: Sequence[Question], *
 
 
 def _out_of_memory(video: str) -> InputError:
-    return InputError("out of memory", where=video, fix="more --cp, a smaller --prefill-chunk, or fewer frames")
+    return InputError("out of memory", where=video, fix="use a larger --cp, a smaller --prefill-chunk, or fewer frames")
 
 
 def _described(sample: Question) -> dict[str, Any]:
@@ -192,9 +192,9 @@ def _described(sample: Question) -> dict[str, Any]:
 
 
 def _show(job: BenchmarkJob, engine: Engine, sample: Question) -> tuple[str | None, dict[str, Any]]:
-    """Show the model a sample's video or images; subtitles and facts for the rows.
+    """Give the model a sample's video or images; returns subtitles and facts for the rows.
 
-    Raises InputError where they are missing or broken.
+    Raises InputError if they are missing or broken.
     """
     if sample.images:
         images = [open_image(job.config.videos / name) for name in sample.images]

@@ -1,7 +1,7 @@
-"""Subtitles as they are found, SubRip or WebVTT: what can be read is kept, what cannot is counted. No torch.
+"""Subtitles in SubRip or WebVTT, read leniently: readable cues are kept, unreadable ones are counted. No torch.
 
-A cue is what stands between two lines of times, as FFmpeg's demuxer has it, so blank lines inside a cue are read, and
-cues without blank lines between them; the number on the line before the times is the cue's own.
+A cue is the text between two lines of times, as in FFmpeg's demuxer, so blank lines inside a cue and cues without blank
+lines between them are read; a number on the line before the times belongs to the cue.
 """
 
 import html
@@ -18,33 +18,33 @@ from lvctx.errors import InputError
 SUBTITLE_SUFFIXES = (".srt", ".vtt")
 _TIME = r"(-?)(?:(\d{1,4}):)?(\d{1,2}):(\d{1,2})(?:[,.:](\d{1,9}))?"
 _SPAN = re.compile(rf"\s*{_TIME}\s*-{{1,2}}>\s*{_TIME}")
-_TAG = re.compile(r"<[^<>\s][^<>]*>|\{\\[^{}]*\}")  # neither reaches over a second bracket: the time stays linear
+_TAG = re.compile(r"<[^<>\s][^<>]*>|\{\\[^{}]*\}")  # neither extends over a second bracket, so the time is linear
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subtitles:
-    """A file's lines."""
+    """The cues of a file."""
 
     lines: tuple[tuple[float, float, str], ...]
-    """First second, last second, text without markup; in the order of time."""
+    """First second, last second, text without markup; in temporal order."""
     bad: int
-    """Cues without a readable time, that end before they begin, or with bytes that are not of the file's encoding."""
+    """Number of cues without a readable time, that end before they begin, or with invalid bytes."""
 
     def at(self, times: Iterable[float]) -> str:
-        """The lines on display at any of `times` (seconds), each once, in the order of time, as Video-MME asks."""
+        """The lines on display at any of `times` (seconds), each once, in temporal order, as required by Video-MME."""
         moments = sorted(times)
         candidates = ((bisect_left(moments, start), end, text) for start, end, text in self.lines)
         return "\n".join(text for i, end, text in candidates if i < len(moments) and moments[i] < end)
 
 
 NONE = Subtitles(lines=(), bad=0)
-"""Those of a video without speech."""
+"""The subtitles of a video without speech."""
 
 
 def find_subtitles(folder: Path, stem: str) -> Path | None:
     """The subtitle file of a video in a folder: `STEM.srt` or `.vtt`, `STEM.en.srt`, or that of one other language.
 
-    Raises InputError where several languages are there, none of them English.
+    Raises InputError if there are several languages, none of them English.
     """
     tag = r"\.[A-Za-z]{2,3}(?:[-_.][A-Za-z0-9]+)*"
     languages: dict[str, Path] = {}
@@ -66,7 +66,7 @@ def find_subtitles(folder: Path, stem: str) -> Path | None:
 def read_subtitles(path: Path) -> Subtitles:
     """Read a .srt or .vtt file; one that does not exist has no lines, as for videos without speech.
 
-    Raises InputError for a file that holds text but no cue (another format), or cannot be read.
+    Raises InputError for a file with text but no cue (another format), or that cannot be read.
     """
     try:
         data = path.read_bytes()
@@ -79,7 +79,7 @@ def read_subtitles(path: Path) -> Subtitles:
     spans = [(i, match) for i, row in enumerate(rows) if (match := _SPAN.match(row))]
     if not spans:
         if text.strip() and not text.lstrip().startswith("WEBVTT"):
-            raise InputError("no subtitle in it", where=path, fix="give SubRip (.srt) or WebVTT (.vtt)")
+            raise InputError("the file has no subtitles", where=path, fix="give SubRip (.srt) or WebVTT (.vtt)")
         return NONE
     vtt = rows[0].startswith("WEBVTT")
     numbers = [_number_before(rows, i) for i, _ in spans]
@@ -115,7 +115,7 @@ def _number_before(rows: Sequence[str], index: int) -> int | None:
 
 
 def _chunks(rows: Sequence[str]) -> list[list[str]]:
-    """Rows between blank ones; a row of any white space is blank."""
+    """Rows between blank ones; a row of white space is blank."""
     chunks: list[list[str]] = [[]]
     for row in rows:
         if row.strip():
@@ -126,21 +126,21 @@ def _chunks(rows: Sequence[str]) -> list[list[str]]:
 
 
 def _count_unread(rows: Sequence[str]) -> int:
-    """How many cues before the first readable one have no readable time."""
+    """Number of cues without a readable time before the first readable one."""
     return sum(len(chunk) > 1 for chunk in _chunks(rows))
 
 
 def _until_blank(rows: Sequence[str]) -> list[str]:
-    """WebVTT: a blank line ends the cue, and what follows are notes, styles and the next one's name."""
+    """WebVTT: a blank line ends the cue, and notes, styles and the next cue's name follow."""
     end = next((i for i, row in enumerate(rows) if not row.strip()), len(rows))
     return list(rows[:end])
 
 
 def _payload(rows: Sequence[str], number: int | None, *, numbered: bool, last: bool) -> tuple[list[str], int]:
-    """A cue's own rows of those up to the next times, and how many cues among them have no readable time."""
+    """A cue's own rows among those up to the next times, and the number of cues in them without a readable time."""
     ends = [i for i, row in enumerate(rows) if row.strip()]
     if numbered and not last and ends and _number(rows[ends[-1]]) is not None:
-        rows = rows[: ends[-1]]  # that number is the next cue's
+        rows = rows[: ends[-1]]  # the number belongs to the next cue
     chunks = _chunks(rows)
     unread = [
         i

@@ -1,7 +1,7 @@
 """Visual Haystacks, single needle: yes or no about one image among many (Wu et al. 2024, arXiv:2407.13766).
 
-Chance is 50%. A reply is right where the right word is among its words, as in the authors' script. The effective length
-is the largest number of images at which, and at all smaller ones, at least 60% are right.
+Chance is 50%. A reply is right if it contains the right word, as in the authors' script. The effective length is the
+largest number of images up to which, at every smaller number too, at least 60% are right.
 """
 
 import random
@@ -25,7 +25,7 @@ VHS_THRESHOLD = 0.6
 
 
 def samples(path: Path) -> list[Question]:
-    """Questions from visual_haystack_N.json files; pictures are shuffled, always the same way for the same question."""
+    """Questions from visual_haystack_N.json files; images are shuffled, in the same way for the same question."""
     questions = []
     for number, row in enumerate(read_question_rows(path)):
         question, answer = _turns(row)
@@ -83,7 +83,7 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Accuracy by number of images, the share of replies with yes or no, and the effective length."""
     for row in rows:
         if not re.fullmatch("[0-9]{1,9}", row["groups"]["images"]):
-            raise InputError(f"{row['groups']['images']!r:.60} pictures", where=f"question {row['id']}")
+            raise InputError(f"{row['groups']['images']!r:.60} images", where=f"question {row['id']}")
     response_words = [set(re.findall(r"[a-z]+", row["response"].lower())) for row in rows]
     right = [float(row["answer"] in words) for row, words in zip(rows, response_words, strict=True)]
     by = {}
@@ -98,10 +98,10 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     overall = vars(clustered_mean(right, [row["id"] for row in rows]))
     overall["parsed"] = sum(bool(words & {"yes", "no"}) for words in response_words) / len(rows)
     shares = {word: sum(word in words for words in response_words) / len(rows) for word in ("yes", "no")}
-    warnings = [f"{share:.0%} of the replies say {word}" for word, share in shares.items() if share >= 0.9]
+    warnings = [f"{share:.0%} of the replies are {word}" for word, share in shares.items() if share >= 0.9]
     both = sum({"yes", "no"} <= words for words in response_words)
     if both:
-        warnings.append(f"{both:,} replies say both yes and no: right whatever the answer, as in the authors' script")
+        warnings.append(f"{both:,} replies have both yes and no and count as right, as in the authors' script")
     stuck = sum(is_degenerate(row["response"]) for row in rows)
     return {
         "warnings": [*warnings, *([f"{stuck} replies repeat one token"] if stuck else [])],

@@ -1,4 +1,4 @@
-"""Videos of a benchmark by the names that its questions have."""
+"""Finds the videos of a benchmark by the names in its questions."""
 
 import os
 import unicodedata
@@ -11,11 +11,11 @@ VIDEO_SUFFIXES = frozenset((
     ".m2t", ".m2ts", ".m2v", ".m4v", ".mjpeg", ".mjpg", ".mkv", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mpv", ".mts",
     ".mxf", ".nut", ".ogm", ".ogv", ".qt", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".wtv", ".y4m",
 ))  # fmt: skip
-"""In lower case; those of FFmpeg's demuxers that users meet."""
+"""Common suffixes of FFmpeg's demuxers, in lower case."""
 
 
 def video_stem(name: str) -> str:
-    """A video's name without its folder and a video's suffix; other dots stay, as in `talk.part2`."""
+    """A video's name without folder and video suffix; other dots are kept, as in `talk.part2`."""
     stem, suffix = os.path.splitext(os.path.basename(name))
     return stem if suffix.lower() in VIDEO_SUFFIXES else f"{stem}{suffix}"
 
@@ -23,11 +23,11 @@ def video_stem(name: str) -> str:
 def find_video(folder: Path, name: str) -> Path:
     """The file called `name` in `folder` or anywhere below it, hidden folders left out.
 
-    Next best is the same suffix in other case, then the same stem with any video's suffix. Of equals, those in the
-    folder that `name` says come first, then those directly in `folder`. Raises InputError where there is none, or where
-    two fit as well.
+    The next best match has the same suffix in other case, then the same stem with any video suffix. Among equal
+    matches, files in the folder of `name` come first, then those directly in `folder`. Raises InputError if there is no
+    match, or if two match equally.
     """
-    name = unicodedata.normalize("NFC", name)  # macOS writes file names the other way
+    name = unicodedata.normalize("NFC", name)  # macOS decomposes file names
     file_name, parents = os.path.basename(name), [part for part in Path(name).parts[:-1] if part not in ("/", "..")]
     suffix = os.path.splitext(file_name)[1].lower()
     ranked: dict[tuple[bool, int, bool], list[Path]] = {}
@@ -46,7 +46,7 @@ def find_video(folder: Path, name: str) -> Path:
                 continue
             ranked.setdefault((elsewhere, fit, bool(subpath)), []).append(Path(directory, file))
     if not ranked or not file_name:
-        raise InputError(f"no video {name}", where=folder, fix="put it there; its questions count as failed")
+        raise InputError(f"no video {name}", where=folder, fix="add it; its questions count as failed")
     best = sorted(ranked[min(ranked)])
     if len(best) > 1:
         both = " and ".join(str(file.relative_to(folder)) for file in best[:2])

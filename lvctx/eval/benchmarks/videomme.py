@@ -1,7 +1,7 @@
 """Video-MME: 900 videos, 2,700 questions with four options (Fu et al. 2024, arXiv:2405.21075), and its report.
 
 Three prompts are in use, and the same model scores differently under each: the authors' (`official`), lmms-eval 0.7's
-and VLMEvalKit's. Three scorers are in use too: see `choice`. No torch.
+and VLMEvalKit's. Three scorers are in use too: see `answers`. No torch.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ ALL = "all"
 
 
 def samples(path: Path) -> list[Question]:
-    """Questions as released. Raises InputError naming the row and what it lacks."""
+    """The released questions. Raises InputError naming the row and the missing value."""
     questions = []
     for row in read_question_rows(path):
         options = with_letters(options_field(row, "options"))
@@ -46,16 +46,16 @@ ASK += "Respond with only the letter (A, B, C, or D) of the correct option."
 
 
 def prompt(sample: Question, style: str, subtitles: str | None) -> str:
-    """The user's turn after the frames; `subtitles` is None where the run has none, else the text (perhaps empty)."""
+    """The user's turn after the frames; `subtitles` is None if the run has none, else the text (possibly empty)."""
     question = f"{sample.question}\n" + "\n".join(sample.options)
     if style == "vlmevalkit":
-        # The line break that this template begins with is the one that closes our visual block.
+        # The line break at the start of this template is the one that closes our visual block.
         subtitle_block = f"This video's subtitles are listed below:\n{subtitles}\n" if subtitles is not None else ""
         return f"These are the frames of a video. {subtitle_block}{ASK.format('')}\nQuestion: {question}\nAnswer: "
     ask = ASK.format(" and the subtitles")
     if style == "lmms-eval":
         if subtitles is None:
-            # It mentions subtitles without showing any, and asks for the letter twice, exactly as here.
+            # The template mentions subtitles without having any, and asks for the letter twice, exactly as here.
             end = "\n\nAnswer with the option's letter from the given choices directly."
             return f"{ask}\n{question}{end}"
         text = subtitles or "No subtitles available"
@@ -66,19 +66,19 @@ def prompt(sample: Question, style: str, subtitles: str | None) -> str:
 
 
 def score(responses: Responses) -> dict[str, Any]:
-    """Everything the report of one file says: warnings first, every rule, and breakdowns by every group."""
+    """The report of a file: warnings first, every rule, and breakdowns by every group."""
     summary = breakdown(responses.replies, GROUPS)
     summary["warnings"] = [*responses.warnings, *summary["warnings"]]
     return {"schema": SCORE, "file": responses.name, "overlooked": responses.leniencies, **summary}
 
 
 def export(out: Path, answered: Sequence[tuple[Question, str]]) -> None:
-    """responses.json in the official format; questions that failed are not in it."""
+    """responses.json in the official format; without failed questions."""
     write_responses(out / "responses.json", answered)
 
 
 def cells(responses: Responses, rules: Sequence[str] = RULES) -> list[dict[str, Any]]:
-    """Rows of the table duration x domain x task category with all its margins (`all`), for every one of `rules`."""
+    """Rows of the table duration x domain x task category with all totals (`all`), for every one of `rules`."""
     axes = ("duration", "domain", "task_type")
     replies = responses.replies
     bins: dict[tuple[str, ...], list[BenchmarkReply]] = {}

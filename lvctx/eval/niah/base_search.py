@@ -1,7 +1,7 @@
 """Search the RoPE base with the best untrained long-context retrieval: needle tests at a given length for each base.
 
-LongVA's untrained baseline is found so over 3M to 1B (section 4). Every base is a row of `search.jsonl`; a search
-that was stopped goes on with the bases that are missing.
+LongVA's untrained baseline is found in this way over 3M to 1B (section 4). Every base is a row of `search.jsonl`; a
+stopped search continues with the missing bases.
 """
 
 import logging
@@ -32,16 +32,16 @@ class BaseSearch:
     bases: tuple[float, ...]
     """Candidates, ascending."""
     niah: NiahJob
-    """Model, needles and cells that each base is tried on."""
+    """Model, needles and cells for every base."""
 
     @property
     def made_of(self) -> dict[str, Any]:
-        """What decides a base's row: model, haystack and cells."""
+        """The values that decide a base's row: model, haystack and cells."""
         return {**self.niah.run_facts["made_of"], "cells": short_hash([self.niah.key(c) for c in self.niah.cells])}
 
 
 def bases(span: str, points: int) -> tuple[float, ...]:
-    """`points` bases from LOW to HIGH (`LOW:HIGH`), evenly spaced by factor, to three digits. Raises UsageError."""
+    """`points` bases from LOW to HIGH (`LOW:HIGH`), geometrically spaced, to three digits. Raises UsageError."""
     try:
         low, high = (float(end) for end in span.split(":"))
     except ValueError:
@@ -52,11 +52,11 @@ def bases(span: str, points: int) -> tuple[float, ...]:
 
 
 def resolve_search(config: ExtendConfig, search: BaseSearchConfig) -> BaseSearch:
-    """Check everything but the weights. Raises UsageError and InputError."""
+    """Check everything except the weights. Raises UsageError and InputError."""
     if config.rope != "theta" or config.rope_theta or config.stages:
-        raise UsageError("--search-base is for --rope theta alone", fix="drop --rope, --rope-theta and --stage")
+        raise UsageError("--search-base is for --rope theta only", fix="drop --rope, --rope-theta and --stage")
     if not search.haystack:
-        raise UsageError("--search-base needs text to hide needles in", fix="give --haystack FOLDER")
+        raise UsageError("--search-base needs a haystack", fix="give --haystack FOLDER")
     lengths = search.search_lengths or ((config.context,) if config.context else ())
     if not lengths:
         raise UsageError("--search-base needs context lengths", fix="give --search-lengths or --context")
@@ -76,7 +76,7 @@ def resolve_search(config: ExtendConfig, search: BaseSearchConfig) -> BaseSearch
 def run_search(
     search: BaseSearch, out: Path, *, device: str, force: bool, on_progress: OnProgress
 ) -> list[dict[str, Any]]:
-    """A row for every base, ascending; those in `out/search.jsonl` are not tried again."""
+    """A row for every base, ascending; those in `out/search.jsonl` are not tested again."""
     with ResultLog.open(out / "search.jsonl", search.made_of, force=force) as results:
         pending = [base for base in search.bases if f"{base:g}" not in results]
         model = load_model(search.niah.path, device=resolve_device(device)) if pending else None
@@ -96,7 +96,7 @@ def _try_base(search: BaseSearch, model: Any, base: float) -> dict[str, Any]:
     hf.rope_parameters = resolve_scaling(
         hf, scheme="theta", theta=base, factor=None, context=None, seq_len=0
     ).rope_parameters
-    # Frequencies are all that a base decides: the model's own class computes them anew, the weights stay loaded.
+    # A base changes only the frequencies: the model's own class recomputes them, the weights stay loaded.
     decoder = model.model
     decoder.rotary_emb = type(decoder.rotary_emb)(hf).to(model.device)
     scorer = PrefixScorer(model)
@@ -113,12 +113,12 @@ def _try_base(search: BaseSearch, model: Any, base: float) -> dict[str, Any]:
 
 
 def best(rows: Sequence[dict[str, Any]]) -> float:
-    """The base that finds most; of equals the one whose answers are likelier, then the smaller, which changes less."""
+    """The base with the best accuracy; ties are resolved by the answers' log-probability, then the smaller base."""
     return float(max(rows, key=lambda row: (row["accuracy"], row["log_prob"], -row["base"]))["base"])
 
 
 def search_facts(search: BaseSearch, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the manifest has of a search: lengths, and the result of each base."""
+    """Facts of a search for the manifest: lengths, and the result of each base."""
     lengths = sorted({cell.length for cell in search.niah.cells})
     table = [{key: row[key] for key in ("base", "accuracy", "log_prob")} for row in rows]
     return {"lengths": lengths, "table": table}

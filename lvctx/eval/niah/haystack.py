@@ -1,4 +1,4 @@
-"""Writes a haystack that can be redistributed: synthetic scenes, with the user's openly licensed clips between them.
+"""Write a redistributable haystack: synthetic scenes with the user's openly licensed clips between them.
 
 Frames come from a generator and are written in batches: as vision features, as images, or as a video. The pixels of
 every frame are hashed, so that two machines can check that they have the same haystack.
@@ -60,13 +60,13 @@ def write_haystack(
     force: bool,
     on_progress: Callable[[int, int, str], None],
 ) -> dict[str, Any]:
-    """Write a frames artifact (with an `encoder`), an .mp4, or a directory of images; the row that describes it.
+    """Write a frames artifact (with an `encoder`), an .mp4, or a directory of images; returns its row.
 
     `pixels` is a file of the hashes that the frames must have. Raises InputError for the first frame that differs, and
-    UsageError if `encoder` and the name of `out` contradict each other. After an error there is nothing at `out`.
+    UsageError if `encoder` and the name of `out` contradict each other. After an error `out` does not exist.
     """
     if out.name.endswith(SUFFIX) != (encoder is not None):
-        raise UsageError(f"-o {out}: --model and a name that ends in {SUFFIX} go together")
+        raise UsageError(f"-o {out}: --model needs a name that ends in {SUFFIX}, and such a name needs --model")
     partial_clips = [str(clip) for clip in config.clips if not check_complete(clip, allow_partial=config.allow_partial)]
     provenance = Provenance(
         schema=schemas.FRAMES if encoder else schemas.HAYSTACK,
@@ -87,7 +87,7 @@ def write_haystack(
     )
     if out.suffix == ".mp4":
         if out.exists() and not force:
-            raise InputError("exists already", where=out, fix="choose another -o, or --force to write it anew")
+            raise InputError("already exists", where=out, fix="choose another -o, or --force to overwrite it")
     elif is_finished(out, provenance, resume=resume, force=force):
         return _row(config, out)
     expected = pixels.read_text(encoding="utf-8").split() if pixels else None

@@ -1,4 +1,4 @@
-"""Heatmaps of needle tests, a panel a run on one scale: LongVA's figure 4, with the trained length as a line."""
+"""Heatmaps of needle tests, a panel per run on one scale: LongVA's figure 4, with the trained length as a line."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +10,13 @@ from lvctx.artifacts.store import atomic_file, write_json
 from lvctx.eval.niah.results import THRESHOLD, NeedleResults
 
 NOTHING = "#d9d9d9"
-"""Colour of a cell in which nothing ran."""
+"""Colour of a cell without results."""
 ABREAST = 3
-"""Panels that can still be read beside each other on a page."""
+"""Maximum number of readable panels side by side."""
 
 
 def write_report(out: Path, grid: NeedleResults, *, threshold: float = THRESHOLD) -> None:
-    """summary.json, heatmap.json and heatmap.png of a run, all derived from its rows; summary.json last."""
+    """summary.json, heatmap.json and heatmap.png of a run, all computed from its rows; summary.json last."""
     accuracy = [[grid.accuracy(d, n) for n in range(len(grid.lengths))] for d in range(len(grid.depths))]
     write_json(out / "heatmap.json", {"lengths": grid.lengths, "depths": grid.depths, "accuracy": accuracy})
     draw_heatmaps([grid], out / "heatmap.png", threshold=threshold)
@@ -24,7 +24,7 @@ def write_report(out: Path, grid: NeedleResults, *, threshold: float = THRESHOLD
 
 
 def draw_heatmaps(grids: Sequence[NeedleResults], target: Path, *, threshold: float = THRESHOLD) -> None:
-    """Draw runs side by side, text above video and three panels a line, to a .png or .svg."""
+    """Draw runs side by side, text above video and three panels per line, to a .png or .svg."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -50,7 +50,7 @@ def draw_heatmaps(grids: Sequence[NeedleResults], target: Path, *, threshold: fl
     bar.outline.set_visible(False)
     figure.suptitle("Needle in a haystack", fontsize=11, x=0.012, ha="left", weight="bold")
     with atomic_file(target) as partial, rc_context({"svg.hashsalt": "lvctx"}):
-        # No date, no version and no random names in the file: the same results give the same bytes.
+        # No date, version or random names in the file, so that the same results give the same bytes.
         metadata = {"Date": None} if target.suffix == ".svg" else {"Software": None}
         figure.savefig(partial, format=target.suffix[1:], metadata=metadata)
 
@@ -82,11 +82,11 @@ def _panel(ax: Any, grid: NeedleResults, threshold: float) -> Any:
 
 
 def _title(grid: NeedleResults, threshold: float) -> str:
-    """Which run, what came out, how far it reads, and against which training that is to be read; a line each."""
+    """The run with its mean, its effective length, and its training lengths, one per line."""
     mean = "nothing ran" if grid.mean is None else f"mean {grid.mean:.2f}"
     guessing = f", {grid.guessing}" if grid.guessing else ""
     errors = f", {grid.errors} failed" if grid.errors else ""
-    lines = [f"{grid.name}: {mean}{guessing}; {max(map(max, grid.trials))} needles a cell{errors}"]
+    lines = [f"{grid.name}: {mean}{guessing}; {max(map(max, grid.trials))} trials per cell{errors}"]
     if grid.mean is not None:
         lines.append(grid.verdict(threshold))
     if grid.trained_length is not None:
@@ -101,7 +101,7 @@ def _title(grid: NeedleResults, threshold: float) -> str:
 
 
 def _number(value: float) -> str:
-    """Two decimals at most, one at least: 1.0, 0.5, 0.67."""
+    """One or two decimals: 1.0, 0.5, 0.67."""
     if np.isnan(value):
         return "–"
     return f"{value:.1f}" if abs(value * 10 - round(value * 10)) < 1e-9 else f"{value:.2f}"
@@ -112,8 +112,8 @@ def _ticks(grid: NeedleResults, n: int) -> str:
 
 
 def trained_at(grid: NeedleResults) -> float | None:
-    """Between which columns the trained length falls (0 is the first column's centre): right of it the model reads
-    beyond its trained length. None where all columns are on one side or that length is not known.
+    """Position of the trained length between columns (0 is the first column's centre); columns to the right of it are
+    beyond the trained length. None if all columns are on one side or that length is not known.
     """
     if grid.trained_length is None:
         return None

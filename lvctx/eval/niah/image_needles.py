@@ -1,9 +1,9 @@
-"""Needles of a video test: images that are drawn or read, with the questions that only they answer.
+"""Needles of a video test: drawn or given images, with questions that only they answer.
 
-What a drawn needle is asked, "What color is the {shape}?", has one answer as long as no other image shows that shape.
-So a distractor is another shape in another color, drawn the same way: whoever only notices that something was drawn
-answers with its color and is wrong. Shapes and colors of distractors are none of any needle's, and since the ten colors
-are then divided, guessing is right once in seven instead of once in ten.
+The question about a drawn needle, "What color is the {shape}?", has one answer as long as no other image has that
+shape. A distractor is therefore another shape in another color, drawn the same way: a model that only notices a drawn
+image answers with the distractor's color and is wrong. Distractors share no shape or color with any needle, and since
+this divides the ten colors, guessing is right once in seven instead of once in ten.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ from lvctx.models.image_processing import open_image
 from lvctx.video.drawn_images import COLORS, SHAPES, draw_image
 
 FIND = "Find the image with the {shape}. What color is the {shape}?"
-"""The question of a drawn needle; only the image knows the answer."""
+"""The question about a drawn needle; only the image contains the answer."""
 DISTRACTOR_SHAPES, DISTRACTOR_COLORS = 4, 3
-"""How many shapes and colors are kept for distractors."""
+"""Numbers of shapes and colors reserved for distractors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class ImageNeedle:
     question: str
     answer: str
     subject: str
-    """What to call the image without giving the answer away."""
+    """A description of the image that does not contain the answer."""
 
     @property
     def digest(self) -> str:
@@ -42,12 +42,12 @@ class ImageNeedle:
 
 @dataclass(frozen=True, kw_only=True)
 class NeedleSet:
-    """Needles, and distractors to hide among them."""
+    """Needles and distractors."""
 
     needles: list[ImageNeedle]
     distractors: list[ImageNeedle]
     chance: float | None = None
-    """Accuracy of guessing; None where it is not known."""
+    """Accuracy of guessing; None if it is not known."""
 
 
 def drawn_needles(count: int, *, size: int, seed: int, distractors: int = 0) -> NeedleSet:
@@ -73,14 +73,14 @@ def _drawn(seed: list[int], size: int, shapes: list[str], colors: list[str]) -> 
 
 
 def chance_of(distractors: int) -> float:
-    """Share of drawn needles that a guess gets right."""
+    """Accuracy of guessing for drawn needles."""
     return 1 / (len(COLORS) - (DISTRACTOR_COLORS if distractors else 0))
 
 
 def read_needles(folder: Path) -> NeedleSet:
-    """Needles and distractors of a folder: one .jsonl file of `{"image", "question", "answer"}`, images beside it.
+    """Needles and distractors of a folder: one .jsonl file of `{"image", "question", "answer"}`, and the images.
 
-    A line with `"distractor": true` is a distractor and needs its image only. Raises InputError naming the line for
+    A line with `"distractor": true` is a distractor and needs only its image. Raises InputError naming the line for
     malformed JSON, a missing key, an unreadable image or an empty answer.
     """
     lists = sorted(folder.glob("*.jsonl"))

@@ -37,10 +37,10 @@ from lvctx.vlm.base import VLM, VisualTokens, sequential_positions
 
 @dataclass(frozen=True, kw_only=True)
 class NiahJob:
-    """A checked test: everything but the model's weights."""
+    """A checked test: everything except the model's weights."""
 
     config: NiahConfig
-    """As asked for, with one RoPE at most."""
+    """The given configuration, with at most one RoPE."""
     path: Path
     """Resolved model directory."""
     tokenizer: Any
@@ -50,24 +50,24 @@ class NiahJob:
     scoring: Scoring
     """Resolved."""
     dtype: str
-    """Of the weights in memory; `auto` is the checkpoint's own."""
+    """Data type of the weights in memory; `auto` is the checkpoint's own."""
     kv_cache: CachePlacement
-    """Where keys and values are kept."""
+    """Placement of the KV cache."""
     cells: list[Cell]
-    """In the order they are walked."""
+    """Cells in the order of the walk."""
     visual: VisualTokens | None
     """The haystack's frames (video)."""
     images: tuple[Any, ...]
-    """What is inserted among them."""
+    """The images inserted among them."""
     run_facts: dict[str, Any]
-    """What every row says of the run; `run` in it identifies all that decides a result."""
+    """Facts of the run in every row; their `run` identifies everything that decides a result."""
 
     def key(self, cell: Cell) -> str:
-        """Sixteen hex digits of the run and the cell: what a result is found by."""
+        """Key of a cell's result in this run: sixteen hex digits."""
         return short_hash({"run": self.run_facts["run"], "cell": asdict(cell)})
 
     def last_position(self, ids_L: np.ndarray) -> int:
-        """The largest position of a sequence: for M-RoPE far less than its tokens."""
+        """The largest position of a sequence: for M-RoPE far smaller than its number of tokens."""
         return int((self.visual.positions if self.visual else sequential_positions)(ids_L, 0).max())
 
     def model_config(self) -> Any:
@@ -81,13 +81,13 @@ class NiahJob:
         return config
 
     def costs(self, cp: int = 1) -> dict[str, Any]:
-        """What a dry run shows: the cells, the tokens to compute, and a rank's bytes of weights and cache.
+        """Costs for a dry run: the cells, the tokens to compute, and a rank's bytes of weights and cache.
 
-        `cp` ranks share a sequence: they divide the cache and each have all weights.
+        `cp` ranks share a sequence: the cache is divided among them, and each has all weights.
         """
         config = load_config(self.path)
         text = config.get_text_config()
-        # One sequence at a time: all of a large grid's together are gigabytes.
+        # One sequence at a time, since all sequences of a large grid are gigabytes.
         lengths = [len(self.task.sequence(cell)[0]) for cell in self.cells]
         pairs = itertools.pairwise(self.task.sequence(cell)[0] for cell in self.cells)
         shared = sum(common_prefix(a, b) for a, b in pairs)
@@ -112,7 +112,7 @@ class NiahJob:
 def plan_text(config: TextNiahConfig, *, dtype: str = "auto", kv_cache: CachePlacement = "device") -> NiahJob:
     """Check everything that can be checked without loading the model's weights.
 
-    Raises UsageError for values out of their range, InputError for inputs that do not exist or do not fit.
+    Raises UsageError for values out of their range, InputError for inputs that do not exist or do not match.
     """
     path = resolve_model(config.model)
     tokenizer = load_tokenizer(path)
@@ -137,11 +137,11 @@ def plan_video(
     dtype: str = "auto",
     kv_cache: CachePlacement = "device",
 ) -> NiahJob:
-    """The same for a video."""
+    """The same for video."""
     tokenizer = load_tokenizer(vlm.path)
     haystack = vlm.haystack(config.haystack, sampling, as_images=config.as_images)
     needles = _needles(config, haystack.image_size)
-    seconds = haystack.seconds[: max(config.lengths)]  # the others are not looked at
+    seconds = haystack.seconds[: max(config.lengths)]  # the others are not used
     images = tuple(needle.image for needle in (*needles.needles, *needles.distractors))
     visual = haystack.tokens(len(seconds), images)
     task = VideoNeedleTask(
@@ -184,10 +184,10 @@ def _plan(
 ) -> NiahJob:
     scoring: Scoring = config.scoring or ("forced" if task.can_force else "generate")
     if scoring != "generate" and not task.can_force:
-        raise UsageError(f"--scoring {scoring}: this question is scored by what is generated", fix="--scoring generate")
+        raise UsageError(f"--scoring {scoring}: this question needs generated answers", fix="--scoring generate")
     cells = task.cells(config.lengths, config.depths.values, config.trials)
     if not cells:
-        raise UsageError("no depth of these falls into any length")
+        raise UsageError("no depth is within any length")
     cells = [cells[i] for i in walk_order(task.sequence(cell)[0] for cell in cells)]
     made_of = {
         "model": fingerprint(path)[:16],
@@ -224,5 +224,5 @@ def _plan(
         images=tuple(images),
         run_facts=run_facts,
     )
-    job.model_config()  # a RoPE that the model cannot have is said now
+    job.model_config()  # raises an error for an unsupported RoPE
     return job

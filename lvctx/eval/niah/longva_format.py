@@ -1,8 +1,8 @@
-"""LongVA's results file, `all_accuracies.json`: read, to compare it with ours, and written, for programs that read it.
+"""LongVA's results file, `all_accuracies.json`: read for comparison with ours, and written for programs that use it.
 
-A list of `{"Num. Frame": 200, "Frame Depth": 20.0, "Score": 1.0}`, a cell each; text has `Context Length` and
-`Document Depth`. How many needles a score is the mean of is not in it, and its depths are rounded to tens of percent
-(25 % is stored as 20): they are read as stored, and written as they are.
+It is a list of `{"Num. Frame": 200, "Frame Depth": 20.0, "Score": 1.0}`, one per cell; text has `Context Length` and
+`Document Depth`. It lacks the number of needles per score, and its depths are rounded to tens of percent (25 % is
+stored as 20): they are read as stored, and written without rounding.
 """
 
 from pathlib import Path
@@ -16,13 +16,13 @@ from lvctx.eval.niah.results import NeedleResults
 LONGVA_FILE = "all_accuracies.json"
 KEYS = {"video": ("Num. Frame", "Frame Depth"), "text": ("Context Length", "Document Depth")}
 NEEDLES = 5
-"""Needles a cell of LongVA's scripts."""
+"""Trials per cell in LongVA's scripts."""
 TOKENS_PER_FRAME = 144
-"""Of every model that LongVA's script runs."""
+"""Visual tokens per frame of every model in LongVA's script."""
 
 
 def read_longva(path: Path, *, trained_length: int | None) -> NeedleResults:
-    """The grid of such a file. Raises InputError for any other, and where no 1 to 100 needles give its scores."""
+    """The results in such a file. Raises InputError for other files, and for scores that no 1 to 100 trials give."""
     broken = InputError(
         f"not LongVA's {LONGVA_FILE}", where=path, fix='a list of {"Num. Frame", "Frame Depth", "Score"}'
     )
@@ -61,7 +61,7 @@ def _is_integer(value: float) -> bool:
 
 
 def write_longva(path: Path, grid: NeedleResults) -> None:
-    """The file of a grid; cells in which nothing ran are left out."""
+    """Write results as such a file; cells without results are left out."""
     length_key, depth_key = KEYS[grid.modality]
     cells: list[dict[str, Any]] = []
     for n, length in enumerate(grid.lengths):

@@ -1,13 +1,13 @@
-"""Needle in a haystack, text and video (V-NIAH, LongVA section 4): what a cell is, and where its needle goes.
+"""Needle in a haystack, text and video (V-NIAH, LongVA section 4): cells, and the insertion points of needles.
 
 A cell is a haystack length, a depth and a trial. Its sequence is the haystack with the needle inserted at
-int(depth * haystack), then the question, then the answer; right if the model's first choice is the answer at every
-answer token, or if what it writes is judged to be the answer.
+int(depth * haystack), then the question, then the answer. It is right if every answer token is the model's most likely
+token, or if the generated text is judged to be the answer.
 
-Insertion points of different lengths are different places of the haystack, so two lengths share what they read only
-up to the earlier point. `nested` points are places of the longest haystack; a shorter one has those that fall into it
-and its own end. What stands behind a point is then shared as well: a grid of any number of lengths reads what its
-longest does, and asks on the way.
+Insertion points of different lengths are different positions of the haystack, so two lengths share computation only
+up to the earlier point. `nested` points are positions of the longest haystack; a shorter one has those within it and
+its own end. Then the tokens after a point are shared as well, so a grid of any number of lengths computes little more
+than its longest haystack.
 """
 
 import re
@@ -25,17 +25,17 @@ class Cell:
     length: int
     """Text: tokens of the whole sequence. Video: frames of the haystack."""
     depth: float
-    """Place of the needle, 0 (start) to 1 (end): as asked for, or where nested as it is."""
+    """Depth of the needle, 0 (start) to 1 (end): as given, or the actual one if nested."""
     trial: int
     """Which needle."""
     position: int
-    """Where it is inserted: haystack tokens (text) or frames (video) before it."""
+    """Insertion point: number of haystack tokens (text) or frames (video) before it."""
     point: float | None = None
-    """Nested: the place as a share of the longest haystack; 1 is this haystack's own end."""
+    """Nested: the position as a share of the longest haystack; 1 is this haystack's own end."""
     needle: str
-    """What is inserted: the sentence (text), or the hash of the image's pixels (video)."""
+    """The needle: the sentence (text), or the hash of the image's pixels (video)."""
     question: str
-    """What the model is asked."""
+    """The question."""
     answer: str
     """The right answer."""
 
@@ -45,31 +45,31 @@ class NeedleTask(Protocol):
 
     modality: str
     chance: float | None
-    """Accuracy of guessing; None where it is not known."""
+    """Accuracy of guessing; None if it is not known."""
     can_force: bool
-    """Whether the answer has one form, so that teacher forcing can score it."""
+    """Whether the answer has a single form, so that teacher forcing can score it."""
     extra_tokens: int
-    """Tokens that a generated answer may take beyond the answer's own."""
+    """Extra tokens for a generated answer beyond the answer's own."""
 
     def cells(self, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
         """Every cell of a grid."""
 
     def sequence(self, cell: Cell) -> tuple[np.ndarray, int]:
-        """Ids over the extended vocabulary, and how many of the last are the answer."""
+        """Ids over the extended vocabulary, and the number of answer tokens at the end."""
 
     def score_text(self, cell: Cell, generated: str) -> float:
-        """How much of the answer is in what the model generated, 0 to 1."""
+        """Share of the answer in the generated text, 0 to 1."""
 
     def prompt(self) -> dict[str, Any]:
-        """What of the prompt all cells share, for the rows' keys."""
+        """The part of the prompt common to all cells, for the rows' keys."""
 
 
 def insertion_points(
     depths: Sequence[float], haystack_length: int, longest: int, nested: bool, unit: int = 1
 ) -> Iterator[tuple[float, float | None, int]]:
-    """Depth, point (see `Cell`) and place of each needle in a haystack; `longest` is the longest haystack's length.
+    """Depth, point (see `Cell`) and position of each needle in a haystack; `longest` is the longest haystack's length.
 
-    Places are multiples of `unit`, rounded down.
+    Positions are multiples of `unit`, rounded down.
     """
     for depth in depths:
         if not nested:
@@ -81,7 +81,7 @@ def insertion_points(
 
 
 def splice(haystack: np.ndarray, pieces: Iterable[tuple[int, Any]]) -> list[Any]:
-    """The parts of a haystack with pieces inserted at places of it; of equal places the earlier piece comes first."""
+    """The parts of a haystack with pieces inserted at positions; at equal positions the earlier piece comes first."""
     parts, last = [], 0
     for position, piece in sorted(pieces, key=lambda p: p[0]):
         parts += [haystack[last:position], piece]
@@ -90,7 +90,7 @@ def splice(haystack: np.ndarray, pieces: Iterable[tuple[int, Any]]) -> list[Any]
 
 
 def normalize(text: str) -> str:
-    """Lower case, single spaces, no space at the ends: what an answer is compared by."""
+    """Lower case, single spaces, no space at the ends, for comparing answers."""
     return " ".join(text.lower().split())
 
 
@@ -106,6 +106,6 @@ def share_listed(generated: str, answers: Sequence[str]) -> float:
 
 
 def first_number(generated: str) -> float | None:
-    """The first number in a text; None where there is none."""
+    """The first number in a text; None if there is none."""
     match = re.search(r"\d+(?:\.\d+)?", generated.replace(",", ""))
     return float(match[0]) if match else None

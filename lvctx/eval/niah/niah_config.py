@@ -1,4 +1,4 @@
-"""What a needle test tests. Nothing heavy is imported here: the help of the commands is made from it."""
+"""Configuration of needle tests. No heavy module is imported here, since the commands' help is made from this file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ class Depths:
     values: tuple[float, ...]
     """0 to 1, ascending."""
     nested: bool = False
-    """Whether they are places of the longest haystack, which all lengths share (see `task.py`)."""
+    """Whether they are positions of the longest haystack, shared by all lengths (see `needle_task.py`)."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -31,7 +31,7 @@ class Depths:
         values_text = (text.partition(":")[2] or DEPTHS) if nested else text
         values = parse_numbers(values_text)
         if any(not 0 <= depth <= 1 for depth in values):
-            raise ValueError("depths are between 0 and 1")
+            raise ValueError("depths have to be between 0 and 1")
         return cls(values=values, nested=nested)
 
     def __str__(self) -> str:
@@ -42,10 +42,10 @@ DEFAULT_DEPTHS = Depths.parse(DEPTHS)
 
 
 def parse_lengths(text: str) -> tuple[int, ...]:
-    """Comma-separated whole numbers from 1 on, each once, ascending. Raises ValueError."""
+    """Comma-separated whole numbers of at least 1, each kept once, ascending. Raises ValueError."""
     lengths = parse_integers(text)
     if min(lengths) < 1:
-        raise ValueError("lengths are at least 1")
+        raise ValueError("lengths have to be at least 1")
     return lengths
 
 
@@ -56,7 +56,7 @@ def parse_ropes(text: str) -> tuple[tuple[RopeScheme, float], ...]:
         name, _, number = part.strip().partition(":")
         scheme = next((candidate for candidate in get_args(RopeScheme) if candidate == name), None)
         if scheme is None:
-            raise UsageError(f"--rope {name} is unknown", fix="one of theta, pi, ntk, yarn, then : and a number")
+            raise UsageError(f"--rope {name} is unknown", fix="write one of theta, pi, ntk, yarn, then : and a number")
         (value,) = parse_numbers(number)
         if value < 1:
             raise UsageError(f"--rope {name}:{value:g} is less than 1")
@@ -66,30 +66,30 @@ def parse_ropes(text: str) -> tuple[tuple[RopeScheme, float], ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class NiahConfig:
-    """What text and video needles have in common."""
+    """Options common to text and video needles."""
 
     model: str
     """Model: directory or hub id."""
     haystack: tuple[Path, ...]
-    """What needles are hidden in."""
+    """Haystack."""
     lengths: Annotated[tuple[int, ...], Flag(parse=parse_lengths)]
     """Haystack lengths, comma-separated: tokens of the whole sequence for text, frames for video."""
     depths: Annotated[Depths, Flag(parse=Depths.parse)] = DEFAULT_DEPTHS
     """Needle depths, 0 to 1, comma-separated. `nested[:...]` uses insertion points that all lengths share."""
     trials: Annotated[int, Flag(min=1)] = 5
-    """Trials per cell, each with a needle of its own."""
+    """Trials per cell, each with a different needle."""
     distractors: Annotated[int, Flag(min=0, max=20)] = 0
     """Distractors in the haystack: needles of the same kind with other answers."""
     loop: bool = False
-    """Repeat a haystack that is shorter than a length."""
+    """Repeat a haystack that is shorter than the longest length."""
     scoring: Scoring | None = None
-    """Teacher forcing, greedy generation, or both. Default: forced, and generate where answers have several forms."""
+    """Teacher forcing, greedy generation, or both. Default: forced, or generate if answers have several forms."""
     training_length: Annotated[int | None, Flag(min=1)] = None
-    """Tokens that the language model was trained on, drawn as a line. Default: as its directory has it."""
+    """Tokens that the language model was trained on, drawn as a line. Default: from its directory."""
     rope: Annotated[tuple[tuple[RopeScheme, float], ...], Flag(parse=parse_ropes, metavar="SCHEME:NUMBER,...")] = ()
     """Evaluate with these positions instead of the model's own, without training: theta:1e6,yarn:2,yarn:4."""
     seed: int = 0
-    """Seed of needles and of distractors' places."""
+    """Seed of needles and of distractor positions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +97,7 @@ class TextNiahConfig(NiahConfig):
     """Needles in text."""
 
     task: TextTask = "single"
-    """What is hidden, as in RULER."""
+    """Kind of needle, as in RULER."""
     count: Annotated[int, Flag(min=2, max=10)] = 4
     """Keys, values, queries or hops of the task."""
 
@@ -109,8 +109,8 @@ class VideoNiahConfig(NiahConfig):
     needles: str = "drawn"
     """Needle images: drawn, or a folder with images and one .jsonl."""
     question: NeedleQuestion = "what"
-    """Ask what the needle shows, or when it is shown."""
+    """Question: what the needle shows, or when it is shown."""
     tolerance: Annotated[float, Flag(min=0, needs=("question=when",))] = 2.0
-    """Seconds that the answer to when may be off."""
+    """Tolerance in seconds for the answer to when."""
     as_images: bool = False
-    """Show every frame as an image of its own, as in Visual Haystacks, instead of one video (Qwen-VL)."""
+    """Encode every frame as a separate image, as in Visual Haystacks, instead of one video (Qwen-VL)."""

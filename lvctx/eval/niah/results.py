@@ -1,4 +1,4 @@
-"""From rows to a grid: accuracy by length and depth, with what a reader needs to judge it. No model, no torch."""
+"""Results of a needle test: accuracy by length and depth, computed from rows. No model, no torch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from lvctx.errors import InputError
 from lvctx.eval.statistics import wilson_interval
 
 THRESHOLD = 0.9
-"""Accuracy from which a length counts as read. LongVA-7B falls below it where its figure 4 begins to fade; RULER takes
-0.856 and Visual Haystacks 0.6, so it is a choice and always stated."""
+"""Minimum accuracy of a length for the effective length. LongVA-7B falls below it where its figure 4 begins to fade;
+RULER uses 0.856 and Visual Haystacks 0.6, so it is a choice and always stated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,38 +20,38 @@ class NeedleResults:
     """One run of a needle test."""
 
     name: str
-    """What to call the run."""
+    """Display name of the run."""
     modality: str
     """`text` or `video`."""
     lengths: list[int]
-    """Ascending; tokens for text, haystack frames for video."""
+    """Haystack lengths, ascending; tokens for text, frames for video."""
     tokens: list[int]
-    """Mean tokens of a sequence of each length."""
+    """Mean number of tokens of a sequence at each length."""
     depths: list[float]
-    """Ascending, 0 to 1. Where insertion points are nested: each point's share of the longest haystack; the last, 1, is
+    """Ascending, 0 to 1. For nested insertion points: each point's share of the longest haystack; the last, 1, is
     every haystack's own end."""
     labels: list[str]
-    """The label of each depth: `20%`, or where nested `after 600`."""
+    """The label of each depth: `20%`, or `after 600` if nested."""
     correct: list[list[int]]
-    """Right answers, depths x lengths."""
+    """Number of right answers, depths x lengths."""
     trials: list[list[int]]
-    """Cells that ran, depths x lengths."""
+    """Number of cells that ran, depths x lengths."""
     errors: int
-    """Cells that failed to run; they are in neither count."""
+    """Number of failed cells, which are in neither count."""
     chance: float | None
-    """Accuracy of guessing; None where it is not known."""
+    """Accuracy of guessing; None if it is not known."""
     trained_length: int | None
-    """Tokens of the longest sequence the language model was trained on; None where it is not known."""
+    """Tokens of the longest sequence the language model was trained on; None if it is not known."""
     longest_sample: int
     """Tokens of the longest sample of the alignment; 0 for a language model."""
 
     @property
     def unit(self) -> str:
-        """What a length counts."""
+        """Unit of a length."""
         return "tokens" if self.modality == "text" else "frames"
 
     def accuracy(self, depth: int, length: int) -> float | None:
-        """Of one cell, by indices; None where nothing ran."""
+        """Accuracy of one cell, by indices; None if nothing ran."""
         n = self.trials[depth][length]
         return self.correct[depth][length] / n if n else None
 
@@ -60,41 +60,41 @@ class NeedleResults:
         return sum(row[length] for row in self.correct), sum(row[length] for row in self.trials)
 
     def by_length(self, length: int) -> float | None:
-        """Over all depths of one length, by index."""
+        """Accuracy over all depths of one length, by index."""
         right, n = self.count(length)
         return right / n if n else None
 
     @property
     def guessing(self) -> str:
-        """The chance level for a title; empty where it is not known."""
+        """The chance level for a title; empty if it is not known."""
         return "" if self.chance is None else f"chance {self.chance:.2f}"
 
     @property
     def total(self) -> tuple[int, int]:
-        """Right answers and cells in all."""
+        """Total right answers and cells."""
         return sum(map(sum, self.correct)), sum(map(sum, self.trials))
 
     @property
     def mean(self) -> float | None:
-        """Over all cells."""
+        """Accuracy over all cells."""
         right, n = self.total
         return right / n if n else None
 
     def effective(self, threshold: float) -> int | None:
-        """Index of the effective length: the longest up to which no length's accuracy falls under `threshold`.
+        """Index of the effective length: the longest one up to which every length reaches `threshold`.
 
-        None where the shortest does already. A length at which nothing ran ends it as well.
+        None if the shortest is below it. A length without results counts as below.
         """
         last = None
         for i in range(len(self.lengths)):
             right, n = self.count(i)
-            if not n or right < threshold * n - 1e-9:  # 27 of 30 are 0.9
+            if not n or right < threshold * n - 1e-9:  # so that 27 of 30 reach 0.9
                 break
             last = i
         return last
 
     def verdict(self, threshold: float) -> str:
-        """The effective length in words; `at least` where the accuracy falls nowhere."""
+        """The effective length in words; `at least` if every length reaches the threshold."""
         i = self.effective(threshold)
         if i is None:
             return f"under {threshold:g} at every length" if len(self.lengths) == 1 else f"under {threshold:g} at once"
@@ -103,7 +103,7 @@ class NeedleResults:
         return f"effective length {least}{self.lengths[i]:,} {self.unit}{tokens} at {threshold:g}"
 
     def to_dict(self, threshold: float = THRESHOLD) -> dict[str, Any]:
-        """JSON form: this object's fields, means with their 95 % Wilson intervals, and the effective length."""
+        """JSON form: the fields, means with 95 % Wilson intervals, and the effective length."""
         i = self.effective(threshold)
         return {
             "schema": schemas.NIAH,
@@ -125,9 +125,9 @@ class NeedleResults:
 
 
 def wilson(right: int, n: int) -> tuple[float, float] | None:
-    """The 95 % interval of a share of which `right` of `n` were observed (Wilson 1927); None where nothing was.
+    """The 95 % interval of a proportion for `right` of `n` observations (Wilson 1927); None for n = 0.
 
-    The needles of a cell are the sample: it covers what the draw of needles may explain between models.
+    The needles are the sample, so it covers differences between models due to the choice of needles.
     """
     if not n:
         return None
@@ -136,12 +136,12 @@ def wilson(right: int, n: int) -> tuple[float, float] | None:
 
 
 def build_results(rows: Iterable[dict[str, Any]], name: str) -> NeedleResults:
-    """The grid of a results file's rows. Raises InputError where there is no row."""
+    """The grid of a results file's rows. Raises InputError if there is no row."""
     rows = list(rows)
     if not rows:
-        raise InputError("no result", where=name, fix="run lvctx niah first")
+        raise InputError("there are no results", where=name, fix="run lvctx niah first")
     lengths = sorted({r["length"] for r in rows})
-    # Nested points have another depth in every length: there a line of the grid is a point.
+    # Nested points have a different depth for every length, so a line of the grid is a point.
     key = "point" if rows[0].get("point") is not None else "depth"
     depths = sorted({r[key] for r in rows})
     positions = {r[key]: r["position"] for r in rows} if key == "point" else {}
@@ -176,5 +176,5 @@ def _label(depth: float, positions: dict[float, int]) -> str:
 
 
 def read_needle_results(path: Path) -> NeedleResults:
-    """The grid of a results directory, from results.jsonl alone. Raises InputError where there is none."""
+    """The grid of a results directory, from results.jsonl. Raises InputError if there is none."""
     return build_results(read_results(path).values(), path.name)

@@ -1,4 +1,4 @@
-"""Run a needle test: walk its cells with shared prefixes computed once, keep each as a row."""
+"""Run a needle test: score its cells, with shared prefixes computed once, and write a row for each."""
 
 import logging
 from collections import defaultdict
@@ -32,28 +32,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class NiahRun:
-    """How a test is run: nothing that decides a result."""
+    """Settings of a run that do not affect results."""
 
     parallel: ParallelContext
-    """Ranks and the device."""
+    """Ranks and device."""
     prefill_chunk: int = 2048
-    """Tokens of one forward."""
+    """Tokens per forward."""
     reuse: bool = True
-    """Compute what cells share once."""
+    """Compute common prefixes of cells once."""
     resume: str = "auto"
     force: bool = False
     on_progress: Callable[[int, int, str], None] = lambda done, total, note: None
     threshold: float = THRESHOLD
-    """Accuracy from which a length counts for the effective length."""
+    """Minimum accuracy of a length for the effective length."""
 
 
 def run_niah(job: NiahJob, out: Path, run: NiahRun) -> Iterator[dict[str, Any]]:
-    """Yield a row for every cell as it is done; rows that `out/results.jsonl` has are not run again.
+    """Yield a row for every cell when it is done; cells in `out/results.jsonl` are not run again.
 
-    When all have run, summary.json, heatmap.json and heatmap.png are written from all rows of the file. A cell that
-    fails on the way is an error row; it is run again next time. Of several groups of ranks each runs its share of the
-    cells; a group's first rank yields them, rank 0 the other groups' at the end. Raises InputError when `out` holds
-    another run, or where memory ends on a rank that others wait for.
+    When all have run, summary.json, heatmap.json and heatmap.png are written from all rows of the file. A failed cell
+    is an error row, and is run again next time. Each of several groups of ranks runs its share of the cells; a group's
+    first rank yields them, rank 0 those of other groups at the end. Raises InputError if `out` has another run, or if a
+    rank that others wait for runs out of memory.
     """
     parallel, made_of = run.parallel, job.run_facts["made_of"]
     with ExitStack() as stack:
@@ -88,8 +88,8 @@ def run_niah(job: NiahJob, out: Path, run: NiahRun) -> Iterator[dict[str, Any]]:
 def partition_cells(cells: list[Cell], groups: int) -> list[set[int]]:
     """Indices of the cells that each group of ranks runs.
 
-    Cells of one needle at one place share most and stay together. Those with the most tokens after their needle go
-    first, each time to the group that has least: what differs in the end is at most a small one.
+    Cells with the same needle and position have the longest common prefix and stay together. Those with the most tokens
+    after their needle are assigned first, each to the group with the least load, so that loads are nearly equal.
     """
     members_of: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, cell in enumerate(cells):
@@ -105,7 +105,7 @@ def partition_cells(cells: list[Cell], groups: int) -> list[set[int]]:
 
 
 def load_scorer(job: NiahJob, run: NiahRun, *, ring: Ring) -> PrefixScorer:
-    """The model, ready to score the job's sequences."""
+    """The model, prepared to score the job's sequences."""
     longest = max(job.last_position(job.task.sequence(c)[0]) for c in job.cells) + 1
     context = context_length(load_config(job.path))
     if longest > context:
@@ -125,16 +125,16 @@ def load_scorer(job: NiahJob, run: NiahRun, *, ring: Ring) -> PrefixScorer:
 
 
 def _run_cell(scorer: PrefixScorer, job: NiahJob, cell: Cell) -> dict[str, Any]:
-    """The cell's own part of a row: verdict, answer's log-probability and rank; or what went wrong."""
+    """The cell's part of a row: result, the answer's log-probability and rank; or an error."""
     ids, answer = job.task.sequence(cell)
     row = {**asdict(cell), "tokens": len(ids), "last_position": job.last_position(ids)}
     try:
         count = answer + job.task.extra_tokens if job.scoring != "forced" else 0
         score = scorer.score(ids, answer, generate=count)
-    except (RuntimeError, MemoryError) as e:  # out of memory, above all: this cell is lost, the others need not be
+    except (RuntimeError, MemoryError) as e:  # usually out of memory: only this cell fails
         if scorer.ring.world > 1:  # the other ranks of the group wait for this one
             if isinstance(e, torch.OutOfMemoryError | MemoryError):
-                fix = "more --cp, a smaller --prefill-chunk, or --kv-cache host"
+                fix = "use a larger --cp, a smaller --prefill-chunk, or --kv-cache host"
                 raise InputError("out of memory", where=f"{len(ids)} tokens", fix=fix) from e
             raise
         return {**row, "error": " ".join(f"{e or 'out of memory'}".split())[:300]}

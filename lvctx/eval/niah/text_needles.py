@@ -1,8 +1,8 @@
 """The text needle: a city's magic number in a haystack of real documents (LongVA section 4.4, after Kamradt 2023).
 
 The sequence is `PREFIX`, haystack, needle, haystack, `QUESTION`, answer, and its length in tokens is exactly the
-requested one. The answer begins at the first token with a digit: whether the space before the number belongs to the
-question is the tokenizer's to say.
+requested one. The answer begins at the first token with a digit: the tokenizer decides whether the space before the
+number belongs to the question.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ ASSIGN = "\nVAR {name} = {value}.\n"
 QUESTION = "</book>.\n Based on the content of the book, Question: {question} Answer: {start}"
 Task = Literal["single", "multi-key", "multi-value", "multi-query", "variable-tracking"]
 LISTS: tuple[Task, ...] = ("multi-value", "multi-query", "variable-tracking")
-"""Tasks whose answer is a list, in any order: what is forced has one order, so these are scored by generation."""
+"""Tasks whose answer is a list, in any order: teacher forcing has one order, so these are scored by generation."""
 CITIES = (
     "Chicago",
     "Yangon",
@@ -60,34 +60,34 @@ CITIES = (
 
 @dataclass(frozen=True, kw_only=True)
 class TextNeedle:
-    """What a trial hides, and what it asks about that.
+    """The sentences inserted in a trial, and the question about them.
 
     The kinds are RULER's (Hsieh et al. 2024, section 3): one number of several keys, all numbers of one key, the
-    numbers of several keys, and every variable of a chain of assignments. Frame and words are this file's, so its
-    scores are not RULER's.
+    numbers of several keys, and every variable of a chain of assignments. Frame and wording are this file's own, so
+    scores are not comparable with RULER's.
     """
 
     sentences: tuple[str, ...]
-    """Sentences; the first is the needle whose depth a cell says, the others stand at even distances from it."""
+    """Sentences; the first is the needle at the cell's depth, the others are at even distances from it."""
     question: str
-    """What is asked."""
+    """The question."""
     start: str
-    """How the answer begins, up to what the model has to know."""
+    """The beginning of the answer, before the values that the model has to know."""
     answers: tuple[str, ...]
-    """What it has to know."""
+    """The values that the model has to know."""
     chain: bool = False
-    """Whether the sentences keep their order in the text, because one refers to another before it."""
+    """Whether the sentences keep their order in the text, because later ones refer to earlier ones."""
 
     @property
     def answer(self) -> str:
-        """The answers as they are written."""
+        """The answers as text."""
         return ", ".join(self.answers)
 
 
 def read_haystack(paths: Sequence[Path]) -> str:
-    """Text of files, and of every .txt and .md file of folders in sorted order: the same haystack anywhere.
+    """Text of files, and of every .txt and .md file of folders in sorted order: the same haystack on every machine.
 
-    Raises InputError for a missing path, a file that is not UTF-8 text, or nothing to read.
+    Raises InputError for a missing path, a file that is not UTF-8 text, or no text.
     """
     files: list[Path] = []
     for path in paths:
@@ -109,9 +109,9 @@ def read_haystack(paths: Sequence[Path]) -> str:
 
 
 def draw_distractors(seed: int, count: int) -> list[tuple[str, str, float]]:
-    """City, seven-digit number and place (0 to 1) of `count` distractors: the same for every cell of a grid.
+    """City, seven-digit number and position (0 to 1) of `count` distractors: the same for every cell of a grid.
 
-    So cells share the haystack that holds them. Their cities are never a needle's.
+    So cells share the haystack with them. Their cities differ from those of needles.
     """
     rng = np.random.default_rng([seed, 0])
     numbers = rng.integers(1_000_000, 10_000_000, size=count)
@@ -119,7 +119,7 @@ def draw_distractors(seed: int, count: int) -> list[tuple[str, str, float]]:
 
 
 def draw_text_needle(task: Task, seed: int, trial: int, *, distractors: int, count: int) -> TextNeedle:
-    """The needle of a trial, beside so many `distractors`; `count` keys, values, queries or hops."""
+    """The needle of a trial, for this number of `distractors`; `count` keys, values, queries or hops."""
     cities = _cities(seed)[distractors:]
     city = [cities[(trial + i) % len(cities)] for i in range(count)]
     rng = np.random.default_rng([seed, 1, trial])
@@ -154,7 +154,7 @@ def _cities(seed: int) -> list[str]:
 
 
 def question_and_answer(tokenizer: Any, needle: TextNeedle) -> tuple[list[int], list[int]]:
-    """Token ids of the question, with the space if it is a token of its own, and of the answer."""
+    """Token ids of the question, with the space if it is a separate token, and of the answer."""
     text = f"{QUESTION.format(question=needle.question, start=needle.start)} {needle.answer}"
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, spans = encoded["input_ids"], encoded["offset_mapping"]
@@ -163,7 +163,7 @@ def question_and_answer(tokenizer: Any, needle: TextNeedle) -> tuple[list[int], 
 
 
 def sentence_ends(tokenizer: Any, ids_L: np.ndarray) -> np.ndarray:
-    """Positions of a haystack where a sentence has just ended, and 0; decided by the tokens' text, not their ids."""
+    """Positions of a haystack after the end of a sentence, and 0; determined by the tokens' text, not their ids."""
     unique, inverse = np.unique(ids_L, return_inverse=True)
     texts = [text.rstrip(" \n\t\"')]") for text in tokenizer.batch_decode([[int(i)] for i in unique])]
     ends = np.array([text.endswith((".", "!", "?", "。", "！", "？")) for text in texts])

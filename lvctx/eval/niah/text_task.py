@@ -41,15 +41,15 @@ class TextNeedleTask:
     ) -> None:
         """Tokenize the haystack; `distractors` are inserted, `seed` draws cities, numbers and places.
 
-        `count` keys, values, queries or hops of `task`; a haystack that `loop`s has no end.
+        `count` is the number of keys, values, queries or hops of `task`; with `loop` the haystack is repeated.
         """
         self.tokenizer, self.distractors, self.seed = tokenizer, distractors, seed
         self.task, self.count, self.nested, self.loop = task, count, nested, loop
         self.can_force = task not in LISTS
         self.chance = 1 / 9_000_000 if self.can_force else None
         self.extra_tokens = 2 if self.can_force else 16
-        self._prefix = tokenizer(PREFIX).input_ids  # with the bos of tokenizers that add one
-        # A special token that a book writes is text.
+        self._prefix = tokenizer(PREFIX).input_ids  # with bos if the tokenizer adds one
+        # The text of a special token in a book is encoded as text.
         haystack_ids = tokenizer(haystack, add_special_tokens=False, split_special_tokens=True).input_ids
         self._haystack_ids = np.array(haystack_ids, dtype=np.int64)
         self._ends = sentence_ends(tokenizer, self._haystack_ids)
@@ -60,7 +60,7 @@ class TextNeedleTask:
         self._spread = self._longest = 0
 
     def cells(self, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
-        """See `NeedleTask.cells`. Raises InputError for a length that no needle fits in or no haystack fills."""
+        """See `NeedleTask.cells`. Raises InputError for a length that is too small or exceeds the haystack."""
         self._spread, self._longest = min(lengths), max(lengths)
         cells = []
         for length in lengths:
@@ -89,7 +89,7 @@ class TextNeedleTask:
         return needle, [self._ids(text) for text in needle.sentences], *question_and_answer(self.tokenizer, needle)
 
     def _snap(self, target: int, haystack_length: int) -> int:
-        """Back to the last sentence's end, as the original does; the very end stays the end."""
+        """The previous sentence end, as in the original; the end of the haystack is kept."""
         if target >= haystack_length:
             return haystack_length
         repeats, offset = divmod(target, len(self._haystack_ids))
@@ -108,8 +108,7 @@ class TextNeedleTask:
             raise InputError(f"{length} tokens cannot hold needle and question ({fixed})", fix="give larger --lengths")
         if haystack_length > len(self._haystack_ids) and not self.loop:
             raise InputError(
-                f"{length} tokens are beyond the haystack "
-                f"(it has {len(self._haystack_ids)}, {haystack_length} are needed)",
+                f"{length} tokens exceed the haystack (it has {len(self._haystack_ids)}, {haystack_length} are needed)",
                 fix="give more --haystack, smaller --lengths, or --loop to repeat it",
             )
         return haystack_length
@@ -118,7 +117,7 @@ class TextNeedleTask:
         """See `NeedleTask.sequence`; exactly `cell.length` ids."""
         needle, sentences, question, answer = self._needle(cell.trial)
         haystack_length = self._haystack_length(cell.length, cell.trial)
-        # What is not the needle stands where all lengths have it if they are to share what they read.
+        # Sentences other than the needle have the same positions for all lengths, if lengths are to share computation.
         spread = self._spread if self.nested else cell.length
         pieces = [
             (self._snap(min(int(fraction * spread), haystack_length), haystack_length), ids)
@@ -149,7 +148,7 @@ class TextNeedleTask:
         return facts | ({} if self.task == "single" else {"count": self.count}) | self._shared()
 
     def _shared(self) -> dict[str, Any]:
-        """Nested points are shares of the longest haystack, and the other sentences are in the shortest."""
+        """Nested points are shares of the longest haystack, and the other sentences are placed in the shortest."""
         if not self.nested:
             return {}
         shared = {"spread": self._spread} if self._distractor_ids or self.task != "single" else {}

@@ -1,4 +1,4 @@
-"""Video needles (V-NIAH, LongVA section 4): an image among a video's frames, and distractors beside it (V-NIAH-D)."""
+"""Video needles (V-NIAH, LongVA section 4): an image among a video's frames, and distractors (V-NIAH-D)."""
 
 import functools
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ WHEN = (
     "The video goes from second {first} to second {last}. Find {subject}. At which second is it shown? "
     "Answer with the number alone."
 )
-"""The question for the time: a frame carries none, so the model has to know its position in the video."""
+"""The question for the time: frames have no timestamps, so the model has to use positions in the video."""
 
 
 class VideoNeedleTask:
@@ -38,10 +38,9 @@ class VideoNeedleTask:
         loop: bool = False,
         seed: int = 0,
     ) -> None:
-        """`seconds` is when each haystack frame is shown, of a whole number of the model's grids.
-
-        The question `when` asks for it, right within `tolerance` seconds. Distractors go to places that `seed` draws,
-        the same in every cell. Raises InputError for an answer that is no token.
+        """`seconds` are the timestamps of the haystack frames, for a whole number of the model's grids.
+        The question `when` asks for the time, right within `tolerance` seconds. Distractor positions are drawn from
+        `seed` and are the same in every cell. Raises InputError for an answer that is not a token.
         """
         self.tokenizer, self.tokens, self.chance = tokenizer, tokens, needles.chance
         self.needles, self.distractors = needles.needles, needles.distractors
@@ -57,7 +56,7 @@ class VideoNeedleTask:
         )
         for needle in self.needles:
             if not self._ids(needle.answer):
-                raise InputError(f"the answer {needle.answer!r} is no token of this model", fix="change the needle")
+                raise InputError(f"the answer {needle.answer!r} is not a token of this model", fix="change the needle")
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
@@ -70,7 +69,7 @@ class VideoNeedleTask:
             raise UsageError(f"--lengths: this model merges {unit} frames", fix=f"give multiples of {unit}")
         if self._longest > self._frames and not self.loop:
             raise InputError(
-                f"{self._longest} frames are beyond the haystack (it has {self._frames})",
+                f"{self._longest} frames exceed the haystack (it has {self._frames})",
                 fix="give more --frames, or --loop to repeat them",
             )
         if trials > len(self.needles):
@@ -98,14 +97,14 @@ class VideoNeedleTask:
         if self.question == "what":
             return needle.question, needle.answer
         first, last = self._second(0), self._second(length - 1)
-        # Between two frames: in the middle of their times. At an end: with the one neighbour it has.
+        # Between two frames: the middle of their times. At an end: the time of its neighbour.
         second = (self._second(max(position - 1, 0)) + self._second(min(position, length - 1))) / 2
         return WHEN.format(first=_two_decimals(first), last=_two_decimals(last), subject=needle.subject), _two_decimals(
             second
         )
 
     def _second(self, frame: int) -> float:
-        """When a frame is shown; a haystack that is repeated goes on a step after its last frame."""
+        """Time of a frame; a repeated haystack continues one step after its last frame."""
         repeats, i = divmod(frame, self._frames)
         step = (self._seconds[-1] - self._seconds[0]) / max(self._frames - 1, 1)
         return float(self._seconds[i] + repeats * (self._seconds[-1] - self._seconds[0] + step))
@@ -115,7 +114,7 @@ class VideoNeedleTask:
         prefix, suffix, answer = self._prompt_ids(cell.question, cell.answer)
         unit = self.tokens.frames_per_grid
         haystack = np.resize(np.arange(self._frames), cell.length)
-        # Distractors are placed where all lengths have them if prefixes are to be shared.
+        # Distractors have the same positions for all lengths if prefixes are to be shared.
         spread = self._spread if self.nested else cell.length
         distractor_numbers = self._frames + len(self.needles) + np.arange(len(self.distractors))
         pieces = [

@@ -51,10 +51,10 @@ def pictures(n: int, *, width: int = 150, height: int = 90) -> list[tuple[float,
     return [(i / 2, rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for i in range(n)]
 
 
-def prompt_of(film: SampledVideo, processor: Any, rules: Rules, text: int = 4) -> Prompt:
-    ids = [7] * text + film.rule.layout(film.blocks).ids + [8] * text
-    found, _ = positions([Text(text + 1), film.part(rules.tokens_per_second), Text(text + 1)])
-    return Prompt(ids=ids, positions=found, pixels=pixels(film, processor))
+def prompt_of(sampled: SampledVideo, processor: Any, rules: Rules, text: int = 4) -> Prompt:
+    ids = [7] * text + sampled.rule.layout(sampled.blocks).ids + [8] * text
+    found, _ = positions([Text(text + 1), sampled.part(rules.tokens_per_second), Text(text + 1)])
+    return Prompt(ids=ids, positions=found, pixels=pixels(sampled, processor))
 
 
 @settings(deadline=None, max_examples=60)
@@ -67,10 +67,10 @@ def test_selection_frame_by_frame_makes_the_runs_that_are_counted(
     picture = np.zeros((2, 2, 3), np.uint8)
     high = [is_high(i, picture) for i in range(n)]
     rule = QwenRule(start=1, end=2, pads={"image": 3, "video": 4}, hybrid=hybrid)
-    film = SampledVideo(frames=[], pts=[], high=high, size=(336, 336), rule=rule)
-    assert film.runs == list(runs(n, hybrid, merge=2))
-    assert film.nominal == hybrid_tokens(n, hybrid, merge=2)
-    assert film.blocks == rule.video(336, 336, n)
+    sampled = SampledVideo(frames=[], pts=[], high=high, size=(336, 336), rule=rule)
+    assert sampled.runs == list(runs(n, hybrid, merge=2))
+    assert sampled.nominal == hybrid_tokens(n, hybrid, merge=2)
+    assert sampled.blocks == rule.video(336, 336, n)
 
 
 def test_the_papers_budget_by_hand() -> None:
@@ -120,8 +120,8 @@ def test_two_frames_share_a_grid(saved: dict[str, Path], processor: Any) -> None
     rule = rule_of(saved["qwen2_vl"], tokens=8)
 
     def embed(*frames: np.ndarray) -> torch.Tensor:
-        film = resize_frames([(i / 2, frame) for i, frame in enumerate(frames)], rule, resample=BICUBIC)
-        embedded: torch.Tensor = model.model.visual.patch_embed(pixels(film, processor)["pixel_values_videos"])
+        sampled = resize_frames([(i / 2, frame) for i, frame in enumerate(frames)], rule, resample=BICUBIC)
+        embedded: torch.Tensor = model.model.visual.patch_embed(pixels(sampled, processor)["pixel_values_videos"])
         return embedded
 
     with torch.inference_mode():
@@ -134,8 +134,8 @@ def test_uniform_is_the_stock_forward(kind: str, saved: dict[str, Path], process
     """Six frames, three grids of 2 x 4 tokens: few enough that stock's own position ids are right as well."""
     model = mrope_models.build(kind)
     rules = Rules.of(model.config)
-    film = resize_frames(pictures(6), rule_of(saved[kind], tokens=8), resample=BICUBIC)
-    prompt = prompt_of(film, processor, rules)
+    sampled = resize_frames(pictures(6), rule_of(saved[kind], tokens=8), resample=BICUBIC)
+    prompt = prompt_of(sampled, processor, rules)
     with torch.inference_mode():
         ours = forward(model, prompt).logits
         types = torch.tensor([[2 * (i == rules.video) for i in prompt.ids]])
@@ -159,17 +159,17 @@ def test_uniform_is_the_stock_forward(kind: str, saved: dict[str, Path], process
 def test_hybrid_runs_in_every_mode(mode: HybridMode, saved: dict[str, Path], processor: Any) -> None:
     """Nine frames: what is counted is what the model reads, and time never goes back."""
     model = mrope_models.build("qwen2_vl")
-    film = resize_frames(
+    sampled = resize_frames(
         pictures(9), rule_of(saved["qwen2_vl"], group=3, tokens=24, ratio=4, mode=mode), resample=BICUBIC
     )
-    prompt = prompt_of(film, processor, Rules.of(model.config))
+    prompt = prompt_of(sampled, processor, Rules.of(model.config))
     with torch.inference_mode():
         logits = forward(model, prompt).logits
-    assert logits.shape[1] == len(prompt.ids) == 8 + sum(b.tokens for b in film.blocks) + 2 * len(film.blocks)
+    assert logits.shape[1] == len(prompt.ids) == 8 + sum(b.tokens for b in sampled.blocks) + 2 * len(sampled.blocks)
     assert bool((prompt.positions[0].diff() >= 0).all())
-    times = list(grid_times(film.blocks, film.pts, 2, None))
-    assert times == list(range(sum(run.grids for run in film.runs)))
-    sizes = {block.grid[1:] for block in film.blocks}
+    times = list(grid_times(sampled.blocks, sampled.pts, 2, None))
+    assert times == list(range(sum(run.grids for run in sampled.runs)))
+    sizes = {block.grid[1:] for block in sampled.blocks}
     assert len(sizes) == 2
 
 
@@ -177,9 +177,9 @@ def test_adaptive_sees_a_cut(saved: dict[str, Path]) -> None:
     """Black for eight frames, then white: the first pair and the pair of the cut are of high resolution."""
     frames = [(i / 2, np.full((90, 150, 3), 255 * (i >= 8), np.uint8)) for i in range(12)]
     rule = rule_of(saved["qwen2_vl"], group=4, tokens=24, ratio=4)
-    film = resize_frames(frames, rule, threshold=0.1, resample=BICUBIC)
-    assert [(run.frames, run.high) for run in film.runs] == [(2, True), (6, False), (2, True), (2, False)]
-    assert film.nominal == 24 + 3 * 6 + 24 + 6
+    sampled = resize_frames(frames, rule, threshold=0.1, resample=BICUBIC)
+    assert [(run.frames, run.high) for run in sampled.runs] == [(2, True), (6, False), (2, True), (2, False)]
+    assert sampled.nominal == 24 + 3 * 6 + 24 + 6
 
 
 @pytest.mark.nano
@@ -199,7 +199,7 @@ def test_the_command_watches_a_video_file(saved: dict[str, Path], nano: Any) -> 
     fails(2, lvctx("vqa", clip, "--model", model, "--ask", "?", "--hybrid", "4,240,7"), "nearest m is 238")
 
 
-def test_info_says_what_transformers_computes(saved: dict[str, Path]) -> None:
+def test_info_shows_what_transformers_computes(saved: dict[str, Path]) -> None:
     facts = json.loads(lvctx("info", saved["qwen2_5_vl"], "--json").stdout)["mrope"]
     assert facts["channels"] == {"time": 16, "height": 24, "width": 24}
     assert facts["largest_relative_error"] < 1e-6
