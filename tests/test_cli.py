@@ -13,16 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
+from support import warm_server
 
 from lvctx import __version__
 from lvctx.cli.app import MODULES
 
-LVCTX = [sys.executable, "-m", "lvctx"]
-
 
 def lvctx(*args: object, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*LVCTX, *map(str, args)],
+        [warm_server.start(), *map(str, args)],
         cwd=cwd,
         env={**os.environ, "HF_HUB_OFFLINE": "1", **env},
         capture_output=True,
@@ -35,7 +34,9 @@ def on_terminal(*args: object, columns: int = 100) -> str:
     """What a command writes to stdout on a terminal."""
     master, slave = pty.openpty()
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": str(columns), "NO_COLOR": "1"}
-    with subprocess.Popen([*LVCTX, *map(str, args)], env=env, stdout=slave, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [warm_server.start(), *map(str, args)], env=env, stdout=slave, stderr=subprocess.PIPE
+    ) as process:
         os.close(slave)
         parts: list[bytes] = []
         with contextlib.suppress(OSError):  # a terminal ends with one

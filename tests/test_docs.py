@@ -12,6 +12,7 @@ from typing import Any
 import llava_models
 import mrope_models
 import pytest
+from support import warm_server
 from transformers import AutoTokenizer
 
 from lvctx.artifacts.store import sha256_file
@@ -35,7 +36,7 @@ def shell_commands(page: Path) -> list[str]:
 
 
 def run(command: str, workshop: Path) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{warm_server.start().parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", command], cwd=workshop, env=env, capture_output=True, text=True, timeout=300

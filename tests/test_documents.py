@@ -6,12 +6,12 @@ import io
 import itertools
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zstandard
+from support import warm_server
 from test_pack_text import make_documents, make_tokenizer, write_lines
 
 from lvctx.data import documents
@@ -263,7 +263,7 @@ def test_stdin_is_json_lines_or_one_text(squeezed: Any, bpe: Path, monkeypatch: 
 
 
 def lvctx(*arguments: object, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run([sys.executable, "-m", "lvctx", *map(str, arguments)], input=stdin, capture_output=True)
+    return subprocess.run([warm_server.start(), *map(str, arguments)], input=stdin, capture_output=True)
 
 
 def test_the_command_ends_with_one_line_and_code_3(bpe: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import warm_server
 from test_documents import START, TEXTS, corpus, lines, read
 from test_niah import run
 from test_pack_text import make_tokenizer
@@ -322,7 +323,7 @@ def test_stdin_is_unpacked_like_a_file(bpe: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_pipe_that_gives_a_byte_at_a_time_is_known_too(bpe: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lvctx", "pack-text", "-", "-o", tmp_path / "out", "--tokenizer", bpe]
+    command = [warm_server.start(), "pack-text", "-", "-o", tmp_path / "out", "--tokenizer", bpe]
     flags = ["--seq-len", "8", "--keep-short", "1", "--keep-tail", "--workers", "1"]
     child = subprocess.Popen([*command, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdin

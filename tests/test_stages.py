@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import warm_server
 
 from lvctx.artifacts.manifest import Provenance, write_manifest
 from lvctx.data.packed import PackedRows, shard_name, write_token_shard
@@ -75,7 +76,7 @@ def test_a_stage_is_read_or_refused() -> None:
 
 
 def extend(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lvctx", "extend-lm", *map(str, args)]
+    command = [warm_server.start(), "extend-lm", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=280)
 
 

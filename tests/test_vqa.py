@@ -12,6 +12,7 @@ from typing import Any
 
 import mrope_models
 import pytest
+from support import warm_server
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app
@@ -106,7 +107,7 @@ def test_lines_about_one_video_share_its_frames(loud_vlm: Path, frames: Path, tm
 @pytest.mark.nano
 def test_a_terminal_sees_the_answer_grow(asked: list[dict[str, Any]], loud_vlm: Path, frames: Path) -> None:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "lvctx", "vqa", frames, "--model", loud_vlm, "--max-new-tokens", "5"]
+    command = [warm_server.start(), "vqa", frames, "--model", loud_vlm, "--max-new-tokens", "5"]
     for question in QUESTIONS[:2]:
         command += ["--ask", question]
     done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=120)

@@ -1,0 +1,118 @@
+"""Runs `lvctx` command lines in forks of a process that has torch and transformers imported already.
+
+Tests that run dozens of commands start them by the script that `start` writes. What runs is the program itself, with
+its own arguments, folder, environment, standard streams and exit status; only the imports are not repeated.
+
+    python warm_server.py SOCKET
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PRELOADED = (
+    "lvctx.cli.app",
+    "lvctx.cli.options",
+    *(f"lvctx.cli.{path.stem}" for path in sorted((ROOT / "lvctx" / "cli").glob("[a-z]*.py"))),
+    *(
+        "lvctx.training.run_training",
+        "lvctx.training.extend",
+        "lvctx.training.dpo",
+        "lvctx.inference.transformers_engine",
+    ),
+    *("lvctx.eval.niah.run", "lvctx.vlm.llava_onevision", "lvctx.vlm.qwen_vl", "av", "PIL.Image", "torch"),
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "llava_onevision", "clip", "qwen2_vl")),
+)
+CLIENT = """\
+#!{python} -SE
+import json, os, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode("utf-8", "surrogateescape")
+socket.send_fds(server, [b"%12d" % len(request)], [0, 1, 2])
+server.sendall(request)
+status = server.recv(12)
+os._exit(int(status) if status else 70)
+"""
+
+
+@cache
+def start() -> Path:
+    """The path of a script `lvctx`, whose server ends with this process."""
+    folder = Path(tempfile.mkdtemp(prefix="lvctx-warm-"))
+    script, address = folder / "lvctx", str(folder / "socket")
+    script.write_text(CLIENT.format(python=sys.executable, address=address))
+    script.chmod(0o755)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen([sys.executable, __file__, address], env=environment, stdin=subprocess.DEVNULL)
+    atexit.register(server.kill)
+    deadline = time.monotonic() + 300
+    while not Path(address).exists():
+        assert server.poll() is None, "the server ended"
+        assert time.monotonic() < deadline, "the server does not start"
+        time.sleep(0.05)
+    return script
+
+
+def serve(address: str) -> None:
+    """Fork for every request; the fork forks again, so that it can send the exit status of the command."""
+    os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # as lvctx.__main__ does
+    for name in PRELOADED:
+        import_module(name)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address + ".new")
+    listener.listen(64)
+    os.rename(address + ".new", address)
+    while True:
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        connection, _ = listener.accept()
+        if os.fork():
+            connection.close()
+            continue
+        listener.close()
+        length, fds, _, _ = socket.recv_fds(connection, 12, 3)
+        request = b""
+        while len(request) < int(length):
+            request += connection.recv(1 << 20)
+        child = os.fork()
+        if not child:
+            connection.close()
+            return run(*json.loads(request.decode("utf-8", "surrogateescape")), fds)
+        for fd in fds:
+            os.close(fd)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        with contextlib.suppress(OSError):
+            connection.sendall(b"%12d" % (status if status >= 0 else 128 - status))
+        os._exit(0)
+
+
+def run(arguments: list[str], folder: str, environment: dict[str, str], fds: list[int]) -> None:
+    """The program, as `python -m lvctx` runs it."""
+    for target, fd in enumerate(fds):
+        os.dup2(fd, target)
+        os.close(fd)
+    sys.stdin, sys.stdout = os.fdopen(0, encoding="utf-8"), os.fdopen(1, "w", encoding="utf-8")
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = ["lvctx", *arguments]
+    from lvctx.__main__ import main
+
+    main()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
