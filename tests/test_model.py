@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaOnevisionForConditionalGeneration
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, LlavaOnevisionForConditionalGeneration
 
 from lvctx.errors import InputError
-from lvctx.models.loading import load_model, load_tokenizer, resolve_model
+from lvctx.models.card import CARD, write_section
+from lvctx.models.loading import load_config, load_model, load_tokenizer, resolve_model
 from lvctx.models.loss import IGNORED, shift_labels, token_loss
-from lvctx.models.saving import save_model
+from lvctx.models.saving import save_model, save_tokenizer
 from lvctx.models.vlm_assembly import (
     assemble,
     chat_ids,
@@ -110,6 +111,22 @@ def test_saved_twice_same_bytes(tiny_lm: Path, tiny_tower: Path, tmp_path: Path)
     assert names == sorted(p.name for p in (tmp_path / "b").iterdir())
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_how_a_tokenizer_was_loaded_is_not_saved(tiny_lm: Path, tmp_path: Path) -> None:
+    """transformers stores its arguments, one of which HF_HUB_OFFLINE decides."""
+    for name, offline in (("on", False), ("off", True)):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_lm, local_files_only=offline)
+        save_tokenizer(tokenizer, load_config(tiny_lm), tmp_path / name)
+    first, second = ((tmp_path / name / "tokenizer_config.json").read_bytes() for name in ("on", "off"))
+    assert first == second
+    assert b"local" not in first
+
+
+def test_a_card_in_another_encoding_keeps_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / CARD).write_bytes(b"caf\xe9\n")
+    write_section(tmp_path, "Positions", "Scaled.\n")
+    assert (tmp_path / CARD).read_bytes() == b"caf\xe9\n\n## Positions\n\nScaled.\n"
 
 
 def test_weights_of_another_run_do_not_stay_beside_new_ones(tiny_lm: Path, tmp_path: Path) -> None:

@@ -34,13 +34,15 @@ answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_specia
 def write_section(out: Path, heading: str, body: str) -> None:
     """Append a section to a directory's card, replacing one with the same heading."""
     path = out / CARD
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    # A card of the source model may have any encoding: its bytes are kept.
+    text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""
     mark = f"## {heading}\n"
     before, _, after = text.partition(mark)
     rest = after[after.find("\n## ") + 1 :] if "\n## " in after else ""
     kept = "\n\n".join(part.strip() for part in (before, rest) if part.strip())
     with atomic_file(path) as partial:
-        partial.write_text(f"{kept}\n\n{mark}\n{body}".lstrip(), encoding="utf-8")
+        section = f"{kept}\n\n{mark}\n{body}".lstrip()
+        partial.write_text(section, encoding="utf-8", errors="surrogateescape")
 
 
 def write_vision_section(config: Any, out: Path) -> None:

@@ -51,7 +51,9 @@ def forget_origin(config: Any) -> None:
 
 
 def save_tokenizer(tokenizer: Any, config: Any, out: Path) -> None:
-    """Save a tokenizer whose maximal length is the model's context."""
+    """Save a tokenizer whose maximal length is the model's context; how it was loaded is not saved."""
+    for key in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(key, None)
     tokenizer.model_max_length = config.get_text_config().max_position_embeddings
     tokenizer.save_pretrained(out)
 
