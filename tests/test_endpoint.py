@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -22,6 +23,9 @@ from PIL import Image
 from support.fault_server import MODEL, faults, letter, text_of
 from test_questions import DATA, rows_of, run
 
+from lvctx.eval.niah.endpoint_job import text_prompt
+from lvctx.eval.niah.text_needles import read_haystack
+from lvctx.eval.niah.text_task import TextNeedleTask
 from lvctx.inference import chat_client
 from lvctx.inference.chat_client import ChatClient
 from lvctx.inference.endpoint_config import VideoEndpointConfig, parse_endpoint
@@ -348,9 +352,8 @@ def test_frames_are_sent_with_their_times_and_within_their_pixels(nano: Any) -> 
 def test_a_video_is_sent_as_a_clip_or_as_the_files_url(nano: Any, tmp_path: Path) -> None:
     clip = nano.clips / "bikes.mp4"
     with faults() as server:
-        engine = engine_of(
-            server.url, send="video", frame_pixels=20_000, extra_body={"mm_processor_kwargs": {"fps": 1}}
-        )
+        more = {"mm_processor_kwargs": {"fps": 1}}
+        engine = engine_of(server.url, send="video", frame_pixels=20_000, extra_body=more)
         shown = engine.show([clip], VideoSampling(fps=2.0))
         engine.reply(["What?"], SamplingParams())
         flags = ("--model", MODEL, "--endpoint", server.url, "--send", "file-url", "--ask", "What?")
@@ -428,3 +431,121 @@ def test_reasoning_is_apart_from_the_reply_and_does_not_count() -> None:
         server.reply = lambda body: {"content": None, "reasoning": "I never", "finish_reason": "length"}
         got = engine.reply(["Why?"], SamplingParams(max_new_tokens=16, max_reasoning_tokens=20))
         assert (got.text, got.reasoning, got.cut, server.requests[-1]["max_tokens"]) == ("", "I never", True, 36)
+
+
+# --- needles
+
+
+@pytest.fixture
+def text_grid(nano: Any, tiny_lm: Path) -> tuple[object, ...]:
+    """Four cells of text needles."""
+    grid = ("--lengths", "200,300", "--depths", "0,0.5", "--trials", 1)
+    return ("niah", "text", "--haystack", nano.essays, *grid, "--tokenizer", tiny_lm)
+
+
+@pytest.mark.nano
+def test_text_needles_on_a_server_are_continued_as_stock_transformers_does(
+    tiny_lm: Path, served: str, text_grid: tuple[object, ...], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = run(*text_grid, "--model", tiny_lm, "--endpoint", served, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    rows = rows_of(done)
+    assert [(row["length"], row["depth"]) for row in sorted(rows, key=lambda r: (r["length"], r["depth"]))] == [
+        (200, 0),
+        (200, 0.5),
+        (300, 0),
+        (300, 0.5),
+    ]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_lm).eval(), AutoTokenizer.from_pretrained(tiny_lm)
+    haystack = (str(file) for file in sorted(Path(str(text_grid[3])).rglob("*")) if file.suffix in (".txt", ".md"))
+    task = TextNeedleTask(tokenizer, read_haystack([Path(file) for file in haystack]), distractors=0, seed=0)
+    cells = {(cell.length, cell.depth): cell for cell in task.cells([200, 300], [0, 0.5], 1)}
+    for row in rows:
+        prompt, answer = text_prompt(task, cells[row["length"], row["depth"]])
+        ids = tokenizer(prompt, return_tensors="pt")
+        out = model.generate(**ids, max_new_tokens=answer + 2, do_sample=False)[0, ids.input_ids.shape[1] :]
+        assert row["generated"] == tokenizer.decode(out, skip_special_tokens=True).strip()
+        # The server tokenizes the text again: where sentences meet, tokens may differ from those that were counted.
+        assert row["tokens"] == pytest.approx(row["length"] - answer, abs=4)
+    assert (tmp_path / "out" / "heatmap.png").is_file()
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["lengths"] == [200, 300]
+
+
+@pytest.mark.nano
+def test_text_needles_are_found_by_a_server_that_reads(text_grid: tuple[object, ...], tmp_path: Path) -> None:
+    """It looks the number up; one cell fails at first. In a chat the answer may stand in a sentence."""
+
+    def look_up(body: dict[str, Any]) -> dict[str, Any]:
+        text = text_of(body)
+        city = re.search(r"special magic (\w+) number is:\s*$", text)
+        assert city is not None
+        number = re.search(rf"special magic {city[1]} number is: (\d+)\.", text)
+        assert number is not None
+        found = number[1]
+        return {"content": found if "prompt" in body else f"The number is {found}, I think."}
+
+    for flags in ((), ("--prompt-as", "chat")):
+        out = tmp_path / f"out{len(flags)}"
+        with faults(lambda number, body: "400:too long" if number == 2 else None) as server:
+            server.reply = look_up
+            asked = (*text_grid, *flags, "--model", MODEL, "--endpoint", server.url, "-o", out)
+            done = run(*asked, "--jobs", 1)
+            assert done.exit_code == 4, done.output
+            assert "too long" in done.stderr
+            assert [row.get("correct") for row in rows_of(done)] == [True, None, True, True]
+            done = run(*asked)
+            assert (done.exit_code, len(rows_of(done)), len(server.requests)) == (0, 1, 5)
+        assert json.loads((out / "summary.json").read_text())["accuracy"] == 1.0
+
+
+@pytest.mark.nano
+def test_video_needles_on_a_server(nano: Any, tmp_path: Path) -> None:
+    """The needle is at its place among the frames, at a time between its neighbours'; prefixes follow each other."""
+    grid = ("--lengths", "2,4", "--depths", "0,0.5,1", "--trials", 1, "--fps", 1)
+    clip = nano.clips / "bikes.mp4"
+    with faults() as server:
+        server.reply = lambda body: {"content": "Red"}
+        flags = ("--model", MODEL, "--endpoint", server.url, "--frame-pixels", 3000, "-o", tmp_path / "out")
+        done = run("niah", "video", "--haystack", clip, *grid, *flags, "--jobs", 1)
+        assert done.exit_code == 0, done.output
+        again = run("niah", "video", "--haystack", clip, *grid, *flags)
+        assert rows_of(again) == []
+        requests = [request["messages"][0]["content"] for request in server.requests]
+    rows = rows_of(done)
+    assert len(rows) == len(requests) == 6
+    frames = {}
+    for row, content in zip(rows, requests, strict=True):
+        images = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
+        times = [float(part["text"].strip("<> seconds")) for part in content[:-1] if part["type"] == "text"]
+        assert len(images) == len(times) == row["length"] + 1
+        needle, position = images.pop(row["position"]), row["position"]
+        before = times.pop(position)
+        frames.setdefault("needle", needle)
+        assert needle == frames["needle"]
+        assert times == [float(i) for i in range(row["length"])]
+        neighbours = [times[max(position - 1, 0)], times[min(position, row["length"] - 1)]]
+        assert before == sum(neighbours) / 2
+        for i, image in enumerate(images):
+            assert frames.setdefault(str(i), image) == image
+        assert content[-1]["text"] == row["question"]
+        assert row["correct"] == (row["answer"] == "red")
+    made_of = rows[0]["made_of"]
+    assert made_of["endpoint"] == {"send": "images", "frame_pixels": 3000, "jpeg_quality": 90, "frame_times": True}
+
+
+def test_needles_that_a_server_cannot_have(text_grid: tuple[object, ...], nano: Any, tmp_path: Path) -> None:
+    server = ("--model", MODEL, "--endpoint", "http://127.0.0.1:9", "-o", tmp_path / "out")
+    video = ("niah", "video", "--haystack", nano.clips / "bikes.mp4", "--lengths", 2)
+    for flags, words in (
+        ((*text_grid, *server, "--kv-cache", "host"), "--kv-cache has no meaning"),
+        ((*text_grid, *server, "--rope", "yarn:2"), "--rope has no meaning"),
+        ((*text_grid, *server, "--scoring", "forced"), "--scoring generate"),
+        ((*video, *server, "--send", "video"), "--send images"),
+        ((*video, *server, "--as-images"), "--as-images has no meaning"),
+        ((*video, *server, "--frames", 8), "sampled at a rate"),
+    ):
+        done = run(*flags)
+        assert (done.exit_code, words in done.stderr) == (2, True), done.output

@@ -70,5 +70,16 @@ class ConcurrentEndpointConfig(VideoEndpointConfig):
     """The same, for many videos."""
 
     jobs: Annotated[int, Flag(min=1, needs=ON_SERVER)] = 4
-    """Videos that are asked about at once; the questions about one follow each other, so that the server can reuse
-    their common prefix."""
+    """Requests at once. The questions about one video follow each other, so that the server can reuse its prefix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEndpointConfig(EndpointConfig):
+    """The same, for text."""
+
+    jobs: Annotated[int, Flag(min=1, needs=ON_SERVER)] = 4
+    """Requests at once; cells that share most follow each other, so that the server can reuse their prefix."""
+    prompt_as: Annotated[Literal["completion", "chat"], Flag(needs=ON_SERVER)] = "completion"
+    """Send the prompt as a text to continue (/v1/completions), or as a user's turn, for servers with chat alone."""
+    tokenizer: Annotated[str | None, Flag(needs=ON_SERVER)] = None
+    """Tokenizer that lengths are measured with: directory or hub id. Default: --model."""

@@ -67,13 +67,18 @@ class EndpointEngine:
         facts = shown[0].facts if len(shown) == len(items) == 1 else {"send": "images"}
         return Shown(pts=tuple(t for one in shown for t in one.pts), facts=facts)
 
+    def show_parts(self, parts: Sequence[Part]) -> None:
+        """Take these parts of a message as what is asked about."""
+        self._parts = list(parts)
+
     def reply(
         self, turns: Sequence[str], params: SamplingParams, on_text: Callable[[str], None] | None = None
     ) -> Reply:
         """See `Engine`; `on_text` gets the whole reply."""
         assert self._parts is not None, "nothing was shown"
         first, *rest = turns
-        contents: list[Any] = [[*self._parts, {"type": "text", "text": first}], *rest]
+        # Servers of language models may not take parts.
+        contents: list[Any] = [[*self._parts, {"type": "text", "text": first}] if self._parts else first, *rest]
         messages = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
         # A server counts reasoning and reply together, and a model shows that it reasons only by doing so.
         reasons = self.client.reasons or params.max_reasoning_tokens is not None
@@ -87,6 +92,10 @@ class EndpointEngine:
 
     def _ask(self, messages: list[dict[str, Any]], params: SamplingParams, max_tokens: int) -> Reply:
         return parse_reply(self.client.chat(messages, request_fields(params, max_tokens)), self.client.url)
+
+    def complete(self, prompt: str, params: SamplingParams) -> Reply:
+        """Continue a text. Raises as `reply`."""
+        return parse_reply(self.client.complete(prompt, request_fields(params, params.max_new_tokens)), self.client.url)
 
     def score(self, turns: Sequence[str], answer: str) -> AnswerScore:
         """Raises InputError: a chat request scores no given answer."""

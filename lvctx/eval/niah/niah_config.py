@@ -69,7 +69,7 @@ class NiahConfig:
     """What text and video needles have in common."""
 
     model: str
-    """Model: directory or hub id."""
+    """Model: directory or hub id; with --endpoint its name on the server."""
     haystack: tuple[Path, ...]
     """What needles are hidden in."""
     lengths: Annotated[tuple[int, ...], Flag(parse=parse_lengths)]
