@@ -519,7 +519,8 @@ def test_video_needles_on_a_server(nano: Any, tmp_path: Path) -> None:
     frames = {}
     for row, content in zip(rows, requests, strict=True):
         images = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
-        times = [float(part["text"].strip("<> seconds")) for part in content[:-1] if part["type"] == "text"]
+        texts = [part["text"] for part in content[:-1] if part["type"] == "text"]
+        times = [float(text.removeprefix("<").removesuffix(" seconds>")) for text in texts]
         assert len(images) == len(times) == row["length"] + 1
         needle, position = images.pop(row["position"]), row["position"]
         before = times.pop(position)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Generator, Iterable
 from typing import TypeVar
 
 TaskT = TypeVar("TaskT")
-ResultT = TypeVar("ResultT")
+FinishedT = TypeVar("FinishedT")
 
 
 def interleave(
-    tasks: Iterable[TaskT], work: Callable[[TaskT], Iterable[ResultT]], *, jobs: int
-) -> Generator[ResultT, None, None]:
+    tasks: Iterable[TaskT], work: Callable[[TaskT], Iterable[FinishedT]], *, jobs: int
+) -> Generator[FinishedT, None, None]:
     """The results of all tasks, at most `jobs` at once, as they come; of one job in the order of tasks.
 
     An error of a task is raised here and ends the others at their next result.

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from lvctx.config import Flag
 from lvctx.errors import UsageError
 
-Send = Literal["auto", "images", "video", "file-url"]
+SendMode = Literal["auto", "images", "video", "file-url"]
 ON_SERVER = ("endpoint",)
 
 
@@ -54,8 +54,8 @@ class EndpointConfig:
 class VideoEndpointConfig(EndpointConfig):
     """The same, with how videos are sent."""
 
-    send: Annotated[Send, Flag(needs=ON_SERVER)] = "auto"
-    """Send the sampled frames as images (auto), or as one video of constant rate; or the URL of the file, which the
+    send: Annotated[SendMode, Flag(needs=ON_SERVER)] = "auto"
+    """SendMode the sampled frames as images (auto), or as one video of constant rate; or the URL of the file, which the
     server samples itself."""
     frame_times: Annotated[bool, Flag(needs=ON_SERVER)] = True
     """Write each frame's time before its image, as <12.0 seconds>."""
@@ -80,6 +80,6 @@ class TextEndpointConfig(EndpointConfig):
     jobs: Annotated[int, Flag(min=1, needs=ON_SERVER)] = 4
     """Requests at once; cells that share most follow each other, so that the server can reuse their prefix."""
     prompt_as: Annotated[Literal["completion", "chat"], Flag(needs=ON_SERVER)] = "completion"
-    """Send the prompt as a text to continue (/v1/completions), or as a user's turn, for servers with chat alone."""
+    """SendMode the prompt as a text to continue (/v1/completions), or as a user's turn, for servers with chat alone."""
     tokenizer: Annotated[str | None, Flag(needs=ON_SERVER)] = None
     """Tokenizer that lengths are measured with: directory or hub id. Default: --model."""
