@@ -19,6 +19,7 @@ from typing import Any
 import mrope_models
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.fault_server import MODEL, faults, letter, text_of
 from test_questions import DATA, rows_of, run
@@ -440,7 +441,7 @@ def test_reasoning_is_apart_from_the_reply_and_does_not_count() -> None:
 def text_grid(nano: Any, tiny_lm: Path) -> tuple[object, ...]:
     """Four cells of text needles."""
     grid = ("--lengths", "200,300", "--depths", "0,0.5", "--trials", 1)
-    return ("niah", "text", "--haystack", nano.essays, *grid, "--tokenizer", tiny_lm)
+    return ("niah", "text", "--haystack", nano.essays / "love.txt", *grid, "--tokenizer", tiny_lm)
 
 
 @pytest.mark.nano
@@ -459,8 +460,7 @@ def test_text_needles_on_a_server_are_continued_as_stock_transformers_does(
         (300, 0.5),
     ]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_lm).eval(), AutoTokenizer.from_pretrained(tiny_lm)
-    haystack = (str(file) for file in sorted(Path(str(text_grid[3])).rglob("*")) if file.suffix in (".txt", ".md"))
-    task = TextNeedleTask(tokenizer, read_haystack([Path(file) for file in haystack]), distractors=0, seed=0)
+    task = TextNeedleTask(tokenizer, read_haystack([Path(str(text_grid[3]))]), distractors=0, seed=0)
     cells = {(cell.length, cell.depth): cell for cell in task.cells([200, 300], [0, 0.5], 1)}
     for row in rows:
         prompt, answer = text_prompt(task, cells[row["length"], row["depth"]])
@@ -499,6 +499,49 @@ def test_text_needles_are_found_by_a_server_that_reads(text_grid: tuple[object, 
             done = run(*asked)
             assert (done.exit_code, len(rows_of(done)), len(server.requests)) == (0, 1, 5)
         assert json.loads((out / "summary.json").read_text())["accuracy"] == 1.0
+
+
+@pytest.mark.nano
+def test_teacher_forcing_by_the_log_probabilities_of_a_prompt(
+    tiny_lm: Path, text_grid: tuple[object, ...], tmp_path: Path
+) -> None:
+    """In the form of vLLM's `prompt_logprobs`, computed by stock transformers; other servers have none."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_lm).eval(), AutoTokenizer.from_pretrained(tiny_lm)
+    expected: dict[str, tuple[float, bool]] = {}
+
+    def prompt_logprobs(body: dict[str, Any]) -> dict[str, Any]:
+        assert (body["prompt_logprobs"], body["max_tokens"]) == (0, 1)
+        encoded = tokenizer(body["prompt"], return_offsets_mapping=True)
+        ids = torch.tensor(encoded["input_ids"])
+        with torch.no_grad():
+            log_probs = model(ids[None]).logits[0].log_softmax(-1)
+        entries: list[Any] = [None]
+        for row, token in zip(log_probs[:-1], ids[1:].tolist(), strict=True):
+            rank = int((row > row[token]).sum()) + 1
+            values = {"logprob": float(row[token]), "rank": rank, "decoded_token": tokenizer.decode([token])}
+            entries.append({str(token): values})
+        number = body["prompt"].split()[-1]
+        first = len(body["prompt"]) - len(number)
+        ends = [end for _, end in encoded["offset_mapping"]]
+        chosen = [next(iter(e.values())) for e, end in zip(entries, ends, strict=True) if end > first]
+        expected[number] = (sum(e["logprob"] for e in chosen), all(e["rank"] == 1 for e in chosen))
+        return {"content": "x", "choice": {"prompt_logprobs": entries}}
+
+    with faults() as server:
+        flags = ("--model", MODEL, "--endpoint", server.url, "--scoring", "forced")
+        none = run(*text_grid, *flags, "-o", tmp_path / "none")
+        assert none.exit_code == 4
+        assert "gives no log-probabilities of the prompt; --scoring generate" in none.stderr
+        server.reply = prompt_logprobs
+        done = run(*text_grid, *flags, "-o", tmp_path / "out", "--jobs", 1)
+        assert done.exit_code == 0, done.output
+    rows = rows_of(done)
+    assert len(rows) == 4
+    last = rows[-1]
+    log_prob, is_greedy = expected[last["answer"]]
+    assert (last["log_prob"], last["correct"]) == (pytest.approx(log_prob, abs=1e-3), is_greedy)
 
 
 @pytest.mark.nano
@@ -543,7 +586,7 @@ def test_needles_that_a_server_cannot_have(text_grid: tuple[object, ...], nano: 
     for flags, words in (
         ((*text_grid, *server, "--kv-cache", "host"), "--kv-cache has no meaning"),
         ((*text_grid, *server, "--rope", "yarn:2"), "--rope has no meaning"),
-        ((*text_grid, *server, "--scoring", "forced"), "--scoring generate"),
+        ((*text_grid, *server, "--scoring", "forced", "--prompt-as", "chat"), "--scoring generate"),
         ((*video, *server, "--send", "video"), "--send images"),
         ((*video, *server, "--as-images"), "--as-images has no meaning"),
         ((*video, *server, "--frames", 8), "sampled at a rate"),

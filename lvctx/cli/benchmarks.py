@@ -167,9 +167,8 @@ def _run(
         failed: dict[str, str] = {}
         opened = open_context(device=device, cp=engine.cp, timeout=SHARED_WORK_TIMEOUT)
         with opened as parallel:
-            if parallel.dp > 1:
-                fix = "no torchrun" if server.endpoint else f"--cp {parallel.size}, or no torchrun"
-                raise UsageError(f"{parallel.size} processes for one sequence", fix=fix)
+            if parallel.size > 1 and server.endpoint is not None:
+                raise UsageError(f"{parallel.size} processes with --endpoint", fix="--jobs, and no torchrun")
             model = _open_engine(config, engine, server, parallel)
             job = plan_benchmark(bench, benchmark_config, model, sampling)
             if run.dry_run:

@@ -97,6 +97,15 @@ class EndpointEngine:
         """Continue a text. Raises as `reply`."""
         return parse_reply(self.client.complete(prompt, request_fields(params, params.max_new_tokens)), self.client.url)
 
+    def score_continuation(self, prompt: str, answer: str) -> AnswerScore:
+        """Score an answer that would continue a text, where the server gives log-probabilities of prompts (vLLM).
+
+        Raises InputError where it does not, and as `reply`.
+        """
+        fields = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        completion = self.client.complete(prompt + answer, fields)
+        return parse_prompt_logprobs(completion, answer.strip(), self.client.url)
+
     def score(self, turns: Sequence[str], answer: str) -> AnswerScore:
         """Raises InputError: a chat request scores no given answer."""
         raise InputError("a server's chat cannot score a given answer", where=self.client.url)
@@ -135,6 +144,25 @@ def parse_reply(answer: dict[str, Any], where: str) -> Reply:
         )
     except (KeyError, IndexError, TypeError, AttributeError) as e:
         raise InputError(f"the server's answer has no reply ({first_of(answer)})", where=where) from e
+
+
+def parse_prompt_logprobs(completion: dict[str, Any], answer: str, where: str) -> AnswerScore:
+    """The score of the answer that ends a prompt, from vLLM's `prompt_logprobs`: a token's log-probability and rank.
+
+    Tokens are taken from the end until they make up the answer. Raises InputError where there are none.
+    """
+    try:
+        entries = completion["choices"][0]["prompt_logprobs"]
+        text, log_prob, is_greedy = "", 0.0, True
+        for entry in reversed(entries):
+            (token,) = entry.values()
+            text = token["decoded_token"] + text
+            log_prob, is_greedy = log_prob + float(token["logprob"]), is_greedy and token["rank"] == 1
+            if answer in text:
+                return AnswerScore(log_prob=log_prob, is_greedy=is_greedy)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        pass
+    raise InputError("the server gives no log-probabilities of the prompt", where=where, fix="--scoring generate")
 
 
 def first_of(answer: dict[str, Any]) -> str:

@@ -43,7 +43,7 @@ class FaultServer(ThreadingHTTPServer):
         self.headers: list[dict[str, str]] = []
         self.at_once = self.most_at_once = 0
         self.reply: Callable[[dict[str, Any]], dict[str, Any]] = lambda body: {"content": letter(text_of(body))}
-        """The message that answers a request, with `finish_reason` where it is not `stop`."""
+        """The message that answers a request; `finish_reason` and further fields of `choice` are the choice's."""
 
     @property
     def url(self) -> str:
@@ -99,6 +99,7 @@ class Handler(BaseHTTPRequestHandler):
         name, _, argument = (fault or "").partition(":")
         message = self.server.reply(body)
         choice = {"index": 0, "finish_reason": message.pop("finish_reason", "stop")}
+        choice |= message.pop("choice", {})
         choice |= {"text": message["content"]} if "prompt" in body else {"message": {"role": "assistant", **message}}
         usage = {"prompt_tokens": 10, "completion_tokens": 1, "total_tokens": 11}
         good = {"object": "chat.completion", "model": body["model"], "choices": [choice], "usage": usage}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.result_log import RESULTS, ResultLog, short_hash
+from lvctx.artifacts.result_log import RESULTS, ResultLog, read_results, short_hash
 from lvctx.artifacts.store import fingerprint
 from lvctx.errors import InputError, LvctxError
 from lvctx.eval.benchmarks.answers import Question
@@ -123,37 +123,45 @@ def run_benchmark(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for every question as it is answered; those that `out/results.jsonl` has are not asked again.
 
-    The ranks of `parallel` are one group, which computes every reply together; rank 0 alone writes and yields. An
-    engine that holds several conversations at once is asked about as many videos, and rows come as they are done.
-    Raises InputError when `out` holds another run, where memory ends on a rank that others wait for, or where no
-    further question can be answered.
+    Of several groups of ranks each is asked about its share of the videos, and a group's ranks compute every reply
+    together; its first rank writes and yields them, rank 0 the other groups' at the end. An engine that holds several
+    conversations at once is asked about as many videos, and rows come as they are done. Raises InputError when `out`
+    holds another run, where memory ends on a rank that others wait for, or where no further question can be answered.
     """
+    made_of = job.run_facts["made_of"]
     with ExitStack() as stack:
         results: ResultLog | None = None
         if parallel.rank == 0:
-            opened = ResultLog.open(out / RESULTS, job.run_facts["made_of"], resume=resume, force=force)
+            opened = ResultLog.open(out / RESULTS, made_of, resume=resume, force=force)
             results = stack.enter_context(opened)
         finished = parallel.gather(set(results.rows) if results else set())[0]
+        results = results or stack.enter_context(ResultLog.open(out / RESULTS, made_of, shared=True))
         pending = [s for s in job.samples if job.key(s) not in finished]
-        total, done = len(job.samples), len(job.samples) - len(pending)
         by_video = [list(group) for _, group in itertools.groupby(pending, key=lambda s: s.video)]
-
-        if pending:
+        assigned = by_video[parallel.dp_rank :: parallel.dp]
+        done = len(job.samples) - len(pending)
+        total = done + sum(map(len, assigned))
+        if assigned:
             engine.check()
 
         def ask(samples: list[Question]) -> Iterator[Asked]:
             asked = engine if engine.jobs == 1 else engine.fork()
-            return _ask_about(job, asked, samples, together=parallel.size > 1)
+            return _ask_about(job, asked, samples, together=parallel.cp > 1)
 
-        with closing(interleave(by_video, ask, jobs=engine.jobs)) as answered:
+        with closing(interleave(assigned, ask, jobs=engine.jobs)) as answered:
             for sample, row in answered:
                 done += 1
                 on_progress(done, total, sample.video)
-                if results is not None:
+                if parallel.ring.rank == 0:
                     yield results.append(job.key(sample), row)
-        if results is not None and hasattr(job.bench, "export"):
-            responses = {row["id"]: row["response"] for row in results.rows.values()}
-            job.bench.export(out, [(s, responses[s.id]) for s in job.samples if s.id in responses])
+        parallel.barrier()
+        if parallel.rank == 0:
+            stored = {row["key"]: row for row in read_results(out).values()}
+            of_others = {job.key(s) for group in by_video for s in group} - {job.key(s) for g in assigned for s in g}
+            yield from (stored[key] for s in pending if (key := job.key(s)) in of_others)
+            if hasattr(job.bench, "export"):
+                answered_samples = [s for s in job.samples if "error" not in stored[job.key(s)]]
+                job.bench.export(out, [(s, stored[job.key(s)]["response"]) for s in answered_samples])
 
 
 def _ask_about(job: BenchmarkJob, engine: Engine, samples: Sequence[Question], *, together: bool) -> Iterator[Asked]:

@@ -20,7 +20,7 @@ from lvctx.eval.niah.heatmap import write_report
 from lvctx.eval.niah.image_needles import FIND
 from lvctx.eval.niah.job import find_needles
 from lvctx.eval.niah.needle_task import Cell, share_listed
-from lvctx.eval.niah.niah_config import NiahConfig, TextNiahConfig, VideoNiahConfig
+from lvctx.eval.niah.niah_config import NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
 from lvctx.eval.niah.results import read_needle_results
 from lvctx.eval.niah.text_needles import read_haystack
 from lvctx.eval.niah.text_task import TextNeedleTask
@@ -28,7 +28,7 @@ from lvctx.inference.concurrency import interleave
 from lvctx.inference.endpoint_config import TextEndpointConfig, VideoEndpointConfig
 from lvctx.inference.endpoint_engine import EndpointEngine
 from lvctx.inference.endpoint_frames import Part, frame_parts, image_part, resolve_for_endpoint
-from lvctx.inference.engine import EngineGone, Reply
+from lvctx.inference.engine import AnswerScore, EngineGone, Reply
 from lvctx.inference.prefix_scorer import walk_order
 from lvctx.inference.sampling_params import SamplingParams
 from lvctx.models.loading import load_tokenizer, resolve_model
@@ -51,6 +51,10 @@ class EndpointNiahJob:
     """What every row says of the run."""
     ask: Callable[[EndpointEngine, Cell], Reply]
     """Ask for a cell's answer."""
+    scoring: Scoring
+    """Resolved: by what is generated, unless the user wants otherwise."""
+    score_forced: Callable[[EndpointEngine, Cell], AnswerScore] | None
+    """Score a cell's answer by teacher forcing; None where that cannot be done."""
     score_text: Callable[[Cell, str], float]
     """How much of the answer is in a reply, 0 to 1."""
 
@@ -83,6 +87,12 @@ def plan_endpoint_text(config: TextNiahConfig, server: TextEndpointConfig, engin
         one.show_parts([])
         return one.reply([prompt], SamplingParams(max_new_tokens=CHAT_TOKENS))
 
+    def score_forced(one: EndpointEngine, cell: Cell) -> AnswerScore:
+        prompt, _ = text_prompt(task, cell)
+        return one.score_continuation(prompt, text_of_ids(task, task.sequence(cell)[0]).removeprefix(prompt))
+
+    can_force = task.can_force and server.prompt_as == "completion"
+
     def score_chat(cell: Cell, generated: str) -> float:
         return share_listed(generated, cell.answer.split(", "))
 
@@ -97,6 +107,7 @@ def plan_endpoint_text(config: TextNiahConfig, server: TextEndpointConfig, engin
         },
         task=task,
         ask=ask,
+        score_forced=score_forced if can_force else None,
         score_text=task.score_text if server.prompt_as == "completion" else score_chat,
     )
 
@@ -104,9 +115,12 @@ def plan_endpoint_text(config: TextNiahConfig, server: TextEndpointConfig, engin
 def text_prompt(task: TextNeedleTask, cell: Cell) -> tuple[str, int]:
     """A cell's prompt as text, which the server tokenizes again, and how many tokens its answer has."""
     ids, answer = task.sequence(cell)
-    prompt_ids = ids[: len(ids) - answer]
-    text = task.tokenizer.decode(prompt_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return str(text), answer
+    return text_of_ids(task, ids[: len(ids) - answer]), answer
+
+
+def text_of_ids(task: TextNeedleTask, ids_L: np.ndarray) -> str:
+    """Tokens as text, without those that a server adds by itself."""
+    return str(task.tokenizer.decode(ids_L, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def plan_endpoint_video(
@@ -177,15 +191,17 @@ def _plan(
     task: TextNeedleTask | FrameNeedles,
     ask: Callable[[EndpointEngine, Cell], Reply],
     score_text: Callable[[Cell, str], float],
+    score_forced: Callable[[EndpointEngine, Cell], AnswerScore] | None = None,
 ) -> EndpointNiahJob:
-    if config.scoring in ("forced", "both"):
-        raise UsageError(f"--scoring {config.scoring}: a server's replies are scored", fix="--scoring generate")
+    scoring: Scoring = config.scoring or "generate"
+    if scoring != "generate" and score_forced is None:
+        raise UsageError(f"--scoring {scoring}: here a server's replies are scored", fix="--scoring generate")
     if not cells:
         raise UsageError("no depth of these falls into any length")
     made_of = {
         "model": config.model,
         "haystack": short_hash([fingerprint(path) for path in config.haystack]),
-        "scoring": "generate",
+        "scoring": scoring,
         "seed": config.seed,
         **made_of,
         **({"extra_body": engine.config.extra_body} if engine.config.extra_body else {}),
@@ -200,7 +216,15 @@ def _plan(
         "trained_length": config.training_length,
         "longest_sample": None,
     }
-    return EndpointNiahJob(engine=engine, cells=cells, run_facts=run_facts, ask=ask, score_text=score_text)
+    return EndpointNiahJob(
+        engine=engine,
+        cells=cells,
+        run_facts=run_facts,
+        ask=ask,
+        scoring=scoring,
+        score_forced=score_forced,
+        score_text=score_text,
+    )
 
 
 def run_endpoint_niah(
@@ -238,12 +262,21 @@ def run_endpoint_niah(
 
 def run_endpoint_cell(job: EndpointNiahJob, engine: EndpointEngine, cell: Cell) -> dict[str, Any]:
     """The cell's own part of a row."""
-    row = asdict(cell)
+    row: dict[str, Any] = {**asdict(cell), "tokens": None}
+    correct = False
     try:
-        reply = job.ask(engine, cell)
+        if job.scoring != "forced":
+            reply = job.ask(engine, cell)
+            share = round(job.score_text(cell, reply.text), 4)
+            correct = share == 1
+            row |= {"generated": reply.text, "share": share, **reply.facts}
+        if job.scoring != "generate":
+            assert job.score_forced is not None
+            score = job.score_forced(engine, cell)
+            correct = score.is_greedy
+            row |= {"log_prob": round(score.log_prob, 4), "teacher_forced": score.is_greedy}
     except EngineGone:
         raise
     except InputError as e:
-        return {**row, "tokens": None, "error": str(e)[:300]}
-    share = round(job.score_text(cell, reply.text), 4)
-    return {**row, "correct": share == 1, "generated": reply.text, "share": share, **reply.facts}
+        return {**row, "error": str(e)[:300]}
+    return {**row, "correct": correct}
