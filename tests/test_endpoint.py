@@ -158,7 +158,9 @@ def test_vqa_and_a_benchmark_on_a_server(vlm: Path, served: str, nano: Any, tmp_
         }
         assert row["made_of"]["model"] == str(vlm)
     assert rows_of(run("videomme", "run", *asked, *flags)) == []
-    assert rows_of(run("videomme", "score", out, "--json"))[0]["questions"] == 6
+    (score,) = rows_of(run("videomme", "score", out, "--json"))
+    assert score["questions"] == 6
+    assert score["warnings"][0] == "6 replies were cut at their largest number of tokens"
 
 
 # --- a server that misbehaves
@@ -297,6 +299,27 @@ def test_where_every_request_must_fail_the_run_ends(
     assert line in done.stderr
     assert len([said for said in done.stderr.splitlines() if "HTTP Request" not in said]) == 1
     assert KEY not in done.output + (tmp_path / "out" / "results.jsonl").read_text()
+
+
+@pytest.mark.nano
+def test_a_server_that_never_answers_is_given_up(asked: tuple[object, ...], tmp_path: Path) -> None:
+    """`transformers serve` says 500 of a model that it does not have: eight such requests are enough."""
+    with faults(lambda number, body: "500" if body else None) as server:
+        done = run(*asked, "--endpoint", server.url, "--retries", 0, "--jobs", 1)
+        assert (done.exit_code, len(server.requests)) == (3, 8)
+        assert "none of 8 requests was answered: HTTP 500: it went wrong (1 attempts)" in done.stderr
+        server.fault = lambda number, body: None
+        assert run(*asked, "--endpoint", server.url).exit_code == 0
+    check_complete(tmp_path / "out")
+
+
+@pytest.mark.nano
+def test_vqa_about_several_videos_ends_with_the_server(clips: Path) -> None:
+    with faults(lambda number, body: "404" if number == 2 else None) as server:
+        videos = [clips / f"v{i}.mp4" for i in range(3)]
+        done = run("vqa", *videos, "--model", MODEL, "--endpoint", server.url, "--frames", 1, "--ask", "?")
+    assert (done.exit_code, len(rows_of(done)), len(server.requests)) == (3, 1, 2)
+    assert "no model served (HTTP 404)" in done.stderr
 
 
 @pytest.mark.nano

@@ -171,6 +171,7 @@ def _answer_videos(
 ) -> int:
     """The same questions, or those of stdin's lines, about each video; the number of videos that failed."""
     from lvctx.artifacts.stream import read_references
+    from lvctx.inference.engine import EngineGone
 
     references = read_references(sys.stdin) if config.piped else ((Path(name), {}) for name in config.videos)
     failed = 0
@@ -187,6 +188,8 @@ def _answer_videos(
                     raise InputError("no question", where=path, fix="give --ask, or a `question` on its line")
                 for answer in questions.ask(path, texts):
                     _emit_answer(reference, answer, printer)
+            except EngineGone:
+                raise
             except InputError as e:
                 if len(config.videos) == 1 and not config.piped:
                     raise

@@ -19,6 +19,8 @@ FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0
 """Seconds before the first repetition, doubled before each further one up to the longest."""
 LONGEST_WAIT = 600.0
 """Most seconds that a server's Retry-After is obeyed for."""
+HOPELESS = 8
+"""Failed requests after which a server is given up that has never answered one."""
 UNKEYED = "none"
 """What is sent where there is no key: the package insists on one."""
 
@@ -45,6 +47,7 @@ class ChatClient:
         self.config, self.model, self.url = config, model, config.endpoint
         self.reasons = False
         """Whether the model was found to generate reasoning before its replies."""
+        self._answered, self._failed = False, 0
         self._errors, self._http, self._key = openai, httpx2, api_key or ""
         self._client = openai.OpenAI(
             base_url=self.url, api_key=api_key or UNKEYED, timeout=config.timeout, max_retries=0
@@ -75,12 +78,12 @@ class ChatClient:
     def _ask(self, kind: str, body: dict[str, Any]) -> dict[str, Any]:
         for attempt in range(self.config.retries + 1):
             try:
-                return self._attempt(kind, body, timeout=self.config.timeout)
+                answer = self._attempt(kind, body, timeout=self.config.timeout)
+                self._answered = True
+                return answer
             except _Retry as e:
                 if attempt == self.config.retries:
-                    if e.lost:
-                        self.models()  # a server that is gone ends the run; otherwise this request alone is lost
-                    raise InputError(f"{e} ({attempt + 1} attempts)", where=self.url) from None
+                    raise self._give_up(e, attempt + 1) from None
                 delay = min(FIRST_DELAY * 2**attempt, LONGEST_DELAY) * random.uniform(0.75, 1.0)
                 delay = delay if e.wait is None else min(max(e.wait, delay), LONGEST_WAIT)
                 log.info("%s: %s; asked again in %.1f s", self.url, e, delay)
@@ -98,6 +101,16 @@ class ChatClient:
             return client.chat.completions.with_streaming_response.create(messages=messages, extra_body=extra, **model)
         prompt = extra.pop("prompt")
         return client.completions.with_streaming_response.create(prompt=prompt, extra_body=extra, **model)
+
+    def _give_up(self, e: _Retry, attempts: int) -> InputError:
+        """A request is lost; a server that is gone, or has answered none of several, ends the run."""
+        if e.lost:
+            self.models()
+        self._failed += 1
+        what = f"{e} ({attempts} attempts)"
+        if not self._answered and self._failed >= HOPELESS:
+            return EngineGone(f"none of {self._failed} requests was answered: {what}", where=self.url)
+        return InputError(what, where=self.url)
 
     def _attempt(self, kind: str, body: dict[str, Any], *, timeout: float) -> dict[str, Any]:
         """One request, whose answer is complete by the deadline."""
