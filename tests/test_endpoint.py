@@ -314,6 +314,23 @@ def test_a_server_that_never_answers_is_given_up(asked: tuple[object, ...], tmp_
 
 
 @pytest.mark.nano
+def test_a_server_without_a_list_of_models(nano: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked all the same, and what it does not have is still one line. A key with a line's end is a key."""
+    flags = ("vqa", nano.clips / "bikes.mp4", "--model", MODEL, "--frames", 1, "--ask", "?", "--endpoint")
+    monkeypatch.setenv("LVCTX_API_KEY", f"{KEY}\n")
+    with faults(lambda number, body: "no list" if not body else None) as server:
+        assert run(*flags, server.url).exit_code == 0
+        assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+        for status, words in (("404", "check --endpoint and --model"), ("413", "fewer --frames")):
+            server.fault = lambda number, body, status=status: status if body else "no list"
+            done = run(*flags, server.url)
+            assert (done.exit_code, f"HTTP {status}" in done.stderr, words in done.stderr) == (3, True, True)
+        monkeypatch.setenv("LVCTX_API_KEY", f"{KEY}\x07x")
+        done = run(*flags, server.url)
+        assert (done.exit_code, "LVCTX_API_KEY is no key" in done.stderr, KEY in done.output) == (2, True, False)
+
+
+@pytest.mark.nano
 def test_vqa_about_several_videos_ends_with_the_server(clips: Path) -> None:
     with faults(lambda number, body: "404" if number == 2 else None) as server:
         videos = [clips / f"v{i}.mp4" for i in range(3)]

@@ -17,11 +17,17 @@ KEY_VARIABLES = ("LVCTX_API_KEY", "OPENAI_API_KEY")
 
 
 def open_client(config: EndpointConfig, model: str) -> "ChatClient":
-    """The client of a model on a server, with the key of the environment; makes no request. Raises MissingError."""
+    """The client of a model on a server, with the key of the environment; makes no request.
+
+    Raises MissingError without the openai package, UsageError for a key that is none.
+    """
     from lvctx.inference.chat_client import ChatClient
 
-    key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
-    return ChatClient(config, model, api_key=key)
+    keys = ((name, os.environ.get(name, "").strip()) for name in KEY_VARIABLES)
+    name, key = next((pair for pair in keys if pair[1]), ("", ""))
+    if not (key.isascii() and (key.isprintable() or not key)):
+        raise UsageError(f"{name} is no key: it has characters that no header may have")
+    return ChatClient(config, model, api_key=key or None)
 
 
 def open_endpoint(config: VideoEndpointConfig, model: str, *, jobs: int = 1) -> "EndpointEngine":

@@ -123,12 +123,13 @@ class ChatClient:
                     parts.append(part)
                     if time.monotonic() > deadline:
                         raise late
-        except errors.APITimeoutError:
+        except errors.APITimeoutError as e:
+            late.lost = isinstance(e.__cause__, self._http.ConnectTimeout)
             raise late from None
         except errors.APIConnectionError as e:
             raise _Retry(f"no connection ({first_line(e.__cause__ or e)})", lost=True) from None
         except errors.APIStatusError as e:
-            raise self._refusal(e) from None
+            raise self._refusal(e, kind) from None
         except self._http.HTTPError as e:
             raise _Retry(f"the answer broke off ({first_line(e)})") from None
         try:
@@ -139,25 +140,26 @@ class ChatClient:
             raise _Retry("the answer is no JSON object")
         return answer
 
-    def _refusal(self, e: Any) -> Exception:
+    def _refusal(self, e: Any, kind: str) -> Exception:
         """What an HTTP status means: try again, give up this request, or give up altogether."""
         status, said = int(e.status_code), self._said(e)
         if status in (401, 403):
             fix = "set LVCTX_API_KEY or OPENAI_API_KEY"
             said = said if status == 403 else ""  # which may repeat a part of the key
             return EngineGone(f"the server refuses the key (HTTP {status}){said}", where=self.url, fix=fix)
-        if status == 404:
+        if status == 404 and kind != "models":
             what = f"the server has no model {self.model} (HTTP 404){said}"
             return EngineGone(what, where=self.url, fix=self._names())
         if status == 429 and getattr(e, "code", None) == "insufficient_quota":
             return EngineGone(f"the account's quota is used up (HTTP 429){said}", where=self.url)
         if status in (408, 409, 425, 429) or status >= 500:
             return _Retry(f"HTTP {status}{said}", wait=_retry_after(e.response.headers))
-        return InputError(f"HTTP {status}{said}", where=self.url)
+        fix = "fewer --frames, or fewer --frame-pixels" if status == 413 else ""
+        return InputError(f"HTTP {status}{said}", where=self.url, fix=fix)
 
     def _said(self, e: Any) -> str:
         """The server's own words in one line, without the key."""
-        body = e.body if isinstance(e.body, dict) else {}
+        body = e.body if isinstance(e.body, dict) else {"message": e.body if isinstance(e.body, str) else ""}
         error = body.get("error", body)
         error = error if isinstance(error, dict) else {"message": error}
         text = str(error.get("message") or body.get("detail") or body.get("message") or "")

@@ -7,6 +7,8 @@ from typing import TypeVar
 
 TaskT = TypeVar("TaskT")
 FinishedT = TypeVar("FinishedT")
+THREAD_NAME = "lvctx-unfinished"
+"""By which the program knows threads that it does not wait for (`lvctx/__main__.py`)."""
 
 
 def interleave(
@@ -39,7 +41,7 @@ def interleave(
             made.put(("error", e))
 
     # Daemons: a program that is stopped does not wait for a server.
-    threads = [threading.Thread(target=run, daemon=True) for _ in range(jobs)]
+    threads = [threading.Thread(target=run, daemon=True, name=THREAD_NAME) for _ in range(jobs)]
     for thread in threads:
         thread.start()
     running = jobs

@@ -55,12 +55,12 @@ class VideoEndpointConfig(EndpointConfig):
     """The same, with how videos are sent."""
 
     send: Annotated[SendMode, Flag(needs=ON_SERVER)] = "auto"
-    """SendMode the sampled frames as images (auto), or as one video of constant rate; or the URL of the file, which the
+    """Send the sampled frames as images (auto), or as one video of constant rate; or the URL of the file, which the
     server samples itself."""
     frame_times: Annotated[bool, Flag(needs=ON_SERVER)] = True
     """Write each frame's time before its image, as <12.0 seconds>."""
     frame_pixels: Annotated[int, Flag(min=784, needs=ON_SERVER)] = 200_704
-    """Largest frame or image that is sent, in pixels (200704 is 448 x 448); larger ones are resized, same aspect."""
+    """Pixels of the largest frame or image that is sent (200704 is 448 x 448); larger ones are scaled down."""
     jpeg_quality: Annotated[int, Flag(min=1, max=100, needs=ON_SERVER)] = 90
     """Quality of the JPEG images that are sent."""
 
@@ -80,6 +80,6 @@ class TextEndpointConfig(EndpointConfig):
     jobs: Annotated[int, Flag(min=1, needs=ON_SERVER)] = 4
     """Requests at once; cells that share most follow each other, so that the server can reuse their prefix."""
     prompt_as: Annotated[Literal["completion", "chat"], Flag(needs=ON_SERVER)] = "completion"
-    """SendMode the prompt as a text to continue (/v1/completions), or as a user's turn, for servers with chat alone."""
+    """Send the prompt as a text to continue (/v1/completions), or as a user's turn, for servers with chat alone."""
     tokenizer: Annotated[str | None, Flag(needs=ON_SERVER)] = None
     """Tokenizer that lengths are measured with: directory or hub id. Default: --model."""

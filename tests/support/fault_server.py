@@ -69,14 +69,18 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.send_header("Content-Type", "application/json")
+        self.send_header("Connection", "close")  # so that no thread waits for a further request when a test has ended
         self.send_header("Content-Length", str(len(data) if length is None else length))
         self.end_headers()
         self.wfile.write(data)
 
     def do_GET(self) -> None:
         """The list of models."""
-        if self.server.fault(0, {}) == "401":
+        fault = self.server.fault(0, {})
+        if fault == "401":
             self.send(401, {"error": {"message": f"no such key: {self.headers['Authorization']}"}})
+        elif fault == "no list":
+            self.send(404, {"detail": "Not Found"})
         else:
             self.send(200, {"object": "list", "data": [{"id": MODEL, "object": "model"}]})
 
