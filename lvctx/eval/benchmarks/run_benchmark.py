@@ -184,6 +184,7 @@ def _ask_about(job: BenchmarkJob, engine: Engine, samples: Sequence[Question], *
             params = job.config.params
             if sample.max_new_tokens:
                 params = replace(params, max_new_tokens=sample.max_new_tokens)
+                row["max_new_tokens"] = sample.max_new_tokens
             reply = engine.reply([text], params)
         except EngineGone:
             raise
