@@ -2,7 +2,12 @@
 
 import gc
 import os
+import sys
+import threading
 import warnings
+
+UNFINISHED = "lvctx-unfinished"
+"""`THREAD_NAME` of `inference/concurrency.py`, which is not imported for a help."""
 
 
 def main() -> None:
@@ -17,7 +22,15 @@ def main() -> None:
 
     gc.freeze()
     gc.enable()
-    app()
+    try:
+        app()
+    except SystemExit as e:
+        # A thread that still waits for a server would be ended in the middle of native code, which may abort.
+        if isinstance(e.code, int) and any(thread.name == UNFINISHED for thread in threading.enumerate()):
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(e.code)
+        raise
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from PIL import Image
 from test_niah import run
 from transformers import AutoTokenizer, CLIPVisionModel, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
+from lvctx.inference.sampling_params import SamplingParams
 from lvctx.inference.transformers_engine import TransformersEngine
 from lvctx.models.image_processing import Preprocess
 from lvctx.video.reader import read_video
@@ -55,7 +56,7 @@ def test_replies_equal_stock_generation(llava: Path, nano: Any) -> None:
     engine = TransformersEngine(open_vlm(llava), device="cpu")
     clip = nano.clips / "bikes.mp4"
     engine.show([clip], VideoSampling(frames=3))
-    reply = engine.reply(["What is it?"], 5)
+    reply = engine.reply(["What is it?"], SamplingParams(max_new_tokens=5))
     model = LlavaForConditionalGeneration.from_pretrained(llava).eval()
     preprocess = Preprocess.from_directory(llava)
     frames = [Image.fromarray(f.image) for f in read_video(clip, VideoSampling(frames=3))]

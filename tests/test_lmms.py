@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lvctx.inference.sampling_params import SamplingParams
 from lvctx.inference.transformers_engine import TransformersEngine
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.registry import open_vlm
@@ -83,7 +84,7 @@ def test_lmms_eval_shows_our_model_videos(tiny_vlm: Path, nano: Any, tmp_path: P
     from lvctx.vlm.video_encoder import VideoEncoder
 
     said = run_task(tiny_vlm, tmp_path, f"[{str(nano.clips)!r} + '/' + doc['videoID'] + '.mp4']")
-    questions = VideoQuestions(engine_of(tiny_vlm), VideoSampling(), max_new_tokens=6)
+    questions = VideoQuestions(engine_of(tiny_vlm), VideoSampling(), params=SamplingParams(max_new_tokens=6))
     for video in ("bikes", "bigbuckbunny"):
         encoder = VideoEncoder.open(str(tiny_vlm), VideoSampling(frames=4), device="cpu", dtype="float32")
         made = encoder.encode(nano.clips / f"{video}.mp4", tmp_path)
@@ -103,7 +104,7 @@ def test_lmms_eval_encodes_images_as_in_training(tiny_vlm: Path, tmp_path: Path)
     shown = engine.show([Image.open(file).convert("RGB") for file in files], VideoSampling())
     assert shown.facts["visual_tokens"] == 2 * 4 + 1 + 4 * 4 + 1
     for question, reply in said.items():
-        assert reply == engine.reply([question], 6).text
+        assert reply == engine.reply([question], SamplingParams(max_new_tokens=6)).text
 
 
 def test_lmms_eval_asks_how_likely_each_option_is(tiny_vlm: Path, tmp_path: Path) -> None:

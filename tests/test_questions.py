@@ -23,6 +23,7 @@ from lvctx.eval.benchmarks import longvideobench, mlvu, nextqa, vhs, videomme
 from lvctx.eval.benchmarks.answers import Question
 from lvctx.eval.benchmarks.subtitles import read_subtitles
 from lvctx.eval.benchmarks.videomme import prompt
+from lvctx.inference.sampling_params import SamplingParams
 from lvctx.inference.transformers_engine import TransformersEngine
 from lvctx.inference.video_questions import VideoQuestions
 from lvctx.models.loading import load_config
@@ -561,7 +562,7 @@ def test_a_chat_keeps_what_it_has_read(finished: tuple[Path, list[dict[str, Any]
     assert rows[2]["tokens"] > rows[1]["tokens"] > rows[0]["tokens"]
     engine = TransformersEngine(open_vlm(loud_vlm), device="cpu")
     heard: list[str] = []
-    chat = VideoQuestions(engine, VideoSampling(), max_new_tokens=5, on_text=heard.append)
+    chat = VideoQuestions(engine, VideoSampling(), params=SamplingParams(max_new_tokens=5), on_text=heard.append)
     answers = list(chat.chat(frames, questions))
     assert [a.text for a in answers] == [row["answer"] for row in rows]
     assert heard[-1] == answers[-1].text

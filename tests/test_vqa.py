@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from lvctx.cli.app import app
 from lvctx.cli.vqa import StreamPrinter
+from lvctx.inference.sampling_params import SamplingParams
 from lvctx.inference.transformers_engine import TransformersEngine
 from lvctx.inference.video_questions import VideoQuestions
 from lvctx.video.reader import read_video
@@ -89,7 +90,7 @@ def test_a_line_names_its_video_and_its_question(asked: list[dict[str, Any]], lo
 @pytest.mark.nano
 def test_lines_about_one_video_share_its_frames(loud_vlm: Path, frames: Path, tmp_path: Path) -> None:
     engine = TransformersEngine(open_vlm(loud_vlm), device="cpu")
-    asking = VideoQuestions(engine, VideoSampling(), max_new_tokens=1)
+    asking = VideoQuestions(engine, VideoSampling(), params=SamplingParams(max_new_tokens=1))
     copy = tmp_path / frames.name
     shutil.copy(frames, copy)
     run = []

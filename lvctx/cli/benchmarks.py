@@ -1,20 +1,28 @@
 """`lvctx videomme run|score` and `lvctx bench NAME run|score`: one engine for all benchmarks of long video."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lvctx.cli.endpoint import open_endpoint, refuse_local_options
 from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
 from lvctx.cli.output import emit, is_quiet, progress, say, wants_json
 from lvctx.config import Flag
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
+from lvctx.inference.endpoint_config import ConcurrentEndpointConfig
 from lvctx.inference.engine_config import EngineConfig
+from lvctx.inference.sampling_params import BenchmarkSamplingParams
 from lvctx.video.sampling import VideoSampling
+
+if TYPE_CHECKING:
+    from lvctx.inference.engine import Engine
+    from lvctx.parallel.context import ParallelContext
 
 BENCHMARKS = {
     "mlvu": "MLVU: nine tasks on long videos; generation tasks are exported for a judge.",
@@ -44,7 +52,7 @@ class BenchmarkOptions:
     """The model, videos and questions."""
 
     model: str
-    """VLM: directory or hub id."""
+    """VLM: directory or hub id; with --endpoint its name on the server."""
     videos: Path
     """Folder of the videos, or of the images."""
     questions: Annotated[str, Flag(metavar="FILE")]
@@ -54,9 +62,7 @@ class BenchmarkOptions:
     prompt: str = "official"
     """Prompt template: official, or another one listed in the command's help."""
     subtitles: Path | None = None
-    """Folder of .srt or .vtt files (Video-MME); the subtitles at the sampled frames are added to the prompt."""
-    max_new_tokens: Annotated[int, Flag(min=1)] = 16
-    """Longest reply, in tokens."""
+    """Folder of .srt or .vtt files (Video-MME); the subtitles at the sampled frames are shown."""
 
 
 def _declare(name: str, prefix: str, what: str) -> None:
@@ -65,9 +71,19 @@ def _declare(name: str, prefix: str, what: str) -> None:
         group(prefix, what)
 
     def run(
-        ctx: typer.Context, config: BenchmarkOptions, sampling: VideoSampling, engine: EngineConfig, run: RunOptions
+        ctx: typer.Context,
+        config: BenchmarkOptions,
+        params: BenchmarkSamplingParams,
+        sampling: VideoSampling,
+        engine: EngineConfig,
+        server: ConcurrentEndpointConfig,
+        run: RunOptions,
     ) -> None:
-        _run(name, given(ctx), config, sampling, engine, run)
+        set_by_user = given(ctx)
+        _check_options(name, set_by_user, config, server)
+        if sampling.fps is None and sampling.frames is None and server.send != "file-url":
+            sampling = replace(sampling, frames=128)
+        _run(name, config, params, sampling, engine, server, run)
 
     def score(config: ScoreConfig, output: OutputOptions) -> None:
         _score(name, config)
@@ -104,14 +120,10 @@ def load_benchmark(name: str) -> ModuleType:
     return import_module(f"lvctx.eval.benchmarks.{name}")
 
 
-def _run(
-    name: str,
-    set_by_user: frozenset[str],
-    config: BenchmarkOptions,
-    sampling: VideoSampling,
-    engine: EngineConfig,
-    run: RunOptions,
+def _check_options(
+    name: str, set_by_user: frozenset[str], config: BenchmarkOptions, server: ConcurrentEndpointConfig
 ) -> None:
+    """Raise UsageError for options that do not go together."""
     bench = load_benchmark(name)
     if config.prompt not in bench.STYLES:
         fix = f"give one of {', '.join(bench.STYLES)}"
@@ -120,38 +132,50 @@ def _run(
         raise UsageError(f"{name} has no subtitles", where="--subtitles")
     if name == "vhs" and (flags := sorted(set_by_user & set(VideoSampling.__dataclass_fields__))):
         what = ", ".join(f"--{flag.replace('_', '-')}" for flag in flags)
-        raise UsageError("vhs uses images, in the encoding that the model was trained with", fix=f"drop {what}")
-    if sampling.fps is None and sampling.frames is None:
-        sampling = replace(sampling, frames=128)
+        raise UsageError("vhs shows images, as the model was trained to read them", fix=f"drop {what}")
+    if server.endpoint is not None:
+        refuse_local_options(set_by_user, EngineConfig)
+        if server.send == "file-url" and config.subtitles is not None:
+            raise UsageError("--subtitles need the times of frames", fix="drop --send file-url")
+
+
+def _run(
+    name: str,
+    config: BenchmarkOptions,
+    params: BenchmarkSamplingParams,
+    sampling: VideoSampling,
+    engine: EngineConfig,
+    server: ConcurrentEndpointConfig,
+    run: RunOptions,
+) -> None:
     from lvctx.device import resolve_device
     from lvctx.eval.benchmarks.run_benchmark import BenchmarkConfig, plan_benchmark, run_benchmark
-    from lvctx.inference.transformers_engine import TransformersEngine
     from lvctx.parallel.context import SHARED_WORK_TIMEOUT, open_context
-    from lvctx.vlm.registry import open_vlm
 
-    device = resolve_device(engine.device)
+    bench = load_benchmark(name)
+    device = "cpu" if server.endpoint else resolve_device(engine.device)
     with progress(name, "reading the questions") as on_progress:
-        vlm = open_vlm(config.model, device=device, feature_cache=engine.feature_cache or config.out / "frames")
         benchmark_config = BenchmarkConfig(
             model=config.model,
             videos=config.videos,
             questions=_find_questions(bench, config.questions),
             prompt=config.prompt,
             subtitles=config.subtitles,
-            max_new_tokens=config.max_new_tokens,
+            params=params,
         )
-        job = plan_benchmark(bench, benchmark_config, vlm, sampling, dtype=engine.dtype)
-        if run.dry_run:
-            counts = {"questions": len(job.samples), "videos": len({s.video for s in job.samples})}
-            emit({"dry_run": True, "path": str(config.out), **job.run_facts, **counts})
-            return
+        counts: Counter[str] = Counter()
         failed: dict[str, str] = {}
         opened = open_context(device=device, cp=engine.cp, timeout=SHARED_WORK_TIMEOUT)
         with opened as parallel:
-            if parallel.dp > 1:
-                what = f"{parallel.size} processes for one sequence"
-                raise UsageError(what, fix=f"--cp {parallel.size}, or no torchrun")
-            model = TransformersEngine.from_config(vlm, replace(engine, device=parallel.device), ring=parallel.ring)
+            if parallel.size > 1 and server.endpoint is not None:
+                raise UsageError(f"{parallel.size} processes with --endpoint", fix="--jobs, and no torchrun")
+            model = _open_engine(config, engine, server, parallel)
+            job = plan_benchmark(bench, benchmark_config, model, sampling)
+            if run.dry_run:
+                videos = len({s.video for s in job.samples})
+                sizes = {"questions": len(job.samples), "videos": videos}
+                emit({"dry_run": True, "path": str(config.out), **job.run_facts, **sizes})
+                return
             rows = run_benchmark(
                 job,
                 config.out,
@@ -162,18 +186,38 @@ def _run(
                 on_progress=on_progress,
             )
             for row in rows:
+                counts["cut"] += bool(row.get("cut"))
                 if "error" in row:
                     failed[row["id"]] = row["error"]
                 if wants_json():
                     emit(row)
             failed = parallel.gather(failed)[0]
-    for error in dict.fromkeys(failed.values()):
-        say(f"lvctx: {error}")
-    total = len(job.samples)
-    if not is_quiet() or failed:
-        say(f"lvctx: {total - len(failed):,} of {total:,} questions answered; scores count only these")
+    _summarize(len(job.samples), failed, cut=counts["cut"], params=params)
     if failed:
         raise typer.Exit(EXIT_SAMPLES_FAILED)
+
+
+def _summarize(total: int, failed: dict[str, str], *, cut: int, params: BenchmarkSamplingParams) -> None:
+    """Say what failed, and what of the rest was cut."""
+    for error in dict.fromkeys(failed.values()):
+        say(f"lvctx: {error}")
+    if cut:
+        say(f"lvctx: {cut:,} replies were cut at --max-new-tokens {params.max_new_tokens}")
+    if not is_quiet() or failed:
+        say(f"lvctx: {total - len(failed):,} of {total:,} questions answered; scores count these alone")
+
+
+def _open_engine(
+    config: BenchmarkOptions, engine: EngineConfig, server: ConcurrentEndpointConfig, parallel: "ParallelContext"
+) -> "Engine":
+    """The model in this process, or on a server."""
+    if server.endpoint is not None:
+        return open_endpoint(server, config.model, jobs=server.jobs)
+    from lvctx.inference.transformers_engine import TransformersEngine
+    from lvctx.vlm.registry import open_vlm
+
+    vlm = open_vlm(config.model, device=parallel.device, feature_cache=engine.feature_cache or config.out / "frames")
+    return TransformersEngine.from_config(vlm, replace(engine, device=parallel.device), ring=parallel.ring)
 
 
 def _find_questions(bench: ModuleType, questions: str) -> Path:

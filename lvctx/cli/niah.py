@@ -1,25 +1,35 @@
 """`lvctx niah text`, `niah video`, `niah haystack` and `niah report`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lvctx.cli.options import OutputOptions, RunOptions, command, group
-from lvctx.cli.output import emit, is_quiet, progress, wants_json
+from lvctx.cli.endpoint import open_endpoint, refuse_local_options
+from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
+from lvctx.cli.output import emit, is_quiet, progress, say, wants_json
 from lvctx.config import Flag
 from lvctx.errors import EXIT_SAMPLES_FAILED, UsageError
 from lvctx.eval.niah.haystack_config import HaystackConfig
 from lvctx.eval.niah.niah_config import NiahConfig, TextNiahConfig, VideoNiahConfig
+from lvctx.inference.endpoint_config import (
+    ConcurrentEndpointConfig,
+    EndpointConfig,
+    TextEndpointConfig,
+    VideoEndpointConfig,
+)
 from lvctx.inference.engine_config import CachePlacement, DeviceConfig
 from lvctx.video.sampling import VideoSampling
 
 if TYPE_CHECKING:
+    from lvctx.eval.niah.endpoint_job import EndpointNiahJob
     from lvctx.eval.niah.job import NiahJob
     from lvctx.eval.niah.results import NeedleResults
 
+LOCAL_OPTIONS = ("kv_cache", "rope")
+"""Options, beside those of the device, that decide how a model runs in this process."""
 Threshold = Annotated[float, Flag(min=0, max=1)]
 
 group(
@@ -47,11 +57,21 @@ class NiahRunOptions(RunOptions):
     "lvctx niah text --model lm --haystack essays --lengths 256 --depths 0,1 --trials 1 -o needles",
     "lvctx niah text --model lm --haystack essays --lengths 128,256 --depths nested --dry-run -o needles",
 )
-def text(config: TextNiahConfig, device: DeviceConfig, run: NiahRunOptions) -> None:
+def text(
+    ctx: typer.Context, config: TextNiahConfig, device: DeviceConfig, server: TextEndpointConfig, run: NiahRunOptions
+) -> None:
     """Needle-in-a-haystack test in text: a magic number among essays, or a task of RULER.
 
     On a pipe there is one JSON line for each cell.
     """
+    if server.endpoint is not None:
+        from lvctx.eval.niah.endpoint_job import plan_endpoint_text
+
+        refuse_local_options(given(ctx), DeviceConfig, more=LOCAL_OPTIONS)
+        shown = VideoEndpointConfig(**{f.name: getattr(server, f.name) for f in fields(EndpointConfig)})
+        engine = open_endpoint(shown, config.model, jobs=server.jobs)
+        _run_endpoint("niah text", plan_endpoint_text(config, server, engine), run)
+        return
     from lvctx.eval.niah.job import plan_text
 
     _run(
@@ -69,11 +89,25 @@ def text(config: TextNiahConfig, device: DeviceConfig, run: NiahRunOptions) -> N
     "lvctx niah video --model vlm --haystack frames/bikes.frames.safetensors --lengths 4 --question when --trials 1 "
     "-o needles-when",
 )
-def video(config: VideoNiahConfig, sampling: VideoSampling, device: DeviceConfig, run: NiahRunOptions) -> None:
+def video(
+    ctx: typer.Context,
+    config: VideoNiahConfig,
+    sampling: VideoSampling,
+    device: DeviceConfig,
+    server: ConcurrentEndpointConfig,
+    run: NiahRunOptions,
+) -> None:
     """Needle-in-a-haystack test in video (V-NIAH): an image among the frames of a video.
 
     On a pipe there is one JSON line for each cell.
     """
+    if server.endpoint is not None:
+        from lvctx.eval.niah.endpoint_job import plan_endpoint_video
+
+        refuse_local_options(given(ctx), DeviceConfig, more=(*LOCAL_OPTIONS, "as_images"))
+        engine = open_endpoint(server, config.model, jobs=server.jobs)
+        _run_endpoint("niah video", plan_endpoint_video(config, server, sampling, engine), run)
+        return
     from lvctx.device import resolve_device
     from lvctx.eval.niah.job import plan_video
     from lvctx.vlm.registry import open_vlm
@@ -128,6 +162,36 @@ def _run(
         if not (is_quiet() and wants_json()):
             print_tables(results, threshold=run.threshold, stderr=wants_json())
     if failed:
+        raise typer.Exit(EXIT_SAMPLES_FAILED)
+
+
+def _run_endpoint(name: str, job: "EndpointNiahJob", run: NiahRunOptions) -> None:
+    """The same on a server."""
+    from lvctx.eval.niah.endpoint_job import run_endpoint_niah
+    from lvctx.eval.niah.results import read_needle_results
+
+    if run.dry_run:
+        emit({"dry_run": True, "path": str(run.out), **job.run_facts, "cells": len(job.cells)})
+        return
+    errors: list[str] = []
+    cut = 0
+    with progress(name, "asking the server") as on_progress:
+        rows = run_endpoint_niah(
+            job, run.out, resume=run.resume, force=run.force, threshold=run.threshold, on_progress=on_progress
+        )
+        for row in rows:
+            cut += bool(row.get("cut") and not row["correct"])
+            if "error" in row:
+                errors.append(row["error"])
+            if wants_json():
+                emit(row)
+    for error in dict.fromkeys(errors):
+        say(f"lvctx: {error}")
+    if cut:
+        say(f"lvctx: {cut:,} wrong replies were cut at the largest number of tokens")
+    if not (is_quiet() and wants_json()):
+        print_tables([read_needle_results(run.out)], threshold=run.threshold, stderr=wants_json())
+    if errors:
         raise typer.Exit(EXIT_SAMPLES_FAILED)
 
 

@@ -40,7 +40,7 @@ def score_videomme(config: VideoMMEScoreConfig, output: OutputOptions) -> None:
     """
     from lvctx.artifacts.schemas import SCORE
     from lvctx.eval.benchmarks import videomme
-    from lvctx.eval.benchmarks.accuracy import difference
+    from lvctx.eval.benchmarks.accuracy import CUT, difference
     from lvctx.eval.benchmarks.answers import RULES
     from lvctx.eval.benchmarks.responses import read_responses
 
@@ -51,7 +51,10 @@ def score_videomme(config: VideoMMEScoreConfig, output: OutputOptions) -> None:
     if len({item.name for item in responses}) < len(responses):
         responses = [replace(item, name=str(file)) for item, file in zip(responses, files, strict=True)]
     runs = [_read_run(file) for file in files]
-    scores = [videomme.score(item) | {"failed": failed} for item, (_, failed) in zip(responses, runs, strict=True)]
+    scores = [videomme.score(item) | {"failed": run[1]} for item, run in zip(responses, runs, strict=True)]
+    for row, run in zip(scores, runs, strict=True):
+        if run[2]:
+            row["warnings"] = [CUT.format(cut=run[2]), *row["warnings"]]
     versus: dict[str, Any] = {}
     if len(responses) == 2:
         a, b = (item.replies for item in responses)
@@ -61,7 +64,7 @@ def score_videomme(config: VideoMMEScoreConfig, output: OutputOptions) -> None:
     if plot is not None:
         from lvctx.eval.benchmarks.accuracy_plot import draw_accuracy
 
-        frame_counts = [frames for frames, _ in runs if frames is not None]
+        frame_counts = [frames for frames, *_ in runs if frames is not None]
         draw_accuracy(scores, frame_counts if len(set(frame_counts)) == len(files) > 1 else None, config.rule, plot)
     if wants_json():
         for row in scores:
@@ -75,17 +78,18 @@ def score_videomme(config: VideoMMEScoreConfig, output: OutputOptions) -> None:
         _print_difference(responses[0].name, responses[1].name, versus)
 
 
-def _read_run(path: Path) -> tuple[int | None, int]:
-    """Number of frames per video in a run of ours, and the number of failed questions.
+def _read_run(path: Path) -> tuple[int | None, int, int]:
+    """Frames of each video that a run of ours showed its model, questions that failed, and replies that were cut.
 
-    None and 0 for other files; None for runs with varying numbers of frames.
+    None, 0 and 0 for files of others; None for runs whose videos differ in frames.
     """
     from lvctx.artifacts.result_log import RESULTS, read_results
 
     folder = path.parent if path.name == "responses.json" else path
     rows = list(read_results(folder).values()) if (folder / RESULTS).is_file() else []
     frames = {row["frames"] for row in rows if isinstance(row.get("frames"), int)}
-    return frames.pop() if len(frames) == 1 else None, sum("error" in row for row in rows)
+    count = frames.pop() if len(frames) == 1 else None
+    return count, sum("error" in row for row in rows), sum(bool(row.get("cut")) for row in rows)
 
 
 def _write_csv(target: Path, rows: list[dict[str, Any]]) -> None:

@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lvctx.artifacts import schemas
-from lvctx.cli.options import OutputOptions, command
+from lvctx.cli.endpoint import open_endpoint, refuse_local_options
+from lvctx.cli.options import OutputOptions, command, given
 from lvctx.cli.output import emit, is_quiet, is_rank_zero, progress, say, wants_json
 from lvctx.config import Flag
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
+from lvctx.inference.endpoint_config import VideoEndpointConfig
 from lvctx.inference.engine_config import EngineConfig
+from lvctx.inference.sampling_params import SamplingParams
 from lvctx.video.sampling import VideoSampling
 
 if TYPE_CHECKING:
+    from lvctx.inference.engine import Engine
     from lvctx.inference.video_questions import Answer, VideoQuestions
     from lvctx.parallel.context import ParallelContext
 
@@ -34,13 +38,11 @@ class VqaConfig:
     videos: Annotated[tuple[str, ...], Flag(argument=True, metavar="VIDEO...")] = ("-",)
     """Video files or feature caches of encode-video; - reads lines from stdin, which may have a `question`."""
     model: str
-    """VLM: directory or hub id."""
+    """VLM: directory or hub id; with --endpoint its name on the server."""
     ask: tuple[str, ...] = ()
     """A question; repeat for more. - reads lines: text, or JSON objects with a `question`."""
     chat: bool = False
-    """One conversation: the questions of --ask, then lines of stdin, each with the previous ones."""
-    max_new_tokens: Annotated[int, Flag(min=1)] = 64
-    """Longest answer, in tokens."""
+    """One conversation: the questions of --ask, then lines of stdin, each with those before it."""
 
     def __post_init__(self) -> None:
         if "-" in self.videos and len(self.videos) > 1:
@@ -66,14 +68,25 @@ class VqaConfig:
     'lvctx vqa frames/bikes.frames.safetensors --model vlm --ask "What is on the road?"',
     'lvctx encode-video clips/bikes.mp4 --frames 8 --model vlm | lvctx vqa --model vlm --ask "What is it?"',
 )
-def vqa(config: VqaConfig, sampling: VideoSampling, engine: EngineConfig, output: OutputOptions) -> None:
+def vqa(
+    ctx: typer.Context,
+    config: VqaConfig,
+    params: SamplingParams,
+    sampling: VideoSampling,
+    engine: EngineConfig,
+    server: VideoEndpointConfig,
+    output: OutputOptions,
+) -> None:
     """Answer questions about videos.
 
     A video file is encoded first if the model needs it, and its features are kept in --feature-cache. On a pipe
     there is one JSON line for each answer, with the fields of its input line.
     """
     if config.piped and sys.stdin.isatty():
-        raise UsageError("no video", fix="give one, or pipe from lvctx encode-video")
+        raise UsageError("no video", fix="name one, or pipe from lvctx encode-video")
+    if server.endpoint is not None:
+        refuse_local_options(given(ctx), EngineConfig)
+        engine = replace(engine, device="cpu")
     from lvctx.parallel.context import SHARED_WORK_TIMEOUT, open_context
 
     opened = open_context(device=engine.device, cp=engine.cp, timeout=SHARED_WORK_TIMEOUT)
@@ -82,7 +95,7 @@ def vqa(config: VqaConfig, sampling: VideoSampling, engine: EngineConfig, output
             what = f"{parallel.size} processes for one video"
             raise UsageError(what, fix=f"--cp {parallel.size}, or no torchrun")
         printer = StreamPrinter(live=len(config.videos) == 1 and not config.piped and is_rank_zero())
-        questions = _open(config, sampling, engine, parallel, printer)
+        questions = _open(_engine(config, sampling, engine, server, parallel), sampling, params, printer)
         if config.reads_questions:
             _answer_lines(config, questions, parallel, printer)
             return
@@ -91,36 +104,44 @@ def vqa(config: VqaConfig, sampling: VideoSampling, engine: EngineConfig, output
         raise typer.Exit(EXIT_SAMPLES_FAILED)
 
 
-def _open(
+def _engine(
     config: VqaConfig,
     sampling: VideoSampling,
     engine: EngineConfig,
+    server: VideoEndpointConfig,
     parallel: "ParallelContext",
-    printer: "StreamPrinter",
-) -> "VideoQuestions":
+) -> "Engine":
+    """The model in this process, or on a server that answers; with sampling that it can have."""
+    if server.endpoint is not None:
+        endpoint = open_endpoint(server, config.model)
+        endpoint.identity(sampling, images=False)
+        endpoint.check()
+        return endpoint
     from lvctx.inference.transformers_engine import TransformersEngine
-    from lvctx.inference.video_questions import VideoQuestions
     from lvctx.vlm.registry import open_vlm
 
     cache = (engine.feature_cache or FEATURE_CACHE).expanduser()
     vlm = open_vlm(config.model, device=parallel.device, feature_cache=cache)
     vlm.resolve(sampling)
+    return TransformersEngine.from_config(vlm, replace(engine, device=parallel.device), ring=parallel.ring)
+
+
+def _open(
+    engine: "Engine", sampling: VideoSampling, params: SamplingParams, printer: "StreamPrinter"
+) -> "VideoQuestions":
+    from lvctx.inference.video_questions import VideoQuestions
 
     def on_shown(path: Path, shown: Any) -> None:
         if not is_quiet():
             say(f"lvctx: {path}: {_cost(len(shown.pts), shown.facts)}")
 
-    return VideoQuestions(
-        TransformersEngine.from_config(vlm, replace(engine, device=parallel.device), ring=parallel.ring),
-        sampling,
-        max_new_tokens=config.max_new_tokens,
-        on_text=printer.show,
-        on_shown=on_shown,
-    )
+    return VideoQuestions(engine, sampling, params=params, on_text=printer.show, on_shown=on_shown)
 
 
 def _cost(frames: int, facts: dict[str, Any]) -> str:
-    """Frames and tokens of a video; also nominal tokens and delimiters if its frames are items in runs."""
+    """Frames and tokens of a video; the model's nominal tokens and delimiters where its frames are items in runs."""
+    if "send" in facts:
+        return f"{frames:,} frames sent as {facts['send']}" if frames else "sent as the URL of the file"
     if "runs" not in facts:
         return f"{frames:,} frames, {facts['visual_tokens']:,} visual tokens"
     return (
@@ -150,6 +171,7 @@ def _answer_videos(
 ) -> int:
     """Answer the same questions, or those of stdin's lines, about each video; returns the number of failed videos."""
     from lvctx.artifacts.stream import read_references
+    from lvctx.inference.engine import EngineGone
 
     references = read_references(sys.stdin) if config.piped else ((Path(name), {}) for name in config.videos)
     failed = 0
@@ -166,6 +188,8 @@ def _answer_videos(
                     raise InputError("no question", where=path, fix="give --ask, or a `question` in its line")
                 for answer in questions.ask(path, texts):
                     _emit_answer(reference, answer, printer)
+            except EngineGone:
+                raise
             except InputError as e:
                 if len(config.videos) == 1 and not config.piped:
                     raise
@@ -182,11 +206,13 @@ def _emit_answer(row: dict[str, Any], answer: "Answer", printer: "StreamPrinter"
         return
     fields = {
         "frames": len(answer.pts),
-        "seconds": [answer.pts[0], answer.pts[-1]],
+        "seconds": [answer.pts[0], answer.pts[-1]] if answer.pts else None,
         "pts": answer.pts,
         "question": answer.question,
         "answer": answer.text,
-        "tokens": answer.tokens,
+        **answer.reply.facts,
+        "sampling_params": answer.params.facts,
+        **answer.sent,
         **({"partial": True} if answer.partial else {}),
     }
     line = answer.text if printer.live else f"{row['path']}: {answer.text}"

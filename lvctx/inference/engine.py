@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from lvctx.errors import InputError
+from lvctx.inference.sampling_params import SamplingParams
 from lvctx.video.sampling import VideoSampling
 
 
@@ -22,16 +24,33 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """A greedy reply."""
+    """A reply."""
 
     text: str
-    """Decoded without special tokens and outer white space."""
-    prompt_tokens: int
-    """Tokens of the prompt, including visual ones."""
-    last_position: int
-    """The largest position of the prompt; for M-RoPE far smaller than its number of tokens."""
-    tokens: int
-    """Tokens of the reply."""
+    """Decoded without special tokens, reasoning and outer white space."""
+    reasoning: str = ""
+    """What a thinking model generated before its reply."""
+    prompt_tokens: int | None
+    """Tokens of the prompt, visual ones included; None where a server does not tell."""
+    last_position: int | None = None
+    """The largest position of the prompt, for M-RoPE far less than its tokens; None where it is not known."""
+    tokens: int | None
+    """Tokens that were generated, reasoning included; None where a server does not tell."""
+    cut: bool = False
+    """Whether it ended because it reached the largest number of tokens."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a row has about it besides its text."""
+        facts: dict[str, Any] = {"tokens": self.prompt_tokens}
+        if self.last_position is not None:
+            facts["last_position"] = self.last_position
+        facts["reply_tokens"] = self.tokens
+        if self.cut:
+            facts["cut"] = True
+        if self.reasoning:
+            facts["reasoning"] = self.reasoning
+        return facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +63,38 @@ class AnswerScore:
     """Whether every token of it is the model's most likely token."""
 
 
+class EngineGone(InputError):
+    """No request can succeed any more: the server is down, or it refuses the key or the model."""
+
+
 class Engine(Protocol):
     """A model that answers questions about images and video."""
+
+    jobs: int
+    """Conversations that may be held at once, each with an engine of `fork`; 1 where the engine is for one only."""
+
+    def fork(self) -> "Engine":
+        """The same model for another conversation at the same time. What is shown to one is not shown to the other."""
+
+    def check(self) -> None:
+        """Raise EngineGone where no request can succeed."""
+
+    def identity(self, sampling: VideoSampling, *, images: bool) -> dict[str, Any]:
+        """What decides a reply besides the conversation, as JSON values: the model, and what it is shown of a video.
+
+        With `images` they are shown in place of videos. Raises UsageError for sampling that the model cannot have.
+        """
 
     def show(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> Shown:
         """Set videos and RGB images as the visual input. Raises InputError for files that cannot be read."""
 
-    def reply(self, turns: Sequence[str], max_new_tokens: int, on_text: Callable[[str], None] | None = None) -> Reply:
-        """Reply to a conversation about the visual input: the user's turn, the reply, the user's next turn, ...
+    def reply(
+        self, turns: Sequence[str], params: SamplingParams, on_text: Callable[[str], None] | None = None
+    ) -> Reply:
+        """Reply to a conversation about what was shown: the user's turn, the reply, the user's next turn, ...
 
-        `on_text` gets the reply so far with every token. Raises InputError if prompt and reply exceed the context.
+        `on_text` gets the reply as it grows. Raises InputError where prompt and reply exceed the context, EngineGone
+        where no further request can succeed.
         """
 
     def score(self, turns: Sequence[str], answer: str) -> AnswerScore:

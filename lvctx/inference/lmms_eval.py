@@ -13,6 +13,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from lvctx.errors import LvctxError, UsageError
+from lvctx.inference.sampling_params import SamplingParams
 from lvctx.inference.transformers_engine import PREFILL_CHUNK, TransformersEngine
 from lvctx.video.hybrid import Hybrid
 from lvctx.video.sampling import VideoSampling
@@ -61,7 +62,8 @@ class Lvctx(lmms):
             context, options, visuals = request.args[0], request.args[1], self._visuals(request)
             try:
                 self._show(visuals)
-                reply = self.engine.reply([context], int(options.get("max_new_tokens", 1024))).text
+                params = SamplingParams(max_new_tokens=int(options.get("max_new_tokens", 1024)))
+                reply = self.engine.reply([context], params).text
             except LvctxError as e:
                 log.warning("no reply to %s: %s", request.args[3], e)
                 reply = ""

@@ -37,6 +37,11 @@ class Score:
     """Greedy continuation of the prompt, of the requested length; None if not requested."""
 
 
+def greedy_token(logits_V: Tensor) -> int:
+    """The most probable token's id."""
+    return int(logits_V.argmax())
+
+
 class PrefixScorer:
     """A model, a KV cache, and the sequence in the cache."""
 
@@ -111,12 +116,14 @@ class PrefixScorer:
         ids_L: np.ndarray,
         count: int,
         stop: Collection[int],
-        on_token: Callable[[int], None] = lambda token: None,
+        on_token: Callable[[int], bool | None] = lambda token: None,
+        choose: Callable[[Tensor], int] = greedy_token,
     ) -> list[int]:
-        """The greedy continuation of a prompt: at most `count` ids, ending before the first of `stop`.
+        """The continuation of a prompt: at most `count` ids, up to and without the first of `stop`.
 
-        The cache keeps the prompt and the continuation, so a prompt that begins with both reuses them.
-        `on_token` gets each id as soon as it is chosen.
+        The cache keeps the prompt and the continuation, so a prompt that begins with both runs only what is new.
+        `on_token` gets each id as soon as it is chosen, and ends the continuation by returning True; `choose` makes an
+        id of logits (V,).
         """
         if not self.reuse:
             self._empty()
@@ -126,11 +133,12 @@ class PrefixScorer:
         try:
             hidden_1E = self._run(ids_L[len(self._cached_ids) :], keep=1)
             while len(generated) < count:
-                token = int(self.head(hidden_1E).float().argmax())
+                token = choose(self.head(hidden_1E)[0].float())
                 if token in stop:
                     break
                 generated.append(token)
-                on_token(token)
+                if on_token(token):
+                    break
                 if len(generated) < count:
                     hidden_1E = self._run(np.array([token], dtype=np.int64), keep=1)
         except RuntimeError:

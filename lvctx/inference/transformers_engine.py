@@ -12,13 +12,26 @@ from typing import Any, Self
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
+from lvctx.artifacts.store import fingerprint
 from lvctx.device import DeviceMap
 from lvctx.errors import InputError
 from lvctx.inference.engine import AnswerScore, Reply, Shown
 from lvctx.inference.engine_config import EngineConfig
-from lvctx.inference.prefix_scorer import PrefixScorer
-from lvctx.models.loading import context_length, load_model, load_tokenizer, require_accelerate, try_forward
+from lvctx.inference.prefix_scorer import PrefixScorer, greedy_token
+from lvctx.inference.reasoning import MARK_TOKENS, ReplyBudget, opens_reasoning
+from lvctx.inference.sampling_params import SamplingParams
+from lvctx.inference.token_sampling import TokenSampler
+from lvctx.models.loading import (
+    context_length,
+    effective_dtype,
+    load_config,
+    load_model,
+    load_tokenizer,
+    require_accelerate,
+    try_forward,
+)
 from lvctx.models.vlm_assembly import chat_ids
 from lvctx.parallel.ring_attention import ALONE, Ring
 from lvctx.video.sampling import VideoSampling
@@ -94,6 +107,25 @@ class TransformersEngine:
         ends = self.model.generation_config.eos_token_id
         return {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
+    jobs = 1
+
+    def fork(self) -> Self:
+        """See `Engine`."""
+        raise AssertionError("one conversation at a time")
+
+    def check(self) -> None:
+        """See `Engine`; loading the model comes later, and raises by itself."""
+
+    def identity(self, sampling: VideoSampling, *, images: bool) -> dict[str, Any]:
+        """See `Engine`."""
+        resolved = self.vlm.resolve(sampling)
+        dtype = "auto" if self.dtype == "auto" else str(self.dtype).removeprefix("torch.")
+        return {
+            "model": fingerprint(self.vlm.path)[:16],
+            "sampling": self.vlm.image_facts() if images else resolved.facts,
+            "dtype": effective_dtype(load_config(self.vlm.path), dtype),
+        }
+
     def show(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> Shown:
         """See `Engine`."""
         self.visual = None  # no partial input remains after an error
@@ -119,28 +151,49 @@ class TransformersEngine:
         """The largest position of a prompt."""
         return int(self.scorer.positions(ids_L, 0).max())
 
-    def reply(self, turns: Sequence[str], max_new_tokens: int, on_text: Callable[[str], None] | None = None) -> Reply:
+    def reply(
+        self, turns: Sequence[str], params: SamplingParams, on_text: Callable[[str], None] | None = None
+    ) -> Reply:
         """See `Engine`."""
         ids = self.prompt_ids(turns)
-        generated: list[int] = []
+        ending = ids[-MARK_TOKENS:]
+        opened = opens_reasoning(self.decode(ending[ending < len(self.tokenizer)], special=True))
+        budget = ReplyBudget(lambda tokens: self.decode(tokens, special=True), params, opened=opened)
 
-        def on_token(token: int) -> None:
-            generated.append(token)
-            if on_text:
-                on_text(self.decode(generated))
+        def text() -> str:
+            reasons = bool(budget.in_reasoning or budget.reply_start)
+            return budget.split.text if reasons else self.decode(budget.tokens)
 
-        tokens = self.generate(ids, max_new_tokens, on_token)
+        def on_token(token: int) -> bool:
+            is_last = budget.add(token)
+            if on_text and not budget.in_reasoning:
+                on_text(text())
+            return is_last
+
+        chooser, reasoning = TokenSampler(params), params.reasoning_tokens
+        self.generate(ids, params.max_new_tokens, on_token, choose=chooser, reasoning=reasoning)
         return Reply(
-            text=self.decode(tokens),
+            text=text(),
+            reasoning=budget.split.reasoning,
             prompt_tokens=len(ids),
             last_position=self.last_position(ids),
-            tokens=len(tokens),
+            tokens=len(budget.tokens),
+            cut=budget.is_spent,
         )
 
     def generate(
-        self, ids_L: np.ndarray, count: int, on_token: Callable[[int], None] = lambda token: None
+        self,
+        ids_L: np.ndarray,
+        count: int,
+        on_token: Callable[[int], bool | None] = lambda token: None,
+        *,
+        choose: Callable[[Tensor], int] = greedy_token,
+        reasoning: int = 0,
     ) -> list[int]:
-        """Ids of the greedy reply. Raises InputError if prompt and reply exceed the model's context."""
+        """Ids of the reply: at most `count`, and so many of `reasoning` as the context allows.
+
+        See `PrefixScorer.generate`. Raises InputError where prompt and reply exceed the model's context.
+        """
         needed = self.last_position(ids_L) + 1
         if needed + count > self.context:
             what = "tokens" if needed == len(ids_L) else "positions"
@@ -148,7 +201,8 @@ class TransformersEngine:
                 f"{needed} {what} and {count} to generate exceed the model's context of {self.context}",
                 fix="use fewer frames, or extend the model: lvctx extend-lm, or mrope-extend for Qwen-VL",
             )
-        return self.scorer.generate(ids_L, count, self.stop_ids, on_token)
+        count = min(count + reasoning, self.context - needed)
+        return self.scorer.generate(ids_L, count, self.stop_ids, on_token, choose)
 
     def score(self, turns: Sequence[str], answer: str) -> AnswerScore:
         """See `Engine`; the answer is tokenized separately."""
@@ -156,6 +210,6 @@ class TransformersEngine:
         score = self.scorer.score(np.concatenate([self.prompt_ids(turns), ids]), len(ids))
         return AnswerScore(log_prob=score.log_prob, is_greedy=score.forced)
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Decoded, without special tokens and outer white space."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    def decode(self, ids: Sequence[int] | np.ndarray, *, special: bool = False) -> str:
+        """Decoded, without outer white space, and without special tokens unless `special`."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=not special)).strip()

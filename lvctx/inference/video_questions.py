@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.errors import InputError
-from lvctx.inference.engine import Engine, Shown
+from lvctx.inference.engine import Engine, EngineGone, Reply, Shown
+from lvctx.inference.sampling_params import SamplingParams
 from lvctx.video.sampling import VideoSampling
 
 
@@ -19,9 +20,13 @@ class Answer:
     text: str
     """Decoded answer without special tokens."""
     pts: tuple[float, ...]
-    """Timestamp of each frame of the input, in seconds."""
-    tokens: int
-    """Tokens of the whole prompt, including visual ones."""
+    """When each frame that the model was shown is on display, in seconds; empty where a server samples."""
+    reply: Reply
+    """With its reasoning, and what it cost."""
+    params: SamplingParams
+    """How it was generated."""
+    sent: dict[str, Any]
+    """How the video was sent to a server, and how its times; empty for a model in this process."""
     partial: bool = False
     """Whether the video is truncated or damaged, so that only its intact frames were used."""
 
@@ -34,15 +39,12 @@ class VideoQuestions:
         engine: Engine,
         sampling: VideoSampling,
         *,
-        max_new_tokens: int,
+        params: SamplingParams,
         on_text: Callable[[str], None] | None = None,
         on_shown: Callable[[Path, Shown], None] | None = None,
     ) -> None:
-        """`on_text` gets each answer as it is generated, `on_shown` the visual input from a file.
-
-        Answers have at most `max_new_tokens` tokens.
-        """
-        self.engine, self.sampling, self.max_new_tokens = engine, sampling, max_new_tokens
+        """`on_text` gets each answer as it grows, `on_shown` what the model is shown of a file."""
+        self.engine, self.sampling, self.params = engine, sampling, params
         self.on_text, self.on_shown = on_text, on_shown
         self._state: Any = None
         self._shown = Shown(pts=(), facts={})
@@ -81,7 +83,9 @@ class VideoQuestions:
 
     def _answer(self, path: Path, turns: Sequence[str]) -> Answer:
         try:
-            reply = self.engine.reply(turns, self.max_new_tokens, self.on_text)
+            reply = self.engine.reply(turns, self.params, self.on_text)
+        except EngineGone:
+            raise
         except InputError as e:
             raise InputError(e.what, where=path, fix=e.fix) from None
         shown = self._shown
@@ -89,6 +93,8 @@ class VideoQuestions:
             question=turns[-1],
             text=reply.text,
             pts=shown.pts,
-            tokens=reply.prompt_tokens,
+            reply=reply,
+            params=self.params,
+            sent={key: shown.facts[key] for key in ("send", "times") if key in shown.facts},
             partial=bool(shown.facts.get("partial")),
         )

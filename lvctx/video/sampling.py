@@ -47,7 +47,8 @@ class VideoSampling:
     frames: Annotated[int | None, Flag(min=1)] = None
     """Number of frames, evenly spread, instead of a rate."""
     max_frames: Annotated[int | None, Flag(min=1)] = None
-    """If the rate gives more frames than this, take this many, evenly spread. Default: 768 for Qwen-VL."""
+    """Where the rate gives more frames than this, take this many, evenly spread. Default: 768 for Qwen-VL, 128
+    with --endpoint."""
     start: Annotated[float | None, Flag(min=0)] = None
     """Begin this many seconds into the video."""
     end: Annotated[float | None, Flag(min=0)] = None

@@ -104,7 +104,10 @@ def read_benchmark_run(directory: Path, bench: ModuleType) -> BenchmarkRun:
             notes.add(NO_KEY, row["id"], row["answer"])
     if not rows:
         raise InputError(f"nothing can be scored: {notes.lines()[0]}", where=directory)
-    return BenchmarkRun(rows=rows, failed=len(stored) - len(answered), warnings=notes.lines())
+    warnings = notes.lines()
+    if cut := sum(bool(row.get("cut")) for row in rows):
+        warnings.append(CUT.format(cut=cut))
+    return BenchmarkRun(rows=rows, failed=len(stored) - len(answered), warnings=warnings)
 
 
 def _check_row(row: Mapping[str, Any], bench: ModuleType, location: str) -> None:
@@ -124,8 +127,9 @@ def _check_row(row: Mapping[str, Any], bench: ModuleType, location: str) -> None
         raise InputError(str(e), where=location) from None
 
 
-NO_KEY = "answers that are not among their question's options, left out"
-NO_TEXT = "responses that are not text, read as empty"
+CUT = "{cut:,} replies were cut at their largest number of tokens"
+NO_KEY = "answers that are none of their question's options, left out"
+NO_TEXT = "responses that are no text, read as empty"
 
 
 class Notes:

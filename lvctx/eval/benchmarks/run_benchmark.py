@@ -7,8 +7,8 @@ error rows: no question is asked without its video.
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,18 +16,18 @@ from typing import Any
 import torch
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.result_log import RESULTS, ResultLog, short_hash
+from lvctx.artifacts.result_log import RESULTS, ResultLog, read_results, short_hash
 from lvctx.artifacts.store import fingerprint
 from lvctx.errors import InputError, LvctxError
 from lvctx.eval.benchmarks.answers import Question
 from lvctx.eval.benchmarks.subtitles import NONE, find_subtitles, read_subtitles
 from lvctx.eval.benchmarks.video_files import find_video, video_stem
-from lvctx.inference.engine import Engine, Shown
+from lvctx.inference.concurrency import interleave
+from lvctx.inference.engine import Engine, EngineGone, Shown
+from lvctx.inference.sampling_params import SamplingParams
 from lvctx.models.image_processing import open_image
-from lvctx.models.loading import effective_dtype, load_config
 from lvctx.parallel.context import ParallelContext
 from lvctx.video.sampling import VideoSampling
-from lvctx.vlm.base import VLM
 
 Asked = tuple[Question, dict[str, Any]]
 
@@ -37,7 +37,7 @@ class BenchmarkConfig:
     """The model, videos and questions."""
 
     model: str
-    """VLM: directory or hub id."""
+    """VLM: directory or hub id, or its name on a server."""
     videos: Path
     """Folder of the videos (or images), searched recursively for names without their folder."""
     questions: Path
@@ -45,9 +45,9 @@ class BenchmarkConfig:
     prompt: str
     """Prompt template; one of the benchmark's STYLES."""
     subtitles: Path | None
-    """Folder of .srt or .vtt files with the videos' names; None: no subtitles."""
-    max_new_tokens: int
-    """Longest reply, in tokens; lmms-eval 16."""
+    """Folder of .srt or .vtt files named as the videos; None shows no subtitles."""
+    params: SamplingParams
+    """How replies are generated; lmms-eval's are greedy and of 16 tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +70,13 @@ class BenchmarkJob:
         return short_hash({"run": self.run_facts["run"], "id": sample.id})
 
 
-def plan_benchmark(
-    bench: ModuleType, config: BenchmarkConfig, vlm: VLM, sampling: VideoSampling, *, dtype: str
-) -> BenchmarkJob:
+def plan_benchmark(bench: ModuleType, config: BenchmarkConfig, engine: Engine, sampling: VideoSampling) -> BenchmarkJob:
     """Check everything that can be checked without weights or videos.
 
     Raises InputError for questions that cannot be read or are of another benchmark, UsageError for sampling that the
     model does not support.
     """
-    resolved = vlm.resolve(sampling)
+    identity = engine.identity(sampling, images=False)
     if not config.videos.is_dir():
         raise InputError("no such folder of videos", where=config.videos)
     if config.subtitles is not None and not config.subtitles.is_dir():
@@ -89,19 +87,19 @@ def plan_benchmark(
     counts = Counter(s.id for s in samples)
     if twice := [name for name, count in counts.items() if count > 1]:
         first_one = f"{twice[0]!r:.60}"
-        raise InputError(f"{len(twice)} question ids occur twice, the first is {first_one}", where=config.questions)
+        raise InputError(f"{len(twice)} question ids are given twice, the first {first_one}", where=config.questions)
+    if any(s.images for s in samples):
+        identity = engine.identity(sampling, images=True)
     probe = Question(id="", video="", question="{question}", options=("{options}",), answer="")
     listing = None if config.subtitles is None else "{subtitles}"
     made_of = {
         "bench": bench.NAME,
-        "model": fingerprint(vlm.path)[:16],
+        **identity,
         "questions": fingerprint(config.questions)[:16],
         "prompt": short_hash(bench.prompt(probe, config.prompt, listing)),
         "style": config.prompt,
         "subtitles": config.subtitles is not None,
-        "sampling": vlm.image_facts() if any(s.images for s in samples) else resolved.facts,
-        "dtype": effective_dtype(load_config(vlm.path), dtype),
-        "max_new_tokens": config.max_new_tokens,
+        "sampling_params": config.params.facts,
     }
     run_facts = {
         "schema": schemas.QUESTIONS,
@@ -125,26 +123,45 @@ def run_benchmark(
 ) -> Iterator[dict[str, Any]]:
     """Yield a row for every question as it is answered; those in `out/results.jsonl` are not asked again.
 
-    The ranks of `parallel` are one group, which computes every reply together; only rank 0 writes and yields. Raises
-    InputError if `out` has another run, or if a rank that others wait for runs out of memory.
+    Of several groups of ranks each is asked about its share of the videos, and a group's ranks compute every reply
+    together; its first rank writes and yields them, rank 0 the other groups' at the end. An engine that holds several
+    conversations at once is asked about as many videos, and rows come as they are done. Raises InputError when `out`
+    holds another run, where memory ends on a rank that others wait for, or where no further question can be answered.
     """
+    made_of = job.run_facts["made_of"]
     with ExitStack() as stack:
         results: ResultLog | None = None
         if parallel.rank == 0:
-            opened = ResultLog.open(out / RESULTS, job.run_facts["made_of"], resume=resume, force=force)
+            opened = ResultLog.open(out / RESULTS, made_of, resume=resume, force=force)
             results = stack.enter_context(opened)
         finished = parallel.gather(set(results.rows) if results else set())[0]
+        results = results or stack.enter_context(ResultLog.open(out / RESULTS, made_of, shared=True))
         pending = [s for s in job.samples if job.key(s) not in finished]
-        total, done = len(job.samples), len(job.samples) - len(pending)
-        for video, group in itertools.groupby(pending, key=lambda s: s.video):
-            for sample, row in _ask_about(job, engine, list(group), together=parallel.size > 1):
+        by_video = [list(group) for _, group in itertools.groupby(pending, key=lambda s: s.video)]
+        assigned = by_video[parallel.dp_rank :: parallel.dp]
+        done = len(job.samples) - len(pending)
+        total = done + sum(map(len, assigned))
+        if assigned:
+            engine.check()
+
+        def ask(samples: list[Question]) -> Iterator[Asked]:
+            asked = engine if engine.jobs == 1 else engine.fork()
+            return _ask_about(job, asked, samples, together=parallel.cp > 1)
+
+        with closing(interleave(assigned, ask, jobs=engine.jobs)) as answered:
+            for sample, row in answered:
                 done += 1
-                on_progress(done, total, video)
-                if results is not None:
+                on_progress(done, total, sample.video)
+                if parallel.ring.rank == 0:
                     yield results.append(job.key(sample), row)
-        if results is not None and hasattr(job.bench, "export"):
-            responses = {row["id"]: row["response"] for row in results.rows.values()}
-            job.bench.export(out, [(s, responses[s.id]) for s in job.samples if s.id in responses])
+        parallel.barrier()
+        if parallel.rank == 0:
+            stored = {row["key"]: row for row in read_results(out).values()}
+            of_others = {job.key(s) for group in by_video for s in group} - {job.key(s) for g in assigned for s in g}
+            yield from (stored[key] for s in pending if (key := job.key(s)) in of_others)
+            if hasattr(job.bench, "export"):
+                answered_samples = [s for s in job.samples if "error" not in stored[job.key(s)]]
+                job.bench.export(out, [(s, stored[job.key(s)]["response"]) for s in answered_samples])
 
 
 def _ask_about(job: BenchmarkJob, engine: Engine, samples: Sequence[Question], *, together: bool) -> Iterator[Asked]:
@@ -164,7 +181,13 @@ def _ask_about(job: BenchmarkJob, engine: Engine, samples: Sequence[Question], *
         text = job.bench.prompt(sample, job.config.prompt, subtitles)
         row = {**base[sample.id], **facts, "prompt_sha256": short_hash(text)}
         try:
-            reply = engine.reply([text], sample.max_new_tokens or job.config.max_new_tokens)
+            params = job.config.params
+            if sample.max_new_tokens:
+                params = replace(params, max_new_tokens=sample.max_new_tokens)
+                row["max_new_tokens"] = sample.max_new_tokens
+            reply = engine.reply([text], params)
+        except EngineGone:
+            raise
         except (InputError, RuntimeError) as e:
             # Too long, or out of memory: only this question fails.
             if together and isinstance(e, torch.OutOfMemoryError):
@@ -173,8 +196,7 @@ def _ask_about(job: BenchmarkJob, engine: Engine, samples: Sequence[Question], *
                 raise
             yield sample, {**row, "error": " ".join(str(e).split())[:300]}
         else:
-            cost = {"tokens": reply.prompt_tokens, "last_position": reply.last_position}
-            yield sample, {**row, **cost, "response": reply.text, "reply_tokens": reply.tokens}
+            yield sample, {**row, "response": reply.text, **reply.facts}
 
 
 def _out_of_memory(video: str) -> InputError:

@@ -140,8 +140,8 @@ def plan_video(
     """The same for video."""
     tokenizer = load_tokenizer(vlm.path)
     haystack = vlm.haystack(config.haystack, sampling, as_images=config.as_images)
-    needles = _needles(config, haystack.image_size)
-    seconds = haystack.seconds[: max(config.lengths)]  # the others are not used
+    needles = find_needles(config, haystack.image_size)
+    seconds = haystack.seconds[: max(config.lengths)]  # the others are not looked at
     images = tuple(needle.image for needle in (*needles.needles, *needles.distractors))
     visual = haystack.tokens(len(seconds), images)
     task = VideoNeedleTask(
@@ -158,7 +158,8 @@ def plan_video(
     return _plan(config, vlm.path, tokenizer, task, dtype=dtype, kv_cache=kv_cache, visual=visual, images=images)
 
 
-def _needles(config: VideoNiahConfig, size: int) -> NeedleSet:
+def find_needles(config: VideoNiahConfig, size: int) -> NeedleSet:
+    """The needles and distractors of a test, drawn with `size` pixels a side or read. Raises UsageError, InputError."""
     if config.needles == "drawn":
         drawn = drawn_needles(config.trials, size=size, seed=config.seed, distractors=config.distractors)
         return drawn if config.question == "what" else replace(drawn, chance=None)

@@ -69,7 +69,7 @@ class NiahConfig:
     """Options common to text and video needles."""
 
     model: str
-    """Model: directory or hub id."""
+    """Model: directory or hub id; with --endpoint its name on the server."""
     haystack: tuple[Path, ...]
     """Haystack."""
     lengths: Annotated[tuple[int, ...], Flag(parse=parse_lengths)]

@@ -1,0 +1,46 @@
+"""Engines of `--endpoint`: the key from the environment, and options that mean nothing for a server."""
+
+import os
+from collections.abc import Collection
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from lvctx.errors import UsageError
+from lvctx.inference.endpoint_config import EndpointConfig, VideoEndpointConfig
+
+if TYPE_CHECKING:
+    from lvctx.inference.chat_client import ChatClient
+    from lvctx.inference.endpoint_engine import EndpointEngine
+
+KEY_VARIABLES = ("LVCTX_API_KEY", "OPENAI_API_KEY")
+"""Where a server's key is read from, the first that is set."""
+
+
+def open_client(config: EndpointConfig, model: str) -> "ChatClient":
+    """The client of a model on a server, with the key of the environment; makes no request.
+
+    Raises MissingError without the openai package, UsageError for a key that is none.
+    """
+    from lvctx.inference.chat_client import ChatClient
+
+    keys = ((name, os.environ.get(name, "").strip()) for name in KEY_VARIABLES)
+    name, key = next((pair for pair in keys if pair[1]), ("", ""))
+    if not (key.isascii() and (key.isprintable() or not key)):
+        raise UsageError(f"{name} is no key: it has characters that no header may have")
+    return ChatClient(config, model, api_key=key or None)
+
+
+def open_endpoint(config: VideoEndpointConfig, model: str, *, jobs: int = 1) -> "EndpointEngine":
+    """The engine of a model on a server; makes no request. Raises MissingError."""
+    from lvctx.inference.endpoint_engine import EndpointEngine
+
+    return EndpointEngine(open_client(config, model), config, jobs=jobs)
+
+
+def refuse_local_options(set_by_user: Collection[str], *config_classes: type, more: Collection[str] = ()) -> None:
+    """Raise UsageError for options that the user gave and that decide how a model runs in this process."""
+    names = [field.name for config_class in config_classes for field in fields(config_class)]
+    flags = [f"--{name.replace('_', '-')}" for name in [*names, *more] if name in set_by_user]
+    if flags:
+        what = f"{', '.join(flags)} {'has' if len(flags) == 1 else 'have'} no meaning with --endpoint"
+        raise UsageError(what, fix=f"drop {'it' if len(flags) == 1 else 'them'}: the server decides how the model runs")

@@ -1,0 +1,39 @@
+"""Haystacks of pixels: video files and folders of images, such as `lvctx niah haystack` writes, by name."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from lvctx.errors import InputError
+from lvctx.models.image_processing import image_size, open_image
+from lvctx.video.frame_count import Count, count_frames
+from lvctx.video.reader import read_video
+from lvctx.video.sampling import VideoSampling
+
+IMAGES = (".png", ".jpg", ".jpeg")
+"""What is read of a folder."""
+
+
+def count_haystack_frames(file: Path, sampling: VideoSampling) -> Count:
+    """Size and number of frames of a video or a folder of images. Raises InputError for an empty folder."""
+    if not file.is_dir():
+        return count_frames(file, sampling)
+    images = _list_images(file)
+    if not images:
+        raise InputError("no image in it", where=file, fix=f"put {' or '.join(IMAGES)} there")
+    width, height = image_size(images[0])
+    duration = len(images) / float(sampling.fps or 1)
+    return Count(frames=len(images), exact=True, width=width, height=height, duration=duration)
+
+
+def _list_images(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
+
+
+def read_haystack_images(file: Path, sampling: VideoSampling) -> Iterator[Image.Image]:
+    """Its frames in order, or its images by name."""
+    if file.is_dir():
+        yield from map(open_image, _list_images(file))
+    else:
+        yield from (Image.fromarray(frame.image) for frame in read_video(file, sampling))
