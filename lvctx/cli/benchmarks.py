@@ -62,7 +62,7 @@ class BenchmarkOptions:
     prompt: str = "official"
     """Prompt template: official, or another one listed in the command's help."""
     subtitles: Path | None = None
-    """Folder of .srt or .vtt files (Video-MME); the subtitles at the sampled frames are shown."""
+    """Folder of .srt or .vtt files (Video-MME); the subtitles at the sampled frames are added to the prompt."""
 
 
 def _declare(name: str, prefix: str, what: str) -> None:
@@ -132,7 +132,7 @@ def _check_options(
         raise UsageError(f"{name} has no subtitles", where="--subtitles")
     if name == "vhs" and (flags := sorted(set_by_user & set(VideoSampling.__dataclass_fields__))):
         what = ", ".join(f"--{flag.replace('_', '-')}" for flag in flags)
-        raise UsageError("vhs shows images, as the model was trained to read them", fix=f"drop {what}")
+        raise UsageError("vhs uses images, in the encoding that the model was trained with", fix=f"drop {what}")
     if server.endpoint is not None:
         refuse_local_options(set_by_user, EngineConfig)
         if server.send == "file-url" and config.subtitles is not None:
@@ -204,7 +204,7 @@ def _summarize(total: int, failed: dict[str, str], *, cut: int, params: Benchmar
     if cut:
         say(f"lvctx: {cut:,} replies were cut at --max-new-tokens {params.max_new_tokens}")
     if not is_quiet() or failed:
-        say(f"lvctx: {total - len(failed):,} of {total:,} questions answered; scores count these alone")
+        say(f"lvctx: {total - len(failed):,} of {total:,} questions answered; scores count only these")
 
 
 def _open_engine(

@@ -42,7 +42,7 @@ class VqaConfig:
     ask: tuple[str, ...] = ()
     """A question; repeat for more. - reads lines: text, or JSON objects with a `question`."""
     chat: bool = False
-    """One conversation: the questions of --ask, then lines of stdin, each with those before it."""
+    """One conversation: the questions of --ask, then lines of stdin, each with the previous ones."""
 
     def __post_init__(self) -> None:
         if "-" in self.videos and len(self.videos) > 1:
@@ -83,7 +83,7 @@ def vqa(
     there is one JSON line for each answer, with the fields of its input line.
     """
     if config.piped and sys.stdin.isatty():
-        raise UsageError("no video", fix="name one, or pipe from lvctx encode-video")
+        raise UsageError("no video", fix="give one, or pipe from lvctx encode-video")
     if server.endpoint is not None:
         refuse_local_options(given(ctx), EngineConfig)
         engine = replace(engine, device="cpu")
@@ -139,7 +139,7 @@ def _open(
 
 
 def _cost(frames: int, facts: dict[str, Any]) -> str:
-    """Frames and tokens of a video; the model's nominal tokens and delimiters where its frames are items in runs."""
+    """Frames and tokens of a video; also nominal tokens and delimiters if its frames are items in runs."""
     if "send" in facts:
         return f"{frames:,} frames sent as {facts['send']}" if frames else "sent as the URL of the file"
     if "runs" not in facts:

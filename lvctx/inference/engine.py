@@ -91,7 +91,7 @@ class Engine(Protocol):
     def reply(
         self, turns: Sequence[str], params: SamplingParams, on_text: Callable[[str], None] | None = None
     ) -> Reply:
-        """Reply to a conversation about what was shown: the user's turn, the reply, the user's next turn, ...
+        """Reply to a conversation about the visual input: the user's turn, the reply, the user's next turn, ...
 
         `on_text` gets the reply as it grows. Raises InputError where prompt and reply exceed the context, EngineGone
         where no further request can succeed.

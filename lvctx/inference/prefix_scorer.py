@@ -121,7 +121,7 @@ class PrefixScorer:
     ) -> list[int]:
         """The continuation of a prompt: at most `count` ids, up to and without the first of `stop`.
 
-        The cache keeps the prompt and the continuation, so a prompt that begins with both runs only what is new.
+        The cache keeps the prompt and the continuation, so a prompt that begins with both reuses them.
         `on_token` gets each id as soon as it is chosen, and ends the continuation by returning True; `choose` makes an
         id of logits (V,).
         """

@@ -128,8 +128,8 @@ def _check_row(row: Mapping[str, Any], bench: ModuleType, location: str) -> None
 
 
 CUT = "{cut:,} replies were cut at their largest number of tokens"
-NO_KEY = "answers that are none of their question's options, left out"
-NO_TEXT = "responses that are no text, read as empty"
+NO_KEY = "answers that are not among their question's options, left out"
+NO_TEXT = "responses that are not text, read as empty"
 
 
 class Notes:

@@ -45,7 +45,7 @@ class BenchmarkConfig:
     prompt: str
     """Prompt template; one of the benchmark's STYLES."""
     subtitles: Path | None
-    """Folder of .srt or .vtt files named as the videos; None shows no subtitles."""
+    """Folder of .srt or .vtt files with the videos' names; None: no subtitles."""
     params: SamplingParams
     """How replies are generated; lmms-eval's are greedy and of 16 tokens."""
 
@@ -87,7 +87,7 @@ def plan_benchmark(bench: ModuleType, config: BenchmarkConfig, engine: Engine, s
     counts = Counter(s.id for s in samples)
     if twice := [name for name, count in counts.items() if count > 1]:
         first_one = f"{twice[0]!r:.60}"
-        raise InputError(f"{len(twice)} question ids are given twice, the first {first_one}", where=config.questions)
+        raise InputError(f"{len(twice)} question ids occur twice, the first is {first_one}", where=config.questions)
     if any(s.images for s in samples):
         identity = engine.identity(sampling, images=True)
     probe = Question(id="", video="", question="{question}", options=("{options}",), answer="")

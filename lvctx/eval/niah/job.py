@@ -141,7 +141,7 @@ def plan_video(
     tokenizer = load_tokenizer(vlm.path)
     haystack = vlm.haystack(config.haystack, sampling, as_images=config.as_images)
     needles = find_needles(config, haystack.image_size)
-    seconds = haystack.seconds[: max(config.lengths)]  # the others are not looked at
+    seconds = haystack.seconds[: max(config.lengths)]  # the others are not used
     images = tuple(needle.image for needle in (*needles.needles, *needles.distractors))
     visual = haystack.tokens(len(seconds), images)
     task = VideoNeedleTask(
