@@ -17,10 +17,6 @@ import torch
 from PIL import Image
 from support import torchvision_cpu
 
-from lvctx.inference.transformers_engine import TransformersEngine
-from lvctx.video.sampling import VideoSampling
-from lvctx.vlm.registry import open_vlm
-
 NEW = 4
 """Greedy tokens of an answer."""
 
@@ -40,8 +36,13 @@ def main() -> None:
     path, data = Path(sys.argv[1]), Path(sys.argv[2])
     folder = torchvision_cpu.install()
     if folder is not None:
-        torchvision_cpu.use(folder)
+        torchvision_cpu.use(folder)  # before transformers is imported, which asks for it once
     from transformers import AutoProcessor
+
+    from lvctx.inference.sampling_params import SamplingParams
+    from lvctx.inference.transformers_engine import TransformersEngine
+    from lvctx.video.sampling import VideoSampling
+    from lvctx.vlm.registry import open_vlm
 
     processor = AutoProcessor.from_pretrained(path)
     engine = TransformersEngine(open_vlm(path), device="cpu", dtype=torch.float32)
@@ -52,7 +53,9 @@ def main() -> None:
         question, answer = (turn["value"] for turn in row["conversations"][:2])
         question = question.removeprefix("<image>\n")
         engine.show([image], VideoSampling())
-        right["lvctx"] += engine.reply([question], NEW).text.lower().startswith(answer.lower())
+        right["lvctx"] += (
+            engine.reply([question], SamplingParams(max_new_tokens=NEW)).text.lower().startswith(answer.lower())
+        )
         stock = stock_answer(engine.model, processor, image, question)
         right["stock"] += stock.strip().lower().startswith(answer.lower())
         print(json.dumps({"model": str(path), "images": number, **right}), flush=True)
