@@ -22,7 +22,7 @@ from lvctx.models.loading import context_length, load_model, load_tokenizer, req
 from lvctx.models.vlm_assembly import chat_ids
 from lvctx.parallel.ring_attention import ALONE, Ring
 from lvctx.video.sampling import VideoSampling
-from lvctx.vlm.base import VLM, VisualInput
+from lvctx.vlm.base import VLM, VisualInput, prompt_tail
 
 log = logging.getLogger(__name__)
 PREFILL_CHUNK = 2048
@@ -112,6 +112,8 @@ class TransformersEngine:
     def prompt_ids(self, turns: Sequence[str]) -> np.ndarray:
         """The prompt (L,) of a conversation about what was shown, up to where the reply begins."""
         assert self.visual is not None, "nothing was shown"
+        if (tail := prompt_tail(self.visual)) is not None:
+            return np.concatenate([self.visual.ids_N, np.array(tail(turns)[0], dtype=np.int64)])
         before, after = chat_ids(self.tokenizer, *turns, mark=self.visual.placeholder)
         return np.concatenate([np.array(before, dtype=np.int64), self.visual.ids_N, np.array(after, dtype=np.int64)])
 

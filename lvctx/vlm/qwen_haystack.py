@@ -19,20 +19,16 @@ import torch
 from PIL import Image, ImageOps
 
 from lvctx.errors import InputError, UsageError
-from lvctx.models.image_processing import image_size, open_image
-from lvctx.video.frame_count import Count, count_frames
+from lvctx.video.frame_count import Count
 from lvctx.video.hybrid import Hybrid, select_high, thumbnail
-from lvctx.video.reader import read_video
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.grid_table import TokenGrid, empty_table, encode_grids
+from lvctx.vlm.haystack_files import count_source, source_frames
 from lvctx.vlm.qwen_frames import blocks_of, runs_of
 from lvctx.vlm.token_count import Block
 
 if TYPE_CHECKING:
     from lvctx.vlm.qwen_vl import QwenVL
-
-IMAGES = (".png", ".jpg", ".jpeg")
-"""What is read of a folder, in the order of names; `lvctx niah haystack` writes such."""
 
 
 class QwenHaystack:
@@ -57,7 +53,7 @@ class QwenHaystack:
         self.fps = float(sampling.fps)
         self.rule = vlm.rule(hybrid)
         self.unit = 1 if as_images or hybrid.mode == "image" else self.rule.merge
-        counts = [_count(file, sampling) for file in self.files]
+        counts = [count_source(file, sampling) for file in self.files]
         self.size = (counts[0].width, counts[0].height)
         """Of the source's frames, in pixels."""
         self._check_sizes(counts)
@@ -90,7 +86,7 @@ class QwenHaystack:
 
     def read(self) -> Iterator[Image.Image]:
         """All frames in order."""
-        return chain.from_iterable(_frames(file, self.sampling) for file in self.files)
+        return chain.from_iterable(source_frames(file, self.sampling) for file in self.files)
 
     def as_frame(self, image: Image.Image) -> Image.Image:
         """An image as a frame of the source, so that it keeps its shape as the frames keep theirs."""
@@ -166,26 +162,3 @@ class QwenTokens:
         ready += [grid for grids in pending.values() for grid in grids]
         encode()
         return table_RE
-
-
-def _count(file: Path, sampling: VideoSampling) -> Count:
-    """Size and number of frames of a video or a folder of images."""
-    if not file.is_dir():
-        return count_frames(file, sampling)
-    images = _list_images(file)
-    if not images:
-        raise InputError("no image in it", where=file, fix=f"put {' or '.join(IMAGES)} there")
-    width, height = image_size(images[0])
-    duration = len(images) / float(sampling.fps or 1)
-    return Count(frames=len(images), exact=True, width=width, height=height, duration=duration)
-
-
-def _list_images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
-
-
-def _frames(file: Path, sampling: VideoSampling) -> Iterator[Image.Image]:
-    if file.is_dir():
-        yield from map(open_image, _list_images(file))
-    else:
-        yield from (Image.fromarray(frame.image) for frame in read_video(file, sampling))

@@ -14,6 +14,23 @@ FAMILIES = {
     "qwen3_vl": "lvctx.vlm.qwen_vl:Qwen3VL",
 }
 """Model type to module and class."""
+GENERIC = (
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "vipllava",
+    "video_llava",
+    "internvl",
+    "idefics3",
+    "smolvlm",
+    "aya_vision",
+    "mistral3",
+    "perception_lm",
+    "cohere2_vision",
+    "ovis2",
+)
+"""Model types that one class serves by the models' own processors and code, each with a test against `forward`."""
+FAMILIES |= dict.fromkeys(GENERIC, "lvctx.vlm.generic:GenericVLM")
 
 
 def family_of(path: Path) -> str | None:

@@ -11,7 +11,7 @@ from lvctx.eval.niah.image_needles import FIND, ImageNeedle, NeedleSet
 from lvctx.eval.niah.needle_task import Cell, begins_with, first_number, insertion_points, splice
 from lvctx.eval.niah.niah_config import NeedleQuestion
 from lvctx.models.vlm_assembly import answer_ids, chat_ids
-from lvctx.vlm.base import VisualTokens
+from lvctx.vlm.base import VisualTokens, prompt_tail
 
 WHEN = (
     "The video goes from second {first} to second {last}. Find {subject}. At which second is it shown? "
@@ -51,13 +51,22 @@ class VideoNeedleTask:
         self._seconds, self._frames = seconds, len(seconds)
         self._spread = self._longest = 0
         self._distractor_fractions = np.random.default_rng([seed, 1 << 20, 1 << 20]).random(len(self.distractors))
-        self._chat = functools.cache(lambda question: chat_ids(tokenizer, question, mark=tokens.placeholder))
-        self._prompt_ids = functools.cache(
-            lambda question, answer: answer_ids(tokenizer, question, answer, tokens.placeholder)
-        )
+        self._chat, self._prompt_ids = functools.cache(self._question_ids), functools.cache(self._answer_ids)
         for needle in self.needles:
             if not self._ids(needle.answer):
                 raise InputError(f"the answer {needle.answer!r} is no token of this model", fix="change the needle")
+
+    def _question_ids(self, question: str) -> tuple[list[int], list[int]]:
+        """Ids before and after the frames."""
+        if (tail := prompt_tail(self.tokens)) is not None:
+            return [], tail([question])[0]
+        return chat_ids(self.tokenizer, question, mark=self.tokens.placeholder)
+
+    def _answer_ids(self, question: str, answer: str) -> tuple[list[int], list[int], list[int]]:
+        """The same, and ids of the answer."""
+        if (tail := prompt_tail(self.tokens)) is not None:
+            return [], *tail([question], answer)
+        return answer_ids(self.tokenizer, question, answer, self.tokens.placeholder)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
