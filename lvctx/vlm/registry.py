@@ -12,6 +12,7 @@ FAMILIES = {
     "qwen2_vl": "lvctx.vlm.qwen_vl:QwenVL",
     "qwen2_5_vl": "lvctx.vlm.qwen_vl:QwenVL",
     "qwen3_vl": "lvctx.vlm.qwen_vl:Qwen3VL",
+    "qwen3_vl_moe": "lvctx.vlm.qwen_vl:Qwen3VL",
 }
 """Model type to module and class."""
 GENERIC = (
