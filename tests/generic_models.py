@@ -288,6 +288,80 @@ def _ovis2() -> tuple[dict[str, Any], Any]:
     return config, Ovis2Processor(pixels, tok, image_seq_length=4, chat_template=tok.chat_template)
 
 
+def _gemma3() -> tuple[dict[str, Any], Any]:
+    from transformers import Gemma3ImageProcessorPil, Gemma3Processor
+
+    tok = tokenizer(
+        image="<image_soft_token>",
+        image_token="<image_soft_token>",
+        boi_token="<start_of_image>",
+        eoi_token="<end_of_image>",
+    )
+    tok.chat_template = CHATML.replace("IMAGE", "<start_of_image>").replace("VIDEO", "<video>")
+    text = llama(tok, "gemma3_text", sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+    config = {
+        "text_config": text,
+        "vision_config": vision("siglip_vision_model"),
+        "mm_tokens_per_image": 4,
+        "image_token_id": _id(tok, "<image_soft_token>"),
+        "boi_token_index": _id(tok, "<start_of_image>"),
+        "eoi_token_index": _id(tok, "<end_of_image>"),
+    }
+    pixels = Gemma3ImageProcessorPil(size=SQUARE)
+    return config, Gemma3Processor(pixels, tok, image_seq_length=4, chat_template=tok.chat_template)
+
+
+def _qwen_vl(kind: str) -> tuple[dict[str, Any], Any]:
+    """Qwen3.5: linear attention in one of two layers, times in text, M-RoPE."""
+    from transformers import Qwen2VLImageProcessorPil, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    tok = tokenizer("<|vision_start|>", "<|vision_end|>", image="<|image_pad|>", video="<|video_pad|>")
+    block = "<|vision_start|>{}<|vision_end|>"
+    tok.chat_template = CHATML.replace("IMAGE", block.format("<|image_pad|>")).replace(
+        "VIDEO", block.format("<|video_pad|>")
+    )
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    text = llama(
+        tok,
+        f"{kind}_text",
+        layer_types=["linear_attention", "full_attention"],
+        rope_parameters={**rope, "partial_rotary_factor": 0.25},
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    )
+    config = {
+        "text_config": text,
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": PATCH,
+            "out_hidden_size": HIDDEN,
+            "num_position_embeddings": 64,
+        },
+        "image_token_id": _id(tok, "<|image_pad|>"),
+        "video_token_id": _id(tok, "<|video_pad|>"),
+        "vision_start_token_id": _id(tok, "<|vision_start|>"),
+        "vision_end_token_id": _id(tok, "<|vision_end|>"),
+        "tie_word_embeddings": False,
+    }
+    pixels = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
+    size = {"shortest_edge": 256, "longest_edge": 64 * 4096}
+    return config, Qwen3VLProcessor(
+        Qwen2VLImageProcessorPil(**pixels, size=size),
+        tok,
+        Qwen3VLVideoProcessor(**pixels, size=size),
+        chat_template=tok.chat_template,
+    )
+
+
+def _qwen3_5() -> tuple[dict[str, Any], Any]:
+    return _qwen_vl("qwen3_5")
+
+
 KINDS: dict[str, Callable[[], tuple[dict[str, Any], Any]]] = {
     "llava": _llava,
     "vipllava": _vipllava,
@@ -303,6 +377,9 @@ KINDS: dict[str, Callable[[], tuple[dict[str, Any], Any]]] = {
     "perception_lm": _perception_lm,
     "ovis2": _ovis2,
 }
+"""Classes whose prefixes are shared."""
+FORWARD: dict[str, Callable[[], tuple[dict[str, Any], Any]]] = {"gemma3": _gemma3, "qwen3_5": _qwen3_5}
+"""Classes that run by their own forward."""
 
 
 def _id(tok: Any, token: str) -> int:
@@ -313,7 +390,7 @@ def save(kind: str, out: Path) -> Path:
     """A checkpoint of this class; weights are larger than a fresh model's, so that its replies differ."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    fields, processor = KINDS[kind]()
+    fields, processor = {**KINDS, **FORWARD}[kind]()
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **fields)).eval()
     with torch.no_grad():

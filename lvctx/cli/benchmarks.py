@@ -125,7 +125,7 @@ def _run(
         sampling = replace(sampling, frames=128)
     from lvctx.device import resolve_device
     from lvctx.eval.benchmarks.run_benchmark import BenchmarkConfig, plan_benchmark, run_benchmark
-    from lvctx.inference.transformers_engine import TransformersEngine
+    from lvctx.inference.open_engine import open_engine
     from lvctx.parallel.context import SHARED_WORK_TIMEOUT, open_context
     from lvctx.vlm.registry import open_vlm
 
@@ -151,7 +151,7 @@ def _run(
             if parallel.dp > 1:
                 what = f"{parallel.size} processes for one sequence"
                 raise UsageError(what, fix=f"--cp {parallel.size}, or no torchrun")
-            model = TransformersEngine.from_config(vlm, replace(engine, device=parallel.device), ring=parallel.ring)
+            model = open_engine(vlm, replace(engine, device=parallel.device), ring=parallel.ring)
             rows = run_benchmark(
                 job,
                 config.out,

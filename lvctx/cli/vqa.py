@@ -98,7 +98,7 @@ def _open(
     parallel: "ParallelContext",
     printer: "StreamPrinter",
 ) -> "VideoQuestions":
-    from lvctx.inference.transformers_engine import TransformersEngine
+    from lvctx.inference.open_engine import open_engine
     from lvctx.inference.video_questions import VideoQuestions
     from lvctx.vlm.registry import open_vlm
 
@@ -111,7 +111,7 @@ def _open(
             say(f"lvctx: {path}: {_cost(len(shown.pts), shown.facts)}")
 
     return VideoQuestions(
-        TransformersEngine.from_config(vlm, replace(engine, device=parallel.device), ring=parallel.ring),
+        open_engine(vlm, replace(engine, device=parallel.device), ring=parallel.ring),
         sampling,
         max_new_tokens=config.max_new_tokens,
         on_text=printer.show,

@@ -143,14 +143,17 @@ class TransformersEngine:
         self, ids_L: np.ndarray, count: int, on_token: Callable[[int], None] = lambda token: None
     ) -> list[int]:
         """Ids of the greedy reply. Raises InputError where prompt and reply exceed the model's context."""
-        needed = self.last_position(ids_L) + 1
+        self.check_context(self.last_position(ids_L) + 1, len(ids_L), count)
+        return self.scorer.generate(ids_L, count, self.stop_ids, on_token)
+
+    def check_context(self, needed: int, prompt: int, count: int) -> None:
+        """Raise InputError where so many positions of a prompt's tokens and a reply exceed the model's context."""
         if needed + count > self.context:
-            what = "tokens" if needed == len(ids_L) else "positions"
+            what = "tokens" if needed == prompt else "positions"
             raise InputError(
                 f"{needed} {what} and {count} to answer exceed the model's context of {self.context}",
                 fix="show fewer frames, or extend the model: lvctx extend-lm, or mrope-extend for Qwen-VL",
             )
-        return self.scorer.generate(ids_L, count, self.stop_ids, on_token)
 
     def score(self, turns: Sequence[str], answer: str) -> AnswerScore:
         """See `Engine`; the answer is tokenized by itself."""

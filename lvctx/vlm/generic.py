@@ -26,7 +26,8 @@ from lvctx.video.reader import read_video
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.base import PromptTail, VisualInput
 from lvctx.vlm.generic_haystack import GenericHaystack
-from lvctx.vlm.stock_processor import ChatText, Clip, Expansion, Media, StockProcessor
+from lvctx.vlm.stock_processor import StockProcessor
+from lvctx.vlm.stock_prompt import ChatText, Clip, Expansion, Media
 from lvctx.vlm.token_count import VisualRule
 from lvctx.vlm.visual_features import visual_features
 
@@ -37,6 +38,9 @@ IMAGE_BATCH = 8
 
 class GenericVLM:
     """A checkpoint that `AutoModelForImageTextToText` and `AutoProcessor` load."""
+
+    shares_prefixes = True
+    """Whether its language model is causal with one position a token. If not, `inference.forward_engine` runs it."""
 
     def __init__(self, path: Path, *, device: str = "cpu", feature_cache: Path | None = None) -> None:
         """See `open_vlm`; no features are cached, as every class makes them in its own way."""
@@ -171,6 +175,16 @@ class GenericVLM:
         raise InputError(
             "chats are not packed for this class of models", where=self.path, fix="give Qwen-VL, or lvctx align's"
         )
+
+
+class ForwardVLM(GenericVLM):
+    """A checkpoint of any other class: every prompt goes through the model's own `forward` and `generate`."""
+
+    shares_prefixes = False
+
+    def image_facts(self) -> dict[str, Any]:
+        """See `VLM`."""
+        return {**super().image_facts(), "reuse": "none"}
 
 
 def in_order(media: Sequence[Media], parts: Sequence[Part]) -> list[Part]:

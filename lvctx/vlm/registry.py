@@ -1,8 +1,11 @@
 """The families, and the one place that looks at a checkpoint's `model_type`."""
 
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+from lvctx.artifacts.model_config import read_model_config
 from lvctx.errors import UsageError
 from lvctx.models.loading import load_config, resolve_model
 from lvctx.vlm.base import VLM
@@ -30,21 +33,77 @@ GENERIC = (
     "cohere2_vision",
     "ovis2",
 )
-"""Model types that one class serves by the models' own processors and code, each with a test against `forward`."""
+"""Model types that one class serves by their own processors and code, each with a test against stock `forward`."""
 FAMILIES |= dict.fromkeys(GENERIC, "lvctx.vlm.generic:GenericVLM")
+FORWARD = "lvctx.vlm.generic:ForwardVLM"
+"""Every other model type that transformers loads as a model of images and text."""
+EVALUATE = ("vqa", "niah video", "videomme", "bench")
+"""Commands that every vision-language model has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSupport:
+    """What lvctx can do with a model type."""
+
+    family: str
+    """The class that serves it."""
+    reuse: str
+    """`prefixes`: what prompts share is computed once, and answers are teacher-forced on it; `none`: a forward each."""
+    commands: tuple[str, ...]
+    """Commands that take such a model, beside those that take every language model."""
+
+
+def support_of(model_type: str) -> ModelSupport | None:
+    """What lvctx can do with a model type; None for language models and unknown types."""
+    target = FAMILIES.get(model_type) or (FORWARD if model_type in _image_text_types() else None)
+    if target is None:
+        return None
+    family = target.partition(":")[2]
+    if family == "LlavaOnevision":
+        more: tuple[str, ...] = ("align", "encode-video", "niah text", "export")
+    else:
+        more = ("niah text", "export") if family in ("QwenVL", "Qwen3VL") else ()
+        if model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+            more = ("mrope-extend", *more)
+    return ModelSupport(family=family, reuse="none" if target == FORWARD else "prefixes", commands=(*EVALUATE, *more))
+
+
+def _image_text_types() -> Any:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def family_of(path: Path) -> str | None:
-    """The model type of a directory if it is one of `FAMILIES`; None for a language model.
+    """The model type of a directory if it is a vision-language model; None for a language model.
 
-    Raises UsageError for vision-language models of no family.
+    Raises UsageError for a model type that transformers does not know, or knows as something else.
     """
+    _check_type(path)
     config = load_config(path)
-    if config.model_type in FAMILIES:
+    if config.model_type in FAMILIES or config.model_type in _image_text_types():
         return str(config.model_type)
     if getattr(config, "vision_config", None) is not None:
-        raise UsageError(f"{config.model_type} models are not supported", where=path, fix=f"give {_supported()}")
+        raise _unknown(path, f"transformers does not load {config.model_type} models as models of images and text")
     return None
+
+
+def _check_type(path: Path) -> None:
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    raw = read_model_config(path)
+    model_type = raw.get("model_type")
+    if isinstance(model_type, str) and model_type not in CONFIG_MAPPING_NAMES:
+        what = f"transformers {transformers.__version__} has no class for model type {model_type!r}"
+        if "auto_map" in raw:
+            what += ", and the code in the checkpoint is not run"
+        raise _unknown(path, what)
+
+
+def _unknown(path: Path, what: str) -> UsageError:
+    fix = "take a checkpoint in transformers' format or a newer transformers, or serve it elsewhere and give --endpoint"
+    return UsageError(what, where=path, fix=fix)
 
 
 def open_vlm(name: str | Path, *, device: str = "cpu", feature_cache: Path | None = None, weights: bool = True) -> VLM:
@@ -53,16 +112,12 @@ def open_vlm(name: str | Path, *, device: str = "cpu", feature_cache: Path | Non
     Where the family keeps vision features of video files, `device` is where a vision tower computes them, and
     `feature_cache` the folder that keeps them for the next time. Without `weights` the small files of the
     checkpoint are enough. Raises InputError where there is no such model,
-    UsageError for a language model or an unknown family.
+    UsageError for a language model or an unknown class.
     """
     path = resolve_model(name, weights=weights)
     family = family_of(path)
     if family is None:
-        raise UsageError(f"{name} is a language model and has no vision tower", fix=f"give {_supported()}")
-    module, _, attribute = FAMILIES[family].partition(":")
+        raise UsageError(f"{name} is a language model and has no vision tower", fix="give a vision-language model")
+    module, _, attribute = FAMILIES.get(family, FORWARD).partition(":")
     opened: VLM = getattr(import_module(module), attribute)(path, device=device, feature_cache=feature_cache)
     return opened
-
-
-def _supported() -> str:
-    return f"a model of lvctx align, or one of {', '.join(FAMILIES)}"

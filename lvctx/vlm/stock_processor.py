@@ -8,7 +8,6 @@ Shapes: N tokens, up to and with the last placeholder of a prompt; F frames.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from lvctx.errors import InputError, library_errors
 from lvctx.models.chat_template import ChatEncoder, chat_encoder
 from lvctx.models.loading import load_config, load_tokenizer
 from lvctx.models.text_marks import END, SIGN
+from lvctx.vlm.stock_prompt import ChatText, Clip, Expansion, Media, StockPrompt, video_metadata
 
 PLACEHOLDER_FIELDS = (
     "image_token_id",
@@ -36,57 +36,21 @@ PROBE = 5
 """Frames that a processor is given to see what it writes about a video."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Clip:
-    """Sampled frames of a video."""
-
-    frames: Sequence[Image.Image | np.ndarray]
-    """RGB, of one size."""
-    times: Sequence[float]
-    """When each is shown, in seconds."""
-
-
-Media = Image.Image | Clip
-"""An image, or a video."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatText:
-    """A conversation about images and videos as the chat template writes it."""
-
-    head: str
-    """Up to the first placeholder."""
-    separators: list[str]
-    """Between two placeholders after each other."""
-    tail: str
-    """After the last; control tokens that a user typed are marked as text."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Expansion:
-    """What the processor makes of some images and videos."""
-
-    texts: list[str]
-    """What stands for each of them in the text."""
-    inputs: Any
-    """What the model's forward takes: ids of the texts one after the other, pixels, sizes."""
-
-
 class _RecordingTokenizer:
     """A tokenizer that keeps the text it was called with."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer, self.text = tokenizer, ""
+        self.tokenizer, self.text = tokenizer, ""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
+        return getattr(self.tokenizer, name)
 
     def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
         self.text = text if isinstance(text, str) else text[0]
-        return self._tokenizer(text, *args, **kwargs)
+        return self.tokenizer(text, *args, **kwargs)
 
     def __len__(self) -> int:
-        return len(self._tokenizer)
+        return len(self.tokenizer)
 
 
 class StockProcessor:
@@ -127,14 +91,12 @@ class StockProcessor:
     @cached_property
     def placeholder_ids(self) -> frozenset[int]:
         """Ids of the tokens whose embeddings the model replaces by visual features."""
-        found: set[int] = set()
         for source in (self.config, self.processor):
-            for name in PLACEHOLDER_FIELDS:
-                value = getattr(source, name, None)
-                if source is self.processor and name.endswith("_ids"):
-                    continue  # a processor counts delimiters among these
-                found |= {value} if isinstance(value, int) else set(value or ())
-        return frozenset(found)
+            values = [getattr(source, name, None) for name in PLACEHOLDER_FIELDS]
+            found = {i for value in values for i in ((value,) if isinstance(value, int) else value or ())}
+            if found:
+                return frozenset(found)
+        raise InputError("config.json has no image_token_id", where=self.path)
 
     @cached_property
     def _placeholders(self) -> list[str]:
@@ -184,10 +146,13 @@ class StockProcessor:
         """Ids (N,) of a prompt from its beginning to its last placeholder, where these texts stand for the media."""
         pieces = [piece for pair in zip(texts, [*chat.separators, ""], strict=True) for piece in pair]
         text = chat.head + "".join(pieces)[: -len(self.trailing(texts[-1])) or None]
-        # As `apply_chat_template(tokenize=True)` does: the tokenizer's own start where the template writes none.
-        start = self.tokenizer.bos_token
-        ids = self._encode(text, add_special_tokens=start is None or not text.startswith(start))
+        ids = self._encode(text, add_special_tokens=self._adds_start(text))
         return ids[: int(np.flatnonzero(self.is_placeholder(ids))[-1]) + 1]
+
+    def _adds_start(self, text: str) -> bool:
+        """Whether the tokenizer adds its own start: where the template writes none, as `apply_chat_template` does."""
+        start = self.tokenizer.bos_token
+        return start is None or not text.startswith(start)
 
     def tail_ids(self, chat: ChatText, last_text: str, answer: str = "") -> tuple[list[int], list[int]]:
         """Ids of a prompt after its last placeholder, and of an answer that follows it."""
@@ -228,59 +193,70 @@ class StockProcessor:
 
         Frames are taken as they are: none is left out. Raises InputError where the processor fails.
         """
+        text = SEPARATOR.join(self.marker(one) for one in media)
+        inputs, expanded = self._run(text, media, add_special_tokens=False)
+        return Expansion(texts=expanded.split(SEPARATOR), inputs=inputs)
+
+    def prompt(self, media: Sequence[Media]) -> StockPrompt:
+        """Run the processor on a prompt about all of the media, of both kinds. Raises InputError."""
+        chat = self.chat([""], media)
+        markers = [self.marker(one) for one in media]
+        text = chat.head + "".join(m + s for m, s in zip(markers, [*chat.separators, ""], strict=True))
+        inputs, expanded = self._run(text, media, add_special_tokens=self._adds_start(chat.head))
+        ids = inputs["input_ids"][0].numpy()
+        length = int(np.flatnonzero(self.is_placeholder(ids))[-1]) + 1
+        return StockPrompt(inputs=inputs, length=length, chat=chat, last_text=expanded)
+
+    def _run(self, text: str, media: Sequence[Media], *, add_special_tokens: bool) -> tuple[Any, str]:
+        """The processor's output, and the text that it gave to the tokenizer."""
         recorder = _RecordingTokenizer(self.processor.tokenizer)
-        clips = [one for one in media if isinstance(one, Clip)]
-        if clips:
-            arguments: dict[str, Any] = {
-                "videos": [np.stack([np.asarray(frame) for frame in clip.frames]) for clip in clips],
-                "video_metadata": [_metadata(clip) for clip in clips],
-                "do_sample_frames": False,
-            }
-        else:
-            arguments = {"images": list(media)}
+        arguments: dict[str, Any] = {}
+        if images := [one for one in media if isinstance(one, Image.Image)]:
+            arguments["images"] = images
+        if clips := [one for one in media if isinstance(one, Clip)]:
+            arguments["videos"] = [np.stack([np.asarray(frame) for frame in clip.frames]) for clip in clips]
+            arguments |= {"video_metadata": [video_metadata(clip) for clip in clips], "do_sample_frames": False}
         self.processor.tokenizer = recorder
         try:
             with library_errors("its processor fails", where=self.path):
                 inputs = self.processor(
-                    text=[SEPARATOR.join(self.marker(one) for one in media)],
-                    add_special_tokens=False,
-                    return_tensors="pt",
-                    **arguments,
+                    text=[text], add_special_tokens=add_special_tokens, return_tensors="pt", **arguments
                 )
         finally:
-            self.processor.tokenizer = recorder._tokenizer
-        return Expansion(texts=recorder.text.split(SEPARATOR), inputs=inputs)
+            self.processor.tokenizer = recorder.tokenizer
+        return inputs, recorder.text
 
     def video_text(self, clip: Clip) -> str:
         """What stands for a video of so many frames of this size, without the pixels of all of them."""
-        write = getattr(self.processor, "replace_video_token", None)
+        write: Any = getattr(self.processor, "replace_video_token", None)
         seen: dict[str, Any] = {}
 
         def watch(video_inputs: Any, video_idx: int = 0, **keywords: Any) -> str:
             seen.update(video_inputs)
             return str(write(video_inputs, video_idx, **keywords))
 
-        short = Clip(frames=clip.frames[:1] * PROBE, times=np.arange(float(PROBE)).tolist())
-        if write is None or len(clip.frames) <= PROBE:
+        frames = len(clip.frames)
+        if write is None or frames <= PROBE:
             return self.expand([clip]).texts[0]
         self.processor.replace_video_token = watch
         try:
-            self.expand([short])
+            self.expand([Clip(frames=[clip.frames[0]] * PROBE, times=clip.times[:PROBE])])
         finally:
             del self.processor.replace_video_token
-        if not seen:
+        longer = {name: _repeat_frames(value, frames) for name, value in seen.items()}
+        if all(longer[name] is value for name, value in seen.items()):  # where it counts frames is not known
             return self.expand([clip]).texts[0]
         from transformers.video_utils import VideoMetadata
 
-        longer = {name: _repeat_frames(value, len(clip.frames)) for name, value in seen.items()}
-        longer["video_metadata"] = [VideoMetadata(**_metadata(clip))]
+        longer["video_metadata"] = [VideoMetadata(**video_metadata(clip))]
         return str(write(longer, 0))
 
 
 def _repeat_frames(value: Any, frames: int) -> Any:
     """Tensors of `PROBE` frames as if they were of so many, without room for them."""
     if isinstance(value, list | tuple):
-        return [_repeat_frames(one, frames) for one in value]
+        repeated = [_repeat_frames(one, frames) for one in value]
+        return value if all(new is old for new, old in zip(repeated, value, strict=True)) else repeated
     if not hasattr(value, "expand"):
         return value
     for axis in range(min(value.ndim, 2)):
@@ -299,20 +275,3 @@ def _split(text: str, markers: Sequence[str]) -> list[str] | None:
             return None
         pieces.append(piece)
     return None if any(marker in rest for marker in markers) else [*pieces, rest]
-
-
-def _metadata(clip: Clip) -> dict[str, Any]:
-    """What processors that write times into the text need: frame numbers over a rate are the times."""
-    frames = len(clip.frames)
-    height, width = np.asarray(clip.frames[0]).shape[:2]
-    step = (clip.times[-1] - clip.times[0]) / (frames - 1) if frames > 1 else 1.0
-    fps = 1 / step if step > 0 else 1.0
-    return {
-        "total_num_frames": frames,
-        "fps": fps,
-        "width": width,
-        "height": height,
-        "duration": frames / fps,
-        "video_backend": "pyav",
-        "frames_indices": [time * fps for time in clip.times],
-    }
