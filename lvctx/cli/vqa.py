@@ -187,6 +187,7 @@ def _emit_answer(row: dict[str, Any], answer: "Answer", printer: "StreamPrinter"
         "question": answer.question,
         "answer": answer.text,
         "tokens": answer.tokens,
+        **({"reuse": answer.reuse} if answer.reuse else {}),
         **({"partial": True} if answer.partial else {}),
     }
     line = answer.text if printer.live else f"{row['path']}: {answer.text}"

@@ -22,6 +22,8 @@ class Answer:
     """When each frame that the model was shown is on display, in seconds."""
     tokens: int
     """Tokens of the whole prompt, visual ones included."""
+    reuse: str | None = None
+    """`none` where prompts share no computation, see `forward_engine`."""
     partial: bool = False
     """Whether the video is truncated or damaged, and only what is left of it was shown."""
 
@@ -90,5 +92,6 @@ class VideoQuestions:
             text=reply.text,
             pts=shown.pts,
             tokens=reply.prompt_tokens,
+            reuse=shown.facts.get("reuse"),
             partial=bool(shown.facts.get("partial")),
         )
