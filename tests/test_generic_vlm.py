@@ -19,6 +19,7 @@ from test_qwen_niah import fails
 from lvctx.errors import InputError, MissingError, UsageError
 from lvctx.models.loading import load_config
 from lvctx.video.sampling import VideoSampling
+from lvctx.vlm.model_table import model_table
 from lvctx.vlm.registry import GENERIC, open_vlm, support_of
 from lvctx.vlm.stock_prompt import Clip
 
@@ -187,6 +188,20 @@ def test_clips_have_their_times() -> None:
     assert found["fps"] == 2.0
     assert [index / found["fps"] for index in found["frames_indices"]] == [10.0, 10.5, 11.0]
     assert (found["width"], found["height"], found["duration"]) == (6, 4, 1.5)
+
+
+def test_readme_has_the_table_of_the_registry() -> None:
+    """To write it again: python -c 'from lvctx.vlm.model_table import model_table; print(model_table())'."""
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    assert model_table() in readme
+
+
+def test_info_tells_how_a_model_is_evaluated(llava: Path) -> None:
+    facts = json.loads(run("info", llava, "--json").stdout)["evaluation"]
+    assert facts["family"] == "GenericVLM"
+    assert facts["reuse"] == "prefixes"
+    assert "niah video" in facts["commands"]
+    assert facts["frames_are"] == "images, one for each frame"
 
 
 def test_support_of_a_model_type() -> None:

@@ -52,6 +52,11 @@ class GenericVLM:
         """The model's own processor. Raises InputError, MissingError."""
         return StockProcessor(self.path)
 
+    @property
+    def takes_video(self) -> bool:
+        """Whether frames are one video to the processor; otherwise every frame is an image."""
+        return self.processor.takes_video
+
     def resolve(self, sampling: VideoSampling) -> VideoSampling:
         """See `VLM`: one frame per second; how large a frame is, the processor decides."""
         if sampling.hybrid is not None or sampling.hybrid_mode != "pair":

@@ -1,12 +1,12 @@
 """The families, and the one place that looks at a checkpoint's `model_type`."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts.model_config import read_model_config
-from lvctx.errors import UsageError
+from lvctx.errors import LvctxError, UsageError
 from lvctx.models.loading import load_config, resolve_model
 from lvctx.vlm.base import VLM
 
@@ -39,6 +39,8 @@ FORWARD = "lvctx.vlm.generic:ForwardVLM"
 """Every other model type that transformers loads as a model of images and text."""
 EVALUATE = ("vqa", "niah video", "videomme", "bench")
 """Commands that every vision-language model has."""
+TRAINED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Model types whose positions `mrope-extend` extends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +50,9 @@ class ModelSupport:
     family: str
     """The class that serves it."""
     reuse: str
-    """`prefixes`: what prompts share is computed once, and answers are teacher-forced on it; `none`: a forward each."""
+    """`prefixes`: what prompts share is computed once; `none`: each has a forward of its own."""
     commands: tuple[str, ...]
-    """Commands that take such a model, beside those that take every language model."""
+    """Commands that take such a model."""
 
 
 def support_of(model_type: str) -> ModelSupport | None:
@@ -58,14 +60,32 @@ def support_of(model_type: str) -> ModelSupport | None:
     target = FAMILIES.get(model_type) or (FORWARD if model_type in _image_text_types() else None)
     if target is None:
         return None
-    family = target.partition(":")[2]
+    family, commands = target.partition(":")[2], list(EVALUATE)
+    if target != FORWARD:
+        commands.append("niah text")
     if family == "LlavaOnevision":
-        more: tuple[str, ...] = ("align", "encode-video", "niah text", "export")
-    else:
-        more = ("niah text", "export") if family in ("QwenVL", "Qwen3VL") else ()
-        if model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-            more = ("mrope-extend", *more)
-    return ModelSupport(family=family, reuse="none" if target == FORWARD else "prefixes", commands=(*EVALUATE, *more))
+        commands += ["align", "encode-video", "extend-lm", "export"]
+    if model_type in TRAINED:
+        commands += ["mrope-extend", "export"]
+    return ModelSupport(family=family, reuse="none" if target == FORWARD else "prefixes", commands=tuple(commands))
+
+
+def evaluation_facts(path: Path) -> dict[str, Any]:
+    """How a model directory's videos and images would be evaluated, for people; empty for a language model."""
+    raw = read_model_config(path)
+    if "vision_config" not in raw and raw["model_type"] not in FAMILIES:
+        return {}
+    facts: dict[str, Any] = {}
+    try:
+        support = support_of(family_of(path) or "")
+        if support is None:
+            return {}
+        facts |= asdict(support)
+        vlm: Any = open_vlm(path, weights=False)
+        facts["frames_are"] = "a video" if getattr(vlm, "takes_video", True) else "images, one for each frame"
+    except LvctxError as e:
+        facts["error"] = str(e)
+    return {"evaluation": facts}
 
 
 def _image_text_types() -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lvctx.errors import InputError, library_errors
+from lvctx.errors import InputError, MissingError, library_errors
 from lvctx.models.chat_template import ChatEncoder, chat_encoder
 from lvctx.models.loading import load_config, load_tokenizer
 from lvctx.models.text_marks import END, SIGN
@@ -61,8 +61,12 @@ class StockProcessor:
         from transformers import AutoProcessor
 
         self.path, self.config = path, load_config(path)
-        with library_errors("no usable processor", where=path, fix="for a package that is missing: pip install it"):
-            self.processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        try:
+            with library_errors("no usable processor", where=path):
+                self.processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        except MissingError as e:
+            what = e.what.split(". ")[0].rstrip(")") + ")"
+            raise MissingError(what, where=path, fix="pip install 'lvctx[processors]'") from e
         self.tokenizer = load_tokenizer(path)
         if getattr(self.processor, "tokenizer", None) is None or not hasattr(self.processor, "image_processor"):
             raise InputError(f"its {type(self.processor).__name__} takes no images", where=path)
