@@ -8,6 +8,8 @@ import torch
 
 HIDDEN, PATCH, SIDE = 64, 8, 32
 """Width of the language model; pixels of a patch and of an image: 16 patches."""
+ENDS = (("begin", "start"), ("end", "end"))
+"""What GLM's tokens and its configuration call the ends of an image or a video."""
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -362,6 +364,39 @@ def _qwen3_5() -> tuple[dict[str, Any], Any]:
     return _qwen_vl("qwen3_5")
 
 
+def _glm4v() -> tuple[dict[str, Any], Any]:
+    from transformers import Glm4vImageProcessorPil, Glm4vProcessor, Glm4vVideoProcessor
+
+    names = {f"{kind}_{end}_token": f"<|{begin}_of_{kind}|>" for kind in ("image", "video") for begin, end in ENDS}
+    tok = tokenizer(*names.values(), image="<|image|>", video="<|video|>")
+    blocks = [f"<|begin_of_{kind}|><|{kind}|><|end_of_{kind}|>" for kind in ("image", "video")]
+    tok.chat_template = CHATML.replace("IMAGE", blocks[0]).replace("VIDEO", blocks[1])
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "partial_rotary_factor": 0.5}
+    config = {
+        "text_config": llama(tok, "glm4v_text", rope_parameters=rope),
+        "vision_config": {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "image_size": SIDE,
+            "patch_size": PATCH,
+            "out_hidden_size": HIDDEN,
+        },
+        "image_token_id": _id(tok, "<|image|>"),
+        "video_token_id": _id(tok, "<|video|>"),
+        **{f"{name}_id": _id(tok, token) for name, token in names.items()},
+    }
+    pixels = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
+    size = {"shortest_edge": 256, "longest_edge": 64 * 4096}
+    return config, Glm4vProcessor(
+        Glm4vImageProcessorPil(**pixels, size=size),
+        tok,
+        Glm4vVideoProcessor(**pixels, size=size),
+        chat_template=tok.chat_template,
+    )
+
+
 KINDS: dict[str, Callable[[], tuple[dict[str, Any], Any]]] = {
     "llava": _llava,
     "vipllava": _vipllava,
@@ -378,7 +413,11 @@ KINDS: dict[str, Callable[[], tuple[dict[str, Any], Any]]] = {
     "ovis2": _ovis2,
 }
 """Classes whose prefixes are shared."""
-FORWARD: dict[str, Callable[[], tuple[dict[str, Any], Any]]] = {"gemma3": _gemma3, "qwen3_5": _qwen3_5}
+FORWARD: dict[str, Callable[[], tuple[dict[str, Any], Any]]] = {
+    "gemma3": _gemma3,
+    "qwen3_5": _qwen3_5,
+    "glm4v": _glm4v,
+}
 """Classes that run by their own forward."""
 
 

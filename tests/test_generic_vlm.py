@@ -24,7 +24,7 @@ from lvctx.vlm.registry import GENERIC, open_vlm, support_of
 from lvctx.vlm.stock_prompt import Clip
 
 DATA = Path(__file__).parent / "data"
-WITH_VIDEO = {"llava_next_video", "video_llava", "internvl", "smolvlm", "perception_lm", "qwen3_5"}
+WITH_VIDEO = {"llava_next_video", "video_llava", "internvl", "smolvlm", "perception_lm", "qwen3_5", "glm4v"}
 
 
 @pytest.fixture(scope="module")

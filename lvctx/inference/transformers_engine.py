@@ -156,9 +156,15 @@ class TransformersEngine:
             )
 
     def score(self, turns: Sequence[str], answer: str) -> AnswerScore:
-        """See `Engine`; the answer is tokenized by itself."""
-        ids = np.array(self.tokenizer.encode(answer, add_special_tokens=False), dtype=np.int64)
-        score = self.scorer.score(np.concatenate([self.prompt_ids(turns), ids]), len(ids))
+        """See `Engine`; the answer is tokenized by itself, unless the model's own processor writes the prompt."""
+        assert self.visual is not None, "nothing was shown"
+        if (tail := prompt_tail(self.visual)) is not None:
+            prompt, answer_ids = tail(turns, answer)
+            ids = np.concatenate([self.visual.ids_N, np.array(prompt + answer_ids, dtype=np.int64)])
+        else:
+            answer_ids = self.tokenizer.encode(answer, add_special_tokens=False)
+            ids = np.concatenate([self.prompt_ids(turns), np.array(answer_ids, dtype=np.int64)])
+        score = self.scorer.score(ids, len(answer_ids))
         return AnswerScore(log_prob=score.log_prob, is_greedy=score.forced)
 
     def decode(self, ids: Sequence[int]) -> str:

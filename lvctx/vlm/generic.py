@@ -27,7 +27,7 @@ from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.base import PromptTail, VisualInput
 from lvctx.vlm.generic_haystack import GenericHaystack
 from lvctx.vlm.stock_processor import StockProcessor
-from lvctx.vlm.stock_prompt import ChatText, Clip, Expansion, Media
+from lvctx.vlm.stock_prompt import ChatText, Clip, Expansion, VisualItem
 from lvctx.vlm.token_count import VisualRule
 from lvctx.vlm.visual_features import visual_features
 
@@ -80,11 +80,11 @@ class GenericVLM:
         visual = self.visual_input(media)
         return replace(visual, pts=pts, facts={**facts, **visual.facts})
 
-    def visual_input(self, media: Sequence[Media]) -> VisualInput:
+    def visual_input(self, media: Sequence[VisualItem]) -> VisualInput:
         """Images and sampled videos as ids, in order."""
         expansions = list(self._expansions(media))
         chat = self.processor.chat([""], media)
-        texts = in_order(media, [text for expansion in expansions for text in expansion.texts])
+        texts = arranged(media, [text for expansion in expansions for text in expansion.texts])
         ids_N = self.processor.block_ids(chat, texts)
         is_visual_N = self.processor.is_placeholder(ids_N)
         tokens = int(is_visual_N.sum())
@@ -100,9 +100,9 @@ class GenericVLM:
 
     def read(
         self, items: Sequence[Path | Image.Image], sampling: VideoSampling
-    ) -> tuple[list[Media], tuple[float, ...], dict[str, Any]]:
+    ) -> tuple[list[VisualItem], tuple[float, ...], dict[str, Any]]:
         """Images, and the frames of videos as this processor takes them; times of all frames, and what rows have."""
-        media: list[Media] = []
+        media: list[VisualItem] = []
         pts: list[float] = []
         facts: dict[str, Any] = {}
         for item in items:
@@ -127,7 +127,7 @@ class GenericVLM:
             }
         return media, tuple(pts), facts if len(items) == 1 else {}
 
-    def _expansions(self, media: Sequence[Media]) -> Iterator[Expansion]:
+    def _expansions(self, media: Sequence[VisualItem]) -> Iterator[Expansion]:
         """What the processor makes of the images, in batches, and then of each video."""
         images = [one for one in media if isinstance(one, Image.Image)]
         # No batch has a single image unless there is one in all: some processors cut that into tiles, and no others.
@@ -137,7 +137,7 @@ class GenericVLM:
             if isinstance(clip, Clip):
                 yield self.processor.expand([clip])
 
-    def _table(self, model: Any, media: Sequence[Media], expansions: Sequence[Expansion]) -> Tensor:
+    def _table(self, model: Any, media: Sequence[VisualItem], expansions: Sequence[Expansion]) -> Tensor:
         """Rows (R, E) in the order of the prompt."""
         processor, rows = self.processor, list[Tensor]()
         for expansion in expansions:
@@ -147,9 +147,9 @@ class GenericVLM:
                 what = f"its processor writes {sum(counts)} placeholders, its tokenizer reads {len(features)}"
                 raise InputError(what, where=self.path)
             rows += features.split(counts)
-        return torch.cat(in_order(media, rows))
+        return torch.cat(arranged(media, rows))
 
-    def tail(self, chat: ChatText, media: Sequence[Media], last_text: str) -> PromptTail:
+    def tail(self, chat: ChatText, media: Sequence[VisualItem], last_text: str) -> PromptTail:
         """What follows the visual ids in a conversation, see `PromptTail`."""
         processor, placeholder = self.processor, self.processor.first_placeholder
 
@@ -169,8 +169,8 @@ class GenericVLM:
         """See `VLM`: of blank frames, which go through the processor."""
         blank = Image.new("RGB", (width, height))
         clip = Clip(frames=[blank] * frames, times=np.arange(float(frames)).tolist())
-        media: list[Media] = [clip] if self.processor.takes_video else [blank] * frames
-        texts = in_order(media, [text for expansion in self._expansions(media) for text in expansion.texts])
+        media: list[VisualItem] = [clip] if self.processor.takes_video else [blank] * frames
+        texts = arranged(media, [text for expansion in self._expansions(media) for text in expansion.texts])
         ids_N = self.processor.block_ids(self.processor.chat([""], media), texts)
         actual = int(self.processor.is_placeholder(ids_N).sum())
         return {"nominal": actual, "actual": actual, "last_position": len(ids_N) - 1}
@@ -192,7 +192,7 @@ class ForwardVLM(GenericVLM):
         return {**super().image_facts(), "reuse": "none"}
 
 
-def in_order(media: Sequence[Media], parts: Sequence[Part]) -> list[Part]:
+def arranged(media: Sequence[VisualItem], parts: Sequence[Part]) -> list[Part]:
     """The media's parts in their order, from those of all images and then of all videos."""
     images = sum(isinstance(one, Image.Image) for one in media)
     of_images, of_clips = iter(parts[:images]), iter(parts[images:])

@@ -22,7 +22,7 @@ from lvctx.errors import InputError, UsageError
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.base import sequential_positions
 from lvctx.vlm.haystack_files import count_source, source_frames
-from lvctx.vlm.stock_prompt import Clip, Media
+from lvctx.vlm.stock_prompt import Clip, VisualItem
 from lvctx.vlm.visual_features import visual_features
 
 if TYPE_CHECKING:
@@ -98,10 +98,10 @@ class GenericTokens:
         self.facts = {**haystack.facts, "tokens_per_grid": self.per_grid, "prompt_begins": chat.head}
         self._layout = lru_cache(maxsize=64)(self._layout_ids)
 
-    def _blanks(self, frames: int) -> list[Media]:
+    def _blanks(self, frames: int) -> list[VisualItem]:
         return self.media([self._blank] * frames)
 
-    def media(self, frames: Sequence[Image.Image]) -> list[Media]:
+    def media(self, frames: Sequence[Image.Image]) -> list[VisualItem]:
         """Frames as the processor takes them: one video, or images."""
         if self.haystack.as_images:
             return list(frames)
@@ -122,7 +122,11 @@ class GenericTokens:
         if self.haystack.as_images:
             return self.processor.count(self._image_text), 0
         unit = self.frames_per_grid
-        counts = [self.processor.count(self._texts(frames)[0]) for frames in (unit, 2 * unit, 3 * unit)]
+        texts = [self._texts(frames)[0] for frames in (unit, 2 * unit, 3 * unit)]
+        if len({self.processor.trailing(text) for text in texts}) > 1:
+            what = "what it writes after a video depends on its frames"
+            raise InputError(what, where=self.haystack.vlm.path, fix="--as-images")
+        counts = [self.processor.count(text) for text in texts]
         rows = counts[1] - counts[0]
         once = counts[0] - rows
         if rows < 1 or once < 0 or counts[2] != once + 3 * rows:

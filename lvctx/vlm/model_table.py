@@ -18,7 +18,7 @@ NOTES = {
     ("export", "qwen3_vl"): "hf",
 }
 """What a command does with a model, where yes is not enough."""
-ROWS = (
+COMMAND_ROWS = (
     ("extend-lm",),
     ("align",),
     ("mrope-extend",),
@@ -42,7 +42,7 @@ def model_table() -> str:
         EXAMPLE_FORWARD: "any other class of images and text in transformers",
     }
     lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
-    for commands in ROWS:
+    for commands in COMMAND_ROWS:
         cells = [_cell(commands[0], kind) for kind in columns]
         lines.append("| " + ", ".join(f"`{name}`" for name in commands) + " | " + " | ".join(cells) + " |")
     reuse = [support.reuse if (support := support_of(kind)) else "prefixes" for kind in columns]

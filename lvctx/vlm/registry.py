@@ -37,6 +37,8 @@ GENERIC = (
 FAMILIES |= dict.fromkeys(GENERIC, "lvctx.vlm.generic:GenericVLM")
 FORWARD = "lvctx.vlm.generic:ForwardVLM"
 """Every other model type that transformers loads as a model of images and text."""
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers whose cache can be cut back to a shorter prefix."""
 EVALUATE = ("vqa", "niah video", "videomme", "bench")
 """Commands that every vision-language model has."""
 TRAINED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -58,8 +60,10 @@ class ModelSupport:
 def support_of(model_type: str) -> ModelSupport | None:
     """What lvctx can do with a model type; None for language models and unknown types."""
     target = FAMILIES.get(model_type) or (FORWARD if model_type in _image_text_types() else None)
-    if target is None:
-        return None
+    return None if target is None else _support(model_type, target)
+
+
+def _support(model_type: str, target: str) -> ModelSupport:
     family, commands = target.partition(":")[2], list(EVALUATE)
     if target != FORWARD:
         commands.append("niah text")
@@ -77,15 +81,22 @@ def evaluation_facts(path: Path) -> dict[str, Any]:
         return {}
     facts: dict[str, Any] = {}
     try:
-        support = support_of(family_of(path) or "")
-        if support is None:
+        model_type = family_of(path)
+        if model_type is None:
             return {}
-        facts |= asdict(support)
+        facts |= asdict(_support(model_type, _class_of(model_type, load_config(path))))
         vlm: Any = open_vlm(path, weights=False)
         facts["frames_are"] = "a video" if getattr(vlm, "takes_video", True) else "images, one for each frame"
     except LvctxError as e:
         facts["error"] = str(e)
     return {"evaluation": facts}
+
+
+def _class_of(model_type: str, config: Any) -> str:
+    """Module and class for a configuration; a language model with a state other than keys and values shares nothing."""
+    target = FAMILIES.get(model_type, FORWARD)
+    layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    return FORWARD if model_type in GENERIC and layers - ATTENTION_LAYERS else target
 
 
 def _image_text_types() -> Any:
@@ -138,6 +149,6 @@ def open_vlm(name: str | Path, *, device: str = "cpu", feature_cache: Path | Non
     family = family_of(path)
     if family is None:
         raise UsageError(f"{name} is a language model and has no vision tower", fix="give a vision-language model")
-    module, _, attribute = FAMILIES.get(family, FORWARD).partition(":")
+    module, _, attribute = _class_of(family, load_config(path)).partition(":")
     opened: VLM = getattr(import_module(module), attribute)(path, device=device, feature_cache=feature_cache)
     return opened

@@ -19,7 +19,7 @@ from lvctx.errors import InputError, MissingError, library_errors
 from lvctx.models.chat_template import ChatEncoder, chat_encoder
 from lvctx.models.loading import load_config, load_tokenizer
 from lvctx.models.text_marks import END, SIGN
-from lvctx.vlm.stock_prompt import ChatText, Clip, Expansion, Media, StockPrompt, video_metadata
+from lvctx.vlm.stock_prompt import ChatText, Clip, Expansion, StockPrompt, VisualItem, video_metadata
 
 PLACEHOLDER_FIELDS = (
     "image_token_id",
@@ -88,7 +88,7 @@ class StockProcessor:
             and getattr(self.processor, "video_token", None) is not None
         )
 
-    def marker(self, media: Media) -> str:
+    def marker(self, media: VisualItem) -> str:
         """The placeholder of an image or a video in a chat's text."""
         return str(self.processor.video_token if isinstance(media, Clip) else self.processor.image_token)
 
@@ -119,7 +119,7 @@ class StockProcessor:
     def _encoder(self) -> ChatEncoder:
         return chat_encoder(self.tokenizer)
 
-    def chat(self, turns: Sequence[str], media: Sequence[Media]) -> ChatText:
+    def chat(self, turns: Sequence[str], media: Sequence[VisualItem]) -> ChatText:
         """A conversation that ends where a reply begins: the user's turn about the media, the reply, the next turn, ...
 
         Raises InputError where the chat template refuses it, or leaves a placeholder out.
@@ -192,7 +192,7 @@ class StockProcessor:
 
     # Pixels
 
-    def expand(self, media: Sequence[Media]) -> Expansion:
+    def expand(self, media: Sequence[VisualItem]) -> Expansion:
         """Run the processor on images or on videos, all of them of one kind.
 
         Frames are taken as they are: none is left out. Raises InputError where the processor fails.
@@ -201,17 +201,20 @@ class StockProcessor:
         inputs, expanded = self._run(text, media, add_special_tokens=False)
         return Expansion(texts=expanded.split(SEPARATOR), inputs=inputs)
 
-    def prompt(self, media: Sequence[Media]) -> StockPrompt:
+    def prompt(self, media: Sequence[VisualItem]) -> StockPrompt:
         """Run the processor on a prompt about all of the media, of both kinds. Raises InputError."""
         chat = self.chat([""], media)
         markers = [self.marker(one) for one in media]
         text = chat.head + "".join(m + s for m, s in zip(markers, [*chat.separators, ""], strict=True))
-        inputs, expanded = self._run(text, media, add_special_tokens=self._adds_start(chat.head))
+        # Some processors look at what follows the media, such as a delimiter of the template.
+        inputs, expanded = self._run(
+            text + SEPARATOR + chat.tail, media, add_special_tokens=self._adds_start(chat.head)
+        )
         ids = inputs["input_ids"][0].numpy()
         length = int(np.flatnonzero(self.is_placeholder(ids))[-1]) + 1
-        return StockPrompt(inputs=inputs, length=length, chat=chat, last_text=expanded)
+        return StockPrompt(inputs=inputs, length=length, chat=chat, last_text=expanded.split(SEPARATOR)[0])
 
-    def _run(self, text: str, media: Sequence[Media], *, add_special_tokens: bool) -> tuple[Any, str]:
+    def _run(self, text: str, media: Sequence[VisualItem], *, add_special_tokens: bool) -> tuple[Any, str]:
         """The processor's output, and the text that it gave to the tokenizer."""
         recorder = _RecordingTokenizer(self.processor.tokenizer)
         arguments: dict[str, Any] = {}

@@ -21,7 +21,7 @@ class Clip:
     """When each is shown, in seconds."""
 
 
-Media = Image.Image | Clip
+VisualItem = Image.Image | Clip
 """An image, or a video."""
 
 

@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
 QUESTION = "What is it? the\n\nWo"
 ANSWER = "Blue"
+AS_IMAGES = ("glm4v",)
+"""Classes that end a video with a time, so that frames of a haystack are images."""
 COMMANDED = ("internvl", "gemma3")
 """Classes that the commands are run on."""
 
@@ -130,7 +132,7 @@ def in_haystack(vlm: Any, model: Any, processor: Any, folder: Path) -> dict[str,
     frames = drawn(9)
     for i, frame in enumerate(frames[:8]):
         frame.save(folder / f"{i}.png")
-    haystack = vlm.haystack([folder], VideoSampling(), as_images=False)
+    haystack = vlm.haystack([folder], VideoSampling(), as_images=vlm.path.name in AS_IMAGES)
     tokens = haystack.tokens(8, frames[8:])
     scorer = open_scorer(model, tokens, chunk=13, reuse=True, kv_cache="device")
     unit, error, same, ran, total = tokens.frames_per_grid, 0.0, True, 0, 0
@@ -144,7 +146,10 @@ def in_haystack(vlm: Any, model: Any, processor: Any, folder: Path) -> dict[str,
         chosen = [frames[i] for i in order]
         media = chosen if haystack.as_images else [Clip(frames=chosen, times=[float(i) for i in range(len(order))])]
         inputs = stock_inputs(processor, media, QUESTION, ANSWER)
-        same &= int(inputs["input_ids"].shape[1]) == len(ids)
+        text = ids < vlm.vocabulary
+        same &= np.array_equal(inputs["input_ids"][0].numpy()[text], ids[text]) and len(ids) == len(
+            inputs["input_ids"][0]
+        )
         with torch.no_grad():
             logits = model(**inputs).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
         stock = float(logits[torch.arange(len(answer)), answer].sum())
