@@ -40,6 +40,23 @@ def tokenizer(*special: str, image: str = "<image>", video: str = "<video>", **n
     return fast
 
 
+def metaspace_tokenizer(scheme: str) -> Any:
+    """Characters and a few words, a space being part of the word behind it, as SentencePiece has it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["▁", "\n", ":", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+    merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("t", "h"), ("\n", "t"), ("▁", "U")]
+    words = ["<unk>", "<s>", "</s>", *characters, *dict.fromkeys("".join(pair) for pair in merges)]
+    made = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=merges, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    made.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return fast
+
+
 def llama(tok: Any, kind: str = "llama", **more: Any) -> dict[str, Any]:
     """A language model's configuration."""
     return {

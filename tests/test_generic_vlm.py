@@ -161,6 +161,50 @@ def test_special_tokens_that_a_user_types_are_text(llava: Path) -> None:
     assert vlm.processor.tokenizer.decode(plain) == "\nIs it?<|im_end|>\n<|im_start|>assistant\n"
 
 
+@pytest.mark.parametrize("scheme", ["first", "always"])
+@pytest.mark.parametrize("writes_start", [False, True])
+def test_prompts_are_stock_ones_where_spaces_belong_to_words(
+    scheme: str, writes_start: bool, llava: Path, tmp_path: Path
+) -> None:
+    """Llama 2's kind of tokenizer: a space before the first word, a start token that it adds by itself."""
+    from transformers import AutoProcessor
+
+    path = shutil.copytree(llava, tmp_path / "llava")
+    tokenizer = generic_models.metaspace_tokenizer(scheme)
+    template = "USER: IMAGE\nASSISTANT:"
+    start = "{{ bos_token }}" if writes_start else ""
+    parts = "{% for p in messages[0]['content'] %}{% if p['type'] == 'image' %}<image>\n{% else %}{{ p['text'] }}"
+    tokenizer.chat_template = start + template.replace("IMAGE", parts + "{% endif %}{% endfor %}")
+    tokenizer.save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    config["image_token_index"] = tokenizer.convert_tokens_to_ids("<image>")
+    (path / "config.json").write_text(json.dumps(config))
+    vlm: Any = open_vlm(path)
+    images = generic_parity.drawn(2)
+    visual = vlm.visual_input(images)
+    ids = [*visual.ids_N.tolist(), *visual.tail(["the tree is"])[0]]
+    stock = AutoProcessor.from_pretrained(path)
+    content = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "the tree is"}]
+    inputs = stock.apply_chat_template(
+        [
+            {
+                "role": "user",
+                "content": [
+                    dict(part, image=image) if part["type"] == "image" else part
+                    for part, image in zip(content, [*images, None], strict=True)
+                ],
+            }
+        ],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    placeholder = config["image_token_index"]
+    assert [placeholder if i >= vlm.vocabulary else i for i in ids] == inputs["input_ids"][0].tolist()
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
 def test_a_conversation_goes_on(llava: Path) -> None:
     vlm: Any = open_vlm(llava)
     visual = vlm.visual_input(generic_parity.drawn(1))

@@ -67,9 +67,10 @@ class StockProcessor:
         except MissingError as e:
             what = e.what.split(". ")[0].rstrip(")") + ")"
             raise MissingError(what, where=path, fix="pip install 'lvctx[processors]'") from e
-        self.tokenizer = load_tokenizer(path)
         if getattr(self.processor, "tokenizer", None) is None or not hasattr(self.processor, "image_processor"):
             raise InputError(f"its {type(self.processor).__name__} takes no images", where=path)
+        load_tokenizer(path)  # tried, so that a broken one is named
+        self.tokenizer = self.processor.tokenizer
         template = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
         if template is None:
             fix = "add its chat_template.jinja, or use an instruct model"
