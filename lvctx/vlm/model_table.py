@@ -1,57 +1,63 @@
 """Models and commands as a table in Markdown: the README's."""
 
-from lvctx.vlm.registry import FAMILIES, GENERIC, TRAINED, support_of
+from lvctx.vlm.registry import EVALUATE, FAMILIES, FORWARD, ModelSupport, support_of
 
-LANGUAGE_MODEL = "language model"
-EXAMPLE_FORWARD = "gemma3"
-"""A model type of no family."""
+LANGUAGE_MODEL = ModelSupport(
+    family="language model", reuse="prefixes", commands=("extend-lm", "align", "niah text", "export")
+)
+OTHERS = "any other class of images and text in transformers"
+MADE_BY = {"LlavaOnevision": " (`align`, `import-longva`)"}
+"""Commands that write models of a family."""
 NOTES = {
-    ("extend-lm", LANGUAGE_MODEL): "theta, PI, NTK, YaRN, PoSE",
-    ("extend-lm", "llava_onevision"): "its language model",
-    ("align", LANGUAGE_MODEL): "in",
-    ("align", "llava_onevision"): "out; `--init`",
-    ("mrope-extend", "qwen2_vl"): "M-RoPE++, PI, NTK, YaRN; trains",
-    ("mrope-extend", "qwen3_vl"): "PI, NTK, YaRN; does not train yet",
-    ("export", LANGUAGE_MODEL): "hf",
-    ("export", "llava_onevision"): "hf, llava (CLIP towers)",
-    ("export", "qwen2_vl"): "hf",
-    ("export", "qwen3_vl"): "hf",
+    ("extend-lm", "language model"): "theta, PI, NTK, YaRN, PoSE",
+    ("extend-lm", "LlavaOnevision"): "its language model",
+    ("align", "language model"): "in",
+    ("align", "LlavaOnevision"): "out; `--init`",
+    ("mrope-extend", "QwenVL"): "M-RoPE++, PI, NTK, YaRN; trains",
+    ("mrope-extend", "Qwen3VL"): "PI, NTK, YaRN (not MoE); does not train yet",
+    ("export", "language model"): "hf",
+    ("export", "LlavaOnevision"): "hf, llava (CLIP towers)",
+    ("export", "QwenVL"): "hf",
+    ("export", "Qwen3VL"): "hf",
 }
-"""What a command does with a model, where yes is not enough."""
+"""What a command does with a family, where yes is not enough."""
 COMMAND_ROWS = (
     ("extend-lm",),
     ("align",),
     ("mrope-extend",),
     ("niah text",),
-    ("niah video", "vqa", "videomme", "bench"),
+    EVALUATE,
     ("encode-video",),
     ("export",),
 )
 """Commands that take the same models."""
+REUSE = {"prefixes": "computed once", "none": "computed again"}
 
 
 def model_table() -> str:
     """One column for each way a model is served, one row for each command."""
-    qwen3 = [kind for kind, target in FAMILIES.items() if target.endswith(":Qwen3VL")]
-    columns = {
-        LANGUAGE_MODEL: LANGUAGE_MODEL,
-        "llava_onevision": "llava_onevision (`align`, `import-longva`)",
-        "qwen2_vl": ", ".join(kind for kind in TRAINED if kind not in qwen3),
-        "qwen3_vl": ", ".join(qwen3),
-        GENERIC[0]: ", ".join(GENERIC),
-        EXAMPLE_FORWARD: "any other class of images and text in transformers",
-    }
-    lines = ["| | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    columns = {"language model": LANGUAGE_MODEL, **_families()}
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for commands in COMMAND_ROWS:
-        cells = [_cell(commands[0], kind) for kind in columns]
+        cells = [_cell(commands[0], support) for support in columns.values()]
         lines.append("| " + ", ".join(f"`{name}`" for name in commands) + " | " + " | ".join(cells) + " |")
-    reuse = [support.reuse if (support := support_of(kind)) else "prefixes" for kind in columns]
-    words = {"prefixes": "computed once", "none": "computed again"}
-    lines.append("| what prompts share | " + " | ".join(words[one] for one in reuse) + " |")
-    return "\n".join(lines)
+    reuse = [REUSE[support.reuse] for support in columns.values()]
+    return "\n".join([*lines, "| what prompts share | " + " | ".join(reuse) + " |"])
 
 
-def _cell(command: str, kind: str) -> str:
-    support = support_of(kind)
-    takes = command in (support.commands if support else ("extend-lm", "align", "niah text", "export"))
-    return NOTES.get((command, kind), "yes") if takes else "–"
+def _families() -> dict[str, ModelSupport]:
+    """Heading and support of each family, by the first of its model types."""
+    kinds: dict[str, list[str]] = {}
+    for kind, target in FAMILIES.items():
+        kinds.setdefault(target.partition(":")[2], []).append(kind)
+    columns = {}
+    for family, members in kinds.items():
+        support = support_of(members[0])
+        assert support is not None
+        columns[", ".join(members) + MADE_BY.get(family, "")] = support
+    others = ModelSupport(family=FORWARD.partition(":")[2], reuse="none", commands=EVALUATE)
+    return {**columns, OTHERS: others}
+
+
+def _cell(command: str, support: ModelSupport) -> str:
+    return NOTES.get((command, support.family), "yes") if command in support.commands else "–"

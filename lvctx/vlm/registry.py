@@ -39,7 +39,7 @@ FORWARD = "lvctx.vlm.generic:ForwardVLM"
 """Every other model type that transformers loads as a model of images and text."""
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of layers whose cache can be cut back to a shorter prefix."""
-EVALUATE = ("vqa", "niah video", "videomme", "bench")
+EVALUATE = ("niah video", "vqa", "videomme", "bench")
 """Commands that every vision-language model has."""
 TRAINED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Model types whose positions `mrope-extend` extends."""
