@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
 QUESTION = "What is it? the\n\nWo"
 ANSWER = "Blue"
+NO_MIXTURE = ("smolvlm", "glm4v")
+"""Classes whose stock code takes no image beside a video."""
 AS_IMAGES = ("glm4v",)
 """Classes that end a video with a time, so that frames of a haystack are images."""
 COMMANDED = ("internvl", "gemma3")
@@ -35,13 +37,14 @@ def packages() -> list[str]:
     return [str(torchvision), str(words)] if torchvision and words.is_dir() else []
 
 
-def drawn(count: int) -> list[Any]:
-    """Random images."""
+def drawn(count: int, *, shapes: Sequence[tuple[int, int]] = ((40, 64),)) -> list[Any]:
+    """Random images of these heights and widths in turn."""
     import numpy as np
     from PIL import Image
 
     rng = np.random.default_rng(count)
-    return [Image.fromarray(rng.integers(0, 255, (40, 64, 3), dtype=np.uint8)) for _ in range(count)]
+    sizes = [shapes[i % len(shapes)] for i in range(count)]
+    return [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
 
 
 def compare(kind: str, folder: Path) -> Iterator[dict[str, Any]]:
@@ -60,9 +63,12 @@ def compare(kind: str, folder: Path) -> Iterator[dict[str, Any]]:
     engine: Any = open_engine(vlm, EngineConfig(device="cpu", dtype="float32", prefill_chunk=20))
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(path)
-    shown: dict[str, list[Any]] = {"image": drawn(1), "images": drawn(3)}
+    shown: dict[str, list[Any]] = {"image": drawn(1), "images": drawn(3, shapes=((40, 64), (70, 40), (33, 33)))}
     if vlm.processor.takes_video:
-        shown["video"] = [Clip(frames=drawn(6), times=[float(i) for i in range(6)])]
+        clip = Clip(frames=drawn(6), times=[float(i) for i in range(6)])
+        shown["video"] = [clip]
+        if kind not in NO_MIXTURE:
+            shown["mixed"] = [*drawn(1), clip, *drawn(1)]
     for name, media in shown.items():
         inputs = stock_inputs(processor, media, QUESTION)
         show(engine, media)
@@ -83,17 +89,16 @@ def stock_inputs(processor: Any, media: Sequence[Any], question: str, answer: st
     import numpy as np
 
     clips = [one for one in media if hasattr(one, "times")]
-    parts = [{"type": "video" if clips else "image"} for _ in media]
+    parts = [{"type": "video" if hasattr(one, "times") else "image"} for one in media]
     content = [*parts, {"type": "text", "text": question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    if not clips:
-        return processor(text=[text + answer], images=list(media), return_tensors="pt")
-    frames = len(clips[0].frames)
-    metadata = {"total_num_frames": frames, "fps": 1.0, "duration": frames, "frames_indices": list(range(frames))}
-    videos = [np.stack([np.asarray(frame) for frame in clip.frames]) for clip in clips]
-    return processor(
-        text=[text + answer], videos=videos, video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
-    )
+    arguments: dict[str, Any] = {"images": [one for one in media if not hasattr(one, "times")] or None}
+    if clips:
+        frames = len(clips[0].frames)
+        metadata = {"total_num_frames": frames, "fps": 1.0, "duration": frames, "frames_indices": list(range(frames))}
+        arguments["videos"] = [np.stack([np.asarray(frame) for frame in clip.frames]) for clip in clips]
+        arguments |= {"video_metadata": [metadata], "do_sample_frames": False}
+    return processor(text=[text + answer], return_tensors="pt", **arguments)
 
 
 def differences(engine: Any, model: Any, inputs: Any) -> dict[str, Any]:
