@@ -414,6 +414,50 @@ def _glm4v() -> tuple[dict[str, Any], Any]:
     )
 
 
+def _paligemma() -> tuple[dict[str, Any], Any]:
+    """Its processor adds a start token after the last image, and a line's end after everything."""
+    from transformers import PaliGemmaProcessor, SiglipImageProcessorPil
+
+    tok = tokenizer("<bos>", image_token="<image>")
+    tok.bos_token = "<bos>"
+    tok.chat_template = "{% for p in messages[0]['content'] %}" + (
+        "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}{% endfor %}"
+    )
+    pixels = SiglipImageProcessorPil(size=SQUARE)
+    pixels.image_seq_length = 16
+    processor = PaliGemmaProcessor(pixels, tok, chat_template=tok.chat_template)
+    config = {
+        "text_config": llama(processor.tokenizer, "gemma"),
+        "vision_config": vision("siglip_vision_model", projection_dim=HIDDEN, vision_use_head=False),
+        "image_token_index": _id(processor.tokenizer, "<image>"),
+        "projection_dim": HIDDEN,
+    }
+    return config, processor
+
+
+def _idefics2() -> tuple[dict[str, Any], Any]:
+    """Its processor merges the delimiters of images beside each other, and looks at the letter that follows one."""
+    from transformers import Idefics2ImageProcessorPil, Idefics2Processor
+
+    tok = tokenizer("<fake_token_around_image>", "<end_of_utterance>")
+    tok.chat_template = CHATML.replace("IMAGE\n", "<image>")
+    pixels = Idefics2ImageProcessorPil(size={"shortest_edge": 24, "longest_edge": 2 * SIDE})
+    config = {
+        "text_config": llama(tok, "mistral", sliding_window=None),
+        "vision_config": vision("idefics2_vision"),
+        "perceiver_config": {
+            "hidden_size": HIDDEN,
+            "resampler_n_latents": 4,
+            "resampler_depth": 1,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 16,
+            "num_key_value_heads": 1,
+        },
+        "image_token_id": _id(tok, "<image>"),
+    }
+    return config, Idefics2Processor(pixels, tok, image_seq_len=4, chat_template=tok.chat_template)
+
+
 KINDS: dict[str, Callable[[], tuple[dict[str, Any], Any]]] = {
     "llava": _llava,
     "vipllava": _vipllava,
@@ -434,6 +478,8 @@ FORWARD: dict[str, Callable[[], tuple[dict[str, Any], Any]]] = {
     "gemma3": _gemma3,
     "qwen3_5": _qwen3_5,
     "glm4v": _glm4v,
+    "paligemma": _paligemma,
+    "idefics2": _idefics2,
 }
 """Classes that run by their own forward."""
 

@@ -27,7 +27,7 @@ from lvctx.parallel.ring_attention import ALONE, Ring
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.generic import ForwardVLM
 from lvctx.vlm.generic_haystack import GenericTokens
-from lvctx.vlm.stock_prompt import StockPrompt
+from lvctx.vlm.stock_prompt import VisualItem
 
 
 class ForwardEngine(TransformersEngine):
@@ -41,7 +41,9 @@ class ForwardEngine(TransformersEngine):
             what = "this class of models runs by its own forward, on one process"
             raise UsageError(what, where="--cp", fix="drop it; --device-map spreads the weights")
         super().__init__(vlm, ring=ring, **options)
-        self.prompt: StockPrompt | None = None
+        self.media: list[VisualItem] = []
+        """What was shown."""
+        self._inputs: dict[str, Any] = {}
 
     @cached_property
     def model(self) -> Any:
@@ -50,18 +52,19 @@ class ForwardEngine(TransformersEngine):
 
     def show(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> Shown:
         """See `Engine`."""
-        self.prompt = None
+        self.media = []  # half of what should be shown is nothing to ask about
         media, pts, facts = self.vlm.read(items, self.vlm.resolve(sampling))
-        self.prompt = self.vlm.processor.prompt(media)
-        self._media = media
-        tokens = int(self.vlm.processor.is_placeholder(self.prompt.ids).sum())
+        self.media = media
+        ids = self.prompt_ids([""])
+        tokens = int(self.vlm.processor.is_placeholder(ids).sum())
         return Shown(pts=pts, facts={**facts, "visual_tokens": tokens, "reuse": "none"})
 
     def prompt_ids(self, turns: Sequence[str]) -> np.ndarray:
         """See `TransformersEngine`; placeholders are the model's own."""
-        assert self.prompt is not None, "nothing was shown"
-        tail = self.vlm.tail(self.prompt.chat, self._media, self.prompt.last_text)
-        return np.concatenate([self.prompt.ids, np.array(tail(turns)[0], dtype=np.int64)])
+        assert self.media, "nothing was shown"
+        self._inputs = self.vlm.processor.conversation(turns, self.media)
+        ids: np.ndarray = self._inputs["input_ids"][0].numpy()
+        return ids
 
     def last_position(self, ids_L: np.ndarray) -> int:
         """The number of the last token; positions of M-RoPE are smaller."""
@@ -70,19 +73,17 @@ class ForwardEngine(TransformersEngine):
     def generate(
         self, ids_L: np.ndarray, count: int, on_token: Callable[[int], None] = lambda token: None
     ) -> list[int]:
-        """See `TransformersEngine`."""
-        assert self.prompt is not None, "nothing was shown"
+        """See `TransformersEngine`; of the prompt that was written last."""
+        assert np.array_equal(self._inputs["input_ids"][0].numpy(), ids_L)
         if not _has_mrope(self.model.config):
             self.check_context(len(ids_L), len(ids_L), count)
-        inputs = self.prompt.continued(ids_L[self.prompt.length :].tolist())
-        return stock_generate(self.model, inputs, count, self.stop_ids, on_token)
+        return stock_generate(self.model, self._inputs, count, self.stop_ids, on_token)
 
     def score(self, turns: Sequence[str], answer: str) -> AnswerScore:
-        """See `Engine`."""
-        assert self.prompt is not None, "nothing was shown"
-        tail = self.vlm.tail(self.prompt.chat, self._media, self.prompt.last_text)
-        prompt, answer_ids = tail(turns, answer)
-        score = stock_score(self.model, self.prompt.continued(prompt), answer_ids)
+        """See `Engine`; the answer is tokenized by itself."""
+        self.prompt_ids(turns)
+        answer_ids = self.tokenizer.encode(answer, add_special_tokens=False)
+        score = stock_score(self.model, self._inputs, answer_ids)
         return AnswerScore(log_prob=score.log_prob, is_greedy=score.forced)
 
 
@@ -102,6 +103,9 @@ class ForwardScorer:
         """See `PrefixScorer`."""
         order, rest = self.tokens.order(ids_L)
         prompt = self.tokens.processor.prompt(self.tokens.media([self.frames[i] for i in order]))
+        text = ids_L[: len(ids_L) - len(rest)] < self.tokens.haystack.vlm.vocabulary
+        if len(text) != prompt.length or (prompt.ids[text] != ids_L[: len(text)][text]).any():
+            raise InputError("what its processor writes depends on the frames", where=self.model.name_or_path)
         inputs = prompt.continued(rest[: len(rest) - answer].tolist())
         self.tokens_run += len(ids_L)
         score = stock_score(self.model, inputs, rest[len(rest) - answer :].tolist())

@@ -151,13 +151,13 @@ class GenericVLM:
 
     def tail(self, chat: ChatText, media: Sequence[VisualItem], last_text: str) -> PromptTail:
         """What follows the visual ids in a conversation, see `PromptTail`."""
-        processor, placeholder = self.processor, self.processor.first_placeholder
+        processor = self.processor
 
         def write(turns: Sequence[str], answer: str = "") -> tuple[list[int], list[int]]:
             conversation = processor.chat(turns, media)
             if conversation.head != chat.head:
                 raise InputError("the chat template changes what it writes before the images", where=processor.path)
-            return processor.tail_ids(conversation, last_text or placeholder, answer)
+            return processor.tail_ids(conversation, last_text, answer)
 
         return write
 
@@ -190,6 +190,17 @@ class ForwardVLM(GenericVLM):
     def image_facts(self) -> dict[str, Any]:
         """See `VLM`."""
         return {**super().image_facts(), "reuse": "none"}
+
+    def tail(self, chat: ChatText, media: Sequence[VisualItem], last_text: str) -> PromptTail:
+        """As the processor writes it, whatever it does with a whole prompt; the answer is tokenized by itself."""
+        processor = self.processor
+
+        def write(turns: Sequence[str], answer: str = "") -> tuple[list[int], list[int]]:
+            ids = processor.conversation(turns, media)["input_ids"][0].numpy()
+            tail = ids[int(np.flatnonzero(processor.is_placeholder(ids))[-1]) + 1 :]
+            return tail.tolist(), list(processor.tokenizer(answer, add_special_tokens=False).input_ids)
+
+        return write
 
 
 def arranged(media: Sequence[VisualItem], parts: Sequence[Part]) -> list[Part]:

@@ -136,7 +136,10 @@ class GenericTokens:
 
     def _layout_ids(self, frames: int) -> np.ndarray:
         """Ids (N,) of a prompt of so many frames, its placeholders numbered -1, -2, ..."""
-        ids_N = self.processor.block_ids(self.processor.chat([""], self._blanks(frames)), self._texts(frames))
+        if self.haystack.vlm.shares_prefixes:
+            ids_N = self.processor.block_ids(self.processor.chat([""], self._blanks(frames)), self._texts(frames))
+        else:  # what a class writes may depend on the whole prompt
+            ids_N = self.processor.prompt(self._blanks(frames)).ids.copy()
         is_visual_N = self.processor.is_placeholder(ids_N)
         assert int(is_visual_N.sum()) == frames // self.frames_per_grid * self.per_grid + self.once
         ids_N[is_visual_N] = -1 - np.arange(is_visual_N.sum())

@@ -53,6 +53,23 @@ class _RecordingTokenizer:
         return len(self.tokenizer)
 
 
+class _RememberingProcessor:
+    """An image or video processor that answers each call as its first."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor, self.output = processor, dict[str, Any]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.processor, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from transformers import BatchFeature
+
+        if not self.output:
+            self.output = dict(self.processor(*args, **kwargs))
+        return BatchFeature(dict(self.output))
+
+
 class StockProcessor:
     """The processor of a checkpoint."""
 
@@ -76,6 +93,7 @@ class StockProcessor:
             fix = "add its chat_template.jinja, or use an instruct model"
             raise InputError("the processor has no chat template", where=path, fix=fix)
         self.processor.chat_template = template
+        self._remembered: tuple[Sequence[VisualItem], dict[str, _RememberingProcessor]] | None = None
         if self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = template if isinstance(template, str) else template.get("default")
 
@@ -106,11 +124,6 @@ class StockProcessor:
     @cached_property
     def _placeholders(self) -> list[str]:
         return [str(self.tokenizer.convert_ids_to_tokens(i)) for i in sorted(self.placeholder_ids)]
-
-    @property
-    def first_placeholder(self) -> str:
-        """One of the tokens that the model replaces."""
-        return self._placeholders[0]
 
     def count(self, text: str) -> int:
         """Placeholders in an expansion."""
@@ -205,15 +218,33 @@ class StockProcessor:
     def prompt(self, media: Sequence[VisualItem]) -> StockPrompt:
         """Run the processor on a prompt about all of the media, of both kinds. Raises InputError."""
         chat = self.chat([""], media)
-        markers = [self.marker(one) for one in media]
-        text = chat.head + "".join(m + s for m, s in zip(markers, [*chat.separators, ""], strict=True))
-        # Some processors look at what follows the media, such as a delimiter of the template.
-        inputs, expanded = self._run(
-            text + SEPARATOR + chat.tail, media, add_special_tokens=self._adds_start(chat.head)
-        )
+        inputs, expanded = self._run_chat(chat, SEPARATOR, media)
         ids = inputs["input_ids"][0].numpy()
         length = int(np.flatnonzero(self.is_placeholder(ids))[-1]) + 1
         return StockPrompt(inputs=inputs, length=length, chat=chat, last_text=expanded.split(SEPARATOR)[0])
+
+    def conversation(self, turns: Sequence[str], media: Sequence[VisualItem]) -> dict[str, Any]:
+        """What stock code feeds a model for a conversation; pixels of the same media are computed once."""
+        chat = self.chat(turns, media)
+        if SIGN in chat.tail:  # stock code would take what a user typed for control tokens
+            prompt = self.prompt(media)
+            return prompt.continued(self.tail_ids(chat, prompt.last_text)[0])
+        if self._remembered is None or self._remembered[0] is not media:
+            parts = ("image_processor", "video_processor")
+            found = {name: getattr(self.processor, name, None) for name in parts}
+            self._remembered = media, {name: _RememberingProcessor(one) for name, one in found.items() if one}
+        remembering = self._remembered[1]
+        vars(self.processor).update(remembering)
+        try:
+            return dict(self._run_chat(chat, "", media)[0])
+        finally:
+            vars(self.processor).update({name: one.processor for name, one in remembering.items()})
+
+    def _run_chat(self, chat: ChatText, separator: str, media: Sequence[VisualItem]) -> tuple[Any, str]:
+        # Some processors look at what follows the media, such as a delimiter of the template.
+        markers = [self.marker(one) for one in media]
+        block = "".join(m + s for m, s in zip(markers, [*chat.separators, separator], strict=True))
+        return self._run(chat.head + block + chat.tail, media, add_special_tokens=self._adds_start(chat.head))
 
     def _run(self, text: str, media: Sequence[VisualItem], *, add_special_tokens: bool) -> tuple[Any, str]:
         """The processor's output, and the text that it gave to the tokenizer."""

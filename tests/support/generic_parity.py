@@ -20,6 +20,8 @@ QUESTION = "What is it? the\n\nWo"
 ANSWER = "Blue"
 NO_MIXTURE = ("smolvlm", "glm4v")
 """Classes whose stock code takes no image beside a video."""
+PREFIX = ("paligemma",)
+"""Classes whose whole prompt attends in both directions: an answer is not part of it (token type 1)."""
 AS_IMAGES = ("glm4v",)
 """Classes that end a video with a time, so that frames of a haystack are images."""
 COMMANDED = ("internvl", "gemma3")
@@ -81,7 +83,7 @@ def show(engine: Any, media: Sequence[Any]) -> None:
     if engine.vlm.shares_prefixes:
         engine.set_visual_input(engine.vlm.visual_input(media))
     else:
-        engine.prompt, engine._media = engine.vlm.processor.prompt(media), media
+        engine.media = media
 
 
 def stock_inputs(processor: Any, media: Sequence[Any], question: str, answer: str = "") -> Any:
@@ -107,6 +109,7 @@ def differences(engine: Any, model: Any, inputs: Any) -> dict[str, Any]:
     import torch
 
     stock_ids = inputs["input_ids"][0].numpy()
+    engine.prompt_ids(["Another?"])
     ids = engine.prompt_ids([QUESTION])
     placeholders = engine.vlm.processor.is_placeholder(stock_ids)
     same_ids = len(ids) == len(stock_ids) and bool(np.array_equal(ids[~placeholders], stock_ids[~placeholders]))
@@ -119,7 +122,8 @@ def differences(engine: Any, model: Any, inputs: Any) -> dict[str, Any]:
     return {
         "same_ids": same_ids,
         "error": error,
-        "same_reply": [t for t in generated if t not in engine.stop_ids] == engine.generate(ids, 6),
+        "same_reply": [t for t in generated if t not in engine.stop_ids]
+        == engine.generate(engine.prompt_ids([QUESTION]), 6),
         "placeholders": int(placeholders.sum()),
     }
 
@@ -150,7 +154,13 @@ def in_haystack(vlm: Any, model: Any, processor: Any, folder: Path) -> dict[str,
         ran += scorer.tokens_run
         chosen = [frames[i] for i in order]
         media = chosen if haystack.as_images else [Clip(frames=chosen, times=[float(i) for i in range(len(order))])]
-        inputs = stock_inputs(processor, media, QUESTION, ANSWER)
+        inputs = stock_inputs(processor, media, QUESTION, "" if vlm.path.name in PREFIX else ANSWER)
+        if vlm.path.name in PREFIX:
+            inputs = {name: value for name, value in inputs.items() if name != "labels"}
+            more = {"input_ids": torch.tensor([answer])}
+            one = torch.ones(1, len(answer), dtype=torch.long)
+            texts = ("input_ids", "attention_mask", "token_type_ids")
+            inputs |= {name: torch.cat([inputs[name], more.get(name, one)], dim=1) for name in texts}
         text = ids < vlm.vocabulary
         same &= np.array_equal(inputs["input_ids"][0].numpy()[text], ids[text]) and len(ids) == len(
             inputs["input_ids"][0]
