@@ -5,7 +5,7 @@ from lvctx.vlm.registry import EVALUATE, FAMILIES, FORWARD, ModelSupport, suppor
 LANGUAGE_MODEL = ModelSupport(
     family="language model", reuse="prefixes", commands=("extend-lm", "align", "niah text", "export")
 )
-OTHERS = "any other class of images and text in transformers"
+ANY_OTHER = "any other class of images and text in transformers"
 MADE_BY = {"LlavaOnevision": " (`align`, `import-longva`)"}
 """Commands that write models of a family."""
 NOTES = {
@@ -56,7 +56,7 @@ def _families() -> dict[str, ModelSupport]:
         assert support is not None
         columns[", ".join(members) + MADE_BY.get(family, "")] = support
     others = ModelSupport(family=FORWARD.partition(":")[2], reuse="none", commands=EVALUATE)
-    return {**columns, OTHERS: others}
+    return {**columns, ANY_OTHER: others}
 
 
 def _cell(command: str, support: ModelSupport) -> str:
