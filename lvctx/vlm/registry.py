@@ -94,9 +94,10 @@ def evaluation_facts(path: Path) -> dict[str, Any]:
 
 def _class_of(model_type: str, config: Any) -> str:
     """Module and class for a configuration; a language model with a state other than keys and values shares nothing."""
-    target = FAMILIES.get(model_type, FORWARD)
-    layers = set(getattr(config.get_text_config(), "layer_types", None) or ())
-    return FORWARD if model_type in GENERIC and layers - ATTENTION_LAYERS else target
+    if model_type not in GENERIC:
+        return FAMILIES.get(model_type, FORWARD)
+    layers = {str(layer) for layer in getattr(config.get_text_config(), "layer_types", None) or ()}
+    return FORWARD if layers - ATTENTION_LAYERS else FAMILIES[model_type]
 
 
 def _image_text_types() -> Any:
