@@ -33,9 +33,10 @@ def tokenizer() -> Any:
 
 @functools.cache
 def config(kind: str) -> Any:
-    """A configuration of `qwen2_vl`, `qwen2_5_vl` or `qwen3_vl` with one head of 128 channels a layer."""
+    """A configuration of `qwen2_vl`, `qwen2_5_vl`, `qwen3_vl` or `qwen3_vl_moe`, one head of 128 channels a layer."""
     from transformers import AutoConfig
 
+    is_third = kind.startswith("qwen3_vl")
     ids = tokenizer().convert_tokens_to_ids
     text = {
         "vocab_size": 320,
@@ -45,25 +46,27 @@ def config(kind: str) -> Any:
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
         "head_dim": 128,
-        "max_position_embeddings": 262_144 if kind == "qwen3_vl" else 32_768,
+        "max_position_embeddings": 262_144 if is_third else 32_768,
         "rms_norm_eps": 1e-6,  # the released checkpoints'
         "eos_token_id": ids("<|im_end|>"),
         "bos_token_id": ids("<|endoftext|>"),
         "rope_parameters": {
             "rope_type": "default",
-            "rope_theta": 5e6 if kind == "qwen3_vl" else 1e6,
-            "mrope_section": [24, 20, 20] if kind == "qwen3_vl" else [16, 24, 24],
-            **({"mrope_interleaved": True} if kind == "qwen3_vl" else {}),
+            "rope_theta": 5e6 if is_third else 1e6,
+            "mrope_section": [24, 20, 20] if is_third else [16, 24, 24],
+            **({"mrope_interleaved": True} if is_third else {}),
         },
     }
-    vision = {"depth": 2, "num_heads": 2, "patch_size": 16 if kind == "qwen3_vl" else 14}
+    if kind == "qwen3_vl_moe":
+        text |= {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    vision = {"depth": 2, "num_heads": 2, "patch_size": 16 if is_third else 14}
     if kind == "qwen2_vl":
         vision |= {"embed_dim": 32, "hidden_size": 128, "mlp_ratio": 2}
     else:
         vision |= {"hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 128}
     if kind == "qwen2_5_vl":
         vision |= {"fullatt_block_indexes": [1], "tokens_per_second": 2, "window_size": 56}
-    if kind == "qwen3_vl":
+    if is_third:
         vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
     return AutoConfig.for_model(
         kind,

@@ -32,7 +32,8 @@ QUESTIONS = ("What is it?", "What was on the road before the car came?", "Who?")
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     here = tmp_path_factory.mktemp("qwen")
-    return {kind: mrope_models.save(kind, here / kind) for kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")}
+    kinds = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+    return {kind: mrope_models.save(kind, here / kind) for kind in kinds}
 
 
 def engine_of(saved: dict[str, Path], kind: str) -> tuple[QwenVL, TransformersEngine]:
@@ -121,13 +122,14 @@ def test_images_are_separate_items(saved: dict[str, Path]) -> None:
     assert engine.generate(ids, 1) == [int(stock[0, -1].argmax())]
 
 
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen3_vl_moe"])
 @pytest.mark.parametrize("hybrid", [Hybrid(tokens=8), Hybrid(group=2, tokens=24, ratio=4)])
-def test_qwen3_writes_times_as_the_stock_processor_does(hybrid: Hybrid, saved: dict[str, Path]) -> None:
+def test_qwen3_writes_times_as_the_stock_processor_does(kind: str, hybrid: Hybrid, saved: dict[str, Path]) -> None:
     """Seven frames half a second apart, the last merged with itself: ids, positions and logits against stock."""
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
     from transformers.video_utils import VideoMetadata
 
-    vlm, engine = engine_of(saved, "qwen3_vl")
+    vlm, engine = engine_of(saved, kind)
     sampling = VideoSampling(hybrid=hybrid)
     rng = np.random.default_rng(0)
     frames = [(7.0 + i / 2, rng.integers(0, 256, (90, 150, 3), dtype=np.uint8)) for i in range(7)]

@@ -104,11 +104,9 @@ def _describe_model(path: Path) -> dict[str, Any]:
     vision = _object(config.get("vision_config"))
     image, patch = vision.get("image_size"), vision.get("patch_size")
     if isinstance(image, int) and isinstance(patch, int) and 0 < patch <= image:
-        facts["tower"] = {
-            "architecture": vision.get("model_type"),
-            "image_size": image,
-            "tokens_per_frame": ((image // patch + 1) // 2) ** 2,
-        }
+        facts["tower"] = {"architecture": vision.get("model_type"), "image_size": image}
+        if config["model_type"] == "llava_onevision":  # other classes merge patches in other ways
+            facts["tower"]["tokens_per_frame"] = ((image // patch + 1) // 2) ** 2
     return facts
 
 

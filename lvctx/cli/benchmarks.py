@@ -213,11 +213,11 @@ def _open_engine(
     """The model in this process, or on a server."""
     if server.endpoint is not None:
         return open_endpoint(server, config.model, jobs=server.jobs)
-    from lvctx.inference.transformers_engine import TransformersEngine
+    from lvctx.inference.open_engine import open_engine
     from lvctx.vlm.registry import open_vlm
 
     vlm = open_vlm(config.model, device=parallel.device, feature_cache=engine.feature_cache or config.out / "frames")
-    return TransformersEngine.from_config(vlm, replace(engine, device=parallel.device), ring=parallel.ring)
+    return open_engine(vlm, replace(engine, device=parallel.device), ring=parallel.ring)
 
 
 def _find_questions(bench: ModuleType, questions: str) -> Path:

@@ -35,7 +35,11 @@ class InfoConfig:
 
 @command("info", "lvctx info packed --plot", "lvctx info frames/bikes.frames.safetensors --json")
 def info(config: InfoConfig, run: OutputOptions) -> None:
-    """Show the kind, provenance and content of a model directory or artifact."""
+    """Show the kind, provenance and content of a model directory or artifact.
+
+    For a vision-language model also how it is evaluated: as video or as images, whether prompts share computation, and
+    which commands take it.
+    """
     from lvctx.artifacts.describe import describe
 
     facts = describe(config.artifact)
@@ -53,6 +57,10 @@ def info(config: InfoConfig, run: OutputOptions) -> None:
         with progress("info", "computing the wavelengths with transformers"):
             positions = verify(config.artifact)
         facts["mrope"] = positions.summary()
+    if isinstance(model, dict):
+        from lvctx.vlm.registry import evaluation_facts
+
+        facts |= evaluation_facts(config.artifact)
     if wants_json():
         emit(facts)
         return

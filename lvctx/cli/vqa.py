@@ -117,13 +117,13 @@ def _engine(
         endpoint.identity(sampling, images=False)
         endpoint.check()
         return endpoint
-    from lvctx.inference.transformers_engine import TransformersEngine
+    from lvctx.inference.open_engine import open_engine
     from lvctx.vlm.registry import open_vlm
 
     cache = (engine.feature_cache or FEATURE_CACHE).expanduser()
     vlm = open_vlm(config.model, device=parallel.device, feature_cache=cache)
     vlm.resolve(sampling)
-    return TransformersEngine.from_config(vlm, replace(engine, device=parallel.device), ring=parallel.ring)
+    return open_engine(vlm, replace(engine, device=parallel.device), ring=parallel.ring)
 
 
 def _open(
@@ -213,6 +213,7 @@ def _emit_answer(row: dict[str, Any], answer: "Answer", printer: "StreamPrinter"
         **answer.reply.facts,
         "sampling_params": answer.params.facts,
         **answer.sent,
+        **({"reuse": answer.reuse} if answer.reuse else {}),
         **({"partial": True} if answer.partial else {}),
     }
     line = answer.text if printer.live else f"{row['path']}: {answer.text}"

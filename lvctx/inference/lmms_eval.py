@@ -13,8 +13,10 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from lvctx.errors import LvctxError, UsageError
+from lvctx.inference.engine_config import EngineConfig
+from lvctx.inference.open_engine import open_engine
 from lvctx.inference.sampling_params import SamplingParams
-from lvctx.inference.transformers_engine import PREFILL_CHUNK, TransformersEngine
+from lvctx.inference.transformers_engine import PREFILL_CHUNK
 from lvctx.video.hybrid import Hybrid
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.registry import open_vlm
@@ -51,7 +53,7 @@ class Lvctx(lmms):
         vlm = open_vlm(pretrained, device=target_device)
         self.sampling = _sampling(options)
         vlm.resolve(self.sampling)
-        self.engine = TransformersEngine(vlm, device=target_device, prefill_chunk=chunk)
+        self.engine = open_engine(vlm, EngineConfig(device=target_device, prefill_chunk=chunk))
         self.device = torch.device(target_device)
         self._current_visuals: Any = None
 

@@ -65,7 +65,7 @@ class PrefixScorer:
         The ranks of a `ring` process every sequence together, each with its share of the cache and all of the weights:
         they must make the same calls, and all get the same scores.
         """
-        self.lm = model.model.language_model if hasattr(model.model, "language_model") else model.model
+        self.lm = model.get_decoder()
         self.head, self.embedding = model.lm_head, model.get_input_embeddings()
         self.visual_RE, self.chunk, self.reuse, self.kv_cache = visual_RE, chunk, reuse, kv_cache
         self.positions, self.ring = positions, ring

@@ -35,7 +35,7 @@ from lvctx.models.loading import (
 from lvctx.models.vlm_assembly import chat_ids
 from lvctx.parallel.ring_attention import ALONE, Ring
 from lvctx.video.sampling import VideoSampling
-from lvctx.vlm.base import VLM, VisualInput
+from lvctx.vlm.base import VLM, VisualInput, prompt_tail
 
 log = logging.getLogger(__name__)
 PREFILL_CHUNK = 2048
@@ -144,6 +144,8 @@ class TransformersEngine:
     def prompt_ids(self, turns: Sequence[str]) -> np.ndarray:
         """The prompt (L,) of a conversation about the visual input, up to the reply."""
         assert self.visual is not None, "no visual input was set"
+        if (tail := prompt_tail(self.visual)) is not None:
+            return np.concatenate([self.visual.ids_N, np.array(tail(turns)[0], dtype=np.int64)])
         before, after = chat_ids(self.tokenizer, *turns, mark=self.visual.placeholder)
         return np.concatenate([np.array(before, dtype=np.int64), self.visual.ids_N, np.array(after, dtype=np.int64)])
 
@@ -195,19 +197,29 @@ class TransformersEngine:
         See `PrefixScorer.generate`. Raises InputError where prompt and reply exceed the model's context.
         """
         needed = self.last_position(ids_L) + 1
+        self.check_context(needed, len(ids_L), count)
+        count = min(count + reasoning, self.context - needed)
+        return self.scorer.generate(ids_L, count, self.stop_ids, on_token, choose)
+
+    def check_context(self, needed: int, prompt: int, count: int) -> None:
+        """Raise InputError where so many positions of a prompt's tokens and a reply exceed the model's context."""
         if needed + count > self.context:
-            what = "tokens" if needed == len(ids_L) else "positions"
+            what = "tokens" if needed == prompt else "positions"
             raise InputError(
                 f"{needed} {what} and {count} to generate exceed the model's context of {self.context}",
                 fix="use fewer frames, or extend the model: lvctx extend-lm, or mrope-extend for Qwen-VL",
             )
-        count = min(count + reasoning, self.context - needed)
-        return self.scorer.generate(ids_L, count, self.stop_ids, on_token, choose)
 
     def score(self, turns: Sequence[str], answer: str) -> AnswerScore:
-        """See `Engine`; the answer is tokenized separately."""
-        ids = np.array(self.tokenizer.encode(answer, add_special_tokens=False), dtype=np.int64)
-        score = self.scorer.score(np.concatenate([self.prompt_ids(turns), ids]), len(ids))
+        """See `Engine`; the answer is tokenized separately, unless the model's own processor writes the prompt."""
+        assert self.visual is not None, "no visual input was set"
+        if (tail := prompt_tail(self.visual)) is not None:
+            prompt, answer_ids = tail(turns, answer)
+            ids = np.concatenate([self.visual.ids_N, np.array(prompt + answer_ids, dtype=np.int64)])
+        else:
+            answer_ids = self.tokenizer.encode(answer, add_special_tokens=False)
+            ids = np.concatenate([self.prompt_ids(turns), np.array(answer_ids, dtype=np.int64)])
+        score = self.scorer.score(ids, len(answer_ids))
         return AnswerScore(log_prob=score.log_prob, is_greedy=score.forced)
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, special: bool = False) -> str:

@@ -27,6 +27,8 @@ class Answer:
     """How it was generated."""
     sent: dict[str, Any]
     """How the video was sent to a server, and how its times; empty for a model in this process."""
+    reuse: str | None = None
+    """`none` where prompts share no computation, see `forward_engine`."""
     partial: bool = False
     """Whether the video is truncated or damaged, so that only its intact frames were used."""
 
@@ -96,5 +98,6 @@ class VideoQuestions:
             reply=reply,
             params=self.params,
             sent={key: shown.facts[key] for key in ("send", "times") if key in shown.facts},
+            reuse=shown.facts.get("reuse"),
             partial=bool(shown.facts.get("partial")),
         )

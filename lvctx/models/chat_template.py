@@ -264,6 +264,15 @@ class ChatEncoder:
             text = prefix
         return self._tokens(text, {}, None)
 
+    def mask(self, text: str) -> str:
+        """A turn's text with marks in place of the control tokens in it, which are text. Raises InputError."""
+        check_text(text, None)
+        return self._control.sub(lambda match: mark("t", self._ids[match[0]]), text)
+
+    def encode_masked(self, text: str) -> list[int]:
+        """Ids of a text in which `mask` has marked what is no control token, others being control tokens."""
+        return self._tokens(text, {}, None).ids
+
     def _unmarked(self, text: str) -> tuple[str, dict[tuple[str, int], int], list[int]]:
         """The text to encode, the positions of the marks in it, and the ids of the images' control tokens."""
         pieces: list[str] = []

@@ -139,7 +139,7 @@ def load_model(
     device: str = "cpu",
     device_map: DeviceMap | None = None,
 ) -> Any:
-    """A language model, a LlavaOnevision VLM or a Qwen-VL model, in eval mode with SDPA attention.
+    """A language model or a vision-language model of any class, in eval mode with SDPA attention.
 
     `dtype` is a torch dtype, or `auto` for the checkpoint's own. `device` may be `auto` (`lvctx.device`) and is not
     used with a `device_map`. Raises InputError for weights that do not match the configuration tensor by tensor, do not
@@ -158,7 +158,9 @@ def load_model(
     config = config or load_config(path)
     stored = _stored(path, config)
     check_rope(config, path)
-    kind = AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+    is_language = type(config) in AutoModelForCausalLM._model_mapping
+    takes_images = type(config) in AutoModelForImageTextToText._model_mapping and not is_language
+    kind = AutoModelForImageTextToText if takes_images or hasattr(config, "vision_config") else AutoModelForCausalLM
     with library_errors("cannot load the model", where=path), torch.device("meta"):
         described = sum(parameter.numel() for parameter in kind.from_config(copy.deepcopy(config)).parameters())
     if quantization(config) is None and described > 4 * sum(stored.values()):

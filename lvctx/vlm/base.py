@@ -31,6 +31,19 @@ def sequential_positions(ids_L: np.ndarray, first: int) -> Tensor:
     return torch.arange(first, len(ids_L))[None]
 
 
+class PromptTail(Protocol):
+    """What follows the visual ids of a prompt, where these begin with the prompt itself."""
+
+    def __call__(self, turns: Sequence[str], answer: str = "") -> tuple[list[int], list[int]]:
+        """Ids up to where the reply to these turns begins, and ids of an answer that follows. Raises InputError."""
+
+
+def prompt_tail(visual: "VisualInput | VisualTokens") -> PromptTail | None:
+    """The `tail` of families that write prompts with the model's own processor; None: `chat_ids` makes a prompt."""
+    tail: PromptTail | None = getattr(visual, "tail", None)
+    return tail
+
+
 @dataclass(frozen=True, kw_only=True)
 class VisualInput:
     """Images and videos of a prompt, in order."""
@@ -49,10 +62,15 @@ class VisualInput:
     """Timestamp of each video frame, in seconds."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Its fields in result rows: frames, `visual_tokens`, the hash of the video, damage."""
+    tail: PromptTail | None = None
+    """Given where the ids begin with the prompt itself; otherwise they take the place of `placeholder` in a chat."""
 
 
 class VisualTokens(Protocol):
-    """Frames of a haystack and images inserted among them, for sequences in any order; equal frames have equal ids."""
+    """Frames of a haystack and images inserted among them, for sequences in any order; equal frames have equal ids.
+
+    Where `ids` begin with the prompt itself, it has a `tail` as `VisualInput` has.
+    """
 
     placeholder: str
     """The placeholder token of the block in a chat's text."""

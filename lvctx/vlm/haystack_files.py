@@ -1,4 +1,4 @@
-"""Haystacks of pixels: video files and folders of images, such as `lvctx niah haystack` writes, by name."""
+"""The files of a haystack: videos, or folders of images that are its frames."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ from lvctx.video.reader import read_video
 from lvctx.video.sampling import VideoSampling
 
 IMAGES = (".png", ".jpg", ".jpeg")
-"""What is read of a folder."""
+"""Suffixes of a folder's frames, read in order of names; `lvctx niah haystack` writes such folders."""
 
 
 def count_haystack_frames(file: Path, sampling: VideoSampling) -> Count:
@@ -32,7 +32,7 @@ def _list_images(folder: Path) -> list[Path]:
 
 
 def read_haystack_images(file: Path, sampling: VideoSampling) -> Iterator[Image.Image]:
-    """Its frames in order, or its images by name."""
+    """RGB frames in order."""
     if file.is_dir():
         yield from map(open_image, _list_images(file))
     else:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from lvctx.artifacts.result_log import RESULTS, ResultLog, read_results
-from lvctx.errors import InputError
+from lvctx.errors import InputError, UsageError
 from lvctx.eval.niah.heatmap import write_report
 from lvctx.eval.niah.job import NiahJob
 from lvctx.eval.niah.needle_task import Cell
 from lvctx.eval.niah.results import THRESHOLD, read_needle_results
-from lvctx.inference.prefix_scorer import PrefixScorer, Score
+from lvctx.inference.open_engine import Scorer, is_forward_only, open_scorer
+from lvctx.inference.prefix_scorer import Score
 from lvctx.models.loading import (
     context_length,
     load_config,
@@ -25,7 +26,6 @@ from lvctx.models.loading import (
 )
 from lvctx.parallel.context import ParallelContext
 from lvctx.parallel.ring_attention import Ring
-from lvctx.vlm.base import sequential_positions
 
 log = logging.getLogger(__name__)
 
@@ -104,27 +104,23 @@ def partition_cells(cells: list[Cell], groups: int) -> list[set[int]]:
     return shares
 
 
-def load_scorer(job: NiahJob, run: NiahRun, *, ring: Ring) -> PrefixScorer:
-    """The model, prepared to score the job's sequences."""
+def load_scorer(job: NiahJob, run: NiahRun, *, ring: Ring) -> Scorer:
+    """The model, prepared to score the job's sequences. Raises UsageError for a ring or cache that it cannot have."""
+    if is_forward_only(job.visual) and (ring.world > 1 or job.kv_cache != "device"):
+        what = "this class of models runs by its own forward"
+        raise UsageError(what, where="--cp, --kv-cache", fix="drop them")
     longest = max(job.last_position(job.task.sequence(c)[0]) for c in job.cells) + 1
     context = context_length(load_config(job.path))
     if longest > context:
         log.warning("evaluating %d positions with a model whose config allows %d", longest, context)
     dtype = job.dtype if job.dtype == "auto" else getattr(torch, job.dtype)
     model = load_model(job.path, config=job.model_config(), dtype=dtype, device=run.parallel.device)
-    try_forward(model, job.path)
-    return PrefixScorer(
-        model,
-        job.visual.table(model) if job.visual else None,
-        chunk=run.prefill_chunk,
-        reuse=run.reuse,
-        kv_cache=job.kv_cache,
-        positions=job.visual.positions if job.visual else sequential_positions,
-        ring=ring,
-    )
+    if not is_forward_only(job.visual):
+        try_forward(model, job.path)
+    return open_scorer(model, job.visual, chunk=run.prefill_chunk, reuse=run.reuse, kv_cache=job.kv_cache, ring=ring)
 
 
-def _run_cell(scorer: PrefixScorer, job: NiahJob, cell: Cell) -> dict[str, Any]:
+def _run_cell(scorer: Scorer, job: NiahJob, cell: Cell) -> dict[str, Any]:
     """The cell's part of a row: result, the answer's log-probability and rank; or an error."""
     ids, answer = job.task.sequence(cell)
     row = {**asdict(cell), "tokens": len(ids), "last_position": job.last_position(ids)}

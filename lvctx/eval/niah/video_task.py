@@ -10,7 +10,7 @@ from lvctx.eval.niah.frame_needles import WHEN, FrameNeedles
 from lvctx.eval.niah.image_needles import FIND, NeedleSet
 from lvctx.eval.niah.needle_task import Cell
 from lvctx.models.vlm_assembly import answer_ids, chat_ids
-from lvctx.vlm.base import VisualTokens
+from lvctx.vlm.base import VisualTokens, prompt_tail
 
 
 class VideoNeedleTask(FrameNeedles):
@@ -20,13 +20,22 @@ class VideoNeedleTask(FrameNeedles):
         """`options` are those of `FrameNeedles`. Raises InputError for an answer that is no token."""
         super().__init__(needles, unit=tokens.frames_per_grid, **options)
         self.tokenizer, self.tokens = tokenizer, tokens
-        self._chat = functools.cache(lambda question: chat_ids(tokenizer, question, mark=tokens.placeholder))
-        self._prompt_ids = functools.cache(
-            lambda question, answer: answer_ids(tokenizer, question, answer, tokens.placeholder)
-        )
+        self._chat, self._prompt_ids = functools.cache(self._question_ids), functools.cache(self._answer_ids)
         for needle in self.needles:
             if not self._ids(needle.answer):
                 raise InputError(f"the answer {needle.answer!r} is not a token of this model", fix="change the needle")
+
+    def _question_ids(self, question: str) -> tuple[list[int], list[int]]:
+        """Ids before and after the frames."""
+        if (tail := prompt_tail(self.tokens)) is not None:
+            return [], tail([question])[0]
+        return chat_ids(self.tokenizer, question, mark=self.tokens.placeholder)
+
+    def _answer_ids(self, question: str, answer: str) -> tuple[list[int], list[int], list[int]]:
+        """The same, and ids of the answer."""
+        if (tail := prompt_tail(self.tokens)) is not None:
+            return [], *tail([question], answer)
+        return answer_ids(self.tokenizer, question, answer, self.tokens.placeholder)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)

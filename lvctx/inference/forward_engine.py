@@ -1,0 +1,228 @@
+"""A vision-language model of any class by its own `forward` and `generate`: nothing of two prompts is shared.
+
+For classes whose attention is not causal inside images, or whose language model takes more than embeddings and one
+position a token. An answer is scored by making `generate` choose its tokens: the logits are those of each step.
+
+Shapes: L tokens of a sequence, N up to its last placeholder, A answer tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from lvctx.errors import InputError, UsageError, library_errors
+from lvctx.inference.engine import AnswerScore, Shown
+from lvctx.inference.prefix_scorer import Score, greedy_token
+from lvctx.inference.transformers_engine import TransformersEngine
+from lvctx.models.loading import device_of, load_model
+from lvctx.parallel.ring_attention import ALONE, Ring
+from lvctx.video.sampling import VideoSampling
+from lvctx.vlm.generic import ForwardVLM
+from lvctx.vlm.generic_haystack import GenericTokens
+from lvctx.vlm.stock_prompt import VisualItem
+
+OnToken = Callable[[int], bool | None]
+"""Takes a generated token; true ends the reply."""
+
+
+class ForwardEngine(TransformersEngine):
+    """See `Engine`."""
+
+    vlm: ForwardVLM
+
+    def __init__(self, vlm: ForwardVLM, *, ring: Ring = ALONE, **options: Any) -> None:
+        """See `TransformersEngine`. Raises UsageError for a sequence that several processes share."""
+        if ring.world > 1:
+            what = "this class of models runs by its own forward, on one process"
+            raise UsageError(what, where="--cp", fix="drop it; --device-map spreads the weights")
+        super().__init__(vlm, ring=ring, **options)
+        self.media: list[VisualItem] = []
+        """What was shown."""
+        self._inputs: dict[str, Any] = {}
+
+    @cached_property
+    def model(self) -> Any:
+        """The loaded model. Raises InputError where it cannot be loaded, MissingError without accelerate."""
+        return load_model(self.vlm.path, dtype=self.dtype, device=self.device, device_map=self.device_map)
+
+    def show(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> Shown:
+        """See `Engine`."""
+        self.media = []  # half of what should be shown is nothing to ask about
+        media, pts, facts = self.vlm.read(items, self.vlm.resolve(sampling))
+        self.media = media
+        ids = self.prompt_ids([""])
+        tokens = int(self.vlm.processor.is_placeholder(ids).sum())
+        return Shown(pts=pts, facts={**facts, "visual_tokens": tokens, "reuse": "none"})
+
+    def prompt_ids(self, turns: Sequence[str]) -> np.ndarray:
+        """See `TransformersEngine`; placeholders are the model's own."""
+        assert self.media, "nothing was shown"
+        self._inputs = self.vlm.processor.conversation(turns, self.media)
+        ids: np.ndarray = self._inputs["input_ids"][0].numpy()
+        return ids
+
+    def last_position(self, ids_L: np.ndarray) -> int:
+        """The number of the last token; positions of M-RoPE are smaller."""
+        return len(ids_L) - 1
+
+    def generate(
+        self,
+        ids_L: np.ndarray,
+        count: int,
+        on_token: OnToken = lambda token: None,
+        *,
+        choose: Callable[[Tensor], int] = greedy_token,
+        reasoning: int = 0,
+    ) -> list[int]:
+        """See `TransformersEngine`; of the prompt that was written last."""
+        assert np.array_equal(self._inputs["input_ids"][0].numpy(), ids_L)
+        if _has_mrope(self.model.config):
+            count += reasoning
+        else:
+            self.check_context(len(ids_L), len(ids_L), count)
+            count = min(count + reasoning, self.context - len(ids_L))
+        return stock_generate(self.model, self._inputs, count, self.stop_ids, on_token, choose)
+
+    def score(self, turns: Sequence[str], answer: str) -> AnswerScore:
+        """See `Engine`; the answer is tokenized by itself."""
+        self.prompt_ids(turns)
+        answer_ids = self.tokenizer.encode(answer, add_special_tokens=False)
+        score = stock_score(self.model, self._inputs, answer_ids)
+        return AnswerScore(log_prob=score.log_prob, is_greedy=score.forced)
+
+
+class ForwardScorer:
+    """Scores sequences of a haystack as `PrefixScorer` does, each by a forward of its own."""
+
+    ring = ALONE
+
+    def __init__(self, model: Any, tokens: GenericTokens) -> None:
+        """The frames are decoded once and kept."""
+        self.model, self.tokens = model, tokens
+        self.frames = list(tokens.images())
+        self.tokens_run = 0
+        """Tokens that went through the model so far."""
+
+    def score(self, ids_L: np.ndarray, answer: int, *, generate: int = 0) -> Score:
+        """See `PrefixScorer`."""
+        order, rest = self.tokens.order(ids_L)
+        prompt = self.tokens.processor.prompt(self.tokens.media([self.frames[i] for i in order]))
+        text = ids_L[: len(ids_L) - len(rest)] < self.tokens.haystack.vlm.vocabulary
+        if len(text) != prompt.length or (prompt.ids[text] != ids_L[: len(text)][text]).any():
+            raise InputError("what its processor writes depends on the frames", where=self.model.name_or_path)
+        inputs = prompt.continued(rest[: len(rest) - answer].tolist())
+        self.tokens_run += len(ids_L)
+        score = stock_score(self.model, inputs, rest[len(rest) - answer :].tolist())
+        if not generate:
+            return score
+        self.tokens_run += len(ids_L)
+        generated = stock_generate(self.model, inputs, generate, ())
+        return Score(forced=score.forced, log_prob=score.log_prob, rank=score.rank, generated=generated)
+
+
+class _Forced(LogitsProcessor):
+    """Makes generation choose these tokens."""
+
+    def __init__(self, prompt: int, answer: Sequence[int]) -> None:
+        self.prompt, self.answer = prompt, answer
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self.answer[input_ids.shape[1] - self.prompt]] = 0
+        return forced
+
+
+class _Chosen(LogitsProcessor):
+    """Makes generation take the token that a function chooses from the logits."""
+
+    def __init__(self, choose: Callable[[Tensor], int]) -> None:
+        self.choose = choose
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        chosen = torch.full_like(scores, -torch.inf)
+        chosen[:, self.choose(scores[0])] = 0
+        return chosen
+
+
+class _TokenStream(BaseStreamer, StoppingCriteria):
+    """Calls back with each generated token, until the callback returns true."""
+
+    def __init__(self, on_token: OnToken, stop: Sequence[int]) -> None:
+        self.on_token, self.stop, self._is_prompt, self._is_last = on_token, set(stop), True, False
+
+    def put(self, value: Tensor) -> None:
+        """The prompt first, then a token at a time."""
+        if not self._is_prompt and int(value) not in self.stop:
+            self._is_last = bool(self.on_token(int(value)))
+        self._is_prompt = False
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
+        return torch.full((len(input_ids),), self._is_last, device=input_ids.device)
+
+
+@torch.inference_mode()
+def stock_generate(
+    model: Any,
+    inputs: dict[str, Any],
+    count: int,
+    stop: Sequence[int] | set[int],
+    on_token: OnToken = lambda token: None,
+    choose: Callable[[Tensor], int] = greedy_token,
+) -> list[int]:
+    """Ids of the continuation by `model.generate`, without what ends it. Raises InputError where it fails."""
+    stream = _TokenStream(on_token, list(stop))
+    options = {
+        "streamer": stream,
+        "stopping_criteria": StoppingCriteriaList([stream]),
+        "logits_processor": LogitsProcessorList([_Chosen(choose)]),
+        "eos_token_id": list(stop) or None,
+    }
+    out = _generate(model, inputs, count, **options)
+    generated: list[int] = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    return generated[: next((i for i, token in enumerate(generated) if token in stop), len(generated))]
+
+
+@torch.inference_mode()
+def stock_score(model: Any, inputs: dict[str, Any], answer: Sequence[int]) -> Score:
+    """Score an answer that follows a prompt, token by token. Raises InputError where the model fails."""
+    forced = LogitsProcessorList([_Forced(inputs["input_ids"].shape[1], answer)])
+    out = _generate(model, inputs, len(answer), logits_processor=forced, output_logits=True, eos_token_id=None)
+    logits_AV = torch.cat(out.logits).float()
+    target_A = torch.tensor(list(answer), device=logits_AV.device)
+    picked_A = logits_AV.gather(1, target_A[:, None])[:, 0]
+    return Score(
+        forced=bool((logits_AV.argmax(1) == target_A).all()),
+        log_prob=float((picked_A - logits_AV.logsumexp(1)).sum()),
+        rank=int((logits_AV > picked_A[:, None]).sum(1).max()),
+        generated=None,
+    )
+
+
+def _generate(model: Any, inputs: dict[str, Any], count: int, **options: Any) -> Any:
+    from transformers.feature_extraction_utils import BatchFeature
+
+    embedding = model.get_input_embeddings()
+    moved = BatchFeature(inputs).to(device_of(embedding), dtype=embedding.weight.dtype)
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
+    try:
+        with library_errors("the model fails on its processor's output", where=model.name_or_path):
+            return model.generate(**moved, **greedy, max_new_tokens=count, return_dict_in_generate=True, **options)
+    except InputError as e:
+        if isinstance(e.__cause__, torch.OutOfMemoryError | MemoryError):
+            raise e.__cause__ from None  # not the input's fault; the caller decides what is lost
+        raise
+
+
+def _has_mrope(config: Any) -> bool:
+    return "mrope_section" in (getattr(config.get_text_config(), "rope_parameters", None) or {})

@@ -1,0 +1,63 @@
+"""Models and commands as a table in Markdown: the README's."""
+
+from lvctx.vlm.registry import EVALUATE, FAMILIES, FORWARD, ModelSupport, support_of
+
+LANGUAGE_MODEL = ModelSupport(
+    family="language model", reuse="prefixes", commands=("extend-lm", "align", "niah text", "export")
+)
+ANY_OTHER = "any other class of images and text in transformers"
+MADE_BY = {"LlavaOnevision": " (`align`, `import-longva`)"}
+"""Commands that write models of a family."""
+NOTES = {
+    ("extend-lm", "language model"): "theta, PI, NTK, YaRN, PoSE",
+    ("extend-lm", "LlavaOnevision"): "its language model",
+    ("align", "language model"): "in",
+    ("align", "LlavaOnevision"): "out; `--init`",
+    ("mrope-extend", "QwenVL"): "M-RoPE++, PI, NTK, YaRN; trains",
+    ("mrope-extend", "Qwen3VL"): "PI, NTK, YaRN (not MoE); does not train yet",
+    ("export", "language model"): "hf",
+    ("export", "LlavaOnevision"): "hf, llava (CLIP towers)",
+    ("export", "QwenVL"): "hf",
+    ("export", "Qwen3VL"): "hf",
+}
+"""What a command does with a family, where yes is not enough."""
+COMMAND_ROWS = (
+    ("extend-lm",),
+    ("align",),
+    ("mrope-extend",),
+    ("niah text",),
+    EVALUATE,
+    ("encode-video",),
+    ("export",),
+)
+"""Commands that take the same models."""
+REUSE = {"prefixes": "computed once", "none": "computed again"}
+
+
+def model_table() -> str:
+    """One column for each way a model is served, one row for each command."""
+    columns = {"language model": LANGUAGE_MODEL, **_families()}
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for commands in COMMAND_ROWS:
+        cells = [_cell(commands[0], support) for support in columns.values()]
+        lines.append("| " + ", ".join(f"`{name}`" for name in commands) + " | " + " | ".join(cells) + " |")
+    reuse = [REUSE[support.reuse] for support in columns.values()]
+    return "\n".join([*lines, "| what prompts share | " + " | ".join(reuse) + " |"])
+
+
+def _families() -> dict[str, ModelSupport]:
+    """Heading and support of each family, by the first of its model types."""
+    kinds: dict[str, list[str]] = {}
+    for kind, target in FAMILIES.items():
+        kinds.setdefault(target.partition(":")[2], []).append(kind)
+    columns = {}
+    for family, members in kinds.items():
+        support = support_of(members[0])
+        assert support is not None
+        columns[", ".join(members) + MADE_BY.get(family, "")] = support
+    others = ModelSupport(family=FORWARD.partition(":")[2], reuse="none", commands=EVALUATE)
+    return {**columns, ANY_OTHER: others}
+
+
+def _cell(command: str, support: ModelSupport) -> str:
+    return NOTES.get((command, support.family), "yes") if command in support.commands else "–"
