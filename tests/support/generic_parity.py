@@ -26,6 +26,8 @@ AS_IMAGES = ("glm4v",)
 """Classes that end a video with a time, so that frames of a haystack are images."""
 COMMANDED = ("internvl", "gemma3")
 """Classes that the commands are run on."""
+SAMPLED = ("--temperature", "1.5", "--seed", "3")
+"""Options of a reply that is not greedy."""
 
 
 def packages() -> list[str]:
@@ -190,6 +192,7 @@ def commands(path: Path, clip: Path, questions: Path, out: Path) -> Iterator[dic
         ["vqa", str(clip), "--frames", "4", "--ask", "What?", "--ask", "Why <image>?", "--max-new-tokens", "3"],
         ["niah", "video", "--haystack", str(clip), *small, "-o", str(out / "niah")],
         ["videomme", "run", "--videos", str(videos), "--questions", str(questions), "--frames", "2"],
+        ["vqa", str(clip), "--frames", "2", *["--ask", "What?"] * 2, "--max-new-tokens", "8", *SAMPLED],
     ):
         target = ["-o", str(out / "videomme")] if arguments[0] == "videomme" else []
         done = CliRunner().invoke(app, [*arguments, "--model", str(path), *target], catch_exceptions=False)
