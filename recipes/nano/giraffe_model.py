@@ -5,7 +5,7 @@ The directory has a stock `Qwen2VLForConditionalGeneration`: to text it answers 
 time, height and width as Qwen2-VL's 64 are.
 
     python recipes/nano/giraffe_model.py --lm .cache/nano/lm -o runs/giraffe/start --rope-theta 1e4 --context 1024 \
-        --eyes recipes/nano/giraffe/eyes.safetensors --adapter recipes/nano/giraffe/short.safetensors
+        --vision recipes/nano/giraffe/vision.safetensors --adapter recipes/nano/giraffe/short.safetensors
 """
 
 import argparse
@@ -109,13 +109,13 @@ def main() -> None:
     parser.add_argument("--lm", required=True, help="SmolLM2-135M-Instruct")
     parser.add_argument("--rope-theta", type=float, help="RoPE base; default: the language model's")
     parser.add_argument("--context", type=int, help="positions that config.json promises; default: as many")
-    parser.add_argument("--eyes", type=Path, help="tower and merger, of giraffe_eyes.py")
+    parser.add_argument("--vision", type=Path, help="tower and merger, of giraffe_vision.py")
     parser.add_argument("--adapter", type=Path, nargs="*", default=[], help="LoRAs, of lvctx mrope-extend, in order")
     parser.add_argument("-o", "--out", type=Path, required=True)
     args = parser.parse_args()
     vlm, tokenizer = build(args.lm, theta=args.rope_theta, context=args.context)
-    if args.eyes:
-        vlm.model.visual.load_state_dict(load_file(args.eyes))
+    if args.vision:
+        vlm.model.visual.load_state_dict(load_file(args.vision))
     for file in args.adapter:
         rank = next(tensor for name, tensor in load_file(file).items() if "lora_A" in name).shape[0]
         wrapped = add_lora(vlm.model.language_model, rank=rank, targets=ATTENTION, seed=0)

@@ -5,7 +5,7 @@ and is trained likewise, now with rotary positions and on images of three sizes:
 visual token of an image regresses to the sum of the language model's embeddings of its colour and its shape, as
 `warm_projector.py` does.
 
-    python recipes/nano/giraffe_eyes.py --lm LM --tower recipes/nano/tower --photos CLIP... -o eyes.safetensors
+    python recipes/nano/giraffe_vision.py --lm LM --tower recipes/nano/tower --photos CLIP... -o vision.safetensors
 
 Suffixes: B images, P patches, C channels of a patch, D tower width, T visual tokens, E language-model width.
 """
