@@ -31,7 +31,7 @@ def talk(*turns: str, **extra: Any) -> dict[str, Any]:
     return {"conversations": [{"from": roles[i % 2], "value": t} for i, t in enumerate(turns)], **extra}
 
 
-def make_forward(vlm: Any, tokenizer: Any, pixels_from: Path, *, pose: bool = False) -> Any:
+def make_forward(vlm: Any, tokenizer: Any, encoding: Any, pixels_from: Path, *, pose: bool = False) -> Any:
     """A VLM ready for micro-batches, its tower frozen."""
     from lvctx.models.image_processing import Preprocess
     from lvctx.models.vlm_assembly import newline_id
@@ -39,6 +39,7 @@ def make_forward(vlm: Any, tokenizer: Any, pixels_from: Path, *, pose: bool = Fa
 
     return Forward(
         vlm,
+        encoding=encoding,
         preprocess=Preprocess.from_directory(pixels_from),
         newline=newline_id(tokenizer),
         tower_grad=False,

@@ -60,7 +60,7 @@ def stock_log_prob(stock: Any, sample: Sample, sequence: TokenSequence, forward:
         for image in sample.images:
             from lvctx.models.image_processing import open_image
 
-            tiles = sample.encoding.tiles(open_image(image), alone=True, background=(0, 0, 0))
+            tiles = forward.encoding.tiles(open_image(image), alone=True, background=(0, 0, 0))
             pixels = forward.preprocess(tiles).double()
             seen.append(stock.model.get_video_features(pixels[None]).pooler_output[0])
         is_visual = (ids == stock.config.video_token_id)[..., None]
@@ -73,16 +73,16 @@ def stock_log_prob(stock: Any, sample: Sample, sequence: TokenSequence, forward:
 def test_loss_and_gradient_are_the_formula_on_stock_logits(vlm: Path, pairs: Path) -> None:
     """`-log sigmoid(beta * margin)` in float64, answers of a multi-turn pair counted once: only the last."""
     tokenizer, model = load_tokenizer(vlm), load_model(vlm)
-    encoding = ImageEncoding.of(model.config.vision_config, grid="unires", rule="code")
     forward = Forward(
         model,
+        encoding=ImageEncoding.of(model.config.vision_config, grid="unires", rule="code"),
         preprocess=Preprocess.from_directory(vlm),
         newline=newline_id(tokenizer),
         tower_grad=False,
         device="cpu",
     )
     samples = [
-        encode_sample(i, row, tokenizer, encoding, max_length=999)
+        encode_sample(i, row, tokenizer, forward.encoding, max_length=999)
         for i, row in enumerate(read_pairs(pairs, pairs.parent))
     ]
     words = [[tokenizer.decode([i for i in s.labels if i != IGNORED]) for s in sample.sequences] for sample in samples]
@@ -230,7 +230,6 @@ def test_packing_loses_and_repeats_nothing_in_an_epoch(
             number=i,
             where=str(i),
             images=(),
-            encoding=ImageEncoding(grid="unires", rule="code", tile=48, side=4),
             sequences=tuple(TokenSequence(ids=[0] * max(1, n - k), labels=[]) for k in range(count)),
         )
         for i, (n, count) in enumerate(lengths)

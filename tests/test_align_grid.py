@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from lvctx.artifacts.manifest import read_manifest
 from lvctx.cli.app import app
 from lvctx.data.conversations import read_conversations
-from lvctx.errors import InputError, UsageError
+from lvctx.errors import InputError
 from lvctx.models.image_processing import Preprocess, open_image
 from lvctx.models.loading import load_config, load_model, load_tokenizer
 from lvctx.models.vlm_assembly import (
@@ -35,7 +35,6 @@ from lvctx.models.vlm_assembly import (
 from lvctx.training.align_job import count_tokens
 from lvctx.training.batching import Sample, encode_sample
 from lvctx.video.sampling import VideoSampling
-from lvctx.vlm.anyres import anyres_pinpoints
 from lvctx.vlm.image_tiling import ImageEncoding
 from lvctx.vlm.registry import open_vlm
 
@@ -74,7 +73,7 @@ def test_tokens_are_those_written_by_hand_and_those_embedded(
     data = write(tmp_path / "data.json", rows)
     tokenizer, model = load_tokenizer(vlms[grid]), load_model(vlms[grid])
     encoding = ImageEncoding.of(model.config.vision_config, grid=grid, rule="code")
-    forward = make_forward(model, tokenizer, vlms[grid])
+    forward = make_forward(model, tokenizer, encoding, vlms[grid])
     for name, row in zip(shown, read_conversations(data, tmp_path), strict=True):
         sample = encode_sample(0, (row,), tokenizer, encoding, max_length=999)
         assert sample.sequences[0].ids.count(model.config.video_token_id) == tokens[name]
@@ -93,7 +92,7 @@ def test_no_image_has_more_grids_than_asked_for(vlms: dict[ImageGrid, Path], tmp
         assert encoding.tokens(tmp_path / "large.png", alone=True) == 4 * grids + 1
         sample = encode_sample(0, tuple(read_conversations(data, tmp_path)), tokenizer, encoding, max_length=999)
         with torch.no_grad():
-            (block,) = make_forward(model, tokenizer, vlms["unires"]).blocks(sample)
+            (block,) = make_forward(model, tokenizer, encoding, vlms["unires"]).blocks(sample)
         assert len(block) == 4 * grids + 1
 
 
@@ -131,7 +130,7 @@ def test_samples_of_a_micro_batch_do_not_see_each_other(
     samples = [encode_sample(n, (row,), tokenizer, encoding, max_length=999) for n, row in enumerate(read)]
     if windowed:  # far beyond the samples: what it lets through is all, but our attention does not serve it
         model.model.language_model.config.sliding_window = 4096
-    forward = make_forward(model, tokenizer, vlms["unires"])
+    forward = make_forward(model, tokenizer, encoding, vlms["unires"])
     assert forward.ours is not windowed
 
     def run(micro: list[Sample]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -161,7 +160,7 @@ def test_training_sees_what_stock_transformers_sees_on_the_saved_model(
     encoding = ImageEncoding.of(model.config.vision_config, grid=image_grid(model.config), rule="code")
     sample = encode_sample(0, (conversation,), tokenizer, encoding, max_length=999)
     with torch.no_grad():
-        hidden_LE = make_forward(model, tokenizer, vlms[grid])([sample], lambda hidden, *_: hidden)
+        hidden_LE = make_forward(model, tokenizer, encoding, vlms[grid])([sample], lambda hidden, *_: hidden)
         ours = model.lm_head(hidden_LE)
 
     stock = LlavaOnevisionForConditionalGeneration.from_pretrained(vlms[grid]).eval()
@@ -225,27 +224,6 @@ def test_the_encoding_is_stored_and_the_next_stage_continues_with_it(
     first_longest, back_longest, single_longest = (aligning_longest(tmp_path / n) for n in ("first", "back", "single"))
     assert first_longest - single_longest == 16 + 8 * 9 - 5
     assert back_longest == first_longest, "the model it starts from was trained on it"
-
-
-def test_a_share_of_the_samples_is_encoded_as_stock_code_does(tmp_path: Path, tiny_lm: Path, tiny_tower: Path) -> None:
-    """16 wide images: as UniRes 9 tokens each, as AnyRes 16 + 4 * 9; the model's own encoding stays UniRes."""
-    Image.new("RGB", (96, 48), "red").save(tmp_path / "wide.png")
-    data = write(tmp_path / "data.json", [talk("<image>What?", "red", image="wide.png")] * 16)
-    job = aligning.align(data, tmp_path / "vlm", tiny_lm, tiny_tower, anyres_share=0.5, steps=1)
-    config = load_config(tmp_path / "vlm")
-    encodings = [job.sample_encoding(number, config.vision_config).grid for number in range(16)]
-    assert 0 < encodings.count("anyres") < 16
-    visual = 52 * encodings.count("anyres") + 9 * encodings.count("unires")
-    assert count_tokens(job, lambda *_: None)["visual_tokens"] == visual
-    assert image_grid(config) == "unires"
-    assert config.vision_aspect_ratio == "anyres_max_4"
-    assert config.image_grid_pinpoints == anyres_pinpoints(48)
-    whole = aligning.align(data, tmp_path / "all", tiny_lm, tiny_tower, anyres_share=1.0, steps=1)
-    anyres = aligning.align(data, tmp_path / "anyres", tiny_lm, tiny_tower, image_encoding="anyres", steps=1)
-    assert aligning.metrics(tmp_path / "all") == aligning.metrics(tmp_path / "anyres")
-    assert whole.provenance.config_hash != anyres.provenance.config_hash
-    with pytest.raises(UsageError, match="--anyres-share"):
-        aligning.align(data, tmp_path / "no", tiny_lm, tiny_tower, anyres_share=0.5, image_encoding="single", steps=1)
 
 
 def aligning_longest(path: Path) -> int:

@@ -46,7 +46,7 @@ def test_spread_samples_are_read_as_stock_transformers_reads_them_at_these_posit
     assert all(jump > 1 for jump in jumps), "this seed moves all three apart"
     (whole,) = skip_positions(samples[0], 5, rng).sequences
     assert whole.positions == list(range(len(whole.ids))), "longer than the context: as it is"
-    forward = make_forward(vlm, tokenizer, tiny_tower, pose=True)
+    forward = make_forward(vlm, tokenizer, encoding, tiny_tower, pose=True)
     video = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
     with torch.no_grad():
         ours_TE = forward(samples, lambda hidden, *_: hidden)

@@ -10,7 +10,8 @@ CARD = "README.md"
 VISION = "Images and video"
 TILES = """\
 Stock code encodes an image given as `image` in LLaVA-NeXT's AnyRes: a base image and tiles, not pooled. This model was
-aligned with {aligned}, so it answers better when an image is given as a video of its tiles:
+aligned with {aligned}, so it answers better when an image is given as a video of its tiles (for the model of
+lvctx's `make demo`, 55 of 60 answers are right that way and 42 as `image`):
 
 ```python
 import numpy as np

@@ -66,8 +66,8 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
             lm = load_model(job.text_source)
             tower = load_vision_model(job.vision_source, dtype=lm.dtype)
             vlm = assemble(lm, tower, self.tokenizer, where=job.text_source, seed=self.config.seed).to(device)
-        self.vision_config = vlm.config.vision_config
-        job.encoding(self.vision_config).write_to(vlm.config, with_anyres=self.config.anyres_share > 0)
+        self.encoding = job.encoding(vlm.config.vision_config)
+        self.encoding.write_to(vlm.config)
         groups, lora = _freeze(vlm, job)
         for adapter in self.config.adapter:
             load_adapter(adapter, vlm, lora)
@@ -81,6 +81,7 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
         self.positions = context_length(trainable.model.config)
         self.forward = Forward(
             trainable.model,
+            encoding=self.encoding,
             preprocess=Preprocess.from_directory(self.job.vision_source),
             newline=newline_id(self.tokenizer),
             tower_grad=bool(self.config.tower_lr),
@@ -92,8 +93,7 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
     def sample(self, number: int) -> Sample:
         """A row of the data, encoded."""
         row, length = self.job.rows[number], self.config.max_length
-        encoding = self.job.sample_encoding(number, self.vision_config)
-        return encode_sample(number, row, self.tokenizer, encoding, max_length=length)
+        return encode_sample(number, row, self.tokenizer, self.encoding, max_length=length)
 
     def sample_numbers(self, step: int) -> list[int]:
         """Rows of the data that a step uses."""

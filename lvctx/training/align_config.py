@@ -46,8 +46,6 @@ class AlignConfig:
         int | tuple[tuple[int, int], ...] | None, Flag(parse=parse_max_grids, metavar="INTEGER", panel=IMAGES)
     ] = None
     """UniRes: maximum grids per image. Default: that of --init, else 49 (LongVA)."""
-    anyres_share: Annotated[float, Flag(min=0, max=1, panel=IMAGES)] = 0.0
-    """UniRes: fraction of the samples whose images are encoded as anyres instead, as stock code encodes an image."""
     steps: Annotated[int | None, Flag(min=1, panel=TRAINING)] = None
     """Optimizer steps. Default: --epochs."""
     epochs: Annotated[float | None, Flag(in_hash=False, panel=TRAINING)] = None

@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import Provenance
 from lvctx.artifacts.store import fingerprint
@@ -68,14 +66,6 @@ class AlignJob:
             vision_config, grid=config.image_encoding, rule=config.unires_rule, max_grids=config.max_grids
         )
 
-    def sample_encoding(self, number: int, vision_config: Any) -> ImageEncoding:
-        """The same for the images of one row: of a share of the rows, drawn by the seed, it is AnyRes."""
-        encoding = self.encoding(vision_config)
-        share = self.config.anyres_share
-        if share and np.random.default_rng([self.config.seed, number]).random() < share:
-            return replace(encoding, grid="anyres")
-        return encoding
-
 
 @dataclass(frozen=True, kw_only=True)
 class StageDefaults:
@@ -120,8 +110,6 @@ def resolve_align(config: AlignConfig) -> AlignJob:
     inputs["data"] = fingerprint(config.data) if config.data.exists() else hub_commit(str(config.data))
     inputs["images"] = _hash_images(rows, config.images)
     inputs |= {f"adapter-{i}": fingerprint(adapter) for i, adapter in enumerate(config.adapter)}
-    if resolved.anyres_share and resolved.image_encoding != "unires":
-        raise UsageError("--anyres-share goes with --image-encoding unires", fix="drop it")
     provenance = Provenance(
         schema=schemas.MODEL, command="align", config=hashed_fields(resolved), inputs=inputs, seed=config.seed
     )
@@ -216,10 +204,9 @@ def count_tokens(job: AlignJob, on_progress: OnProgress) -> dict[str, Any]:
     if job.lm is not None:
         add_visual_tokens(tokenizer, job.lm)
     video = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-    vision_config = TowerFiles.find(job.vision_source).config
+    encoding = job.encoding(TowerFiles.find(job.vision_source).config)
     tokens = visual = counted = longest = 0
     for number, row in enumerate(job.rows):
-        encoding = job.sample_encoding(number, vision_config)
         sample = encode_sample(number, row, tokenizer, encoding, max_length=job.config.max_length)
         for sequence in sample.sequences:
             tokens += len(sequence.ids)

@@ -40,8 +40,6 @@ class Sample:
     """File and row, for errors."""
     images: tuple[Path, ...]
     """Images in the order of their blocks, which all sequences have."""
-    encoding: ImageEncoding
-    """How the images are encoded."""
     sequences: tuple[TokenSequence, ...]
     """One sequence, or those of the preferred and the other answer."""
 
@@ -75,7 +73,7 @@ def encode_sample(
             labels = [*sequence.labels[: max_length - 1], IGNORED]
             sequence = replace(sequence, ids=sequence.ids[:max_length], labels=labels)
         sequences.append(sequence)
-    return Sample(number=number, where=row[0].where, images=images, encoding=encoding, sequences=tuple(sequences))
+    return Sample(number=number, where=row[0].where, images=images, sequences=tuple(sequences))
 
 
 def skip_positions(sample: Sample, context: int, rng: np.random.Generator) -> Sample:
@@ -116,6 +114,7 @@ class Forward(nn.Module):
         self,
         vlm: Any,
         *,
+        encoding: ImageEncoding,
         preprocess: Preprocess,
         newline: int,
         tower_grad: bool,
@@ -125,7 +124,7 @@ class Forward(nn.Module):
         """`newline` is the token of "\\n"; `tower_grad` is whether the tower is trained; `pose`, whether samples have
         positions from `skip_positions`, which requires a model with plain attention (InputError)."""
         super().__init__()
-        self.vlm, self.preprocess = vlm, preprocess
+        self.vlm, self.encoding, self.preprocess = vlm, encoding, preprocess
         self.newline, self.tower_grad, self.device = newline, tower_grad, device
         lm = vlm.model.language_model
         self.ours = pose or (torch.device(device).type == "cpu" and hf_attention.is_plain(lm.config))
@@ -155,7 +154,7 @@ class Forward(nn.Module):
 
     def _embed_images(self, embeds_TE: Tensor, is_visual_T: Tensor, micro: Sequence[Sample]) -> Tensor:
         """The embeddings with those of the images inserted; a truncated sequence lacks some at its end."""
-        vlm, tile = self.vlm, self.vlm.config.vision_config.image_size
+        vlm, tile = self.vlm, self.encoding.tile
         parts, visual = iter(is_visual_T.split([len(s.ids) for sample in micro for s in sample.sequences])), []
         for sample in micro:
             blocks = self.blocks(sample)
@@ -175,7 +174,7 @@ class Forward(nn.Module):
         alone = len(sample.images) == 1
         return [
             embed_image(
-                *(self.vlm, open_image(image), newline_E, sample.encoding, self.preprocess),
+                *(self.vlm, open_image(image), newline_E, self.encoding, self.preprocess),
                 alone=alone,
                 tower_grad=self.tower_grad,
             )

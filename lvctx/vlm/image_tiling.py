@@ -81,14 +81,11 @@ class ImageEncoding:
             return anyres_tiles(image, self.tile)
         return single_tiles(image, self.tile, "pad", background)
 
-    def write_to(self, config: Any, *, with_anyres: bool = False) -> None:
-        """Write it into a VLM's configuration, in our own keys and in those of stock LlavaOnevision.
-
-        `with_anyres`: some images were encoded as AnyRes in training, so stock code is to encode them so.
-        """
+    def write_to(self, config: Any) -> None:
+        """Write it into a VLM's configuration, in our own keys and in those of stock LlavaOnevision."""
         config.image_grid, config.image_grid_rule = self.grid, self.rule
         set_image_max_grids(config, self.max_grids)
-        if self.grid == "anyres" or with_anyres:
+        if self.grid == "anyres":
             config.image_grid_pinpoints, config.vision_aspect_ratio = anyres_pinpoints(self.tile), "anyres_max_4"
         else:  # images are encoded like videos, which use neither
             sides = [self.tile * n for n in range(1, 7)]
