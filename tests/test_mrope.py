@@ -256,7 +256,7 @@ def test_qwen25_does_not_state_its_length(tmp_path: Path) -> None:
     raw = json.loads((model / "config.json").read_text())
     raw["text_config"]["max_position_embeddings"] = 128_000
     (model / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(InputError, match=r"promises 128000 positions.*32768"):
+    with pytest.raises(InputError, match=r"allows 128000 positions.*32768"):
         extend(model, tmp_path / "x")
     assert verify(extend(model, tmp_path / "out", original_length=32_768)).holds
 

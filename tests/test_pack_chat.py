@@ -493,7 +493,9 @@ def test_the_same_bytes_again_and_others_for_another_seed(qwen: Path, media: Pat
 @pytest.mark.nano
 def test_what_cannot_be_met_is_reported(qwen: Path, media: Path, tmp_path: Path) -> None:
     given = sources(tmp_path)
-    with pytest.raises(InputError, match=r"no sample of image, interleaved, video is that long, so at most 20% can be"):
+    with pytest.raises(
+        InputError, match=r"no sample of image, interleaved, video is that long, so at most 20% are possible"
+    ):
         pack(tmp_path / "out", given, qwen, media, long_share=0.3, long_over=1100)
     with pytest.raises(InputError, match=r"100,000,000 tokens cannot be met \(text is \d.* short.*--tokens \d+ is"):
         pack(tmp_path / "out", given, qwen, media, tokens=100_000_000)

@@ -300,7 +300,7 @@ def test_the_length_rule_counts_tokens_and_means_longer_than(bpe: Path, tmp_path
     source = write_lines(tmp_path / "a.jsonl", [document] * 20)
     kept = pack(tmp_path / "kept", source, tokenizer=bpe, min_long=length - 1, keep_short=0.0)
     assert kept.manifest["sources"]["unnamed"]["too_short"] == 0
-    with pytest.raises(InputError, match="not one row of 64"):
+    with pytest.raises(InputError, match="less than one row of 64"):
         pack(tmp_path / "gone", source, tokenizer=bpe, min_long=length, keep_short=0.0)
 
 

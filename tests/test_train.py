@@ -160,7 +160,9 @@ def test_a_bad_row_is_named(pictures: Path, row: Any, message: str, lines: bool)
 
 def test_all_bad_rows_are_counted_and_the_first_is_named(pictures: Path) -> None:
     rows = [talk("Hi", "Ho"), *(talk("<image>What?", "red", image=f"{i}.png") for i in range(3))]
-    with pytest.raises(InputError, match=r"d\.json\[1\]: no such image .*0\.png \(3 bad rows in all\); check --images"):
+    with pytest.raises(
+        InputError, match=r"d\.json\[1\]: no such image .*0\.png \(3 bad rows in total\); check --images"
+    ):
         read_conversations(write(pictures / "d.json", rows), pictures)
 
 

@@ -31,7 +31,7 @@ from lvctx.vlm.stock_prompt import ChatText, Clip, Expansion, VisualItem
 from lvctx.vlm.token_count import VisualRule
 from lvctx.vlm.visual_features import visual_features
 
-Part = TypeVar("Part")
+PartT = TypeVar("PartT")
 IMAGE_BATCH = 8
 """Images that go through the processor and the vision tower at once."""
 
@@ -203,7 +203,7 @@ class ForwardVLM(GenericVLM):
         return write
 
 
-def arranged(media: Sequence[VisualItem], parts: Sequence[Part]) -> list[Part]:
+def arranged(media: Sequence[VisualItem], parts: Sequence[PartT]) -> list[PartT]:
     """The media's parts in their order, from those of all images and then of all videos."""
     images = sum(isinstance(one, Image.Image) for one in media)
     of_images, of_clips = iter(parts[:images]), iter(parts[images:])

@@ -14,7 +14,7 @@ WHEN = (
     "The video goes from second {first} to second {last}. Find {subject}. At which second is it shown? "
     "Answer with the number alone."
 )
-"""The question for the time: a frame carries none, so the model has to know its position in the video."""
+"""The question for the time: frames have no timestamps, so the model has to use positions in the video."""
 
 
 class FrameNeedles:
@@ -34,10 +34,10 @@ class FrameNeedles:
         loop: bool = False,
         seed: int = 0,
     ) -> None:
-        """`seconds` is when each haystack frame is shown; the model merges `unit` frames.
+        """`seconds` are the timestamps of the haystack frames; the model merges `unit` frames.
 
-        The question `when` asks for it, right within `tolerance` seconds. Distractors go to places that `seed` draws,
-        the same in every cell.
+        The question `when` asks for the time, right within `tolerance` seconds. Distractor positions are drawn from
+        `seed` and are the same in every cell.
         """
         self.chance, self.unit = needles.chance, unit
         self.needles, self.distractors = needles.needles, needles.distractors
@@ -56,7 +56,7 @@ class FrameNeedles:
             raise UsageError(f"--lengths: this model merges {unit} frames", fix=f"give multiples of {unit}")
         if self._longest > self._frames and not self.loop:
             raise InputError(
-                f"{self._longest} frames are beyond the haystack (it has {self._frames})",
+                f"{self._longest} frames exceed the haystack (it has {self._frames})",
                 fix="give more --frames, or --loop to repeat them",
             )
         if trials > len(self.needles):
@@ -88,14 +88,14 @@ class FrameNeedles:
         return question, _two_decimals(self._second_between(position, length))
 
     def _second_between(self, position: int, length: int) -> float:
-        """When an image before the haystack's frame `position` is shown.
+        """Time of an image before the haystack's frame `position`, in seconds.
 
-        Between two frames: in the middle of their times. At an end: with the one neighbour it has.
+        Between two frames: the middle of their times. At an end: the time of its neighbour.
         """
         return (self._second(max(position - 1, 0)) + self._second(min(position, length - 1))) / 2
 
     def _second(self, frame: int) -> float:
-        """When a frame is shown; a haystack that is repeated goes on a step after its last frame."""
+        """Time of a frame; a repeated haystack continues one step after its last frame."""
         repeats, i = divmod(frame, self._frames)
         step = (self._seconds[-1] - self._seconds[0]) / max(self._frames - 1, 1)
         return float(self._seconds[i] + repeats * (self._seconds[-1] - self._seconds[0] + step))
@@ -103,7 +103,7 @@ class FrameNeedles:
     def order(self, cell: Cell) -> np.ndarray:
         """The cell's frames (F,): haystack frames by number, then needles, then distractors."""
         haystack = np.resize(np.arange(self._frames), cell.length)
-        # Distractors are placed where all lengths have them if prefixes are to be shared.
+        # Distractors have the same positions for all lengths if prefixes are to be shared.
         spread = self._spread if self.nested else cell.length
         distractor_numbers = self._frames + len(self.needles) + np.arange(len(self.distractors))
         pieces = [
@@ -116,7 +116,7 @@ class FrameNeedles:
         )
 
     def times(self, cell: Cell) -> list[float]:
-        """When each of the cell's frames is shown, in seconds: haystack frames keep their times."""
+        """Times of the cell's frames, in seconds; haystack frames keep theirs."""
         times, position = [], 0
         for number in self.order(cell):
             is_haystack = number < self._frames
@@ -132,7 +132,7 @@ class FrameNeedles:
         return float(number is not None and abs(number - float(cell.answer)) <= self.tolerance)
 
     def facts(self) -> dict[str, Any]:
-        """What of the question and the places all cells share, for the rows' keys."""
+        """What all cells share of the question and the positions, for the rows' keys."""
         facts: dict[str, Any] = {}
         if self.question == "when":
             facts["tolerance"] = self.tolerance
