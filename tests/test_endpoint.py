@@ -424,7 +424,7 @@ def test_what_has_no_meaning_is_refused(tmp_path: Path) -> None:
         ((*bench, *url, "--cp", 2, "--dtype", "float32"), "--dtype, --cp have no meaning with --endpoint"),
         ((*vqa, *url, "--hybrid", "1,8,1"), "a server decides the resolution"),
         ((*vqa, "--send", "images"), "--send needs --endpoint"),
-        ((*vqa, *url, "--top-p", 0.5), "--top-p has no meaning without --temperature"),
+        ((*vqa, *url, "--top-p", 0.5), "--top-p needs --temperature"),
         ((*vqa, "--endpoint", "localhost:8000"), "is no URL"),
         ((*vqa, "--endpoint", f"http://me:{KEY}@host/v1"), "holds a key"),
         ((*vqa, *url, "--extra-body", "[1]"), "a JSON object is wanted"),
