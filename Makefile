@@ -1,12 +1,12 @@
 # make setup | demo | transfer | transfer-text | transfer-far | transfer-64k | giraffe-nano | lint
-# make test | test-slow | test-gpu | test-lmms | test-runtimes | test-wheel
+# make test | test-slow | test-gpu | test-lmms | test-runtimes | test-servers | test-wheel
 # make tower | nano-start | text-start | giraffe-nano-train: train again what was trained in advance
 PYTHON ?= python3
 RUNTIMES ?= .runtimes
 RECIPES = transfer transfer-text transfer-far transfer-anyres transfer-no-text transfer-64k transfer-gpu giraffe-nano nano-start text-start \
 	giraffe-nano-train
 
-.PHONY: setup fetch demo $(RECIPES) test test-slow test-gpu test-lmms test-runtimes test-wheel lint tower clean
+.PHONY: setup fetch demo $(RECIPES) test test-slow test-gpu test-lmms test-runtimes test-servers test-wheel lint tower clean
 
 setup: .venv/.ready
 
@@ -35,7 +35,7 @@ $(RECIPES): setup
 
 test: fetch           # all but the slow tests, one file per process; then those that measure time, alone
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
-		-m 'not slow and not gpu and not lmms and not alone'
+		-m 'not slow and not gpu and not lmms and not servers and not alone'
 	.venv/bin/python -m pytest -m alone
 
 test-slow: fetch      # tests that take minutes each
@@ -59,6 +59,9 @@ test-runtimes: setup  # tiny models of every kind in other runtimes, each instal
 	for runtime in vllm llama_cpp trl; do \
 		tests/runtimes/$$runtime.sh runs/runtimes $(RUNTIMES)/$$runtime || exit; done
 	.venv/bin/python tests/runtimes/table.py runs/runtimes -o docs/runtimes.md
+
+test-servers: fetch   # --endpoint against real servers, each installed in $(RUNTIMES); skipped, with the reason, where one cannot be
+	RUNTIMES=$(RUNTIMES) OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m servers -rs
 
 test-wheel: fetch     # the wheel in an environment without the sources (.venv-wheel)
 	rm -rf .venv-wheel build/wheel

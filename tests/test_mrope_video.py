@@ -1,6 +1,7 @@
 """Videos for Qwen-VL: sizes, counts and pixels against stock, logits against stock, answers against full forwards."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,24 @@ def test_pixels_are_the_stock_processors(saved: dict[str, Path], processor: Any)
     one = stock["pixel_values"][: stock["image_grid_thw"][0].prod()]
     assert video["video_grid_thw"].tolist() == [[2, *stock["image_grid_thw"][0, 1:].tolist()]]
     assert torch.equal(video["pixel_values_videos"], one.repeat(2, 1))
+
+
+def test_sizes_of_images_are_those_of_processor_config_json(saved: dict[str, Path], tmp_path: Path) -> None:
+    """transformers 5 writes this file alone, and reads it before preprocessor_config.json where both are there."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    model = tmp_path / "model"
+    shutil.copytree(saved["qwen2_vl"], model)
+    given = json.loads((model / "preprocessor_config.json").read_text())
+    for most, alone in ((112 * 112, False), (56 * 112, True)):
+        if alone:
+            (model / "preprocessor_config.json").unlink()
+        small = {**given, "size": {"shortest_edge": 56 * 56, "longest_edge": most}}
+        (model / "processor_config.json").write_text(json.dumps({"image_processor": small}))
+        stock = Qwen2VLImageProcessorPil.from_pretrained(model)
+        image = Image.new("RGB", (168, 71))
+        grid = stock(images=[image], return_tensors="np")["image_grid_thw"][0]
+        assert open_vlm(model).load([image], VideoSampling()).tokens == grid.prod() // 4
 
 
 def test_two_frames_share_a_grid(saved: dict[str, Path], processor: Any) -> None:

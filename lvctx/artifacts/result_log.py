@@ -36,7 +36,7 @@ class ResultLog:
         for row in _keyed(log.path, log.stored).values():
             if row.get("run") != self._identity["run"]:
                 raise InputError(
-                    f"holds results of another run (other {_differing(row.get('made_of'), made_of)})",
+                    f"holds results of another run (other {differing(row.get('made_of'), made_of)})",
                     where=log.path.parent,
                     fix="choose another -o, or --force to start over",
                 )
@@ -79,7 +79,8 @@ class ResultLog:
         return stored
 
 
-def _differing(old: Any, new: Mapping[str, Any]) -> str:
+def differing(old: Any, new: Mapping[str, Any]) -> str:
+    """Which keys of two runs' `made_of` have other values, in one line."""
     old = old if isinstance(old, dict) else {}
     # JSON has no tuples, so stored values are compared with values in their stored form.
     stored = json.loads(json.dumps(new))

@@ -31,5 +31,11 @@ ANSWER = "lvctx.answer/1"
 QUESTIONS = "lvctx.questions/1"
 """Directory: results.jsonl (one row per question of a benchmark), and files for the benchmark's own scorer."""
 
+SHARD = "lvctx.shard/1"
+"""File shard.json: which shard of a benchmark's run a directory has, and the questions of the whole run."""
+
+MERGED = "lvctx.merged/1"
+"""Row: what `bench merge` wrote, and the ids of questions that are missing."""
+
 SCORE = "lvctx.score/1"
 """Row: the score of one run or responses file, or the difference of two."""

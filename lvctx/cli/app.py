@@ -32,7 +32,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "niah": ("niah", "Needle-in-a-haystack test over context lengths and needle depths, in text or in video."),
         "vqa": ("vqa", "Answer questions about videos."),
         "videomme": ("videomme_score", "Video-MME: run a model on its questions, and score it or existing responses."),
-        "bench": ("benchmarks", "Other benchmarks of long video: run a model on their questions, and score it."),
+        "bench": ("bench_merge", "Other benchmarks of long video: run a model on their questions, and score it."),
     },
     "Utilities": {
         "import-longva": ("convert", "Convert a released LongVA checkpoint for transformers and vLLM."),

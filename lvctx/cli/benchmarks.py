@@ -44,6 +44,7 @@ group(
     "Other benchmarks of long video: run a model on their questions, and score it.",
     "lvctx bench nextqa run --model vlm --videos clips --questions nextqa.csv --frames 4 -o nextqa",
     "lvctx bench nextqa score nextqa",
+    "lvctx bench merge shard-1 shard-2 -o merged",
 )
 
 
@@ -65,6 +66,15 @@ class BenchmarkOptions:
     """Folder of .srt or .vtt files (Video-MME); the subtitles at the sampled frames are added to the prompt."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkRunOptions(RunOptions):
+    """Options of a run."""
+
+    shard: Annotated[str | None, Flag(metavar="I/N", in_hash=False)] = None
+    """Ask about every N-th video only, such as 1/4: for N machines or GPUs, each with its own -o, without torchrun.
+    `lvctx bench merge` makes one run of them."""
+
+
 def _declare(name: str, prefix: str, what: str) -> None:
     """The `run` command of a benchmark, and `score` unless it is declared separately."""
     if prefix != name:
@@ -77,7 +87,7 @@ def _declare(name: str, prefix: str, what: str) -> None:
         sampling: VideoSampling,
         engine: EngineConfig,
         server: ConcurrentEndpointConfig,
-        run: RunOptions,
+        run: BenchmarkRunOptions,
     ) -> None:
         set_by_user = given(ctx)
         _check_options(name, set_by_user, config, server)
@@ -146,13 +156,14 @@ def _run(
     sampling: VideoSampling,
     engine: EngineConfig,
     server: ConcurrentEndpointConfig,
-    run: RunOptions,
+    run: BenchmarkRunOptions,
 ) -> None:
     from lvctx.device import resolve_device
     from lvctx.eval.benchmarks.run_benchmark import BenchmarkConfig, plan_benchmark, run_benchmark
+    from lvctx.eval.benchmarks.shards import Shard, start_shard
     from lvctx.parallel.context import SHARED_WORK_TIMEOUT, open_context
 
-    bench = load_benchmark(name)
+    bench, shard = load_benchmark(name), Shard.parse(run.shard) if run.shard else None
     device = "cpu" if server.endpoint else resolve_device(engine.device)
     with progress(name, "reading the questions") as on_progress:
         benchmark_config = BenchmarkConfig(
@@ -171,6 +182,10 @@ def _run(
                 raise UsageError(f"{parallel.size} processes with --endpoint", fix="--jobs, and no torchrun")
             model = _open_engine(config, engine, server, parallel)
             job = plan_benchmark(bench, benchmark_config, model, sampling)
+            if shard is not None:
+                if parallel.size > 1:
+                    raise UsageError(f"{parallel.size} processes with --shard", fix="either torchrun or --shard")
+                job = start_shard(job, shard, config.out, force=run.force, dry_run=run.dry_run)
             if run.dry_run:
                 videos = len({s.video for s in job.samples})
                 sizes = {"questions": len(job.samples), "videos": videos}

@@ -96,7 +96,8 @@ def plan_pack_chat(config: PackChatConfig) -> PackChatJob:
         raise InputError("no chat template", where=config.model, fix="use --template chatml, or an instruct model")
     chat_encoder(tokenizer)
     rule = open_vlm(path, weights=False).token_rule(sampling) if family_of(path) else None
-    small = [path / name for name in ("tokenizer.json", "config.json", "preprocessor_config.json")]
+    settings = ("preprocessor_config.json", *(("processor_config.json",) if rule else ()))
+    small = [path / name for name in ("tokenizer.json", "config.json", *settings)]
     inputs = {"model": " ".join(sha256_file(p) for p in small if p.is_file())}
     inputs |= {kind: " ".join(map(_identify, paths)) for kind, paths in sources.items()}
     hashed = hashed_fields(config)

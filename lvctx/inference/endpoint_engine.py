@@ -135,6 +135,9 @@ def parse_reply(answer: dict[str, Any], where: str) -> Reply:
         # vLLM and SGLang have one name or the other, by version.
         reasoning = message.get("reasoning_content") or message.get("reasoning") or split.reasoning
         usage = answer.get("usage") or {}
+        if usage.get("prompt_tokens") == 0 and not split.text and not reasoning:
+            # llama.cpp answers so where the model file has no usable vocabulary.
+            raise InputError("the server found no token in the prompt", where=where, fix="check its tokenizer")
         return Reply(
             text=split.text,
             reasoning=str(reasoning).strip(),

@@ -89,8 +89,8 @@ class QwenVL:
 
     def rule(self, hybrid: Hybrid) -> QwenRule:
         """The token count for images and videos of this resolution, from the tokenizer's and processor's files."""
-        vision, file = self.config.vision_config, self.path / "preprocessor_config.json"
-        pixels = read_json(file) if file.is_file() else {}
+        vision = self.config.vision_config
+        pixels, file = _image_settings(self.path)
         configured = pixels.get("size")
         size: dict[str, Any] = configured if isinstance(configured, dict) else {}
         least = pixels.get("min_pixels") or size.get("shortest_edge", QwenRule.min_pixels)
@@ -213,3 +213,16 @@ class Qwen3VL(QwenVL):
     def count(self, frames: int, width: int, height: int, sampling: VideoSampling) -> dict[str, int]:
         """Raises InputError: times are text tokens, and their number depends on the times."""
         raise InputError("only videos of Qwen2-VL and Qwen2.5-VL are counted", where=self.path, fix="drop --frames")
+
+
+def _image_settings(path: Path) -> tuple[dict[str, Any], Path]:
+    """The image processor's settings and their file, found as transformers finds them.
+
+    A part of processor_config.json, which transformers 5 writes alone, comes before preprocessor_config.json.
+    """
+    both = path / "processor_config.json"
+    nested = read_json(both).get("image_processor") if both.is_file() else None
+    if isinstance(nested, dict):
+        return nested, both
+    file = path / "preprocessor_config.json"
+    return (read_json(file) if file.is_file() else {}), file

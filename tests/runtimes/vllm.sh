@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # vLLM's CPU build in an environment ENV, and what it computes of the tiny models: OUT/vllm.jsonl, for table.py.
 #   tests/runtimes/vllm.sh OUT ENV [NAME...]      OUT as reference.py wrote it; without a NAME all models
+#   tests/runtimes/vllm.sh - ENV        the environment alone
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=$1 env=$2
@@ -16,4 +17,5 @@ if [ ! -f "$env/.ready" ]; then
 	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > "$site/vllm-0.32.0+cpu.dist-info/METADATA"
 	touch "$env/.ready"
 fi
+[ "$out" != - ] || exit 0
 "$env/bin/python" "$here/run_vllm.py" "$out" "${@:3}" 2> "$out/vllm.log"
