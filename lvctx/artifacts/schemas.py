@@ -31,5 +31,8 @@ ANSWER = "lvctx.answer/1"
 QUESTIONS = "lvctx.questions/1"
 """Directory: results.jsonl (one row per question of a benchmark), and files for the benchmark's own scorer."""
 
+PROTOCOL = "lvctx.protocol/1"
+"""Row: what a packaged evaluation protocol states for one benchmark."""
+
 SCORE = "lvctx.score/1"
 """Row: the score of one run or responses file, or the difference of two."""
