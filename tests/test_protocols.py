@@ -1,4 +1,4 @@
-"""Packaged protocols: values of the published evaluations, their precedence, rows that say so, and warnings of score."""
+"""Packaged protocols: values of published evaluations, their precedence, rows that say so, warnings of score."""
 
 import json
 import re
@@ -10,8 +10,9 @@ import pytest
 from test_questions import DATA, rows_of, run
 from test_videomme import finish_run, videos
 
+from lvctx.cli import options
 from lvctx.cli.benchmarks import BENCHMARKS, load_benchmark
-from lvctx.cli.options import build
+from lvctx.cli.options import config_classes, config_fields
 from lvctx.errors import InputError, UsageError
 from lvctx.eval.benchmarks.answers import RULES
 from lvctx.eval.benchmarks.protocol import (
@@ -76,11 +77,14 @@ def test_every_protocol_sets_options_that_its_benchmark_has(name: str, bench: st
     protocol = load_protocol(name, bench)
     assert bench == "videomme" or bench in BENCHMARKS
     assert protocol.sources
-    command = {p.name: p for p in build("videomme run" if bench == "videomme" else f"bench {bench} run").params}
+    function = options._declared["videomme run" if bench == "videomme" else f"bench {bench} run"].function
+    assert function is not None
+    flags = {f.name: flag for c in config_classes(function).values() for f, _, flag in config_fields(c)}
     for key, value in protocol.values.items():
         if key not in REQUIREMENTS:
-            parsed = command[key].type.convert(value, None, None)
-            assert parsed == value or command[key].type.name == "text", "within the option's limits"
+            assert flags[key].parse is None or flags[key].parse(str(value)) == value
+            assert flags[key].min is None or value >= flags[key].min
+            assert flags[key].max is None or value <= flags[key].max
     assert protocol.values.get("prompt", "official") in load_benchmark(bench).STYLES
     assert protocol.values.get("rule", "official") in RULES
     assert protocol.values.get("subtitles", "none") in ("none", "required")
@@ -128,8 +132,10 @@ def test_flag_then_environment_then_recipe_then_protocol(
     monkeypatch.setenv("LVCTX_VIDEOMME_RUN_TEMPERATURE", "0.25")
     monkeypatch.setenv("LVCTX_VIDEOMME_RUN_RECIPE", str(recipe))
     assert planned(*asked)["sampling_params"]["temperature"] == 0.25
-    assert planned(*asked, "--temperature", 0)["protocol"] == planned(*asked, "--temperature", 0.0)["protocol"]
-    assert "departs" not in planned(*asked, "--temperature", 0)["protocol"]
+    assert planned(*asked, "--temperature", 0.75)["sampling_params"]["temperature"] == 0.75
+    monkeypatch.undo()
+    assert "departs" not in planned(*asked, "--protocol", "longva", "--temperature", 0)["protocol"]
+    assert planned(*asked, "--protocol", "qwen3-vl", "--top-k", 7)["protocol"]["departs"] == {"top_k": 7}
 
 
 def test_a_number_of_frames_replaces_a_rate_and_a_rate_a_number(asked: list[object]) -> None:
@@ -138,7 +144,7 @@ def test_a_number_of_frames_replaces_a_rate_and_a_rate_a_number(asked: list[obje
     assert few["sampling"]["frames"] == 16
     rate = planned(*asked, "--protocol", "longva", "--fps", 1)
     assert rate["protocol"]["departs"] == {"fps": 1.0, "frames": None}
-    every = planned(*asked, "--protocol", "qwen2.5-vl", "--fps", "native")
+    every = planned(*asked, "--protocol", "qwen2.5-vl", "--fps", "native", "--endpoint", "http://127.0.0.1:9/v1")
     assert every["protocol"]["departs"] == {"fps": "native", "max_frames": None}
 
 
@@ -174,7 +180,7 @@ def test_rows_have_the_protocol_and_other_protocols_are_refused(asked: list[obje
     assert "another run (other protocol)" in other.stderr
     assert run(*asked, "-o", out, "--frames", 16).exit_code == 3
     assert protocol_of_rows(rows) == rows[0]["made_of"]["protocol"]
-    with pytest.raises(InputError, match="rows of several protocols: internvl3 .* and none"):
+    with pytest.raises(InputError, match=r"rows of several protocols: internvl3 .* and none"):
         protocol_of_rows([*rows, {"made_of": {}}])
 
 

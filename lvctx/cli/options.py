@@ -174,10 +174,10 @@ def _callback(name: str, function: Callable[..., None], presets: Presets | None)
     wants_context = [n for n, hint in get_type_hints(function).items() if hint is typer.Context]
 
     def callback(ctx: typer.Context, **values: Any) -> None:
-        for config_class in classes.values():
-            _check_needs(config_class, values, given(ctx))
         if presets is not None:
             values |= _preset_values(classes.values(), values, presets(values, given(ctx)))
+        for config_class in classes.values():
+            _check_needs(config_class, values, given(ctx))
         configs = {n: _from_values(config_class, values) for n, config_class in classes.items()}
         for config in configs.values():
             if isinstance(config, OutputOptions):

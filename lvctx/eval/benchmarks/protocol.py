@@ -1,8 +1,8 @@
 """Packaged evaluation protocols: the published settings with which a number was computed. No torch.
 
 A protocol is a file `protocols/NAME.toml`. Its `[options]` hold for all benchmarks that have a table of their own,
-which adds to them. Keys are options of `run` and have their notation; only `subtitles` ("none" or "required") and `rule`, the
-rule of `answers` that the number was scored with, are not. A key that its sources do not state is left out.
+which adds to them. Keys are options of `run` and have their notation; only `subtitles` ("none" or "required") and
+`rule`, the rule of `answers` that the number was scored with, are not. A key that its sources do not state is left out.
 """
 
 import tomllib
