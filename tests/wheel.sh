@@ -13,5 +13,6 @@ cat > responses.json <<'JSON'
    "answer": "B", "response": "B"}]}]
 JSON
 "$lvctx" videomme score responses.json --json
+"$lvctx" bench protocols --json
 "$lvctx" niah text --model "$nano/lm" --haystack "$nano/essays" --lengths 256 --depths 0,1 --trials 1 -o needles
 test -s needles/heatmap.png

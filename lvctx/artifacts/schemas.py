@@ -37,5 +37,8 @@ SHARD = "lvctx.shard/1"
 MERGED = "lvctx.merged/1"
 """Row: what `bench merge` wrote, and the ids of questions that are missing."""
 
+PROTOCOL = "lvctx.protocol/1"
+"""Row: what a packaged evaluation protocol states for one benchmark."""
+
 SCORE = "lvctx.score/1"
 """Row: the score of one run or responses file, or the difference of two."""

@@ -107,7 +107,7 @@ app = typer.Typer(
     context_settings={"auto_envvar_prefix": "LVCTX", "help_option_names": ["-h", "--help"]},
     help="Extend a language model's context on text, align it with images, evaluate it on hour-long video. "
     "The value of a flag is taken from the command line, else from the variable LVCTX_COMMAND_FLAG, else from "
-    "--recipe, else it is the default.",
+    "--recipe, else from --protocol, else it is the default.",
 )
 
 

@@ -13,6 +13,7 @@ import typer
 from lvctx.cli.endpoint import open_endpoint, refuse_local_options
 from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
 from lvctx.cli.output import emit, is_quiet, progress, say, wants_json
+from lvctx.cli.protocols import print_protocol, protocol_facts, protocol_presets
 from lvctx.config import Flag
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
 from lvctx.inference.endpoint_config import ConcurrentEndpointConfig
@@ -62,6 +63,8 @@ class BenchmarkOptions:
     """Results directory."""
     prompt: str = "official"
     """Prompt template: official, or another one listed in the command's help."""
+    protocol: Annotated[str | None, Flag(metavar="NAME")] = None
+    """Take defaults from a published evaluation, such as longva or qwen2.5-vl; `lvctx bench protocols` lists them."""
     subtitles: Path | None = None
     """Folder of .srt or .vtt files (Video-MME); the subtitles at the sampled frames are added to the prompt."""
 
@@ -105,7 +108,7 @@ def _declare(name: str, prefix: str, what: str) -> None:
     video that is missing or broken is an error row; no question is asked without its video.
     """
     score.__doc__ = "Score runs: accuracy with 95% intervals clustered by video, overall and by group. Needs no model."
-    command(f"{prefix} run")(run)
+    command(f"{prefix} run", presets=protocol_presets(name))(run)
     if prefix != name:
         command(f"{prefix} score")(score)
 
@@ -165,6 +168,7 @@ def _run(
 
     bench, shard = load_benchmark(name), Shard.parse(run.shard) if run.shard else None
     device = "cpu" if server.endpoint else resolve_device(engine.device)
+    protocol = protocol_facts(config.protocol, name, config, params, sampling, engine, server)
     with progress(name, "reading the questions") as on_progress:
         benchmark_config = BenchmarkConfig(
             model=config.model,
@@ -173,6 +177,7 @@ def _run(
             prompt=config.prompt,
             subtitles=config.subtitles,
             params=params,
+            protocol=protocol,
         )
         counts: Counter[str] = Counter()
         failed: dict[str, str] = {}
@@ -262,6 +267,7 @@ def _find_questions(bench: ModuleType, questions: str) -> Path:
 def _score(name: str, config: ScoreConfig) -> None:
     from lvctx.artifacts.schemas import SCORE
     from lvctx.eval.benchmarks.accuracy import read_benchmark_run
+    from lvctx.eval.benchmarks.protocol import protocol_of_rows
 
     bench = load_benchmark(name)
     for path in config.runs:
@@ -273,6 +279,8 @@ def _score(name: str, config: ScoreConfig) -> None:
         )
         result["warnings"] = [*benchmark_run.warnings, *result["warnings"]]
         result = {"schema": SCORE, "bench": name, "run": path.name, "failed": benchmark_run.failed, **result}
+        if (protocol := protocol_of_rows(benchmark_run.rows)) is not None:
+            result["protocol"] = protocol
         if wants_json():
             emit(result)
         else:
@@ -288,6 +296,7 @@ def _print(result: dict[str, Any]) -> None:
         console.print(f"WARNING {result['run']}: {warning}", style="bold red", highlight=False)
     left_out = f", {result['failed']:,} failed and left out" if result["failed"] else ""
     console.print(f"{result['run']}: {result['questions']:,} questions{left_out}", highlight=False)
+    print_protocol(console, result)
     rules = [rule for rule in result["rules"] if rule != "official-2024"]  # only for Video-MME; --json has it
     table = Table("", box=None, pad_edge=False)
     for rule in rules:

@@ -2,7 +2,8 @@
 
 A command is a function of dataclasses, such as `def pack_text(config: PackTextConfig, run: RunOptions)`. A field gives
 the option's name, type and default, its docstring the help, and `lvctx.config.Flag` everything else. A value is
-taken from the command line, else from LVCTX_COMMAND_FLAG, else from --recipe, else from the field's default.
+taken from the command line, else from LVCTX_COMMAND_FLAG, else from --recipe, else from the command's presets, else
+from the field's default.
 """
 
 import ast
@@ -10,7 +11,7 @@ import inspect
 import sys
 import tomllib
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,8 @@ from lvctx.config import Flag, flag_of
 from lvctx.errors import InputError, LvctxError, UsageError
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., None])
+Presets = Callable[[Mapping[str, Any], frozenset[str]], Mapping[str, Any]]
+"""(values of all options, names set by the user) -> values in place of defaults, as TOML has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +64,22 @@ class _Declared:
     function: Callable[..., None] | None
     help: str
     examples: tuple[str, ...]
+    presets: Presets | None = None
 
 
 _declared: dict[str, _Declared] = {}
 
 
-def command(name: str, *examples: str) -> Callable[[FunctionT], FunctionT]:
+def command(name: str, *examples: str, presets: Presets | None = None) -> Callable[[FunctionT], FunctionT]:
     """Declare a command; `name` may have several words (`niah report`). A test runs the examples in the help.
 
-    The function's parameters are configuration dataclasses, and `typer.Context` if it calls `given`.
+    The function's parameters are configuration dataclasses, and `typer.Context` if it calls `given`. `presets` replace
+    defaults; those of options that would have no effect are left out, and `given` does not have them.
     """
 
     def declare(function: FunctionT) -> FunctionT:
-        _declared[name] = _Declared(function=function, help=_unwrap(function.__doc__ or ""), examples=examples)
+        help = _unwrap(function.__doc__ or "")
+        _declared[name] = _Declared(function=function, help=help, examples=examples, presets=presets)
         return function
 
     return declare
@@ -90,7 +96,7 @@ def build(name: str) -> Any:
     epilog = "Examples:\n\n" + "\n\n".join(map(_escape, declared.examples)) if declared.examples else None
     if declared.function is not None:
         app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-        callback = _callback(name, declared.function)
+        callback = _callback(name, declared.function, declared.presets)
         app.command(name.split()[-1], help=_escape(declared.help), epilog=epilog)(callback)
         return typer.main.get_command(app)
     below = {other for other in _declared if other.startswith(f"{name} ") and " " not in other[len(name) + 1 :]}
@@ -162,12 +168,14 @@ def _escape(text: str) -> str:
     return text.replace("[", "\\[")
 
 
-def _callback(name: str, function: Callable[..., None]) -> Callable[..., None]:
+def _callback(name: str, function: Callable[..., None], presets: Presets | None) -> Callable[..., None]:
     """A function for Typer with one parameter per field, which builds the dataclasses and calls the command."""
     classes = config_classes(function)
     wants_context = [n for n, hint in get_type_hints(function).items() if hint is typer.Context]
 
     def callback(ctx: typer.Context, **values: Any) -> None:
+        if presets is not None:
+            values |= _preset_values(classes.values(), values, presets(values, given(ctx)))
         for config_class in classes.values():
             _check_needs(config_class, values, given(ctx))
         configs = {n: _from_values(config_class, values) for n, config_class in classes.items()}
@@ -266,10 +274,23 @@ def _from_values(config_class: type, values: Mapping[str, Any]) -> Any:
     return config_class(**arguments)
 
 
+def _preset_values(classes: Iterable[type], values: Mapping[str, Any], preset: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The values of `preset` that have an effect, as Typer would give them."""
+    merged = {**values, **preset}
+    of_options = [(field.name, flag) for config_class in classes for field, _, flag in config_fields(config_class)]
+    applied = [(name, flag) for name, flag in of_options if name in preset and has_effect(flag, merged)]
+    return {name: str(preset[name]) if flag.parse is not None else preset[name] for name, flag in applied}
+
+
+def has_effect(flag: Flag, values: Mapping[str, Any]) -> bool:
+    """Whether an option has what it needs among the values of all options."""
+    return not flag.needs or any(_holds(need, values) for need in flag.needs)
+
+
 def _check_needs(config_class: type, values: Mapping[str, Any], names: frozenset[str]) -> None:
     """Raise UsageError for an option that the user set without the options that it needs."""
     for field, _, flag in config_fields(config_class):
-        if not flag.needs or field.name not in names or any(_holds(need, values) for need in flag.needs):
+        if field.name not in names or has_effect(flag, values):
             continue
         wanted = " or ".join("--" + need.replace("_", "-").replace("=", " ") for need in flag.needs)
         name = option_name(field, flag)

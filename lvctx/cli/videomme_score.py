@@ -5,9 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import typer
+
 from lvctx.cli.benchmarks import interval, percent, print_sources
-from lvctx.cli.options import OutputOptions, command
+from lvctx.cli.options import OutputOptions, command, given
 from lvctx.cli.output import emit, wants_json
+from lvctx.cli.protocols import print_protocol
 from lvctx.config import Flag
 from lvctx.errors import UsageError
 
@@ -19,7 +22,7 @@ class VideoMMEScoreConfig:
     files: Annotated[tuple[Path, ...], Flag(argument=True, metavar="FILE...")]
     """Responses in the official format, or results directories of run."""
     rule: Literal["official", "official-2024", "lmms-eval", "strict"] = "official"
-    """Scorer for the breakdown, the difference and the plot."""
+    """Scorer for the breakdown and the plot. Default: that of the runs' protocol, else official."""
     csv: Path | None = None
     """Write duration x domain x task, with totals, for every rule."""
     plot: Path | None = None
@@ -31,7 +34,7 @@ class VideoMMEScoreConfig:
     "lvctx videomme score videomme --json",
     "lvctx videomme score videomme/responses.json videomme --csv cells.csv --plot both.png",
 )
-def score_videomme(config: VideoMMEScoreConfig, output: OutputOptions) -> None:
+def score_videomme(ctx: typer.Context, config: VideoMMEScoreConfig, output: OutputOptions) -> None:
     """Score responses under four rules with 95% intervals clustered by video; for two files, also their difference.
 
     official is the authors' current script, official-2024 its earlier version; both exclude replies without a letter
@@ -42,6 +45,7 @@ def score_videomme(config: VideoMMEScoreConfig, output: OutputOptions) -> None:
     from lvctx.eval.benchmarks import videomme
     from lvctx.eval.benchmarks.accuracy import CUT, difference
     from lvctx.eval.benchmarks.answers import RULES
+    from lvctx.eval.benchmarks.protocol import protocol_difference
     from lvctx.eval.benchmarks.responses import read_responses
 
     files, plot = config.files, config.plot
@@ -55,27 +59,35 @@ def score_videomme(config: VideoMMEScoreConfig, output: OutputOptions) -> None:
     for row, run in zip(scores, runs, strict=True):
         if run[2]:
             row["warnings"] = [CUT.format(cut=run[2]), *row["warnings"]]
+    protocols = [_protocol(file) for file in files]
+    for row, protocol in zip(scores, protocols, strict=True):
+        row |= {"protocol": protocol} if protocol else {}
+    rule = config.rule if "rule" in given(ctx) else _common_rule(protocols) or config.rule
     versus: dict[str, Any] = {}
+    warning = ""
     if len(responses) == 2:
         a, b = (item.replies for item in responses)
         versus = {name: vars(difference(a, b, name)) for name in RULES}
+        differing = protocol_difference(*protocols)
+        warning = f"the protocols differ: {differing}" if differing else ""
     if config.csv is not None:
         _write_csv(config.csv, [row for item in responses for row in videomme.cells(item)])
     if plot is not None:
         from lvctx.eval.benchmarks.accuracy_plot import draw_accuracy
 
         frame_counts = [frames for frames, *_ in runs if frames is not None]
-        draw_accuracy(scores, frame_counts if len(set(frame_counts)) == len(files) > 1 else None, config.rule, plot)
+        draw_accuracy(scores, frame_counts if len(set(frame_counts)) == len(files) > 1 else None, rule, plot)
     if wants_json():
         for row in scores:
             emit(row)
         if versus:
-            emit({"schema": SCORE, "first": responses[0].name, "second": responses[1].name, "difference": versus})
+            pair = {"first": responses[0].name, "second": responses[1].name}
+            emit({"schema": SCORE, **pair, "warnings": [warning] if warning else [], "difference": versus})
         return
     for row, item in zip(scores, responses, strict=True):
-        _print(row, videomme.cells(item, [config.rule]), config.rule)
+        _print(row, videomme.cells(item, [rule]), rule)
     if versus:
-        _print_difference(responses[0].name, responses[1].name, versus)
+        _print_difference(responses[0].name, responses[1].name, versus, warning)
 
 
 def _read_run(path: Path) -> tuple[int | None, int, int]:
@@ -90,6 +102,24 @@ def _read_run(path: Path) -> tuple[int | None, int, int]:
     frames = {row["frames"] for row in rows if isinstance(row.get("frames"), int)}
     count = frames.pop() if len(frames) == 1 else None
     return count, sum("error" in row for row in rows), sum(bool(row.get("cut")) for row in rows)
+
+
+def _protocol(path: Path) -> dict[str, Any] | None:
+    """The protocol of a run of ours; None for files of others."""
+    from lvctx.artifacts.result_log import RESULTS, read_results
+    from lvctx.eval.benchmarks.protocol import protocol_of_rows
+
+    folder = path.parent if path.name == "responses.json" else path
+    return protocol_of_rows(read_results(folder).values()) if (folder / RESULTS).is_file() else None
+
+
+def _common_rule(protocols: list[dict[str, Any] | None]) -> str | None:
+    """The rule that every run's protocol states."""
+    from lvctx.eval.benchmarks.answers import RULES
+
+    values = [protocol.get("values") if protocol else None for protocol in protocols]
+    rules = {value.get("rule") if isinstance(value, dict) else None for value in values}
+    return next((rule for rule in RULES if rules == {rule}), None)
 
 
 def _write_csv(target: Path, rows: list[dict[str, Any]]) -> None:
@@ -111,6 +141,7 @@ def _print(row: dict[str, Any], cells: list[dict[str, Any]], rule: str) -> None:
     left_out = f", {row['failed']:,} failed and left out" if row["failed"] else ""
     totals = f"{row['questions']:,} questions about {row['videos']:,} videos"
     console.print(f"{row['file']}: {totals}{left_out}", highlight=False)
+    print_protocol(console, row)
     for what, count in row["overlooked"].items():
         console.print(f"  overlooked: {count:,} {what}", highlight=False)
     rules = Table("rule", box=None, pad_edge=False)
@@ -137,7 +168,7 @@ def _print(row: dict[str, Any], cells: list[dict[str, Any]], rule: str) -> None:
     console.print(kinds)
 
 
-def _print_difference(first: str, second: str, versus: dict[str, Any]) -> None:
+def _print_difference(first: str, second: str, versus: dict[str, Any], warning: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -148,4 +179,7 @@ def _print_difference(first: str, second: str, versus: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     for name, e in versus.items():
         table.add_row(name, percent(e["mean"]), interval(e), f"{e['counted']:,}")
-    Console(markup=False, emoji=False).print(table)
+    console = Console(markup=False, emoji=False)
+    if warning:
+        console.print(f"WARNING {first}, {second}: {warning}", style="bold red", highlight=False)
+    console.print(table)

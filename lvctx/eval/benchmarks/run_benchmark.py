@@ -48,6 +48,8 @@ class BenchmarkConfig:
     """Folder of .srt or .vtt files with the videos' names; None: no subtitles."""
     params: SamplingParams
     """How replies are generated; lmms-eval's are greedy and of 16 tokens."""
+    protocol: dict[str, Any] | None = None
+    """The published evaluation that the run follows, see `EvalProtocol.facts`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,7 @@ def plan_benchmark(bench: ModuleType, config: BenchmarkConfig, engine: Engine, s
         "style": config.prompt,
         "subtitles": config.subtitles is not None,
         "sampling_params": config.params.facts,
+        **({"protocol": config.protocol} if config.protocol else {}),
     }
     run_facts = {
         "schema": schemas.QUESTIONS,
