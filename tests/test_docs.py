@@ -76,6 +76,7 @@ def workshop(nano: Any, tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytes
     for name in ("questions.json", "nextqa.csv"):
         shutil.copy(ROOT / "tests" / "data" / name, here)
     draw = f"{sys.executable} {ROOT / 'recipes/nano/draw_data.py'} shapes --projector 6 --full 6 --size 48 --workers 1"
+    sharded = "lvctx videomme run --model vlm --videos videos --questions questions.json --frames 2"
     for command in (
         f"{draw} && mv shapes/images/* shapes/",
         "lvctx pack-text essays --tokenizer lm --seq-len 1024 --keep-short 1 --separator '<|endoftext|>' -o packed",
@@ -84,6 +85,8 @@ def workshop(nano: Any, tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytes
         "lvctx encode-video clips/bikes.mp4 --model vlm --frames 8 -o frames",
         "lvctx niah text --model lm --haystack essays --lengths 256 --depths 0,1 --trials 1 -o niah",
         "lvctx videomme run --model vlm --videos videos --questions questions.json --frames 8 -o videomme",
+        f"{sharded} --shard 1/2 -o shard-1",
+        f"{sharded} --shard 2/2 -o shard-2",
         "lvctx bench nextqa run --model vlm --videos clips --questions nextqa.csv --frames 4 -o nextqa",
     ):
         check(command, here)

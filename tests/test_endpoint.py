@@ -24,13 +24,14 @@ from PIL import Image
 from support.fault_server import MODEL, faults, letter, text_of
 from test_questions import DATA, rows_of, run
 
+from lvctx.errors import InputError
 from lvctx.eval.niah.endpoint_job import text_prompt
 from lvctx.eval.niah.text_needles import read_haystack
 from lvctx.eval.niah.text_task import TextNeedleTask
 from lvctx.inference import chat_client
 from lvctx.inference.chat_client import ChatClient
 from lvctx.inference.endpoint_config import VideoEndpointConfig, parse_endpoint
-from lvctx.inference.endpoint_engine import EndpointEngine
+from lvctx.inference.endpoint_engine import EndpointEngine, parse_reply
 from lvctx.inference.sampling_params import SamplingParams
 from lvctx.inference.transformers_engine import TransformersEngine
 from lvctx.video.reader import read_video
@@ -353,6 +354,16 @@ def test_the_key_is_sent_and_the_projects_own_variable_comes_first(nano: Any, mo
         assert bad.exit_code == 3
         assert "key *** is fine" in bad.stderr
         assert KEY not in bad.output
+
+
+def test_a_server_that_finds_no_token_in_a_prompt_gives_no_reply() -> None:
+    """llama.cpp answers so, with status 200, where a model's file has no usable vocabulary."""
+    none = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    empty = {"choices": [{"text": "", "index": 0, "finish_reason": "length"}], "usage": none}
+    with pytest.raises(InputError, match="the server found no token in the prompt; check its tokenizer"):
+        parse_reply(empty, "here")
+    # Some report no usage, but do answer.
+    assert parse_reply({"choices": [{"text": "B"}], "usage": none}, "here").text == "B"
 
 
 # --- what is sent

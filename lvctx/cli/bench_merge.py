@@ -28,9 +28,9 @@ class MergeConfig:
 @command(
     "bench merge",
     "lvctx bench merge shard-1 shard-2 -o merged",
-    "lvctx bench merge shard-1 -o merged --json",
+    "lvctx bench merge shard-1 shard-2 -o merged && lvctx videomme score merged",
 )
-def merge(config: MergeConfig, output: OutputOptions) -> None:
+def merge_shards(config: MergeConfig, output: OutputOptions) -> None:
     """Merge the shards of a benchmark's run (--shard of videomme run and bench NAME run) into one run.
 
     Every question has one row, in the order of the run that is not sharded. Shards of different runs are refused, and

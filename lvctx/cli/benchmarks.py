@@ -45,7 +45,6 @@ group(
     "Other benchmarks of long video: run a model on their questions, and score it.",
     "lvctx bench nextqa run --model vlm --videos clips --questions nextqa.csv --frames 4 -o nextqa",
     "lvctx bench nextqa score nextqa",
-    "lvctx bench merge shard-1 shard-2 -o merged",
 )
 
 
