@@ -152,7 +152,7 @@ def check_clip(clip: Path, model: Path, url: str, folder: Path, sampling: VideoS
 
 
 def test_a_qwen2_vl_on_vllm(nano: Any, tmp_path: Path) -> None:
-    """Images, a clip, and needles among images; a request may not say how a clip is sampled unless the server allows it."""
+    """Images, a clip, and needles among images; the server has to let a request choose how a clip is sampled."""
     model, clip = tiny_model("qwen2_vl-none"), nano.clips / "bikes.mp4"
     with vllm_server(model, tmp_path / "log", *MEDIA) as url:
         check_images(clip, model, url)
