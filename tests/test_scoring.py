@@ -161,8 +161,10 @@ TAGGED = ["<think>", "</think>", "<analysis>", "</analysis>", "<THINK>", "A", "B
 
 @given(st.lists(st.sampled_from(TAGGED), max_size=14).map("".join))
 def test_reasoning_is_removed_as_lmms_eval_does(text: str) -> None:
-    assert strip_reasoning(text) == lmms_strip(text)
-    assert extract_letter(reply(text), "lmms-eval") == extract_letter(reply(lmms_strip(text)), "lmms-eval")
+    stripped = lmms_strip(text)
+    assert strip_reasoning(text) == stripped
+    if lmms_strip(stripped) == stripped:  # else the second call below would remove more
+        assert extract_letter(reply(text), "lmms-eval") == extract_letter(reply(stripped), "lmms-eval")
 
 
 @pytest.mark.parametrize(
