@@ -328,7 +328,7 @@ def test_a_server_without_a_list_of_models(nano: Any, monkeypatch: pytest.Monkey
             assert (done.exit_code, f"HTTP {status}" in done.stderr, words in done.stderr) == (3, True, True)
         monkeypatch.setenv("LVCTX_API_KEY", f"{KEY}\x07x")
         done = run(*flags, server.url)
-        assert (done.exit_code, "LVCTX_API_KEY is no key" in done.stderr, KEY in done.output) == (2, True, False)
+        assert (done.exit_code, "LVCTX_API_KEY is not a key" in done.stderr, KEY in done.output) == (2, True, False)
 
 
 @pytest.mark.nano
@@ -436,7 +436,7 @@ def test_what_has_no_meaning_is_refused(tmp_path: Path) -> None:
         ((*vqa, *url, "--hybrid", "1,8,1"), "a server decides the resolution"),
         ((*vqa, "--send", "images"), "--send needs --endpoint"),
         ((*vqa, *url, "--top-p", 0.5), "--top-p needs --temperature"),
-        ((*vqa, "--endpoint", "localhost:8000"), "is no URL"),
+        ((*vqa, "--endpoint", "localhost:8000"), "is not a URL"),
         ((*vqa, "--endpoint", f"http://me:{KEY}@host/v1"), "holds a key"),
         ((*vqa, *url, "--extra-body", "[1]"), "a JSON object is wanted"),
         ((*bench, *url, "--send", "file-url", "--subtitles", tmp_path), "need the times of frames"),

@@ -217,7 +217,7 @@ def _run(
 
 
 def _summarize(total: int, failed: dict[str, str], *, cut: int, params: BenchmarkSamplingParams) -> None:
-    """Say what failed, and what of the rest was cut."""
+    """Report failed questions and replies that were cut."""
     for error in dict.fromkeys(failed.values()):
         say(f"lvctx: {error}")
     if cut:

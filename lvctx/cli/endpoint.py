@@ -26,7 +26,7 @@ def open_client(config: EndpointConfig, model: str) -> "ChatClient":
     keys = ((name, os.environ.get(name, "").strip()) for name in KEY_VARIABLES)
     name, key = next((pair for pair in keys if pair[1]), ("", ""))
     if not (key.isascii() and (key.isprintable() or not key)):
-        raise UsageError(f"{name} is no key: it has characters that no header may have")
+        raise UsageError(f"{name} is not a key: it has characters that a header may not have")
     return ChatClient(config, model, api_key=key or None)
 
 

@@ -22,7 +22,7 @@ LONGEST_WAIT = 600.0
 HOPELESS = 8
 """Failed requests after which a server is given up that has never answered one."""
 UNKEYED = "none"
-"""What is sent where there is no key: the package insists on one."""
+"""Sent if there is no key, because the package requires one."""
 
 
 class _Retry(Exception):

@@ -16,7 +16,7 @@ def parse_endpoint(text: str) -> str:
     """The base URL of a server's API: `/v1` is added where there is no path. Raises UsageError."""
     url = urlsplit(text)
     if url.scheme not in ("http", "https") or not url.hostname:
-        raise UsageError(f"--endpoint {text!r} is no URL", fix="give one such as http://127.0.0.1:8000/v1")
+        raise UsageError(f"--endpoint {text!r} is not a URL", fix="give one such as http://127.0.0.1:8000/v1")
     if url.username or url.password or url.query:
         raise UsageError("--endpoint holds a key or a query", fix="give the key in LVCTX_API_KEY or OPENAI_API_KEY")
     return text.rstrip("/") + ("" if url.path.strip("/") else "/v1")
@@ -80,6 +80,6 @@ class TextEndpointConfig(EndpointConfig):
     jobs: Annotated[int, Flag(min=1, needs=ON_SERVER)] = 4
     """Requests at once; cells that share most follow each other, so that the server can reuse their prefix."""
     prompt_as: Annotated[Literal["completion", "chat"], Flag(needs=ON_SERVER)] = "completion"
-    """Send the prompt as a text to continue (/v1/completions), or as a user's turn, for servers with chat alone."""
+    """Send the prompt as a text to continue (/v1/completions), or as a user's turn, for servers that only have chat."""
     tokenizer: Annotated[str | None, Flag(needs=ON_SERVER)] = None
     """Tokenizer that lengths are measured with: directory or hub id. Default: --model."""

@@ -20,7 +20,7 @@ from lvctx.video.reader import read_video
 from lvctx.video.sampling import VideoSampling
 
 SENT_FRAMES = 128
-"""Most frames of a video that are sent unless the user says how many."""
+"""Default maximum number of frames of a video that are sent."""
 Part = dict[str, Any]
 
 

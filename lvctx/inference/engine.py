@@ -31,11 +31,11 @@ class Reply:
     reasoning: str = ""
     """What a thinking model generated before its reply."""
     prompt_tokens: int | None
-    """Tokens of the prompt, visual ones included; None where a server does not tell."""
+    """Tokens of the prompt, visual ones included; None if a server does not report it."""
     last_position: int | None = None
     """The largest position of the prompt, for M-RoPE far less than its tokens; None where it is not known."""
     tokens: int | None
-    """Tokens that were generated, reasoning included; None where a server does not tell."""
+    """Tokens that were generated, reasoning included; None if a server does not report it."""
     cut: bool = False
     """Whether it ended because it reached the largest number of tokens."""
 

@@ -92,7 +92,7 @@ class ForwardEngine(TransformersEngine):
         return stock_generate(self.model, self._inputs, count, self.stop_ids, on_token, choose)
 
     def score(self, turns: Sequence[str], answer: str) -> AnswerScore:
-        """See `Engine`; the answer is tokenized by itself."""
+        """See `Engine`; the answer is tokenized separately."""
         self.prompt_ids(turns)
         answer_ids = self.tokenizer.encode(answer, add_special_tokens=False)
         score = stock_score(self.model, self._inputs, answer_ids)
@@ -100,7 +100,7 @@ class ForwardEngine(TransformersEngine):
 
 
 class ForwardScorer:
-    """Scores sequences of a haystack as `PrefixScorer` does, each by a forward of its own."""
+    """Scores sequences of a haystack as `PrefixScorer` does, each by a separate forward."""
 
     ring = ALONE
 

@@ -26,7 +26,7 @@ class SamplingParams:
     top_k: Annotated[int, Flag(min=0, needs=("temperature",))] = 0
     """Sample from this many of the most probable tokens; 0 is all, or on a server what it does by default."""
     seed: Annotated[int, Flag(needs=("temperature",))] = 0
-    """Seed of sampling, for each reply by itself: a reply does not depend on those before it."""
+    """Seed of sampling. Every reply starts from it, so a reply does not depend on those before it."""
     max_new_tokens: Annotated[int, Flag(min=1)] = 64
     """Longest reply, in tokens; reasoning is not counted."""
     max_reasoning_tokens: Annotated[int | None, Flag(min=0)] = None

@@ -114,7 +114,7 @@ class TransformersEngine:
         raise AssertionError("one conversation at a time")
 
     def check(self) -> None:
-        """See `Engine`; loading the model comes later, and raises by itself."""
+        """See `Engine`; loading the model comes later and raises its own errors."""
 
     def identity(self, sampling: VideoSampling, *, images: bool) -> dict[str, Any]:
         """See `Engine`."""

@@ -192,7 +192,7 @@ class ForwardVLM(GenericVLM):
         return {**super().image_facts(), "reuse": "none"}
 
     def tail(self, chat: ChatText, media: Sequence[VisualItem], last_text: str) -> PromptTail:
-        """As the processor writes it, whatever it does with a whole prompt; the answer is tokenized by itself."""
+        """As the processor writes it, whatever it does with a whole prompt; the answer is tokenized separately."""
         processor = self.processor
 
         def write(turns: Sequence[str], answer: str = "") -> tuple[list[int], list[int]]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 FRAME_BATCH = 8
 """Frames that go through the processor and the vision tower at once."""
 EQUAL = 0.02
-"""Largest relative difference between the features of a frame alone and among others, by rounding alone."""
+"""Largest relative difference between the features of a frame alone and among others that rounding can cause."""
 
 
 class GenericHaystack:
@@ -108,7 +108,7 @@ class GenericTokens:
         return [Clip(frames=frames, times=(np.arange(len(frames)) / self.haystack.fps).tolist())]
 
     def _texts(self, frames: int) -> list[str]:
-        """What stands for so many frames in a prompt: a text for each image, or one for the video."""
+        """The placeholders of so many frames in a prompt: a text for each image, or one for the video."""
         media = self._blanks(frames)
         return [self.processor.video_text(one) if isinstance(one, Clip) else self._image_text for one in media]
 

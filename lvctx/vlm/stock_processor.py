@@ -161,7 +161,7 @@ class StockProcessor:
             return str(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def block_ids(self, chat: ChatText, texts: Sequence[str]) -> np.ndarray:
-        """Ids (N,) of a prompt from its beginning to its last placeholder, where these texts stand for the media."""
+        """Ids (N,) of a prompt from its beginning to its last placeholder, where these texts replace the media."""
         pieces = [piece for pair in zip(texts, [*chat.separators, ""], strict=True) for piece in pair]
         text = chat.head + "".join(pieces)[: -len(self.trailing(texts[-1])) or None]
         ids = self._encode(text, add_special_tokens=self._adds_start(text))
@@ -241,7 +241,7 @@ class StockProcessor:
             vars(self.processor).update({name: one.processor for name, one in remembering.items()})
 
     def _run_chat(self, chat: ChatText, separator: str, media: Sequence[VisualItem]) -> tuple[Any, str]:
-        # Some processors look at what follows the media, such as a delimiter of the template.
+        # Some processors depend on what follows the media, such as a delimiter of the template.
         markers = [self.marker(one) for one in media]
         block = "".join(m + s for m, s in zip(markers, [*chat.separators, separator], strict=True))
         return self._run(chat.head + block + chat.tail, media, add_special_tokens=self._adds_start(chat.head))
@@ -266,7 +266,7 @@ class StockProcessor:
         return inputs, recorder.text
 
     def video_text(self, clip: Clip) -> str:
-        """What stands for a video of so many frames of this size, without the pixels of all of them."""
+        """The placeholder text of a video of so many frames of this size, without the pixels of all of them."""
         write: Any = getattr(self.processor, "replace_video_token", None)
         seen: dict[str, Any] = {}
 

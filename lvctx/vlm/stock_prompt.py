@@ -42,7 +42,7 @@ class Expansion:
     """What the processor makes of some images and videos."""
 
     texts: list[str]
-    """What stands for each of them in the text."""
+    """The placeholder of each of them in the text."""
     inputs: Any
     """What the model's forward takes: ids of the texts one after the other, pixels, sizes."""
 

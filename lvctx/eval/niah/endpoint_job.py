@@ -18,11 +18,10 @@ from lvctx.errors import InputError, UsageError
 from lvctx.eval.niah.frame_needles import WHEN, FrameNeedles
 from lvctx.eval.niah.heatmap import write_report
 from lvctx.eval.niah.image_needles import FIND
-from lvctx.eval.niah.job import find_needles
+from lvctx.eval.niah.job import build_text_task, find_needles
 from lvctx.eval.niah.needle_task import Cell, share_listed
 from lvctx.eval.niah.niah_config import NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
 from lvctx.eval.niah.results import read_needle_results
-from lvctx.eval.niah.text_needles import read_haystack
 from lvctx.eval.niah.text_task import TextNeedleTask
 from lvctx.inference.concurrency import interleave
 from lvctx.inference.endpoint_config import TextEndpointConfig, VideoEndpointConfig
@@ -48,7 +47,7 @@ class EndpointNiahJob:
     cells: list[Cell]
     """In the order they are walked: neighbours share most, for the server's prefix cache."""
     run_facts: dict[str, Any]
-    """What every row says of the run."""
+    """Fields of the run in every row."""
     ask: Callable[[EndpointEngine, Cell], Reply]
     """Ask for a cell's answer."""
     scoring: Scoring
@@ -67,16 +66,7 @@ def plan_endpoint_text(config: TextNiahConfig, server: TextEndpointConfig, engin
     """Text needles on a server. Raises InputError for inputs that do not exist or do not fit, UsageError for values."""
     path = resolve_model(server.tokenizer or config.model, weights=False)
     tokenizer = load_tokenizer(path)
-    task = TextNeedleTask(
-        tokenizer,
-        read_haystack(config.haystack),
-        distractors=config.distractors,
-        seed=config.seed,
-        task=config.task,
-        count=config.count,
-        nested=config.depths.nested,
-        loop=config.loop,
-    )
+    task = build_text_task(config, tokenizer)
     cells = task.cells(config.lengths, config.depths.values, config.trials)
     order = walk_order(task.sequence(cell)[0] for cell in cells)
 
@@ -119,7 +109,7 @@ def text_prompt(task: TextNeedleTask, cell: Cell) -> tuple[str, int]:
 
 
 def text_of_ids(task: TextNeedleTask, ids_L: np.ndarray) -> str:
-    """Tokens as text, without those that a server adds by itself."""
+    """Tokens as text, without those that a server adds."""
     return str(task.tokenizer.decode(ids_L, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 

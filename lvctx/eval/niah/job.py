@@ -109,14 +109,9 @@ class NiahJob:
         }
 
 
-def plan_text(config: TextNiahConfig, *, dtype: str = "auto", kv_cache: CachePlacement = "device") -> NiahJob:
-    """Check everything that can be checked without loading the model's weights.
-
-    Raises UsageError for values out of their range, InputError for inputs that do not exist or do not match.
-    """
-    path = resolve_model(config.model)
-    tokenizer = load_tokenizer(path)
-    task = TextNeedleTask(
+def build_text_task(config: TextNiahConfig, tokenizer: Any) -> TextNeedleTask:
+    """The needle task of a configuration. Raises InputError for a haystack that does not exist."""
+    return TextNeedleTask(
         tokenizer,
         read_haystack(config.haystack),
         distractors=config.distractors,
@@ -126,6 +121,16 @@ def plan_text(config: TextNiahConfig, *, dtype: str = "auto", kv_cache: CachePla
         nested=config.depths.nested,
         loop=config.loop,
     )
+
+
+def plan_text(config: TextNiahConfig, *, dtype: str = "auto", kv_cache: CachePlacement = "device") -> NiahJob:
+    """Check everything that can be checked without loading the model's weights.
+
+    Raises UsageError for values out of their range, InputError for inputs that do not exist or do not match.
+    """
+    path = resolve_model(config.model)
+    tokenizer = load_tokenizer(path)
+    task = build_text_task(config, tokenizer)
     return _plan(config, path, tokenizer, task, dtype=dtype, kv_cache=kv_cache)
 
 

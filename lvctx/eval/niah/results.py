@@ -152,7 +152,7 @@ def build_results(rows: Iterable[dict[str, Any]], name: str) -> NeedleResults:
             d, n = depths.index(r[key]), lengths.index(r["length"])
             trials[d][n] += 1
             correct[d][n] += bool(r["correct"])
-    # A server that refuses a request does not tell its tokens.
+    # A server that refuses a request does not report its tokens.
     sizes = {n: [r["tokens"] for r in rows if r["length"] == n and r["tokens"]] or [0] for n in lengths}
     return NeedleResults(
         name=name,

@@ -17,7 +17,7 @@ class VideoNeedleTask(FrameNeedles):
     """The cells of `FrameNeedles` as sequences of a model's tokens."""
 
     def __init__(self, tokenizer: Any, needles: NeedleSet, tokens: VisualTokens, **options: Any) -> None:
-        """`options` are those of `FrameNeedles`. Raises InputError for an answer that is no token."""
+        """`options` are those of `FrameNeedles`. Raises InputError for an answer that is not a token."""
         super().__init__(needles, unit=tokens.frames_per_grid, **options)
         self.tokenizer, self.tokens = tokenizer, tokens
         self._chat, self._prompt_ids = functools.cache(self._question_ids), functools.cache(self._answer_ids)
