@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lvctx.cli.endpoint import open_endpoint, refuse_local_options
+from lvctx.cli.endpoint import open_endpoint, refuse_unused_options
 from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
 from lvctx.cli.output import emit, is_quiet, progress, say, wants_json
 from lvctx.cli.protocols import print_protocol, protocol_facts, protocol_presets
@@ -33,6 +33,8 @@ BENCHMARKS = {
 }
 TEMPLATES = {"videomme": "official, lmms-eval or vlmevalkit", "mlvu": "official or lmms-eval"}
 """Prompt templates of a benchmark that has several."""
+OF_VIDEOS = ("feature_cache", "send", "frame_times")
+"""Options, beside those of sampling, without effect on images."""
 
 group(
     "videomme",
@@ -95,7 +97,7 @@ def _declare(name: str, prefix: str, what: str) -> None:
         _check_options(name, set_by_user, config, server)
         if sampling.fps is None and sampling.frames is None and server.send != "file-url":
             sampling = replace(sampling, frames=128)
-        _run(name, config, params, sampling, engine, server, run)
+        _run(name, config, params, sampling, engine, server, run, set_by_user)
 
     def score(config: ScoreConfig, output: OutputOptions) -> None:
         _score(name, config)
@@ -142,11 +144,11 @@ def _check_options(
         raise UsageError(f"no prompt template {config.prompt!r}", where="--prompt", fix=fix)
     if config.subtitles is not None and name != "videomme":
         raise UsageError(f"{name} has no subtitles", where="--subtitles")
-    if name == "vhs" and (flags := sorted(set_by_user & set(VideoSampling.__dataclass_fields__))):
+    if name == "vhs" and (flags := sorted(set_by_user & {*VideoSampling.__dataclass_fields__, *OF_VIDEOS})):
         what = ", ".join(f"--{flag.replace('_', '-')}" for flag in flags)
         raise UsageError("vhs uses images, in the encoding that the model was trained with", fix=f"drop {what}")
     if server.endpoint is not None:
-        refuse_local_options(set_by_user, EngineConfig)
+        refuse_unused_options(set_by_user, server, EngineConfig)
         if server.send == "file-url" and config.subtitles is not None:
             raise UsageError("--subtitles need the times of frames", fix="drop --send file-url")
 
@@ -159,6 +161,7 @@ def _run(
     engine: EngineConfig,
     server: ConcurrentEndpointConfig,
     run: BenchmarkRunOptions,
+    set_by_user: frozenset[str],
 ) -> None:
     from lvctx.device import resolve_device
     from lvctx.eval.benchmarks.run_benchmark import BenchmarkConfig, plan_benchmark, run_benchmark
@@ -184,7 +187,7 @@ def _run(
         with opened as parallel:
             if parallel.size > 1 and server.endpoint is not None:
                 raise UsageError(f"{parallel.size} processes with --endpoint", fix="--jobs, and no torchrun")
-            model = _open_engine(config, engine, server, parallel)
+            model = _open_engine(config, engine, server, parallel, set_by_user)
             job = plan_benchmark(bench, benchmark_config, model, sampling)
             if shard is not None:
                 if parallel.size > 1:
@@ -227,15 +230,20 @@ def _summarize(total: int, failed: dict[str, str], *, cut: int, params: Benchmar
 
 
 def _open_engine(
-    config: BenchmarkOptions, engine: EngineConfig, server: ConcurrentEndpointConfig, parallel: "ParallelContext"
+    config: BenchmarkOptions,
+    engine: EngineConfig,
+    server: ConcurrentEndpointConfig,
+    parallel: "ParallelContext",
+    set_by_user: frozenset[str],
 ) -> "Engine":
     """The model in this process, or on a server."""
     if server.endpoint is not None:
         return open_endpoint(server, config.model, jobs=server.jobs)
-    from lvctx.inference.open_engine import open_engine
+    from lvctx.inference.open_engine import check_options, open_engine
     from lvctx.vlm.registry import open_vlm
 
     vlm = open_vlm(config.model, device=parallel.device, feature_cache=engine.feature_cache or config.out / "frames")
+    check_options(vlm, set_by_user)
     return open_engine(vlm, replace(engine, device=parallel.device), ring=parallel.ring)
 
 

@@ -27,6 +27,7 @@ from lvctx.parallel.ring_attention import ALONE, Ring
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.generic import ForwardVLM
 from lvctx.vlm.generic_haystack import GenericTokens
+from lvctx.vlm.haystack_files import FrameFile
 from lvctx.vlm.stock_prompt import VisualItem
 
 OnToken = Callable[[int], bool | None]
@@ -105,9 +106,9 @@ class ForwardScorer:
     ring = ALONE
 
     def __init__(self, model: Any, tokens: GenericTokens) -> None:
-        """The frames are decoded once and kept."""
+        """The frames are decoded once into a temporary file."""
         self.model, self.tokens = model, tokens
-        self.frames = list(tokens.images())
+        self.frames = FrameFile(tokens.images())
         self.tokens_run = 0
         """Tokens that went through the model so far."""
 

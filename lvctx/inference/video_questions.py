@@ -45,11 +45,15 @@ class VideoQuestions:
         on_text: Callable[[str], None] | None = None,
         on_shown: Callable[[Path, Shown], None] | None = None,
     ) -> None:
-        """`on_text` gets each answer as it grows, `on_shown` what the model is shown of a file."""
+        """`on_text` gets each answer as it grows, `on_shown` what the model is shown of a file.
+
+        A server is said to be sent a file once it has answered.
+        """
         self.engine, self.sampling, self.params = engine, sampling, params
         self.on_text, self.on_shown = on_text, on_shown
         self._state: Any = None
         self._shown = Shown(pts=(), facts={})
+        self._unreported: Path | None = None
 
     def ask(self, path: Path, questions: Iterable[str]) -> Iterator[Answer]:
         """Answer each question about one video separately.
@@ -80,12 +84,23 @@ class VideoQuestions:
         except InputError as e:
             raise InputError(e.what, where=e.where or path, fix=e.fix) from None
         self._state = state
-        if self.on_shown:
-            self.on_shown(path, self._shown)
+        self._unreported = path
+        if "send" not in self._shown.facts:
+            self._report()
+
+    def _report(self) -> None:
+        if self.on_shown and self._unreported:
+            self.on_shown(self._unreported, self._shown)
+        self._unreported = None
 
     def _answer(self, path: Path, turns: Sequence[str]) -> Answer:
+        def on_text(text: str) -> None:
+            self._report()
+            if self.on_text:
+                self.on_text(text)
+
         try:
-            reply = self.engine.reply(turns, self.params, self.on_text)
+            reply = self.engine.reply(turns, self.params, on_text)
         except EngineGone:
             raise
         except InputError as e:

@@ -106,6 +106,8 @@ class VLM(Protocol):
 
     path: Path
     """Its directory."""
+    has_feature_cache: bool
+    """Whether it keeps the vision features of video files in a folder; see `open_vlm`."""
 
     def resolve(self, sampling: VideoSampling) -> VideoSampling:
         """Apply the family's defaults. Raises UsageError for unsupported options, before anything is loaded."""

@@ -41,6 +41,7 @@ class GenericVLM:
 
     shares_prefixes = True
     """Whether its language model is causal with one position a token. If not, `inference.forward_engine` runs it."""
+    has_feature_cache = False
 
     def __init__(self, path: Path, *, device: str = "cpu", feature_cache: Path | None = None) -> None:
         """See `open_vlm`; no features are cached, as every class makes them in its own way."""

@@ -1,8 +1,10 @@
 """The files of a haystack: videos, or folders of images that are its frames."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 
+import numpy as np
 from PIL import Image
 
 from lvctx.errors import InputError
@@ -37,3 +39,22 @@ def read_haystack_images(file: Path, sampling: VideoSampling) -> Iterator[Image.
         yield from map(open_image, _list_images(file))
     else:
         yield from (Image.fromarray(frame.image) for frame in read_video(file, sampling))
+
+
+class FrameFile:
+    """RGB images in a temporary file without a name, in TMPDIR: three bytes a pixel, of which none stay in memory."""
+
+    def __init__(self, images: Iterable[Image.Image]) -> None:
+        self._places: list[tuple[int, tuple[int, int, int]]] = []
+        with TemporaryFile() as file:
+            for image in images:
+                self._places.append((file.tell(), (image.height, image.width, 3)))
+                file.write(image.convert("RGB").tobytes())
+            file.flush()
+            self._bytes = np.memmap(file, dtype=np.uint8, mode="r")
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        """An image (height, width, 3), read when its values are used."""
+        start, shape = self._places[number]
+        image: np.ndarray = self._bytes[start : start + shape[0] * shape[1] * 3].reshape(shape)
+        return image

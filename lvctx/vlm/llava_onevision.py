@@ -40,6 +40,8 @@ PROJECTOR_BATCH = 64
 class LlavaOnevision:
     """A LlavaOnevision checkpoint."""
 
+    has_feature_cache = True
+
     def __init__(self, path: Path, *, device: str = "cpu", feature_cache: Path | None = None) -> None:
         """See `open_vlm`."""
         self.path, self.device, self.feature_cache = path, device, feature_cache

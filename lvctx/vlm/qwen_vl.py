@@ -45,6 +45,7 @@ class QwenVL:
 
     writes_times = False
     """Whether the time of each grid precedes it as text."""
+    has_feature_cache = False
 
     def __init__(self, path: Path, *, device: str = "cpu", feature_cache: Path | None = None) -> None:
         """See `open_vlm`; this family has no feature cache, since its tower's output depends on the resolution."""
