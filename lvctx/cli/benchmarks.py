@@ -12,7 +12,7 @@ import typer
 
 from lvctx.cli.endpoint import open_endpoint, refuse_unused_options
 from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
-from lvctx.cli.output import emit, is_quiet, progress, say, wants_json
+from lvctx.cli.output import emit, estimate, is_quiet, percent, progress, say, wants_json
 from lvctx.cli.protocols import print_protocol, protocol_facts, protocol_presets
 from lvctx.config import Flag
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
@@ -166,8 +166,10 @@ def _run(
     from lvctx.device import resolve_device
     from lvctx.eval.benchmarks.run_benchmark import BenchmarkConfig, plan_benchmark, run_benchmark
     from lvctx.eval.benchmarks.shards import Shard, start_shard
+    from lvctx.inference.generation_config import resolve_sampling
     from lvctx.parallel.context import SHARED_WORK_TIMEOUT, open_context
 
+    params = resolve_sampling(params, config.model, set_by_user)
     bench, shard = load_benchmark(name), Shard.parse(run.shard) if run.shard else None
     device = "cpu" if server.endpoint else resolve_device(engine.device)
     protocol = protocol_facts(config.protocol, name, config, params, sampling, engine, server)
@@ -335,18 +337,3 @@ def print_sources(console: Any, rules: Iterable[str]) -> None:
     for rule in rules:
         if rule in RULE_SOURCES:
             console.print(f"{rule}: {RULE_SOURCES[rule]}", highlight=False)
-
-
-def percent(value: float | None) -> str:
-    """`61.2`, or a dash if nothing was counted."""
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def interval(e: dict[str, Any]) -> str:
-    """`58.9 to 63.5`, or a dash."""
-    return "–" if e["low"] is None else f"{100 * e['low']:.1f} to {100 * e['high']:.1f}"
-
-
-def estimate(e: dict[str, Any]) -> str:
-    """`61.2 (58.9 to 63.5; n 2,700)`."""
-    return f"{percent(e['mean'])} ({interval(e)}; n {e['counted']:,})"

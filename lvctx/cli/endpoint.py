@@ -47,5 +47,10 @@ def refuse_unused_options(
     are not sent.
     """
     names = [field.name for config_class in local for field in fields(config_class)]
-    refuse_options(given, [*names, *more], there="with --endpoint", fix=": the server decides how the model runs")
+    refuse_options(
+        given,
+        [*names, *more, "use_generation_config"],
+        there="with --endpoint",
+        fix=": the server decides how the model runs",
+    )
     refuse_options(given, UNUSED_OPTIONS.get(server.send, ()), there=f"with --send {server.send}")

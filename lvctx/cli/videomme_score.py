@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lvctx.cli.benchmarks import interval, percent, print_sources
+from lvctx.cli.benchmarks import print_sources
 from lvctx.cli.options import OutputOptions, command, given
-from lvctx.cli.output import emit, wants_json
+from lvctx.cli.output import emit, interval, percent, wants_json
 from lvctx.cli.protocols import print_protocol
 from lvctx.config import Flag
 from lvctx.errors import UsageError

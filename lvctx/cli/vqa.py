@@ -84,8 +84,10 @@ def vqa(
     if server.endpoint is not None:
         refuse_unused_options(given(ctx), server, EngineConfig)
         engine = replace(engine, device="cpu")
+    from lvctx.inference.generation_config import resolve_sampling
     from lvctx.parallel.context import SHARED_WORK_TIMEOUT, open_context
 
+    params = resolve_sampling(params, config.model, given(ctx))
     opened = open_context(device=engine.device, cp=engine.cp, timeout=SHARED_WORK_TIMEOUT)
     with opened as parallel:
         if parallel.dp > 1:

@@ -120,6 +120,8 @@ def request_fields(params: SamplingParams, max_tokens: int) -> dict[str, Any]:
             fields["top_p"] = params.top_p
         if params.top_k:
             fields["top_k"] = params.top_k
+    if params.repetition_penalty != 1:
+        fields["repetition_penalty"] = params.repetition_penalty
     return fields
 
 

@@ -20,6 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lvctx.errors import InputError, UsageError, library_errors
 from lvctx.inference.engine import AnswerScore, Shown
+from lvctx.inference.generation_config import drop_sampling
 from lvctx.inference.prefix_scorer import Score, greedy_token
 from lvctx.inference.transformers_engine import TransformersEngine
 from lvctx.models.loading import device_of, load_model
@@ -52,7 +53,9 @@ class ForwardEngine(TransformersEngine):
     @cached_property
     def model(self) -> Any:
         """The loaded model. Raises InputError where it cannot be loaded, MissingError without accelerate."""
-        return load_model(self.vlm.path, dtype=self.dtype, device=self.device, device_map=self.device_map)
+        model = load_model(self.vlm.path, dtype=self.dtype, device=self.device, device_map=self.device_map)
+        drop_sampling(model)
+        return model
 
     def show(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> Shown:
         """See `Engine`."""
@@ -107,6 +110,7 @@ class ForwardScorer:
 
     def __init__(self, model: Any, tokens: GenericTokens) -> None:
         """The frames are decoded once into a temporary file."""
+        drop_sampling(model)
         self.model, self.tokens = model, tokens
         self.frames = FrameFile(tokens.images())
         self.tokens_run = 0
@@ -215,10 +219,9 @@ def _generate(model: Any, inputs: dict[str, Any], count: int, **options: Any) ->
 
     embedding = model.get_input_embeddings()
     moved = BatchFeature(inputs).to(device_of(embedding), dtype=embedding.weight.dtype)
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
     try:
         with library_errors("the model fails on its processor's output", where=model.name_or_path):
-            return model.generate(**moved, **greedy, max_new_tokens=count, return_dict_in_generate=True, **options)
+            return model.generate(**moved, max_new_tokens=count, return_dict_in_generate=True, **options)
     except InputError as e:
         if isinstance(e.__cause__, torch.OutOfMemoryError | MemoryError):
             raise e.__cause__ from None  # not the input's fault; the caller decides what is lost

@@ -172,7 +172,8 @@ class TransformersEngine:
                 on_text(text())
             return is_last
 
-        chooser, reasoning = TokenSampler(params), params.reasoning_tokens
+        chooser = TokenSampler(params, ids[ids < self.vlm.vocabulary].tolist())
+        reasoning = params.reasoning_tokens
         self.generate(ids, params.max_new_tokens, on_token, choose=chooser, reasoning=reasoning)
         return Reply(
             text=text(),

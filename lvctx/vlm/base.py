@@ -106,6 +106,8 @@ class VLM(Protocol):
 
     path: Path
     """Its directory."""
+    vocabulary: int
+    """V: the first id that is a row of the visual table."""
     has_feature_cache: bool
     """Whether it keeps the vision features of video files in a folder; see `open_vlm`."""
 

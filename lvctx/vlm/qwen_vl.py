@@ -50,6 +50,7 @@ class QwenVL:
     def __init__(self, path: Path, *, device: str = "cpu", feature_cache: Path | None = None) -> None:
         """See `open_vlm`; this family has no feature cache, since its tower's output depends on the resolution."""
         self.path, self.config = path, load_config(path)
+        self.vocabulary = int(self.config.get_text_config().vocab_size)
         self.seconds_to_positions = Rules.of(self.config).tokens_per_second
 
     @cached_property
@@ -195,7 +196,7 @@ class QwenVL:
         """An empty table; `times(numbers)` are the timestamps of these frames in seconds."""
         return GridTable(
             rule,
-            vocabulary=int(self.config.get_text_config().vocab_size),
+            vocabulary=self.vocabulary,
             tokens_per_second=self.seconds_to_positions,
             times=times,
             write=partial(self.tokenizer.encode, add_special_tokens=False) if self.writes_times else None,
