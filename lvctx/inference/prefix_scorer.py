@@ -140,7 +140,8 @@ class PrefixScorer:
                 if on_token(token):
                     break
                 if len(generated) < count:
-                    hidden_1E = self._run(np.array([token], dtype=np.int64), keep=1)
+                    position = self._next_position() if len(generated) == 1 else position + 1
+                    hidden_1E = self._run(np.array([token], dtype=np.int64), keep=1, positions=position)
         except RuntimeError:
             self._empty()  # an interrupted forward leaves the cache inconsistent
             raise
@@ -153,24 +154,34 @@ class PrefixScorer:
 
     def _continue(self, prompt: int, logits_V: Tensor, count: int) -> list[int]:
         self._crop(prompt)
-        generated = [int(logits_V.argmax())]
+        generated, position = [int(logits_V.argmax())], self._next_position()
         while len(generated) < count:
-            hidden_1E = self._run(np.array(generated[-1:], dtype=np.int64), keep=1)
+            hidden_1E = self._run(np.array(generated[-1:], dtype=np.int64), keep=1, positions=position)
+            position = position + 1
             generated.append(int(self.head(hidden_1E).float().argmax()))
         return generated
 
-    def _run(self, ids_L: np.ndarray, *, keep: int) -> Tensor:
-        """Append ids to the cache; returns the final hidden states (keep, E) of the last ones."""
+    def _next_position(self) -> Tensor:
+        """Position of a text token after the cached ones: computed once, as it takes a pass over all of them."""
+        positions = self.positions(self._cached_ids, 0)
+        return torch.full_like(positions[..., :1], int(positions.max()) + 1)
+
+    def _run(self, ids_L: np.ndarray, *, keep: int, positions: Tensor | None = None) -> Tensor:
+        """Append ids to the cache; returns the final hidden states (keep, E) of the last ones.
+
+        `positions` are those of a single token.
+        """
         last_states: list[Tensor] = []
         for start in range(0, len(ids_L), self.chunk):
             part = ids_L[start : start + self.chunk]
             stripe = Stripe(ring=self.ring, first=len(self._cached_ids), count=len(part))
             self._cached_ids = np.concatenate([self._cached_ids, part])
             embeds_LE, deep = self._embed(part[stripe.local_slice])
+            placed = self.positions(self._cached_ids, stripe.first) if positions is None else positions
             states = self.lm(
                 inputs_embeds=embeds_LE[None],
                 **deep,
-                position_ids=self.positions(self._cached_ids, stripe.first)[..., stripe.local_slice].to(self.device),
+                position_ids=placed[..., stripe.local_slice].to(self.device),
                 past_key_values=self._cache,
                 use_cache=True,
                 **({"stripe": stripe} if self.ring.world > 1 else {}),

@@ -23,7 +23,8 @@ from lvctx.vlm.token_count import VisualRule
 
 Positions = Callable[[np.ndarray, int], Tensor]
 """Position ids of a sequence's tokens from the given one on, as the language model takes them: (1, L), or (3, 1, L) for
-M-RoPE. They may depend on earlier tokens but not on later ones: otherwise prefixes could not be shared."""
+M-RoPE. They may depend on earlier tokens but not on later ones: otherwise prefixes could not be shared. A text token
+follows the largest position before it, by which replies are placed."""
 
 
 def sequential_positions(ids_L: np.ndarray, first: int) -> Tensor:
