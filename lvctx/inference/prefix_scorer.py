@@ -132,6 +132,7 @@ class PrefixScorer:
         generated: list[int] = []
         try:
             hidden_1E = self._run(ids_L[len(self._cached_ids) :], keep=1)
+            position = self._next_position()
             while len(generated) < count:
                 token = choose(self.head(hidden_1E)[0].float())
                 if token in stop:
@@ -140,8 +141,8 @@ class PrefixScorer:
                 if on_token(token):
                     break
                 if len(generated) < count:
-                    position = self._next_position() if len(generated) == 1 else position + 1
                     hidden_1E = self._run(np.array([token], dtype=np.int64), keep=1, positions=position)
+                    position = position + 1
         except RuntimeError:
             self._empty()  # an interrupted forward leaves the cache inconsistent
             raise
