@@ -1,7 +1,7 @@
 """What a sample costs: seconds of each phase, frames, tokens and memory, as the `cost` of its row."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -30,7 +30,7 @@ class CostMeter:
     Phases may be nested: then only the inner one's clock runs, so that no second is counted twice.
     """
 
-    def __init__(self, *phases: Phase) -> None:
+    def __init__(self, phases: Sequence[Phase] = ("decode", "encode", "prefill", "generate")) -> None:
         """Every cost has the seconds of these phases, 0 where none were spent, and of others where they were."""
         self._keys = [f"{phase}_seconds" for phase in phases] + ["frames_decoded"] * ("decode" in phases)
         self._spent: dict[str, float] = dict.fromkeys(self._keys, 0)

@@ -23,7 +23,7 @@ class EndpointEngine:
     def __init__(self, client: ChatClient, config: VideoEndpointConfig, *, jobs: int = 1) -> None:
         """`jobs` conversations may be held at once, all by the one `client`."""
         self.client, self.config, self.jobs = client, config, jobs
-        self.meter = CostMeter("decode", "encode", "request")
+        self.meter = CostMeter(("decode", "encode", "request"))
         self._parts: list[Part] | None = None
         self._frames: int | None = None
 

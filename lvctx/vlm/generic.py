@@ -49,7 +49,7 @@ class GenericVLM:
     def __init__(self, path: Path, *, device: str = "cpu", feature_cache: Path | None = None) -> None:
         """See `open_vlm`; no features are cached, as every class makes them in its own way."""
         self.path, self.config = path, load_config(path)
-        self.meter = CostMeter(*self.phases)
+        self.meter = CostMeter(self.phases)
         self.vocabulary = int(self.config.get_text_config().vocab_size)
 
     @cached_property

@@ -45,7 +45,7 @@ class LlavaOnevision:
         """See `open_vlm`."""
         self.path, self.device, self.feature_cache = path, device, feature_cache
         self.config = load_config(path)
-        self.meter = CostMeter("decode", "encode", "prefill", "generate")
+        self.meter = CostMeter()
         self.vocabulary = int(self.config.get_text_config().vocab_size)
         """V: the first id that is a row of the table."""
         self._encoders: dict[VideoSampling, VideoEncoder] = {}

@@ -50,7 +50,7 @@ class QwenVL:
     def __init__(self, path: Path, *, device: str = "cpu", feature_cache: Path | None = None) -> None:
         """See `open_vlm`; this family has no feature cache, since its tower's output depends on the resolution."""
         self.path, self.config = path, load_config(path)
-        self.meter = CostMeter("decode", "encode", "prefill", "generate")
+        self.meter = CostMeter()
         self.seconds_to_positions = Rules.of(self.config).tokens_per_second
 
     @cached_property

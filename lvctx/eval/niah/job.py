@@ -134,7 +134,7 @@ def plan_text(config: TextNiahConfig, *, dtype: str = "auto", kv_cache: CachePla
     path = resolve_model(config.model)
     tokenizer = load_tokenizer(path)
     task = build_text_task(config, tokenizer)
-    meter = CostMeter("prefill", "generate")
+    meter = CostMeter(("prefill", "generate"))
     return _plan(config, path, tokenizer, task, dtype=dtype, kv_cache=kv_cache, meter=meter)
 
 
