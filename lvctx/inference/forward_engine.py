@@ -169,8 +169,8 @@ class _TokenStream(BaseStreamer, StoppingCriteria):
         """The prompt first, then a token at a time."""
         if not self._is_prompt:
             self.on_prefilled()
-        if not self._is_prompt and int(value) not in self.stop:
-            self._is_last = bool(self.on_token(int(value)))
+            if int(value) not in self.stop:
+                self._is_last = bool(self.on_token(int(value)))
         self._is_prompt = False
 
     def end(self) -> None:
