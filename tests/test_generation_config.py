@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app
+from lvctx.cost import CostMeter
 from lvctx.errors import InputError, UsageError
 from lvctx.inference.endpoint_engine import request_fields
 from lvctx.inference.forward_engine import stock_generate
@@ -180,10 +181,10 @@ def test_models_of_their_own_forward_do_not_use_it_unasked(stock: tuple[Any, Any
 
     model, inputs = stock
     model.generation_config = GenerationConfig()
-    expected = stock_generate(model, dict(inputs), 8, ())
+    expected = stock_generate(model, dict(inputs), 8, (), meter=CostMeter())
     model.generation_config = GenerationConfig(
         repetition_penalty=3.0, no_repeat_ngram_size=1, do_sample=True, min_p=0.5
     )
-    assert stock_generate(model, dict(inputs), 8, ()) != expected
+    assert stock_generate(model, dict(inputs), 8, (), meter=CostMeter()) != expected
     drop_sampling(model)
-    assert stock_generate(model, dict(inputs), 8, ()) == expected
+    assert stock_generate(model, dict(inputs), 8, (), meter=CostMeter()) == expected

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lvctx.cli.costs import print_costs
 from lvctx.cli.endpoint import open_endpoint, refuse_unused_options
 from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
 from lvctx.cli.output import emit, estimate, is_quiet, percent, progress, say, wants_json
@@ -277,6 +278,7 @@ def _score(name: str, config: ScoreConfig) -> None:
     from lvctx.artifacts.schemas import SCORE
     from lvctx.eval.benchmarks.accuracy import read_benchmark_run
     from lvctx.eval.benchmarks.protocol import protocol_of_rows
+    from lvctx.eval.cost_summary import summarize_costs
 
     bench = load_benchmark(name)
     for path in config.runs:
@@ -288,6 +290,7 @@ def _score(name: str, config: ScoreConfig) -> None:
         )
         result["warnings"] = [*benchmark_run.warnings, *result["warnings"]]
         result = {"schema": SCORE, "bench": name, "run": path.name, "failed": benchmark_run.failed, **result}
+        result |= summarize_costs(benchmark_run.rows)
         if (protocol := protocol_of_rows(benchmark_run.rows)) is not None:
             result["protocol"] = protocol
         if wants_json():
@@ -328,6 +331,7 @@ def _print(result: dict[str, Any]) -> None:
         console.print(f"effective length: {result['effective_length']:,} images (60% right)", highlight=False)
     if result.get("generated"):
         console.print(f"{result['generated']:,} generated answers, exported for their judge", highlight=False)
+    print_costs(result["run"], result)
 
 
 def print_sources(console: Any, rules: Iterable[str]) -> None:
