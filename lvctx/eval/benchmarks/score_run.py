@@ -1,0 +1,28 @@
+"""The score of a run of any benchmark, with its warnings and its protocol. No torch."""
+
+from types import ModuleType
+from typing import Any
+
+from lvctx.artifacts.schemas import SCORE
+from lvctx.eval.benchmarks.accuracy import BenchmarkRun, to_reply
+from lvctx.eval.benchmarks.protocol import protocol_of_rows
+from lvctx.eval.benchmarks.responses import Responses
+
+
+def score_run(run: BenchmarkRun, bench: ModuleType, *, seed: int = 0) -> dict[str, Any]:
+    """What `bench.score` computes; `seed` is that of the random letters of LongVideoBench's own rule."""
+    if bench.NAME == "videomme":
+        result = bench.score(as_responses(run, bench.NAME))
+    elif bench.NAME == "longvideobench":
+        result = bench.score(run.rows, seed=seed)
+    else:
+        result = bench.score(run.rows)
+    result["warnings"] = [*run.warnings, *result["warnings"]]
+    result = {"schema": SCORE, "bench": bench.NAME, "failed": run.failed, **result}
+    protocol = protocol_of_rows(run.rows)
+    return result if protocol is None else {**result, "protocol": protocol}
+
+
+def as_responses(run: BenchmarkRun, name: str) -> Responses:
+    """The replies of a run as the content of a responses file, which Video-MME's scores are computed from."""
+    return Responses(name=name, replies=[to_reply(row) for row in run.rows], leniencies={}, warnings=[])
