@@ -171,23 +171,24 @@ def test_a_directory_of_runs_and_the_curves_and_costs_of_a_training(runs: Path) 
     ]  # fmt: skip
     training = data.runs[1]
     rows = read_jsonl(runs / "model" / "metrics.jsonl")
-    assert training["costs"]["tokens"] == {"sum": 1200 * 224_000, "samples": 1200}
+    assert (training["costs"]["samples"], training["costs"]["total"]["tokens"]) == (1200, 1200 * 224_000)
     step, loss = training["curves"]["loss"][0]
     assert (step, loss) == (3, pytest.approx(sum(row["loss"] for row in rows[:3]) / 3))
     assert len(training["curves"]["lr_lm"]) == 400
-    assert data.runs[0]["costs"]["tokens_in"] == {"sum": 60 * 4_700, "samples": 60}
+    assert data.runs[0]["costs"]["total"] == {"tokens_in": 60 * 4_700, "tokens_out": 60 * 3}
 
 
 def test_costs_are_those_of_the_rows(runs: Path, tmp_path: Path) -> None:
     rows = read_jsonl(runs / "first" / RESULTS)
     for row in rows:
-        row["cost"] = {"prefill_seconds": 0.5, "tokens_in": 7, "tokens_out": None}
+        row["cost"] = {"prefill_seconds": 0.5, "tokens_in": 7, "tokens_out": None, "peak_memory_bytes": 9}
     (tmp_path / "run").mkdir()
     write_jsonl(tmp_path / "run" / RESULTS, rows)
     (section,) = collect(tmp_path / "run").runs
     assert section["costs"] == {
-        "prefill_seconds": {"sum": 30.0, "samples": 60},
-        "tokens_in": {"sum": 420, "samples": 60},
+        "samples": 60,
+        "total": {"prefill_seconds": 30.0, "tokens_in": 420, "peak_memory_bytes": 9},
+        "median": {"prefill_seconds": 0.5, "tokens_in": 7, "peak_memory_bytes": 9},
     }
 
 
@@ -327,21 +328,16 @@ def test_what_cannot_be_sampled_has_no_images(values: dict[str, Any], nano: Any)
 
 
 @pytest.mark.nano
-def test_a_needle_is_shown_between_the_frames_around_it(nano: Any, tiny_vlm: Path, tmp_path: Path) -> None:
-    """In a real run whose haystack is a frames artifact; and in one whose haystack is the clip itself."""
-
-    def command(*arguments: object) -> str:
-        done = CliRunner().invoke(app, [*map(str, arguments), "--json"], catch_exceptions=False)
-        assert done.exit_code == 0, done.output
-        return done.stdout
-
+def test_a_needle_is_shown_between_the_frames_around_it(nano: Any, tiny_tower: Path, tmp_path: Path) -> None:
+    """In a haystack that is a frames artifact, and in one that is the clip itself."""
     clip, artifact = nano.clips / "bikes.mp4", tmp_path / "frames" / "bikes.frames.safetensors"
-    command("encode-video", clip, "--model", tiny_vlm, "--frames", 6, "-o", artifact.parent)
-    lengths = ("--lengths", 2, "--depths", "0.5", "--trials", 1)
-    command("niah", "video", "--model", tiny_vlm, "--haystack", artifact, *lengths, "-o", tmp_path / "cache")
-    (row,) = read_jsonl(tmp_path / "cache" / RESULTS)
-    (tmp_path / "clip").mkdir()
-    write_jsonl(tmp_path / "clip" / RESULTS, [{**row, "haystack": [str(clip)]}])
+    encoding = ("encode-video", clip, "--model", tiny_tower, "--frames", 6, "-o", artifact.parent)
+    assert CliRunner().invoke(app, [*map(str, encoding)], catch_exceptions=False).exit_code == 0
+    report_runs.needle_run(tmp_path / "run", seed=1, reach=100_000)
+    row = next(r for r in read_jsonl(tmp_path / "run" / RESULTS) if r["trial"] == 0) | {"length": 2, "position": 1}
+    for name, haystack in (("cache", artifact), ("clip", clip)):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / RESULTS, [{**row, "haystack": [str(haystack)]}])
     report_runs.answers_file(tmp_path / "answers.jsonl", video=artifact, replies=("A street.",))
     data = collect(*(tmp_path / name for name in ("cache", "clip", "answers.jsonl")), thumbnails=6)
     pts = [round(frame.pts, 3) for frame in read_video(clip, VideoSampling(frames=6))]
@@ -434,7 +430,14 @@ def test_in_a_browser(runs: Path, tmp_path: Path, chromium: browser.Browser) -> 
 
 def test_the_page_can_be_read_aloud(runs: Path, tmp_path: Path, chromium: browser.Browser) -> None:
     """Tables have captions and headers with a scope, controls have names, and no id occurs twice."""
-    opened(chromium, tmp_path / "page.html", *(runs / name for name in ("needles", "first", "model")))
+    report_runs.benchmark_run(tmp_path / "failed", seed=0, skill=0.5, questions=6, failed=6)
+    lvb = {"schema": "lvctx.questions/1", "bench": "longvideobench", "answer": "B", "letters": "ABCD", "response": "B"}
+    lvb["groups"] = dict.fromkeys(longvideobench.GROUPS, "15")
+    questions = {str(i): {**lvb, "id": str(i), "video": f"v{i}"} for i in range(2)}
+    report_runs.write_rows(tmp_path / "lvb", {"model": "m"}, questions)
+    paths = [runs / "needles", runs / "first", tmp_path / "failed", tmp_path / "lvb", runs / "model"]
+    opened(chromium, tmp_path / "page.html", *paths)
+    assert chromium.run("return document.querySelectorAll('h3').length") == 5
     chromium.run("for (const d of document.querySelectorAll('main details')) d.open = true")
     chromium.wait_for("#provenance details:last-of-type table")
     problems = """
@@ -455,6 +458,7 @@ def test_the_page_can_be_read_aloud(runs: Path, tmp_path: Path, chromium: browse
       return found;
     """
     assert chromium.run(problems) == []
+    assert chromium.log("browser") == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

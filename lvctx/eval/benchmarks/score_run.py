@@ -1,5 +1,6 @@
 """The score of a run of any benchmark, with its warnings and its protocol. No torch."""
 
+from inspect import signature
 from types import ModuleType
 from typing import Any
 
@@ -10,13 +11,12 @@ from lvctx.eval.benchmarks.responses import Responses
 
 
 def score_run(run: BenchmarkRun, bench: ModuleType, *, seed: int = 0) -> dict[str, Any]:
-    """What `bench.score` computes; `seed` is that of the random letters of LongVideoBench's own rule."""
+    """What `bench.score` computes; `seed` is that of rules that draw random letters."""
     if bench.NAME == "videomme":
         result = bench.score(as_responses(run, bench.NAME))
-    elif bench.NAME == "longvideobench":
-        result = bench.score(run.rows, seed=seed)
     else:
-        result = bench.score(run.rows)
+        seeded = "seed" in signature(bench.score).parameters
+        result = bench.score(run.rows, seed=seed) if seeded else bench.score(run.rows)
     result["warnings"] = [*run.warnings, *result["warnings"]]
     result = {"schema": SCORE, "bench": bench.NAME, "failed": run.failed, **result}
     protocol = protocol_of_rows(run.rows)

@@ -125,8 +125,10 @@ def answers_section(run: RunFile, thumbnails: Thumbnails) -> dict[str, Any]:
 
 def scores_of(result: Mapping[str, Any]) -> dict[str, Any]:
     """The score of a benchmark, its breakdowns in `by`, and figures of its own in `more`."""
-    known = {*SCORES, "schema", "bench", "failed", "protocol", "file"}
+    known = {*SCORES, "schema", "bench", "failed", "protocol", "file", "overlooked", "cost"}
     scores = {key: result[key] for key in SCORES if key in result}
+    overlooked = [f"overlooked: {count:,} {what}" for what, count in result.get("overlooked", {}).items()]
+    scores["warnings"] = [*result["warnings"], *overlooked]
     scores["by"] = {key[3:]: value for key, value in result.items() if key.startswith("by_")}
     scores["more"] = {k: v for k, v in result.items() if k not in known and not k.startswith("by_") and v is not None}
     return scores

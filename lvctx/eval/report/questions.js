@@ -35,7 +35,7 @@ function questionBody(run, q) {
       ["other runs", others.length ? others : null],
       ["groups", Object.entries(q.groups).map(([k, v]) => `${k.replaceAll("_", " ")}: ${v}`).join("; ")],
       ["video", q.file ?? q.video],
-      ["cost", q.cost && flatten(q.cost).map(([k, v]) => `${k.replaceAll("_", " ")} ${v}`).join("; ")]]),
+      ["cost", q.cost && Object.entries(q.cost).map(([k, v]) => `${k.replaceAll("_", " ")} ${v}`).join("; ")]]),
     q.reasoning && lazy("Reasoning", () => el("p", { class: "text" }, q.reasoning)), scorers];
 }
 
@@ -131,6 +131,18 @@ function breakdown(run, rule) {
   return [...found, lazy(caption, () => table(caption, [{ name: "domain, task" }, ...durations.map((d) => ({ name: d, number: true }))], rows))];
 }
 
+/** Rows of nested figures; an estimate is one row, in %. */
+function figures(value, name = "") {
+  if (value !== null && typeof value === "object" && !Array.isArray(value)) {
+    const estimate = "mean" in value && "low" in value;
+    const parts = Object.entries(value).filter(([key]) => !estimate || !["mean", "low", "high", "counted", "clusters"].includes(key));
+    return [...(estimate ? [{ cells: [name, value.mean == null ? "–" : `${percent(value.mean)}%`, range(value.low, value.high), interval(value), count(value.counted)] }] : []),
+      ...parts.flatMap(([key, part]) => figures(part, [name, key].filter(Boolean).join(", ").replaceAll("_", " ")))];
+  }
+  const text = typeof value === "number" ? short(value) : typeof value === "string" ? value : JSON.stringify(value);
+  return [{ cells: [name, text, "", "", ""] }];
+}
+
 function benchmark(run) {
   const rules = Object.keys(run.rules ?? {});
   const [list, setRule] = questions(run);
@@ -146,8 +158,9 @@ function benchmark(run) {
     return { class: rule === run.rule && "total", cells: [rule, percent(e.mean), range(e.low, e.high), interval(e), count(e.counted), percent(e.parsed),
       el("small", {}, run.rule_sources?.[rule] ?? "")] };
   }));
-  const more = Object.keys(run.more ?? {}).length > 0 && lazy("Further figures of this benchmark", () => table("Further figures", [{ name: "figure" }, { name: "value" }],
-    flatten(run.more).map(([name, value]) => ({ cells: [name.replaceAll("_", " "), value] }))));
+  const own = figures(run.more ?? {});
+  const more = own.length > 0 && table("Further figures of this benchmark",
+    [{ name: "" }, { name: "value", number: true }, { name: "95% interval", number: true }, { name: "0 to 100" }, { name: "counted", number: true }], own);
   const chooser = rules.length > 1 && el("div", { class: "controls" },
     select("rule of the tables and verdicts below", rules.map((rule) => [rule, rule]), choose));
   if (chooser) chooser.querySelector("select").value = run.rule;

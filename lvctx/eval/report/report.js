@@ -23,18 +23,20 @@ function trainings() {
     runs.map((run) => headline(run, lazy("Numbers", () => numbers(run))))];
 }
 
-const amount = (name, value) => (name.endsWith("seconds") ? `${value < 10 ? value.toFixed(2) : count(Math.round(value))} s` : count(Math.round(value * 100) / 100));
+function amount(name, value) {
+  if (name.endsWith("seconds")) return `${value < 100 ? value.toFixed(2) : count(Math.round(value))} s`;
+  return name.endsWith("bytes") ? `${(value / 2 ** 30).toFixed(2)} GiB` : count(Math.round(value));
+}
+
 function costs() {
-  const runs = data.runs.filter((run) => Object.keys(run.costs).length);
+  const runs = data.runs.filter((run) => run.costs.samples);
   if (!runs.length) return null;
-  const names = [...new Set(runs.flatMap((run) => Object.keys(run.costs)))];
-  const label = (name) => ({ tokens_in: "tokens of prompts", tokens_out: "tokens of replies" })[name] ?? name.replaceAll("_", " ");
-  const columns = [{ name: "run" }, ...names.map((name) => ({ name: label(name), number: true }))];
-  const rows = runs.map((run) => ({ cells: [run.name, ...names.map((name) => {
-    const cost = run.costs[name];
-    return cost ? [amount(name, cost.sum), el("br"), el("small", {}, `${amount(name, cost.sum / cost.samples)} each`)] : "–";
-  })] }));
-  return [table("Sums over all samples that state a cost, and the mean of one", columns, rows)];
+  const names = [...new Set(runs.flatMap((run) => Object.keys(run.costs.total)))];
+  const label = (name) => name.replace(/_(seconds|bytes)$/, "").replaceAll("_", " ");
+  const columns = [{ name: "run" }, { name: "samples", number: true }, ...names.map((name) => ({ name: label(name), number: true }))];
+  const rows = runs.map(({ name: run, costs: { samples, total, median } }) => ({ cells: [run, count(samples), ...names.map((name) =>
+    name in total ? [amount(name, total[name]), el("br"), el("small", {}, amount(name, median[name]))] : "–")] }));
+  return [table("Totals over the samples (or steps) that state what they cost, with medians below; of memory the maximum", columns, rows)];
 }
 
 function provenance() {

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from lvctx.artifacts.manifest import MANIFEST, read_provenance
@@ -10,6 +11,7 @@ from lvctx.errors import InputError
 from lvctx.eval.benchmarks.protocol import describe_protocol
 from lvctx.eval.report.run_files import RunFile, printable
 
+PEAK = "peak_memory_bytes"
 PROVENANCE = ("schema", "version", "command", "config", "config_hash", "inputs", "seed")
 """What the report shows of a manifest."""
 SHARED_FACTS = (
@@ -70,19 +72,23 @@ def count_errors(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{"error": error, "count": count} for error, count in sorted(counts.items(), key=lambda item: -item[1])]
 
 
-def add_costs(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Name of a cost -> its sum over the samples that state it, and their number.
+def add_costs(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Number of `samples` that state their costs, and `total` and `median` of each of them; empty if none does.
 
-    A row's `cost` has them; rows without it have the tokens of the prompt and of the reply.
+    A row's `cost` has them; rows without it have the tokens of the prompt and of the reply. `peak_memory_bytes` has a
+    maximum in place of a total.
     """
-    costs: dict[str, dict[str, float]] = {}
+    values: dict[str, list[float]] = {}
+    samples = 0
     for row in rows:
         stated = row.get("cost")
         if not isinstance(stated, dict):
             stated = {"tokens_in": row.get("tokens"), "tokens_out": row.get("reply_tokens")}
-        for name, value in stated.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                cost = costs.setdefault(name, {"sum": 0, "samples": 0})
-                cost["sum"] += value
-                cost["samples"] += 1
-    return costs
+        numbers = {k: v for k, v in stated.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        samples += bool(numbers)
+        for name, value in numbers.items():
+            values.setdefault(name, []).append(value)
+    if not samples:
+        return {}
+    total = {name: max(column) if name == PEAK else sum(column) for name, column in values.items()}
+    return {"samples": samples, "total": total, "median": {name: median(column) for name, column in values.items()}}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lvctx.eval.report.run_facts import describe_run, read_manifest_facts
+from lvctx.eval.report.run_facts import add_costs, describe_run, read_manifest_facts
 from lvctx.eval.report.run_files import RunFile, check_fields
 
 MOST_POINTS = 500
@@ -11,14 +11,13 @@ MOST_POINTS = 500
 
 
 def training_section(run: RunFile) -> dict[str, Any]:
-    """The run with its curves, the time and tokens of all steps, and the manifest of its model."""
+    """The run with its curves, the time and tokens of its steps, and the manifest of its model."""
     check_fields(run.rows, {"step": int, "loss": (int, float)})
     rows = [numbers_of(row) for row in run.rows.values()]
     section = describe_run(run)
     manifest = read_manifest_facts(run.path.parent)
     section["provenance"] |= {"manifest": manifest} if manifest else {}
-    totals = {name: sum(row.get(name, 0) for row in rows) for name in ("seconds", "tokens")}
-    section["costs"] = {name: {"sum": total, "samples": len(rows)} for name, total in totals.items()}
+    section["costs"] = add_costs({"cost": {k: row[k] for k in ("seconds", "tokens") if k in row}} for row in rows)
     return section | {"curves": curves(rows), "command": manifest.get("command"), "loss": rows[-1]["loss"]}
 
 
