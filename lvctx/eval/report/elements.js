@@ -30,9 +30,9 @@ function table(caption, columns, rows, attributes = {}) {
     el("tr", { class: row.class }, row.cells.map((cell, i) => {
       const inside = cell == null ? "–" : cell;
       if (i === 0) return el("th", { scope: "row", class: "wide" }, inside);
-      return el("td", { class: columns[i].number && "number" }, inside);
+      return el("td", { class: columns[i].number ? "number" : columns[i].prose && "prose" }, inside);
     })));
-  return el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption },
+  return el("div", { class: "scroll" },
     el("table", attributes, el("caption", {}, caption), el("thead", {}, el("tr", {}, head)), el("tbody", {}, body)));
 }
 

@@ -152,7 +152,7 @@ function benchmark(run) {
     setRule(rules.indexOf(rule));
   };
   const columns = [{ name: "rule" }, { name: "accuracy, %", number: true }, { name: "95% interval", number: true }, { name: "0 to 100" },
-    { name: "counted", number: true }, { name: "answer found, %", number: true }, { name: "source" }];
+    { name: "counted", number: true }, { name: "answer found, %", number: true }, { name: "source", prose: true }];
   const scores = rules.length > 0 && table("Accuracy under each rule, with intervals clustered by video", columns, rules.map((rule) => {
     const e = run.rules[rule];
     return { class: rule === run.rule && "total", cells: [rule, percent(e.mean), range(e.low, e.high), interval(e), count(e.counted), percent(e.parsed),
