@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lvctx.cli.costs import print_costs
 from lvctx.cli.endpoint import open_endpoint, refuse_local_options
 from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
 from lvctx.cli.output import emit, is_quiet, progress, say, wants_json
@@ -308,6 +309,7 @@ def _print(result: dict[str, Any]) -> None:
         console.print(f"effective length: {result['effective_length']:,} images (60% right)", highlight=False)
     if result.get("generated"):
         console.print(f"{result['generated']:,} generated answers, exported for their judge", highlight=False)
+    print_costs(result["run"], result)
 
 
 def print_sources(console: Any, rules: Iterable[str]) -> None:

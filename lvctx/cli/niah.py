@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lvctx.cli.costs import print_costs, run_costs
 from lvctx.cli.endpoint import open_endpoint, refuse_local_options
 from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
 from lvctx.cli.output import emit, is_quiet, progress, say, wants_json
@@ -291,11 +292,13 @@ def report(config: ReportConfig, output: OutputOptions) -> None:
         write_json(out, [result.to_dict(threshold) for result in results])
     else:
         draw_heatmaps(results, out, threshold=threshold)
-    if wants_json():
-        for result in results:
-            emit(result.to_dict(threshold))
-    else:
+    if not wants_json():
         print_tables(results, threshold=threshold, stderr=False)
+    for run, result in zip(config.runs, results, strict=True):
+        if wants_json():
+            emit({**result.to_dict(threshold), **run_costs(run)})
+        else:
+            print_costs(result.name, run_costs(run))
 
 
 def print_tables(results: "Sequence[NeedleResults]", *, threshold: float, stderr: bool) -> None:

@@ -195,7 +195,7 @@ def _answer_videos(
                     raise
                 failed += 1
                 say(f"lvctx: {e}")
-                emit({"schema": schemas.ANSWER, **reference, "error": str(e)})
+                emit({"schema": schemas.ANSWER, **reference, "error": str(e), **questions.engine.meter.take()})
             on_progress(done, 0 if config.piped else len(config.videos), path.name)
     return failed
 
@@ -215,6 +215,7 @@ def _emit_answer(row: dict[str, Any], answer: "Answer", printer: "StreamPrinter"
         **answer.sent,
         **({"reuse": answer.reuse} if answer.reuse else {}),
         **({"partial": True} if answer.partial else {}),
+        **answer.cost,
     }
     line = answer.text if printer.live else f"{row['path']}: {answer.text}"
     emit({"schema": schemas.ANSWER, **row, **fields}, line)

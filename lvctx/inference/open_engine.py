@@ -4,6 +4,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lvctx.cost import CostMeter
 from lvctx.inference.engine import Engine
 from lvctx.inference.engine_config import CachePlacement, EngineConfig
 from lvctx.inference.prefix_scorer import PrefixScorer, Score
@@ -47,6 +48,7 @@ def open_scorer(
     chunk: int,
     reuse: bool,
     kv_cache: CachePlacement,
+    meter: CostMeter,
     ring: Ring = ALONE,
 ) -> Scorer:
     """What scores sequences with a loaded model: a `PrefixScorer`, or a `ForwardScorer` for other classes."""
@@ -54,13 +56,18 @@ def open_scorer(
         from lvctx.inference.forward_engine import ForwardScorer
 
         assert isinstance(visual, GenericTokens)
-        return ForwardScorer(model, visual)
+        return ForwardScorer(model, visual, meter)
+    table_RE = None
+    if visual is not None:
+        with meter.phase("encode"):
+            table_RE = visual.table(model)
     return PrefixScorer(
         model,
-        visual.table(model) if visual else None,
+        table_RE,
         chunk=chunk,
         reuse=reuse,
         kv_cache=kv_cache,
         positions=visual.positions if visual else sequential_positions,
         ring=ring,
+        meter=meter,
     )

@@ -22,13 +22,15 @@ class Answer:
     pts: tuple[float, ...]
     """When each frame that the model was shown is on display, in seconds; empty where a server samples."""
     reply: Reply
-    """With its reasoning, and what it cost."""
+    """With its reasoning."""
     params: SamplingParams
     """How it was generated."""
     sent: dict[str, Any]
     """How the video was sent to a server, and how its times; empty for a model in this process."""
     reuse: str | None = None
     """`none` where prompts share no computation, see `forward_engine`."""
+    cost: dict[str, Any]
+    """What it cost, as a row has it, see `CostMeter.take`: the first answer about a video pays for reading it."""
     partial: bool = False
     """Whether the video is truncated or damaged, so that only its intact frames were used."""
 
@@ -99,5 +101,6 @@ class VideoQuestions:
             params=self.params,
             sent={key: shown.facts[key] for key in ("send", "times") if key in shown.facts},
             reuse=shown.facts.get("reuse"),
+            cost=self.engine.meter.take(),
             partial=bool(shown.facts.get("partial")),
         )

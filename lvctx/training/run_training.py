@@ -31,7 +31,7 @@ def run_training(task: TrainingTask[Any], parallel: ParallelConfig, control: Run
     out = control.out
     if is_finished(out, task.provenance, resume=control.resume, force=control.force):
         return
-    opened = open_context(device=parallel.device, cp=parallel.cp, sharded=parallel.offload)
+    opened = open_context(device=parallel.device, cp=parallel.cp, dtype=parallel.dtype, sharded=parallel.offload)
     with opened as context, ExitStack() as stack:
         if context.rank == 0:
             stack.enter_context(only_writer(out))

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lvctx.cost import CostMeter
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.token_count import VisualRule
 
@@ -106,6 +107,8 @@ class VLM(Protocol):
 
     path: Path
     """Its directory."""
+    meter: CostMeter
+    """Of what its conversation costs: reading and encoding here, the rest by its engine."""
 
     def resolve(self, sampling: VideoSampling) -> VideoSampling:
         """Apply the family's defaults. Raises UsageError for unsupported options, before anything is loaded."""

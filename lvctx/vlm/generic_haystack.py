@@ -71,7 +71,8 @@ class GenericHaystack:
 
     def read(self) -> Iterator[Image.Image]:
         """All frames in order."""
-        return chain.from_iterable(read_haystack_images(file, self.sampling) for file in self.files)
+        meter = self.vlm.meter
+        return chain.from_iterable(read_haystack_images(file, self.sampling, meter) for file in self.files)
 
     def tokens(self, frames: int, images: Sequence[Image.Image]) -> "GenericTokens":
         """See `Haystack`; images are padded to the shape of the frames."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from lvctx.cost import CostMeter
 from lvctx.errors import InputError
 from lvctx.models.image_processing import image_size, open_image
 from lvctx.video.frame_count import Count, count_frames
@@ -32,9 +33,13 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
 
 
-def read_haystack_images(file: Path, sampling: VideoSampling) -> Iterator[Image.Image]:
+def read_haystack_images(file: Path, sampling: VideoSampling, meter: CostMeter) -> Iterator[Image.Image]:
     """RGB frames in order."""
-    if file.is_dir():
-        yield from map(open_image, list_images(file))
-    else:
-        yield from (Image.fromarray(frame.image) for frame in read_video(file, sampling))
+    if not file.is_dir():
+        yield from (Image.fromarray(frame.image) for frame in meter.decoding(read_video(file, sampling)))
+        return
+    for path in list_images(file):
+        with meter.phase("decode"):
+            image = open_image(path)
+        meter.add(frames_decoded=1)
+        yield image

@@ -125,6 +125,7 @@ def benchmark_run(
             rows[row["id"]] = {**row, "error": f"video{n // 3:03}.mp4: truncated"}
             continue
         row |= {"response": dice.choice(forms), "tokens": 4_700, "reply_tokens": 3, "frames": 32}
+        row["cost"] = {"decode_seconds": 1.5, "prefill_seconds": 0.5, "tokens_in": 4_700, "tokens_out": 3}
         if n % 5 == 0:
             row["reasoning"] = "The door opens while the man reads the sign, and again at the end."
         rows[row["id"]] = row

@@ -178,7 +178,7 @@ def _ask_about(job: BenchmarkJob, engine: Engine, samples: Sequence[Question], *
     except (LvctxError, torch.OutOfMemoryError) as e:
         if together and not isinstance(e, LvctxError):
             raise _out_of_memory(samples[0].video) from e
-        yield from ((s, {**base[s.id], "error": str(e)}) for s in samples)
+        yield from ((s, {**base[s.id], "error": str(e), **engine.meter.take()}) for s in samples)
         return
     for sample in samples:
         text = job.bench.prompt(sample, job.config.prompt, subtitles)
@@ -197,9 +197,9 @@ def _ask_about(job: BenchmarkJob, engine: Engine, samples: Sequence[Question], *
                 raise _out_of_memory(sample.video) from e
             if together and not isinstance(e, InputError):
                 raise
-            yield sample, {**row, "error": " ".join(str(e).split())[:300]}
+            yield sample, {**row, "error": " ".join(str(e).split())[:300], **engine.meter.take()}
         else:
-            yield sample, {**row, "response": reply.text, **reply.facts}
+            yield sample, {**row, "response": reply.text, **reply.facts, **engine.meter.take()}
 
 
 def _out_of_memory(video: str) -> InputError:

@@ -1,4 +1,4 @@
-"""The score of a run of any benchmark, with its warnings and its protocol. No torch."""
+"""The score of a run of any benchmark, with its warnings, its protocol and its costs. No torch."""
 
 from inspect import signature
 from types import ModuleType
@@ -8,6 +8,7 @@ from lvctx.artifacts.schemas import SCORE
 from lvctx.eval.benchmarks.accuracy import BenchmarkRun, to_reply
 from lvctx.eval.benchmarks.protocol import protocol_of_rows
 from lvctx.eval.benchmarks.responses import Responses
+from lvctx.eval.cost_summary import summarize_costs
 
 
 def score_run(run: BenchmarkRun, bench: ModuleType, *, seed: int = 0) -> dict[str, Any]:
@@ -18,7 +19,7 @@ def score_run(run: BenchmarkRun, bench: ModuleType, *, seed: int = 0) -> dict[st
         seeded = "seed" in signature(bench.score).parameters
         result = bench.score(run.rows, seed=seed) if seeded else bench.score(run.rows)
     result["warnings"] = [*run.warnings, *result["warnings"]]
-    result = {"schema": SCORE, "bench": bench.NAME, "failed": run.failed, **result}
+    result = {"schema": SCORE, "bench": bench.NAME, "failed": run.failed, **result, **summarize_costs(run.rows)}
     protocol = protocol_of_rows(run.rows)
     return result if protocol is None else {**result, "protocol": protocol}
 

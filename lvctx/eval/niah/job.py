@@ -12,6 +12,7 @@ import torch
 from lvctx.artifacts import schemas
 from lvctx.artifacts.result_log import short_hash
 from lvctx.artifacts.store import fingerprint
+from lvctx.cost import CostMeter
 from lvctx.errors import UsageError
 from lvctx.eval.niah.frame_needles import FrameNeedles
 from lvctx.eval.niah.image_needles import NeedleSet, drawn_needles, read_needles
@@ -60,6 +61,8 @@ class NiahJob:
     """The haystack's frames (video)."""
     images: tuple[Any, ...]
     """The images inserted among them."""
+    meter: CostMeter
+    """Adds up what a cell costs; the first pays for reading and encoding the haystack."""
     run_facts: dict[str, Any]
     """Facts of the run in every row; their `run` identifies everything that decides a result."""
 
@@ -132,7 +135,8 @@ def plan_text(config: TextNiahConfig, *, dtype: str = "auto", kv_cache: CachePla
     path = resolve_model(config.model)
     tokenizer = load_tokenizer(path)
     task = build_text_task(config, tokenizer)
-    return _plan(config, path, tokenizer, task, dtype=dtype, kv_cache=kv_cache)
+    meter = CostMeter(("prefill", "generate"))
+    return _plan(config, path, tokenizer, task, dtype=dtype, kv_cache=kv_cache, meter=meter)
 
 
 def plan_video(
@@ -161,7 +165,17 @@ def plan_video(
         loop=config.loop,
         seed=config.seed,
     )
-    return _plan(config, vlm.path, tokenizer, task, dtype=dtype, kv_cache=kv_cache, visual=visual, images=images)
+    return _plan(
+        config,
+        vlm.path,
+        tokenizer,
+        task,
+        dtype=dtype,
+        kv_cache=kv_cache,
+        meter=vlm.meter,
+        visual=visual,
+        images=images,
+    )
 
 
 def find_needles(config: VideoNiahConfig, size: int) -> NeedleSet:
@@ -198,6 +212,7 @@ def _plan(
     *,
     dtype: str,
     kv_cache: CachePlacement,
+    meter: CostMeter,
     visual: VisualTokens | None = None,
     images: Sequence[Any] = (),
 ) -> NiahJob:
@@ -242,6 +257,7 @@ def _plan(
         cells=cells,
         visual=visual,
         images=tuple(images),
+        meter=meter,
         run_facts=run_facts,
     )
     job.model_config()  # raises an error for an unsupported RoPE

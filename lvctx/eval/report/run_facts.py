@@ -2,16 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from lvctx.artifacts.manifest import MANIFEST, read_provenance
 from lvctx.artifacts.store import sha256_file
 from lvctx.errors import InputError
 from lvctx.eval.benchmarks.protocol import describe_protocol
+from lvctx.eval.cost_summary import summarize_costs
 from lvctx.eval.report.run_files import RunFile, printable
 
-PEAK = "peak_memory_bytes"
 PROVENANCE = ("schema", "version", "command", "config", "config_hash", "inputs", "seed")
 """What the report shows of a manifest."""
 SHARED_FACTS = (
@@ -43,7 +42,7 @@ def describe_run(run: RunFile) -> dict[str, Any]:
         "protocol": describe_protocol(protocol) if isinstance(protocol, dict) else None,
         "samples": len(rows),
         "failures": count_errors(rows),
-        "costs": add_costs(rows),
+        "costs": summarize_costs(rows).get("cost", {}),
         "provenance": {
             "sha256": sha256_file(run.path),
             **{key: first[key] for key in SHARED_FACTS if key in first},
@@ -70,25 +69,3 @@ def count_errors(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             message = str(row["error"])
             counts[message] = counts.get(message, 0) + 1
     return [{"error": error, "count": count} for error, count in sorted(counts.items(), key=lambda item: -item[1])]
-
-
-def add_costs(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Number of `samples` that state their costs, and `total` and `median` of each of them; empty if none does.
-
-    A row's `cost` has them; rows without it have the tokens of the prompt and of the reply. `peak_memory_bytes` has a
-    maximum in place of a total.
-    """
-    values: dict[str, list[float]] = {}
-    samples = 0
-    for row in rows:
-        stated = row.get("cost")
-        if not isinstance(stated, dict):
-            stated = {"tokens_in": row.get("tokens"), "tokens_out": row.get("reply_tokens")}
-        numbers = {k: v for k, v in stated.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-        samples += bool(numbers)
-        for name, value in numbers.items():
-            values.setdefault(name, []).append(value)
-    if not samples:
-        return {}
-    total = {name: max(column) if name == PEAK else sum(column) for name, column in values.items()}
-    return {"samples": samples, "total": total, "median": {name: median(column) for name, column in values.items()}}

@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lvctx.eval.report.run_facts import add_costs, describe_run, read_manifest_facts
+from lvctx.eval.cost_summary import summarize_costs
+from lvctx.eval.report.run_facts import describe_run, read_manifest_facts
 from lvctx.eval.report.run_files import RunFile, check_fields
 
 MOST_POINTS = 500
@@ -17,7 +18,8 @@ def training_section(run: RunFile) -> dict[str, Any]:
     section = describe_run(run)
     manifest = read_manifest_facts(run.path.parent)
     section["provenance"] |= {"manifest": manifest} if manifest else {}
-    section["costs"] = add_costs({"cost": {k: row[k] for k in ("seconds", "tokens") if k in row}} for row in rows)
+    costs = ({"cost": {k: row[k] for k in ("seconds", "tokens") if k in row}} for row in rows)
+    section["costs"] = summarize_costs(costs).get("cost", {})
     return section | {"curves": curves(rows), "command": manifest.get("command"), "loss": rows[-1]["loss"]}
 
 
