@@ -35,6 +35,7 @@ from lvctx.eval.niah.text_needles import (
     sentence_ends,
 )
 from lvctx.eval.niah.text_task import TextNeedleTask
+from lvctx.eval.report.thumbnails import Thumbnails
 from lvctx.inference.prefix_scorer import PrefixScorer
 from lvctx.vlm.feature_cache import write_frames
 
@@ -255,6 +256,8 @@ def test_video(tiny_vlm: Path, frames: Path, tmp_path: Path) -> None:
     assert {r["chance"] for r in rows} == {0.1}
     assert "chance 0.10" in done.stderr
     assert {(r["length"], r["depth"], r["position"]) for r in rows} >= {(15, 0.5, 7), (15, 1.0, 15), (4, 0.0, 0)}
+    drawn_again = Thumbnails(1, lambda *_: None).of_needles(rows)
+    assert set(drawn_again) == {r["needle"] for r in rows}
     lengths = {r["length"]: r["tokens"] for r in rows if r["trial"] == 0}
     assert lengths[15] - lengths[4] == 11 * 4  # a frame of the tiny tower is four tokens
     plan = json.loads(run(*arguments, "--dry-run", "-o", tmp_path / "a").stdout)

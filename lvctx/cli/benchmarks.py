@@ -275,24 +275,12 @@ def _find_questions(bench: ModuleType, questions: str) -> Path:
 
 
 def _score(name: str, config: ScoreConfig) -> None:
-    from lvctx.artifacts.schemas import SCORE
     from lvctx.eval.benchmarks.accuracy import read_benchmark_run
-    from lvctx.eval.benchmarks.protocol import protocol_of_rows
-    from lvctx.eval.cost_summary import summarize_costs
+    from lvctx.eval.benchmarks.score_run import score_run
 
     bench = load_benchmark(name)
     for path in config.runs:
-        benchmark_run = read_benchmark_run(path, bench)
-        result = (
-            bench.score(benchmark_run.rows, seed=config.seed)
-            if name == "longvideobench"
-            else bench.score(benchmark_run.rows)
-        )
-        result["warnings"] = [*benchmark_run.warnings, *result["warnings"]]
-        result = {"schema": SCORE, "bench": name, "run": path.name, "failed": benchmark_run.failed, **result}
-        result |= summarize_costs(benchmark_run.rows)
-        if (protocol := protocol_of_rows(benchmark_run.rows)) is not None:
-            result["protocol"] = protocol
+        result = {**score_run(read_benchmark_run(path, bench), bench, seed=config.seed), "run": path.name}
         if wants_json():
             emit(result)
         else:

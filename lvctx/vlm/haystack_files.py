@@ -22,7 +22,7 @@ def count_haystack_frames(file: Path, sampling: VideoSampling) -> Count:
     """Size and number of frames of a video or a folder of images. Raises InputError for an empty folder."""
     if not file.is_dir():
         return count_frames(file, sampling)
-    images = _list_images(file)
+    images = list_images(file)
     if not images:
         raise InputError("no image in it", where=file, fix=f"put {' or '.join(IMAGES)} there")
     width, height = image_size(images[0])
@@ -30,7 +30,8 @@ def count_haystack_frames(file: Path, sampling: VideoSampling) -> Count:
     return Count(frames=len(images), exact=True, width=width, height=height, duration=duration)
 
 
-def _list_images(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
+    """The images of a folder of frames, in order."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
 
 
@@ -39,7 +40,7 @@ def read_haystack_images(file: Path, sampling: VideoSampling, meter: CostMeter) 
     if not file.is_dir():
         yield from (Image.fromarray(frame.image) for frame in meter.decoding(read_video(file, sampling)))
         return
-    for path in _list_images(file):
+    for path in list_images(file):
         with meter.phase("decode"):
             image = open_image(path)
         meter.add(frames_decoded=1)

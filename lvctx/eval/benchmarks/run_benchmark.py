@@ -210,6 +210,8 @@ def _described(sample: Question) -> dict[str, Any]:
     return {
         "id": sample.id,
         "video": sample.video,
+        "question": sample.question,
+        "options": list(sample.options),
         "answer": sample.answer,
         "letters": "".join(chr(65 + i) for i in range(len(sample.options))),
         "groups": dict(sample.groups),

@@ -19,7 +19,7 @@ from lvctx.errors import InputError, UsageError
 from lvctx.eval.niah.frame_needles import WHEN, FrameNeedles
 from lvctx.eval.niah.heatmap import write_report
 from lvctx.eval.niah.image_needles import FIND
-from lvctx.eval.niah.job import build_text_task, find_needles
+from lvctx.eval.niah.job import build_text_task, find_needles, input_facts
 from lvctx.eval.niah.needle_task import Cell, share_listed
 from lvctx.eval.niah.niah_config import NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
 from lvctx.eval.niah.results import read_needle_results
@@ -204,6 +204,7 @@ def _plan(
         "model": config.model,
         "modality": task.modality,
         "made_of": made_of,
+        **input_facts(config, task),
         "chance": task.chance,
         "trained_length": config.training_length,
         "longest_sample": None,

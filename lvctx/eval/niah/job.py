@@ -14,6 +14,7 @@ from lvctx.artifacts.result_log import short_hash
 from lvctx.artifacts.store import fingerprint
 from lvctx.cost import CostMeter
 from lvctx.errors import UsageError
+from lvctx.eval.niah.frame_needles import FrameNeedles
 from lvctx.eval.niah.image_needles import NeedleSet, drawn_needles, read_needles
 from lvctx.eval.niah.needle_task import Cell, NeedleTask
 from lvctx.eval.niah.niah_config import NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
@@ -191,6 +192,18 @@ def find_needles(config: VideoNiahConfig, size: int) -> NeedleSet:
     return replace(needles, distractors=needles.distractors[: config.distractors])
 
 
+def input_facts(config: NiahConfig, task: NeedleTask | FrameNeedles) -> dict[str, Any]:
+    """Where a run's haystack and needles come from, for its rows: a report shows their images where they still exist.
+
+    They decide nothing: the hashes of the contents do, in `made_of`.
+    """
+    facts: dict[str, Any] = {"haystack": [str(path) for path in config.haystack]}
+    if isinstance(config, VideoNiahConfig) and isinstance(task, FrameNeedles):
+        size = task.needles[0].image.width
+        facts["needles"] = {"source": config.needles, "size": size, "distractors": config.distractors}
+    return facts
+
+
 def _plan(
     config: NiahConfig,
     path: Path,
@@ -228,6 +241,7 @@ def _plan(
         "visual": visual.facts if visual else None,
         "made_of": made_of,
         "kv_cache": kv_cache,
+        **input_facts(config, task),
         "chance": task.chance,
         "trained_length": config.training_length or trained_length(path),
         "longest_sample": longest_sample(path),
