@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lvctx.artifacts.store import disk_error, is_disk_error
+from lvctx.artifacts.store import disk_error, is_disk_error, is_open_at
 from lvctx.errors import InputError
 
 LOCK = ".lock"
@@ -30,7 +30,7 @@ def only_writer(directory: Path, *, name: str = LOCK, wait: bool = False) -> Ite
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             # The last owner removes the file, possibly between this process's open and its lock.
-            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+            if is_open_at(fd, path):
                 break
         except BlockingIOError:
             os.close(fd)

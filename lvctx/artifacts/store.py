@@ -5,6 +5,7 @@ and its directory fsynced. A killed writer leaves `.NAME.partial`, which the nex
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -26,21 +27,46 @@ LFS_POINTER = b"version "
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a path to write to; on a clean exit it becomes `target`, on any exception it is removed.
 
-    Raises InputError when the disk is full or the directory cannot be written.
+    Of several processes that write one file, one writes at a time. Raises InputError when the disk is full or the
+    directory cannot be written.
     """
     partial = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        with open(partial, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(partial, target)
+        with _locked(partial):
+            try:
+                yield partial
+                with open(partial, "rb") as f:
+                    os.fsync(f.fileno())
+                os.replace(partial, target)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
         fsync_directory(target.parent)
     except BaseException as e:
-        partial.unlink(missing_ok=True)
         if is_disk_error(e):
             raise disk_error(e, target) from e
         raise
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Hold the lock of a file, created if needed, that its last owner renames or removes."""
+    while True:
+        with open(partial, "ab") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            if not is_open_at(f.fileno(), partial):
+                continue
+            yield
+            return
+
+
+def is_open_at(fd: int, path: Path) -> bool:
+    """Whether `path` still names the open file `fd`."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts import schemas
+from lvctx.artifacts.lock import only_writer
 from lvctx.artifacts.manifest import Provenance
 from lvctx.artifacts.model_config import read_model_config
 from lvctx.artifacts.store import disk_error, fingerprint, is_disk_error, link_file, read_json, sha256_file, write_json
@@ -97,7 +98,8 @@ def run_export(job: ExportJob, *, resume: str, force: bool, on_progress: OnProgr
     """
     out = job.config.out
     if job.llava is None:
-        _export_hf(job.source, out, force=force)
+        with only_writer(out):
+            _export_hf(job.source, out, force=force)
     else:
         _export_llava(job.llava, job.source, out, resume=resume, force=force, on_progress=on_progress)
     return {"schema": schemas.MODEL, "path": str(out), "sha256": fingerprint(out), **job.facts}
@@ -107,7 +109,6 @@ def _export_hf(source: Path, out: Path, *, force: bool) -> None:
     """Link or copy a model's files, config.json last; existing files are compared and kept."""
     names = sorted((name for name in model_files(source) if "/" not in name), key="config.json".__eq__)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         present = {name for name in names if (out / name).exists() and _same(source / name, out / name)}
         other = [p.name for p in out.iterdir() if p.name not in present and not p.name.startswith(".")]
         if other and not force:

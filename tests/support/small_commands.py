@@ -1,0 +1,91 @@
+"""Every command that writes, with inputs so small that it takes about a second; `lvctx` runs in forks of a warm server."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import aligning
+import imageio_ffmpeg
+import mrope_models
+import numpy as np
+from aligning import draw, talk, write
+from PIL import Image
+from support import warm_server
+
+DATA = Path(__file__).parents[1] / "data"
+TRAINING = ("--steps", "4", "--no-checkpoint-activations", "--device", "cpu")
+QWEN_TRAINING = ("--data", "chat", "--media", ".", "--lora", "4", "--lr", "1e-2", "--warmup", "0", *TRAINING)
+TEXT = ("text.jsonl", "--seq-len", "128", "--keep-short", "1", "--shard-tokens", "256", "--workers", "1")
+ASKED = ("--videos", "clips", "--questions", str(DATA / "questions.json"), "--frames", "2", "--max-new-tokens", "2")
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "pack-text": ("pack-text", *TEXT, "--tokenizer", "lm"),
+    "pack-text keep": ("pack-text", *TEXT, "--tokenizer", "lm", "--mix", "keep"),
+    "pack-chat": (
+        *("pack-chat", "--model", "qwen", "--interleaved", "chat.jsonl", "--media", "."),
+        *("--long-share", "0", "--target-length", "100", "--shard-tokens", "60"),
+    ),
+    "extend-lm": (
+        *("extend-lm", "--model", "lm", "--data", "rows", "--rope-theta", "1e6", "--context", "512"),
+        *("--lr", "1e-3", "--batch-tokens", "128", *TRAINING),
+    ),
+    "align": (
+        *("align", "--lm", "lm", "--tower", "tower", "--data", "data.json", "--images", ".", "--batch", "2"),
+        *("--lr", "1e-2", "--warmup", "0", *TRAINING),
+    ),
+    "mrope-extend": ("mrope-extend", "--model", "qwen", "--scale", "2"),
+    "mrope-extend --data": ("mrope-extend", "--model", "qwen", "--scale", "2", *QWEN_TRAINING),
+    "encode-video": ("encode-video", "clips/a.mp4", "clips/b.mp4", "--tower", "tower", "--fps", "native"),
+    "niah text": ("niah", "text", "--model", "lm", "--haystack", "essay.txt", "--lengths", "200,300", "--trials", "2"),
+    "videomme run": ("videomme", "run", "--model", "vlm", *ASKED),
+    "export hf": ("export", "vlm", "--to", "hf"),
+    "export llava": ("export", "vlm", "--to", "llava"),
+    "niah haystack": ("niah", "haystack", "--frames", "4", "--side", "32"),
+}
+"""Name -> arguments, but for `-o`; run them in the folder that `prepare` filled."""
+
+
+def prepare(folder: Path, lm: Path, tower: Path, essays: Path) -> None:
+    """Write the inputs of `COMMANDS` into `folder`."""
+    for name, path in (("lm", lm), ("tower", tower)):
+        shutil.copytree(path, folder / name)
+    draw(folder)
+    write(folder / "data.json", [talk("<image>\nWhat?", "red " * (9 - 2 * i), image=f"{i}.png") for i in range(4)])
+    pairs = [{"prompt": "Say hi." * (i + 1), "chosen": "hi " * (i + 1), "rejected": "no"} for i in range(5)]
+    write(folder / "pairs.json", pairs)
+    aligning.align(folder / "data.json", folder / "vlm", lm, tower, steps=1, batch=1)
+    write(folder / "text.jsonl", [{"text": f"{i} " * 200} for i in range(9)], lines=True)
+    mrope_models.save("qwen2_5_vl", folder / "qwen")
+    Image.fromarray(np.zeros((70, 110, 3), np.uint8)).save(folder / "a.png")
+    write(folder / "chat.jsonl", [talk("<image>What?", "Dots." * (i + 1), image="a.png") for i in range(3)], lines=True)
+    (folder / "essay.txt").write_bytes((essays / "love.txt").read_bytes())
+    (folder / "clips").mkdir()
+    for name in ("a", "b", *sorted({row["videoID"] for row in json.loads((DATA / "questions.json").read_text())})):
+        source = ["-f", "lavfi", "-i", "testsrc2=s=48x48:r=10:d=2", "-c:v", "libx264", "-pix_fmt", "yuv420p"]
+        target = folder / "clips" / f"{name}.mp4"
+        subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, target], check=True)
+    for name, out in (("pack-text", "rows"), ("pack-chat", "chat")):
+        done = lvctx(folder, *COMMANDS[name], "-o", out)
+        assert done.returncode == 0, done.stderr
+
+
+def start(folder: Path, *args: object, **env: str) -> subprocess.Popen[str]:
+    """A command that has been started in `folder`."""
+    command = [warm_server.start(), *map(str, args)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, **pipes)
+
+
+def lvctx(folder: Path, *args: object, **env: str) -> subprocess.CompletedProcess[str]:
+    """A finished command, run in `folder`."""
+    process = start(folder, *args, **env)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """All files but the log of a training, whose rows have the clock."""
+    files = (path for path in sorted(out.rglob("*")) if path.is_file() and path.name != "metrics.jsonl")
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in files}
