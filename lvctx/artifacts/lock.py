@@ -1,5 +1,6 @@
 """One writer per output at a time: a lock that is released when its process ends, however that ends."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ LOCK = ".lock"
 def only_writer(directory: Path, *, name: str = LOCK, wait: bool = False) -> Iterator[None]:
     """Hold the lock of an output directory, created if needed, or with `name` that of one of its files.
 
-    Raises InputError if another process holds it, unless `wait` is true.
+    Raises InputError if another process holds it, unless `wait` is true, and DiskError in place of any exception of the
+    body that reports a full disk.
     """
     path = directory / name
     while True:
@@ -40,6 +42,11 @@ def only_writer(directory: Path, *, name: str = LOCK, wait: bool = False) -> Ite
         os.close(fd)
     try:
         yield
+    except Exception as e:
+        # The lock was written here, so that a missing permission is that of an input.
+        if is_disk_error(e) and getattr(e, "errno", None) != errno.EACCES:
+            raise disk_error(e, directory) from e
+        raise
     finally:
         path.unlink(missing_ok=True)
         os.close(fd)

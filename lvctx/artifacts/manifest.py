@@ -14,7 +14,7 @@ from typing import Any
 
 from lvctx import __version__
 from lvctx.artifacts.lock import only_writer
-from lvctx.artifacts.store import read_json, read_safetensors_header, sha256_file, write_json
+from lvctx.artifacts.store import read_json, read_safetensors_header, read_sha256, sha256_file, write_json
 from lvctx.errors import InputError
 
 MANIFEST, VERIFIED = "MANIFEST.json", ".verified.json"
@@ -130,8 +130,9 @@ def check_sizes(directory: Path) -> None:
 def verify_files(directory: Path, *, cached: bool = True) -> int:
     """Compare a finished directory's files with the hashes in its manifest; returns the number of files.
 
-    With `cached`, a file with the inode, size and time at which it was last found correct is not read again; `.verified.json`
-    in the directory has them, where it can be written. Raises InputError for the first file that differs.
+    With `cached`, a file with the inode, size and time at which it was last found correct is not read again;
+    `.verified.json` in the directory has them, where it can be written. Raises InputError for the first file that
+    differs.
     """
     check_sizes(directory)
     files = listed_files(directory)
@@ -142,7 +143,7 @@ def verify_files(directory: Path, *, cached: bool = True) -> int:
         path = directory / name
         state = path.stat()
         after[name] = [state.st_ino, state.st_size, state.st_mtime_ns, stored["sha256"]]
-        if before.get(name) != after[name] and sha256_file(path) != stored["sha256"]:
+        if before.get(name) != after[name] and read_sha256(path) != stored["sha256"]:
             raise InputError("damaged: its bytes are not those that were written", where=path, fix=AGAIN)
     if cached and after != before:
         with suppress(InputError):  # a directory that cannot be written is read again next time

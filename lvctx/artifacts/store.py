@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lvctx.errors import InputError
+from lvctx.errors import DiskError, InputError, LvctxError
 
 LFS_POINTER = b"version "
 """First bytes of the pointer file that replaces a large file in a Git repository cloned without Git LFS."""
@@ -106,18 +106,18 @@ def fsync_directory(directory: Path) -> None:
 def is_disk_error(e: BaseException) -> bool:
     """Whether `e` is the file system refusing a write (full, quota, read-only, no permission).
 
-    safetensors reports such an error as its own exception with the errno only in the text.
+    Rust libraries (safetensors, tokenizers) report such an error as an exception with the errno only in the text.
     """
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
     if isinstance(e, OSError):
         return e.errno in codes
-    return type(e).__name__ == "SafetensorError" and any(f"os error {c}" in str(e) for c in codes)
+    return not isinstance(e, LvctxError) and any(f"(os error {c})" in str(e) for c in codes)
 
 
-def disk_error(e: BaseException, target: Path) -> InputError:
+def disk_error(e: BaseException, target: Path) -> DiskError:
     """The error when `target` could not be written."""
     reason = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e)
-    return InputError(
+    return DiskError(
         f"cannot write ({reason})", where=target, fix="free some space or choose another -o, then run again"
     )
 
@@ -206,6 +206,11 @@ def sha256_file(path: Path) -> str:
 
 @lru_cache(maxsize=4096)
 def _sha256(path: Path, *state: int) -> str:
+    return read_sha256(path)
+
+
+def read_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes as they are on disk now."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

@@ -16,7 +16,7 @@ import numpy as np
 from lvctx.artifacts import schemas
 from lvctx.artifacts.jsonl_log import write_jsonl
 from lvctx.artifacts.manifest import MANIFEST, Provenance, open_output, read_manifest, write_manifest
-from lvctx.artifacts.store import disk_error, fingerprint, is_disk_error, sha256_file
+from lvctx.artifacts.store import fingerprint, sha256_file
 from lvctx.config import OnProgress, hashed_fields
 from lvctx.data.bin_packing import best_fit_decreasing
 from lvctx.data.chat_encoding import CHATML
@@ -151,16 +151,11 @@ def run_pack_chat(
 def _start_over(job: PackChatJob, on_progress: OnProgress) -> None:
     """Remove what a killed run left, and pack."""
     out = job.config.out
-    try:
-        for pattern in (MANIFEST, "shard-*", ".*.partial"):
-            for path in out.glob(pattern):
-                path.unlink()
-        with ChatSampleStore(out) as samples:
-            _ChatPacker(job, samples, on_progress).run()
-    except OSError as e:
-        if is_disk_error(e):
-            raise disk_error(e, out) from e
-        raise
+    for pattern in (MANIFEST, "shard-*", ".*.partial"):
+        for path in out.glob(pattern):
+            path.unlink()
+    with ChatSampleStore(out) as samples:
+        _ChatPacker(job, samples, on_progress).run()
 
 
 class _ChatPacker:

@@ -142,7 +142,7 @@ def write_frames(
 
 
 def verify_feature_cache(path: Path) -> None:
-    """Compare a frames artifact's data with the hash in its header. Raises InputError if they differ, or it has none."""
+    """Compare a frames artifact's data with the hash in its header. Raises InputError if it differs or has none."""
     stored = (read_provenance(path) or {}).get(DATA_SHA256)
     if stored is None:
         raise InputError("has no hash of its data", where=path, fix="encode the video again to have one")

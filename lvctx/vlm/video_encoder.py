@@ -31,7 +31,7 @@ from lvctx.artifacts.lock import only_writer
 from lvctx.artifacts.manifest import Provenance, is_finished, read_provenance
 from lvctx.artifacts.store import read_safetensors_header, sha256_file
 from lvctx.device import Dtype, resolve_dtype
-from lvctx.errors import LvctxError, Stopped, UsageError
+from lvctx.errors import DiskError, LvctxError, Stopped, UsageError
 from lvctx.models.vision_encoder import Tower, TowerFiles
 from lvctx.video.container import check_complete, probe
 from lvctx.video.decode_worker import DecodeRequest, Decoders
@@ -269,6 +269,8 @@ class VideoEncoder:
         def encode_one(video: Path) -> CacheRow | LvctxError:
             try:
                 return self.encode(video, out, threads=threads, **options)
+            except DiskError:
+                raise
             except LvctxError as e:
                 return e
 

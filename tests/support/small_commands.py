@@ -1,4 +1,4 @@
-"""Every command that writes, with inputs so small that it takes about a second; `lvctx` runs in forks of a warm server."""
+"""Every command that writes, on inputs so small that it takes about a second, in forks of a warm server."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import mrope_models
 import numpy as np
 from aligning import draw, talk, write
 from PIL import Image
+
 from support import warm_server
 
 DATA = Path(__file__).parents[1] / "data"
@@ -86,6 +87,15 @@ def lvctx(folder: Path, *args: object, **env: str) -> subprocess.CompletedProces
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """All files but the log of a training, whose rows have the clock."""
-    files = (path for path in sorted(out.rglob("*")) if path.is_file() and path.name != "metrics.jsonl")
+    """All files but the logs of trainings and results, which hold the clock."""
+    logs = ("metrics.jsonl", "results.jsonl")
+    files = (path for path in sorted(out.rglob("*")) if path.is_file() and path.name not in logs)
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in files}
+
+
+def logged(out: Path) -> list[dict[str, Any]]:
+    """The rows of both logs in their order, without what the clock decides."""
+    files = [out / name for name in ("metrics.jsonl", "results.jsonl") if (out / name).exists()]
+    rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    clock = ("cost", "seconds", "tokens_per_second", "mfu", "memory_bytes")
+    return [{key: value for key, value in row.items() if key not in clock} for row in rows]
