@@ -7,7 +7,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import aligning
 import imageio_ffmpeg
 import mrope_models
 import numpy as np
@@ -39,7 +38,23 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "mrope-extend": ("mrope-extend", "--model", "qwen", "--scale", "2"),
     "mrope-extend --data": ("mrope-extend", "--model", "qwen", "--scale", "2", *QWEN_TRAINING),
     "encode-video": ("encode-video", "clips/a.mp4", "clips/b.mp4", "--tower", "tower", "--fps", "native"),
-    "niah text": ("niah", "text", "--model", "lm", "--haystack", "essay.txt", "--lengths", "200,300", "--trials", "2"),
+    "niah text": (
+        *("niah", "text", "--model", "lm", "--haystack", "essay.txt", "--lengths", "200"),
+        *("--depths", "0,0.5,1", "--trials", "2"),
+    ),
+        "niah",
+        "text",
+        "--model",
+        "lm",
+        "--haystack",
+        "essay.txt",
+        "--lengths",
+        "200",
+        "--depths",
+        "0,0.5,1",
+        "--trials",
+        "2",
+    ),
     "videomme run": ("videomme", "run", "--model", "vlm", *ASKED),
     "export hf": ("export", "vlm", "--to", "hf"),
     "export llava": ("export", "vlm", "--to", "llava"),
@@ -48,15 +63,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 """Name -> arguments, but for `-o`; run them in the folder that `prepare` filled."""
 
 
-def prepare(folder: Path, lm: Path, tower: Path, essays: Path) -> None:
+def prepare(folder: Path, lm: Path, tower: Path, vlm: Path, essays: Path) -> None:
     """Write the inputs of `COMMANDS` into `folder`."""
-    for name, path in (("lm", lm), ("tower", tower)):
+    for name, path in (("lm", lm), ("tower", tower), ("vlm", vlm)):
         shutil.copytree(path, folder / name)
     draw(folder)
     write(folder / "data.json", [talk("<image>\nWhat?", "red " * (9 - 2 * i), image=f"{i}.png") for i in range(4)])
-    pairs = [{"prompt": "Say hi." * (i + 1), "chosen": "hi " * (i + 1), "rejected": "no"} for i in range(5)]
-    write(folder / "pairs.json", pairs)
-    aligning.align(folder / "data.json", folder / "vlm", lm, tower, steps=1, batch=1)
     write(folder / "text.jsonl", [{"text": f"{i} " * 200} for i in range(9)], lines=True)
     mrope_models.save("qwen2_5_vl", folder / "qwen")
     Image.fromarray(np.zeros((70, 110, 3), np.uint8)).save(folder / "a.png")
