@@ -19,6 +19,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from lvctx.artifacts.manifest import MANIFEST, Provenance, differences, read_manifest, verify_files, write_manifest
@@ -147,7 +148,7 @@ class Checkpoints:
         """Raise disk errors as InputError."""
         try:
             yield
-        except Exception as e:
+        except (Exception, CheckpointException) as e:  # the latter is no Exception
             causes = [e, e.__cause__, *getattr(e, "failures", {}).values()]
             refused = next((x for c in causes if (x := _exception(c)) and is_disk_error(x)), None)
             if refused is not None:
