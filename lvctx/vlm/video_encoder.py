@@ -259,9 +259,8 @@ class VideoEncoder:
     ) -> Iterator[tuple[Path, CacheRow, CacheRow | LvctxError]]:
         """`encode` for each (video, row), `jobs` at once; video, row and result or error, in input order.
 
-        The cores are divided among the decoders of `processes` such processes.
-
-        Videos are taken from the iterable while others are encoded, so a slow producer does not delay them.
+        The cores are divided among the decoders of `processes` such processes. Videos are taken from the iterable while
+        others are encoded, so a slow producer does not delay them. Raises DiskError where the disk is full.
         """
         todo: queue.Queue[Any] = queue.Queue(jobs)
         threads = max(1, (os.cpu_count() or 1) // (jobs * processes))
@@ -269,9 +268,9 @@ class VideoEncoder:
         def encode_one(video: Path) -> CacheRow | LvctxError:
             try:
                 return self.encode(video, out, threads=threads, **options)
-            except DiskError:
-                raise
             except LvctxError as e:
+                if isinstance(e, DiskError):
+                    raise
                 return e
 
         def feed() -> None:
