@@ -32,7 +32,7 @@ from lvctx.artifacts.manifest import Provenance, is_finished, read_provenance
 from lvctx.artifacts.store import read_safetensors_header, sha256_file
 from lvctx.cost import CostMeter
 from lvctx.device import Dtype, resolve_dtype
-from lvctx.errors import LvctxError, Stopped, UsageError
+from lvctx.errors import DiskError, LvctxError, Stopped, UsageError
 from lvctx.models.vision_encoder import Tower, TowerFiles
 from lvctx.video.container import check_complete, probe
 from lvctx.video.decode_worker import DecodeRequest, Decoders
@@ -260,9 +260,8 @@ class VideoEncoder:
     ) -> Iterator[tuple[Path, CacheRow, CacheRow | LvctxError]]:
         """`encode` for each (video, row), `jobs` at once; video, row and result or error, in input order.
 
-        The cores are divided among the decoders of `processes` such processes.
-
-        Videos are taken from the iterable while others are encoded, so a slow producer does not delay them.
+        The cores are divided among the decoders of `processes` such processes. Videos are taken from the iterable while
+        others are encoded, so a slow producer does not delay them. Raises DiskError where the disk is full.
         """
         todo: queue.Queue[Any] = queue.Queue(jobs)
         threads = max(1, (os.cpu_count() or 1) // (jobs * processes))
@@ -271,6 +270,8 @@ class VideoEncoder:
             try:
                 return self.encode(video, out, threads=threads, **options)
             except LvctxError as e:
+                if isinstance(e, DiskError):
+                    raise
                 return e
 
         def feed() -> None:

@@ -18,7 +18,7 @@ import torch
 from lvctx.artifacts import schemas
 from lvctx.artifacts.result_log import RESULTS, ResultLog, read_results, short_hash
 from lvctx.artifacts.store import fingerprint
-from lvctx.errors import InputError, LvctxError
+from lvctx.errors import DiskError, InputError, LvctxError
 from lvctx.eval.benchmarks.answers import Question
 from lvctx.eval.benchmarks.subtitles import NONE, find_subtitles, read_subtitles
 from lvctx.eval.benchmarks.video_files import find_video, video_stem
@@ -175,6 +175,8 @@ def _ask_about(job: BenchmarkJob, engine: Engine, samples: Sequence[Question], *
     base = {s.id: {**job.run_facts, **_described(s)} for s in samples}
     try:
         subtitles, facts = _show(job, engine, samples[0])
+    except DiskError:
+        raise
     except (LvctxError, torch.OutOfMemoryError) as e:
         if together and not isinstance(e, LvctxError):
             raise _out_of_memory(samples[0].video) from e
