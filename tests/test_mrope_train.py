@@ -209,3 +209,24 @@ def test_stages_go_on_from_each_other(here: Path, tmp_path: Path) -> None:
     assert run(*flags).stdout == done.stdout
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
     fails(2, run(*flags[:3], "--scale", 2, "--stage", "steps=1", "-o", tmp_path / "x"), "give --data")
+
+
+def test_giraffes_recipe_trains_at_64k_and_then_at_128k(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own sections pack the rows of both stages; the lengths, frequencies and tokens a frame are the paper's."""
+    monkeypatch.chdir(tmp_path)
+    recipe = Path(__file__).parents[1] / "recipes" / "giraffe-7b.toml"
+    (tmp_path / "text.jsonl").write_text((here / "chat.jsonl").read_text().splitlines()[0])
+    packing = ("--model", here / "model", "--text", "text.jsonl", "--mix", "text=1", "--long-share", 0)
+    for section, out in (("pack-chat", "chat-64k"), ("pack-chat-128k", "chat-128k")):
+        done = run("pack-chat", "--recipe", f"{recipe}#{section}", *packing, "-o", out)
+        assert done.exit_code == 0, done.stderr
+    done = run("mrope-extend", "--recipe", recipe, "--model", here / "model", "--dry-run", "-o", "giraffe")
+    assert done.exit_code == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert [stage["seq_len"] for stage in plan["stages"]] == [65_536, 131_072]
+    assert (plan["factor"], plan["original"], plan["context"], plan["ramp"]) == (8, 16_384, 131_072, "wavelength")
+    # Table 4: 1,024 frames of 120 tokens on average; sizes are whole patches, so fewer fit into 16:9.
+    assert plan["video"]["nominal"] == 1_024 * 120
+    assert plan["video"]["actual"] == pytest.approx(1_024 * 120, rel=0.15)

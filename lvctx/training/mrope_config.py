@@ -35,7 +35,8 @@ class MropeConfig:
     method: Annotated[Literal["mrope++", "pi", "ntk", "yarn", "none"] | None, Flag(in_hash=False)] = None
     """RoPE scaling; none: direct extrapolation. Default: mrope++, for Qwen3-VL yarn."""
     ramp: Annotated[Literal["index", "wavelength", "ntk"], Flag(in_hash=False)] = "index"
-    """mrope++: interpolation ramp by channel index, by wavelength, or as in the authors' code (ntk)."""
+    """Height frequencies of mrope++: wavelength is the formula of the paper (GIRAFFE), ntk its released code; index is
+    YaRN's ramp, which every runtime can compute."""
     verify: Annotated[bool, Flag(in_hash=False)] = False
     """Compare the frequencies that transformers computes with the formula, channel by channel."""
     plot: Annotated[Path | None, Flag(in_hash=False)] = None
