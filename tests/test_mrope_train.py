@@ -59,7 +59,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
         asked("<video>And?", "More.", video="b.mp4"),
     ]
     (here / "chat.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
-    flags = ("--model", here / "model", "--interleaved", here / "chat.jsonl", "--media", here, "--long-share", 0)
+    flags = ("--model", here / "model", "--interleaved", here / "chat.jsonl", "--media", here, "--long-share", "any")
     done = run("pack-chat", *flags, "--hybrid", "2,16,4", "--target-length", 400, "-o", here / "chat")
     assert done.exit_code == 0, done.stderr
     return here
@@ -218,7 +218,7 @@ def test_giraffes_recipe_trains_at_64k_and_then_at_128k(
     monkeypatch.chdir(tmp_path)
     recipe = Path(__file__).parents[1] / "recipes" / "giraffe-7b.toml"
     (tmp_path / "text.jsonl").write_text((here / "chat.jsonl").read_text().splitlines()[0])
-    packing = ("--model", here / "model", "--text", "text.jsonl", "--mix", "text=1", "--long-share", 0)
+    packing = ("--model", here / "model", "--text", "text.jsonl", "--mix", "text=1", "--long-share", "any")
     for section, out in (("pack-chat", "chat-64k"), ("pack-chat-128k", "chat-128k")):
         done = run("pack-chat", "--recipe", f"{recipe}#{section}", *packing, "-o", out)
         assert done.exit_code == 0, done.stderr

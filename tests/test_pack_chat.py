@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lvctx.data.bin_packing import best_fit_decreasing
-from lvctx.data.chat_mixture import choose_samples, largest_blend
+from lvctx.data.chat_mixture import choose_samples, describe_shortage, largest_blend
 from lvctx.data.pack_chat import SHARES, plan_pack_chat, run_pack_chat
 from lvctx.data.pack_chat_config import PackChatConfig
 from lvctx.data.packed_chat import ChatRows
@@ -307,51 +307,82 @@ def test_best_fit_is_the_fit_that_is_best(lengths: list[int]) -> None:
 @given(
     lengths=st.lists(st.lists(st.integers(1, 100), min_size=1, max_size=30), min_size=1, max_size=4),
     weights=st.lists(st.integers(1, 9), min_size=4, max_size=4),
-    long_share=st.floats(0, 1),
+    long_share=st.none() | st.sampled_from([0.0, 0.2, 0.4, 0.6, 0.8, 1.0]) | st.floats(0, 1),
     long_over=st.integers(0, 100),
     seed=st.integers(0, 2**64),
 )
 def test_long_samples_have_their_share_and_kinds_at_most_theirs(
-    lengths: list[list[int]], weights: list[int], long_share: float, long_over: int, seed: int
+    lengths: list[list[int]], weights: list[int], long_share: float | None, long_over: int, seed: int
 ) -> None:
     of = {f"k{i}": np.array(x) for i, x in enumerate(lengths)}
     shares = {k: weights[i] / sum(weights[: len(of)]) for i, k in enumerate(of)}
     rule: dict[str, Any] = {"long_share": long_share, "long_over": long_over}
-    if sum(s for k, s in shares.items() if (of[k] > long_over).any()) < long_share - 1e-9:
+    wanted = [(1.0, lambda x: x > 0)]
+    if long_share is not None:
+        wanted += [(long_share, lambda x: x > long_over), (1 - long_share, lambda x: x <= long_over)]
+
+    def fits(tokens: float) -> bool:
+        """Whether the shares can be met with samples that may be cut."""
+        return all(
+            sum(min(s * tokens, x[has(x)].sum()) for x, s in zip(of.values(), shares.values(), strict=True))
+            >= part * tokens - 1e-9 * tokens
+            for part, has in wanted
+        )
+
+    if not fits(1e-3):
         with pytest.raises(InputError, match="at most"):
             largest_blend(of, shares, **rule)
         return
     tokens = largest_blend(of, shares, **rule)
+    assert not fits(tokens + 2)
     taken = choose_samples(of, shares, tokens=tokens, seed=seed, **rule)
-    total = sum(int(of[k][n].sum()) for k, n in taken.items())
-    long = sum(int(of[k][n][of[k][n] > long_over].sum()) for k, n in taken.items())
-    assert long >= long_share * total - 1e-6
     for kind, numbers in taken.items():
         assert len(set(numbers.tolist())) == len(numbers)
         assert int(of[kind][numbers].sum()) <= shares[kind] * tokens + 1
-    # What limits the total: a kind that is used up, or the long samples.
-    more = tokens + 2
-    assert (
-        any(share * more > of[k].sum() for k, share in shares.items())
-        or sum(min(share * more, of[k][of[k] > long_over].sum()) for k, share in shares.items()) < long_share * more
-    )
+    if long_share is not None:
+        long, short = (sum(int(x[taken[k]][has(x[taken[k]])].sum()) for k, x in of.items()) for _, has in wanted[1:])
+        assert long >= long_share * (long + short) - 1
+        # Short samples lack less than one of each kind.
+        lacking = long * (1 - long_share) / long_share - short if long_share > 1e-6 else 0
+        assert lacking <= sum(max(x[x <= long_over], default=0) for x in of.values())
 
 
-def test_a_share_is_met_to_a_sample_and_long_ones_only_as_often_as_needed() -> None:
+@pytest.mark.parametrize("long_share", [0.0, 0.2, 0.4, 0.6, 0.8])
+def test_the_long_share_is_exact_as_in_figure_3(long_share: float) -> None:
+    """Whatever the samples have, more than enough long ones included; each kind keeps its share."""
+    rng = np.random.default_rng(0)
+    of = {"a": rng.integers(1, 100, 9000), "b": rng.integers(1, 60, 12_000)}
+    shares = {"a": 0.5, "b": 0.5}
+    rule: dict[str, Any] = {"long_over": 50, "tokens": 90_000, "seed": 5, "long_share": long_share}
+    taken = choose_samples(of, shares, **rule)
+    chosen = np.concatenate([of[k][taken[k]] for k in of])
+    assert chosen[chosen > 50].sum() / chosen.sum() == pytest.approx(long_share, abs=0.001)
+    for kind in of:
+        assert of[kind][taken[kind]].sum() == pytest.approx(45_000, rel=0.01)
+    assert choose_samples(of, shares, **rule)["a"].tolist() == taken["a"].tolist()
+
+
+def test_kinds_that_cannot_fill_the_long_share_are_named() -> None:
+    of = {"text": np.full(9, 100), "image": np.full(9, 10), "video": np.array([10, 100])}
+    shares = {"text": 0.4, "image": 0.4, "video": 0.2}
+    with pytest.raises(InputError, match=r"no sample of image is that long, so at most 60%"):
+        largest_blend(of, shares, long_share=0.8, long_over=50)
+    with pytest.raises(InputError, match=r"no sample of text is that short, so at most 60%"):
+        largest_blend(of, shares, long_share=0.2, long_over=50)
+    rule: dict[str, Any] = {"tokens": 200, "long_over": 50}
+    assert describe_shortage(of, shares, long_share=0.4, **rule) == "text, video lack 30 tokens in short samples"
+    assert describe_shortage(of, shares, long_share=None, **rule | {"tokens": 300}) == "image is 30 tokens short"
+
+
+def test_any_long_share_is_that_of_the_samples() -> None:
     rng = np.random.default_rng(0)
     of = {"a": rng.integers(1, 100, 3000), "b": rng.integers(1, 100, 6000)}
-    shares = {"a": 0.3, "b": 0.7}
-    rule: dict[str, Any] = {"long_over": 50, "tokens": 150_000, "seed": 5}
-    plain = choose_samples(of, shares, long_share=0.0, **rule)
-    for kind, share in shares.items():
+    plain = choose_samples(of, {"a": 0.3, "b": 0.7}, long_share=None, long_over=50, tokens=150_000, seed=5)
+    for kind, share in (("a", 0.3), ("b", 0.7)):
         assert of[kind][plain[kind]].sum() == pytest.approx(share * 150_000, abs=100)
         own = of[kind][of[kind] > 50].sum() / of[kind].sum()
         chosen = of[kind][plain[kind]]
         assert chosen[chosen > 50].sum() / chosen.sum() == pytest.approx(own, abs=0.01)
-    many = choose_samples(of, shares, long_share=0.9, **rule)
-    held = np.concatenate([of[k][many[k]] for k in of])
-    assert held[held > 50].sum() / held.sum() == pytest.approx(0.9, abs=0.002)
-    assert choose_samples(of, shares, long_share=0.9, **rule)["a"].tolist() == many["a"].tolist()
 
 
 # The command
@@ -415,7 +446,7 @@ def test_ids_are_the_texts_and_labels_the_assistants_words(
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     given = {"interleaved": [tmp_path / "a.jsonl"]}
     hybrid = "4,24,3" if family == "qwen" else None
-    rows = pack(tmp_path / "out", given, model, media, long_share=0, target_length=9000, hybrid=hybrid)
+    rows = pack(tmp_path / "out", given, model, media, long_share=None, target_length=9000, hybrid=hybrid)
     frames = len(list(read_video(media / "bikes.mp4", VideoSampling(fps=2))))
     if family == "qwen":
 
@@ -505,7 +536,7 @@ def test_what_cannot_be_met_is_reported(qwen: Path, media: Path, tmp_path: Path)
         pack(tmp_path / "out", given, qwen, media, mix={"text": 1, "image": 1, "interleaved": 1})
     with pytest.raises(InputError, match="no such file"):
         pack(tmp_path / "out", {"text": [tmp_path / "none.jsonl"]}, qwen, media)
-    short = pack(tmp_path / "short", given, qwen, media, target_length=900, long_share=0)
+    short = pack(tmp_path / "short", given, qwen, media, target_length=900, long_share=None)
     assert short.manifest["too_long"]
     assert all(name.startswith(f"{tmp_path}/text.jsonl:") for name in short.manifest["too_long"])
     assert short.manifest["sources"]["text"]["too_long"] == len(short.manifest["too_long"])
@@ -539,8 +570,8 @@ def test_bad_rows_stop_or_are_left_out_and_named(line: str, what: str, qwen: Pat
     (tmp_path / "a.jsonl").write_text(f"{good}\n{line.replace('TURN', TURN)}\n\n{good}\n")
     given = {"image": [tmp_path / "a.jsonl"]}
     with pytest.raises(InputError, match=what):
-        pack(tmp_path / "out", given, qwen, media, long_share=0)
-    rows = pack(tmp_path / "out", given, qwen, media, long_share=0, skip_malformed=True)
+        pack(tmp_path / "out", given, qwen, media, long_share=None)
+    rows = pack(tmp_path / "out", given, qwen, media, long_share=None, skip_malformed=True)
     assert [s["source"] for s in rows.samples(0)] == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/a.jsonl:4"] or [
         s["source"] for s in rows.samples(0)
     ] == [f"{tmp_path}/a.jsonl:4", f"{tmp_path}/a.jsonl:1"]
@@ -556,12 +587,12 @@ def test_empty_files_lists_and_models_that_cannot_see(qwen: Path, nano: Nano, me
         pack(tmp_path / "out", {"image": [tmp_path / "empty.jsonl"]}, qwen, media)
     rows = [{"image": "2.png", "conversations": json.loads(f"[{TURN}]")}] * 3
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
-    packed = pack(tmp_path / "out", {"image": [tmp_path / "list.json"]}, qwen, media, long_share=0)
+    packed = pack(tmp_path / "out", {"image": [tmp_path / "list.json"]}, qwen, media, long_share=None)
     assert sorted(s["source"][-3:] for s in packed.samples(0)) == ["[0]", "[1]", "[2]"]
     with pytest.raises(InputError, match=r"list.json\[0\]: the model has no vision tower"):
-        pack(tmp_path / "blind", {"image": [tmp_path / "list.json"]}, nano.lm, media, long_share=0, hybrid=None)
+        pack(tmp_path / "blind", {"image": [tmp_path / "list.json"]}, nano.lm, media, long_share=None, hybrid=None)
     with pytest.raises(InputError, match="an image or video in a --text source"):
-        pack(tmp_path / "text", {"text": [tmp_path / "list.json"]}, qwen, media, long_share=0)
+        pack(tmp_path / "text", {"text": [tmp_path / "list.json"]}, qwen, media, long_share=None)
     (tmp_path / "cut.json").write_text('[{"image"')
     with pytest.raises(InputError, match=r"cut.json:1: malformed JSON"):
         pack(tmp_path / "cut", {"image": [tmp_path / "cut.json"]}, qwen, media)

@@ -35,7 +35,7 @@ def pack_text(config: PackTextConfig, run: RunOptions) -> None:
 
 @command(
     "pack-chat",
-    "lvctx pack-chat --model vlm --image shapes/full.json --media shapes --long-share 0 --target-length 2048 -o chat",
+    "lvctx pack-chat --model vlm --image shapes/full.json --media shapes --long-share any --target-length 2048 -o chat",
     "lvctx pack-chat --model vlm --image shapes/full.json --media shapes --target-length 4096 -o x --dry-run",
 )
 def pack_chat(config: PackChatConfig, run: RunOptions) -> None:

@@ -1,12 +1,14 @@
-"""Selection of samples of several kinds, so that every kind has its share and enough tokens are in long samples.
+"""Selection of samples of several kinds, so that every kind and the long samples have their shares of the tokens.
 
-GIRAFFE section 2.3: of the tokens 20% long text, 25% short images, 25% interleaved, 30% video, and 60% or more in
-samples longer than 8K tokens. Both are shares of tokens: with shares of samples, 25% short images would rule out 60%.
+GIRAFFE section 2.3: of the tokens 20% long text, 25% short images, 25% interleaved, 30% video, and 60% in samples
+longer than 8K tokens; figure 3 has 0 to 80%. Both are shares of tokens: with shares of samples, 25% short images would
+rule out 60%.
 
 Suffixes: N samples of one kind.
 """
 
 from collections.abc import Mapping
+from math import ceil, inf
 
 import numpy as np
 
@@ -15,29 +17,71 @@ from lvctx.errors import InputError
 
 
 def largest_blend(
-    lengths: Mapping[str, np.ndarray], shares: Mapping[str, float], *, long_share: float, long_over: int
+    lengths: Mapping[str, np.ndarray], shares: Mapping[str, float], *, long_share: float | None, long_over: int
 ) -> int:
-    """The largest number of tokens at which every kind and the long samples still reach their shares.
+    """The largest number of tokens at which every kind and the long samples have their shares.
 
-    `lengths` are each kind's samples in tokens (N,). Raises InputError if long samples cannot reach theirs at all.
+    `lengths` are each kind's samples in tokens (N,); without `long_share` only the kinds have shares. Raises InputError
+    naming the kinds without long, or without short samples, if `long_share` cannot be reached at all.
     """
-    total = {kind: int(lengths_N.sum()) for kind, lengths_N in lengths.items()}
-    long = {kind: int(lengths_N[lengths_N > long_over].sum()) for kind, lengths_N in lengths.items()}
-    most = sum(shares[kind] for kind in shares if long[kind])
-    if most < long_share - 1e-9:
-        none = ", ".join(kind for kind in shares if not long[kind])
-        raise InputError(
-            f"{long_share:.0%} of the tokens have to be in samples of more than {long_over:,}, but no sample of {none} "
-            f"is that long, so at most {most:.0%} are possible",
-            fix="give longer samples, change --mix, or lower --long-share or --long-over",
-        )
-    high = min(int(total[kind] / share) for kind, share in shares.items() if share > 0)
+    long, short = _long_and_short(lengths, long_over)
+    high = min(int((long[kind] + short[kind]) / share) for kind, share in shares.items() if share > 0)
+    if long_share is None:
+        return high
+    for have, share, limit, name in (
+        (long, long_share, "more than", "long"),
+        (short, 1 - long_share, "at most", "short"),
+    ):
+        most = sum(shares[kind] for kind in shares if have[kind])
+        if most < share - 1e-9:
+            none = ", ".join(kind for kind in shares if shares[kind] and not have[kind])
+            raise InputError(
+                f"{share:.0%} of the tokens have to be in samples of {limit} {long_over:,}, but no sample of {none} "
+                f"is that {name}, so at most {most:.0%} are possible",
+                fix="add such samples, change --mix, --long-share or --long-over, or give --long-share any",
+            )
     low = 0
     while low < high:
         middle = (low + high + 1) // 2
-        reachable = sum(min(share * middle, long[kind]) for kind, share in shares.items())
-        low, high = (middle, high) if reachable >= long_share * middle * (1 - 1e-12) else (low, middle - 1)
+        missing = _missing(long, short, shares, middle, long_share)
+        low, high = (middle, high) if max(missing) <= 1e-9 * middle else (low, middle - 1)
     return low
+
+
+def describe_shortage(
+    lengths: Mapping[str, np.ndarray],
+    shares: Mapping[str, float],
+    *,
+    tokens: int,
+    long_share: float | None,
+    long_over: int,
+) -> str:
+    """The kinds that have too few tokens for `tokens` in total, with the number of missing tokens."""
+    long, short = _long_and_short(lengths, long_over)
+    missing = {kind: round(share * tokens) - long[kind] - short[kind] for kind, share in shares.items()}
+    if lines := [f"{kind} is {n:,} tokens short" for kind, n in missing.items() if n > 0]:
+        return ", ".join(lines)
+    lines = []
+    too_few = _missing(long, short, shares, tokens, long_share or 0.0)
+    for have, n, name in zip((long, short), too_few, ("long", "short"), strict=True):
+        if n > 0:
+            kinds = ", ".join(kind for kind, share in shares.items() if have[kind] < share * tokens)
+            lines.append(f"{kinds} lack {ceil(n):,} tokens in {name} samples")
+    return ", ".join(lines)
+
+
+def _long_and_short(lengths: Mapping[str, np.ndarray], over: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Tokens of each kind in samples of more than `over` tokens, and in the others."""
+    long = {kind: int(lengths_N[lengths_N > over].sum()) for kind, lengths_N in lengths.items()}
+    return long, {kind: int(lengths_N.sum()) - long[kind] for kind, lengths_N in lengths.items()}
+
+
+def _missing(
+    long: Mapping[str, int], short: Mapping[str, int], shares: Mapping[str, float], tokens: int, long_share: float
+) -> tuple[float, float]:
+    """Tokens that long samples, and that short ones, lack for their shares of `tokens`."""
+    reachable = [sum(min(share * tokens, have[kind]) for kind, share in shares.items()) for have in (long, short)]
+    return long_share * tokens - reachable[0], (1 - long_share) * tokens - reachable[1]
 
 
 def choose_samples(
@@ -45,44 +89,48 @@ def choose_samples(
     shares: Mapping[str, float],
     *,
     tokens: int,
-    long_share: float,
+    long_share: float | None,
     long_over: int,
     seed: int,
 ) -> dict[str, np.ndarray]:
     """Samples to take of each kind, ascending (int64), for `tokens` in total, which `largest_blend` must allow.
 
-    In a kind, long and short samples keep the proportions of the source if enough are long; otherwise every kind
-    takes more of its long ones, each the same fraction of what is possible. A budget is filled with samples in an order
-    drawn from `seed`, skipping those that no longer fit, so a kind falls short of it by less than a sample; if long
-    samples then miss their share, short ones are removed.
+    Without `long_share`, long and short samples of a kind keep the proportions of its source; else every kind takes
+    more, or fewer, long ones, each the same fraction of what is possible. A budget is filled with samples in an order
+    drawn from `seed`, skipping those that no longer fit, so a kind falls short of it by less than a sample. Short samples
+    are then taken in proportion to the long ones chosen, so their share is met to less than a short sample per kind.
     """
-    budget, long, usual, most = {}, {}, {}, {}
-    for kind, share in shares.items():
-        lengths_N = lengths[kind]
-        long[kind] = lengths_N > long_over
-        budget[kind] = share * tokens
-        in_long = float(lengths_N[long[kind]].sum())
-        usual[kind] = budget[kind] * in_long / max(float(lengths_N.sum()), 1.0)
-        most[kind] = min(budget[kind], in_long)
-    missing, room = long_share * tokens - sum(usual.values()), sum(most.values()) - sum(usual.values())
-    part = min(1.0, max(0.0, missing / room)) if room > 0 else 0.0
-    selected: dict[str, set[int]] = {}
-    short: dict[str, list[int]] = {}
+    all_long, all_short = _long_and_short(lengths, long_over)
+    budget = {kind: share * tokens for kind, share in shares.items()}
+    usual = {kind: budget[kind] * all_long[kind] / max(all_long[kind] + all_short[kind], 1) for kind in shares}
+    target = sum(usual.values()) if long_share is None else long_share * tokens
+    limits = {kind: max(0.0, budget[kind] - all_short[kind]) for kind in shares}
+    if target > sum(usual.values()):
+        limits = {kind: min(budget[kind], all_long[kind]) for kind in shares}
+    room = sum(limits.values()) - sum(usual.values())
+    part = min(1.0, (target - sum(usual.values())) / room) if room else 0.0
+    for_long = {kind: usual[kind] + part * (limits[kind] - usual[kind]) for kind in shares}
+
+    orders, selected, used = {}, {}, {}
     for number, kind in enumerate(shares):
         lengths_N = lengths[kind]
         order = np.argsort(uniform(seed + 1_000_003 * number, np.arange(len(lengths_N))), kind="stable")
-        for_long = usual[kind] + part * (most[kind] - usual[kind])
-        first = _fill(order[long[kind][order]], lengths_N, for_long)
-        rest = _fill(order[~long[kind][order]], lengths_N, budget[kind] - int(lengths_N[first].sum()))
-        selected[kind] = {*first, *rest}
-        short[kind] = rest
-    selected_tokens = {kind: int(lengths[kind][sorted(numbers)].sum()) for kind, numbers in selected.items()}
-    in_long = sum(selected_tokens.values()) - sum(int(lengths[kind][numbers].sum()) for kind, numbers in short.items())
-    while in_long < long_share * sum(selected_tokens.values()) and any(short.values()):
-        kind = max((k for k in short if short[k]), key=lambda k: selected_tokens[k] / budget[k])
-        number = short[kind].pop()
-        selected[kind].remove(number)
-        selected_tokens[kind] -= int(lengths[kind][number])
+        is_long = lengths_N[order] > long_over
+        orders[kind] = order[~is_long]
+        selected[kind] = _fill(order[is_long], lengths_N, for_long[kind])
+        used[kind] = int(lengths_N[selected[kind]].sum())
+    in_long = sum(used.values())
+    scale = in_long / target if long_share else 1.0
+    left = inf if long_share is None else scale * (tokens - target)
+    # The second time the remaining tokens go to any kind that has room for them.
+    for limit in ({kind: scale * (budget[kind] - for_long[kind]) for kind in shares}, dict.fromkeys(shares, inf)):
+        for kind in shares:
+            taken = set(selected[kind])
+            order = np.array([n for n in orders[kind].tolist() if n not in taken], np.int64)
+            short = _fill(order, lengths[kind], min(limit[kind], budget[kind] - used[kind], left))
+            selected[kind] += short
+            used[kind] += int(lengths[kind][short].sum())
+            left -= int(lengths[kind][short].sum())
     return {kind: np.array(sorted(numbers), np.int64) for kind, numbers in selected.items()}
 
 

@@ -20,7 +20,7 @@ from lvctx.artifacts.store import fingerprint, sha256_file
 from lvctx.config import OnProgress, hashed_fields
 from lvctx.data.bin_packing import best_fit_decreasing
 from lvctx.data.chat_encoding import CHATML
-from lvctx.data.chat_mixture import choose_samples, largest_blend
+from lvctx.data.chat_mixture import choose_samples, describe_shortage, largest_blend
 from lvctx.data.chat_sample_encoder import ChatSampleEncoder
 from lvctx.data.chat_sample_store import ChatSampleStore
 from lvctx.data.conversations import chat_records, parse_conversation
@@ -223,21 +223,20 @@ class _ChatPacker:
             raise InputError(f"no sample of {', '.join(empty)} can be packed", fix="check omitted samples, or --mix")
         all_lengths = np.array(self.samples.lengths, np.int64)
         lengths = {kind: all_lengths[numbers[kind]] for kind in mix}
-        largest = largest_blend(lengths, mix, long_share=config.long_share, long_over=config.long_over)
+        limits: dict[str, Any] = {"long_share": config.long_share, "long_over": config.long_over}
+        largest = largest_blend(lengths, mix, **limits)
         tokens = config.tokens or largest
         if tokens > largest:
-            short = {kind: round(share * tokens) - int(lengths[kind].sum()) for kind, share in mix.items()}
-            lines = [f"{k} is {n:,} tokens short" for k, n in short.items() if n > 0] or ["too few long samples"]
+            shortage = describe_shortage(lengths, mix, tokens=tokens, **limits)
             raise InputError(
-                f"{tokens:,} tokens cannot be met ({', '.join(lines)})",
+                f"{tokens:,} tokens cannot be met ({shortage})",
                 fix=f"--tokens {largest} is the most that mix and long share allow, or add samples",
             )
-        limits: dict[str, Any] = {"long_share": config.long_share, "long_over": config.long_over}
         selected = choose_samples(lengths, mix, tokens=tokens, seed=config.seed, **limits)
         chosen = np.sort(np.concatenate([numbers[kind][selected[kind]] for kind in mix]))
         if not len(chosen):
             raise InputError(
-                f"no long sample fits into the long share of {tokens:,} tokens", fix="add samples or lower --long-share"
+                f"no sample fits into the shares of {tokens:,} tokens", fix="add samples or change --long-share"
             )
         return chosen
 

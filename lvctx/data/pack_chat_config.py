@@ -25,6 +25,19 @@ def parse_proportions(text: str) -> dict[str, float]:
     return proportions
 
 
+def parse_share(text: str) -> float | None:
+    """A number from 0 to 1; None for `any`. Raises ValueError."""
+    if text == "any":
+        return None
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ValueError("write a number from 0 to 1, or any")
+    return share
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackChatConfig:
     """The samples to pack, and how."""
@@ -47,8 +60,8 @@ class PackChatConfig:
     """Directory that the paths of images and videos are relative to."""
     mix: Annotated[dict[str, float] | None, Flag(parse=parse_proportions, metavar="KIND=N,...", panel=SELECTION)] = None
     """Proportions of the kinds, by tokens. Default: text=20,image=25,interleaved=25,video=30, of the kinds given."""
-    long_share: Annotated[float, Flag(min=0, max=1, panel=SELECTION)] = 0.6
-    """Minimum share of the tokens that is in long samples."""
+    long_share: Annotated[float | None, Flag(parse=parse_share, metavar="SHARE|any", panel=SELECTION)] = 0.6
+    """Share of the tokens that is in long samples (GIRAFFE: 0.6); any: as many as the samples have."""
     long_over: Annotated[int, Flag(min=0, panel=SELECTION)] = 8192
     """A sample with more tokens than this is long."""
     tokens: Annotated[int | None, Flag(parse=parse_token_count, metavar="COUNT", panel=SELECTION)] = None

@@ -126,7 +126,7 @@ def pack_samples_file(config: MropeConfig, seq_len: int, on_progress: OnProgress
         hybrid=f"{hybrid.group},{hybrid.tokens},{hybrid.ratio}" if hybrid else None,
         hybrid_mode=hybrid.mode if hybrid else "pair",
         target_length=seq_len,
-        long_share=0.0,
+        long_share=None,
         video_fps=config.fps,
         allow_partial=config.allow_partial,
         seed=config.seed,
