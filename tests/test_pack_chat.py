@@ -1,7 +1,9 @@
 """pack-chat: counts against stock code and the paper's table, rows against exhaustive search, labels against text."""
 
 import ast
+import base64
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -19,9 +21,11 @@ from PIL import Image
 
 from lvctx.data.bin_packing import best_fit_decreasing
 from lvctx.data.chat_mixture import choose_samples, describe_shortage, largest_blend
+from lvctx.data.conversations import parse_conversation
 from lvctx.data.pack_chat import SHARES, plan_pack_chat, run_pack_chat
 from lvctx.data.pack_chat_config import PackChatConfig
 from lvctx.data.packed_chat import ChatRows
+from lvctx.data.row_images import chat_records
 from lvctx.errors import InputError, UsageError
 from lvctx.models.unires import unires_grid
 from lvctx.video.frame_count import count_frames
@@ -596,3 +600,74 @@ def test_empty_files_lists_and_models_that_cannot_see(qwen: Path, nano: Nano, me
     (tmp_path / "cut.json").write_text('[{"image"')
     with pytest.raises(InputError, match=r"cut.json:1: malformed JSON"):
         pack(tmp_path / "cut", {"image": [tmp_path / "cut.json"]}, qwen, media)
+
+
+def asked_and_answered(path: Path, media: Path) -> list[list[tuple[str, Any]]]:
+    """Role and content of each turn of each row; an image as its file's bytes."""
+    conversations = [parse_conversation(record) for record in chat_records(path, media)]
+    return [
+        [
+            (turn.role, [p if isinstance(p, str) else (media / p.path).read_bytes() for p in turn.content])
+            for turn in conversation.turns
+        ]
+        for conversation in conversations
+    ]
+
+
+def test_longalpacas_rows(tmp_path: Path) -> None:
+    rows = [
+        {"file": "book.txt", "instruction": "Below is a book.\n<image>\nNow why?", "input": "", "output": "Because."},
+        {"file": None, "instruction": "Sum up.", "input": "A long text.", "output": "Text."},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert asked_and_answered(tmp_path / "a.json", tmp_path) == [
+        [("user", ["Below is a book.\n<image>\nNow why?"]), ("assistant", ["Because."])],
+        [("user", ["Sum up.\nA long text."]), ("assistant", ["Text."])],
+    ]
+
+
+def test_m3its_rows(tmp_path: Path) -> None:
+    """Images are in the rows as base64; they come before the question."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    images = [io.BytesIO(), io.BytesIO()]
+    for number, image in enumerate(images):
+        Image.new("RGB", (9, 7), (number, 0, 0)).save(image, "PNG")
+    encoded = [base64.b64encode(image.getvalue()).decode() for image in images]
+    rows: list[dict[str, Any]] = [
+        {"instruction": "Look.", "inputs": "What is it?", "image_base64_str": encoded, "outputs": "Black."},
+        {"instruction": "Describe it.", "inputs": "", "image_base64_str": encoded[:1], "outputs": "A wall."},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for name in ("a.parquet", "a.json"):
+        assert asked_and_answered(tmp_path / name, tmp_path / "media") == [
+            [("user", [*(i.getvalue() for i in images), "Look.\nWhat is it?"]), ("assistant", ["Black."])],
+            [("user", [images[0].getvalue(), "Describe it."]), ("assistant", ["A wall."])],
+        ]
+    assert len(list((tmp_path / "media").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "change", [{"image_base64_str": ["~"]}, {"image_base64_str": 3}, {"outputs": 3}, {"inputs": [1]}, {"outputs": None}]
+)
+def test_bad_rows_with_an_instruction_are_named(change: dict[str, Any], tmp_path: Path) -> None:
+    row = {"instruction": "Look.", "inputs": "What?", "image_base64_str": [], "outputs": "Black.", **change}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(InputError, match=r"a\.jsonl:1"):
+        asked_and_answered(tmp_path / "a.jsonl", tmp_path)
+
+
+@pytest.mark.nano
+def test_samples_with_a_short_video_are_left_out(qwen: Path, media: Path, tmp_path: Path) -> None:
+    seconds = count_frames(media / "bikes.mp4", VideoSampling(fps=2)).duration
+    rows = [{"video": "bikes.mp4", "conversations": [{"from": "human", "value": "<video>?"}, say(1, 0)[1]]}]
+    rows.append({"conversations": say(3, 1)})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"video": [tmp_path / "a.jsonl"]}
+    fewer = pack(tmp_path / "fewer", given, qwen, media, long_share=None, min_video_seconds=seconds + 0.01)
+    assert (fewer.manifest["samples"], fewer.manifest["sources"]["video"]["short_video"]) == (1, 1)
+    assert fewer.manifest["sources"]["video"]["samples"] == 2
+    (left,) = map(json.loads, (tmp_path / "fewer" / "left-out.jsonl").read_text().splitlines())
+    assert (left["source"], left["why"]) == (f"{tmp_path}/a.jsonl:1", "short video")

@@ -97,8 +97,8 @@ def choose_samples(
 
     Without `long_share`, long and short samples of a kind keep the proportions of its source; else every kind takes
     more, or fewer, long ones, each the same fraction of what is possible. A budget is filled with samples in an order
-    drawn from `seed`, skipping those that no longer fit, so a kind falls short of it by less than a sample. Short samples
-    are then taken in proportion to the long ones chosen, so their share is met to less than a short sample per kind.
+    drawn from `seed`, skipping those that no longer fit, so a kind falls short of it by less than a sample. Then short
+    samples are taken in proportion to the long ones, so the long share is met to less than a short sample per kind.
     """
     all_long, all_short = _long_and_short(lengths, long_over)
     budget = {kind: share * tokens for kind, share in shares.items()}

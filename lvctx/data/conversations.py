@@ -1,4 +1,4 @@
-"""Conversations with images and videos: the parser of LLaVA's, ShareGPT's and OpenAI's rows, and of preference pairs.
+"""Conversations with images and videos: the parser of LLaVA's, OpenAI's and other rows, and of preference pairs.
 
 A row is `{"image": PATH or [PATHS], "video": ..., "conversations": [{"from": "human"|"gpt"|"system", "value": TEXT}]}`
 or `{"messages": [{"role": ..., "content": TEXT or [parts]}]}`; the keys `images` and `videos` mean the same, and
@@ -8,23 +8,25 @@ row with videos only, `<image>` marks a video, as in LLaVA-Video; in a row witho
 or `{"type": "video", "video": PATH}`; a part without a path is the next of the row's. Assistant turns before the first
 user turn are left out, as in LLaVA.
 
+LongAlpaca's rows are `{"instruction": TEXT, "input": TEXT, "output": TEXT}`, M3IT's `{"instruction": TEXT, "inputs":
+TEXT, "outputs": TEXT, "image_base64_str": [TEXT]}`: a question with its images first, and its answer.
+
 A pair is `{"prompt": TEXT, "chosen": TEXT, "rejected": TEXT, "image" or "images": PATH or [PATHS]}`, or TRL's format
 with lists of messages; `conversations` in LLaVA's format, ending in a human turn, may replace `prompt`, and the lists
 `chosen` and `rejected` may begin with the prompt.
 
-Files and datasets are those of `records`. Images in a dataset's rows are written to files named by their content.
+Files and datasets are those of `records`; images in them become files (`row_images`).
 """
 
-import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from lvctx.data.records import Record, read_records
+from lvctx.data.records import Record
+from lvctx.data.row_images import chat_records
 from lvctx.errors import InputError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -129,39 +131,12 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def chat_records(path: Path, folder: Path) -> Iterator[Record]:
-    """Records of a file or dataset. Images in its rows are written to `folder` and replaced by their file names."""
-    for record in read_records(path):
-        if isinstance(record.value, dict):
-            for key in record.value.keys() & {"image", "images"}:
-                record.value[key] = _stored_image(record.value[key], folder)
-        yield record
-
-
-def _stored_image(cell: Any, folder: Path) -> Any:
-    """The file name of each image of a cell; names are kept."""
-    if isinstance(cell, list):
-        return [_stored_image(one, folder) for one in cell]
-    if not isinstance(cell, dict):
-        return cell
-    content, path = cell.get("bytes"), cell.get("path")
-    if not isinstance(content, bytes):
-        return path
-    name = hashlib.sha256(content).hexdigest()[:32] + Path(path or "").suffix
-    if not (folder / name).is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{name}.{os.getpid()}.partial"
-        partial.write_bytes(content)
-        partial.replace(folder / name)
-    return name
-
-
 def parse_conversation(record: Record) -> Conversation:
     """A row as a conversation. Raises InputError for other rows, unknown roles, and marks that do not match media."""
     row, where = record.fields(), record.where
-    turns = _first(row, "conversations", "messages")
+    turns = _first(row, "conversations", "messages") or _instruction_turns(row)
     if not isinstance(turns, list):
-        raise InputError("no list of `conversations` or `messages`", where=where)
+        raise InputError("no list of `conversations` or `messages`, and no `instruction`", where=where)
     roles = [_role(turn, where) for turn in turns]
     begin = roles.index("user") if "user" in roles else len(roles)
     media = _RowMedia(row, where)
@@ -181,6 +156,20 @@ def parse_conversation(record: Record) -> Conversation:
     if any(isinstance(part, Media) for turn in parsed[answers[-1] + 1 :] for part in turn.content):
         raise InputError("an image or video after the last answer", where=where, fix="remove what follows the answer")
     return Conversation(where=where, turns=tuple(parsed[: answers[-1] + 1]))
+
+
+def _instruction_turns(row: dict[str, Any]) -> list[Any] | None:
+    """The two turns of a row with an instruction; None for other rows."""
+    texts = [text for text in (row.get("instruction"), _first(row, "input", "inputs")) if text]
+    answer = _first(row, "output", "outputs")
+    if row.get("instruction") is None or answer is None:
+        return None
+    images = [{"type": "image"} for _ in row.get("images") or []]
+    question = "\n".join(texts) if all(isinstance(text, str) for text in texts) else texts
+    return [
+        {"from": "human", "value": [*images, {"type": "text", "text": question}]},
+        {"from": "gpt", "value": [{"type": "text", "text": answer}]},
+    ]
 
 
 def parse_pair(record: Record) -> tuple[Conversation, Conversation]:

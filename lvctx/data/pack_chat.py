@@ -8,6 +8,7 @@ numbers per sample, whatever its length. A run that was killed starts over.
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from lvctx.data.chat_encoding import CHATML
 from lvctx.data.chat_mixture import choose_samples, describe_shortage, largest_blend
 from lvctx.data.chat_sample_encoder import ChatSampleEncoder
 from lvctx.data.chat_sample_store import ChatSampleStore
-from lvctx.data.conversations import chat_records, parse_conversation
+from lvctx.data.conversations import parse_conversation
 from lvctx.data.hub import hub_commit
 from lvctx.data.pack_chat_config import PackChatConfig
-from lvctx.data.pack_chat_stats import NOT_NEEDED, TOO_LONG, packing_stats
+from lvctx.data.pack_chat_stats import NOT_NEEDED, SHORT_VIDEO, TOO_LONG, packing_stats
 from lvctx.data.packed import shard_name
 from lvctx.data.packed_chat import lines_name, write_chat_shard
 from lvctx.data.records import is_dataset
+from lvctx.data.row_images import chat_records
 from lvctx.data.row_packing import uniform
 from lvctx.errors import InputError, UsageError
 from lvctx.models.chat_template import chat_encoder
@@ -204,6 +206,10 @@ class _ChatPacker:
                 if not self.config.skip_malformed:
                     raise
                 self.left_out.append({"source": where, "kind": kind, "tokens": None, "why": str(e)})
+                continue
+            seconds = (item["duration"] for item in media if item["kind"] == "video")
+            if min(seconds, default=inf) < self.config.min_video_seconds:
+                self.left_out.append({"source": where, "kind": kind, "tokens": len(ids), "why": SHORT_VIDEO})
                 continue
             if len(ids) > self.config.target_length:
                 self.left_out.append({"source": where, "kind": kind, "tokens": len(ids), "why": TOO_LONG})

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from lvctx.config import Flag, Seed, parse_token_count
 
 SAMPLES, SELECTION, COUNTING = (
-    "Samples (LLaVA rows or OpenAI messages: JSON, JSONL, Parquet, datasets; repeatable)",
+    "Samples (rows of LLaVA, OpenAI, LongAlpaca or M3IT: JSON, JSONL, Parquet, datasets; repeatable)",
     "Selection of samples",
     "Visual tokens",
 )
@@ -66,6 +66,8 @@ class PackChatConfig:
     """A sample with more tokens than this is long."""
     tokens: Annotated[int | None, Flag(parse=parse_token_count, metavar="COUNT", panel=SELECTION)] = None
     """Tokens to pack: 500000, 300K, 2B. Default: as many as the mix allows."""
+    min_video_seconds: Annotated[float, Flag(min=0, panel=SELECTION)] = 0.0
+    """Leave out samples with a shorter video (GIRAFFE: those of MLVU under 300)."""
     template: Annotated[Literal["chatml", "own"], Flag(panel=SELECTION)] = "chatml"
     """Chat template: ChatML, or the tokenizer's own."""
     video_fps: Annotated[float, Flag(min=0.001, panel=COUNTING)] = 2.0

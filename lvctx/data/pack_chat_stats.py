@@ -10,7 +10,7 @@ from lvctx.data.chat_sample_store import ChatSampleStore
 from lvctx.data.pack_chat_config import PackChatConfig
 from lvctx.data.row_packing import BINS, bin_names
 
-TOO_LONG, NOT_NEEDED = "too long", "not needed"
+TOO_LONG, SHORT_VIDEO, NOT_NEEDED = "too long", "short video", "not needed"
 """Reasons to leave out a sample that is not malformed."""
 
 
@@ -26,19 +26,21 @@ def packing_stats(
     """Requested and achieved values; `packed` marks the samples that went into the rows, bool (N,)."""
     lengths, kinds = np.array(samples.lengths), np.array(samples.kinds)
     total, long = int(lengths[packed].sum()), packed & (lengths > config.long_over)
-    reasons = Counter((r["kind"], r["why"] if r["why"] in (TOO_LONG, NOT_NEEDED) else "malformed") for r in left_out)
+    known = (TOO_LONG, SHORT_VIDEO, NOT_NEEDED)
+    reasons = Counter((r["kind"], r["why"] if r["why"] in known else "malformed") for r in left_out)
     sources = {}
     for kind, share in mix.items():
         members = kinds == kind
         sources[kind] = {
             "share_requested": share,
             "share_achieved": int(lengths[packed & members].sum()) / total,
-            "samples": reasons[kind, TOO_LONG] + reasons[kind, "malformed"] + int(members.sum()),
+            "samples": sum(reasons[kind, why] for why in (TOO_LONG, SHORT_VIDEO, "malformed")) + int(members.sum()),
             "tokens": int(lengths[members].sum()),
             "packed_samples": int((packed & members).sum()),
             "packed": int(lengths[packed & members].sum()),
             "not_needed": reasons[kind, NOT_NEEDED],
             "too_long": reasons[kind, TOO_LONG],
+            "short_video": reasons[kind, SHORT_VIDEO],
             "malformed": reasons[kind, "malformed"],
             **_histogram("before", lengths[members]),
             **_histogram("after", lengths[packed & members]),
