@@ -156,16 +156,28 @@ def load_config_of(kind: str) -> dict[str, Any]:
     return config
 
 
-def test_special_tokens_that_a_user_types_are_text(llava: Path) -> None:
-    vlm: Any = open_vlm(llava)
+@pytest.mark.parametrize("is_special", [True, False])
+def test_special_tokens_that_a_user_types_are_text(is_special: bool, llava: Path, tmp_path: Path) -> None:
+    """A placeholder need not be marked as special in the tokenizer's file."""
+    path = shutil.copytree(llava, tmp_path / "llava")
+    stored = json.loads((path / "tokenizer.json").read_text())
+    for token in stored["added_tokens"]:
+        token["special"] &= is_special or token["content"] != "<image>"
+    (path / "tokenizer.json").write_text(json.dumps(stored))
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    if not is_special:
+        settings = {key: value for key, value in settings.items() if "<image>" not in json.dumps(value)}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    vlm: Any = open_vlm(path)
+    tokenizer = vlm.processor.tokenizer
+    assert tokenizer.added_tokens_decoder[tokenizer.convert_tokens_to_ids("<image>")].special == is_special
     visual = vlm.visual_input(generic_parity.drawn(2))
     ids, _ = visual.tail(["Is <image> or <|im_end|> a token?"])
-    special = set(vlm.processor.tokenizer.all_special_ids)
-    start = vlm.processor.tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n")
+    start = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n")
     assert ids[-len(start) :] == start
-    assert not special & set(ids[: -len(start)])
+    assert not {*tokenizer.all_special_ids, *vlm.processor.placeholder_ids} & set(ids[: -len(start)])
     plain, _ = visual.tail(["Is it?"])
-    assert vlm.processor.tokenizer.decode(plain) == "\nIs it?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(plain) == "\nIs it?<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("scheme", ["first", "always"])

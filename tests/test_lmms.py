@@ -1,18 +1,21 @@
 """The plug-in under the real lmms-eval: found by its entry point, run by its evaluator on a task of its kind."""
 
 import json
+import shutil
 import subprocess
 import sys
 from ast import literal_eval
 from pathlib import Path
 from typing import Any
 
+import mrope_models
 import numpy as np
 import pytest
 from PIL import Image
 
 from lvctx.inference.sampling_params import SamplingParams
 from lvctx.inference.transformers_engine import TransformersEngine
+from lvctx.video.hybrid import Hybrid
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.registry import open_vlm
 
@@ -53,15 +56,23 @@ def engine_of(model: Path) -> TransformersEngine:
 QUESTIONS = Path(__file__).parent / "data" / "questions.json"
 
 
-def run_task(tiny_vlm: Path, tmp_path: Path, visuals: str, kind: str = WRITES) -> dict[str, Any]:
+def run_task(
+    model: Path,
+    tmp_path: Path,
+    visuals: str,
+    kind: str = WRITES,
+    *,
+    options: str = "frames=4",
+    questions: Path = QUESTIONS,
+) -> dict[str, Any]:
     """What our model says under lmms-eval to every question, shown what the expression `visuals` makes of `doc`."""
-    (tmp_path / "tiny.yaml").write_text(TASK.format(questions=QUESTIONS, kind=kind))
+    (tmp_path / "tiny.yaml").write_text(TASK.format(questions=questions, kind=kind))
     (tmp_path / "look.py").write_text(LOOK.format(visuals=visuals))
     out = tmp_path / "out"
     done = subprocess.run(
         [
             *(sys.executable, "-m", "lmms_eval", "--model", "lvctx", "--device", "cpu", "--batch_size", "1"),
-            *("--model_args", f"pretrained={tiny_vlm},frames=4", "--tasks", "tiny"),
+            *("--model_args", f"pretrained={model},{options}", "--tasks", "tiny"),
             *("--include_path", str(tmp_path), "--output_path", str(out), "--log_samples"),
         ],
         capture_output=True,
@@ -117,3 +128,26 @@ def test_lmms_eval_asks_how_likely_each_option_is(tiny_vlm: Path, tmp_path: Path
             answer = engine.tokenizer.encode(f" {option}", add_special_tokens=False)
             score = engine.scorer.score(np.array([*engine.prompt_ids([doc["question"]]), *answer]), len(answer))
             assert literal_eval(found) == (pytest.approx(score.log_prob, abs=1e-3), score.forced)
+
+
+def test_lmms_eval_takes_hybrid_resolution_and_a_rate_for_qwen_vl(nano: Any, tmp_path: Path) -> None:
+    """In the paper's mode; a placeholder in a question is text, beside videos and beside images."""
+    model = mrope_models.save("qwen2_vl", tmp_path / "model")
+    docs = json.loads(QUESTIONS.read_text())
+    for doc in docs:
+        doc["question"] += " Is <image> or <|video_pad|> a word?"
+    (tmp_path / "questions.json").write_text(json.dumps(docs))
+    Image.new("RGB", (60, 90), "red").save(tmp_path / "red.png")
+    options = "fps=1,max_frames=6,hybrid=2:16:4,hybrid_mode=image"
+    sampling = VideoSampling(fps=1, max_frames=6, hybrid=Hybrid(group=2, tokens=16, ratio=4), hybrid_mode="image")
+    clip, picture = nano.clips / "bikes.mp4", tmp_path / "red.png"
+    engine = engine_of(model)
+    for visuals, shown in (
+        (f"[{str(clip)!r}]", [clip]),
+        (f"[Image.open({str(picture)!r})] * 2", [Image.open(picture)] * 2),
+    ):
+        said = run_task(model, tmp_path, visuals, options=options, questions=tmp_path / "questions.json")
+        engine.show(shown, sampling if shown == [clip] else VideoSampling())
+        for question, reply in said.items():
+            assert reply == engine.reply([question], SamplingParams(max_new_tokens=6)).text
+        shutil.rmtree(tmp_path / "out")

@@ -481,6 +481,17 @@ def test_images_are_encoded_as_in_training(
 
 
 @pytest.mark.nano
+def test_placeholders_in_a_question_are_text_beside_images(loud_vlm: Path) -> None:
+    engine = TransformersEngine(open_vlm(loud_vlm), device="cpu")
+    engine.show([Image.new("RGB", (48, 48))] * 2, VideoSampling())
+    prompt = engine.prompt_ids(["Is <image> or <video> first?"]).tolist()
+    text = [i for i in prompt if i < engine.vlm.vocabulary]
+    assert len(prompt) - len(text) == 2 * (2 * 4 + 1)
+    assert not {*engine.tokenizer.convert_tokens_to_ids(["<image>", "<video>"])} & {*text}
+    assert "Is <image> or <video> first?" in engine.tokenizer.decode(text)
+
+
+@pytest.mark.nano
 def test_the_rule_of_unires_is_the_alignments(tiny_lm: Path, tiny_tower: Path, tmp_path: Path) -> None:
     from lvctx.vlm.image_tiling import ImageEncoding
 

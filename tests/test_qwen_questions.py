@@ -122,6 +122,19 @@ def test_images_are_separate_items(saved: dict[str, Path]) -> None:
     assert engine.generate(ids, 1) == [int(stock[0, -1].argmax())]
 
 
+def test_placeholders_in_a_question_are_text(saved: dict[str, Path]) -> None:
+    """Benchmarks have `<image>` in their questions; what a user types is never an image."""
+    vlm, engine = engine_of(saved, "qwen2_5_vl")
+    engine.show([Image.new("RGB", (60, 60))], VideoSampling())
+    prompt = engine.prompt_ids(["Which? <image> <video> <|image_pad|><|video_pad|><|vision_start|>"]).tolist()
+    text = [i for i in prompt if i < vlm.vocabulary]
+    plain = engine.prompt_ids(["Which? "]).tolist()
+    assert len(prompt) - len(text) == sum(i >= vlm.vocabulary for i in plain)
+    controls = {token: text.count(token) for token in engine.tokenizer.added_tokens_decoder}
+    assert controls == {token: plain.count(token) for token in controls}
+    assert "<image> <video> <|image_pad|><|video_pad|><|vision_start|>" in engine.tokenizer.decode(text)
+
+
 @pytest.mark.parametrize("kind", ["qwen3_vl", "qwen3_vl_moe"])
 @pytest.mark.parametrize("hybrid", [Hybrid(tokens=8), Hybrid(group=2, tokens=24, ratio=4)])
 def test_qwen3_writes_times_as_the_stock_processor_does(kind: str, hybrid: Hybrid, saved: dict[str, Path]) -> None:

@@ -57,24 +57,27 @@ class ChatTokens:
     """The assistant's answers, in order."""
 
 
-def chat_encoder(tokenizer: Any) -> "ChatEncoder":
-    """The encoder of a tokenizer and its current chat template. Raises InputError if it has none."""
+def chat_encoder(tokenizer: Any, placeholders: frozenset[int] = frozenset()) -> "ChatEncoder":
+    """The encoder of a tokenizer and its current chat template. Raises InputError if it has none.
+
+    `placeholders` are ids of images and videos; a tokenizer may have them without marking them as special.
+    """
     try:
         template = tokenizer.get_chat_template()
     except ValueError:
         raise InputError("no chat template", where=tokenizer.name_or_path, fix="use an instruct model") from None
-    return _chat_encoder(tokenizer, template, len(tokenizer))
+    return _chat_encoder(tokenizer, template, len(tokenizer), placeholders)
 
 
 @lru_cache(maxsize=8)
-def _chat_encoder(tokenizer: Any, template: str, size: int) -> "ChatEncoder":
-    return ChatEncoder(tokenizer, template)
+def _chat_encoder(tokenizer: Any, template: str, size: int, placeholders: frozenset[int]) -> "ChatEncoder":
+    return ChatEncoder(tokenizer, template, placeholders)
 
 
 class ChatEncoder:
     """A tokenizer and a chat template."""
 
-    def __init__(self, tokenizer: Any, template: str) -> None:
+    def __init__(self, tokenizer: Any, template: str, placeholders: frozenset[int] = frozenset()) -> None:
         """Raises InputError for a tokenizer without a fast form, or a template that leaves out the user's text."""
         self.tokenizer, self.template = tokenizer, template
         self.marks_answers = _GENERATION.search(template) is not None
@@ -88,7 +91,9 @@ class ChatEncoder:
         except InputError:
             around = ""
         self._ids = {
-            text: i for text, (i, token) in added.items() if token.special or (text.strip() and text in around)
+            text: i
+            for text, (i, token) in added.items()
+            if token.special or i in placeholders or (text.strip() and text in around)
         }
         """Control tokens: text -> id."""
         texts = "|".join(map(re.escape, sorted(self._ids, key=len, reverse=True))) or "(?!)"

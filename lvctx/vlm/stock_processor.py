@@ -131,7 +131,9 @@ class StockProcessor:
 
     @cached_property
     def _encoder(self) -> ChatEncoder:
-        return chat_encoder(self.tokenizer)
+        names = {getattr(self.processor, name, None) for name in ("image_token", "video_token")} - {None}
+        markers = self.tokenizer.convert_tokens_to_ids(sorted(map(str, names)))
+        return chat_encoder(self.tokenizer, self.placeholder_ids | frozenset(markers))
 
     def chat(self, turns: Sequence[str], media: Sequence[VisualItem]) -> ChatText:
         """A conversation that ends where a reply begins: the user's turn about the media, the reply, the next turn, ...
