@@ -1,6 +1,7 @@
 """Training Qwen-VL on packed chat: the loss is the stock model's, ranks share rows exactly, only the LM changes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,32 +116,119 @@ def gradients(vlm: Any, row: ChatRow, world: ParallelContext) -> tuple[float, di
     return total.item(), {n: p.grad.clone() for n, p in vlm.named_parameters() if p.grad is not None}
 
 
-def _compare(rank: int, here: Path, size: int) -> None:
+@pytest.fixture(scope="module")
+def third(here: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same samples packed for Qwen3-VL, at the default resolution."""
+    third = tmp_path_factory.mktemp("qwen3-train")
+    mrope_models.save("qwen3_vl", third / "model")
+    for name in ("a.png", "b.mp4", "chat.jsonl"):
+        shutil.copy(here / name, third)
+    flags = ("--model", third / "model", "--interleaved", third / "chat.jsonl", "--media", third, "--long-share", "any")
+    done = run("pack-chat", *flags, "--target-length", 600, "-o", third / "chat")
+    assert done.exit_code == 0, done.stderr
+    return third
+
+
+def reader_of_third(third: Path) -> RowReader:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    rule = open_vlm(third / "model").token_rule(VideoSampling())
+    processor = Qwen2VLImageProcessorPil.from_pretrained(third / "model")
+    return RowReader(ChatRows(third / "chat"), third, rule, processor, tokens_per_second=None)
+
+
+def test_qwen3_vl_trains_as_its_stock_forward_does(third: Path) -> None:
+    """Times are text, each grid is an item, deeper layers get visual features: loss, positions and all gradients."""
+    reader = reader_of_third(third)
+    assert len(reader.rows) == 1
+    row = reader.read(0)
+    tokenizer = mrope_models.tokenizer()
+    text = tokenizer.decode(row.ids_L).replace("<|video_pad|>", "")
+    # Five frames at 2 per second: two pairs, and the last one merged with itself.
+    item = "<|vision_start|><|vision_end|>"
+    assert "".join(f"<{time} seconds>{item}" for time in ("0.2", "1.2", "2.0")) in text
+    frames = [(frame.pts, frame.image) for frame in read_video(third / "b.mp4", VideoSampling(fps=2))]
+    stock = reader.processor(images=[Image.open(third / "a.png")], return_tensors="pt")
+    seen = {"pixel_values": stock["pixel_values"], "image_grid_thw": stock["image_grid_thw"]}
+    seen |= pixels(resize_frames(frames, reader.rule, resample=reader.processor.resample), reader.processor)
+    model = load_model(third / "model", dtype=torch.float32)
+    model.model.visual.requires_grad_(False)
+    kinds = torch.zeros_like(row.ids_L)
+    kinds[row.ids_L == model.config.image_token_id], kinds[row.ids_L == model.config.video_token_id] = 1, 2
+    found, _ = model.model.get_rope_index(
+        row.ids_L[None],
+        mm_token_type_ids=kinds[None],
+        image_grid_thw=seen["image_grid_thw"],
+        video_grid_thw=seen["video_grid_thw"],
+    )
+    assert torch.equal(row.positions_3L, found[:, 0])
+    logits = model(input_ids=row.ids_L[None], mm_token_type_ids=kinds[None], **seen).logits[0]
+    expected = F.cross_entropy(logits.double(), row.labels_L, reduction="sum")
+    expected.backward()
+    truth = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    loss, ours = gradients(model, row, ParallelContext(device="cpu"))
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert ours.keys() == truth.keys()
+    for name, gradient in ours.items():
+        assert float((gradient - truth[name]).norm()) <= 1e-4 * float(truth[name].norm()), name
+
+
+def test_qwen3_vl_trains_from_the_command_line(third: Path, tmp_path: Path) -> None:
+    flags = ("mrope-extend", "--model", third / "model", "--media", third, "--data", third / "chat", "--scale", 2)
+    done = run(*flags, "--steps", 1, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest["config"]["method"], manifest["context"]) == ("yarn", 524_288)
+    before, after = (load_file(path / "model.safetensors") for path in (third / "model", tmp_path / "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("language_model" in name and "self_attn" in name for name in changed)
+    fails(
+        2,
+        run(
+            "pack-chat",
+            "--model",
+            third / "model",
+            "--video",
+            third / "chat.jsonl",
+            "--target-length",
+            600,
+            "--hybrid-mode",
+            "image",
+            "-o",
+            tmp_path / "x",
+        ),
+        "merges pairs",
+    )
+
+
+def _compare(rank: int, here: Path, third: Path, size: int) -> None:
     torch.set_num_threads(1)
-    row = reader_of(here).read(0)
-    vlm = load_model(here / "model", dtype=torch.float32)
-    vlm.requires_grad_(False)
-    for part in (vlm.model.language_model, vlm.lm_head):
-        part.requires_grad_(True)
-    expected, truth = gradients(vlm, row, ParallelContext(device="cpu"))
     with joined(here / f"store-{size}", rank=rank, size=size):
         world = make_context(device="cpu", cp=size)
         hf_attention.register()
-        vlm.model.language_model.set_attn_implementation(hf_attention.RING_ATTENTION)
-        part, found = gradients(vlm, row, world)
-        (loss,) = world.sum([part])
-        assert abs(part) < abs(expected)
-        assert loss == pytest.approx(expected, rel=1e-5)
-        assert truth.keys() == found.keys()
-        assert not any("visual" in name for name in truth)
-        for name, gradient in found.items():
-            world.add_up(gradient)
-            assert float((gradient - truth[name]).norm()) <= 1e-4 * float(truth[name].norm()), name
+        for folder, reader in ((here, reader_of(here)), (third, reader_of_third(third))):
+            row = reader.read(0)
+            vlm = load_model(folder / "model", dtype=torch.float32)
+            vlm.requires_grad_(False)
+            for part in (vlm.model.language_model, vlm.lm_head):
+                part.requires_grad_(True)
+            expected, truth = gradients(vlm, row, ParallelContext(device="cpu"))
+            vlm.model.language_model.set_attn_implementation(hf_attention.RING_ATTENTION)
+            share, found = gradients(vlm, row, world)
+            (loss,) = world.sum([share])
+            assert abs(share) < abs(expected)
+            assert loss == pytest.approx(expected, rel=1e-5)
+            assert truth.keys() == found.keys()
+            assert not any("visual" in name for name in truth)
+            for name, gradient in found.items():
+                world.add_up(gradient)
+                assert float((gradient - truth[name]).norm()) <= 1e-4 * float(truth[name].norm()), name
 
 
-def test_two_ranks_share_a_row_exactly(here: Path) -> None:
-    """Loss and every gradient of the language model: three axes of positions are cut as the tokens are."""
-    multiprocessing.spawn(_compare, args=(here, 2), nprocs=2)
+def test_two_ranks_share_a_row_exactly(here: Path, third: Path) -> None:
+    """Loss and every gradient of the language model: positions and deeper features are cut as tokens are."""
+    multiprocessing.spawn(_compare, args=(here, third, 2), nprocs=2)
 
 
 def test_only_the_language_model_changes_and_a_stopped_run_continues(here: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Encodes a chat sample as token ids and labels, with a placeholder for every visual token."""
 
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from lvctx.data.conversations import Conversation, Media
 from lvctx.errors import InputError
 from lvctx.models.image_processing import image_size
 from lvctx.video.sampling import VideoSampling
-from lvctx.vlm.token_count import Block, VisualRule
+from lvctx.vlm.token_count import Layout, QwenRule, VisualRule
 
 
 class ChatSampleEncoder:
@@ -38,33 +37,32 @@ class ChatSampleEncoder:
             raise InputError("the model has no vision tower", where=where, fix="give --model a vision-language model")
         media = []
         for item in conversation.media:
-            assert rule is not None
-            facts, blocks = self._counted(item, where=where)
-            media.append((facts, blocks, rule.layout(blocks)))
+            media.append(self._counted(item, where=where))
         messages = to_messages(conversation, rule.mark if rule else str)
-        placeholders = [layout.ids for _, _, layout in media]
+        placeholders = [layout.ids for _, layout in media]
         sequence = encode_messages(messages, self.tokenizer, placeholders, where=where)
         references = []
-        for start, (facts, blocks, layout) in zip(sequence.places, media, strict=True):
-            items = [[start + at, b.frames, *b.grid] for at, b in zip(layout.at, blocks, strict=True)]
-            references.append({**facts, "at": start, "tokens": sum(b.tokens for b in blocks), "blocks": items})
+        for start, (facts, layout) in zip(sequence.places, media, strict=True):
+            items = [[start + at, b.frames, *b.grid] for at, b in zip(layout.at, layout.blocks, strict=True)]
+            references.append({**facts, "at": start, "tokens": sum(b.tokens for b in layout.blocks), "blocks": items})
         return sequence.ids, sequence.labels, references
 
-    def _counted(self, media: Media, *, where: str) -> tuple[dict[str, Any], Sequence[Block]]:
+    def _counted(self, media: Media, *, where: str) -> tuple[dict[str, Any], Layout]:
         try:
             return self._count(media)
         except InputError as e:
             fix = "repair it or --media, or --skip-malformed"
             raise InputError(f"{e.where}: {e.what}", where=where, fix=fix) from e
 
-    def _count_media(self, media: Media) -> tuple[dict[str, Any], Sequence[Block]]:
+    def _count_media(self, media: Media) -> tuple[dict[str, Any], Layout]:
         path, rule = self.media / media.path, self.rule
         assert rule is not None
         facts: dict[str, Any] = {"kind": media.kind, "path": media.path}
         if media.kind == "image":
             width, height = image_size(path)
-            return {**facts, "width": width, "height": height}, rule.image(width, height)
+            return {**facts, "width": width, "height": height}, rule.layout(rule.image(width, height))
         from lvctx.video.frame_count import count_frames
+        from lvctx.video.reader import read_video
 
         fps, partial = self.video_fps, self.allow_partial
         count = count_frames(path, VideoSampling(fps=fps, allow_partial=partial))
@@ -76,4 +74,9 @@ class ChatSampleEncoder:
         facts["fps"] = None if spread else fps
         if partial:
             facts |= {"partial": count.partial} | ({"spread": self.max_frames} if spread else {})
-        return facts, rule.video(count.width, count.height, frames)
+        times: list[float] = []
+        if isinstance(rule, QwenRule) and rule.write is not None:
+            rate: dict[str, Any] = {"frames": self.max_frames} if spread else {"fps": fps}
+            times = [frame.pts for frame in read_video(path, VideoSampling(**rate, allow_partial=partial))]
+            facts["frames"] = len(times)
+        return facts, rule.layout(rule.video(count.width, count.height, facts["frames"]), times)

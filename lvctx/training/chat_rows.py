@@ -19,7 +19,7 @@ from torch import Tensor
 from lvctx.data.packed_chat import ChatRows
 from lvctx.errors import InputError
 from lvctx.models.image_processing import open_image
-from lvctx.rope.mrope_positions import SequencePart, Text, positions
+from lvctx.rope.mrope_positions import Grids, SequencePart, Text, positions
 from lvctx.video.reader import read_video
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.qwen_frames import part, patches
@@ -62,9 +62,14 @@ class RowReader:
         for item in items:
             frames, pts = self._read_media(item)
             blocks = [Block(self._kind(ids[b[0]]), b[1], tuple(b[2:])) for b in item["blocks"]]
-            begin, end = item["blocks"][0][0], item["blocks"][-1][0] + blocks[-1].tokens
-            parts += [Text(begin - text_start), part(blocks, pts, self.rule.merge, self._per_second)]
-            text_start = end
+            starts = [b[0] for b in item["blocks"]]
+            if self.rule.write is None:
+                parts += [Text(starts[0] - text_start), part(blocks, pts, self.rule.merge, self._per_second)]
+                text_start = starts[-1] + blocks[-1].tokens
+            else:  # a grid follows its time, which is text
+                for start, block in zip(starts, blocks, strict=True):
+                    parts += [Text(start - text_start), Grids(*block.grid)]
+                    text_start = start + block.tokens
             for block, block_frames in zip(blocks, _shared_out(frames, blocks), strict=True):
                 _, down, across = block.grid
                 size = across * self.rule.factor, down * self.rule.factor

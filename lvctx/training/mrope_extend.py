@@ -3,7 +3,7 @@
 The tower, the merger after it and, with LoRA, the embeddings are frozen. The output is that of `mrope-extend` without
 training, except for the weights, together with the LoRA adapter.
 
-Shapes: L tokens of a row, E width of the language model.
+Shapes: L tokens of a row, N visual tokens in it, E width of the language model.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,6 +41,8 @@ from lvctx.training.task import ParameterGroup, TrainableModel, TrainConfig, Tra
 from lvctx.video.hybrid import Hybrid
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.qwen_vl import QwenVL
+from lvctx.vlm.registry import open_vlm
+from lvctx.vlm.token_count import QwenRule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +69,6 @@ def resolve_mrope_training(config: MropeConfig, *, force: bool = False) -> Mrope
     """
     job, data = resolve_mrope(config, force=force), config.data
     assert data is not None
-    if job.checkpoint.model_type not in ("qwen2_vl", "qwen2_5_vl"):
-        raise UsageError(f"{job.checkpoint.model_type} can be extended but not trained", fix="drop --data")
     if config.lr <= 0:
         raise UsageError("--lr has to be above 0")
     rows = ChatRows(data)
@@ -103,7 +103,7 @@ def packed_hybrid(rows: ChatRows) -> Hybrid:
 
 def _check_tokens(rows: ChatRows, model: Path, data: Path) -> None:
     """Raise InputError for rows of another tokenizer, which are detected by their placeholder ids."""
-    rule = QwenVL(model).rule(Hybrid())
+    rule = _rule(model, Hybrid())
     for number in range(len(rows)):
         ids = rows.row(number)
         for sample in rows.samples(number):
@@ -111,6 +111,12 @@ def _check_tokens(rows: ChatRows, model: Path, data: Path) -> None:
                 if ids[item["blocks"][0][0]] not in rule.pads.values():
                     raise InputError("packed for another model", where=data, fix=f"pack-chat with --model {model}")
                 return
+
+
+def _rule(model: Path, hybrid: Hybrid) -> QwenRule:
+    vlm = open_vlm(model, weights=False)
+    assert isinstance(vlm, QwenVL)
+    return vlm.rule(hybrid)
 
 
 def pack_samples_file(config: MropeConfig, seq_len: int, on_progress: OnProgress) -> Path:
@@ -175,7 +181,7 @@ class MropeTask(TrainingTask[int]):
             raise UsageError("--micro-tokens is not supported here, since a forward pass takes one row", fix="drop it")
         if context.cp > 1:
             hf_attention.use(trainable.decoder, where=path)
-        rule = QwenVL(path).rule(packed_hybrid(self.job.rows))
+        rule = _rule(path, packed_hybrid(self.job.rows))
         per_second = Rules.of(trainable.model.config).tokens_per_second
         processor = load_image_processor(path)
         self.reader = RowReader(self.job.rows, self.config.media, rule, processor, tokens_per_second=per_second)
@@ -233,11 +239,22 @@ class ChatLoss(nn.Module):
         model = self.vlm.model
         is_visual = (ids == self.vlm.config.image_token_id) | (ids == self.vlm.config.video_token_id)
         embeds_1LE = model.get_input_embeddings()(ids.masked_fill(is_visual, 0))
+        deep: Sequence[Any] = ()
         if patches is not None:
             with torch.no_grad():
-                features_NE = torch.cat(list(model.get_video_features(patches, grids).pooler_output))
+                features = model.get_video_features(patches, grids)
+            features_NE = torch.cat(list(features.pooler_output))
+            deep = getattr(features, "deepstack_features", None) or ()
+            empty_1LE = torch.zeros_like(embeds_1LE)
             embeds_1LE = embeds_1LE.masked_scatter(is_visual[..., None], features_NE.to(embeds_1LE.dtype))
-        embeds_1LE = shard(embeds_1LE, rank=self.ring.rank, world=self.ring.world, fill=0, dim=1)
+        ranks: dict[str, Any] = {"rank": self.ring.rank, "world": self.ring.world, "fill": 0, "dim": 1}
+        embeds_1LE = shard(embeds_1LE, **ranks)
+        if deep:  # Qwen3-VL: its first layers get visual features too
+            attention["visual_pos_masks"] = mask_1L = shard(is_visual, **ranks)
+            attention["deepstack_visual_embeds"] = [
+                shard(empty_1LE.masked_scatter(is_visual[..., None], rows_NE.to(empty_1LE.dtype)), **ranks)[mask_1L]
+                for rows_NE in (torch.cat(list(layer)) for layer in deep)
+            ]
         hidden = model.language_model(
             inputs_embeds=embeds_1LE, position_ids=positions, use_cache=False, **attention
         ).last_hidden_state

@@ -24,7 +24,7 @@ from lvctx.models.loading import device_of
 from lvctx.rope import mrope_positions
 from lvctx.rope.mrope_positions import SequencePart, Text
 from lvctx.vlm.qwen_frames import part, patches
-from lvctx.vlm.token_count import Block, QwenRule
+from lvctx.vlm.token_count import Block, QwenRule, time_text
 
 END, START = 0, 1
 """Rows for the delimiters between runs."""
@@ -54,14 +54,10 @@ class GridTable:
         vocabulary: int,
         tokens_per_second: float | None,
         times: Callable[[Sequence[int]], Sequence[float]],
-        write: Callable[[str], Sequence[int]] | None = None,
     ) -> None:
-        """Ids from `vocabulary` on are rows; `times(numbers)` are a video's timestamps in seconds.
-
-        `write` tokenizes text, for models with the time of a grid, the mean of its frames', before it.
-        """
+        """Ids from `vocabulary` on are rows; `times(numbers)` are a video's timestamps in seconds."""
         self.rule, self.vocabulary = rule, vocabulary
-        self._per_second, self._times, self._write = tokens_per_second, times, write
+        self._per_second, self._times = tokens_per_second, times
         self._first_row: dict[TokenGrid, int] = {}
         self._grid_at: dict[int, TokenGrid] = {}
         self.rows = 2
@@ -82,11 +78,9 @@ class GridTable:
             merged = self.rule.merge if block.kind == "video" else 1
             for i in range(position, position + block.frames, merged):
                 last = min(i + merged, position + block.frames)
-                if self._write and block.kind == "video":
-                    # A frame merged with itself has its own time.
-                    seconds = (times[i] + times[last - 1]) / 2 - times[0]
+                if self.rule.write is not None and block.kind == "video":
                     parts += [end] if parts else []
-                    parts += [self._write(f"<{seconds:.1f} seconds>"), start]
+                    parts += [self.rule.write(time_text(times, i, last)), start]
                 elif i == position:
                     parts.append(separator if number else start)
                 grid = TokenGrid(tuple(frames[i:last]), *block.grid[1:])

@@ -73,8 +73,7 @@ class QwenVL:
             raise UsageError("Qwen-VL needs whole frames at a rate", fix="drop --frame-mode; give --fps a number")
         hybrid = sampling.resolution or Hybrid()
         check_reachable(hybrid)
-        if self.writes_times and hybrid.mode != "pair":
-            raise UsageError(f"--hybrid-mode {hybrid.mode}: this model merges pairs of frames", fix="drop it")
+        self._check_mode(hybrid)
         rate = sampling.frames is None
         return replace(
             sampling,
@@ -84,6 +83,10 @@ class QwenVL:
             hybrid_mode=hybrid.mode,
             decoder="decord" if sampling.decoder == "decord" else "pyav",
         )
+
+    def _check_mode(self, hybrid: Hybrid) -> None:
+        if self.writes_times and hybrid.mode != "pair":
+            raise UsageError(f"--hybrid-mode {hybrid.mode}: this model merges pairs of frames", fix="drop it")
 
     def image_facts(self) -> dict[str, Any]:
         """See `VLM`."""
@@ -95,6 +98,7 @@ class QwenVL:
 
     def rule(self, hybrid: Hybrid) -> QwenRule:
         """The token count for images and videos of this resolution, from the tokenizer's and processor's files."""
+        self._check_mode(hybrid)
         vision = self.config.vision_config
         pixels, file = _image_settings(self.path)
         configured = pixels.get("size")
@@ -114,6 +118,7 @@ class QwenVL:
             max_pixels=most,
             factor=vision.patch_size * vision.spatial_merge_size,
             merge=vision.temporal_patch_size,
+            write=partial(self.tokenizer.encode, add_special_tokens=False) if self.writes_times else None,
         )
 
     def _id(self, token: str) -> int:
@@ -203,7 +208,6 @@ class QwenVL:
             vocabulary=self.vocabulary,
             tokens_per_second=self.seconds_to_positions,
             times=times,
-            write=partial(self.tokenizer.encode, add_special_tokens=False) if self.writes_times else None,
         )
 
     def haystack(self, files: Sequence[Path], sampling: VideoSampling, *, as_images: bool) -> QwenHaystack:

@@ -8,7 +8,7 @@ count patches before the 2 x 2 merge: (t, 2h, 2w).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
@@ -39,9 +39,11 @@ class Layout(NamedTuple):
     """Blocks in the order of a sequence."""
 
     ids: list[int]
-    """Placeholders and delimiters."""
+    """Placeholders and delimiters, and times where the model has them as text."""
     at: list[int]
     """Where each block's first placeholder is."""
+    blocks: Sequence[Block]
+    """The blocks; where a time is written before every grid of a video, each grid is one."""
 
 
 class VisualRule(Protocol):
@@ -59,8 +61,8 @@ class VisualRule(Protocol):
     def video(self, width: int, height: int, frames: int) -> list[Block]:
         """Blocks of a video's sampled frames."""
 
-    def layout(self, blocks: Sequence[Block]) -> Layout:
-        """The blocks of one image or video in the order of the sequence."""
+    def layout(self, blocks: Sequence[Block], times: Sequence[float] = ()) -> Layout:
+        """The blocks of one image or video in the order of the sequence; `times` of its frames, in seconds."""
 
 
 def smart_resize(width: int, height: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -102,6 +104,8 @@ class QwenRule:
     """Pixels along a side of a token: patch 14, 2 x 2 merged."""
     merge: int = 2
     """Frames per grid: `temporal_patch_size`."""
+    write: Callable[[str], list[int]] | None = None
+    """Qwen3-VL: tokenizes the time that it has before every grid of a video, the mean of its frames'."""
 
     def mark(self, kind: Kind) -> str:
         """See `VisualRule`."""
@@ -127,14 +131,25 @@ class QwenRule:
         across, down = smart_resize(width, height, factor=self.factor, min_pixels=low, max_pixels=high)
         return Block(kind, run.frames, (run.grids, down // self.factor, across // self.factor))
 
-    def layout(self, blocks: Sequence[Block]) -> Layout:
+    def layout(self, blocks: Sequence[Block], times: Sequence[float] = ()) -> Layout:
         """Every block between its delimiters."""
+        if self.write is not None:
+            blocks = [grid for block in blocks for grid in self._grids(block)]
         ids: list[int] = []
         at = []
+        frame = 0
         for block in blocks:
+            if self.write is not None and block.kind == "video":
+                ids += self.write(time_text(times, frame, frame + block.frames))
+                frame += block.frames
             at.append(len(ids) + 1)
             ids += [self.start, *[self.pads[block.kind]] * block.tokens, self.end]
-        return Layout(ids, at)
+        return Layout(ids, at, blocks)
+
+    def _grids(self, block: Block) -> Iterator[Block]:
+        """Each grid of a block by itself; an odd last frame is merged with itself."""
+        for first in range(0, block.frames, self.merge):
+            yield Block(block.kind, min(self.merge, block.frames - first), (1, *block.grid[1:]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,10 +194,15 @@ class LlavaRule:
     def _pooled(self, down: int, across: int) -> tuple[int, int]:
         return math.ceil(self.side / down), math.ceil(self.side / across)
 
-    def layout(self, blocks: Sequence[Block]) -> Layout:
+    def layout(self, blocks: Sequence[Block], times: Sequence[float] = ()) -> Layout:
         """All blocks, then the closing "\\n"."""
         at = [sum(block.tokens for block in blocks[:i]) for i in range(len(blocks))]
-        return Layout([self.placeholder] * (sum(block.tokens for block in blocks) + 1), at)
+        return Layout([self.placeholder] * (sum(block.tokens for block in blocks) + 1), at, blocks)
+
+
+def time_text(times: Sequence[float], first: int, end: int) -> str:
+    """What Qwen3-VL has before the grid of these frames of a video: their mean time since the first, in seconds."""
+    return f"<{(times[first] + times[end - 1]) / 2 - times[0]:.1f} seconds>"
 
 
 def pooling(side: int, ratio: int) -> tuple[int, int]:
