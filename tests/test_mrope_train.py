@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,6 @@ def test_qwen3_vl_trains_as_its_stock_forward_does(third: Path) -> None:
     seen = {"pixel_values": stock["pixel_values"], "image_grid_thw": stock["image_grid_thw"]}
     seen |= pixels(resize_frames(frames, reader.rule, resample=reader.processor.resample), reader.processor)
     model = load_model(third / "model", dtype=torch.float32)
-    model.model.visual.requires_grad_(False)
     kinds = torch.zeros_like(row.ids_L)
     kinds[row.ids_L == model.config.image_token_id], kinds[row.ids_L == model.config.video_token_id] = 1, 2
     found, _ = model.model.get_rope_index(
@@ -169,8 +169,44 @@ def test_qwen3_vl_trains_as_its_stock_forward_does(third: Path) -> None:
     loss, ours = gradients(model, row, ParallelContext(device="cpu"))
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     assert ours.keys() == truth.keys()
+    assert any("visual.deepstack_merger_list" in name for name in ours)
     for name, gradient in ours.items():
         assert float((gradient - truth[name]).norm()) <= 1e-4 * float(truth[name].norm()), name
+    # A row of text: the tower takes part without an effect.
+    text_row = replace(row, patches=None, grids_B3=row.grids_B3[:0], ids_L=row.ids_L.masked_fill(kinds > 0, 1))
+    _, ours = gradients(model, text_row, ParallelContext(device="cpu"))
+    assert ours.keys() == truth.keys()
+    assert all(not gradient.any() for name, gradient in ours.items() if "visual" in name)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    ("rates", "parts"),
+    [
+        (("--lr", 0, "--merger-lr", 1e-2), {"merger"}),
+        (("--lr", 1e-2, "--tower-lr", 1e-2), {"lm", "tower"}),
+        (("--lr", 1e-2, "--merger-lr", 1e-2, "--tower-lr", 1e-2, "--lora", 0), {"lm", "merger", "tower"}),
+    ],
+)
+def test_parts_with_a_learning_rate_train(
+    kind: str, rates: tuple[Any, ...], parts: set[str], here: Path, third: Path, tmp_path: Path
+) -> None:
+    """Table 2's strategies: the merger and the tower are aligned, or trained with the language model."""
+    folder = third if kind == "qwen3_vl" else here
+    flags = ("mrope-extend", "--model", folder / "model", "--media", folder, "--data", folder / "chat", "--scale", 2)
+    done = run(*flags, "--steps", 1, "--warmup", 0, *rates, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    before, after = (load_file(path / "model.safetensors") for path in (folder / "model", tmp_path / "out"))
+    changed = {
+        "lm" if "visual" not in name else "merger" if "merger" in name else "tower"
+        for name in before
+        if not torch.equal(before[name], after[name])
+    }
+    assert changed == parts
+    assert ("adapter/adapter_model.safetensors" in read_manifest(tmp_path / "out")["files"]) == (
+        "lm" in parts and "--lora" not in rates
+    )
+    fails(2, run(*flags, "--lr", 0, "-o", tmp_path / "x"), "nothing trains")
 
 
 def test_qwen3_vl_trains_from_the_command_line(third: Path, tmp_path: Path) -> None:
@@ -314,6 +350,20 @@ def test_giraffes_recipe_trains_at_64k_and_then_at_128k(
     assert done.exit_code == 0, done.stderr
     plan = json.loads(done.stdout)
     assert [stage["seq_len"] for stage in plan["stages"]] == [65_536, 131_072]
+    shutil.copytree("chat-64k", "captions-64k")
+    done = run(
+        "mrope-extend",
+        "--recipe",
+        f"{recipe}#mrope-extend-aligned",
+        "--model",
+        here / "model",
+        "--dry-run",
+        "-o",
+        "aligned",
+    )
+    assert done.exit_code == 0, done.stderr
+    rates = [(stage["lr"], stage["merger_lr"], stage["tower_lr"]) for stage in json.loads(done.stdout)["stages"]]
+    assert rates == [(0, 1e-4, 2e-6), (1e-4, 0, 0), (1e-4, 0, 0)]
     assert (plan["factor"], plan["original"], plan["context"], plan["ramp"]) == (8, 16_384, 131_072, "wavelength")
     # Table 4: 1,024 frames of 120 tokens on average; sizes are whole patches, so fewer fit into 16:9.
     assert plan["video"]["nominal"] == 1_024 * 120

@@ -118,7 +118,8 @@ def mrope_extend(config: MropeConfig, parallel: ParallelConfig, tracking: Tracki
 
     This is GIRAFFE's method. Without training the weights are linked, and only config.json changes.
 
-    With --data the language model is trained at the new positions on long rows of chat samples; the tower is frozen.
+    With --data the language model is trained at the new positions on long rows of chat samples. The tower and the
+    merger after it are frozen unless --tower-lr or --merger-lr is given.
     """
     from lvctx.training.mrope_checkpoint import resolve_mrope, run_mrope
 

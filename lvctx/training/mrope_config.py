@@ -21,6 +21,8 @@ class MropeConfig:
         "steps": int,
         "batch": int,
         "lr": float,
+        "merger_lr": float,
+        "tower_lr": float,
     }
     """Fields that a stage may set, and their parsers."""
 
@@ -63,8 +65,12 @@ class MropeConfig:
     """Optimizer steps."""
     batch: Annotated[int, Flag(min=1, panel=TRAINING)] = 1
     """Rows per step."""
-    lr: Annotated[float, Flag(panel=TRAINING)] = 1e-4
-    """Peak learning rate, constant after the warm-up."""
+    lr: Annotated[float, Flag(min=0, panel=TRAINING)] = 1e-4
+    """Peak learning rate of the language model, constant after the warm-up; 0 freezes it."""
+    merger_lr: Annotated[float, Flag(min=0, panel=TRAINING)] = 0.0
+    """Peak learning rate of the merger between tower and language model; 0 freezes it, as in the paper."""
+    tower_lr: Annotated[float, Flag(min=0, panel=TRAINING)] = 0.0
+    """Peak learning rate of the vision tower; 0 freezes it, as in the paper."""
     warmup: Annotated[float, Flag(min=0, max=1, panel=TRAINING)] = 0.03
     """Fraction of the steps over which the learning rate rises."""
     lora: Annotated[int, Flag(min=0, panel=TRAINING)] = 16
@@ -73,6 +79,6 @@ class MropeConfig:
         tuple[str, ...], Flag(names=("--stage",), metavar="KEY=VALUE,...", in_hash=False, panel=TRAINING)
     ] = ()
     """One of several trainings, each starting from the result of the previous one. Keys: scale, data, seq-len, steps,
-    batch, lr. Repeat the option; a recipe has [[mrope-extend.stages]]."""
+    batch, lr, merger-lr, tower-lr. Repeat the option; a recipe has [[mrope-extend.stages]]."""
     seed: Seed = 0
     """Seed of the order of the rows and of LoRA's initialisation."""

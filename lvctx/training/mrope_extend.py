@@ -1,7 +1,8 @@
-"""Train an extended Qwen-VL model on long chat rows: only its language model, fully or with LoRA (GIRAFFE, appendix E).
+"""Train an extended Qwen-VL model on long chat rows: its language model, fully or with LoRA (GIRAFFE, appendix E).
 
-The tower, the merger after it and, with LoRA, the embeddings are frozen. The output is that of `mrope-extend` without
-training, except for the weights, together with the LoRA adapter.
+The embeddings are frozen with LoRA. Tower and merger are frozen unless they have a learning rate; the paper compares
+with such an alignment before the training (table 2). The output is that of `mrope-extend` without training, except for
+the weights, together with the LoRA adapter.
 
 Shapes: L tokens of a row, N visual tokens in it, E width of the language model.
 """
@@ -69,8 +70,8 @@ def resolve_mrope_training(config: MropeConfig, *, force: bool = False) -> Mrope
     """
     job, data = resolve_mrope(config, force=force), config.data
     assert data is not None
-    if config.lr <= 0:
-        raise UsageError("--lr has to be above 0")
+    if not (config.lr or config.merger_lr or config.tower_lr):
+        raise UsageError("nothing trains at --lr 0", fix="give it, --merger-lr or --tower-lr a learning rate")
     rows = ChatRows(data)
     if config.seq_len is not None and config.seq_len < rows.target_length:
         longer = f"rows have up to {rows.target_length} tokens and cannot be cut to {config.seq_len}"
@@ -163,14 +164,8 @@ class MropeTask(TrainingTask[int]):
         text.rope_parameters, text.max_position_embeddings = self.job.rope, self.job.context
         vlm = load_model(path, config=model_config, device=device).requires_grad_(False)
         try_forward(vlm, path)
-        decoder, lora = vlm.model.language_model, None
-        if config.lora:
-            lora = add_lora(decoder, rank=config.lora, targets=ATTENTION, seed=config.seed)
-        else:
-            decoder.requires_grad_(True)
-            vlm.lm_head.requires_grad_(True)
-        groups = [ParameterGroup(name="lm", modules=[vlm], lr=config.lr)]
-        return TrainableModel(model=vlm, groups=groups, decoder=decoder, lora=lora)
+        groups, lora = _trained_parts(vlm, config)
+        return TrainableModel(model=vlm, groups=groups, decoder=vlm.model.language_model, lora=lora)
 
     def build(self, trainable: TrainableModel, context: ParallelContext, parallel: ParallelConfig) -> nn.Module:
         """The VLM with its loss."""
@@ -219,6 +214,25 @@ class MropeTask(TrainingTask[int]):
         return write_checkpoint(self.job, out, weights=write_weights, trained_length=self.job.rows.target_length)
 
 
+def _trained_parts(vlm: Any, config: MropeConfig) -> tuple[list[ParameterGroup], Any]:
+    """The trained groups of a frozen model, and the LoRA wrapper if there is one."""
+    decoder, lora = vlm.model.language_model, None
+    lm = [decoder, vlm.lm_head]
+    if config.lr and config.lora:
+        lm = [lora := add_lora(decoder, rank=config.lora, targets=ATTENTION, seed=config.seed)]
+    elif config.lr:
+        lm = [part.requires_grad_(True) for part in lm]
+    groups = [ParameterGroup(name="lm", modules=lm, lr=config.lr)] if config.lr else []
+    parts = dict(vlm.model.visual.named_children())
+    # Qwen3-VL has a merger for each layer of the tower whose features go to the language model.
+    merger = [parts.pop(name) for name in ("merger", "deepstack_merger_list") if name in parts]
+    for name, modules, lr in (("merger", merger, config.merger_lr), ("tower", list(parts.values()), config.tower_lr)):
+        if lr:
+            modules = [part.requires_grad_(True) for part in modules]
+            groups.append(ParameterGroup(name=name, modules=modules, lr=lr))
+    return groups, lora
+
+
 class ChatLoss(nn.Module):
     """A Qwen-VL model and its loss on a row as one module: sharded parameters are gathered in its forward."""
 
@@ -239,22 +253,26 @@ class ChatLoss(nn.Module):
         model = self.vlm.model
         is_visual = (ids == self.vlm.config.image_token_id) | (ids == self.vlm.config.video_token_id)
         embeds_1LE = model.get_input_embeddings()(ids.masked_fill(is_visual, 0))
-        deep: Sequence[Any] = ()
+        if patches is None and any(parameter.requires_grad for parameter in model.visual.parameters()):
+            # Every rank's tower takes part in the backward pass, also for a row without images.
+            size = model.visual.patch_embed.proj.weight.shape[1:].numel()
+            patches, grids = torch.zeros(4, size, device=ids.device), torch.tensor([[1, 2, 2]], device=ids.device)
+        deep_1LE: list[Tensor] = []
         if patches is not None:
-            with torch.no_grad():
-                features = model.get_video_features(patches, grids)
-            features_NE = torch.cat(list(features.pooler_output))
-            deep = getattr(features, "deepstack_features", None) or ()
+            features = model.get_video_features(patches, grids)
             empty_1LE = torch.zeros_like(embeds_1LE)
-            embeds_1LE = embeds_1LE.masked_scatter(is_visual[..., None], features_NE.to(embeds_1LE.dtype))
+            embeds_1LE, *deep_1LE = [
+                into.masked_scatter(is_visual[..., None], torch.cat(list(rows_NE)).to(into.dtype))
+                for into, rows_NE in [
+                    (embeds_1LE, features.pooler_output),
+                    *((empty_1LE, layer) for layer in getattr(features, "deepstack_features", None) or ()),
+                ]
+            ]
         ranks: dict[str, Any] = {"rank": self.ring.rank, "world": self.ring.world, "fill": 0, "dim": 1}
         embeds_1LE = shard(embeds_1LE, **ranks)
-        if deep:  # Qwen3-VL: its first layers get visual features too
+        if deep_1LE:  # Qwen3-VL: its first layers get visual features too
             attention["visual_pos_masks"] = mask_1L = shard(is_visual, **ranks)
-            attention["deepstack_visual_embeds"] = [
-                shard(empty_1LE.masked_scatter(is_visual[..., None], rows_NE.to(empty_1LE.dtype)), **ranks)[mask_1L]
-                for rows_NE in (torch.cat(list(layer)) for layer in deep)
-            ]
+            attention["deepstack_visual_embeds"] = [shard(layer, **ranks)[mask_1L] for layer in deep_1LE]
         hidden = model.language_model(
             inputs_embeds=embeds_1LE, position_ids=positions, use_cache=False, **attention
         ).last_hidden_state
