@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,8 @@ def _number(value: Any) -> str:
 def say(line: str) -> None:
     """Write a line to stderr."""
     if is_rank_zero():
-        print(line, file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody reads it
+            print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
