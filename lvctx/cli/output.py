@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,10 @@ def _number(value: Any) -> str:
 def say(line: str) -> None:
     """Write a line to stderr."""
     if is_rank_zero():
-        with suppress(OSError):  # nobody reads it
+        try:
             print(line, file=sys.stderr, flush=True)
+        except OSError:  # nobody can read it, and Python would fail again on exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SECONDS = 3
+SECONDS = 2
 """Bound of one rendering. A conversation of a million tokens takes a tenth of it."""
 
 
