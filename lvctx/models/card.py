@@ -1,10 +1,9 @@
 """The model card, README.md of a model directory: sections are identified by their heading."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from lvctx.artifacts.store import atomic_file
+from lvctx.artifacts.store import atomic_file, read_json
 
 CARD = "README.md"
 VISION = "Images and video"
@@ -66,7 +65,7 @@ def write_vision_section(config: Any, out: Path) -> None:
             tiles=f'unires_tiles(image, tile={side}, rule="{rule}", max_grids={most})',
         )
     else:
-        pixels = json.loads((out / "preprocessor_config.json").read_text(encoding="utf-8"))
+        pixels = read_json(out / "preprocessor_config.json")
         background = tuple(int(mean * 255) for mean in pixels["image_mean"])
         body += TILES.format(
             aligned="one padded square an image, encoded like a video frame",

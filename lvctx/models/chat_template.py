@@ -19,6 +19,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from lvctx.errors import InputError
+from lvctx.models.template_time import bounded_rendering
 from lvctx.models.text_marks import END, MARK, SIGN, insert_marks, mark, until_mark, wrap_in_marks
 from lvctx.models.token_offsets import TokenOffsets
 
@@ -128,6 +129,8 @@ class ChatEncoder:
                     return
             except InputError as e:
                 refusal = refusal or e
+                if isinstance(e.__cause__, TimeoutError):
+                    break
         raise refusal or InputError(
             "the chat template leaves out the user's text", where=self.tokenizer.name_or_path, fix="use another"
         )
@@ -145,13 +148,14 @@ class ChatEncoder:
 
         messages = [{"role": r, "content": [{"type": "text", "text": t}] if self.wants_parts else t} for r, t in turns]
         try:
-            (text,), spans = render_jinja_template(
-                [messages],
-                chat_template=self.template,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=self.marks_answers,
-                **self.tokenizer.special_tokens_map,
-            )
+            with bounded_rendering():
+                (text,), spans = render_jinja_template(
+                    [messages],
+                    chat_template=self.template,
+                    add_generation_prompt=prompt,
+                    return_assistant_tokens_mask=self.marks_answers,
+                    **self.tokenizer.special_tokens_map,
+                )
         except Exception as e:  # a template is a program and may raise anything
             reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
             raise InputError(

@@ -7,7 +7,6 @@ UniRes). LlavaOnevision pools bilinearly to half the side, which for an even sid
 Shapes: F frames, P features a frame, T = (sqrt(P)/2)^2 tokens a frame, D tower width, E language-model width.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lvctx.artifacts.store import write_json
+from lvctx.artifacts.store import read_json, write_json
 from lvctx.errors import InputError
 from lvctx.models.card import write_vision_section
 from lvctx.models.chat_template import ChatEncoder, Visual, chat_encoder
@@ -228,7 +227,7 @@ def save_vlm(vlm: Any, tokenizer: Any, tower_dir: Path, out: Path) -> None:
     set_newline(vlm, tokenizer)
     flatten_content(tokenizer)
     save_model(vlm, tokenizer, out)
-    write_processors(vlm.config, json.loads((tower_dir / PIXELS_FILE).read_text(encoding="utf-8")), out)
+    write_processors(vlm.config, read_json(tower_dir / PIXELS_FILE), out)
     write_vision_section(vlm.config, out)
 
 

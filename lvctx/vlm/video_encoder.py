@@ -132,7 +132,6 @@ class VideoEncoder:
         facts = probe(video)
         provenance = self.provenance(video)
         count = self._count(video)
-        size = count.frames * self.files.patches_per_frame * self.files.width * 2
         return {
             "video": str(video),
             "path": str(self.target(video, out, provenance.inputs["video"])),
@@ -142,7 +141,7 @@ class VideoEncoder:
             "device": self.device,
             "expected_frames": count.frames,
             "about": not count.exact,
-            "expected_bytes": size,
+            "expected_bytes": count.frames * self.files.patches_per_frame * self.files.width * 2,
             **self.tokens(count.frames),
         }
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from lvctx.artifacts.bounded import read_whole
 from lvctx.errors import InputError
 
 SUBTITLE_SUFFIXES = (".srt", ".vtt")
@@ -63,17 +64,18 @@ def find_subtitles(folder: Path, stem: str) -> Path | None:
     return next(iter([*chosen, *languages.values()]), None)
 
 
+MOST_SUBTITLES = 1 << 26
+"""Bound of a file; a day of speech has about a million."""
+
+
 def read_subtitles(path: Path) -> Subtitles:
     """Read a .srt or .vtt file; one that does not exist has no lines, as for videos without speech.
 
     Raises InputError for a file with text but no cue (another format), or that cannot be read.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return NONE
-    except OSError as e:
-        raise InputError(f"cannot read ({e.strerror})", where=path) from e
+    data = read_whole(path, most=MOST_SUBTITLES)
     text = data.decode(json.detect_encoding(data), errors="replace").replace("\0", "")
     rows = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     spans = [(i, match) for i, row in enumerate(rows) if (match := _SPAN.match(row))]

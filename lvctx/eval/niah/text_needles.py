@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lvctx.artifacts.bounded import read_utf8
 from lvctx.errors import InputError
 
 PREFIX = "This is a very long story book: <book>"
@@ -97,12 +98,7 @@ def read_haystack(paths: Sequence[Path]) -> str:
             files.append(path)
         else:
             raise InputError("no such file or folder", where=path)
-    texts = []
-    for file in files:
-        try:
-            texts.append(file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as e:
-            raise InputError(f"not UTF-8 text ({e.reason} at byte {e.start})", where=file) from None
+    texts = [read_utf8(file) for file in files]
     if not any(text.strip() for text in texts):
         raise InputError("no text in the haystack", where=", ".join(map(str, paths)))
     return "\n\n".join(texts)
