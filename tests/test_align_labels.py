@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lvctx.data.chat_encoding import TokenSequence, encode_conversation
-from lvctx.data.conversations import Conversation, Media, Turn
+from lvctx.data.conversations import Conversation, Turn
+from lvctx.data.row_media import Media
 from lvctx.errors import InputError
 from lvctx.models.loss import IGNORED
 from lvctx.models.vlm_assembly import VIDEO_TOKEN

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lvctx.data.conversations import Conversation, Media, MediaKind
+from lvctx.data.conversations import Conversation
+from lvctx.data.row_media import Media, MediaKind
 from lvctx.errors import InputError
 from lvctx.models.chat_template import Message, Visual, chat_encoder
 from lvctx.models.loss import IGNORED
@@ -59,6 +60,24 @@ def encode_conversation(
     blocks = [[video] * visual_tokens(image) for image in conversation.images]
     messages = to_messages(conversation, lambda kind: VIDEO_TOKEN)
     return encode_messages(messages, tokenizer, blocks, where=conversation.where, last_only=last_only)
+
+
+def encode_plain(conversation: Conversation, tokenizer: Any, visual_tokens: Callable[[Path], int]) -> TokenSequence:
+    """Ids and shifted labels of an image and its caption, as in LLaVA's first stage: no chat template, no instruction.
+
+    The caption and a "\\n" after it count in the loss; `visual_tokens` gives the image's tokens without closing "\\n".
+    Raises InputError for a conversation that is not one question about one image, and its answer.
+    """
+    roles, images = [turn.role for turn in conversation.turns], conversation.images
+    caption = "".join(part for part in conversation.turns[-1].content if isinstance(part, str))
+    if roles != ["user", "assistant"] or not len(images) == len(conversation.media) == 1 or not caption.strip():
+        fix = "give rows of one image and its caption, or use --template chat"
+        raise InputError("not one image and its caption", where=conversation.where, fix=fix)
+    text_ids = tokenizer(caption + "\n", add_special_tokens=False, split_special_tokens=True).input_ids
+    begin = [i for i in tokenizer("").input_ids[:1] if i == tokenizer.bos_token_id]
+    before = [*begin, *[tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)] * visual_tokens(images[0])]
+    labels = [*[IGNORED] * len(before), *text_ids]
+    return TokenSequence(ids=[*before, *text_ids], labels=[*labels[1:], IGNORED], places=[len(begin)])
 
 
 def encode_messages(

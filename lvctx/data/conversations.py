@@ -16,29 +16,18 @@ Files and datasets are those of `records`. Images in a dataset's rows are writte
 """
 
 import hashlib
-import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from lvctx.data.records import Record, read_records
+from lvctx.data.row_media import Media, RowMedia, check_characters, first_value
 from lvctx.errors import InputError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-MediaKind = Literal["image", "video"]
-MEDIA_KINDS: tuple[MediaKind, ...] = ("image", "video")
 ParsedT = TypeVar("ParsedT")
-
-
-class Media(NamedTuple):
-    """An image or video of a conversation."""
-
-    kind: MediaKind
-    path: str
-    """Path in the row, relative to the folder of media."""
 
 
 class Turn(NamedTuple):
@@ -75,10 +64,11 @@ class Conversation:
 def read_conversations(path: Path, images: Path) -> list[Conversation]:
     """Every row of a file or dataset, of text and images; image paths are relative to `images`.
 
+    A turn's only image moves to its front, as in LLaVA's code, so that training has the prompts of inference.
     Raises InputError naming the first bad row (malformed JSON, a missing image file, `<image>` marks and images that
     differ in number, an unknown role, no answer or an empty one), with the number of bad rows.
     """
-    return _parse_all(path, images, lambda record: _with_images(parse_conversation(record), images))
+    return _parse_all(path, images, lambda record: _with_images(parse_conversation(record, media_first=True), images))
 
 
 def read_pairs(path: Path, images: Path) -> list[tuple[Conversation, Conversation]]:
@@ -88,7 +78,7 @@ def read_pairs(path: Path, images: Path) -> list[tuple[Conversation, Conversatio
     """
 
     def parse(record: Record) -> tuple[Conversation, Conversation]:
-        chosen, rejected = parse_pair(record)
+        chosen, rejected = parse_pair(record, media_first=True)
         return _with_images(chosen, images), _with_images(rejected, images)
 
     return _parse_all(path, images, parse)
@@ -156,17 +146,20 @@ def _stored_image(cell: Any, folder: Path) -> Any:
     return name
 
 
-def parse_conversation(record: Record) -> Conversation:
-    """A row as a conversation. Raises InputError for other rows, unknown roles, and marks that do not match media."""
+def parse_conversation(record: Record, *, media_first: bool = False) -> Conversation:
+    """A row as a conversation; with `media_first` a turn's only image or video moves to its front, as in LLaVA's code.
+
+    Raises InputError for other rows, unknown roles, and marks that do not match media.
+    """
     row, where = record.fields(), record.where
-    turns = _first(row, "conversations", "messages")
+    turns = first_value(row, "conversations", "messages")
     if not isinstance(turns, list):
         raise InputError("no list of `conversations` or `messages`", where=where)
     roles = [_role(turn, where) for turn in turns]
     begin = roles.index("user") if "user" in roles else len(roles)
-    media = _RowMedia(row, where)
+    media = RowMedia(row, where, lone_first=media_first)
     parsed = [
-        Turn(role, tuple(media.parts(_first(turn, "value", "content"))))
+        Turn(role, media.turn(first_value(turn, "value", "content")))
         for i, (role, turn) in enumerate(zip(roles, turns, strict=True))
         if i >= begin or role == "system"
     ]
@@ -183,14 +176,16 @@ def parse_conversation(record: Record) -> Conversation:
     return Conversation(where=where, turns=tuple(parsed[: answers[-1] + 1]))
 
 
-def parse_pair(record: Record) -> tuple[Conversation, Conversation]:
-    """A row of preferences as its chosen and its rejected conversation. Raises InputError for other rows."""
+def parse_pair(record: Record, *, media_first: bool = False) -> tuple[Conversation, Conversation]:
+    """A row of preferences as its chosen and its rejected conversation; see `parse_conversation`. Raises InputError."""
     row, where = record.fields(), record.where
     prompt, *answers = _pair_turns(row, where)
     if any(_role(answer, where) != "assistant" for answer in answers):
         raise InputError("`chosen` or `rejected` does not end with the assistant's text", where=where)
     chosen, rejected = (
-        parse_conversation(Record(where, {**row, "conversations": [*prompt, answer], "messages": None}))
+        parse_conversation(
+            Record(where, {**row, "conversations": [*prompt, answer], "messages": None}), media_first=media_first
+        )
         for answer in answers
     )
     if len(chosen.turns) < 2 or chosen.turns[-2].role != "user":
@@ -233,17 +228,12 @@ def _as_turns(value: Any, role: str) -> list[Any]:
 
 
 def _last_text(turns: list[Any]) -> Any:
-    return _first(turns[-1], "value", "content") if isinstance(turns[-1], dict) else None
-
-
-def _first(row: dict[str, Any], *keys: str) -> Any:
-    """The first value that is not empty: a table's row has all keys of all rows."""
-    return next((row[key] for key in keys if row.get(key) is not None), None)
+    return first_value(turns[-1], "value", "content") if isinstance(turns[-1], dict) else None
 
 
 def _role(turn: Any, where: str) -> str:
     """user, assistant or system. Raises InputError for any other role."""
-    named = _first(turn, "from", "role") if isinstance(turn, dict) else turn
+    named = first_value(turn, "from", "role") if isinstance(turn, dict) else turn
     role = ROLES.get(named) if isinstance(named, str) and isinstance(turn, dict) else None
     if role is None:
         raise InputError(f"a turn from {str(named)[:60]!r}", where=where, fix="use human, gpt or system")
@@ -257,78 +247,8 @@ def _system_turn(row: dict[str, Any], turns: list[Turn], where: str) -> list[Tur
         return []
     if not isinstance(text, str):
         raise InputError("`system` is not text", where=where)
-    _check_characters(text, where)
+    check_characters(text, where)
     present = [turn.content for turn in turns if turn.role == "system"]
     if present and present != [(text,)]:
         raise InputError("both a system turn and the key `system`", where=where, fix="keep one")
     return [] if present else [Turn("system", (text,))]
-
-
-def _check_characters(text: str, where: str) -> None:
-    """Raise InputError for a lone surrogate, and for the noncharacter used as a mark by `models.chat_template`."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError("half a character (a lone surrogate) in the text", where=where) from None
-    if "\ufdd0" in text:
-        raise InputError("U+FDD0 in the text, which Unicode reserves as a noncharacter", where=where)
-
-
-class _RowMedia:
-    """Images and videos of a row, assigned to the marks in its turns."""
-
-    def __init__(self, row: dict[str, Any], where: str) -> None:
-        self.where = where
-        self._media = {kind: _media_of(row, kind, where) for kind in MEDIA_KINDS}
-        self._used = dict.fromkeys(MEDIA_KINDS, 0)
-
-    def _kind(self, mark: str) -> MediaKind:
-        """The media kind of a mark: a video for any mark in a row with videos only."""
-        return "image" if mark == "image" and (self._media["image"] or not self._media["video"]) else "video"
-
-    def _next(self, kind: MediaKind) -> list[Media]:
-        self._used[kind] += 1
-        return self._media[kind][self._used[kind] - 1 : self._used[kind]]
-
-    def parts(self, content: Any) -> Iterator[str | Media]:
-        """A turn's text and media in order."""
-        for part in content if isinstance(content, list) else [content]:
-            kind = part.get("type") if isinstance(part, dict) else None
-            value = part if kind is None else part.get(kind) if isinstance(kind, str) else None
-            if kind == "image_url" and isinstance(value, dict):
-                kind, value = "image", value.get("url")
-            if kind in MEDIA_KINDS and value is None and self._media[self._kind(kind)]:
-                yield from self._next(self._kind(kind))
-            elif not isinstance(value, str) or kind not in (None, "text", *MEDIA_KINDS):
-                excerpt = json.dumps(part, default=str)[:60]
-                raise InputError(f"a turn's content is {excerpt}", where=self.where, fix="give text or parts")
-            elif kind in MEDIA_KINDS:
-                yield Media(kind, value.removeprefix("file://"))
-            else:
-                yield from self._text(value)
-
-    def _text(self, text: str) -> Iterator[str | Media]:
-        _check_characters(text, self.where)
-        marks = [kind for kind in MEDIA_KINDS if self._media[self._kind(kind)]]
-        # The visual block closes with its own "\n", so a newline beside a mark would be a second one.
-        pieces = re.split(rf"\n?<({'|'.join(marks)})>\n?", text) if marks else [text]
-        for i, piece in enumerate(pieces):
-            if i % 2:
-                yield from self._next(self._kind(piece))
-            elif piece:
-                yield piece
-
-    def check(self) -> None:
-        """Raises InputError if there were more marks than media, or fewer."""
-        for kind, media in self._media.items():
-            if self._used[kind] != len(media):
-                what = f"{self._used[kind]} <{kind}> marks for {len(media)} {kind}s"
-                raise InputError(what, where=self.where, fix=f"write <{kind}> at the position of each")
-
-
-def _media_of(row: dict[str, Any], kind: MediaKind, where: str) -> list[Media]:
-    paths = row.get(kind) or row.get(f"{kind}s") or []
-    paths = [paths] if isinstance(paths, str) else paths
-    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise InputError(f"`{kind}` is neither a path nor a list of paths", where=where)
-    return [Media(kind, path) for path in paths]

@@ -29,7 +29,6 @@ from lvctx.training.batching import (
     LossFn,
     Sample,
     answer_loss,
-    encode_sample,
     pack_samples,
     skip_positions,
 )
@@ -92,8 +91,7 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
 
     def sample(self, number: int) -> Sample:
         """A row of the data, encoded."""
-        row, length = self.job.rows[number], self.config.max_length
-        return encode_sample(number, row, self.tokenizer, self.encoding, max_length=length)
+        return self.job.sample(number, self.tokenizer, self.encoding)
 
     def sample_numbers(self, step: int) -> list[int]:
         """Rows of the data that a step uses."""

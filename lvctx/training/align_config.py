@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from lvctx.config import Flag, Seed
 
 IMAGES, TRAINING = "Images", "Training"
+Template = Literal["chat", "plain"]
 
 
 def parse_max_grids(text: str) -> int:
@@ -37,15 +38,20 @@ class AlignConfig:
     """VLM to start from, instead of --lm and --tower."""
     adapter: Annotated[tuple[Path, ...], Flag(in_hash=False)] = ()
     """adapter/ of an earlier run with --lora, to start from; if several overlap, the last one is used."""
-    image_encoding: Annotated[Literal["unires", "anyres", "single"] | None, Flag(panel=IMAGES)] = None
+    image_encoding: Annotated[Literal["unires", "anyres", "single", "single-unpooled"] | None, Flag(panel=IMAGES)] = (
+        None
+    )
     """unires: grids that are encoded like video frames. anyres: a base image and at most 4 grids (LLaVA-NeXT). single:
-    one grid. Default: that of --init, else unires."""
+    one padded grid. single-unpooled: one cropped grid without pooling (LLaVA's first stage). Default: that of --init,
+    else unires."""
     unires_rule: Annotated[Literal["code", "paper"] | None, Flag(panel=IMAGES)] = None
     """UniRes as in LongVA's released code or as in its paper. Default: that of --init, else code."""
     max_grids: Annotated[
         int | tuple[tuple[int, int], ...] | None, Flag(parse=parse_max_grids, metavar="INTEGER", panel=IMAGES)
     ] = None
     """UniRes: maximum grids per image. Default: that of --init, else 49 (LongVA)."""
+    template: Annotated[Template, Flag(panel=TRAINING)] = "chat"
+    """chat: the model's chat template. plain: image, caption, newline, no instruction (LLaVA's first stage)."""
     steps: Annotated[int | None, Flag(min=1, panel=TRAINING)] = None
     """Optimizer steps. Default: --epochs."""
     epochs: Annotated[float | None, Flag(in_hash=False, panel=TRAINING)] = None

@@ -10,7 +10,7 @@ from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import Provenance
 from lvctx.artifacts.store import fingerprint
 from lvctx.config import OnProgress, hashed_fields
-from lvctx.data.chat_encoding import encode_conversation
+from lvctx.data.chat_encoding import encode_conversation, encode_plain
 from lvctx.data.conversations import Conversation, read_conversations, read_pairs
 from lvctx.data.hub import hub_commit
 from lvctx.errors import InputError, UsageError
@@ -20,8 +20,8 @@ from lvctx.models.unires import MAX_GRIDS, image_max_grids
 from lvctx.models.vision_encoder import TowerFiles
 from lvctx.models.vlm_assembly import VIDEO_TOKEN, add_visual_tokens, image_grid, image_rule
 from lvctx.parallel.hf_attention import is_plain
-from lvctx.training.align_config import AlignConfig
-from lvctx.training.batching import encode_sample
+from lvctx.training.align_config import AlignConfig, Template
+from lvctx.training.batching import Sample, encode_sample
 from lvctx.vlm.image_tiling import ImageEncoding
 
 
@@ -66,6 +66,13 @@ class AlignJob:
             vision_config, grid=config.image_encoding, rule=config.unires_rule, max_grids=config.max_grids
         )
 
+    def sample(self, number: int, tokenizer: Any, encoding: ImageEncoding) -> Sample:
+        """A row of the data, encoded."""
+        config = self.config
+        return encode_sample(
+            number, self.rows[number], tokenizer, encoding, max_length=config.max_length, template=config.template
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageDefaults:
@@ -104,7 +111,7 @@ def resolve_align(config: AlignConfig) -> AlignJob:
         rows = read_pairs(config.data, config.images)
     else:
         rows = [(conversation,) for conversation in read_conversations(config.data, config.images)]
-    _check_template(rows, text_source, new="lm" in paths)
+    _check_template(rows, text_source, config.template, new="lm" in paths)
     resolved = _resolve_defaults(config, len(rows), model_config if "init" in paths else None)
     inputs = {role: fingerprint(path) for role, path in paths.items()}
     inputs["data"] = fingerprint(config.data) if config.data.exists() else hub_commit(str(config.data))
@@ -136,6 +143,8 @@ def _check_options(config: AlignConfig) -> None:
         raise UsageError("--beta needs --stage dpo")
     if stage == "dpo" and config.pose:
         raise UsageError("--pose is for the stages projector and full", fix="drop it")
+    if stage == "dpo" and config.template == "plain":
+        raise UsageError("--template plain has no question to prefer an answer to", fix="drop it")
     if stage == "projector" and config.lora:
         raise UsageError("--lora trains the language model and needs --stage full or dpo")
     if config.steps is not None and config.epochs is not None:
@@ -180,17 +189,20 @@ def _hash_images(rows: Sequence[tuple[Conversation, ...]], images: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_template(rows: Sequence[tuple[Conversation, ...]], path: Path, *, new: bool) -> None:
-    """Raise InputError if the chat template cannot render a row; one row per sequence of roles is checked."""
+def _check_template(rows: Sequence[tuple[Conversation, ...]], path: Path, template: Template, *, new: bool) -> None:
+    """Raise InputError if the template cannot render a row; one row per sequence of roles and images is checked."""
     tokenizer = load_tokenizer(path)
     if new:
         add_visual_tokens(tokenizer, path)
     roles = {
-        tuple(turn.role for turn in conversation.turns): (conversation, len(row) > 1)
+        (tuple(turn.role for turn in conversation.turns), len(conversation.media)): (conversation, len(row) > 1)
         for row in reversed(rows)
         for conversation in row
     }
     for conversation, last_only in roles.values():
+        if template == "plain":
+            encode_plain(conversation, tokenizer, lambda image: 1)
+            continue
         encode_conversation(conversation, tokenizer, lambda image: 1, last_only=last_only)
 
 
@@ -206,8 +218,8 @@ def count_tokens(job: AlignJob, on_progress: OnProgress) -> dict[str, Any]:
     video = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
     encoding = job.encoding(TowerFiles.find(job.vision_source).config)
     tokens = visual = counted = longest = 0
-    for number, row in enumerate(job.rows):
-        sample = encode_sample(number, row, tokenizer, encoding, max_length=job.config.max_length)
+    for number in range(len(job.rows)):
+        sample = job.sample(number, tokenizer, encoding)
         for sequence in sample.sequences:
             tokens += len(sequence.ids)
             visual += sequence.ids.count(video)

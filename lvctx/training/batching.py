@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lvctx.data.chat_encoding import TokenSequence, encode_conversation
+from lvctx.data.chat_encoding import TokenSequence, encode_conversation, encode_plain
 from lvctx.data.conversations import Conversation
 from lvctx.models.image_processing import Preprocess, open_image
 from lvctx.models.loss import IGNORED, token_loss
@@ -25,6 +25,7 @@ from lvctx.models.vlm_assembly import embed_frames, frame_features
 from lvctx.parallel import hf_attention
 from lvctx.parallel.fsdp import keep_in_graph
 from lvctx.rope.pose import skipped
+from lvctx.training.align_config import Template
 from lvctx.vlm.image_tiling import ImageEncoding, embed_image
 
 log = logging.getLogger(__name__)
@@ -55,11 +56,18 @@ class Sample:
 
 
 def encode_sample(
-    number: int, row: Sequence[Conversation], tokenizer: Any, encoding: ImageEncoding, *, max_length: int
+    number: int,
+    row: Sequence[Conversation],
+    tokenizer: Any,
+    encoding: ImageEncoding,
+    *,
+    max_length: int,
+    template: Template = "chat",
 ) -> Sample:
     """A row of the data, one conversation or two that differ in their last answer, which is then the only one counted.
 
-    A sequence longer than `max_length` is truncated, with a warning.
+    A sequence longer than `max_length` is truncated, with a warning. In the plain template the caption follows the
+    image itself: the "\\n" that closes an image's block is left out (AnyRes has one in every row of features instead).
     """
     images, sequences = row[0].images, []
 
@@ -67,7 +75,10 @@ def encode_sample(
         return encoding.tokens(image, alone=len(images) == 1)
 
     for conversation in row:
-        sequence = encode_conversation(conversation, tokenizer, tokens, last_only=len(row) > 1)
+        if template == "plain":
+            sequence = encode_plain(conversation, tokenizer, lambda image: tokens(image) - (encoding.grid != "anyres"))
+        else:
+            sequence = encode_conversation(conversation, tokenizer, tokens, last_only=len(row) > 1)
         if len(sequence.ids) > max_length:
             log.warning("%s: %d tokens, truncated to %d", conversation.where, len(sequence.ids), max_length)
             labels = [*sequence.labels[: max_length - 1], IGNORED]
@@ -153,7 +164,8 @@ class Forward(nn.Module):
         return loss_fn(hidden_BTE[0], vlm.lm_head.weight, labels_T, micro)
 
     def _embed_images(self, embeds_TE: Tensor, is_visual_T: Tensor, micro: Sequence[Sample]) -> Tensor:
-        """The embeddings with those of the images inserted; a truncated sequence lacks some at its end."""
+        """The embeddings with those of the images inserted; a truncated sequence lacks some at its end, and one in the
+        plain template the closing newline."""
         vlm, tile = self.vlm, self.encoding.tile
         parts, visual = iter(is_visual_T.split([len(s.ids) for sample in micro for s in sample.sequences])), []
         for sample in micro:
