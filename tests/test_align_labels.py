@@ -125,6 +125,30 @@ def test_text_alone_under_a_system_prompt(family: str, expected: str) -> None:
     assert encode(family, *SYSTEM)[1] == expected
 
 
+def test_markup_counts_as_in_longvas_code() -> None:
+    """The targets of `preprocess_qwen`, by hand: each turn's <|im_start|>, <|im_end|> and newline count."""
+    tokenizer = tokenizer_of("qwen2")
+    start, end, video = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>", VIDEO_TOKEN))
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    newline = ids("\n")
+    sequence: list[int] = []
+    targets: list[int] = []
+    system = ("system", "You are a helpful assistant.")
+    for role, text in (system, *MULTI_TURN):
+        content = [i for n, piece in enumerate(text.split(VIDEO_TOKEN)) for i in ([video] * 3 * (n > 0) + ids(piece))]
+        before = ids(role) + newline
+        sequence += [start, *before, *content, end, *newline]
+        counted = content if role == "assistant" else [IGNORED] * len(content)
+        targets += [start, *[IGNORED] * len(before), *counted, end, *newline]
+    conversation = Conversation(where="here", turns=tuple(Turn(role, parts(text)) for role, text in MULTI_TURN))
+    found = encode_conversation(conversation, tokenizer, lambda image: 3, markup=True)
+    assert found.ids == sequence
+    assert found.labels == [*targets[1:], IGNORED]
+
+
 @pytest.mark.parametrize("family", ["qwen2", "smollm2", "llama3"])
 @pytest.mark.parametrize("answer", ["red", "\nred", "\n\nred\n", "  red ", "red\n\nor blue", "«ü» 红"])
 def test_the_whole_answer_is_counted_whatever_it_begins_with(family: str, answer: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from lvctx.data.conversations import Conversation
 from lvctx.data.row_media import Media, MediaKind
 from lvctx.errors import InputError
-from lvctx.models.chat_template import Message, Visual, chat_encoder
+from lvctx.models.chat_template import ChatTokens, Message, Visual, chat_encoder
 from lvctx.models.loss import IGNORED
 from lvctx.models.vlm_assembly import VIDEO_TOKEN
 
@@ -50,16 +50,22 @@ def to_messages(conversation: Conversation, mark: Callable[[MediaKind], str]) ->
 
 
 def encode_conversation(
-    conversation: Conversation, tokenizer: Any, visual_tokens: Callable[[Path], int], *, last_only: bool = False
+    conversation: Conversation,
+    tokenizer: Any,
+    visual_tokens: Callable[[Path], int],
+    *,
+    last_only: bool = False,
+    markup: bool = False,
 ) -> TokenSequence:
-    """Ids and shifted labels of a conversation in the tokenizer's chat template; `last_only`: only its last answer.
+    """Ids and shifted labels of a conversation in the tokenizer's chat template; for the flags see `encode_messages`.
 
     `visual_tokens` gives the tokens of an image's block, its closing "\\n" included.
     """
     video = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
     blocks = [[video] * visual_tokens(image) for image in conversation.images]
     messages = to_messages(conversation, lambda kind: VIDEO_TOKEN)
-    return encode_messages(messages, tokenizer, blocks, where=conversation.where, last_only=last_only)
+    where = conversation.where
+    return encode_messages(messages, tokenizer, blocks, where=where, last_only=last_only, markup=markup)
 
 
 def encode_plain(conversation: Conversation, tokenizer: Any, visual_tokens: Callable[[Path], int]) -> TokenSequence:
@@ -87,13 +93,15 @@ def encode_messages(
     *,
     where: str,
     last_only: bool = False,
+    markup: bool = False,
 ) -> TokenSequence:
     """Ids and shifted labels of turns in the tokenizer's chat template, each `Visual` part replaced by its block.
 
     The assistant's text and the end-of-turn token after it count in the loss, as in LLaVA, or the text that the
     template marks as generated (transformers' `return_assistant_tokens_mask`). `last_only` counts only the last answer
-    and ends the sequence after it. Raises InputError for a template that rewrites its earlier output (see
-    `lvctx.models.chat_template`), and if parts and blocks differ in number.
+    and ends the sequence after it. `markup` also counts the template's control tokens around every turn and the white
+    space after them, as LongVA's `preprocess_qwen`. Raises InputError for a template that rewrites its earlier output
+    (see `lvctx.models.chat_template`), and if parts and blocks differ in number.
     """
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
     if last < 0:
@@ -106,6 +114,8 @@ def encode_messages(
     spoken = [False] * len(chat.ids)
     for first, _, closed in chat.answers[-1:] if last_only else chat.answers:
         spoken[first:closed] = [True] * (closed - first)
+    if markup:
+        _count_markup(spoken, chat, tokenizer)
     ids: list[int] = []
     labels: list[int] = []
     places: list[int] = []
@@ -118,3 +128,11 @@ def encode_messages(
             ids.append(token)
         labels += [token if counts and at not in visual_blocks else IGNORED] * (len(ids) - len(labels))
     return TokenSequence(ids=ids, labels=[*labels[1:], IGNORED], places=places)
+
+
+def _count_markup(counts: list[bool], chat: ChatTokens, tokenizer: Any) -> None:
+    """Set `counts` at control tokens, other than those of images and videos, and at white space after one."""
+    controls = chat_encoder(tokenizer).control_ids
+    for i, token in enumerate(chat.ids):
+        after_control = i > 0 and chat.ids[i - 1] in controls
+        counts[i] |= token in controls or (after_control and not tokenizer.decode([token]).strip())

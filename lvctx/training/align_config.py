@@ -52,6 +52,9 @@ class AlignConfig:
     """UniRes: maximum grids per image. Default: that of --init, else 49 (LongVA)."""
     template: Annotated[Template, Flag(panel=TRAINING)] = "chat"
     """chat: the model's chat template. plain: image, caption, newline, no instruction (LLaVA's first stage)."""
+    loss_on: Annotated[Literal["answers", "markup"], Flag(needs=("template=chat",), panel=TRAINING)] = "answers"
+    """answers: the loss counts the assistant's text and the end of its turn. markup: also the control tokens around
+    every turn and the white space after them, as LongVA's code, though a model does not generate those of others."""
     steps: Annotated[int | None, Flag(min=1, panel=TRAINING)] = None
     """Optimizer steps. Default: --epochs."""
     epochs: Annotated[float | None, Flag(in_hash=False, panel=TRAINING)] = None

@@ -70,7 +70,13 @@ class AlignJob:
         """A row of the data, encoded."""
         config = self.config
         return encode_sample(
-            number, self.rows[number], tokenizer, encoding, max_length=config.max_length, template=config.template
+            number,
+            self.rows[number],
+            tokenizer,
+            encoding,
+            max_length=config.max_length,
+            template=config.template,
+            markup=config.loss_on == "markup",
         )
 
 
@@ -143,6 +149,8 @@ def _check_options(config: AlignConfig) -> None:
         raise UsageError("--beta needs --stage dpo")
     if stage == "dpo" and config.pose:
         raise UsageError("--pose is for the stages projector and full", fix="drop it")
+    if stage == "dpo" and config.loss_on == "markup":
+        raise UsageError("--loss-on markup is for the stages projector and full: both answers have it", fix="drop it")
     if stage == "dpo" and config.template == "plain":
         raise UsageError("--template plain has no question to prefer an answer to", fix="drop it")
     if stage == "projector" and config.lora:

@@ -63,11 +63,13 @@ def encode_sample(
     *,
     max_length: int,
     template: Template = "chat",
+    markup: bool = False,
 ) -> Sample:
     """A row of the data, one conversation or two that differ in their last answer, which is then the only one counted.
 
-    A sequence longer than `max_length` is truncated, with a warning. In the plain template the caption follows the
-    image itself: the "\\n" that closes an image's block is left out (AnyRes has one in every row of features instead).
+    `markup` is that of `encode_messages`. A sequence longer than `max_length` is truncated, with a warning. In the
+    plain template the caption follows the image itself: the "\\n" that closes an image's block is left out (AnyRes has
+    one in every row of features instead).
     """
     images, sequences = row[0].images, []
 
@@ -78,7 +80,8 @@ def encode_sample(
         if template == "plain":
             sequence = encode_plain(conversation, tokenizer, lambda image: tokens(image) - (encoding.grid != "anyres"))
         else:
-            sequence = encode_conversation(conversation, tokenizer, tokens, last_only=len(row) > 1)
+            last_only = len(row) > 1
+            sequence = encode_conversation(conversation, tokenizer, tokens, last_only=last_only, markup=markup)
         if len(sequence.ids) > max_length:
             log.warning("%s: %d tokens, truncated to %d", conversation.where, len(sequence.ids), max_length)
             labels = [*sequence.labels[: max_length - 1], IGNORED]
