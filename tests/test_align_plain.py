@@ -1,5 +1,6 @@
 """LLaVA's first stage: an image and its caption without a chat template, one unpooled square grid per image."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from typer.testing import CliRunner
 
+from lvctx.cli.app import app
 from lvctx.data.chat_encoding import encode_plain
 from lvctx.data.conversations import read_conversations
 from lvctx.errors import InputError, UsageError
@@ -17,7 +20,8 @@ from lvctx.models.loading import load_config, load_model, load_tokenizer
 from lvctx.models.loss import IGNORED
 from lvctx.models.vlm_assembly import VIDEO_TOKEN, assemble
 from lvctx.training.align_config import AlignConfig
-from lvctx.training.align_job import count_tokens, resolve_align
+from lvctx.training.align_job import resolve_align
+from lvctx.training.align_statistics import align_statistics, draw_statistics
 from lvctx.training.batching import answer_loss, encode_sample
 from lvctx.vlm.image_tiling import ImageEncoding
 
@@ -91,11 +95,11 @@ def test_the_next_stage_chooses_its_own_encoding(tmp_path: Path, tiny_lm: Path, 
     aligning.draw(tmp_path)
     data = aligning.write(tmp_path / "d.json", ROWS)
     first = aligning.align(data, tmp_path / "a", tiny_lm, tiny_tower, steps=1, **RELEASED)
-    assert count_tokens(first, lambda *_: None)["visual_tokens"] == 4 * 16
+    assert align_statistics(first, lambda *_: None).visual_tokens == 4 * 16
     assert load_config(tmp_path / "a").image_grid == "single-unpooled"
     options: dict[str, Any] = {"data": data, "images": tmp_path, "out": tmp_path / "b", "init": str(tmp_path / "a")}
     second = resolve_align(AlignConfig(**options, stage="full", image_encoding="unires"))
-    assert count_tokens(second, lambda *_: None)["visual_tokens"] == 2 * (16 + 1) + 2 * (8 + 1)
+    assert align_statistics(second, lambda *_: None).visual_tokens == 2 * (16 + 1) + 2 * (8 + 1)
     with pytest.raises(UsageError):
         resolve_align(AlignConfig(**options, stage="dpo", template="plain"))
 
@@ -115,3 +119,40 @@ def test_other_rows_have_no_plain_form(tmp_path: Path, tiny_lm: Path, tiny_tower
     with pytest.raises(InputError) as caught:
         aligning.align(data, tmp_path / "a", tiny_lm, tiny_tower, **RELEASED)
     assert str(caught.value).startswith(f"{data}[4]")
+
+
+@pytest.mark.nano
+def test_statistics_of_the_data_are_drawn(tmp_path: Path, tiny_lm: Path, tiny_tower: Path) -> None:
+    """Widths, heights and lengths by hand; the plot is the same bytes each time."""
+    aligning.draw(tmp_path)
+    data = aligning.write(tmp_path / "d.json", ROWS)
+    command = [
+        "align",
+        "--lm",
+        str(tiny_lm),
+        "--tower",
+        str(tiny_tower),
+        "--data",
+        str(data),
+        "--images",
+        str(tmp_path),
+    ]
+    command += ["--image-encoding", "single-unpooled", "--template", "plain", "-o", str(tmp_path / "x")]
+    done = CliRunner().invoke(app, [*command, "--dry-run", "--plot", str(tmp_path / "a.svg")])
+    assert done.exit_code == 0, done.output
+    statistics = align_statistics(
+        resolve_align(
+            AlignConfig(data=data, images=tmp_path, out=tmp_path, lm=str(tiny_lm), tower=str(tiny_tower), **RELEASED)
+        ),
+        lambda *_: None,
+    )
+    draw_statistics(statistics, tmp_path / "b.svg")
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    tokenizer = load_tokenizer(tiny_lm)
+    words = [len(tokenizer(caption + "\n", split_special_tokens=True).input_ids) for caption in CAPTIONS]
+    assert statistics.lengths == [16 + n for n in words]
+    assert statistics.sizes == list(aligning.SIZES)
+    row = json.loads(done.stdout)
+    assert (row["tokens"], row["visual_tokens"], row["counted_tokens"]) == (sum(words) + 64, 64, sum(words))
+    assert CliRunner().invoke(app, [*command, "--plot", str(tmp_path / "a.svg")]).exit_code == 2
+    assert CliRunner().invoke(app, [*command, "--dry-run", "--plot", str(tmp_path / "a.txt")]).exit_code == 2

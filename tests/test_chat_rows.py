@@ -341,10 +341,10 @@ def test_pack_chat_writes_control_tokens_of_turns_as_text(template: str, tiny_vl
 
 
 def test_align_writes_them_as_text_too(tiny_lm: Path, tiny_tower: Path, tmp_path: Path) -> None:
-    from lvctx.training.align_job import count_tokens
+    from lvctx.training.align_statistics import align_statistics
 
     plan = aligning.align(write(tmp_path / "d.json", WRITTEN), tmp_path / "vlm", tiny_lm, tiny_tower, steps=1, batch=3)
-    assert count_tokens(plan, lambda done, total, note: None)["visual_tokens"] == 0
+    assert align_statistics(plan, lambda done, total, note: None).visual_tokens == 0
 
 
 def test_both_commands_read_one_table(tiny_vlm: Path, tmp_path: Path) -> None:

@@ -77,5 +77,7 @@ class AlignConfig:
     """Maximum tokens of a sample; longer ones are truncated."""
     pose: Annotated[bool, Flag(panel=TRAINING)] = False
     """PoSE: cut each sample in two and move the parts apart, so that short samples cover the whole context."""
+    plot: Annotated[Path | None, Flag(needs=("dry_run",), in_hash=False)] = None
+    """Draw the sizes of the images and the tokens of the samples to this .png or .svg."""
     seed: Seed = 0
     """Seed of the order of the samples and of the initialisation of projector and LoRA."""

@@ -9,16 +9,14 @@ from typing import Any
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import Provenance
 from lvctx.artifacts.store import fingerprint
-from lvctx.config import OnProgress, hashed_fields
+from lvctx.config import hashed_fields
 from lvctx.data.chat_encoding import encode_conversation, encode_plain
 from lvctx.data.conversations import Conversation, read_conversations, read_pairs
 from lvctx.data.hub import hub_commit
 from lvctx.errors import InputError, UsageError
 from lvctx.models.loading import VLM_TYPE, load_config, load_tokenizer, refuse_quantized, resolve_model
-from lvctx.models.loss import IGNORED
 from lvctx.models.unires import MAX_GRIDS, image_max_grids
-from lvctx.models.vision_encoder import TowerFiles
-from lvctx.models.vlm_assembly import VIDEO_TOKEN, add_visual_tokens, image_grid, image_rule
+from lvctx.models.vlm_assembly import add_visual_tokens, image_grid, image_rule
 from lvctx.parallel.hf_attention import is_plain
 from lvctx.training.align_config import AlignConfig, Template
 from lvctx.training.batching import Sample, encode_sample
@@ -212,26 +210,3 @@ def _check_template(rows: Sequence[tuple[Conversation, ...]], path: Path, templa
             encode_plain(conversation, tokenizer, lambda image: 1)
             continue
         encode_conversation(conversation, tokenizer, lambda image: 1, last_only=last_only)
-
-
-def count_tokens(job: AlignJob, on_progress: OnProgress) -> dict[str, Any]:
-    """Token counts of one pass over the data; only the headers of images are read.
-
-    `tokens` counts all, `visual_tokens` those of images, `counted_tokens` those with a loss. Raises InputError for a
-    file that is not an image.
-    """
-    tokenizer = load_tokenizer(job.text_source)
-    if job.lm is not None:
-        add_visual_tokens(tokenizer, job.lm)
-    video = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-    encoding = job.encoding(TowerFiles.find(job.vision_source).config)
-    tokens = visual = counted = longest = 0
-    for number in range(len(job.rows)):
-        sample = job.sample(number, tokenizer, encoding)
-        for sequence in sample.sequences:
-            tokens += len(sequence.ids)
-            visual += sequence.ids.count(video)
-            counted += sum(label != IGNORED for label in sequence.labels)
-        longest = max(longest, sample.longest)
-        on_progress(number + 1, len(job.rows), "tokens")
-    return {"tokens": tokens, "visual_tokens": visual, "counted_tokens": counted, "longest_sample": longest}
