@@ -85,10 +85,10 @@ def align(config: AlignConfig, parallel: ParallelConfig, tracking: TrackingOptio
     The projector is trained first, then the whole model or LoRA. The loss is on answers and the end of their turns, or
     on the text that the chat template marks as generated; a template that rewrites earlier turns is an error. A special
     token in a turn's text (<|im_end|>), and <image> in a row without images, is encoded as text. An assistant turn
-    before the first question is left out.
+    before the first question is left out. A turn's only image or video moves to its front.
 
-    Stage dpo reads rows of "image" (or "images", or neither), "prompt" (or "conversations"), "chosen" and "rejected",
-    each text or messages.
+    Stage dpo reads rows of "image" or "video" (or "images", "videos", or neither), "prompt" (or "conversations"),
+    "chosen" and "rejected", each text or messages.
     """
     from lvctx.training.align_job import resolve_align
 

@@ -6,10 +6,9 @@ writes after `<image>`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from lvctx.data.conversations import Conversation
+from lvctx.data.conversations import Conversation, MediaFile
 from lvctx.data.row_media import Media, MediaKind
 from lvctx.errors import InputError
 from lvctx.models.chat_template import ChatTokens, Message, Visual, chat_encoder
@@ -52,36 +51,38 @@ def to_messages(conversation: Conversation, mark: Callable[[MediaKind], str]) ->
 def encode_conversation(
     conversation: Conversation,
     tokenizer: Any,
-    visual_tokens: Callable[[Path], int],
+    visual_tokens: Callable[[MediaFile], int],
     *,
     last_only: bool = False,
     markup: bool = False,
 ) -> TokenSequence:
     """Ids and shifted labels of a conversation in the tokenizer's chat template; for the flags see `encode_messages`.
 
-    `visual_tokens` gives the tokens of an image's block, its closing "\\n" included.
+    `visual_tokens` gives the tokens of an image's or a video's block, its closing "\\n" included.
     """
     video = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-    blocks = [[video] * visual_tokens(image) for image in conversation.images]
+    blocks = [[video] * visual_tokens(file) for file in conversation.files]
     messages = to_messages(conversation, lambda kind: VIDEO_TOKEN)
     where = conversation.where
     return encode_messages(messages, tokenizer, blocks, where=where, last_only=last_only, markup=markup)
 
 
-def encode_plain(conversation: Conversation, tokenizer: Any, visual_tokens: Callable[[Path], int]) -> TokenSequence:
+def encode_plain(
+    conversation: Conversation, tokenizer: Any, visual_tokens: Callable[[MediaFile], int]
+) -> TokenSequence:
     """Ids and shifted labels of an image and its caption, as in LLaVA's first stage: no chat template, no instruction.
 
     The caption and a "\\n" after it count in the loss; `visual_tokens` gives the image's tokens without closing "\\n".
     Raises InputError for a conversation that is not one question about one image, and its answer.
     """
-    roles, images = [turn.role for turn in conversation.turns], conversation.images
+    roles, files = [turn.role for turn in conversation.turns], conversation.files
     caption = "".join(part for part in conversation.turns[-1].content if isinstance(part, str))
-    if roles != ["user", "assistant"] or not len(images) == len(conversation.media) == 1 or not caption.strip():
+    if roles != ["user", "assistant"] or [file.kind for file in files] != ["image"] or not caption.strip():
         fix = "give rows of one image and its caption, or use --template chat"
         raise InputError("not one image and its caption", where=conversation.where, fix=fix)
     text_ids = tokenizer(caption + "\n", add_special_tokens=False, split_special_tokens=True).input_ids
     begin = [i for i in tokenizer("").input_ids[:1] if i == tokenizer.bos_token_id]
-    before = [*begin, *[tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)] * visual_tokens(images[0])]
+    before = [*begin, *[tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)] * visual_tokens(files[0])]
     labels = [*[IGNORED] * len(before), *text_ids]
     return TokenSequence(ids=[*before, *text_ids], labels=[*labels[1:], IGNORED], places=[len(begin)])
 

@@ -23,11 +23,26 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from lvctx.data.records import Record, read_records
-from lvctx.data.row_media import Media, RowMedia, check_characters, first_value
+from lvctx.data.row_media import (
+    MEDIA_KINDS,
+    Media,
+    MediaKind,
+    RowMedia,
+    check_characters,
+    first_value,
+    media_of,
+)
 from lvctx.errors import InputError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 ParsedT = TypeVar("ParsedT")
+
+
+class MediaFile(NamedTuple):
+    """An image file, or a video: a file or a folder of frames."""
+
+    kind: MediaKind
+    path: Path
 
 
 class Turn(NamedTuple):
@@ -56,30 +71,40 @@ class Conversation:
         return [part for turn in self.turns for part in turn.content if isinstance(part, Media)]
 
     @property
+    def files(self) -> tuple[MediaFile, ...]:
+        """Files of the images and videos in order."""
+        return tuple(MediaFile(media.kind, self.folder / media.path) for media in self.media)
+
+    @property
     def images(self) -> tuple[Path, ...]:
         """Files of the images in order."""
-        return tuple(self.folder / media.path for media in self.media if media.kind == "image")
+        return tuple(file.path for file in self.files if file.kind == "image")
 
 
-def read_conversations(path: Path, images: Path) -> list[Conversation]:
-    """Every row of a file or dataset, of text and images; image paths are relative to `images`.
+def read_conversations(path: Path, images: Path, *, videos: bool = False) -> list[Conversation]:
+    """Every row of a file or dataset, of text and images, and `videos`; their paths are relative to `images`.
 
     A turn's only image moves to its front, as in LLaVA's code, so that training has the prompts of inference.
     Raises InputError naming the first bad row (malformed JSON, a missing image file, `<image>` marks and images that
     differ in number, an unknown role, no answer or an empty one), with the number of bad rows.
     """
-    return _parse_all(path, images, lambda record: _with_images(parse_conversation(record, media_first=True), images))
+
+    def parse(record: Record) -> Conversation:
+        return _with_files(parse_conversation(record, media_first=True), images, videos=videos)
+
+    return _parse_all(path, images, parse)
 
 
 def read_pairs(path: Path, images: Path) -> list[tuple[Conversation, Conversation]]:
     """Every row of a file or dataset of preference pairs, as conversations with the chosen and the rejected answer.
 
-    Image paths are relative to `images`. Raises InputError naming the first bad row, as `read_conversations` does.
+    Paths of images and videos are relative to `images`. A row's only one is at the front of a prompt without a mark, as
+    in LLaVA-Hound's rows. Raises InputError naming the first bad row, as `read_conversations` does.
     """
 
     def parse(record: Record) -> tuple[Conversation, Conversation]:
         chosen, rejected = parse_pair(record, media_first=True)
-        return _with_images(chosen, images), _with_images(rejected, images)
+        return _with_files(chosen, images, videos=True), _with_files(rejected, images, videos=True)
 
     return _parse_all(path, images, parse)
 
@@ -99,22 +124,22 @@ def _parse_all(path: Path, folder: Path, parse: Callable[[Record], ParsedT]) -> 
     return parsed
 
 
-def _with_images(conversation: Conversation, folder: Path) -> Conversation:
-    """The conversation with its images as files in `folder`. Raises InputError for a video or a missing file."""
+def _with_files(conversation: Conversation, folder: Path, *, videos: bool) -> Conversation:
+    """The conversation with its files in `folder`. Raises InputError for a missing one, or a video if not `videos`."""
     conversation = replace(conversation, folder=folder)
-    if len(conversation.images) < len(conversation.media):
-        raise InputError("a video", where=conversation.where, fix="give samples of text and images")
-    for image in conversation.images:
-        if not _is_file(image):
-            raise InputError(
-                f"no such image {image}", where=conversation.where, fix="check --images, or remove the row"
-            )
+    for kind, path in conversation.files:
+        if kind == "video" and not videos:
+            fix = "give samples of text and images, or align with --stage full"
+            raise InputError("a video", where=conversation.where, fix=fix)
+        if not _exists(path, folder_too=kind == "video"):
+            fix = "check --images, or remove the row"
+            raise InputError(f"no such {kind} {path}", where=conversation.where, fix=fix)
     return conversation
 
 
-def _is_file(path: Path) -> bool:
+def _exists(path: Path, *, folder_too: bool) -> bool:
     try:
-        return path.is_file()
+        return path.is_file() or (folder_too and path.is_dir())
     except ValueError:  # not a valid file name
         return False
 
@@ -180,6 +205,8 @@ def parse_pair(record: Record, *, media_first: bool = False) -> tuple[Conversati
     """A row of preferences as its chosen and its rejected conversation; see `parse_conversation`. Raises InputError."""
     row, where = record.fields(), record.where
     prompt, *answers = _pair_turns(row, where)
+    if media_first and isinstance(row.get("prompt"), str):
+        prompt = [*prompt[:-1], _marked(prompt[-1], row, where)]
     if any(_role(answer, where) != "assistant" for answer in answers):
         raise InputError("`chosen` or `rejected` does not end with the assistant's text", where=where)
     chosen, rejected = (
@@ -216,6 +243,15 @@ def _pair_turns(row: dict[str, Any], where: str) -> tuple[list[Any], Any, Any]:
         raise InputError("`chosen` begins with another prompt than the row's", where=where)
     # Messages in the answers may have turns before a prompt given as text.
     return inside[0] or turns, answers[0][-1], answers[1][-1]
+
+
+def _marked(turn: Any, row: dict[str, Any], where: str) -> Any:
+    """A prompt given as text, with a mark for the row's only image or video if it has none, as in LLaVA-Hound."""
+    kinds = [kind for kind in MEDIA_KINDS for _ in media_of(row, kind, where)]
+    text = first_value(turn, "value", "content")
+    if len(kinds) != 1 or not isinstance(text, str) or any(f"<{kind}>" in text for kind in MEDIA_KINDS):
+        return turn
+    return {"from": "human", "value": f"<{kinds[0]}>\n{text}"}
 
 
 def _as_turns(value: Any, role: str) -> list[Any]:

@@ -25,7 +25,7 @@ class RowMedia:
     def __init__(self, row: dict[str, Any], where: str, *, lone_first: bool) -> None:
         """`lone_first` moves the only image or video of a turn to the front of the turn."""
         self.where, self._lone_first = where, lone_first
-        self._media = {kind: _media_of(row, kind, where) for kind in MEDIA_KINDS}
+        self._media = {kind: media_of(row, kind, where) for kind in MEDIA_KINDS}
         self._used = dict.fromkeys(MEDIA_KINDS, 0)
         marks = [kind for kind in MEDIA_KINDS if self._media[self._kind(kind)]]
         self._mark = re.compile(rf"<({'|'.join(marks)})>" if marks else "((?!))")
@@ -86,7 +86,8 @@ class RowMedia:
                 raise InputError(what, where=self.where, fix=f"write <{kind}> at the position of each")
 
 
-def _media_of(row: dict[str, Any], kind: MediaKind, where: str) -> list[Media]:
+def media_of(row: dict[str, Any], kind: MediaKind, where: str) -> list[Media]:
+    """The images or videos in a row's own keys. Raises InputError for other values than paths."""
     paths = row.get(kind) or row.get(f"{kind}s") or []
     paths = [paths] if isinstance(paths, str) else paths
     if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):

@@ -1,4 +1,4 @@
-"""Align a language model with a vision tower on single images: first the projector, then the whole model (or LoRA).
+"""Align a language model with a vision tower on images and videos: first the projector, then all of it (or LoRA).
 
 LongVA section 3.2 and LLaVA-1.6: stage `projector` trains only the MLP on caption pairs; stage `full` trains
 projector, language model and tower on instructions; stage `dpo` on preferences between answers (`lvctx.training.dpo`).
@@ -86,6 +86,7 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
             tower_grad=bool(self.config.tower_lr),
             device=context.device,
             pose=self.config.pose,
+            sampling=self.job.sampling,
         )
         return self.forward
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from lvctx.config import Flag, Seed
+from lvctx.video.sampling import Rate, parse_rate
 
 IMAGES, TRAINING = "Images", "Training"
 Template = Literal["chat", "plain"]
@@ -25,7 +26,7 @@ class AlignConfig:
     """LLaVA rows or OpenAI messages, for dpo preference pairs: JSON, JSONL, Parquet, a directory saved by datasets,
     or a hub id. Images inside the rows are written to --images."""
     images: Annotated[Path, Flag(in_hash=False)]
-    """Directory that the image paths are relative to."""
+    """Directory that the paths of images and videos are relative to."""
     out: Annotated[Path, Flag(names=("-o", "--out"), in_hash=False)]
     """Directory of the aligned model."""
     stage: Literal["projector", "full", "dpo"] = "projector"
@@ -50,6 +51,10 @@ class AlignConfig:
         int | tuple[tuple[int, int], ...] | None, Flag(parse=parse_max_grids, metavar="INTEGER", panel=IMAGES)
     ] = None
     """UniRes: maximum grids per image. Default: that of --init, else 49 (LongVA)."""
+    frames: Annotated[int | None, Flag(min=1, panel=IMAGES)] = None
+    """Frames of each video, evenly spread; each is a cropped grid, as at inference. Default: 10 (LongVA-DPO)."""
+    fps: Annotated[Rate | None, Flag(parse=parse_rate, metavar="RATE|native", panel=IMAGES)] = None
+    """Frames per second of each video file, instead of --frames."""
     template: Annotated[Template, Flag(panel=TRAINING)] = "chat"
     """chat: the model's chat template. plain: image, caption, newline, no instruction (LLaVA's first stage)."""
     loss_on: Annotated[Literal["answers", "markup"], Flag(needs=("template=chat",), panel=TRAINING)] = "answers"

@@ -20,6 +20,8 @@ from lvctx.models.vlm_assembly import add_visual_tokens, image_grid, image_rule
 from lvctx.parallel.hf_attention import is_plain
 from lvctx.training.align_config import AlignConfig, Template
 from lvctx.training.batching import Sample, encode_sample
+from lvctx.video.sampling import VideoSampling
+from lvctx.vlm.haystack_files import list_images
 from lvctx.vlm.image_tiling import ImageEncoding
 
 
@@ -75,7 +77,15 @@ class AlignJob:
             max_length=config.max_length,
             template=config.template,
             markup=config.loss_on == "markup",
+            sampling=self.sampling,
         )
+
+    @property
+    def sampling(self) -> VideoSampling | None:
+        """How the data's videos are sampled; None if there are none."""
+        if self.config.frames is None and self.config.fps is None:
+            return None
+        return VideoSampling(frames=self.config.frames, fps=self.config.fps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +106,8 @@ DEFAULTS = {
 """LongVA's."""
 BETA = 0.1
 """LLaVA-Hound-DPO's."""
+FRAMES = 10
+"""Frames of a video in LongVA-DPO's code."""
 
 
 def resolve_align(config: AlignConfig) -> AlignJob:
@@ -111,12 +123,18 @@ def resolve_align(config: AlignConfig) -> AlignJob:
     if config.pose and not is_plain(model_config.get_text_config()):
         raise InputError("its attention has a sliding window or latent keys", where=text_source, fix="drop --pose")
     rows: Sequence[tuple[Conversation, ...]]
+    videos = config.stage != "projector"
     if config.stage == "dpo":
         rows = read_pairs(config.data, config.images)
     else:
-        rows = [(conversation,) for conversation in read_conversations(config.data, config.images)]
+        rows = [(conversation,) for conversation in read_conversations(config.data, config.images, videos=videos)]
     _check_template(rows, text_source, config.template, new="lm" in paths)
+    has_videos = any(file.kind == "video" for row in rows for file in row[0].files)
+    if not has_videos and (config.frames is not None or config.fps is not None):
+        raise UsageError("--frames and --fps are for videos, and the data have none", fix="drop them")
     resolved = _resolve_defaults(config, len(rows), model_config if "init" in paths else None)
+    if has_videos and config.frames is None and config.fps is None:
+        resolved = replace(resolved, frames=FRAMES)
     inputs = {role: fingerprint(path) for role, path in paths.items()}
     inputs["data"] = fingerprint(config.data) if config.data.exists() else hub_commit(str(config.data))
     inputs["images"] = _hash_images(rows, config.images)
@@ -153,6 +171,8 @@ def _check_options(config: AlignConfig) -> None:
         raise UsageError("--template plain has no question to prefer an answer to", fix="drop it")
     if stage == "projector" and config.lora:
         raise UsageError("--lora trains the language model and needs --stage full or dpo")
+    if config.frames is not None and config.fps is not None:
+        raise UsageError("give either --frames or --fps, not both")
     if config.steps is not None and config.epochs is not None:
         raise UsageError("give either --steps or --epochs, not both")
     if config.adapter and not config.lora:
@@ -187,11 +207,12 @@ def _resolve_defaults(config: AlignConfig, samples: int, init: Any) -> AlignConf
 
 
 def _hash_images(rows: Sequence[tuple[Conversation, ...]], images: Path) -> str:
-    """SHA-256 of the names, below `images`, and sizes of all image files that the rows use."""
+    """SHA-256 of the names, below `images`, and sizes of all image and video files that the rows use."""
     digest = hashlib.sha256()
-    for image in sorted({i for row in rows for i in row[0].images}):
-        name = image.relative_to(images) if image.is_relative_to(images) else image
-        digest.update(f"{name}\0{image.stat().st_size}\n".encode(errors="surrogateescape"))
+    media = {file.path for row in rows for file in row[0].files}
+    for path in sorted(file for one in media for file in (list_images(one) if one.is_dir() else [one])):
+        name = path.relative_to(images) if path.is_relative_to(images) else path
+        digest.update(f"{name}\0{path.stat().st_size}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

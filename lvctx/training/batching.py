@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lvctx.data.chat_encoding import TokenSequence, encode_conversation, encode_plain
-from lvctx.data.conversations import Conversation
+from lvctx.data.conversations import Conversation, MediaFile
 from lvctx.models.image_processing import Preprocess, open_image
 from lvctx.models.loss import IGNORED, token_loss
 from lvctx.models.vlm_assembly import embed_frames, frame_features
@@ -26,7 +26,9 @@ from lvctx.parallel import hf_attention
 from lvctx.parallel.fsdp import keep_in_graph
 from lvctx.rope.pose import skipped
 from lvctx.training.align_config import Template
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.image_tiling import ImageEncoding, embed_image
+from lvctx.vlm.training_frames import video_frame_count, video_frames
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +41,15 @@ class Sample:
     """Its row number in the data, from 0."""
     where: str
     """File and row, for errors."""
-    images: tuple[Path, ...]
-    """Images in the order of their blocks, which all sequences have."""
+    files: tuple[MediaFile, ...]
+    """Images and videos in the order of their blocks, which all sequences have."""
     sequences: tuple[TokenSequence, ...]
     """One sequence, or those of the preferred and the other answer."""
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """Files of its images."""
+        return tuple(file.path for file in self.files if file.kind == "image")
 
     @property
     def tokens(self) -> int:
@@ -64,6 +71,7 @@ def encode_sample(
     max_length: int,
     template: Template = "chat",
     markup: bool = False,
+    sampling: VideoSampling | None = None,
 ) -> Sample:
     """A row of the data, one conversation or two that differ in their last answer, which is then the only one counted.
 
@@ -73,12 +81,15 @@ def encode_sample(
     """
     images, sequences = row[0].images, []
 
-    def tokens(image: Path) -> int:
-        return encoding.tokens(image, alone=len(images) == 1)
+    def tokens(file: MediaFile) -> int:
+        if file.kind == "image":
+            return encoding.tokens(file.path, alone=len(images) == 1)
+        assert sampling is not None
+        return encoding.video_tokens(video_frame_count(file.path, sampling))
 
     for conversation in row:
         if template == "plain":
-            sequence = encode_plain(conversation, tokenizer, lambda image: tokens(image) - (encoding.grid != "anyres"))
+            sequence = encode_plain(conversation, tokenizer, lambda file: tokens(file) - (encoding.grid != "anyres"))
         else:
             last_only = len(row) > 1
             sequence = encode_conversation(conversation, tokenizer, tokens, last_only=last_only, markup=markup)
@@ -87,7 +98,7 @@ def encode_sample(
             labels = [*sequence.labels[: max_length - 1], IGNORED]
             sequence = replace(sequence, ids=sequence.ids[:max_length], labels=labels)
         sequences.append(sequence)
-    return Sample(number=number, where=row[0].where, images=images, sequences=tuple(sequences))
+    return Sample(number=number, where=row[0].where, files=row[0].files, sequences=tuple(sequences))
 
 
 def skip_positions(sample: Sample, context: int, rng: np.random.Generator) -> Sample:
@@ -134,10 +145,13 @@ class Forward(nn.Module):
         tower_grad: bool,
         device: str,
         pose: bool = False,
+        sampling: VideoSampling | None = None,
     ) -> None:
         """`newline` is the token of "\\n"; `tower_grad` is whether the tower is trained; `pose`, whether samples have
-        positions from `skip_positions`, which requires a model with plain attention (InputError)."""
+        positions from `skip_positions`, which requires a model with plain attention (InputError); `sampling` is that of
+        videos."""
         super().__init__()
+        self.sampling = sampling
         self.vlm, self.encoding, self.preprocess = vlm, encoding, preprocess
         self.newline, self.tower_grad, self.device = newline, tower_grad, device
         lm = vlm.model.language_model
@@ -184,14 +198,25 @@ class Forward(nn.Module):
         return embeds_TE + 0 * embed_frames(vlm, frame_features(vlm, blank)).sum().to(embeds_TE.dtype)
 
     def blocks(self, sample: Sample) -> list[Tensor]:
-        """The embeddings (N, E) of each of a sample's images."""
+        """The embeddings (N, E) of each of a sample's images and videos."""
         newline_E = self.vlm.get_input_embeddings().weight[self.newline]
         alone = len(sample.images) == 1
         return [
-            embed_image(
-                *(self.vlm, open_image(image), newline_E, self.encoding, self.preprocess),
+            self._embed_video(file.path, newline_E)
+            if file.kind == "video"
+            else embed_image(
+                *(self.vlm, open_image(file.path), newline_E, self.encoding, self.preprocess),
                 alone=alone,
                 tower_grad=self.tower_grad,
             )
-            for image in sample.images
+            for file in sample.files
         ]
+
+    def _embed_video(self, path: Path, newline_E: Tensor) -> Tensor:
+        """The block of a video's frames, cropped squares as in `encode-video`."""
+        assert self.sampling is not None
+        frames = [self.preprocess.square(frame, "crop") for frame in video_frames(path, self.sampling)]
+        pixels_F3SS = self.preprocess(frames).to(self.device, self.vlm.model.vision_tower.dtype)
+        with torch.set_grad_enabled(self.tower_grad and torch.is_grad_enabled()):
+            features_FPD = frame_features(self.vlm, pixels_F3SS)
+        return torch.cat([embed_frames(self.vlm, features_FPD), newline_E[None]])

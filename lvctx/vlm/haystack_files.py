@@ -19,7 +19,7 @@ def count_haystack_frames(file: Path, sampling: VideoSampling) -> Count:
     """Size and number of frames of a video or a folder of images. Raises InputError for an empty folder."""
     if not file.is_dir():
         return count_frames(file, sampling)
-    images = _list_images(file)
+    images = list_images(file)
     if not images:
         raise InputError("no image in it", where=file, fix=f"put {' or '.join(IMAGES)} there")
     width, height = image_size(images[0])
@@ -27,13 +27,14 @@ def count_haystack_frames(file: Path, sampling: VideoSampling) -> Count:
     return Count(frames=len(images), exact=True, width=width, height=height, duration=duration)
 
 
-def _list_images(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
+    """A folder's frames in the order of their names."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
 
 
 def read_haystack_images(file: Path, sampling: VideoSampling) -> Iterator[Image.Image]:
     """RGB frames in order."""
     if file.is_dir():
-        yield from map(open_image, _list_images(file))
+        yield from map(open_image, list_images(file))
     else:
         yield from (Image.fromarray(frame.image) for frame in read_video(file, sampling))

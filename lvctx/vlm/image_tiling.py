@@ -75,6 +75,10 @@ class ImageEncoding:
             tiles = math.prod(unires_grid(width, height, tile=self.tile, rule=self.rule, max_grids=self.max_grids))
         return tiles * math.ceil(self.side / 2) ** 2 + 1
 
+    def video_tokens(self, frames: int) -> int:
+        """Tokens of a video's block of this many frames, the newline included."""
+        return frames * math.ceil(self.side / 2) ** 2 + 1
+
     def tiles(self, image: Image.Image, *, alone: bool, background: tuple[int, int, int]) -> list[Image.Image]:
         """The square tiles for the tower."""
         if self.grid == "unires":
