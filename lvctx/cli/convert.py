@@ -12,7 +12,7 @@ from lvctx.models.convert_config import ExportConfig, ImportLongvaConfig
     "lvctx import-longva longva-released --context 224000 --dry-run -o longva-224k",
 )
 def import_longva(config: ImportLongvaConfig, run: RunOptions) -> None:
-    """Convert a released LongVA checkpoint for transformers and vLLM.
+    """Convert a released LongVA checkpoint, or its baseline LLaVA-NeXT-Video-7B-32K, for transformers and vLLM.
 
     The result is a model directory as written by align. Every tensor of the checkpoint is converted or listed.
     """
