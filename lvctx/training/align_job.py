@@ -106,7 +106,7 @@ DEFAULTS = {
 """LongVA's."""
 BETA = 0.1
 """LLaVA-Hound-DPO's."""
-FRAMES = 10
+VIDEO_FRAMES = 10
 """Frames of a video in LongVA-DPO's code."""
 
 
@@ -134,7 +134,7 @@ def resolve_align(config: AlignConfig) -> AlignJob:
         raise UsageError("--frames and --fps are for videos, and the data have none", fix="drop them")
     resolved = _resolve_defaults(config, len(rows), model_config if "init" in paths else None)
     if has_videos and config.frames is None and config.fps is None:
-        resolved = replace(resolved, frames=FRAMES)
+        resolved = replace(resolved, frames=VIDEO_FRAMES)
     inputs = {role: fingerprint(path) for role, path in paths.items()}
     inputs["data"] = fingerprint(config.data) if config.data.exists() else hub_commit(str(config.data))
     inputs["images"] = _hash_images(rows, config.images)
