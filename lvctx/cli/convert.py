@@ -12,9 +12,9 @@ from lvctx.models.convert_config import ExportConfig, ImportLongvaConfig
     "lvctx import-longva longva-released --context 224000 --dry-run -o longva-224k",
 )
 def import_longva(config: ImportLongvaConfig, run: RunOptions) -> None:
-    """Convert a released LongVA checkpoint, or its baseline LLaVA-NeXT-Video-7B-32K, for transformers and vLLM.
+    """Convert a released LongVA checkpoint for transformers and vLLM.
 
-    The result is a model directory as written by align. Every tensor of the checkpoint is converted or listed.
+    LongVA's baseline LLaVA-NeXT-Video-7B-32K is converted too. The result is a model directory as written by align. Every tensor of the checkpoint is converted or listed.
     """
     with progress("import-longva", "checking the checkpoint") as on_progress:
         from lvctx.models.import_longva import plan_import_longva, run_import_longva
