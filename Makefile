@@ -1,12 +1,12 @@
 # make setup | demo | transfer | transfer-text | transfer-far | transfer-64k | giraffe-nano | lint
-# make test | test-slow | test-gpu | test-lmms | test-runtimes | test-servers | test-wheel
+# make test | test-slow | test-kill | test-gpu | test-lmms | test-runtimes | test-servers | test-wheel
 # make tower | nano-start | text-start | giraffe-nano-train: train again what was trained in advance
 PYTHON ?= python3
 RUNTIMES ?= .runtimes
 RECIPES = transfer transfer-text transfer-far transfer-anyres transfer-no-text transfer-64k transfer-gpu giraffe-nano nano-start text-start \
 	giraffe-nano-train
 
-.PHONY: setup fetch demo $(RECIPES) test test-slow test-gpu test-lmms test-runtimes test-servers test-wheel lint tower clean
+.PHONY: setup fetch demo $(RECIPES) test test-slow test-kill test-gpu test-lmms test-runtimes test-servers test-wheel lint tower clean
 
 setup: .venv/.ready
 
@@ -35,11 +35,14 @@ $(RECIPES): setup
 
 test: fetch           # all but the slow tests, one file per process; then those that measure time, alone
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
-		-m 'not slow and not gpu and not lmms and not servers and not alone'
+		-m 'not slow and not kill and not gpu and not lmms and not servers and not alone'
 	.venv/bin/python -m pytest -m alone
 
 test-slow: fetch      # tests that take minutes each
 	.venv/bin/python -m pytest -m slow
+
+test-kill: fetch      # every command killed a hundred times at random moments (LVCTX_KILLS for another number): an hour
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m kill
 
 test-gpu: setup       # skipped, with the reason, where there is no GPU
 	.venv/bin/python -m pytest -m gpu -rs

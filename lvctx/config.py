@@ -4,10 +4,12 @@ A field's name, type, default and docstring already describe its option; `Flag` 
 heavy module is imported here, since the command line reads these classes to print help.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Annotated, Any, get_type_hints
+
+from lvctx.errors import UsageError
 
 OnProgress = Callable[[int, int, str], None]
 """Progress of a job: (done, total, note); a total of 0 means that it is not known."""
@@ -50,6 +52,13 @@ def hashed_fields(config: Any) -> dict[str, Any]:
     """The fields of a configuration that decide the result, for its run's provenance."""
     hints = get_type_hints(type(config), include_extras=True)
     return {f.name: getattr(config, f.name) for f in fields(config) if flag_of(hints[f.name]).in_hash}
+
+
+def refuse_options(given: Collection[str], names: Collection[str], *, there: str, fix: str = "") -> None:
+    """Raise UsageError for those of the given options that are among `names`, which have no meaning `there`."""
+    if flags := [f"--{name.replace('_', '-')}" for name in names if name in given]:
+        what = f"{', '.join(flags)} {'has' if len(flags) == 1 else 'have'} no meaning {there}"
+        raise UsageError(what, fix=f"drop {'it' if len(flags) == 1 else 'them'}{fix}")
 
 
 def parse_numbers(text: str) -> tuple[float, ...]:

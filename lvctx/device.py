@@ -1,4 +1,4 @@
-"""What `auto` means for --device and --dtype. torch is imported when one of them is resolved."""
+"""What `auto` means for --device and --dtype, and the GPUs in use. torch is imported when it is needed."""
 
 from typing import Any, Literal
 
@@ -32,3 +32,21 @@ def resolve_dtype(dtype: Dtype, device: str) -> Literal["float32", "bfloat16"]:
     # A CPU without such instructions emulates bfloat16, several times slower than float32.
     native = device != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if native else "float32"
+
+
+def gpus_in_use() -> list[int]:
+    """Numbers of the CUDA devices on which this process has allocated memory."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return []
+    # A device that is only asked to synchronize would be given a context, which takes hundreds of megabytes.
+    return [gpu for gpu in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(gpu)]
+
+
+def synchronize() -> None:
+    """Wait until the GPUs in use have computed what was queued, so that a clock can be read; at once on a CPU."""
+    import torch
+
+    for gpu in gpus_in_use():
+        torch.cuda.synchronize(gpu)

@@ -36,6 +36,10 @@ class InputError(LvctxError):
     exit_code = 3
 
 
+class DiskError(InputError):
+    """The file system refuses a write: no further sample can be stored either."""
+
+
 class MissingError(LvctxError):
     """An optional package or a piece of hardware that this command needs and that is missing."""
 

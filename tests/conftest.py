@@ -125,3 +125,15 @@ def save_tiny_vlm(lm: Any, tiny_lm: Path, tiny_tower: Path, out: Path) -> Path:
     tokenizer, tower = load_tokenizer(tiny_lm), CLIPVisionModel.from_pretrained(tiny_tower).eval()
     save_vlm(assemble(lm, tower, tokenizer, where=tiny_lm, seed=0), tokenizer, tiny_tower, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def small_inputs(
+    nano: Nano, tiny_lm: Path, tiny_tower: Path, tiny_vlm: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder in which the commands of `support.small_commands` run."""
+    from support.small_commands import prepare
+
+    folder = tmp_path_factory.mktemp("small_inputs")
+    prepare(folder, tiny_lm, tiny_tower, tiny_vlm, nano.essays)
+    return folder

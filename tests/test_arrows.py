@@ -29,7 +29,7 @@ MAY_IMPORT = {
     for i, layer in enumerate(LAYERS)
     for name in layer
 }
-"""Package -> packages it may import from. `errors` and the package itself are open to all."""
+"""Package -> packages it may import from. Modules of the package itself, such as `errors`, are open to all."""
 
 
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import mrope_models
 import pytest
+from support.costs import without_cost
 from test_cp_reading import ENV, torchrun
 from test_niah import results, run
 from test_questions import DATA
@@ -31,7 +32,7 @@ def alone(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_key(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {row["key"]: row for row in rows}
+    return {row["key"]: row for row in without_cost(rows)}
 
 
 @pytest.mark.nano

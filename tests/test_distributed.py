@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def check_sharded_gradients(world: ParallelContext) -> None:
     lm.set_attn_implementation(hf_attention.RING_ATTENTION)
     lm.zero_grad(set_to_none=True)
     row_loss = RowLoss(lm)
-    shard_model(row_loss, lm.model.layers, world, compute=torch.float32)
+    shard_model(row_loss, lm.model.layers, replace(world, compute_dtype=torch.float32))
     total, _ = row_loss(**shard_row(ids[world.dp_rank][None], world, None))
     total.backward()
     for name, p in lm.named_parameters():

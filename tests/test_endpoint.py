@@ -303,6 +303,20 @@ def test_where_every_request_must_fail_the_run_ends(
 
 
 @pytest.mark.nano
+def test_what_was_sent_is_reported_once_the_server_answers(nano: Any) -> None:
+    ask = ("vqa", nano.clips / "bikes.mp4", "--model", "other", "--frames", 2, "--ask", "What?", "--ask", "Why?")
+    with faults(lambda number, body: "404:The model `other` does not exist." if body else None) as server:
+        refused = run(*ask, "--endpoint", server.url)
+    with faults() as server:
+        answered = run(*ask, "--endpoint", server.url)
+    assert (refused.exit_code, refused.stdout) == (3, "")
+    (line,) = refused.stderr.splitlines()
+    assert "no model other" in line
+    (line,) = answered.stderr.splitlines()
+    assert "2 frames" in line
+
+
+@pytest.mark.nano
 def test_a_server_that_never_answers_is_given_up(asked: tuple[object, ...], tmp_path: Path) -> None:
     """`transformers serve` says 500 of a model that it does not have: eight such requests are enough."""
     with faults(lambda number, body: "500" if body else None) as server:

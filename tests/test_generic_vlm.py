@@ -20,6 +20,7 @@ from test_qwen_niah import fails
 from lvctx.errors import InputError, MissingError, UsageError
 from lvctx.models.loading import load_config
 from lvctx.video.sampling import VideoSampling
+from lvctx.vlm.haystack_files import FrameFile
 from lvctx.vlm.model_table import model_table
 from lvctx.vlm.registry import GENERIC, open_vlm, support_of
 from lvctx.vlm.stock_prompt import Clip
@@ -265,3 +266,11 @@ def test_support_of_a_model_type() -> None:
     assert gemma is not None
     assert (gemma.family, gemma.reuse) == ("ForwardVLM", "none")
     assert "niah video" in gemma.commands
+
+
+def test_frames_of_a_haystack_are_held_in_a_file() -> None:
+    frames = generic_parity.drawn(5, shapes=((40, 64), (7, 5)))
+    held = FrameFile(iter(frames))
+    for number in (4, 0, 1, 1):
+        assert np.array_equal(held[number], np.asarray(frames[number]))
+        assert isinstance(held[number], np.memmap)

@@ -17,6 +17,7 @@ from test_mrope_train import here
 from test_niah import encode, essays, results, run
 from torch import Tensor
 
+from lvctx.cost import CostMeter
 from lvctx.inference.engine_config import CachePlacement
 from lvctx.inference.prefix_scorer import PrefixScorer
 from lvctx.models.loading import load_model
@@ -111,6 +112,17 @@ def test_single_precision_needles_score_the_same(tiny_lm: Path) -> None:
     here, there = (PrefixScorer(load_model(tiny_lm, device=d), chunk=64).score(ids, 5) for d in ("cpu", CUDA))
     assert there.log_prob == pytest.approx(here.log_prob, abs=1e-2)
     assert there.forced == here.forced
+
+
+def test_peak_memory_is_that_of_the_sample() -> None:
+    meter = CostMeter()
+    kept = torch.empty(1 << 20, dtype=torch.uint8, device=CUDA)
+    meter.take()
+    with meter.phase("encode"):
+        torch.empty(64 << 20, dtype=torch.uint8, device=CUDA)
+    peaks = [meter.take()["cost"]["peak_memory_bytes"] for _ in range(2)]
+    assert peaks[0] - peaks[1] == 64 << 20
+    assert peaks[1] >= kept.numel()
 
 
 def twice(command: Callable[[str, Path], Any], tmp_path: Path) -> Iterator[Path]:

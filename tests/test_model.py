@@ -166,23 +166,44 @@ def test_broken_weights_are_one_line(tiny_lm: Path, tmp_path: Path) -> None:
         load_model(tmp_path)
 
 
-def test_loss_is_the_float32_sum_of_cross_entropies_and_its_gradient() -> None:
+@pytest.mark.parametrize("trained", [(True, True), (True, False), (False, True)])
+def test_loss_is_the_float32_sum_of_cross_entropies_and_its_gradient(trained: tuple[bool, bool]) -> None:
     """Against torch's own cross-entropy on full logits in float64, with ignored labels and an uneven last chunk."""
     torch.manual_seed(0)
-    hidden, weight = torch.randn(37, 8), torch.randn(50, 8)
+    hidden, weight = torch.randn(37, 8), 20 * torch.randn(50, 8)
     labels = torch.randint(0, 50, (37,))
     labels[::5] = IGNORED
-    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    full = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    ours = [t.clone().requires_grad_(on) for t, on in zip((hidden, weight), trained, strict=True)]
+    full = [t.double().requires_grad_(on) for t, on in zip((hidden, weight), trained, strict=True)]
     total, count = token_loss(ours[0], ours[1], labels, chunk=7)
     expected = F.cross_entropy(full[0] @ full[1].T, labels, ignore_index=IGNORED, reduction="sum")
-    total.backward()
-    expected.backward()
+    (total * 0.37).backward()
+    (expected * 0.37).backward()
     assert total.dtype == torch.float32
     assert count == int((labels != IGNORED).sum())
     torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=0)
     for a, b in zip(ours, full, strict=True):
-        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-5, atol=1e-6)
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_loss_under_autocast_has_float32_gradients_of_a_float32_head() -> None:
+    """The sums over chunks are float32: closer to float64 than bfloat16 sums could be."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(512, 32), torch.randn(64, 32)
+    labels = torch.randint(0, 64, (512,))
+    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    full = [hidden.bfloat16().double().requires_grad_(), weight.bfloat16().double().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        total, _ = token_loss(ours[0], ours[1], labels, chunk=4)
+    total.backward()
+    F.cross_entropy(full[0] @ full[1].T, labels, reduction="sum").backward()
+    for a, b in zip(ours, full, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        assert a.grad.dtype == torch.float32
+        assert (a.grad.double() - b.grad).norm() / b.grad.norm() < 8e-3
 
 
 def test_logits_exist_for_a_chunk_at_a_time_forward_and_backward() -> None:

@@ -19,6 +19,9 @@ from lvctx.eval.niah.video_task import VideoNeedleTask
 from lvctx.inference.prefix_scorer import PrefixScorer, Score, common_prefix, walk_order
 from lvctx.models.loading import load_model, load_tokenizer
 from lvctx.models.vlm_assembly import assemble, embed_frames, frame_features, newline_embedding, tokens_per_frame
+from lvctx.parallel import striped_attention
+from lvctx.parallel.block_attention import Plain
+from lvctx.vlm.base import sequential_positions
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -185,3 +188,26 @@ def test_a_failed_forward_leaves_nothing_behind(opinionated: Any, monkeypatch: p
         with pytest.raises(RuntimeError, match="out of memory"):
             walker.score(np.array([*range(10), *range(10)]), 2)
     assert_same(walker.score(ids, 2), plain_text(opinionated, ids, 2))
+
+
+def test_a_generated_token_needs_no_pass_over_the_prompt_and_one_kernel_call_a_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Positions of all tokens are computed once for a reply, and a new token attends to all keys at once."""
+    passes, calls = list[int](), list[int]()
+
+    def positions(ids_L: np.ndarray, first: int) -> torch.Tensor:
+        passes.append(first)
+        return sequential_positions(ids_L, first)
+
+    class Counting:
+        forward = staticmethod(lambda *args, **options: calls.append(1) or Plain().forward(*args, **options))  # type: ignore[func-returns-value]
+
+    stock = small_model("llama", 100)
+    ids = np.arange(40) % 90
+    expected = stock.generate(torch.from_numpy(ids)[None], max_new_tokens=9, do_sample=False, eos_token_id=None)
+    monkeypatch.setattr(striped_attention, "choose_kernel", lambda *of: Counting())
+    scorer = PrefixScorer(small_model("llama", 100), positions=positions, chunk=16)
+    assert scorer.generate(ids, 9, ()) == expected[0, 40:].tolist()
+    assert len(passes) == 3 + 1
+    assert len(calls) == 2 * (1 + 2 + 2 + 8)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.costs import without_cost
 from support.fault_server import MODEL, faults
 from test_niah import results
 from test_questions import DATA, rows_of, run
@@ -55,11 +56,13 @@ def shards(flags: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_merged_shards_are_the_run_row_for_row(whole: Path, shards: list[Path], tmp_path: Path) -> None:
-    """Whatever their order; the file for the benchmark's own scorer too."""
+    """Whatever their order; the file for the benchmark's own scorer too. Every row keeps what it cost."""
+    costs = {row["key"]: row["cost"] for shard in shards for row in results(shard)}
     for order in (shards, shards[::-1]):
         done = run("bench", "merge", *order, "-o", tmp_path)
         assert done.exit_code == 0, done.output
-        assert results(tmp_path) == results(whole)
+        assert without_cost(results(tmp_path)) == without_cost(results(whole))
+        assert {row["key"]: row["cost"] for row in results(tmp_path)} == costs
         assert (tmp_path / "responses.json").read_bytes() == (whole / "responses.json").read_bytes()
         (row,) = rows_of(done)
         assert (row["questions"], row["answered"], row["missing"], row["missing_shards"]) == (10, 10, [], [])
@@ -76,7 +79,7 @@ def test_what_is_missing_is_said_and_can_be_added(
     assert "4 questions are missing: 1-0, 1-1, 4-0, 4-1" in done.stderr
     assert len(results(out)) == 6
     assert run("bench", "merge", *shards, "-o", out).exit_code == 0
-    assert results(out) == results(whole)
+    assert without_cost(results(out)) == without_cost(results(whole))
     stopped = tmp_path / "stopped"
     shutil.copytree(shards[1], stopped)
     lines = (stopped / "results.jsonl").read_bytes().splitlines(keepends=True)
@@ -88,7 +91,7 @@ def test_what_is_missing_is_said_and_can_be_added(
     with faults() as server:
         assert run(*flags, "--endpoint", server.url, "-o", out).exit_code == 0
         assert len(server.requests) == 3
-    assert sorted(map(str, results(out))) == sorted(map(str, results(whole)))
+    assert sorted(map(str, without_cost(results(out)))) == sorted(map(str, without_cost(results(whole))))
 
 
 def test_a_failed_question_gives_way_to_its_answer(
@@ -102,7 +105,7 @@ def test_a_failed_question_gives_way_to_its_answer(
     assert sum("error" in row for row in results(tmp_path / "out")) == 4
     done = run("bench", "merge", tmp_path / "failed", *shards, "-o", tmp_path / "out")
     assert done.exit_code == 0, done.output
-    assert results(tmp_path / "out") == results(whole)
+    assert without_cost(results(tmp_path / "out")) == without_cost(results(whole))
 
 
 def test_what_cannot_be_merged(flags: tuple[object, ...], whole: Path, shards: list[Path], tmp_path: Path) -> None:
@@ -132,7 +135,7 @@ def test_what_cannot_be_merged(flags: tuple[object, ...], whole: Path, shards: l
     done = run("bench", "merge", *shards, *out)
     assert (done.exit_code, "holds results of another run" in done.stderr) == (3, True)
     assert run("bench", "merge", *shards, *out, "--force").exit_code == 0
-    assert results(tmp_path / "out") == results(whole)
+    assert without_cost(results(tmp_path / "out")) == without_cost(results(whole))
 
 
 def test_shards_in_process(nano: Any, loud_vlm: Path, tmp_path: Path) -> None:
@@ -147,4 +150,4 @@ def test_shards_in_process(nano: Any, loud_vlm: Path, tmp_path: Path) -> None:
         assert done.exit_code in (0, whole.exit_code), done.output
     done = run("bench", "merge", *outs, "-o", tmp_path / "merged")
     assert done.exit_code == whole.exit_code, done.output
-    assert results(tmp_path / "merged") == results(tmp_path / "whole")
+    assert without_cost(results(tmp_path / "merged")) == without_cost(results(tmp_path / "whole"))

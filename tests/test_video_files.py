@@ -232,7 +232,9 @@ def test_errors_name_what_was_given(
     done = CliRunner().invoke(app, [*map(str, asked(video))])
     assert (done.exit_code, json.loads(done.stdout)["frames"]) == (0, 2)
     niah = ("niah", "video", "--model", tiny_vlm, "--lengths", 2, "--depths", 0, "-o", tmp_path / "n", "--haystack")
-    assert CliRunner().invoke(app, [*map(str, niah), str(video)]).exit_code == 0
+    kept = ("--feature-cache", tmp_path / "features")
+    assert CliRunner().invoke(app, [*map(str, (*niah, video, *kept))]).exit_code == 0
+    assert [path.name for path in kept[1].glob("*.safetensors")] == [f"{video.stem}.frames.safetensors"]
     assert "a video" in refused("info", video)
     encode = ("encode-video", "-o", tmp_path / "f", "--tower")
     assert "a video (MP4 or QuickTime), not a model directory" in refused(*encode, video, video)

@@ -16,3 +16,5 @@ JSON
 "$lvctx" bench protocols --json
 "$lvctx" niah text --model "$nano/lm" --haystack "$nano/essays" --lengths 256 --depths 0,1 --trials 1 -o needles
 test -s needles/heatmap.png
+"$lvctx" report needles responses.json -o report.html
+grep -q '<script type="application/json" id="content">{"runs":' report.html

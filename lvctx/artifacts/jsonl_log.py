@@ -54,7 +54,7 @@ class JsonlLog:
         """Open `path`, and read its rows; `fresh` empties it first. Raises InputError for a malformed row."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._file = open(path, "w+b" if fresh else "a+b")  # noqa: SIM115 (closed in __exit__)
+        self._file = open(path, "w+b" if fresh else "a+b", buffering=0)  # noqa: SIM115 (closed in __exit__)
         with self._locked():
             self.stored = read_jsonl(path)
 
@@ -77,8 +77,10 @@ class JsonlLog:
         """Write one row."""
         try:
             with self._locked():
-                self._file.write(json_line(row).encode())
-                self._file.flush()
+                # Without a buffer: after a failure there must be nothing left to write when the file is closed.
+                line = memoryview(json_line(row).encode())
+                while line:
+                    line = line[self._file.write(line) :]
                 os.fsync(self._file.fileno())
         except OSError as e:
             if is_disk_error(e):

@@ -1,12 +1,13 @@
 """One writer per output at a time: a lock that is released when its process ends, however that ends."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lvctx.artifacts.store import disk_error, is_disk_error
+from lvctx.artifacts.store import disk_error, is_disk_error, is_open_at
 from lvctx.errors import InputError
 
 LOCK = ".lock"
@@ -16,7 +17,8 @@ LOCK = ".lock"
 def only_writer(directory: Path, *, name: str = LOCK, wait: bool = False) -> Iterator[None]:
     """Hold the lock of an output directory, created if needed, or with `name` that of one of its files.
 
-    Raises InputError if another process holds it, unless `wait` is true.
+    Raises InputError if another process holds it, unless `wait` is true, and DiskError in place of any exception of the
+    body that reports a full disk.
     """
     path = directory / name
     while True:
@@ -30,7 +32,7 @@ def only_writer(directory: Path, *, name: str = LOCK, wait: bool = False) -> Ite
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             # The last owner removes the file, possibly between this process's open and its lock.
-            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+            if is_open_at(fd, path):
                 break
         except BlockingIOError:
             os.close(fd)
@@ -40,6 +42,11 @@ def only_writer(directory: Path, *, name: str = LOCK, wait: bool = False) -> Ite
         os.close(fd)
     try:
         yield
+    except Exception as e:
+        # The lock was written here, so that a missing permission is that of an input.
+        if is_disk_error(e) and getattr(e, "errno", None) != errno.EACCES:
+            raise disk_error(e, directory) from e
+        raise
     finally:
         path.unlink(missing_ok=True)
         os.close(fd)

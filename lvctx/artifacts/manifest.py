@@ -6,16 +6,18 @@ last, so a directory without one is unfinished. No wall-clock time and no host n
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lvctx import __version__
-from lvctx.artifacts.store import read_json, read_safetensors_header, sha256_file, write_json
+from lvctx.artifacts.lock import only_writer
+from lvctx.artifacts.store import read_json, read_safetensors_header, read_sha256, sha256_file, write_json
 from lvctx.errors import InputError
 
-MANIFEST = "MANIFEST.json"
+MANIFEST, VERIFIED = "MANIFEST.json", ".verified.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,59 @@ def write_manifest(directory: Path, provenance: Provenance, files: list[str], **
     write_json(directory / MANIFEST, {**provenance.to_dict(), **facts, "files": listed})
 
 
+def listed_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Files of a finished directory by name, with their `bytes` and `sha256`; none where it has no manifest.
+
+    Raises InputError for a manifest that does not list files of this directory.
+    """
+    if not (directory / MANIFEST).is_file():
+        return {}
+    files = read_manifest(directory).get("files", {})
+    for name, stored in files.items() if isinstance(files, dict) else [("", None)]:
+        inside = name and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
+        if not inside or not isinstance(stored, dict) or not {"bytes", "sha256"} <= stored.keys():
+            raise InputError(f"no list of files ({name!r})", where=directory / MANIFEST, fix=AGAIN)
+    return files
+
+
+AGAIN = "write the artifact again: its command with --force, or delete it first"
+"""What to do about a damaged artifact."""
+
+
+def check_sizes(directory: Path) -> None:
+    """Raise InputError for a file of a finished directory that is missing or has another size than it was given."""
+    for name, stored in listed_files(directory).items():
+        path = directory / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != stored["bytes"]:
+            what = "missing" if size is None else f"{size} bytes instead of {stored['bytes']}"
+            raise InputError(f"damaged: {what}", where=path, fix=AGAIN)
+
+
+def verify_files(directory: Path, *, cached: bool = True) -> int:
+    """Compare a finished directory's files with the hashes in its manifest; returns the number of files.
+
+    With `cached`, a file with the inode, size and time at which it was last found correct is not read again;
+    `.verified.json` in the directory has them, where it can be written. Raises InputError for the first file that
+    differs.
+    """
+    check_sizes(directory)
+    files = listed_files(directory)
+    memory = directory / VERIFIED
+    before = read_json(memory) if cached and memory.is_file() else {}
+    after = {}
+    for name, stored in files.items():
+        path = directory / name
+        state = path.stat()
+        after[name] = [state.st_ino, state.st_size, state.st_mtime_ns, stored["sha256"]]
+        if before.get(name) != after[name] and read_sha256(path) != stored["sha256"]:
+            raise InputError("damaged: its bytes are not those that were written", where=path, fix=AGAIN)
+    if cached and after != before:
+        with suppress(InputError):  # a directory that cannot be written is read again next time
+            write_json(memory, after)
+    return len(files)
+
+
 def is_finished(target: Path, provenance: Provenance, *, resume: str = "auto", force: bool = False) -> bool:
     """Whether `target` already is this run's finished artifact, so that there is nothing to do.
 
@@ -115,7 +170,23 @@ def is_finished(target: Path, provenance: Provenance, *, resume: str = "auto", f
         )
     if resume == "never":
         raise InputError("is finished already", where=target, fix="drop --resume never, or --force to redo it")
+    if target.is_dir():
+        check_sizes(target)
     return True
+
+
+@contextmanager
+def open_output(out: Path, provenance: Provenance, *, resume: str = "auto", force: bool = False) -> Iterator[bool]:
+    """Hold the lock of an output directory that is not finished; yields whether there is anything to do.
+
+    Raises InputError if another process is writing there, and what `is_finished` raises.
+    """
+    if is_finished(out, provenance, resume=resume, force=force):
+        yield False
+        return
+    with only_writer(out):
+        # Another process may have finished it between the first look and the lock.
+        yield not is_finished(out, provenance, resume=resume, force=force)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

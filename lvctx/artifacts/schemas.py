@@ -45,3 +45,6 @@ PROTOCOL = "lvctx.protocol/1"
 
 SCORE = "lvctx.score/1"
 """Row: the score of one run or responses file, or the difference of two."""
+
+REPORT = "lvctx.report/1"
+"""Row: the HTML page that `report` wrote."""

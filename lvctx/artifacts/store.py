@@ -5,6 +5,7 @@ and its directory fsynced. A killed writer leaves `.NAME.partial`, which the nex
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lvctx.errors import InputError
+from lvctx.errors import DiskError, InputError, LvctxError
 
 LFS_POINTER = b"version "
 """First bytes of the pointer file that replaces a large file in a Git repository cloned without Git LFS."""
@@ -26,21 +27,46 @@ LFS_POINTER = b"version "
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a path to write to; on a clean exit it becomes `target`, on any exception it is removed.
 
-    Raises InputError when the disk is full or the directory cannot be written.
+    Of several processes that write one file, one writes at a time. Raises InputError when the disk is full or the
+    directory cannot be written.
     """
     partial = target.with_name(f".{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        with open(partial, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(partial, target)
+        with _locked(partial):
+            try:
+                yield partial
+                with open(partial, "rb") as f:
+                    os.fsync(f.fileno())
+                os.replace(partial, target)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
         fsync_directory(target.parent)
     except BaseException as e:
-        partial.unlink(missing_ok=True)
         if is_disk_error(e):
             raise disk_error(e, target) from e
         raise
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Hold the lock of a file, created if needed, that its last owner renames or removes."""
+    while True:
+        with open(partial, "ab") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            if not is_open_at(f.fileno(), partial):
+                continue
+            yield
+            return
+
+
+def is_open_at(fd: int, path: Path) -> bool:
+    """Whether `path` still names the open file `fd`."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -80,18 +106,18 @@ def fsync_directory(directory: Path) -> None:
 def is_disk_error(e: BaseException) -> bool:
     """Whether `e` is the file system refusing a write (full, quota, read-only, no permission).
 
-    safetensors reports such an error as its own exception with the errno only in the text.
+    Rust libraries (safetensors, tokenizers) report such an error as an exception with the errno only in the text.
     """
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
     if isinstance(e, OSError):
         return e.errno in codes
-    return type(e).__name__ == "SafetensorError" and any(f"os error {c}" in str(e) for c in codes)
+    return not isinstance(e, LvctxError) and any(f"(os error {c})" in str(e) for c in codes)
 
 
-def disk_error(e: BaseException, target: Path) -> InputError:
+def disk_error(e: BaseException, target: Path) -> DiskError:
     """The error when `target` could not be written."""
     reason = os.strerror(e.errno) if isinstance(e, OSError) and e.errno else str(e)
-    return InputError(
+    return DiskError(
         f"cannot write ({reason})", where=target, fix="free some space or choose another -o, then run again"
     )
 
@@ -180,6 +206,11 @@ def sha256_file(path: Path) -> str:
 
 @lru_cache(maxsize=4096)
 def _sha256(path: Path, *state: int) -> str:
+    return read_sha256(path)
+
+
+def read_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes as they are on disk now."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

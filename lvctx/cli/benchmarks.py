@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lvctx.cli.endpoint import open_endpoint, refuse_local_options
+from lvctx.cli.costs import print_costs
+from lvctx.cli.endpoint import open_endpoint, refuse_unused_options
 from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
-from lvctx.cli.output import emit, is_quiet, progress, say, wants_json
+from lvctx.cli.output import emit, estimate, is_quiet, percent, progress, say, wants_json
 from lvctx.cli.protocols import print_protocol, protocol_facts, protocol_presets
 from lvctx.config import Flag
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
@@ -33,6 +34,8 @@ BENCHMARKS = {
 }
 TEMPLATES = {"videomme": "official, lmms-eval or vlmevalkit", "mlvu": "official or lmms-eval"}
 """Prompt templates of a benchmark that has several."""
+OF_VIDEOS = ("feature_cache", "send", "frame_times")
+"""Options, beside those of sampling, without effect on images."""
 
 group(
     "videomme",
@@ -95,7 +98,7 @@ def _declare(name: str, prefix: str, what: str) -> None:
         _check_options(name, set_by_user, config, server)
         if sampling.fps is None and sampling.frames is None and server.send != "file-url":
             sampling = replace(sampling, frames=128)
-        _run(name, config, params, sampling, engine, server, run)
+        _run(name, config, params, sampling, engine, server, run, set_by_user)
 
     def score(config: ScoreConfig, output: OutputOptions) -> None:
         _score(name, config)
@@ -142,11 +145,11 @@ def _check_options(
         raise UsageError(f"no prompt template {config.prompt!r}", where="--prompt", fix=fix)
     if config.subtitles is not None and name != "videomme":
         raise UsageError(f"{name} has no subtitles", where="--subtitles")
-    if name == "vhs" and (flags := sorted(set_by_user & set(VideoSampling.__dataclass_fields__))):
+    if name == "vhs" and (flags := sorted(set_by_user & {*VideoSampling.__dataclass_fields__, *OF_VIDEOS})):
         what = ", ".join(f"--{flag.replace('_', '-')}" for flag in flags)
         raise UsageError("vhs uses images, in the encoding that the model was trained with", fix=f"drop {what}")
     if server.endpoint is not None:
-        refuse_local_options(set_by_user, EngineConfig)
+        refuse_unused_options(set_by_user, server, EngineConfig)
         if server.send == "file-url" and config.subtitles is not None:
             raise UsageError("--subtitles need the times of frames", fix="drop --send file-url")
 
@@ -159,12 +162,15 @@ def _run(
     engine: EngineConfig,
     server: ConcurrentEndpointConfig,
     run: BenchmarkRunOptions,
+    set_by_user: frozenset[str],
 ) -> None:
     from lvctx.device import resolve_device
     from lvctx.eval.benchmarks.run_benchmark import BenchmarkConfig, plan_benchmark, run_benchmark
     from lvctx.eval.benchmarks.shards import Shard, start_shard
+    from lvctx.inference.generation_config import resolve_sampling
     from lvctx.parallel.context import SHARED_WORK_TIMEOUT, open_context
 
+    params = resolve_sampling(params, config.model, set_by_user)
     bench, shard = load_benchmark(name), Shard.parse(run.shard) if run.shard else None
     device = "cpu" if server.endpoint else resolve_device(engine.device)
     protocol = protocol_facts(config.protocol, name, config, params, sampling, engine, server)
@@ -184,7 +190,7 @@ def _run(
         with opened as parallel:
             if parallel.size > 1 and server.endpoint is not None:
                 raise UsageError(f"{parallel.size} processes with --endpoint", fix="--jobs, and no torchrun")
-            model = _open_engine(config, engine, server, parallel)
+            model = _open_engine(config, engine, server, parallel, set_by_user)
             job = plan_benchmark(bench, benchmark_config, model, sampling)
             if shard is not None:
                 if parallel.size > 1:
@@ -227,15 +233,20 @@ def _summarize(total: int, failed: dict[str, str], *, cut: int, params: Benchmar
 
 
 def _open_engine(
-    config: BenchmarkOptions, engine: EngineConfig, server: ConcurrentEndpointConfig, parallel: "ParallelContext"
+    config: BenchmarkOptions,
+    engine: EngineConfig,
+    server: ConcurrentEndpointConfig,
+    parallel: "ParallelContext",
+    set_by_user: frozenset[str],
 ) -> "Engine":
     """The model in this process, or on a server."""
     if server.endpoint is not None:
         return open_endpoint(server, config.model, jobs=server.jobs)
-    from lvctx.inference.open_engine import open_engine
+    from lvctx.inference.open_engine import check_options, open_engine
     from lvctx.vlm.registry import open_vlm
 
     vlm = open_vlm(config.model, device=parallel.device, feature_cache=engine.feature_cache or config.out / "frames")
+    check_options(vlm, set_by_user)
     return open_engine(vlm, replace(engine, device=parallel.device), ring=parallel.ring)
 
 
@@ -264,22 +275,12 @@ def _find_questions(bench: ModuleType, questions: str) -> Path:
 
 
 def _score(name: str, config: ScoreConfig) -> None:
-    from lvctx.artifacts.schemas import SCORE
     from lvctx.eval.benchmarks.accuracy import read_benchmark_run
-    from lvctx.eval.benchmarks.protocol import protocol_of_rows
+    from lvctx.eval.benchmarks.score_run import score_run
 
     bench = load_benchmark(name)
     for path in config.runs:
-        benchmark_run = read_benchmark_run(path, bench)
-        result = (
-            bench.score(benchmark_run.rows, seed=config.seed)
-            if name == "longvideobench"
-            else bench.score(benchmark_run.rows)
-        )
-        result["warnings"] = [*benchmark_run.warnings, *result["warnings"]]
-        result = {"schema": SCORE, "bench": name, "run": path.name, "failed": benchmark_run.failed, **result}
-        if (protocol := protocol_of_rows(benchmark_run.rows)) is not None:
-            result["protocol"] = protocol
+        result = {**score_run(read_benchmark_run(path, bench), bench, seed=config.seed), "run": path.name}
         if wants_json():
             emit(result)
         else:
@@ -318,6 +319,7 @@ def _print(result: dict[str, Any]) -> None:
         console.print(f"effective length: {result['effective_length']:,} images (60% right)", highlight=False)
     if result.get("generated"):
         console.print(f"{result['generated']:,} generated answers, exported for their judge", highlight=False)
+    print_costs(result["run"], result)
 
 
 def print_sources(console: Any, rules: Iterable[str]) -> None:
@@ -327,18 +329,3 @@ def print_sources(console: Any, rules: Iterable[str]) -> None:
     for rule in rules:
         if rule in RULE_SOURCES:
             console.print(f"{rule}: {RULE_SOURCES[rule]}", highlight=False)
-
-
-def percent(value: float | None) -> str:
-    """`61.2`, or a dash if nothing was counted."""
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def interval(e: dict[str, Any]) -> str:
-    """`58.9 to 63.5`, or a dash."""
-    return "–" if e["low"] is None else f"{100 * e['low']:.1f} to {100 * e['high']:.1f}"
-
-
-def estimate(e: dict[str, Any]) -> str:
-    """`61.2 (58.9 to 63.5; n 2,700)`."""
-    return f"{percent(e['mean'])} ({interval(e)}; n {e['counted']:,})"

@@ -5,8 +5,9 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from lvctx.config import refuse_options
 from lvctx.errors import UsageError
-from lvctx.inference.endpoint_config import EndpointConfig, VideoEndpointConfig
+from lvctx.inference.endpoint_config import UNUSED_OPTIONS, EndpointConfig, VideoEndpointConfig
 
 if TYPE_CHECKING:
     from lvctx.inference.chat_client import ChatClient
@@ -37,10 +38,19 @@ def open_endpoint(config: VideoEndpointConfig, model: str, *, jobs: int = 1) -> 
     return EndpointEngine(open_client(config, model), config, jobs=jobs)
 
 
-def refuse_local_options(set_by_user: Collection[str], *config_classes: type, more: Collection[str] = ()) -> None:
-    """Raise UsageError for options that the user gave and that decide how a model runs in this process."""
-    names = [field.name for config_class in config_classes for field in fields(config_class)]
-    flags = [f"--{name.replace('_', '-')}" for name in [*names, *more] if name in set_by_user]
-    if flags:
-        what = f"{', '.join(flags)} {'has' if len(flags) == 1 else 'have'} no meaning with --endpoint"
-        raise UsageError(what, fix=f"drop {'it' if len(flags) == 1 else 'them'}: the server decides how the model runs")
+def refuse_unused_options(
+    given: Collection[str], server: VideoEndpointConfig, *local: type, more: Collection[str] = ()
+) -> None:
+    """Raise UsageError for options that the user gave and that mean nothing with --endpoint.
+
+    Those of the `local` configurations and `more` decide how a model runs in this process; others are of images that
+    are not sent.
+    """
+    names = [field.name for config_class in local for field in fields(config_class)]
+    refuse_options(
+        given,
+        [*names, *more, "use_generation_config"],
+        there="with --endpoint",
+        fix=": the server decides how the model runs",
+    )
+    refuse_options(given, UNUSED_OPTIONS.get(server.send, ()), there=f"with --send {server.send}")

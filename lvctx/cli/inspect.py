@@ -31,6 +31,8 @@ class InfoConfig:
     """Draw the sampled frames of a frames file into this image."""
     video: Annotated[Path | None, Flag(needs=("contact_sheet",))] = None
     """Current path of a frames file's video."""
+    verify: bool = False
+    """Read the whole artifact and compare it with the hashes that were stored when it was written."""
 
 
 @command("info", "lvctx info packed --plot", "lvctx info frames/bikes.frames.safetensors --json")
@@ -43,6 +45,8 @@ def info(config: InfoConfig, run: OutputOptions) -> None:
     from lvctx.artifacts.describe import describe
 
     facts = describe(config.artifact)
+    if config.verify:
+        facts["verified"] = _verify(config.artifact)
     if config.contact_sheet is not None:
         from lvctx.vlm.contact_sheet import contact_sheet
 
@@ -82,6 +86,20 @@ def info(config: InfoConfig, run: OutputOptions) -> None:
         print_channels(positions, stderr=False)
     if config.plot:
         _plot(lengths, console)
+
+
+def _verify(artifact: Path) -> str:
+    """What was compared with the stored hashes. Raises InputError for damage, and where there are no hashes."""
+    from lvctx.artifacts.manifest import verify_files
+    from lvctx.vlm.feature_cache import verify_feature_cache
+
+    if artifact.is_file():
+        verify_feature_cache(artifact)
+        return "all data"
+    count = verify_files(artifact, cached=False)
+    if not count:
+        raise InputError("no hashes to compare with: it has no MANIFEST.json", where=artifact, fix="drop --verify")
+    return f"{count} files"
 
 
 def _source_table(sources: dict[str, Any]) -> Any:

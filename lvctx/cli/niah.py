@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lvctx.cli.endpoint import open_endpoint, refuse_local_options
+from lvctx.cli.costs import print_costs, run_costs
+from lvctx.cli.endpoint import open_endpoint, refuse_unused_options
 from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
 from lvctx.cli.output import emit, is_quiet, progress, say, wants_json
 from lvctx.config import Flag
@@ -20,7 +21,7 @@ from lvctx.inference.endpoint_config import (
     TextEndpointConfig,
     VideoEndpointConfig,
 )
-from lvctx.inference.engine_config import CachePlacement, DeviceConfig
+from lvctx.inference.engine_config import FEATURE_CACHE, CachePlacement, DeviceConfig, VideoDeviceConfig
 from lvctx.video.sampling import VideoSampling
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ def text(
     if server.endpoint is not None:
         from lvctx.eval.niah.endpoint_job import plan_endpoint_text
 
-        refuse_local_options(given(ctx), DeviceConfig, more=LOCAL_OPTIONS)
         shown = VideoEndpointConfig(**{f.name: getattr(server, f.name) for f in fields(EndpointConfig)})
+        refuse_unused_options(given(ctx), shown, DeviceConfig, more=LOCAL_OPTIONS)
         engine = open_endpoint(shown, config.model, jobs=server.jobs)
         _run_endpoint("niah text", plan_endpoint_text(config, server, engine), run)
         return
@@ -93,26 +94,30 @@ def video(
     ctx: typer.Context,
     config: VideoNiahConfig,
     sampling: VideoSampling,
-    device: DeviceConfig,
+    device: VideoDeviceConfig,
     server: ConcurrentEndpointConfig,
     run: NiahRunOptions,
 ) -> None:
     """Needle-in-a-haystack test in video (V-NIAH): an image among the frames of a video.
 
+    A video file is encoded first if the model needs it, and its features are kept in --feature-cache.
     On a pipe there is one JSON line for each cell.
     """
     if server.endpoint is not None:
         from lvctx.eval.niah.endpoint_job import plan_endpoint_video
 
-        refuse_local_options(given(ctx), DeviceConfig, more=(*LOCAL_OPTIONS, "as_images"))
+        refuse_unused_options(given(ctx), server, VideoDeviceConfig, more=(*LOCAL_OPTIONS, "as_images"))
         engine = open_endpoint(server, config.model, jobs=server.jobs)
         _run_endpoint("niah video", plan_endpoint_video(config, server, sampling, engine), run)
         return
     from lvctx.device import resolve_device
     from lvctx.eval.niah.job import plan_video
+    from lvctx.inference.open_engine import check_options
     from lvctx.vlm.registry import open_vlm
 
-    vlm = open_vlm(config.model, device=resolve_device(device.device))
+    cache = (device.feature_cache or FEATURE_CACHE).expanduser()
+    vlm = open_vlm(config.model, device=resolve_device(device.device), feature_cache=cache)
+    check_options(vlm, given(ctx))
     _run(
         "niah video",
         config,
@@ -291,11 +296,13 @@ def report(config: ReportConfig, output: OutputOptions) -> None:
         write_json(out, [result.to_dict(threshold) for result in results])
     else:
         draw_heatmaps(results, out, threshold=threshold)
-    if wants_json():
-        for result in results:
-            emit(result.to_dict(threshold))
-    else:
+    if not wants_json():
         print_tables(results, threshold=threshold, stderr=False)
+    for run, result in zip(config.runs, results, strict=True):
+        if wants_json():
+            emit({**result.to_dict(threshold), **run_costs(run)})
+        else:
+            print_costs(result.name, run_costs(run))
 
 
 def print_tables(results: "Sequence[NeedleResults]", *, threshold: float, stderr: bool) -> None:

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lvctx.cli.benchmarks import interval, percent, print_sources
+from lvctx.cli.benchmarks import print_sources
+from lvctx.cli.costs import print_costs
 from lvctx.cli.options import OutputOptions, command, given
-from lvctx.cli.output import emit, wants_json
+from lvctx.cli.output import emit, interval, percent, wants_json
 from lvctx.cli.protocols import print_protocol
 from lvctx.config import Flag
 from lvctx.errors import UsageError
@@ -45,8 +46,9 @@ def score_videomme(ctx: typer.Context, config: VideoMMEScoreConfig, output: Outp
     from lvctx.eval.benchmarks import videomme
     from lvctx.eval.benchmarks.accuracy import CUT, difference
     from lvctx.eval.benchmarks.answers import RULES
-    from lvctx.eval.benchmarks.protocol import protocol_difference
+    from lvctx.eval.benchmarks.protocol import protocol_difference, protocol_of_rows
     from lvctx.eval.benchmarks.responses import read_responses
+    from lvctx.eval.cost_summary import summarize_costs
 
     files, plot = config.files, config.plot
     if plot is not None and plot.suffix not in (".png", ".svg"):
@@ -54,14 +56,15 @@ def score_videomme(ctx: typer.Context, config: VideoMMEScoreConfig, output: Outp
     responses = [read_responses(file) for file in files]
     if len({item.name for item in responses}) < len(responses):
         responses = [replace(item, name=str(file)) for item, file in zip(responses, files, strict=True)]
-    runs = [_read_run(file) for file in files]
+    rows_of_runs = [_read_rows(file) for file in files]
+    runs = [_run_facts(rows) for rows in rows_of_runs]
     scores = [videomme.score(item) | {"failed": run[1]} for item, run in zip(responses, runs, strict=True)]
     for row, run in zip(scores, runs, strict=True):
         if run[2]:
             row["warnings"] = [CUT.format(cut=run[2]), *row["warnings"]]
-    protocols = [_protocol(file) for file in files]
-    for row, protocol in zip(scores, protocols, strict=True):
-        row |= {"protocol": protocol} if protocol else {}
+    protocols = [protocol_of_rows(rows) for rows in rows_of_runs]
+    for row, protocol, rows in zip(scores, protocols, rows_of_runs, strict=True):
+        row |= {**({"protocol": protocol} if protocol else {}), **summarize_costs(rows)}
     rule = config.rule if "rule" in given(ctx) else _common_rule(protocols) or config.rule
     versus: dict[str, Any] = {}
     warning = ""
@@ -90,27 +93,22 @@ def score_videomme(ctx: typer.Context, config: VideoMMEScoreConfig, output: Outp
         _print_difference(responses[0].name, responses[1].name, versus, warning)
 
 
-def _read_run(path: Path) -> tuple[int | None, int, int]:
-    """Frames of each video that a run of ours showed its model, questions that failed, and replies that were cut.
-
-    None, 0 and 0 for files of others; None for runs whose videos differ in frames.
-    """
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a run of ours; none for files of others."""
     from lvctx.artifacts.result_log import RESULTS, read_results
 
     folder = path.parent if path.name == "responses.json" else path
-    rows = list(read_results(folder).values()) if (folder / RESULTS).is_file() else []
+    return list(read_results(folder).values()) if (folder / RESULTS).is_file() else []
+
+
+def _run_facts(rows: list[dict[str, Any]]) -> tuple[int | None, int, int]:
+    """Frames of each video that the model was shown, questions that failed, and replies that were cut.
+
+    None in place of the frames where videos differ in them, or there are no rows.
+    """
     frames = {row["frames"] for row in rows if isinstance(row.get("frames"), int)}
     count = frames.pop() if len(frames) == 1 else None
     return count, sum("error" in row for row in rows), sum(bool(row.get("cut")) for row in rows)
-
-
-def _protocol(path: Path) -> dict[str, Any] | None:
-    """The protocol of a run of ours; None for files of others."""
-    from lvctx.artifacts.result_log import RESULTS, read_results
-    from lvctx.eval.benchmarks.protocol import protocol_of_rows
-
-    folder = path.parent if path.name == "responses.json" else path
-    return protocol_of_rows(read_results(folder).values()) if (folder / RESULTS).is_file() else None
 
 
 def _common_rule(protocols: list[dict[str, Any] | None]) -> str | None:
@@ -166,6 +164,7 @@ def _print(row: dict[str, Any], cells: list[dict[str, Any]], rule: str) -> None:
             columns = (f"{percent(c['mean'])} ({c['counted']})" if c else "" for c in values)
             kinds.add_row(domain if task == "all" else f"  {task}", *columns, style="bold" if task == "all" else "")
     console.print(kinds)
+    print_costs(row["file"], row)
 
 
 def _print_difference(first: str, second: str, versus: dict[str, Any], warning: str) -> None:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lvctx.artifacts import schemas
-from lvctx.cli.endpoint import open_endpoint, refuse_local_options
+from lvctx.cli.endpoint import open_endpoint, refuse_unused_options
 from lvctx.cli.options import OutputOptions, command, given
 from lvctx.cli.output import emit, is_quiet, is_rank_zero, progress, say, wants_json
 from lvctx.config import Flag
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
 from lvctx.inference.endpoint_config import VideoEndpointConfig
-from lvctx.inference.engine_config import EngineConfig
+from lvctx.inference.engine_config import FEATURE_CACHE, EngineConfig
 from lvctx.inference.sampling_params import SamplingParams
 from lvctx.video.sampling import VideoSampling
 
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from lvctx.inference.engine import Engine
     from lvctx.inference.video_questions import Answer, VideoQuestions
     from lvctx.parallel.context import ParallelContext
-
-FEATURE_CACHE = Path("~/.cache/lvctx/features")
-"""Default folder for features of videos."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,17 +82,19 @@ def vqa(
     if config.piped and sys.stdin.isatty():
         raise UsageError("no video", fix="give one, or pipe from lvctx encode-video")
     if server.endpoint is not None:
-        refuse_local_options(given(ctx), EngineConfig)
+        refuse_unused_options(given(ctx), server, EngineConfig)
         engine = replace(engine, device="cpu")
+    from lvctx.inference.generation_config import resolve_sampling
     from lvctx.parallel.context import SHARED_WORK_TIMEOUT, open_context
 
+    params = resolve_sampling(params, config.model, given(ctx))
     opened = open_context(device=engine.device, cp=engine.cp, timeout=SHARED_WORK_TIMEOUT)
     with opened as parallel:
         if parallel.dp > 1:
             what = f"{parallel.size} processes for one video"
             raise UsageError(what, fix=f"--cp {parallel.size}, or no torchrun")
         printer = StreamPrinter(live=len(config.videos) == 1 and not config.piped and is_rank_zero())
-        questions = _open(_engine(config, sampling, engine, server, parallel), sampling, params, printer)
+        questions = _open(_engine(config, sampling, engine, server, parallel, given(ctx)), sampling, params, printer)
         if config.reads_questions:
             _answer_lines(config, questions, parallel, printer)
             return
@@ -110,6 +109,7 @@ def _engine(
     engine: EngineConfig,
     server: VideoEndpointConfig,
     parallel: "ParallelContext",
+    set_by_user: frozenset[str],
 ) -> "Engine":
     """The model in this process, or on a server that answers; with sampling that it can have."""
     if server.endpoint is not None:
@@ -117,11 +117,12 @@ def _engine(
         endpoint.identity(sampling, images=False)
         endpoint.check()
         return endpoint
-    from lvctx.inference.open_engine import open_engine
+    from lvctx.inference.open_engine import check_options, open_engine
     from lvctx.vlm.registry import open_vlm
 
     cache = (engine.feature_cache or FEATURE_CACHE).expanduser()
     vlm = open_vlm(config.model, device=parallel.device, feature_cache=cache)
+    check_options(vlm, set_by_user)
     vlm.resolve(sampling)
     return open_engine(vlm, replace(engine, device=parallel.device), ring=parallel.ring)
 
@@ -195,7 +196,7 @@ def _answer_videos(
                     raise
                 failed += 1
                 say(f"lvctx: {e}")
-                emit({"schema": schemas.ANSWER, **reference, "error": str(e)})
+                emit({"schema": schemas.ANSWER, **reference, "error": str(e), **questions.engine.meter.take()})
             on_progress(done, 0 if config.piped else len(config.videos), path.name)
     return failed
 
@@ -215,6 +216,7 @@ def _emit_answer(row: dict[str, Any], answer: "Answer", printer: "StreamPrinter"
         **answer.sent,
         **({"reuse": answer.reuse} if answer.reuse else {}),
         **({"partial": True} if answer.partial else {}),
+        **answer.cost,
     }
     line = answer.text if printer.live else f"{row['path']}: {answer.text}"
     emit({"schema": schemas.ANSWER, **row, **fields}, line)

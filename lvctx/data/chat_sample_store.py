@@ -1,6 +1,7 @@
 """Tokenized chat samples on disk between reading and packing: ids, labels and a JSON line for each."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,7 +29,8 @@ class ChatSampleStore:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Close and remove the files."""
         for file, path in zip((self._tokens, self._lines), self._paths, strict=True):
-            file.close()
+            with suppress(OSError):  # on a full disk it fails to write what it still holds
+                file.close()
             path.unlink(missing_ok=True)
 
     def __len__(self) -> int:

@@ -15,8 +15,8 @@ import numpy as np
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.jsonl_log import write_jsonl
-from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
-from lvctx.artifacts.store import disk_error, fingerprint, is_disk_error, sha256_file
+from lvctx.artifacts.manifest import MANIFEST, Provenance, open_output, read_manifest, write_manifest
+from lvctx.artifacts.store import fingerprint, sha256_file
 from lvctx.config import OnProgress, hashed_fields
 from lvctx.data.bin_packing import best_fit_decreasing
 from lvctx.data.chat_encoding import CHATML
@@ -140,21 +140,22 @@ def run_pack_chat(
 ) -> dict[str, Any]:
     """Write the directory and return its manifest; a finished one is not changed."""
     out = job.config.out
-    if not is_finished(out, job.provenance, resume=resume, force=force):
-        if resume == "must":
+    with open_output(out, job.provenance, resume=resume, force=force) as unfinished:
+        if unfinished and resume == "must":
             raise InputError("unfinished, and this command cannot resume", where=out, fix="drop --resume must")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            for pattern in (MANIFEST, "shard-*", ".*.partial"):
-                for path in out.glob(pattern):
-                    path.unlink()
-            with ChatSampleStore(out) as samples:
-                _ChatPacker(job, samples, on_progress).run()
-        except OSError as e:
-            if is_disk_error(e):
-                raise disk_error(e, out) from e
-            raise
+        if unfinished:
+            _start_over(job, on_progress)
     return read_manifest(out)
+
+
+def _start_over(job: PackChatJob, on_progress: OnProgress) -> None:
+    """Remove what a killed run left, and pack."""
+    out = job.config.out
+    for pattern in (MANIFEST, "shard-*", ".*.partial"):
+        for path in out.glob(pattern):
+            path.unlink()
+    with ChatSampleStore(out) as samples:
+        _ChatPacker(job, samples, on_progress).run()
 
 
 class _ChatPacker:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
+from lvctx.artifacts.manifest import MANIFEST, Provenance, open_output, read_manifest, write_manifest
 from lvctx.config import OnProgress, hashed_fields
 from lvctx.data import mixture
 from lvctx.data.documents import UNNAMED, Corpus, Fields, Place
@@ -99,8 +99,9 @@ def run_pack_text(
 ) -> dict[str, Any]:
     """Write the packed directory, or continue it, and return its manifest; a finished one is not changed."""
     out = job.config.out
-    if not is_finished(out, job.provenance, resume=resume, force=force):
-        _Packer(job, on_progress).run(resume=resume, force=force)
+    with open_output(out, job.provenance, resume=resume, force=force) as unfinished:
+        if unfinished:
+            _Packer(job, on_progress).run(resume=resume, force=force)
     return read_manifest(out)
 
 

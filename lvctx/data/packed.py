@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.manifest import read_manifest
+from lvctx.artifacts.manifest import check_sizes, read_manifest
 from lvctx.artifacts.sniff import check_kind
 from lvctx.artifacts.store import read_safetensors_header, save_tensors
 from lvctx.errors import InputError
@@ -64,10 +64,7 @@ class PackedRows:
         self.manifest: dict[str, Any] = read_manifest(self.directory)
         if self.manifest.get("schema") != schemas.PACKED:
             raise InputError(f"not packed text ({self.manifest.get('schema')})", where=directory, fix="run pack-text")
-        for name, stored in self.manifest["files"].items():
-            path = self.directory / name
-            if not path.is_file() or path.stat().st_size != stored["bytes"]:
-                raise InputError("shard missing or of another size", where=path, fix="run pack-text again with --force")
+        check_sizes(self.directory)
         packed: int = self.manifest["seq_len"]
         self.seq_len = seq_len or packed
         if self.seq_len > packed:

@@ -10,6 +10,11 @@ from lvctx.errors import UsageError
 
 SendMode = Literal["auto", "images", "video", "file-url"]
 ON_SERVER = ("endpoint",)
+UNUSED_OPTIONS: dict[SendMode, tuple[str, ...]] = {
+    "video": ("frame_times", "jpeg_quality"),
+    "file-url": ("frame_times", "jpeg_quality", "frame_pixels"),
+}
+"""Options without effect where no images are sent, or no frames at all."""
 
 
 def parse_endpoint(text: str) -> str:

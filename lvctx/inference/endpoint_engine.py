@@ -6,6 +6,7 @@ from typing import Any
 
 from PIL import Image
 
+from lvctx.cost import CostMeter
 from lvctx.errors import InputError
 from lvctx.inference.chat_client import ChatClient
 from lvctx.inference.endpoint_config import VideoEndpointConfig
@@ -22,7 +23,9 @@ class EndpointEngine:
     def __init__(self, client: ChatClient, config: VideoEndpointConfig, *, jobs: int = 1) -> None:
         """`jobs` conversations may be held at once, all by the one `client`."""
         self.client, self.config, self.jobs = client, config, jobs
+        self.meter = CostMeter(("decode", "encode", "request"))
         self._parts: list[Part] | None = None
+        self._frames: int | None = None
 
     def fork(self) -> "EndpointEngine":
         """See `Engine`."""
@@ -58,18 +61,23 @@ class EndpointEngine:
         resolved = resolve_for_endpoint(self.config, sampling)
         for item in items:
             if isinstance(item, Image.Image):
-                parts.append(image_part(item, self.config))
+                with self.meter.phase("encode"):
+                    parts.append(image_part(item, self.config))
                 continue
-            video = video_parts(item, resolved, self.config)
+            with self.meter.phase("decode"):
+                video = video_parts(item, resolved, self.config, self.meter)
             parts += video.parts
             shown.append(video.shown)
         self._parts = parts
+        images = len(items) - len(shown)
+        self._frames = None if self.config.send == "file-url" and shown else images + sum(len(one.pts) for one in shown)
         facts = shown[0].facts if len(shown) == len(items) == 1 else {"send": "images"}
         return Shown(pts=tuple(t for one in shown for t in one.pts), facts=facts)
 
     def show_parts(self, parts: Sequence[Part]) -> None:
         """Take these parts of a message as what is asked about."""
         self._parts = list(parts)
+        self._frames = sum(part["type"] == "image_url" for part in parts) or None
 
     def reply(
         self, turns: Sequence[str], params: SamplingParams, on_text: Callable[[str], None] | None = None
@@ -86,16 +94,28 @@ class EndpointEngine:
         if reply.cut and reply.reasoning and not reasons:
             self.client.reasons = True
             reply = self._ask(messages, params, params.max_new_tokens + params.reasoning_tokens)
+        if self._frames is not None:
+            self.meter.add(frames_shown=self._frames)
         if on_text:
             on_text(reply.text)
         return reply
 
     def _ask(self, messages: list[dict[str, Any]], params: SamplingParams, max_tokens: int) -> Reply:
-        return parse_reply(self.client.chat(messages, request_fields(params, max_tokens)), self.client.url)
+        with self.meter.phase("request"):
+            answer = self.client.chat(messages, request_fields(params, max_tokens))
+        return self._parse(answer)
 
     def complete(self, prompt: str, params: SamplingParams) -> Reply:
         """Continue a text. Raises as `reply`."""
-        return parse_reply(self.client.complete(prompt, request_fields(params, params.max_new_tokens)), self.client.url)
+        with self.meter.phase("request"):
+            answer = self.client.complete(prompt, request_fields(params, params.max_new_tokens))
+        return self._parse(answer)
+
+    def _parse(self, answer: dict[str, Any]) -> Reply:
+        reply = parse_reply(answer, self.client.url)
+        counts = {"tokens_in": reply.prompt_tokens, "tokens_out": reply.tokens}
+        self.meter.add(**{key: count for key, count in counts.items() if count is not None})
+        return reply
 
     def score_continuation(self, prompt: str, answer: str) -> AnswerScore:
         """Score an answer that would continue a text, where the server gives log-probabilities of prompts (vLLM).
@@ -103,7 +123,8 @@ class EndpointEngine:
         Raises InputError where it does not, and as `reply`.
         """
         fields = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        completion = self.client.complete(prompt + answer, fields)
+        with self.meter.phase("request"):
+            completion = self.client.complete(prompt + answer, fields)
         return parse_prompt_logprobs(completion, answer.strip(), self.client.url)
 
     def score(self, turns: Sequence[str], answer: str) -> AnswerScore:
@@ -120,6 +141,8 @@ def request_fields(params: SamplingParams, max_tokens: int) -> dict[str, Any]:
             fields["top_p"] = params.top_p
         if params.top_k:
             fields["top_k"] = params.top_k
+    if params.repetition_penalty != 1:
+        fields["repetition_penalty"] = params.repetition_penalty
     return fields
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from lvctx.artifacts.store import sha256_file
+from lvctx.cost import CostMeter
 from lvctx.errors import InputError, UsageError
 from lvctx.inference.endpoint_config import VideoEndpointConfig
 from lvctx.inference.engine import Shown
@@ -77,7 +78,7 @@ class VideoParts:
     """Its times and facts."""
 
 
-def video_parts(path: Path, sampling: VideoSampling, config: VideoEndpointConfig) -> VideoParts:
+def video_parts(path: Path, sampling: VideoSampling, config: VideoEndpointConfig, meter: CostMeter) -> VideoParts:
     """Read a video as the server is sent it. Raises InputError for a file that cannot be read."""
     if path.name.endswith(".safetensors"):
         raise InputError("vision features cannot be sent to a server", where=path, fix="give the video file")
@@ -91,15 +92,17 @@ def video_parts(path: Path, sampling: VideoSampling, config: VideoEndpointConfig
     pts: list[float] = []
     images: list[Image.Image] = []
     parts: list[Part] = []
-    for frame in reader:
+    for frame in meter.decoding(reader):
         image = Image.fromarray(frame.image)
         pts.append(frame.pts)
         if config.send == "video":
             images.append(image)
         else:
-            parts.append(image_part(image, config))
+            with meter.phase("encode"):
+                parts.append(image_part(image, config))
     if images:
-        parts = [_video(_data_url("video/mp4", encode_clip(images, pts)))]
+        with meter.phase("encode"):
+            parts = [_video(_data_url("video/mp4", encode_clip(images, pts)))]
         times = "constant rate"
     else:
         parts, times = frame_parts(list(zip(pts, parts, strict=True)), config), "text" if config.frame_times else "none"

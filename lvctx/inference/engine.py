@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from lvctx.cost import CostMeter
 from lvctx.errors import InputError
 from lvctx.inference.sampling_params import SamplingParams
 from lvctx.video.sampling import VideoSampling
@@ -72,6 +73,8 @@ class Engine(Protocol):
 
     jobs: int
     """Conversations that may be held at once, each with an engine of `fork`; 1 where the engine is for one only."""
+    meter: CostMeter
+    """Adds up what is spent on the conversation; the caller takes it for each row, also for one of a failure."""
 
     def fork(self) -> "Engine":
         """The same model for another conversation at the same time. What is shown to one is not shown to the other."""

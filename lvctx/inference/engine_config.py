@@ -13,6 +13,8 @@ from lvctx.device import DeviceMap
 from lvctx.errors import InputError, UsageError
 
 CachePlacement = Literal["device", "host", "int8"]
+FEATURE_CACHE = Path("~/.cache/lvctx/features")
+"""Default folder for features of videos."""
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -51,13 +53,19 @@ class DeviceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig(DeviceConfig):
+class VideoDeviceConfig(DeviceConfig):
+    """The same, for a model that is shown videos."""
+
+    feature_cache: Path | None = None
+    """Folder that keeps the vision features of videos, for models with a CLIP or SigLIP tower."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(VideoDeviceConfig):
     """The same, for questions about videos."""
 
     device_map: Annotated[DeviceMap | None, Flag(parse=parse_device_map, metavar="MAP")] = None
     """Spread the model over devices with accelerate: auto, balanced, sequential, or a JSON file of module: device."""
-    feature_cache: Path | None = None
-    """Folder that keeps the vision features of videos, for models with a CLIP or SigLIP tower."""
 
     def __post_init__(self) -> None:
         if self.device_map is not None and self.cp > 1:

@@ -7,6 +7,7 @@ Shapes: L tokens of a sequence, N up to its last placeholder, A answer tokens, V
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from lvctx.cost import CostMeter
 from lvctx.errors import InputError, UsageError, library_errors
 from lvctx.inference.engine import AnswerScore, Shown
+from lvctx.inference.generation_config import drop_sampling
 from lvctx.inference.prefix_scorer import Score, greedy_token
 from lvctx.inference.transformers_engine import TransformersEngine
 from lvctx.models.loading import device_of, load_model
@@ -27,6 +30,7 @@ from lvctx.parallel.ring_attention import ALONE, Ring
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.generic import ForwardVLM
 from lvctx.vlm.generic_haystack import GenericTokens
+from lvctx.vlm.haystack_files import FrameFile
 from lvctx.vlm.stock_prompt import VisualItem
 
 OnToken = Callable[[int], bool | None]
@@ -51,16 +55,20 @@ class ForwardEngine(TransformersEngine):
     @cached_property
     def model(self) -> Any:
         """The loaded model. Raises InputError where it cannot be loaded, MissingError without accelerate."""
-        return load_model(self.vlm.path, dtype=self.dtype, device=self.device, device_map=self.device_map)
+        model = load_model(self.vlm.path, dtype=self.dtype, device=self.device, device_map=self.device_map)
+        drop_sampling(model)
+        return model
 
     def show(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> Shown:
         """See `Engine`."""
         self.media = []  # half of what should be shown is nothing to ask about
-        media, pts, facts = self.vlm.read(items, self.vlm.resolve(sampling))
+        with self.meter.phase("decode"):
+            media, pts, facts = self.vlm.read(items, self.vlm.resolve(sampling))
         self.media = media
-        ids = self.prompt_ids([""])
+        with self.meter.phase("prefill"):  # pixels are computed here, and kept for the prompts
+            ids = self.prompt_ids([""])
         tokens = int(self.vlm.processor.is_placeholder(ids).sum())
-        return Shown(pts=pts, facts={**facts, "visual_tokens": tokens, "reuse": "none"})
+        return self._shown(items, pts, {**facts, "visual_tokens": tokens, "reuse": "none"})
 
     def prompt_ids(self, turns: Sequence[str]) -> np.ndarray:
         """See `TransformersEngine`; placeholders are the model's own."""
@@ -89,13 +97,13 @@ class ForwardEngine(TransformersEngine):
         else:
             self.check_context(len(ids_L), len(ids_L), count)
             count = min(count + reasoning, self.context - len(ids_L))
-        return stock_generate(self.model, self._inputs, count, self.stop_ids, on_token, choose)
+        return stock_generate(self.model, self._inputs, count, self.stop_ids, on_token, choose, meter=self.meter)
 
     def score(self, turns: Sequence[str], answer: str) -> AnswerScore:
         """See `Engine`; the answer is tokenized separately."""
         self.prompt_ids(turns)
         answer_ids = self.tokenizer.encode(answer, add_special_tokens=False)
-        score = stock_score(self.model, self._inputs, answer_ids)
+        score = stock_score(self.model, self._inputs, answer_ids, self.meter)
         return AnswerScore(log_prob=score.log_prob, is_greedy=score.forced)
 
 
@@ -104,27 +112,30 @@ class ForwardScorer:
 
     ring = ALONE
 
-    def __init__(self, model: Any, tokens: GenericTokens) -> None:
-        """The frames are decoded once and kept."""
-        self.model, self.tokens = model, tokens
-        self.frames = list(tokens.images())
+    def __init__(self, model: Any, tokens: GenericTokens, meter: CostMeter) -> None:
+        """The frames are decoded once into a temporary file."""
+        drop_sampling(model)
+        self.model, self.tokens, self.meter = model, tokens, meter
+        self.frames = FrameFile(tokens.images())
         self.tokens_run = 0
         """Tokens that went through the model so far."""
 
     def score(self, ids_L: np.ndarray, answer: int, *, generate: int = 0) -> Score:
         """See `PrefixScorer`."""
         order, rest = self.tokens.order(ids_L)
-        prompt = self.tokens.processor.prompt(self.tokens.media([self.frames[i] for i in order]))
+        with self.meter.phase("prefill"):
+            prompt = self.tokens.processor.prompt(self.tokens.media([self.frames[i] for i in order]))
         text = ids_L[: len(ids_L) - len(rest)] < self.tokens.haystack.vlm.vocabulary
+        self.meter.add(visual_tokens=int((~text).sum()))
         if len(text) != prompt.length or (prompt.ids[text] != ids_L[: len(text)][text]).any():
             raise InputError("what its processor writes depends on the frames", where=self.model.name_or_path)
         inputs = prompt.continued(rest[: len(rest) - answer].tolist())
         self.tokens_run += len(ids_L)
-        score = stock_score(self.model, inputs, rest[len(rest) - answer :].tolist())
+        score = stock_score(self.model, inputs, rest[len(rest) - answer :].tolist(), self.meter)
         if not generate:
             return score
         self.tokens_run += len(ids_L)
-        generated = stock_generate(self.model, inputs, generate, ())
+        generated = stock_generate(self.model, inputs, generate, (), meter=self.meter)
         return Score(forced=score.forced, log_prob=score.log_prob, rank=score.rank, generated=generated)
 
 
@@ -153,15 +164,18 @@ class _Chosen(LogitsProcessor):
 
 
 class _TokenStream(BaseStreamer, StoppingCriteria):
-    """Calls back with each generated token, until the callback returns true."""
+    """Calls back with each generated token, until the callback returns true; `on_prefilled` before the first."""
 
-    def __init__(self, on_token: OnToken, stop: Sequence[int]) -> None:
+    def __init__(self, on_token: OnToken, stop: Sequence[int], on_prefilled: Callable[[], None]) -> None:
         self.on_token, self.stop, self._is_prompt, self._is_last = on_token, set(stop), True, False
+        self.on_prefilled = on_prefilled
 
     def put(self, value: Tensor) -> None:
         """The prompt first, then a token at a time."""
-        if not self._is_prompt and int(value) not in self.stop:
-            self._is_last = bool(self.on_token(int(value)))
+        if not self._is_prompt:
+            self.on_prefilled()
+            if int(value) not in self.stop:
+                self._is_last = bool(self.on_token(int(value)))
         self._is_prompt = False
 
     def end(self) -> None:
@@ -179,25 +193,31 @@ def stock_generate(
     stop: Sequence[int] | set[int],
     on_token: OnToken = lambda token: None,
     choose: Callable[[Tensor], int] = greedy_token,
+    *,
+    meter: CostMeter,
 ) -> list[int]:
     """Ids of the continuation by `model.generate`, without what ends it. Raises InputError where it fails."""
-    stream = _TokenStream(on_token, list(stop))
+    prefill = ExitStack()  # is closed by the first token
+    stream = _TokenStream(on_token, list(stop), prefill.close)
     options = {
         "streamer": stream,
         "stopping_criteria": StoppingCriteriaList([stream]),
         "logits_processor": LogitsProcessorList([_Chosen(choose)]),
         "eos_token_id": list(stop) or None,
     }
-    out = _generate(model, inputs, count, **options)
+    with meter.phase("generate"), prefill:
+        prefill.enter_context(meter.phase("prefill"))
+        out = _generate(model, inputs, count, **options)
     generated: list[int] = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     return generated[: next((i for i, token in enumerate(generated) if token in stop), len(generated))]
 
 
 @torch.inference_mode()
-def stock_score(model: Any, inputs: dict[str, Any], answer: Sequence[int]) -> Score:
+def stock_score(model: Any, inputs: dict[str, Any], answer: Sequence[int], meter: CostMeter) -> Score:
     """Score an answer that follows a prompt, token by token. Raises InputError where the model fails."""
     forced = LogitsProcessorList([_Forced(inputs["input_ids"].shape[1], answer)])
-    out = _generate(model, inputs, len(answer), logits_processor=forced, output_logits=True, eos_token_id=None)
+    with meter.phase("prefill"):
+        out = _generate(model, inputs, len(answer), logits_processor=forced, output_logits=True, eos_token_id=None)
     logits_AV = torch.cat(out.logits).float()
     target_A = torch.tensor(list(answer), device=logits_AV.device)
     picked_A = logits_AV.gather(1, target_A[:, None])[:, 0]
@@ -214,10 +234,9 @@ def _generate(model: Any, inputs: dict[str, Any], count: int, **options: Any) ->
 
     embedding = model.get_input_embeddings()
     moved = BatchFeature(inputs).to(device_of(embedding), dtype=embedding.weight.dtype)
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None, "num_beams": 1}
     try:
         with library_errors("the model fails on its processor's output", where=model.name_or_path):
-            return model.generate(**moved, **greedy, max_new_tokens=count, return_dict_in_generate=True, **options)
+            return model.generate(**moved, max_new_tokens=count, return_dict_in_generate=True, **options)
     except InputError as e:
         if isinstance(e.__cause__, torch.OutOfMemoryError | MemoryError):
             raise e.__cause__ from None  # not the input's fault; the caller decides what is lost

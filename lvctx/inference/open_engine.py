@@ -1,9 +1,12 @@
 """Which engine and which scorer run a model: with shared prefixes where its class allows it."""
 
+from collections.abc import Collection
 from typing import Any, Protocol
 
 import numpy as np
 
+from lvctx.config import refuse_options
+from lvctx.cost import CostMeter
 from lvctx.inference.engine import Engine
 from lvctx.inference.engine_config import CachePlacement, EngineConfig
 from lvctx.inference.prefix_scorer import PrefixScorer, Score
@@ -24,6 +27,24 @@ class Scorer(Protocol):
 
     def score(self, ids_L: np.ndarray, answer: int, *, generate: int = 0) -> Score:
         """See `PrefixScorer`."""
+
+
+FORWARD_UNUSED = ("prefill_chunk", "reuse", "cp", "kv_cache")
+"""Options without effect on a model that runs by its own forward, which computes a whole prompt on one process."""
+
+
+def unused_options(vlm: VLM, *, device_map: bool = False) -> list[str]:
+    """Options of how a model runs that have no effect on this one."""
+    names = list(FORWARD_UNUSED) if isinstance(vlm, ForwardVLM) else []
+    if not vlm.has_feature_cache:  # nothing but the model is on a device
+        names += ["feature_cache", *(("device",) if device_map else ())]
+    return names
+
+
+def check_options(vlm: VLM, given: Collection[str]) -> None:
+    """Raise UsageError for options that the user gave and that have no effect on this model."""
+    there = f"for {vlm.path}" + (" with --device-map" if "device_map" in given else "")
+    refuse_options(given, unused_options(vlm, device_map="device_map" in given), there=there)
 
 
 def open_engine(vlm: VLM, config: EngineConfig, *, ring: Ring = ALONE) -> Engine:
@@ -47,6 +68,7 @@ def open_scorer(
     chunk: int,
     reuse: bool,
     kv_cache: CachePlacement,
+    meter: CostMeter,
     ring: Ring = ALONE,
 ) -> Scorer:
     """What scores sequences with a loaded model: a `PrefixScorer`, or a `ForwardScorer` for other classes."""
@@ -54,13 +76,18 @@ def open_scorer(
         from lvctx.inference.forward_engine import ForwardScorer
 
         assert isinstance(visual, GenericTokens)
-        return ForwardScorer(model, visual)
+        return ForwardScorer(model, visual, meter)
+    table_RE = None
+    if visual is not None:
+        with meter.phase("encode"):
+            table_RE = visual.table(model)
     return PrefixScorer(
         model,
-        visual.table(model) if visual else None,
+        table_RE,
         chunk=chunk,
         reuse=reuse,
         kv_cache=kv_cache,
         positions=visual.positions if visual else sequential_positions,
         ring=ring,
+        meter=meter,
     )

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lvctx.cost import CostMeter
 from lvctx.inference.kv_cache import CachePlacement, empty_cache
 from lvctx.models.loading import device_of
 from lvctx.parallel.ring_attention import ALONE, Ring
@@ -55,6 +56,7 @@ class PrefixScorer:
         kv_cache: CachePlacement = "device",
         positions: Positions = sequential_positions,
         ring: Ring = ALONE,
+        meter: CostMeter | None = None,
     ) -> None:
         """Score with a language model or VLM; `visual_RE` are the embeddings of the ids from V on.
 
@@ -63,12 +65,12 @@ class PrefixScorer:
         `chunk` limits the tokens per forward, and so the memory of activations; `reuse=False` empties the cache before
         every sequence; `kv_cache` is the placement of the cache (see `inference.kv_cache`), `positions` the model's.
         The ranks of a `ring` process every sequence together, each with its share of the cache and all of the weights:
-        they must make the same calls, and all get the same scores.
+        they must make the same calls, and all get the same scores. `meter` is told how long prompts and replies take.
         """
         self.lm = model.get_decoder()
         self.head, self.embedding = model.lm_head, model.get_input_embeddings()
         self.visual_RE, self.chunk, self.reuse, self.kv_cache = visual_RE, chunk, reuse, kv_cache
-        self.positions, self.ring = positions, ring
+        self.positions, self.ring, self.meter = positions, ring, meter or CostMeter()
         self.device = device_of(self.embedding)
         # With a cache transformers passes torch's kernel a mask, which takes 1.4 to 1.9 times as long on a CPU.
         if ring.world > 1 or needs_no_mask(self.lm, self.device):
@@ -95,14 +97,18 @@ class PrefixScorer:
         # The hidden state of the last prompt token is needed, so at least that token is run.
         self._crop(min(common_prefix(self._cached_ids, ids_L), prompt - 1))
         try:
-            hidden_AE = self._run(ids_L[len(self._cached_ids) : -1], keep=answer)
-            logits_AV = self.head(hidden_AE).float().to(self.device)
+            with self.meter.phase("prefill"):
+                hidden_AE = self._run(ids_L[len(self._cached_ids) : -1], keep=answer)
+                logits_AV = self.head(hidden_AE).float().to(self.device)
             target_A = torch.from_numpy(ids_L[prompt:].astype(np.int64)).to(self.device)
             picked_A = logits_AV.gather(1, target_A[:, None])[:, 0]
-            generated = self._continue(prompt, logits_AV[0], generate) if generate else None
+            with self.meter.phase("generate"):
+                generated = self._continue(prompt, logits_AV[0], generate) if generate else None
         except RuntimeError:
             self._empty()  # an interrupted forward leaves the cache inconsistent
             raise
+        if self.visual_RE is not None:
+            self.meter.add(visual_tokens=int((ids_L >= self.vocabulary).sum()))
         return Score(
             forced=bool((logits_AV.argmax(1) == target_A).all()),
             log_prob=float((picked_A - logits_AV.logsumexp(1)).sum()),
@@ -138,16 +144,20 @@ class PrefixScorer:
         self._crop(min(common_prefix(self._cached_ids, ids_L), len(ids_L) - 1))
         generated: list[int] = []
         try:
-            hidden_1E = self._run(ids_L[len(self._cached_ids) :], keep=1)
-            while len(generated) < count:
-                token = choose(self.head(hidden_1E)[0].float())
-                if token in stop:
-                    break
-                generated.append(token)
-                if on_token(token):
-                    break
-                if len(generated) < count:
-                    hidden_1E = self._run(np.array([token], dtype=np.int64), keep=1)
+            with self.meter.phase("prefill"):
+                hidden_1E = self._run(ids_L[len(self._cached_ids) :], keep=1)
+            with self.meter.phase("generate"):
+                position = self._next_position()
+                while len(generated) < count:
+                    token = choose(self.head(hidden_1E)[0].float())
+                    if token in stop:
+                        break
+                    generated.append(token)
+                    if on_token(token):
+                        break
+                    if len(generated) < count:
+                        hidden_1E = self._run(np.array([token], dtype=np.int64), keep=1, positions=position)
+                        position = position + 1
         except RuntimeError:
             self._empty()  # an interrupted forward leaves the cache inconsistent
             raise
@@ -160,24 +170,34 @@ class PrefixScorer:
 
     def _continue(self, prompt: int, logits_V: Tensor, count: int) -> list[int]:
         self._crop(prompt)
-        generated = [int(logits_V.argmax())]
+        generated, position = [int(logits_V.argmax())], self._next_position()
         while len(generated) < count:
-            hidden_1E = self._run(np.array(generated[-1:], dtype=np.int64), keep=1)
+            hidden_1E = self._run(np.array(generated[-1:], dtype=np.int64), keep=1, positions=position)
+            position = position + 1
             generated.append(int(self.head(hidden_1E).float().argmax()))
         return generated
 
-    def _run(self, ids_L: np.ndarray, *, keep: int) -> Tensor:
-        """Append ids to the cache; returns the final hidden states (keep, E) of the last ones."""
+    def _next_position(self) -> Tensor:
+        """Position of a text token after the cached ones: computed once, as it takes a pass over all of them."""
+        positions = self.positions(self._cached_ids, 0)
+        return torch.full_like(positions[..., :1], int(positions.max()) + 1)
+
+    def _run(self, ids_L: np.ndarray, *, keep: int, positions: Tensor | None = None) -> Tensor:
+        """Append ids to the cache; returns the final hidden states (keep, E) of the last ones.
+
+        `positions` are those of a single token.
+        """
         last_states: list[Tensor] = []
         for start in range(0, len(ids_L), self.chunk):
             part = ids_L[start : start + self.chunk]
             stripe = Stripe(ring=self.ring, first=len(self._cached_ids), count=len(part))
             self._cached_ids = np.concatenate([self._cached_ids, part])
             embeds_LE, deep = self._embed(part[stripe.local_slice])
+            placed = self.positions(self._cached_ids, stripe.first) if positions is None else positions
             states = self.lm(
                 inputs_embeds=embeds_LE[None],
                 **deep,
-                position_ids=self.positions(self._cached_ids, stripe.first)[..., stripe.local_slice].to(self.device),
+                position_ids=placed[..., stripe.local_slice].to(self.device),
                 past_key_values=self._cache,
                 use_cache=True,
                 **({"stripe": stripe} if self.ring.world > 1 else {}),

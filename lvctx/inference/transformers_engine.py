@@ -62,7 +62,9 @@ class TransformersEngine:
         """
         self.vlm, self.device, self.dtype = vlm, device, dtype
         self.prefill_chunk, self.reuse, self.ring, self.device_map = prefill_chunk, reuse, ring, device_map
+        self.meter = vlm.meter
         self.visual: VisualInput | None = None
+        self._sizes: dict[str, int] = {}
 
     @classmethod
     def from_config(cls, vlm: VLM, config: EngineConfig, *, ring: Ring = ALONE) -> Self:
@@ -99,7 +101,8 @@ class TransformersEngine:
     @cached_property
     def scorer(self) -> PrefixScorer:
         """The model with its KV cache."""
-        return PrefixScorer(self.model, None, chunk=self.prefill_chunk, reuse=self.reuse, ring=self.ring)
+        options: dict[str, Any] = {"reuse": self.reuse, "ring": self.ring, "meter": self.meter}
+        return PrefixScorer(self.model, None, chunk=self.prefill_chunk, **options)
 
     @cached_property
     def stop_ids(self) -> set[int]:
@@ -129,13 +132,23 @@ class TransformersEngine:
     def show(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> Shown:
         """See `Engine`."""
         self.visual = None  # no partial input remains after an error
-        visual = self.vlm.load(items, sampling)
+        with self.meter.phase("decode"):
+            visual = self.vlm.load(items, sampling)
         self.set_visual_input(visual)
-        return Shown(pts=visual.pts, facts=visual.facts)
+        return self._shown(items, visual.pts, visual.facts)
+
+    def _shown(self, items: Sequence[Path | Image.Image], pts: tuple[float, ...], facts: dict[str, Any]) -> Shown:
+        """What was shown of these items, as the costs of all replies about them state it."""
+        images = sum(isinstance(item, Image.Image) for item in items)
+        self._sizes = {"frames_shown": len(pts) + images, "visual_tokens": facts["visual_tokens"]}
+        return Shown(pts=pts, facts=facts)
 
     def set_visual_input(self, visual: VisualInput) -> None:
         """Set the visual input."""
-        self.scorer.show(visual.table(self.model), visual.positions)
+        scorer = self.scorer  # loads the model, which no sample pays for
+        with self.meter.phase("encode"):
+            table_RE = visual.table(self.model)
+        scorer.show(table_RE, visual.positions)
         self.visual = visual
         last = self.last_position(visual.ids_N)
         if last < self.context < visual.tokens:
@@ -172,8 +185,10 @@ class TransformersEngine:
                 on_text(text())
             return is_last
 
-        chooser, reasoning = TokenSampler(params), params.reasoning_tokens
+        chooser = TokenSampler(params, ids[ids < self.vlm.vocabulary].tolist())
+        reasoning = params.reasoning_tokens
         self.generate(ids, params.max_new_tokens, on_token, choose=chooser, reasoning=reasoning)
+        self.meter.add(**self._sizes, tokens_in=len(ids), tokens_out=len(budget.tokens))
         return Reply(
             text=text(),
             reasoning=budget.split.reasoning,

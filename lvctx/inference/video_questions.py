@@ -22,13 +22,15 @@ class Answer:
     pts: tuple[float, ...]
     """When each frame that the model was shown is on display, in seconds; empty where a server samples."""
     reply: Reply
-    """With its reasoning, and what it cost."""
+    """With its reasoning."""
     params: SamplingParams
     """How it was generated."""
     sent: dict[str, Any]
     """How the video was sent to a server, and how its times; empty for a model in this process."""
     reuse: str | None = None
     """`none` where prompts share no computation, see `forward_engine`."""
+    cost: dict[str, Any]
+    """What it cost, as a row has it, see `CostMeter.take`: the first answer about a video pays for reading it."""
     partial: bool = False
     """Whether the video is truncated or damaged, so that only its intact frames were used."""
 
@@ -45,11 +47,15 @@ class VideoQuestions:
         on_text: Callable[[str], None] | None = None,
         on_shown: Callable[[Path, Shown], None] | None = None,
     ) -> None:
-        """`on_text` gets each answer as it grows, `on_shown` what the model is shown of a file."""
+        """`on_text` gets each answer as it grows, `on_shown` what the model is shown of a file.
+
+        A server is said to be sent a file once it has answered.
+        """
         self.engine, self.sampling, self.params = engine, sampling, params
         self.on_text, self.on_shown = on_text, on_shown
         self._state: Any = None
         self._shown = Shown(pts=(), facts={})
+        self._unreported: Path | None = None
 
     def ask(self, path: Path, questions: Iterable[str]) -> Iterator[Answer]:
         """Answer each question about one video separately.
@@ -80,12 +86,23 @@ class VideoQuestions:
         except InputError as e:
             raise InputError(e.what, where=e.where or path, fix=e.fix) from None
         self._state = state
-        if self.on_shown:
-            self.on_shown(path, self._shown)
+        self._unreported = path
+        if "send" not in self._shown.facts:
+            self._report()
+
+    def _report(self) -> None:
+        if self.on_shown and self._unreported:
+            self.on_shown(self._unreported, self._shown)
+        self._unreported = None
 
     def _answer(self, path: Path, turns: Sequence[str]) -> Answer:
+        def on_text(text: str) -> None:
+            self._report()
+            if self.on_text:
+                self.on_text(text)
+
         try:
-            reply = self.engine.reply(turns, self.params, self.on_text)
+            reply = self.engine.reply(turns, self.params, on_text)
         except EngineGone:
             raise
         except InputError as e:
@@ -99,5 +116,6 @@ class VideoQuestions:
             params=self.params,
             sent={key: shown.facts[key] for key in ("send", "times") if key in shown.facts},
             reuse=shown.facts.get("reuse"),
+            cost=self.engine.meter.take(),
             partial=bool(shown.facts.get("partial")),
         )

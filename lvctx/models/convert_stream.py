@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lvctx.artifacts.lock import LOCK, only_writer
-from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
+from lvctx.artifacts.lock import LOCK
+from lvctx.artifacts.manifest import MANIFEST, Provenance, listed_files, open_output, write_manifest
 from lvctx.artifacts.store import write_json
 from lvctx.artifacts.weights import Weight, write_weights
 from lvctx.config import OnProgress
@@ -32,9 +32,9 @@ def write_converted(
     `shards` returns the weights to write; `finish` writes everything but the weights and returns facts for the
     manifest. Raises InputError if another model is there, unless `force`.
     """
-    if is_finished(out, provenance, resume=resume, force=force):
-        return
-    with only_writer(out):
+    with open_output(out, provenance, resume=resume, force=force) as unfinished:
+        if not unfinished:
+            return
         started = out / STARTED
         stored_hash = json.loads(started.read_bytes()).get("config_hash") if started.is_file() else None
         if force or resume == "never" or stored_hash != provenance.config_hash:
@@ -55,7 +55,7 @@ def _clear(out: Path, *, force: bool) -> None:
     if not ours and not force and any(p.name != LOCK for p in out.iterdir()):
         raise InputError("already holds files", where=out, fix="choose another -o, or --force to write into it")
     if (out / MANIFEST).is_file():
-        names = read_manifest(out).get("files", {})
+        names = listed_files(out)
         (out / MANIFEST).unlink()
         for name in names:
             (out / name).unlink(missing_ok=True)

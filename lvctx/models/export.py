@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts import schemas
+from lvctx.artifacts.lock import only_writer
 from lvctx.artifacts.manifest import Provenance
 from lvctx.artifacts.model_config import read_model_config
-from lvctx.artifacts.store import disk_error, fingerprint, is_disk_error, link_file, read_json, sha256_file, write_json
+from lvctx.artifacts.store import fingerprint, link_file, read_json, sha256_file, write_json
 from lvctx.artifacts.weights import Weight, read_weights, write_weights
 from lvctx.config import OnProgress
 from lvctx.errors import InputError, UsageError
@@ -97,7 +98,8 @@ def run_export(job: ExportJob, *, resume: str, force: bool, on_progress: OnProgr
     """
     out = job.config.out
     if job.llava is None:
-        _export_hf(job.source, out, force=force)
+        with only_writer(out):
+            _export_hf(job.source, out, force=force)
     else:
         _export_llava(job.llava, job.source, out, resume=resume, force=force, on_progress=on_progress)
     return {"schema": schemas.MODEL, "path": str(out), "sha256": fingerprint(out), **job.facts}
@@ -106,23 +108,17 @@ def run_export(job: ExportJob, *, resume: str, force: bool, on_progress: OnProgr
 def _export_hf(source: Path, out: Path, *, force: bool) -> None:
     """Link or copy a model's files, config.json last; existing files are compared and kept."""
     names = sorted((name for name in model_files(source) if "/" not in name), key="config.json".__eq__)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        present = {name for name in names if (out / name).exists() and _same(source / name, out / name)}
-        other = [p.name for p in out.iterdir() if p.name not in present and not p.name.startswith(".")]
-        if other and not force:
-            raise InputError(
-                f"holds {', '.join(sorted(other)[:3])}, not part of this model",
-                where=out,
-                fix="choose another -o, or --force to write into it",
-            )
-        for name in names:
-            if name not in present:
-                link_file(source / name, out / name)
-    except OSError as e:
-        if is_disk_error(e):
-            raise disk_error(e, out) from e
-        raise
+    present = {name for name in names if (out / name).exists() and _same(source / name, out / name)}
+    other = [p.name for p in out.iterdir() if p.name not in present and not p.name.startswith(".")]
+    if other and not force:
+        raise InputError(
+            f"holds {', '.join(sorted(other)[:3])}, not part of this model",
+            where=out,
+            fix="choose another -o, or --force to write into it",
+        )
+    for name in names:
+        if name not in present:
+            link_file(source / name, out / name)
 
 
 def _same(a: Path, b: Path) -> bool:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lvctx.device import resolve_device
+from lvctx.device import Dtype, resolve_device, resolve_dtype
 from lvctx.errors import EXIT_INTERRUPTED, EXIT_STOPPED, InputError, LvctxError, Stopped, UsageError
 from lvctx.parallel.ring_attention import ALONE, Ring
 
@@ -46,12 +46,19 @@ class ParallelContext:
     """Ranks that share a sample."""
     ring: Ring = ALONE
     """This rank's index among those."""
+    compute_dtype: torch.dtype = torch.float32
+    """Type of a training's matrix products."""
     mesh: Any = None
     """DeviceMesh over all ranks (one dimension), over which parameters are sharded; None for a single process."""
     control: Any = None
     """CPU process group for flags, separate from the gradients' collectives."""
     saving: Any = None
     """CPU process group for checkpoints, which another thread writes concurrently."""
+
+    def autocast(self) -> torch.autocast:
+        """Compute matrix products in `compute_dtype`; nothing for float32."""
+        kind, enabled = torch.device(self.device).type, self.compute_dtype != torch.float32
+        return torch.autocast(kind, self.compute_dtype if enabled else None, enabled=enabled)
 
     @property
     def dp(self) -> int:
@@ -109,7 +116,7 @@ class ParallelContext:
         self.sum([0.0])
 
 
-def make_context(*, device: str, cp: int, timeout: timedelta = STEP_TIMEOUT) -> ParallelContext:
+def make_context(*, device: str, cp: int, dtype: Dtype = "auto", timeout: timedelta = STEP_TIMEOUT) -> ParallelContext:
     """The context of an initialised process group, or of a single process.
 
     Raises UsageError where `cp` does not divide the number of processes.
@@ -120,31 +127,40 @@ def make_context(*, device: str, cp: int, timeout: timedelta = STEP_TIMEOUT) -> 
             f"--cp {cp} does not divide the run's {size} process{'es' if size > 1 else ''}",
             fix=f"start it with `torchrun --nproc-per-node {cp} -m lvctx ...`",
         )
+    compute_dtype = getattr(torch, resolve_dtype(dtype, torch.device(device).type))
     if not dist.is_initialized():
-        return ParallelContext(device=device)
+        return ParallelContext(device=device, compute_dtype=compute_dtype)
     kind = torch.device(device).type
     groups = init_device_mesh(kind, (size // cp, cp), mesh_dim_names=("dp", "cp"))
     ring = Ring(rank=groups.get_local_rank("cp"), world=cp, group=groups["cp"].get_group())
     mesh: DeviceMesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
     control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     return ParallelContext(
-        device=device, rank=dist.get_rank(), size=size, cp=cp, ring=ring, mesh=mesh, control=control, saving=saving
+        device=device,
+        rank=dist.get_rank(),
+        size=size,
+        cp=cp,
+        ring=ring,
+        compute_dtype=compute_dtype,
+        mesh=mesh,
+        control=control,
+        saving=saving,
     )
 
 
 @contextmanager
 def open_context(
-    *, device: str, cp: int = 1, sharded: bool = False, timeout: timedelta = STEP_TIMEOUT
+    *, device: str, cp: int = 1, dtype: Dtype = "auto", sharded: bool = False, timeout: timedelta = STEP_TIMEOUT
 ) -> Iterator[ParallelContext]:
     """The process group that torchrun started this process in, or this single process; closed at the end.
 
-    `device` may be `auto` (`lvctx.device`). `sharded` creates a process group, and so a mesh, for a single process too.
-    `timeout` is how long a rank waits for another. An error on one rank is raised on the others instead of a lost
-    connection.
+    `device` and `dtype` may be `auto` (`lvctx.device`). `sharded` creates a process group, and so a mesh, for a single
+    process too. `timeout` is how long a rank waits for another. An error on one rank is raised on the others instead of
+    a lost connection.
     """
     device = resolve_device(device)
     if not under_torchrun() and not sharded:
-        yield make_context(device=device, cp=cp)
+        yield make_context(device=device, cp=cp, dtype=dtype)
         return
     backend = "gloo"
     if torch.device(device).type == "cuda":
@@ -157,7 +173,7 @@ def open_context(
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         with propagate_errors():
-            yield make_context(device=device, cp=cp, timeout=timeout)
+            yield make_context(device=device, cp=cp, dtype=dtype, timeout=timeout)
     finally:
         # Closing may fail when other ranks have ended; the run's own error is more useful than that failure.
         with suppress(RuntimeError):

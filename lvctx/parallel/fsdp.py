@@ -1,6 +1,6 @@
 """Parameters, gradients and optimizer state sharded over all ranks: FSDP2 (Zhao et al. 2023), layer by layer.
 
-Master weights and accumulated gradients are float32; a layer is gathered in bfloat16 for its computation.
+Master weights and accumulated gradients are float32; a layer is gathered in the type of its computation.
 """
 
 from collections.abc import Iterable
@@ -19,19 +19,20 @@ def shard_model(
     world: ParallelContext,
     *,
     offload: bool = False,
-    compute: torch.dtype = torch.bfloat16,
 ) -> None:
     """Shard `model` in place over all ranks, each of `layers` separately and the rest with `model`.
 
     From then on `model` must be entered through its own forward. Trained parameters become float32 here, a layer at a
     time, so that no rank ever holds the whole model in float32. `offload` keeps parameters, gradients and optimizer
-    state in host memory between their uses. Without a mesh (a single process) nothing is sharded.
+    state in host memory between their uses. Without a mesh (a single process) nothing is sharded, and frozen parameters
+    become float32 too if that is the type of the computation.
     """
-    precision = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(param_dtype=world.compute_dtype, reduce_dtype=torch.float32)
+    all_float32 = world.mesh is None and world.compute_dtype == torch.float32
     where = CPUOffloadPolicy(pin_memory=torch.device(world.device).type == "cuda") if offload else OffloadPolicy()
     for part in (*layers, model):
         for p in part.parameters():
-            if p.requires_grad and not isinstance(p, DTensor):
+            if (p.requires_grad or all_float32) and not isinstance(p, DTensor):
                 p.data = p.data.float()
         if world.mesh is not None:
             fully_shard(part, mesh=world.mesh, mp_policy=precision, offload_policy=where)

@@ -145,6 +145,8 @@ def _attend(
 def attend_alone(query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, scale: float) -> Tensor:
     """One rank's (B, H, L, D): a causal square over the new tokens, and all tokens before them."""
     before = key.shape[2] - query.shape[2]
+    if query.shape[2] == 1:  # a generated token attends to all: one kernel call, not two that are merged
+        return kernel.forward(query, key, value, causal=False, scale=scale)[0]
     new, lse = kernel.forward(query, key[:, :, before:], value[:, :, before:], causal=True, scale=scale)
     if not before:
         return new

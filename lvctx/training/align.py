@@ -45,6 +45,7 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
 
     def __init__(self, job: AlignJob) -> None:
         self.job, self.config, self.provenance = job, job.config, job.provenance
+        self.inputs = [path for path in (job.lm, job.tower, job.init) if path]
         assert job.config.steps is not None
         self.train_config = TrainConfig(
             steps=job.config.steps,

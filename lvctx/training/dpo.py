@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lvctx.artifacts.result_log import ResultLog
 from lvctx.config import OnProgress
@@ -36,7 +37,10 @@ def log_probs(hidden_TE: Tensor, head_VE: Tensor, labels_T: Tensor, micro: Seque
     """Log-probabilities (M, 2) of each pair's chosen and rejected answer, float32, in nats."""
     lengths = [len(s.ids) for sample in micro for s in sample.sequences]
     answers = zip(hidden_TE.split(lengths), labels_T.split(lengths), strict=True)
-    sums = [-token_loss(hidden, head_VE, labels)[0] for hidden, labels in answers]
+    # Recomputed in the backward pass if the head is trained: otherwise every answer would hold a gradient of it.
+    recompute = torch.is_grad_enabled() and head_VE.requires_grad
+    loss = partial(checkpoint, token_loss, use_reentrant=True) if recompute else token_loss
+    sums = [-loss(hidden, head_VE, labels)[0] for hidden, labels in answers]
     return torch.stack(sums).view(-1, 2)
 
 
@@ -90,7 +94,7 @@ class DpoTask(AlignTask):
             # Rank 0 decides what is missing: a faster rank may already have written rows.
             missing = set(context.gather([number for number, key in keys.items() if key not in log])[0])
             done = len(keys) - len(missing)
-            with torch.no_grad(), torch.autocast(torch.device(context.device).type, torch.bfloat16):
+            with torch.no_grad(), context.autocast():
                 for groups in self._windows(numbers, missing):
                     # Ranks compute in step; a rank without its own batch computes another's and discards the result.
                     micro = groups[min(context.dp_rank, len(groups) - 1)]

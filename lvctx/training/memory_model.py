@@ -1,21 +1,24 @@
 """Memory and time of a training step, computed from config.json alone, without torch or weights.
 
 Symbols: E hidden width, I inner width, H query heads, K key heads, D channels of a head, V vocabulary; P parameters,
-W devices, C devices that share a row, S tokens of a row, s = S / C tokens of a row on one device.
+W devices, C devices that share a row, S tokens of a row, s = S / C tokens of a row on one device; c bytes of a value in
+matrix products: 2 (bfloat16) or 4 (float32).
 
 Persistent, sharded over W devices (Rajbhandari et al. 2020, ZeRO 3), or on the host with offload:
     parameters 4P/W (float32), gradients 4P/W, optimizer 8P/W (AdamW's two moments)
-    LoRA: 2P/W frozen in bfloat16, and the above for its own parameters only
-Bfloat16 copies for computation: on one device autocast's of every weight, 2P; sharded, embedding and head (kept from
-forward to backward), and two layers, the current and the prefetched one. Their gradients before the reduction:
-bfloat16 of embedding and head, bfloat16 and float32 of a layer.
-Activations per token: w = 2 bytes per value of the hidden state (4 on one device, where float32 weights determine it).
+    LoRA: 2P/W frozen in bfloat16 (4P on one device with c = 4), and the above for its own parameters only
+Copies for computation: on one device autocast's of every weight, 2P, none with c = 4; sharded, embedding and head (kept
+from forward to backward), and two layers, the current and the prefetched one, c bytes each. Their gradients before
+the reduction: c of embedding and head, c and float32 of a layer.
+Activations per token: w = 2 bytes per value of the hidden state (4 with c = 4, and on one device, where float32 weights
+determine it).
     a layer's input, all that checkpointing keeps: w E
     inside a layer, for its backward: norms and residual 18 E (22 E for w = 4), q k v and attention's output
-    4 (H + K) D + 4 H, the gated MLP 8 I
-    during the backward of a layer: 6 I + 2 w E
-Loss: hidden states and their gradient, 2 w E per token; logits of one chunk of 1,024 tokens, V times 12 bytes
-(bfloat16, float32, and the gradients of both). Full logits, as in a plain forward, are 12 V per token of a row.
+    2 c (H + K) D + 4 H, the gated MLP 4 c I
+    during the backward of a layer: 3 c I + 2 w E
+Loss: hidden states and their gradient, 2 w E per token; logits of one chunk of 1,024 tokens, V times 6 bytes (bfloat16
+and float32; 4 with c = 4); and the head's gradient, which is computed with the loss. Full logits, as in a plain
+forward, are 12 V per token of a row (bfloat16, float32, and the gradients of both).
 Ring (C > 1): keys and values twice in bfloat16 and their gradients twice in float32, queries' gradient and output in
 float32: s (24 K D + 8 H D).
 Operations: 2 per weight and token except for the embedding, 2 S H D per token and layer for causal attention, three
@@ -159,6 +162,8 @@ class Spread:
     """Layers' inputs are kept on the host."""
     lora: int = 0
     """Rank of LoRA on attention; 0 trains everything."""
+    compute_bytes: int = 2
+    """Bytes of a value in matrix products: 2 for bfloat16, 4 for float32."""
     full_logits: bool = False
     """Logits of all tokens, as in a plain forward; ours are computed in chunks."""
 
@@ -174,10 +179,11 @@ def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -
     Not all parts exist at once: the peak is the largest of three moments: the loss, a layer's backward, and the
     reduction of the last gradients.
     """
-    world, alone = spread.world, spread.world == 1 and not spread.offload
+    world, alone, c = spread.world, spread.world == 1 and not spread.offload, spread.compute_bytes
     total = shape.parameters
     trained = shape.lora(spread.lora) if spread.lora else total
-    parameter_bytes = 4 * trained + (2 * total if spread.lora else 0)
+    frozen = total if spread.lora else 0
+    parameter_bytes = 4 * trained + (c if alone else 2) * frozen
     state_bytes = {
         "parameters": parameter_bytes // world,
         "gradients": 4 * trained // world,
@@ -187,17 +193,18 @@ def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -
     if spread.offload:
         host, state_bytes = sum(state_bytes.values()), dict.fromkeys(state_bytes, 0)
     if alone:
-        copies, late, last = (0 if spread.lora else 2 * total), 0, 0
+        copies, late, last = (0 if spread.lora or c == 4 else 2 * total), 0, 0
     else:
-        copies = 2 * shape.root + 4 * shape.layer
-        late = 0 if spread.lora else 2 * shape.root + 6 * shape.layer
-        last = 0 if spread.lora else 2 * shape.root + 6 * shape.root
-    w = 4 if alone and not spread.lora else 2
+        copies = c * shape.root + 2 * c * shape.layer
+        late = 0 if spread.lora else c * shape.root + (c + 4) * shape.layer
+        last = 0 if spread.lora else c * shape.root + (c + 4) * shape.root
+    w = 4 if c == 4 or (alone and not spread.lora) else 2
     tokens = -(-seq_len // spread.cp)
     inputs = shape.layers * w * shape.hidden * tokens
     heads = shape.heads + shape.key_heads
-    inside = (22 if w == 4 else 18) * shape.hidden + 4 * heads * shape.head_dim + 4 * shape.heads + 8 * shape.inner
-    back = (6 * shape.inner + 2 * w * shape.hidden) * tokens
+    inside = (22 if w == 4 else 18) * shape.hidden + 2 * c * heads * shape.head_dim + 4 * shape.heads
+    inside += 4 * c * shape.inner
+    back = (3 * c * shape.inner + 2 * w * shape.hidden) * tokens
     inside *= tokens
     if spread.checkpointing:
         stored, layer = inputs, inside + back
@@ -205,7 +212,11 @@ def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -
             host, stored = host + inputs, 2 * w * shape.hidden * tokens
     else:
         stored, layer = shape.layers * inside, back
-    logits = 12 * shape.vocab * (tokens if spread.full_logits else min(tokens, LOGITS_CHUNK))
+    if spread.full_logits:
+        logits = 12 * shape.vocab * tokens
+    else:
+        logits = (6 if c == 2 else 4) * shape.vocab * min(tokens, LOGITS_CHUNK)
+        logits += 0 if spread.lora else (4 if alone else c) * shape.vocab * shape.hidden
     loss = logits + 2 * w * shape.hidden * tokens
     ring = tokens * shape.head_dim * (24 * shape.key_heads + 8 * shape.heads) if spread.cp > 1 else 0
     parts = {

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.manifest import MANIFEST, Provenance, is_finished, read_manifest, write_manifest
+from lvctx.artifacts.manifest import MANIFEST, Provenance, listed_files, open_output, read_manifest, write_manifest
 from lvctx.artifacts.model_config import language_part, read_model_config
-from lvctx.artifacts.store import disk_error, fingerprint, is_disk_error, link_file, write_json
+from lvctx.artifacts.store import fingerprint, link_file, write_json
 from lvctx.errors import InputError, UsageError
 from lvctx.models.card import CARD
 from lvctx.models.loading import load_config, resolve_model
@@ -191,11 +191,11 @@ def run_mrope(job: MropeJob, out: Path, *, resume: str, force: bool) -> None:
     """Write the extended checkpoint; a finished one is not changed. Raises InputError if writing fails."""
     if out.resolve() == job.checkpoint.path.resolve():
         raise UsageError("-o is the model's own directory", fix="choose another directory")
-    if is_finished(out, job.provenance, resume=resume, force=force):
-        return
-    clear(out)
-    files, facts = write_checkpoint(job, out)
-    write_manifest(out, job.provenance, files, **facts)
+    with open_output(out, job.provenance, resume=resume, force=force) as unfinished:
+        if unfinished:
+            clear(out)
+            files, facts = write_checkpoint(job, out)
+            write_manifest(out, job.provenance, files, **facts)
 
 
 def write_checkpoint(
@@ -207,19 +207,13 @@ def write_checkpoint(
     longest row they were trained on. Raises InputError if writing fails.
     """
     source = job.checkpoint.path
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        linked = [name for name in _source_files(source) if name not in ("config.json", CARD)]
-        if weights is not None:
-            linked = [name for name in linked if ".safetensors" not in name]
-        for name in linked:
-            link_file(source / name, out / name)
-        if weights is not None:
-            linked = sorted([*linked, *weights()])
-    except OSError as e:
-        if is_disk_error(e):
-            raise disk_error(e, out) from e
-        raise
+    linked = [name for name in _source_files(source) if name not in ("config.json", CARD)]
+    if weights is not None:
+        linked = [name for name in linked if ".safetensors" not in name]
+    for name in linked:
+        link_file(source / name, out / name)
+    if weights is not None:
+        linked = sorted([*linked, *weights()])
     write_json(out / "config.json", with_rope(read_model_config(source), job.rope, job.context))
     (out / CARD).unlink(missing_ok=True)
     if (source / CARD).is_file():
@@ -236,7 +230,7 @@ def write_checkpoint(
 def clear(out: Path) -> None:
     """Remove files of an earlier run: its weights may be links to a model, which must not be overwritten."""
     if (out / MANIFEST).is_file():
-        names = read_manifest(out).get("files", {})
+        names = listed_files(out)
         (out / MANIFEST).unlink()
         for name in names:
             (out / name).unlink(missing_ok=True)

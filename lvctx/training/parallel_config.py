@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from lvctx.config import Flag, OnProgress
+from lvctx.device import Dtype
 
 OnStep = Callable[[Path, dict[str, Any]], None]
 """Called with the output directory and the row of metrics.jsonl that a step has just written."""
@@ -19,6 +20,8 @@ class ParallelConfig:
 
     device: str = "auto"
     """Device: cuda, mps or cpu. auto: CUDA if there is one, else MPS, else the CPU."""
+    dtype: Dtype = "auto"
+    """Type of matrix products; trained weights are float32. auto: bfloat16 if the device computes it natively."""
     cp: Annotated[int, Flag(min=1)] = 1
     """Processes that share a row (context parallelism); start them with torchrun."""
     offload: bool = False

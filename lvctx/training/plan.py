@@ -4,6 +4,7 @@ import os
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
+from lvctx.device import resolve_dtype
 from lvctx.errors import InputError, UsageError
 from lvctx.models.loading import read_config
 from lvctx.training.memory_model import (
@@ -43,6 +44,7 @@ def predict(config: PlanConfig) -> dict[str, Any]:
         offload=config.offload,
         offload_activations=config.offload_activations,
         lora=config.lora,
+        compute_bytes=4 if config.dtype == "float32" else 2,
     )
     shape = read_shape(read_config(config.model), where=config.model)
     preset = DEVICES[config.device]
@@ -96,6 +98,7 @@ def predict_extend(job: "ExtendJob", parallel: "ParallelConfig", *, world: int) 
             offload=parallel.offload,
             offload_activations=parallel.offload_activations,
             lora=config.lora,
+            dtype=resolve_dtype(parallel.dtype, name),
             device=name,
             device_memory=capacity,
             micro_tokens=1 if config.doc_mask else parallel.forward_tokens,

@@ -41,6 +41,8 @@ class PlanConfig:
     """Rank of LoRA on the attention projections; 0 trains all parameters."""
     checkpoint_activations: bool = True
     """Recompute each layer in the backward pass instead of keeping its activations."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the matrix products."""
     offload: bool = False
     """Keep parameters and optimizer state in host memory."""
     offload_activations: bool = False

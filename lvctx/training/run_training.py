@@ -8,8 +8,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-from lvctx.artifacts.lock import only_writer
-from lvctx.artifacts.manifest import MANIFEST, is_finished, write_manifest
+from lvctx.artifacts.manifest import MANIFEST, is_finished, open_output, verify_files, write_manifest
 from lvctx.models.adapter import save_adapter
 from lvctx.models.lora import merge_lora
 from lvctx.parallel import checkpoint
@@ -25,21 +24,27 @@ from lvctx.training.trainer import train
 def run_training(task: TrainingTask[Any], parallel: ParallelConfig, control: RunControl) -> None:
     """Train (or resume) and write the model to `control.out`; a finished one is not changed.
 
-    Under torchrun every rank calls it, and rank 0 writes. Raises InputError for the output of another run, and the
-    task's errors.
+    Under torchrun every rank calls it, and rank 0 writes. Raises InputError for the output of another run and for
+    damaged inputs, and the task's errors.
     """
     out = control.out
     if is_finished(out, task.provenance, resume=control.resume, force=control.force):
         return
-    opened = open_context(device=parallel.device, cp=parallel.cp, sharded=parallel.offload)
+    opened = open_context(device=parallel.device, cp=parallel.cp, dtype=parallel.dtype, sharded=parallel.offload)
     with opened as context, ExitStack() as stack:
+        unfinished = True
         if context.rank == 0:
-            stack.enter_context(only_writer(out))
+            output = open_output(out, task.provenance, resume=control.resume, force=control.force)
+            unfinished = stack.enter_context(output)
             if control.force or control.resume == "never":
                 checkpoint.remove(out)
                 task.clear(out)
                 (out / MANIFEST).unlink(missing_ok=True)
-        context.barrier()
+            for path in task.inputs if unfinished else ():
+                control.on_progress(0, task.train_config.steps, f"checking {path}")
+                verify_files(path)
+        if not context.gather(unfinished)[0]:
+            return
         trainable, metrics = _train(task, parallel, control, context)
         if trainable is not None and context.rank == 0:
             _save_result(task, trainable, out, metrics)

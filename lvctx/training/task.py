@@ -76,6 +76,8 @@ class TrainingTask(ABC, Generic[MicroT]):
     """Identifies the run; checkpoints and output of another run are refused."""
     train_config: TrainConfig
     """Optimizer settings."""
+    inputs: Sequence[Path] = ()
+    """Files and directories that it reads; finished directories of ours are compared with their hashes before."""
     flops: float | None = None
     """Operations of a step, if known."""
     equal_lengths: bool = False

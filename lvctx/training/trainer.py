@@ -1,6 +1,6 @@
 """The training loop: batches by global step, one loss over all counted tokens, resumable at every step.
 
-Trained parameters are float32 and used in bfloat16 (autocast); frozen ones keep their loaded type.
+Trained parameters are float32; matrix products are computed in the context's type (autocast).
 One process and many run the same code: see `parallel.context`.
 """
 
@@ -141,7 +141,7 @@ def _accumulate(
     total, tokens = 0.0, 0
     for micro, counts in micro_batches:
         raise_if_stopped()
-        with torch.autocast(torch.device(context.device).type, torch.bfloat16):
+        with context.autocast():
             value, count = loss(micro)
         (value if counts else value * 0).backward()
         if counts:

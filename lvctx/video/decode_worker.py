@@ -67,7 +67,7 @@ class Decoders:
         self._idle: list[subprocess.Popen[bytes]] = []
 
     @contextlib.contextmanager
-    def read(self, request: DecodeRequest, facts: dict[str, Any]) -> Iterator[Iterator[Frame]]:
+    def read(self, request: DecodeRequest, facts: dict[str, Any]) -> Iterator["_Reader"]:
         """The frames of a video, each a square; `facts` is filled once they are exhausted.
 
         Raises what `read_video` raises, and InputError if the decoder dies or hangs.
@@ -106,7 +106,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 class _Reader(Iterator[Frame]):
     def __init__(self, process: Any, request: DecodeRequest, facts: dict[str, Any], timeout: float) -> None:
         self._process, self._request, self._facts, self._timeout = process, request, facts, timeout
-        self.over = False
+        self.over, self.decoded = False, 0
         with contextlib.suppress(BrokenPipeError):  # reading reports why
             process.stdin.write(request.to_json().encode() + b"\n")
 
@@ -124,7 +124,8 @@ class _Reader(Iterator[Frame]):
             self.over = True
             answer = json.loads(body)
             if kind == b"D":
-                self._facts.update(answer)
+                self._facts.update(answer["facts"])
+                self.decoded = int(answer["decoded"])
             elif "bug" in answer:
                 raise RuntimeError(answer["bug"])
             else:
@@ -190,7 +191,7 @@ class _Answer:
         )
         for frame in reader:
             self._send(b"F", FRAME.pack(frame.index, frame.pts), frame.image.data)
-        return reader.facts
+        return {"facts": reader.facts, "decoded": reader.decoded}
 
     def _square(self, image: np.ndarray) -> np.ndarray:
         request = self._request

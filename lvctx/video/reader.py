@@ -50,8 +50,8 @@ class Frame:
 class FrameReader(Iterator[Frame]):
     """The requested frames; once exhausted, `facts` has what was found while decoding."""
 
-    def __init__(self, frames: Iterator[Frame], facts: dict[str, Any], path: Path) -> None:
-        self._frames, self._path = frames, path
+    def __init__(self, frames: Iterator[Frame], facts: dict[str, Any], path: Path, stats: DecodeStats) -> None:
+        self._frames, self._path, self._stats = frames, path, stats
         self.facts = facts
         """width, height, source_frames, duration (seconds), corrupt (damaged frames), decoder (with versions);
         and `partial`, true, for a video that is truncated or of which more than 1% is damaged."""
@@ -62,6 +62,11 @@ class FrameReader(Iterator[Frame]):
         if frame is None:
             raise StopIteration
         return frame
+
+    @property
+    def decoded(self) -> int:
+        """Frames that the decoder returned so far, also those that only other frames needed; of decord its frames."""
+        return self._stats.decoded
 
 
 def read_video(
@@ -93,7 +98,8 @@ def read_video(
         prepare=prepare,
         threads=threads or (os.cpu_count() or 1),
     )
-    return FrameReader(_read(job, facts, stats or DecodeStats()), facts, path)
+    stats = stats or DecodeStats()
+    return FrameReader(_read(job, facts, stats), facts, path, stats)
 
 
 def _read(job: ReadJob, facts: dict[str, Any], stats: DecodeStats) -> Iterator[Frame]:
@@ -133,6 +139,8 @@ def _read(job: ReadJob, facts: dict[str, Any], stats: DecodeStats) -> Iterator[F
                 yield Frame(index=number, pts=float(index.time(number)), image=image)
     if decoded_count == 0 or index is None:
         raise InputError("not one frame could be decoded", where=job.path)
+    if job.sampling.decoder == "decord":  # which does not tell how many it decodes for these
+        stats.decoded = decoded_count
     check_damage(job, facts, stats.damaged, stats.decoded)
     check_damage(job, facts, len(times) - decoded_count, len(times))
     facts["source_frames"] = len(index)

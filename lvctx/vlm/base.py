@@ -18,12 +18,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lvctx.cost import CostMeter
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.token_count import VisualRule
 
 Positions = Callable[[np.ndarray, int], Tensor]
 """Position ids of a sequence's tokens from the given one on, as the language model takes them: (1, L), or (3, 1, L) for
-M-RoPE. They may depend on earlier tokens but not on later ones: otherwise prefixes could not be shared."""
+M-RoPE. They may depend on earlier tokens but not on later ones: otherwise prefixes could not be shared. A text token
+follows the largest position before it, by which replies are placed."""
 
 
 def sequential_positions(ids_L: np.ndarray, first: int) -> Tensor:
@@ -106,6 +108,12 @@ class VLM(Protocol):
 
     path: Path
     """Its directory."""
+    vocabulary: int
+    """V: the first id that is a row of the visual table."""
+    has_feature_cache: bool
+    """Whether it keeps the vision features of video files in a folder; see `open_vlm`."""
+    meter: CostMeter
+    """Of what its conversation costs: reading and encoding here, the rest by its engine."""
 
     def resolve(self, sampling: VideoSampling) -> VideoSampling:
         """Apply the family's defaults. Raises UsageError for unsupported options, before anything is loaded."""

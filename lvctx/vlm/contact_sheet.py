@@ -30,7 +30,7 @@ def contact_sheet(artifact: Path, out: Path, *, video: Path | None = None) -> di
         raise InputError("not a frames artifact", where=artifact, fix="write one with lvctx encode-video")
     if out.suffix.lower() not in Image.registered_extensions():
         raise InputError("no image format has this suffix", where=out, fix="call it sheet.png")
-    source = video or _find(Path(provenance.get("facts", {}).get("source", "")), artifact)
+    source = video or find_source(Path(provenance.get("facts", {}).get("source", "")), artifact)
     if sha256_file(source) != provenance["inputs"]["video"]:
         raise InputError("not the video that was encoded", where=source, fix="give the original with --video")
     with safe_open(artifact, "np") as f:
@@ -57,7 +57,8 @@ def contact_sheet(artifact: Path, out: Path, *, video: Path | None = None) -> di
     return {"contact_sheet": str(out), "shown": len(selected), "frames": len(index), "video": str(source)}
 
 
-def _find(source: Path, artifact: Path) -> Path:
+def find_source(source: Path, artifact: Path) -> Path:
+    """The video of a frames artifact: at the path that it names, or beside it. Raises InputError if it is neither."""
     for candidate in (source, artifact.parent / source.name):
         if candidate.is_file():
             return candidate

@@ -6,6 +6,7 @@ grow with the length of the video. The header is written last, into reserved spa
 Suffixes: F frames, P features a frame, D tower width.
 """
 
+import hashlib
 import json
 import struct
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 SUFFIX = ".frames.safetensors"
 """Suffix of a frames artifact's name."""
+DATA_SHA256 = "data_sha256"
+"""Key of the provenance: the hash of the bytes after the header."""
 FEATURE_SCHEMAS = (schemas.FRAMES, schemas.FRAMES_HYBRID)
 
 
@@ -64,6 +67,7 @@ class FramesWriter:
         self._index: list[int] = []
         self._grid: list[int] = []
         self._shape: tuple[int, ...] = ()
+        self._hash = hashlib.sha256()
 
     def append(
         self, features_BPD: "Tensor", pts: list[float], index: list[int], grid: Sequence[tuple[int, int]] = ()
@@ -78,16 +82,22 @@ class FramesWriter:
         assert len(raw) == len(pts) == len(index)
         assert self._shape in ((), tuple(raw.shape[1:]))
         self._shape = tuple(raw.shape[1:])
-        self._file.write(raw.view(torch.uint8).numpy().data)
+        self._write(raw.view(torch.uint8).numpy().data)
         self._pts += pts
         self._index += index
         self._grid += [n for pair in grid for n in pair]
 
-    def _finish(self, metadata: dict[str, str]) -> None:
+    def _write(self, data: Any) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+
+    def _finish(self, value: dict[str, Any]) -> None:
         count = len(self._pts)
-        self._file.write(struct.pack(f"<{count}d", *self._pts) + struct.pack(f"<{count}q", *self._index))
-        self._file.write(struct.pack(f"<{len(self._grid)}q", *self._grid))
+        self._write(struct.pack(f"<{count}d", *self._pts) + struct.pack(f"<{count}q", *self._index))
+        self._write(struct.pack(f"<{len(self._grid)}q", *self._grid))
         assert len(self._grid) in (0, 2 * count)
+        value = {**value, DATA_SHA256: self._hash.hexdigest()}
+        metadata = {"lvctx": json.dumps(value, sort_keys=True, separators=(",", ":"))}
         header: dict[str, Any] = {"__metadata__": metadata}
         end = 0
         for name, dtype, shape, size in (
@@ -120,8 +130,7 @@ def open_frames(target: Path, provenance: Provenance, facts: dict[str, Any]) -> 
         file.seek(8 + header_bytes)
         writer = FramesWriter(file, header_bytes)
         yield writer
-        value = {**provenance.to_dict(), "facts": facts}
-        writer._finish({"lvctx": json.dumps(value, sort_keys=True, separators=(",", ":"))})
+        writer._finish({**provenance.to_dict(), "facts": facts})
 
 
 def write_frames(
@@ -130,6 +139,17 @@ def write_frames(
     """Write a whole frames artifact at once; see `FramesWriter.append`."""
     with open_frames(target, provenance, {}) as writer:
         writer.append(features_FPD, pts, index)
+
+
+def verify_feature_cache(path: Path) -> None:
+    """Compare a frames artifact's data with the hash in its header. Raises InputError if it differs or has none."""
+    stored = (read_provenance(path) or {}).get(DATA_SHA256)
+    if stored is None:
+        raise InputError("has no hash of its data", where=path, fix="encode the video again to have one")
+    with open(path, "rb") as f:
+        f.seek(8 + int.from_bytes(f.read(8), "little"))
+        if hashlib.file_digest(f, "sha256").hexdigest() != stored:
+            raise InputError("damaged: its bytes are not those that were written", where=path, fix="encode it again")
 
 
 def is_feature_cache(path: Path) -> bool:

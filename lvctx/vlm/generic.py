@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from lvctx.artifacts.store import sha256_file
+from lvctx.cost import CostMeter, Phase
 from lvctx.errors import InputError, UsageError
 from lvctx.models.loading import load_config
 from lvctx.video.frame_count import bounded
@@ -41,16 +42,22 @@ class GenericVLM:
 
     shares_prefixes = True
     """Whether its language model is causal with one position a token. If not, `inference.forward_engine` runs it."""
+    has_feature_cache = False
+
+    phases: tuple[Phase, ...] = ("decode", "encode", "prefill", "generate")
+    """What is measured of a sample."""
 
     def __init__(self, path: Path, *, device: str = "cpu", feature_cache: Path | None = None) -> None:
         """See `open_vlm`; no features are cached, as every class makes them in its own way."""
         self.path, self.config = path, load_config(path)
+        self.meter = CostMeter(self.phases)
         self.vocabulary = int(self.config.get_text_config().vocab_size)
 
     @cached_property
     def processor(self) -> StockProcessor:
         """The model's own processor. Raises InputError, MissingError."""
-        return StockProcessor(self.path)
+        with self.meter.phase(None):
+            return StockProcessor(self.path)
 
     @property
     def takes_video(self) -> bool:
@@ -82,7 +89,8 @@ class GenericVLM:
 
     def visual_input(self, media: Sequence[VisualItem]) -> VisualInput:
         """Images and sampled videos as ids, in order."""
-        expansions = list(self._expansions(media))
+        with self.meter.phase("encode"):
+            expansions = list(self._expansions(media))
         chat = self.processor.chat([""], media)
         texts = arranged(media, [text for expansion in expansions for text in expansion.texts])
         ids_N = self.processor.block_ids(chat, texts)
@@ -110,7 +118,7 @@ class GenericVLM:
                 media.append(item)
                 continue
             reader = read_video(item, bounded(item, sampling))
-            frames = list(reader)
+            frames = list(self.meter.decoding(reader))
             times = [frame.pts for frame in frames]
             pts += times
             if self.processor.takes_video:
@@ -186,6 +194,8 @@ class ForwardVLM(GenericVLM):
     """A checkpoint of any other class: every prompt goes through the model's own `forward` and `generate`."""
 
     shares_prefixes = False
+    phases = ("decode", "prefill", "generate")
+    """Every prefill encodes anew."""
 
     def image_facts(self) -> dict[str, Any]:
         """See `VLM`."""

@@ -71,7 +71,8 @@ class GenericHaystack:
 
     def read(self) -> Iterator[Image.Image]:
         """All frames in order."""
-        return chain.from_iterable(read_haystack_images(file, self.sampling) for file in self.files)
+        meter = self.vlm.meter
+        return chain.from_iterable(read_haystack_images(file, self.sampling, meter) for file in self.files)
 
     def tokens(self, frames: int, images: Sequence[Image.Image]) -> "GenericTokens":
         """See `Haystack`; images are padded to the shape of the frames."""
@@ -101,10 +102,10 @@ class GenericTokens:
     def _blanks(self, frames: int) -> list[VisualItem]:
         return self.media([self._blank] * frames)
 
-    def media(self, frames: Sequence[Image.Image]) -> list[VisualItem]:
+    def media(self, frames: Sequence[Image.Image | np.ndarray]) -> list[VisualItem]:
         """Frames as the processor takes them: one video, or images."""
         if self.haystack.as_images:
-            return list(frames)
+            return [one if isinstance(one, Image.Image) else Image.fromarray(one) for one in frames]
         return [Clip(frames=frames, times=(np.arange(len(frames)) / self.haystack.fps).tolist())]
 
     def _texts(self, frames: int) -> list[str]:

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from lvctx.artifacts.manifest import read_provenance
+from lvctx.cost import CostMeter
 from lvctx.errors import InputError, UsageError
 from lvctx.models.image_processing import Preprocess
 from lvctx.models.loading import load_config, load_tokenizer
@@ -40,10 +41,13 @@ PROJECTOR_BATCH = 64
 class LlavaOnevision:
     """A LlavaOnevision checkpoint."""
 
+    has_feature_cache = True
+
     def __init__(self, path: Path, *, device: str = "cpu", feature_cache: Path | None = None) -> None:
         """See `open_vlm`."""
         self.path, self.device, self.feature_cache = path, device, feature_cache
         self.config = load_config(path)
+        self.meter = CostMeter()
         self.vocabulary = int(self.config.get_text_config().vocab_size)
         """V: the first id that is a row of the table."""
         self._encoders: dict[VideoSampling, VideoEncoder] = {}
@@ -106,8 +110,9 @@ class LlavaOnevision:
                 self._encoders[sampling] = VideoEncoder.open(self.path, sampling, device=self.device)
             encoder = self._encoders[sampling]
             if self.feature_cache is None:
-                return encoder.read(path)
-            return read_feature_cache(Path(encoder.encode(path, self._folder(encoder, path))["path"]))
+                return encoder.read(path, self.meter)
+            encoded = encoder.encode(path, self._folder(encoder, path), meter=self.meter)
+            return read_feature_cache(Path(encoded["path"]))
         cache = read_feature_cache(path, model=str(self.path))
         if cache.provenance["inputs"].get("tower") != self.tower.fingerprint:
             fix = f"lvctx encode-video VIDEO --model {self.path}"
@@ -241,7 +246,8 @@ class LlavaTokens:
         if self.images:
             # Needles are made square like the haystack's frames.
             mode = self.haystack.caches[0].provenance["config"].get("frame_mode", "pad")
-            tower = load_tower(self.haystack.vlm.path, dtype=model.dtype, device=str(model.device))
+            with self.haystack.vlm.meter.phase(None):
+                tower = load_tower(self.haystack.vlm.path, dtype=model.dtype, device=str(model.device))
             features = tower.encode_images([tower.preprocess.square(image, mode) for image in self.images])
             even = all(cache.grid is None for cache in self.haystack.caches)
             sizes = [None if even else torch.tensor([grid] * len(self.images)) for grid in self.grids]

@@ -86,7 +86,8 @@ class QwenHaystack:
 
     def read(self) -> Iterator[Image.Image]:
         """All frames in order."""
-        return chain.from_iterable(read_haystack_images(file, self.sampling) for file in self.files)
+        meter = self.vlm.meter
+        return chain.from_iterable(read_haystack_images(file, self.sampling, meter) for file in self.files)
 
     def as_frame(self, image: Image.Image) -> Image.Image:
         """The image as a frame of the source's size, with its aspect ratio kept."""

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from lvctx.artifacts.store import read_json, sha256_file
+from lvctx.cost import CostMeter
 from lvctx.errors import InputError, UsageError
 from lvctx.models.loading import load_config, load_image_processor, load_tokenizer
 from lvctx.rope.mrope_positions import Rules
@@ -45,21 +46,26 @@ class QwenVL:
 
     writes_times = False
     """Whether the time of each grid precedes it as text."""
+    has_feature_cache = False
 
     def __init__(self, path: Path, *, device: str = "cpu", feature_cache: Path | None = None) -> None:
         """See `open_vlm`; this family has no feature cache, since its tower's output depends on the resolution."""
         self.path, self.config = path, load_config(path)
+        self.vocabulary = int(self.config.get_text_config().vocab_size)
+        self.meter = CostMeter()
         self.seconds_to_positions = Rules.of(self.config).tokens_per_second
 
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        return load_tokenizer(self.path)
+        with self.meter.phase(None):
+            return load_tokenizer(self.path)
 
     @cached_property
     def processor(self) -> Any:
         """The model's own image processor."""
-        return load_image_processor(self.path)
+        with self.meter.phase(None):
+            return load_image_processor(self.path)
 
     def resolve(self, sampling: VideoSampling) -> VideoSampling:
         """See `VLM`: two frames per second (GIRAFFE), at most 768; uniform resolution at 240 tokens a grid."""
@@ -148,7 +154,7 @@ class QwenVL:
 
     def _read(self, path: Path, sampling: VideoSampling) -> tuple[SampledVideo, dict[str, Any]]:
         reader = read_video(path, bounded(path, sampling))
-        return self.resize(reader, sampling), reader.facts
+        return self.resize(self.meter.decoding(reader), sampling), reader.facts
 
     def resize(self, frames: Iterable[Frame], sampling: VideoSampling) -> SampledVideo:
         """Resize frames to the sizes for the model."""
@@ -194,7 +200,7 @@ class QwenVL:
         """An empty table; `times(numbers)` are the timestamps of these frames in seconds."""
         return GridTable(
             rule,
-            vocabulary=int(self.config.get_text_config().vocab_size),
+            vocabulary=self.vocabulary,
             tokens_per_second=self.seconds_to_positions,
             times=times,
             write=partial(self.tokenizer.encode, add_special_tokens=False) if self.writes_times else None,

@@ -30,8 +30,9 @@ from lvctx.artifacts import schemas
 from lvctx.artifacts.lock import only_writer
 from lvctx.artifacts.manifest import Provenance, is_finished, read_provenance
 from lvctx.artifacts.store import read_safetensors_header, sha256_file
+from lvctx.cost import CostMeter
 from lvctx.device import Dtype, resolve_dtype
-from lvctx.errors import LvctxError, Stopped, UsageError
+from lvctx.errors import DiskError, LvctxError, Stopped, UsageError
 from lvctx.models.vision_encoder import Tower, TowerFiles
 from lvctx.video.container import check_complete, probe
 from lvctx.video.decode_worker import DecodeRequest, Decoders
@@ -86,11 +87,8 @@ class VideoEncoder:
         without decord.
         """
         files = TowerFiles.find(name)
-        config = EncoderConfig(
-            sampling=resolve_for_tower(files, sampling),
-            batch=batch,
-            dtype=resolve_dtype(dtype, device),
-        )
+        resolved = resolve_for_tower(files, sampling)
+        config = EncoderConfig(sampling=resolved, batch=batch, dtype=resolve_dtype(dtype, device))
         return cls(files, config, device=device)
 
     def close(self) -> None:
@@ -98,12 +96,15 @@ class VideoEncoder:
         self._stop.set()
         self._decoders.close()
 
-    def encode_images(self, images: list[Image.Image] | np.ndarray) -> torch.Tensor:
+    def encode_images(self, images: list[Image.Image] | np.ndarray, meter: CostMeter | None = None) -> torch.Tensor:
         """Features (N, P, D) of square images, in batches."""
+        meter = meter or CostMeter()
         with self._turn:
             if self._tower is None:
-                self._tower = Tower(self.files, dtype=getattr(torch, self.config.dtype), device=self.device)
-            return self._tower.encode_images(images, batch=self.config.batch)
+                with meter.phase(None):
+                    self._tower = Tower(self.files, dtype=getattr(torch, self.config.dtype), device=self.device)
+            with meter.phase("encode"):
+                return self._tower.encode_images(images, batch=self.config.batch)
 
     def provenance(self, video: Path) -> Provenance:
         """The provenance of the artifact of `video`."""
@@ -186,6 +187,7 @@ class VideoEncoder:
         resume: str = "auto",
         force: bool = False,
         threads: int | None = None,
+        meter: CostMeter | None = None,
         on_progress: Callable[[int, int, str], None] = lambda done, total, note: None,
     ) -> dict[str, Any]:
         """Write the artifact of one video into `out`, unless it exists; returns its row.
@@ -206,18 +208,18 @@ class VideoEncoder:
             done = 0
             facts: dict[str, Any] = {"source": str(video)}
             with open_frames(target, provenance, facts) as writer:
-                for features, pts, index, grids in self._batches(video, facts, threads=threads):
+                for features, pts, index, grids in self._batches(video, facts, meter or CostMeter(), threads):
                     writer.append(features, pts, index, grids)
                     done += len(pts)
                     on_progress(done, max(total, done), video.name)
             return _row(video, target)
 
-    def read(self, video: Path) -> FeatureCache:
+    def read(self, video: Path, meter: CostMeter) -> FeatureCache:
         """The same in memory, for features that are not stored. Raises as `encode`."""
         check_complete(video, allow_partial=self.config.sampling.allow_partial)
         provenance = self.provenance(video)
         facts: dict[str, Any] = {"source": str(video)}
-        features, pts, index, grids = zip(*self._batches(video, facts), strict=True)
+        features, pts, index, grids = zip(*self._batches(video, facts, meter), strict=True)
         grid = torch.tensor(list(chain.from_iterable(grids))) if self.hybrid else None
         return FeatureCache(
             features=torch.cat([batch.to("cpu", torch.bfloat16) for batch in features]),
@@ -227,23 +229,22 @@ class VideoEncoder:
             provenance={**provenance.to_dict(), "facts": facts},
         )
 
-    def _batches(self, video: Path, facts: dict[str, Any], *, threads: int | None = None) -> Iterator[Batch]:
+    def _batches(
+        self, video: Path, facts: dict[str, Any], meter: CostMeter, threads: int | None = None
+    ) -> Iterator[Batch]:
         """Features, times, numbers and token grids (None if all are the same) of the frames; fills `facts`."""
         sampling, preprocess = bounded(video, self.config.sampling), self.files.preprocess
         request = DecodeRequest(
-            path=str(video),
-            sampling=sampling,
-            threads=threads,
-            size=preprocess.size,
-            background=preprocess.background,
+            path=str(video), sampling=sampling, threads=threads, size=preprocess.size, background=preprocess.background
         )
         is_high = select_high(self.hybrid, merge=1, threshold=sampling.threshold) if self.hybrid else None
         done = tokens = nominal = 0
-        with self._decoders.read(request, facts) as frames:
+        with self._decoders.read(request, facts) as reader:
+            frames = meter.decoding(reader)
             while batch := list(islice(frames, self.config.batch)):
                 if self._stop.is_set():
                     raise Stopped
-                features = self.encode_images(np.stack([frame.image for frame in batch]))
+                features = self.encode_images(np.stack([frame.image for frame in batch]), meter)
                 high = [is_high(done + i, frame.image) for i, frame in enumerate(batch)] if is_high else []
                 grids = [self._grid(is_high_res) for is_high_res in high]
                 yield features, [frame.pts for frame in batch], [frame.index for frame in batch], grids
@@ -259,9 +260,8 @@ class VideoEncoder:
     ) -> Iterator[tuple[Path, CacheRow, CacheRow | LvctxError]]:
         """`encode` for each (video, row), `jobs` at once; video, row and result or error, in input order.
 
-        The cores are divided among the decoders of `processes` such processes.
-
-        Videos are taken from the iterable while others are encoded, so a slow producer does not delay them.
+        The cores are divided among the decoders of `processes` such processes. Videos are taken from the iterable while
+        others are encoded, so a slow producer does not delay them. Raises DiskError where the disk is full.
         """
         todo: queue.Queue[Any] = queue.Queue(jobs)
         threads = max(1, (os.cpu_count() or 1) // (jobs * processes))
@@ -270,6 +270,8 @@ class VideoEncoder:
             try:
                 return self.encode(video, out, threads=threads, **options)
             except LvctxError as e:
+                if isinstance(e, DiskError):
+                    raise
                 return e
 
         def feed() -> None:

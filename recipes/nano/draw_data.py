@@ -72,8 +72,8 @@ def draw_sample(job: tuple[str, int, int, int, Path, tuple[Path, ...]]) -> dict[
         asked = asked[: max(1, filled // 2)]
     pairs = [(QUESTION.format(shape=shape), color) for shape, color in asked]
     name = f"{stage}-{index:05d}.png"
-    picture = draw_grids(rng, size=size, cols=cols, rows=rows, cells=cells, photos=load_photos(clips))
-    picture.save(out / "images" / name, compress_level=1)
+    image = draw_grids(rng, size=size, cols=cols, rows=rows, cells=cells, photos=load_photos(clips))
+    image.save(out / "images" / name, compress_level=1)
     return {"id": name[:-4], "image": name, "conversations": turns(pairs)}
 
 
@@ -98,7 +98,7 @@ def main() -> None:
             records = pool.map(draw_sample, jobs, chunksize=16)
             (args.output / f"{stage}.json").write_text(json.dumps(records, indent=1) + "\n")
             asked = sum(len(r["conversations"]) // 2 for r in records)
-            print(f"{stage}: {count} pictures, {asked} questions, {time.monotonic() - start:.0f} s", flush=True)
+            print(f"{stage}: {count} images, {asked} questions, {time.monotonic() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

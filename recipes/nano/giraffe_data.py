@@ -74,9 +74,9 @@ def draw_sample(job: Job) -> dict[str, Any]:
     strip = draw_grids(rng, size=LARGE, cols=len(sizes), rows=1, cells=cells, photos=load_photos(clips))
     names = []
     for i, size in enumerate(sizes):
-        picture = strip.crop((i * LARGE, 0, (i + 1) * LARGE, LARGE))
-        names.append(f"pictures/{kind}-{index:04}-{i:03}.png")
-        picture.resize((size, size), Image.Resampling.BICUBIC).save(out / names[-1], compress_level=1)
+        image = strip.crop((i * LARGE, 0, (i + 1) * LARGE, LARGE))
+        names.append(f"images/{kind}-{index:04}-{i:03}.png")
+        image.resize((size, size), Image.Resampling.BICUBIC).save(out / names[-1], compress_level=1)
     conversations, before = [], 0
     for shown, place in reveal(rng, places, len(sizes), kind == "long" and rng.random() < 0.5):
         shape, color = cells[place]
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    (args.output / "pictures").mkdir(parents=True, exist_ok=True)
+    (args.output / "images").mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with Pool(args.workers) as pool:
         for kind, count in (("short", args.short), ("long", args.long)):
@@ -108,7 +108,7 @@ def main() -> None:
             lines = "".join(json.dumps(record) + "\n" for record in records)
             (args.output / f"{kind}.jsonl").write_text(lines)
             print(
-                f"{kind}: {sum(len(r['images']) for r in records)} pictures, {time.monotonic() - start:.0f} s",
+                f"{kind}: {sum(len(r['images']) for r in records)} images, {time.monotonic() - start:.0f} s",
                 flush=True,
             )
 

@@ -23,7 +23,7 @@ from draw_data import COLOR_NAMES
 from giraffe_model import PATCH, VISION
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from train_tower import MEAN, STD, Batch, Seer, augment, draw_many, evaluate, fit
+from train_tower import MEAN, STD, Batch, TowerClassifier, augment, draw_many, evaluate, fit
 from transformers import CLIPVisionModel
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
@@ -41,11 +41,11 @@ LARGEST = max(SIZES)
 WORDS_STEPS, WORDS_BATCH, WORDS_LR = 600, 64, 2e-3
 
 
-def resize(pictures: Tensor, covered: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def resize(images: Tensor, covered: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Images (B, 3, H, W) uint8 of the largest size at another, and which patches the shape then covers (B, P)."""
     if size == LARGEST:
-        return pictures, covered
-    small = F.interpolate(pictures.float(), size=(size, size), mode="bicubic", antialias=True).round().clamp(0, 255)
+        return images, covered
+    small = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True).round().clamp(0, 255)
     grid = covered.float().unflatten(1, (LARGEST // PATCH, -1))[:, None]
     return small.to(torch.uint8), F.adaptive_avg_pool2d(grid, size // PATCH).flatten(1) > 0.4
 
@@ -95,8 +95,8 @@ def rotary(tower: Any, side: int) -> tuple[Tensor, Tensor]:
     return held[0]
 
 
-class QwenSeer(Seer):
-    """A Qwen2-VL tower and the heads that teach it."""
+class QwenTowerClassifier(TowerClassifier):
+    """A Qwen2-VL tower and the classification heads it is trained with."""
 
     def __init__(self, tower: Any) -> None:
         nn.Module.__init__(self)
@@ -143,36 +143,36 @@ def words_table(lm: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def features(tower: Any, pictures: Tensor, covered: Tensor, size: int) -> Tensor:
+def features(tower: Any, images: Tensor, covered: Tensor, size: int) -> Tensor:
     """What the tower makes of images at a size: (B, P, D)."""
     with torch.autocast("cpu", torch.bfloat16):
-        small = resize(pictures, covered, size)[0].split(250)
+        small = resize(images, covered, size)[0].split(250)
         return torch.cat([look(tower, cut((part.float() / 255 - MEAN) / STD)) for part in small])
 
 
-def teach_words(tower: Any, taught: list[Tensor], tested: list[Tensor], lm: str) -> None:
+def train_merger(tower: Any, training: list[Tensor], held_out: list[Tensor], lm: str) -> None:
     """Train the merger on some images; returns how often the nearest word is the right one for others."""
     shapes, colors = words_table(lm)
-    pictures, labels, covered = taught
+    images, labels, covered = training
     targets_BE = shapes[labels[:, 0]] + colors[labels[:, 1]]
-    seen = {size: features(tower, pictures, covered, size) for size in SIZES}
+    features_by_size = {size: features(tower, images, covered, size) for size in SIZES}
     optimizer = torch.optim.AdamW(tower.merger.parameters())
     for step in range(WORDS_STEPS):
         for group in optimizer.param_groups:
             group["lr"] = WORDS_LR * min(1, (step + 1) / 30) * (1 - step / WORDS_STEPS)
         loss = torch.zeros(())
         for size in SIZES:
-            pick = torch.randint(0, len(pictures), (WORDS_BATCH,))
-            out_BTE = tower.merger(seen[size][pick].float()).unflatten(0, (WORDS_BATCH, -1))
+            pick = torch.randint(0, len(images), (WORDS_BATCH,))
+            out_BTE = tower.merger(features_by_size[size][pick].float()).unflatten(0, (WORDS_BATCH, -1))
             loss = loss + F.mse_loss(out_BTE, targets_BE[pick][:, None].expand_as(out_BTE)) / targets_BE.var()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    pictures, labels, covered = tested
+    images, labels, covered = held_out
     shown = labels[:, 0] < len(SHAPES)
     for size in SIZES:
         with torch.no_grad():
-            patches_BPD = features(tower, pictures[shown], covered[shown], size).float()
+            patches_BPD = features(tower, images[shown], covered[shown], size).float()
             seen_BE = tower.merger(patches_BPD).unflatten(0, (len(patches_BPD), -1)).mean(1)
         said = []
         for column, name, table in ((0, "shape", shapes), (1, "colour", colors)):
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--lm", required=True, help="language model: its input embeddings are the merger's targets")
     parser.add_argument("--tower", type=Path, required=True, help="CLIP-architecture tower of train_tower.py")
     parser.add_argument("--photos", type=Path, nargs="*", default=[], help="images, folders, clips to draw on")
-    parser.add_argument("--pictures", type=int, default=20_000, help="distinct training images")
+    parser.add_argument("--images", type=int, default=20_000, help="distinct training images")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -198,20 +198,20 @@ def main() -> None:
     torch.manual_seed(args.seed)
     start = time.monotonic()
     drawing = (LARGEST, PATCH, tuple(args.photos), args.workers)
-    pictures, labels, covered = draw_many(args.seed, args.pictures, *drawing)
-    tested = draw_many(args.seed + 1_000_003, min(2000, args.pictures), *drawing)
-    print(f"drew {len(pictures)} pictures in {time.monotonic() - start:.0f} s", flush=True)
+    images, labels, covered = draw_many(args.seed, args.images, *drawing)
+    held_out = draw_many(args.seed + 1_000_003, min(2000, args.images), *drawing)
+    print(f"drew {len(images)} images in {time.monotonic() - start:.0f} s", flush=True)
 
     width = load_model(resolve_model(args.lm)).config.hidden_size
     tower = Qwen2VisionTransformerPretrainedModel(Qwen2VLVisionConfig(**VISION, hidden_size=width))
     tower.merger.requires_grad_(False)
     take_layers(tower, args.tower)
-    seer = QwenSeer(tower)
+    classifier = QwenTowerClassifier(tower)
 
     def batch(step: int) -> Batch:
         size = list(SIZES)[step % len(SIZES)]
-        pick = torch.randint(0, len(pictures), (SIZES[size],))
-        small, here = resize(pictures[pick], covered[pick], size)
+        pick = torch.randint(0, len(images), (SIZES[size],))
+        small, here = resize(images[pick], covered[pick], size)
         pixels, here = augment(small, here, size // PATCH)
         return pixels, labels[pick], here
 
@@ -220,17 +220,20 @@ def main() -> None:
             small = [
                 torch.cat(column)
                 for column in zip(
-                    *(resize(p, c, size) for p, c in zip(tested[0].split(500), tested[2].split(500), strict=True)),
+                    *(resize(p, c, size) for p, c in zip(held_out[0].split(500), held_out[2].split(500), strict=True)),
                     strict=True,
                 )
             ]
-            print(f"held out, {size} px " + json.dumps(evaluate(seer, [small[0], tested[1], small[1]])), flush=True)
+            print(
+                f"held out, {size} px " + json.dumps(evaluate(classifier, [small[0], held_out[1], small[1]])),
+                flush=True,
+            )
 
-    fit(seer, tower.blocks, batch, check, steps=args.steps, lr=args.lr)
+    fit(classifier, tower.blocks, batch, check, steps=args.steps, lr=args.lr)
     check()
     tower.requires_grad_(False).eval()
     tower.merger.requires_grad_(True)
-    teach_words(tower, [column[:6000] for column in (pictures, labels, covered)], tested, args.lm)
+    train_merger(tower, [column[:6000] for column in (images, labels, covered)], held_out, args.lm)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.bfloat16().contiguous() for name, tensor in tower.state_dict().items()}, str(args.out))
 

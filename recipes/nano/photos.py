@@ -13,7 +13,7 @@ from lvctx.video.sampling import VideoSampling
 SIDE = 300
 """Short side they are reduced to, pixels."""
 PER_CLIP = 16
-"""Frames taken of a clip, evenly spaced: neighbours differ too little to teach more."""
+"""Frames taken of a clip, evenly spaced: neighbouring frames differ too little to add training signal."""
 
 
 @cache

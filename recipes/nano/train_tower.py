@@ -42,21 +42,21 @@ def draw_chunk(job: Job) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     photos = load_photos(sources)
     rng = np.random.default_rng([seed, chunk])
     side = size // patch
-    pictures = np.empty((count, 3, size, size), np.uint8)
+    images = np.empty((count, 3, size, size), np.uint8)
     labels = np.full((count, 2), (len(SHAPES), len(COLOR_NAMES)), np.int64)
     covered = np.zeros((count, side * side), bool)
     for i in range(count):
         if rng.random() < BLANK:
-            picture = draw_blank(rng, size=size, photos=photos)
+            image = draw_blank(rng, size=size, photos=photos)
         else:
             shape, color = int(rng.integers(len(SHAPES))), int(rng.integers(len(COLOR_NAMES)))
-            picture, mask_HW = draw_image_with_mask(
+            image, mask_HW = draw_image_with_mask(
                 rng, size=size, shape=SHAPES[shape], color=COLOR_NAMES[color], photos=photos
             )
             labels[i] = shape, color
             covered[i] = mask_HW.reshape(side, patch, side, patch).mean((1, 3)).reshape(-1) > 0.4
-        pictures[i] = np.asarray(picture).transpose(2, 0, 1)
-    return pictures, labels, covered
+        images[i] = np.asarray(image).transpose(2, 0, 1)
+    return images, labels, covered
 
 
 def draw_many(
@@ -68,18 +68,18 @@ def draw_many(
     return [torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)]
 
 
-def augment(pictures: torch.Tensor, covered: torch.Tensor, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+def augment(images: torch.Tensor, covered: torch.Tensor, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Flip half of the batch (no shape's name depends on it), vary exposure a little, and normalise."""
-    half = len(pictures) // 2
-    pictures = torch.cat([pictures[:half].flip(-1), pictures[half:]])
+    half = len(images) // 2
+    images = torch.cat([images[:half].flip(-1), images[half:]])
     grid = covered.unflatten(1, (side, side))
     covered = torch.cat([grid[:half].flip(-1), grid[half:]]).flatten(1)
-    gain = torch.empty(len(pictures), 1, 1, 1).uniform_(0.92, 1.06)
-    pixels = (pictures.float() / 255 * gain + torch.randn(pictures.shape[0], 3, 1, 1) * 0.01).clamp(0, 1)
+    gain = torch.empty(len(images), 1, 1, 1).uniform_(0.92, 1.06)
+    pixels = (images.float() / 255 * gain + torch.randn(images.shape[0], 3, 1, 1) * 0.01).clamp(0, 1)
     return (pixels - MEAN) / STD, covered
 
 
-class Seer(nn.Module):
+class TowerClassifier(nn.Module):
     """The tower up to hidden layer -2, and two linear heads: what the image shows, what the patch shows."""
 
     def __init__(self, tower: CLIPVisionModel) -> None:
@@ -98,14 +98,14 @@ class Seer(nn.Module):
 
 
 def losses(
-    seer: Seer, pixels: torch.Tensor, labels: torch.Tensor, covered: torch.Tensor
+    model: TowerClassifier, pixels: torch.Tensor, labels: torch.Tensor, covered: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    whole_BPX, local_BPX = seer(pixels)
-    nothing = torch.tensor([n - 1 for n in seer.classes])
+    whole_BPX, local_BPX = model(pixels)
+    nothing = torch.tensor([n - 1 for n in model.classes])
     loss = pixels.new_zeros(())
     right: list[torch.Tensor] = []
     for task, (whole, local) in enumerate(
-        zip(whole_BPX.split(seer.classes, -1), local_BPX.split(seer.classes, -1), strict=True)
+        zip(whole_BPX.split(model.classes, -1), local_BPX.split(model.classes, -1), strict=True)
     ):
         target_BP = labels[:, task, None].expand(covered.shape)
         loss = loss + F.cross_entropy(whole.flatten(0, 1), target_BP.flatten())
@@ -115,9 +115,9 @@ def losses(
     return loss, torch.stack(right, 1)
 
 
-def make_optimizers(seer: nn.Module, layers: nn.ModuleList, lr: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, layers: nn.ModuleList, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for the rest: in 200 steps further than AdamW alone."""
-    trained = [p for p in seer.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in layers.parameters() if p.requires_grad and p.ndim == 2]
     inner = {id(p) for p in matrices}
     decayed = [p for p in trained if p.ndim > 1 and id(p) not in inner]
@@ -137,7 +137,7 @@ Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def fit(
-    seer: nn.Module,
+    model: nn.Module,
     layers: nn.ModuleList,
     batch: Callable[[int], Batch],
     check: Callable[[], None],
@@ -147,7 +147,7 @@ def fit(
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]] = losses,
 ) -> None:
     """Train on what `batch(step)` gives: pixels, labels, covered patches. `check` is called every 300 steps."""
-    optimizers = make_optimizers(seer, layers, lr)
+    optimizers = make_optimizers(model, layers, lr)
     warmup = max(1, steps // 20)
 
     def factor(i: int) -> float:
@@ -158,13 +158,13 @@ def fit(
     for step in range(1, steps + 1):
         given = batch(step)
         with torch.autocast("cpu", torch.bfloat16):
-            loss, right = forward(seer, *given)
+            loss, right = forward(model, *given)
         loss.backward()
-        nn.utils.clip_grad_norm_(seer.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
-        seer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         if step % 50 == 0 or step == steps:
             shape, color = right.float().mean(0).tolist()
             seconds = time.monotonic() - start
@@ -185,13 +185,13 @@ def place(tower: CLIPVisionModel, side: int) -> None:
 
 
 @torch.no_grad()
-def evaluate(seer: Seer, held_out: list[torch.Tensor]) -> dict[str, float]:
-    seer.eval()
+def evaluate(model: TowerClassifier, held_out: list[torch.Tensor]) -> dict[str, float]:
+    model.eval()
     right = []
-    for pictures, labels, covered in zip(*(column.split(250) for column in held_out), strict=True):
+    for images, labels, covered in zip(*(column.split(250) for column in held_out), strict=True):
         with torch.autocast("cpu", torch.bfloat16):
-            right.append(losses(seer, (pictures.float() / 255 - MEAN) / STD, labels, covered)[1])
-    seer.train()
+            right.append(losses(model, (images.float() / 255 - MEAN) / STD, labels, covered)[1])
+    model.train()
     right_B2, shown_B = torch.cat(right).float(), held_out[1][:, 0] < len(SHAPES)
     shape, color = right_B2[shown_B].mean(0).tolist()
     both = right_B2[shown_B].prod(1).mean().item()
@@ -199,15 +199,15 @@ def evaluate(seer: Seer, held_out: list[torch.Tensor]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def centre(tower: CLIPVisionModel, pictures: torch.Tensor) -> None:
-    """Take the mean feature over `pictures` out of hidden layer -2, by way of the bias that is added last.
+def centre(tower: CLIPVisionModel, images: torch.Tensor) -> None:
+    """Take the mean feature over `images` out of hidden layer -2, by way of the bias that is added last.
 
     The constant part says nothing; a fresh projector would otherwise have to unlearn it.
     """
     tower.eval()
     hidden_BPD = [
         tower((part.float() / 255 - MEAN) / STD, output_hidden_states=True).hidden_states[-2][:, 1:]
-        for part in pictures.split(250)
+        for part in images.split(250)
     ]
     tower.encoder.layers[-2].mlp.fc2.bias -= torch.cat(hidden_BPD).mean((0, 1))
 
@@ -220,7 +220,7 @@ def main() -> None:
     parser.add_argument("--patch", type=int, default=12, help="patch side, pixels")
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6, help="the last stays an identity")
-    parser.add_argument("--pictures", type=int, default=72_000, help="distinct training images")
+    parser.add_argument("--images", type=int, default=72_000, help="distinct training images")
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -231,11 +231,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
 
     start = time.monotonic()
-    pictures, labels, covered = draw_many(
-        args.seed, args.pictures, args.size, args.patch, tuple(args.photos), args.workers
-    )
+    images, labels, covered = draw_many(args.seed, args.images, args.size, args.patch, tuple(args.photos), args.workers)
     held_out = draw_many(args.seed + 1_000_003, 2000, args.size, args.patch, tuple(args.photos), args.workers)
-    print(f"drew {len(pictures)} pictures in {time.monotonic() - start:.0f} s", flush=True)
+    print(f"drew {len(images)} images in {time.monotonic() - start:.0f} s", flush=True)
 
     config = CLIPVisionConfig(
         hidden_size=args.width,
@@ -257,8 +255,8 @@ def main() -> None:
     last.requires_grad_(False)
     side = args.size // args.patch
     place(tower, side)
-    seer = Seer(tower)
-    seer.train()
+    model = TowerClassifier(tower)
+    model.train()
     forward = torch.compile(losses) if args.compile else losses
 
     order = torch.empty(0, dtype=torch.int64)
@@ -266,15 +264,15 @@ def main() -> None:
     def batch(step: int) -> Batch:
         nonlocal order
         if len(order) < args.batch:
-            order = torch.randperm(len(pictures))
+            order = torch.randperm(len(images))
         pick, order = order[: args.batch], order[args.batch :]
-        pixels, covered_BP = augment(pictures[pick], covered[pick], side)
+        pixels, covered_BP = augment(images[pick], covered[pick], side)
         return pixels, labels[pick], covered_BP
 
     def check() -> None:
-        print("held out " + json.dumps(evaluate(seer, held_out)), flush=True)
+        print("held out " + json.dumps(evaluate(model, held_out)), flush=True)
 
-    fit(seer, tower.encoder.layers, batch, check, steps=args.steps, lr=args.lr, forward=forward)
+    fit(model, tower.encoder.layers, batch, check, steps=args.steps, lr=args.lr, forward=forward)
     check()
     centre(tower, held_out[0][:500])
     tower.to(torch.bfloat16).save_pretrained(args.output)

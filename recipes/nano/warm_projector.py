@@ -25,11 +25,11 @@ from lvctx.models.loading import load_model, load_tokenizer, resolve_model
 from lvctx.models.vision_encoder import load_tower
 from lvctx.video.drawn_images import SHAPES, draw_blank, draw_image
 
-PICTURES, HELD_OUT, STEPS, BATCH, LR, BLANK = 3000, 200, 400, 64, 2e-3, 0.3
+IMAGES, HELD_OUT, STEPS, BATCH, LR, BLANK = 3000, 200, 400, 64, 2e-3, 0.3
 
 
 def draw(index: int, photos: list[np.ndarray], size: int) -> tuple[Image.Image, list[str]]:
-    """A image and the words that name it."""
+    """An image and the words that name it."""
     rng = np.random.default_rng([7, index])
     if rng.random() < BLANK:
         return draw_blank(rng, size=size, photos=photos), ["nothing"]
@@ -54,7 +54,7 @@ def main() -> None:
 
     tower = load_tower(args.tower, dtype=torch.bfloat16)
     photos = load_photos(tuple(args.photos))
-    drawn = [draw(i, photos, tower.image_size) for i in range(PICTURES)]
+    drawn = [draw(i, photos, tower.image_size) for i in range(IMAGES)]
     features_NPD = tower.encode_images([image for image, _ in drawn]).float()
     targets_NE = torch.stack([torch.stack([embed(w) for w in words]).sum(0) for _, words in drawn])
     first, second = nn.Linear(tower.width, table.shape[1]), nn.Linear(table.shape[1], table.shape[1])
@@ -62,17 +62,17 @@ def main() -> None:
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = LR * (1 - step / STEPS)
-        chosen = torch.randint(0, PICTURES - HELD_OUT, (BATCH,))
+        chosen = torch.randint(0, IMAGES - HELD_OUT, (BATCH,))
         out_NPE = second(F.gelu(first(features_NPD[chosen])))
         loss = F.mse_loss(out_NPE, targets_NE[chosen][:, None].expand_as(out_NPE)) / targets_NE.var()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        seen_NE = second(F.gelu(first(features_NPD[-HELD_OUT:]))).mean(1)
+        outputs_NE = second(F.gelu(first(features_NPD[-HELD_OUT:]))).mean(1)
     for name, names, place in (("colour", COLOR_NAMES, 0), ("shape", list(SHAPES), 1)):
         words_NE = F.normalize(torch.stack([embed(word) for word in names]), dim=-1)
-        nearest = (F.normalize(seen_NE, dim=-1) @ words_NE.T).argmax(1).tolist()
+        nearest = (F.normalize(outputs_NE, dim=-1) @ words_NE.T).argmax(1).tolist()
         pairs = zip(nearest, (words for _, words in drawn[-HELD_OUT:]), strict=True)
         right = [names[n] == words[place] for n, words in pairs if len(words) > 1]
         print(f"held out, nearest {name} word: {sum(right) / len(right):.3f} of {len(right)}")

@@ -145,7 +145,7 @@ def in_haystack(vlm: Any, model: Any, processor: Any, folder: Path) -> dict[str,
         frame.save(folder / f"{i}.png")
     haystack = vlm.haystack([folder], VideoSampling(), as_images=vlm.path.name in AS_IMAGES)
     tokens = haystack.tokens(8, frames[8:])
-    scorer = open_scorer(model, tokens, chunk=13, reuse=True, kv_cache="device")
+    scorer = open_scorer(model, tokens, chunk=13, reuse=True, kv_cache="device", meter=vlm.meter)
     unit, error, same, ran, total = tokens.frames_per_grid, 0.0, True, 0, 0
     for length, place in ((8, 4), (8, 6), (4, 4), (4, 0)):
         order = np.concatenate([np.arange(place), np.repeat(8, unit), np.arange(place, length)])

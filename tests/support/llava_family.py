@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from lvctx.artifacts.store import sha256_file
+from lvctx.cost import CostMeter
 from lvctx.errors import UsageError
 from lvctx.models.image_processing import Preprocess
 from lvctx.models.loading import load_config
@@ -23,7 +24,7 @@ class StockLlava:
     """See `lvctx.vlm.base.VLM`."""
 
     def __init__(self, path: Path, *, device: str = "cpu", feature_cache: Path | None = None) -> None:
-        self.path, self.config = path, load_config(path)
+        self.path, self.config, self.meter = path, load_config(path), CostMeter()
         self.vocabulary = int(self.config.get_text_config().vocab_size)
         self.per_frame = (self.config.vision_config.image_size // self.config.vision_config.patch_size) ** 2
 

@@ -4,16 +4,20 @@ Tests that run dozens of commands start them by the script that `start` writes. 
 its own arguments, folder, environment, standard streams and exit status; only the imports are not repeated.
 
     python warm_server.py SOCKET
+
+A command with the variable KILL_AFTER is killed with -9 after so many seconds; its exit status is 137.
 """
 
 import atexit
 import contextlib
 import json
+import math
 import os
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from functools import cache
 from importlib import import_module
@@ -31,7 +35,10 @@ PRELOADED = (
         "lvctx.inference.transformers_engine",
     ),
     *("lvctx.eval.niah.run", "lvctx.vlm.llava_onevision", "lvctx.vlm.qwen_vl", "av", "PIL.Image", "torch"),
-    *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "llava_onevision", "clip", "qwen2_vl")),
+    *(
+        f"transformers.models.{name}.modeling_{name}"
+        for name in ("llama", "llava_onevision", "clip", "qwen2_vl", "qwen2_5_vl")
+    ),
 )
 CLIENT = """\
 #!{python} -SE
@@ -92,7 +99,11 @@ def serve(address: str) -> None:
             return run(*json.loads(request.decode("utf-8", "surrogateescape")), fds)
         for fd in fds:
             os.close(fd)
+        killer = threading.Timer(float(json.loads(request)[2].get("KILL_AFTER", "inf")), os.kill, (child, 9))
+        if killer.interval < math.inf:
+            killer.start()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        killer.cancel()
         with contextlib.suppress(OSError):
             connection.sendall(b"%12d" % (status if status >= 0 else 128 - status))
         os._exit(0)

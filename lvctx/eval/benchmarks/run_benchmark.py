@@ -18,7 +18,7 @@ import torch
 from lvctx.artifacts import schemas
 from lvctx.artifacts.result_log import RESULTS, ResultLog, read_results, short_hash
 from lvctx.artifacts.store import fingerprint
-from lvctx.errors import InputError, LvctxError
+from lvctx.errors import DiskError, InputError, LvctxError
 from lvctx.eval.benchmarks.answers import Question
 from lvctx.eval.benchmarks.subtitles import NONE, find_subtitles, read_subtitles
 from lvctx.eval.benchmarks.video_files import find_video, video_stem
@@ -175,10 +175,12 @@ def _ask_about(job: BenchmarkJob, engine: Engine, samples: Sequence[Question], *
     base = {s.id: {**job.run_facts, **_described(s)} for s in samples}
     try:
         subtitles, facts = _show(job, engine, samples[0])
+    except DiskError:
+        raise
     except (LvctxError, torch.OutOfMemoryError) as e:
         if together and not isinstance(e, LvctxError):
             raise _out_of_memory(samples[0].video) from e
-        yield from ((s, {**base[s.id], "error": str(e)}) for s in samples)
+        yield from ((s, {**base[s.id], "error": str(e), **engine.meter.take()}) for s in samples)
         return
     for sample in samples:
         text = job.bench.prompt(sample, job.config.prompt, subtitles)
@@ -197,9 +199,9 @@ def _ask_about(job: BenchmarkJob, engine: Engine, samples: Sequence[Question], *
                 raise _out_of_memory(sample.video) from e
             if together and not isinstance(e, InputError):
                 raise
-            yield sample, {**row, "error": " ".join(str(e).split())[:300]}
+            yield sample, {**row, "error": " ".join(str(e).split())[:300], **engine.meter.take()}
         else:
-            yield sample, {**row, "response": reply.text, **reply.facts}
+            yield sample, {**row, "response": reply.text, **reply.facts, **engine.meter.take()}
 
 
 def _out_of_memory(video: str) -> InputError:
@@ -210,6 +212,8 @@ def _described(sample: Question) -> dict[str, Any]:
     return {
         "id": sample.id,
         "video": sample.video,
+        "question": sample.question,
+        "options": list(sample.options),
         "answer": sample.answer,
         "letters": "".join(chr(65 + i) for i in range(len(sample.options))),
         "groups": dict(sample.groups),

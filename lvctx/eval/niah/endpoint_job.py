@@ -14,11 +14,12 @@ from lvctx.artifacts import schemas
 from lvctx.artifacts.result_log import RESULTS, ResultLog, short_hash
 from lvctx.artifacts.store import fingerprint
 from lvctx.config import OnProgress
+from lvctx.cost import CostMeter
 from lvctx.errors import InputError, UsageError
 from lvctx.eval.niah.frame_needles import WHEN, FrameNeedles
 from lvctx.eval.niah.heatmap import write_report
 from lvctx.eval.niah.image_needles import FIND
-from lvctx.eval.niah.job import build_text_task, find_needles
+from lvctx.eval.niah.job import build_text_task, find_needles, input_facts
 from lvctx.eval.niah.needle_task import Cell, share_listed
 from lvctx.eval.niah.niah_config import NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
 from lvctx.eval.niah.results import read_needle_results
@@ -140,10 +141,11 @@ def plan_endpoint_video(
     parts: list[Part] = []
     loading = threading.Lock()
 
-    def load_parts() -> None:
+    def load_parts(meter: CostMeter) -> None:
         """JPEG images of the haystack's frames, then of the needles and distractors."""
-        images = chain.from_iterable(read_haystack_images(file, sampled) for file in config.haystack)
-        made = [image_part(image, server) for image in islice(images, total)]
+        images = chain.from_iterable(read_haystack_images(file, sampled, meter) for file in config.haystack)
+        with meter.phase("encode"):
+            made = [image_part(image, server) for image in islice(images, total)]
         if len(made) < total:
             raise InputError(f"ends before frame {total}", where=config.haystack[-1], fix="is the file whole?")
         parts.extend(made + [image_part(needle.image, server) for needle in (*task.needles, *task.distractors)])
@@ -151,7 +153,7 @@ def plan_endpoint_video(
     def ask(one: EndpointEngine, cell: Cell) -> Reply:
         with loading:
             if not parts:
-                load_parts()
+                load_parts(one.meter)
         frames = [parts[int(number)] for number in task.order(cell)]
         one.show_parts(frame_parts(list(zip(task.times(cell), frames, strict=True)), server))
         return one.reply([cell.question], SamplingParams(max_new_tokens=CHAT_TOKENS))
@@ -202,6 +204,7 @@ def _plan(
         "model": config.model,
         "modality": task.modality,
         "made_of": made_of,
+        **input_facts(config, task),
         "chance": task.chance,
         "trained_length": config.training_length,
         "longest_sample": None,
@@ -268,5 +271,5 @@ def run_endpoint_cell(job: EndpointNiahJob, engine: EndpointEngine, cell: Cell) 
     except EngineGone:
         raise
     except InputError as e:
-        return {**row, "error": str(e)[:300]}
-    return {**row, "correct": correct}
+        return {**row, "error": str(e)[:300], **engine.meter.take()}
+    return {**row, "correct": correct, **engine.meter.take()}

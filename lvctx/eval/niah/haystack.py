@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from lvctx.artifacts import schemas
+from lvctx.artifacts.lock import only_writer
 from lvctx.artifacts.manifest import Provenance, is_finished, write_manifest
 from lvctx.artifacts.store import atomic_file, sha256_file
 from lvctx.errors import InputError, UsageError
@@ -85,35 +86,36 @@ def write_haystack(
         },
         seed=config.seed,
     )
-    if out.suffix == ".mp4":
-        if out.exists() and not force:
-            raise InputError("already exists", where=out, fix="choose another -o, or --force to overwrite it")
-    elif is_finished(out, provenance, resume=resume, force=force):
-        return _row(config, out)
-    expected = pixels.read_text(encoding="utf-8").split() if pixels else None
-    hashes: list[str] = []
+    with only_writer(out.parent, name=f".{out.name}.lock", wait=True):
+        if out.suffix == ".mp4":
+            if out.exists() and not force:
+                raise InputError("already exists", where=out, fix="choose another -o, or --force to overwrite it")
+        elif is_finished(out, provenance, resume=resume, force=force):
+            return _row(config, out)
+        expected = pixels.read_text(encoding="utf-8").split() if pixels else None
+        hashes: list[str] = []
 
-    def checked() -> Iterator[np.ndarray]:
-        for frame in haystack_frames(config):
-            hashes.append(hash_frame(frame))
-            if expected is not None and expected[len(hashes) - 1 : len(hashes)] != hashes[-1:]:
-                raise InputError(
-                    f"frame {len(hashes) - 1} has other pixels",
-                    where=pixels,
-                    fix="give the same clips, seed and version",
-                )
-            on_progress(len(hashes), config.frames, f"{len(hashes):,} seconds")
-            yield frame
+        def checked() -> Iterator[np.ndarray]:
+            for frame in haystack_frames(config):
+                hashes.append(hash_frame(frame))
+                if expected is not None and expected[len(hashes) - 1 : len(hashes)] != hashes[-1:]:
+                    raise InputError(
+                        f"frame {len(hashes) - 1} has other pixels",
+                        where=pixels,
+                        fix="give the same clips, seed and version",
+                    )
+                on_progress(len(hashes), config.frames, f"{len(hashes):,} seconds")
+                yield frame
 
-    if encoder:
-        _encode(checked(), out, provenance, encoder)
-    elif out.suffix == ".mp4":
-        _write_video(checked(), out, config.side + config.side % 2)
-    else:
-        _save(checked(), out, provenance)
-    with atomic_file(_pixels_of(out)) as partial:
-        partial.write_text("".join(f"{digest}\n" for digest in hashes), encoding="utf-8")
-    return _row(config, out) | ({"partial": partial_clips} if partial_clips else {})
+        if encoder:
+            _encode(checked(), out, provenance, encoder)
+        elif out.suffix == ".mp4":
+            _write_video(checked(), out, config.side + config.side % 2)
+        else:
+            _save(checked(), out, provenance)
+        with atomic_file(_pixels_of(out)) as partial:
+            partial.write_text("".join(f"{digest}\n" for digest in hashes), encoding="utf-8")
+        return _row(config, out) | ({"partial": partial_clips} if partial_clips else {})
 
 
 def _pixels_of(out: Path) -> Path:

@@ -12,7 +12,9 @@ import torch
 from lvctx.artifacts import schemas
 from lvctx.artifacts.result_log import short_hash
 from lvctx.artifacts.store import fingerprint
+from lvctx.cost import CostMeter
 from lvctx.errors import UsageError
+from lvctx.eval.niah.frame_needles import FrameNeedles
 from lvctx.eval.niah.image_needles import NeedleSet, drawn_needles, read_needles
 from lvctx.eval.niah.needle_task import Cell, NeedleTask
 from lvctx.eval.niah.niah_config import NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
@@ -59,6 +61,8 @@ class NiahJob:
     """The haystack's frames (video)."""
     images: tuple[Any, ...]
     """The images inserted among them."""
+    meter: CostMeter
+    """Adds up what a cell costs; the first pays for reading and encoding the haystack."""
     run_facts: dict[str, Any]
     """Facts of the run in every row; their `run` identifies everything that decides a result."""
 
@@ -133,7 +137,8 @@ def plan_text(config: TextNiahConfig, *, dtype: str = "auto", kv_cache: CachePla
     path = resolve_model(config.model)
     tokenizer = load_tokenizer(path)
     task = build_text_task(config, tokenizer)
-    return _plan(config, path, tokenizer, task, dtype=dtype, kv_cache=kv_cache)
+    meter = CostMeter(("prefill", "generate"))
+    return _plan(config, path, tokenizer, task, dtype=dtype, kv_cache=kv_cache, meter=meter)
 
 
 def plan_video(
@@ -162,7 +167,17 @@ def plan_video(
         loop=config.loop,
         seed=config.seed,
     )
-    return _plan(config, vlm.path, tokenizer, task, dtype=dtype, kv_cache=kv_cache, visual=visual, images=images)
+    return _plan(
+        config,
+        vlm.path,
+        tokenizer,
+        task,
+        dtype=dtype,
+        kv_cache=kv_cache,
+        meter=vlm.meter,
+        visual=visual,
+        images=images,
+    )
 
 
 def find_needles(config: VideoNiahConfig, size: int) -> NeedleSet:
@@ -179,6 +194,18 @@ def find_needles(config: VideoNiahConfig, size: int) -> NeedleSet:
     return replace(needles, distractors=needles.distractors[: config.distractors])
 
 
+def input_facts(config: NiahConfig, task: NeedleTask | FrameNeedles) -> dict[str, Any]:
+    """Where a run's haystack and needles come from, for its rows: a report shows their images where they still exist.
+
+    They decide nothing: the hashes of the contents do, in `made_of`.
+    """
+    facts: dict[str, Any] = {"haystack": [str(path) for path in config.haystack]}
+    if isinstance(config, VideoNiahConfig) and isinstance(task, FrameNeedles):
+        size = task.needles[0].image.width
+        facts["needles"] = {"source": config.needles, "size": size, "distractors": config.distractors}
+    return facts
+
+
 def _plan(
     config: NiahConfig,
     path: Path,
@@ -187,6 +214,7 @@ def _plan(
     *,
     dtype: str,
     kv_cache: CachePlacement,
+    meter: CostMeter,
     visual: VisualTokens | None = None,
     images: Sequence[Any] = (),
 ) -> NiahJob:
@@ -215,6 +243,7 @@ def _plan(
         "visual": visual.facts if visual else None,
         "made_of": made_of,
         "kv_cache": kv_cache,
+        **input_facts(config, task),
         "chance": task.chance,
         "trained_length": config.training_length or trained_length(path),
         "longest_sample": longest_sample(path),
@@ -230,6 +259,7 @@ def _plan(
         cells=cells,
         visual=visual,
         images=tuple(images),
+        meter=meter,
         run_facts=run_facts,
     )
     job.model_config()  # raises an error for an unsupported RoPE

@@ -11,6 +11,7 @@ Scoring = Literal["forced", "generate", "both"]
 NeedleQuestion = Literal["what", "when"]
 TextTask = Literal["single", "multi-key", "multi-value", "multi-query", "variable-tracking"]
 RopeScheme = Literal["theta", "pi", "ntk", "yarn"]
+SEVERAL = ("task=multi-key", "task=multi-value", "task=multi-query", "task=variable-tracking")
 DEPTHS = "0,0.2,0.4,0.6,0.8,1"
 """LongVA's."""
 
@@ -98,7 +99,7 @@ class TextNiahConfig(NiahConfig):
 
     task: TextTask = "single"
     """Kind of needle, as in RULER."""
-    count: Annotated[int, Flag(min=2, max=10)] = 4
+    count: Annotated[int, Flag(min=2, max=10, needs=SEVERAL)] = 4
     """Keys, values, queries or hops of the task."""
     city: str | None = None
     """The city that is asked about in every trial: Singapore is LongVA's. Default: another one in each trial."""

@@ -12,6 +12,7 @@ import torch
 
 from lvctx.artifacts.result_log import RESULTS, ResultLog, read_results
 from lvctx.errors import InputError, UsageError
+from lvctx.eval.niah.frame_needles import FrameNeedles
 from lvctx.eval.niah.heatmap import write_report
 from lvctx.eval.niah.job import NiahJob
 from lvctx.eval.niah.needle_task import Cell
@@ -117,7 +118,15 @@ def load_scorer(job: NiahJob, run: NiahRun, *, ring: Ring) -> Scorer:
     model = load_model(job.path, config=job.model_config(), dtype=dtype, device=run.parallel.device)
     if not is_forward_only(job.visual):
         try_forward(model, job.path)
-    return open_scorer(model, job.visual, chunk=run.prefill_chunk, reuse=run.reuse, kv_cache=job.kv_cache, ring=ring)
+    return open_scorer(
+        model,
+        job.visual,
+        chunk=run.prefill_chunk,
+        reuse=run.reuse,
+        kv_cache=job.kv_cache,
+        meter=job.meter,
+        ring=ring,
+    )
 
 
 def _run_cell(scorer: Scorer, job: NiahJob, cell: Cell) -> dict[str, Any]:
@@ -133,8 +142,11 @@ def _run_cell(scorer: Scorer, job: NiahJob, cell: Cell) -> dict[str, Any]:
                 fix = "use a larger --cp, a smaller --prefill-chunk, or --kv-cache host"
                 raise InputError("out of memory", where=f"{len(ids)} tokens", fix=fix) from e
             raise
-        return {**row, "error": " ".join(f"{e or 'out of memory'}".split())[:300]}
-    return {**row, **_verdicts(score, job, cell)}
+        return {**row, "error": " ".join(f"{e or 'out of memory'}".split())[:300], **job.meter.take()}
+    job.meter.add(tokens_in=len(ids), tokens_out=len(score.generated or ()))
+    if isinstance(job.task, FrameNeedles):
+        job.meter.add(frames_shown=len(job.task.order(cell)))
+    return {**row, **_verdicts(score, job, cell), **job.meter.take()}
 
 
 def _verdicts(score: Score, job: NiahJob, cell: Cell) -> dict[str, Any]:

@@ -1,0 +1,71 @@
+"""A needle test in the report: the grid of its results, and every trial of every cell."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lvctx.errors import InputError
+from lvctx.eval.niah.heatmap import trained_at
+from lvctx.eval.niah.results import build_results
+from lvctx.eval.report.run_facts import describe_run
+from lvctx.eval.report.run_files import RunFile, check_fields
+from lvctx.eval.report.thumbnails import Thumbnails
+
+NUMBER = (int, float)
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "modality": str,
+    "length": int,
+    "depth": NUMBER,
+    "trial": int,
+    "position": int,
+    "tokens": (int, type(None)),
+    "chance": (*NUMBER, type(None)),
+    "trained_length": (int, type(None)),
+    "longest_sample": (int, type(None)),
+}
+TRIAL_FIELDS = ("needle", "question", "answer", "generated", "log_prob", "rank", "error")
+"""Fields of a row that its trial shows."""
+
+
+def needle_section(run: RunFile, thumbnails: Thumbnails, *, threshold: float) -> dict[str, Any]:
+    """The run with its grid (`NeedleResults.to_dict`) and its trials. Raises InputError for rows of another form."""
+    check_fields(run.rows, FIELDS)
+    rows = list(run.rows.values())
+    if len({row.get("point") is None for row in rows}) > 1:
+        raise InputError("nested and other depths in one run", where=run.path)
+    results = build_results(rows, run.name)
+    boundary = trained_at(results)
+    needles, frames = thumbnails.of_needles(rows), thumbnails.of_haystack(rows)
+    trials = []
+    for row in rows:
+        line = row["depth"] if row.get("point") is None else row["point"]
+        trials.append(
+            {
+                "cell": [results.depths.index(line), results.lengths.index(row["length"])],
+                "trial": row["trial"],
+                "position": row["position"],
+                "tokens": row["tokens"],
+                "verdict": "failed" if "error" in row else "right" if row.get("correct") else "wrong",
+                **{key: row[key] for key in TRIAL_FIELDS if row.get(key) is not None},
+                "images": _images(row, needles, frames),
+            }
+        )
+    grid = results.to_dict(threshold)
+    scoring = rows[0]["made_of"].get("scoring") if isinstance(rows[0].get("made_of"), dict) else None
+    return describe_run(run) | {
+        "grid": grid,
+        "beyond": None if boundary is None else int(boundary + 0.5),
+        "trials": trials,
+        "scoring": scoring,
+        "effective": None if results.mean is None else results.verdict(threshold),
+    }
+
+
+def _images(row: Mapping[str, Any], needles: Mapping[str, int], frames: Mapping[int, int]) -> list[tuple[str, int]]:
+    """Caption and number of the images of a trial: the needle between the frames around it."""
+    position = row["position"]
+    found = (
+        ("frame before", frames.get(position - 1)),
+        ("needle", needles.get(str(row.get("needle")))),
+        ("frame after", frames.get(position) if position < row["length"] else None),
+    )
+    return [(caption, number) for caption, number in found if number is not None]
