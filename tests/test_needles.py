@@ -129,6 +129,68 @@ def test_a_list_of_needles_is_read_by_line_feeds_alone(tmp_path: Path) -> None:
         read_needles(tmp_path)
 
 
+RELEASED = (("a.png", "Find the frame of a hat.\nAnswer the question using a single word or phrase.", "Yellow"),)
+
+
+@pytest.mark.parametrize("form", ["dataset.json", "folder", "parquet", "saved"])
+def test_longvas_needles_are_read_as_they_are(tmp_path: Path, form: str) -> None:
+    """Its dataset.json (path, prompt; images/ beside it) and the hub dataset (image, question; split test)."""
+    import datasets
+
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (9, 7), "yellow").save(tmp_path / "images" / "a.png")
+    rows = [{"path": name, "prompt": "\n" + question, "answer": answer} for name, question, answer in RELEASED]
+    (tmp_path / "dataset.json").write_text(json.dumps(rows, indent=4))
+    source = tmp_path if form == "folder" else tmp_path / form
+    if form in ("parquet", "saved"):
+        table = datasets.Dataset.from_list(
+            [
+                {"image": str(tmp_path / "images" / r["path"]), "question": r["prompt"], "answer": r["answer"]}
+                for r in rows
+            ]
+        ).cast_column("image", datasets.Image())
+        if form == "saved":
+            datasets.DatasetDict({"test": table}).save_to_disk(str(source))
+        else:
+            source = tmp_path / "test-00000.parquet"
+            table.to_parquet(str(source))
+    read = read_needles(source)
+    assert [(n.question, n.answer) for n in read.needles] == [row[1:] for row in RELEASED]
+    assert read.needles[0].image.size == (9, 7)
+    assert read.needles[0].image.getpixel((0, 0)) == (255, 255, 0)
+
+
+def test_longvas_text_needles(tiny_lm: Path) -> None:
+    """The prompt of its script by hand: the haystack alone has the requested tokens, and the key is Singapore."""
+    tokenizer = load_tokenizer(tiny_lm)
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+    test = TextNeedleTask(tokenizer, STORY, distractors=0, seed=1, city="Singapore", haystack_only=True)
+    answers = set()
+    for cell in test.cells([100, 200], [0, 1], 3):
+        found, length = test.sequence(cell)
+        needle = ids(f"\nThe special magic Singapore number is: {cell.answer}.\n")
+        book = ids(STORY)[: cell.length]
+        question = (
+            "</book>.\n Based on the content of the book, Question: What is the special magic Singapore number? "
+            f"Answer: The special magic Singapore number is: {cell.answer}"
+        )
+        placed = book + needle if cell.depth == 1 else needle + book
+        assert found.tolist() == ids("This is a very long story book: <book>") + placed + ids(question)
+        assert tokenizer.decode(found[-length:]).strip() == cell.answer
+        answers.add(cell.answer)
+    assert len(answers) == 3
+    with_others = TextNeedleTask(tokenizer, STORY, distractors=3, seed=1, city="Singapore", haystack_only=True)
+    text = tokenizer.decode(with_others.sequence(with_others.cells([200], [0.5], 1)[0])[0])
+    assert [text.count(f"magic {city} number") for city in ("New York", "London", "Paris", "Singapore")] == [1, 1, 1, 3]
+    plain = TextNeedleTask(tokenizer, STORY, distractors=0, seed=1)
+    plain.cells([100], [0], 1)
+    assert test.prompt() != plain.prompt()
+    assert set(plain.prompt()) == {"text", "distractors", "task"}, "the keys of earlier results"
+
+
 def test_when_is_between_the_neighbours(seeing: Any) -> None:
     """Two artifacts after each other: 4 frames half a second apart from 10 s on, then 36 a second apart."""
     pts = [10 + np.arange(4) / 2, 100 + np.arange(36.0)]

@@ -302,7 +302,7 @@ def test_needles_of_a_folder(tiny_vlm: Path, frames: Path, tmp_path: Path) -> No
     assert done.exit_code == 0
     assert (json.loads(done.stdout)["question"], json.loads(done.stdout)["chance"]) == (row["question"], None)
     for lines, said in (
-        (json.dumps(row) + "\n{oops", "needles.jsonl:2: not an object"),
+        (json.dumps(row) + "\n{oops", "needles.jsonl:2: malformed JSON"),
         (json.dumps(row | {"answer": " "}), "needles.jsonl:1: an empty answer"),
         (json.dumps(row | {"image": "none.png"}), "none.png: no such image"),
     ):

@@ -25,6 +25,9 @@ HAYSTACK = "lvctx.haystack/1"
 NIAH = "lvctx.niah/1"
 """Directory: results.jsonl (one row per cell), summary.json, heatmap.json, heatmap.png."""
 
+PERPLEXITY = "lvctx.perplexity/1"
+"""Row: a model's perplexity on packed rows, by position."""
+
 ANSWER = "lvctx.answer/1"
 """Row: one answer of `vqa`."""
 

@@ -47,14 +47,14 @@ def is_dataset(path: Path) -> bool:
     return path.is_dir() or (is_id and not path.exists())
 
 
-def read_records(path: Path, *, guess_encoding: bool = False) -> Iterator[Record]:
-    """Records of a file or a dataset (its split `train`); blank lines are skipped.
+def read_records(path: Path, *, guess_encoding: bool = False, split: str = "train") -> Iterator[Record]:
+    """Records of a file or of a dataset's split; blank lines are skipped.
 
     `guess_encoding` also accepts UTF-16 and UTF-32 without a byte order mark. Raises InputError for unreadable input.
     """
     suffix = base_suffix(path)
     if is_dataset(path):
-        rows = dataset_rows(str(path), "train", saved=path.is_dir())
+        rows = dataset_rows(str(path), split, saved=path.is_dir())
     elif not path.exists():
         raise InputError("no such file", where=path)
     elif suffix == ".parquet":

@@ -64,6 +64,11 @@ def write_vision_section(config: Any, out: Path) -> None:
             imports="from lvctx.models.unires import unires_tiles",
             tiles=f'unires_tiles(image, tile={side}, rule="{rule}", max_grids={most})',
         )
+    elif grid == "single-unpooled":
+        body += (
+            "It was aligned with one cropped square per image, not pooled, as in LLaVA's first stage. Stock code does\n"
+            "not encode images in this way: the next stage of the alignment chooses another encoding.\n"
+        )
     else:
         pixels = read_json(out / "preprocessor_config.json")
         background = tuple(int(mean * 255) for mean in pixels["image_mean"])

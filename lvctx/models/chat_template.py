@@ -96,6 +96,8 @@ class ChatEncoder:
         self._control, self._scan = re.compile(texts), re.compile(f"{MARK}|({texts})")
         self._closing = re.compile(rf"\s*(?:{texts})")
         self._content = {i: text for text, i in self._ids.items()}
+        self.control_ids = frozenset(self._content)
+        """Ids of the control tokens, which only the template and `Visual` parts produce."""
         self._encoder, self._alias = self._plain_encoder({i: added[text][1] for text, i in self._ids.items()})
 
     def _plain_encoder(self, controls: Mapping[int, Any]) -> tuple[Any, dict[int, int]]:

@@ -23,7 +23,7 @@ from lvctx.models.loading import device_of
 from lvctx.models.saving import save_model
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
-ImageGrid = Literal["unires", "anyres", "single"]
+ImageGrid = Literal["unires", "anyres", "single", "single-unpooled"]
 """How a model was trained to encode an image: see `lvctx.vlm.image_tiling`. A video frame is always one pooled grid."""
 
 FLATTEN_CONTENT = """\

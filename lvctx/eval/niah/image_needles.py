@@ -7,8 +7,10 @@ this divides the ten colors, guessing is right once in seven instead of once in 
 """
 
 import hashlib
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -77,28 +79,63 @@ def chance_of(distractors: int) -> float:
     return 1 / (len(COLORS) - (DISTRACTOR_COLORS if distractors else 0))
 
 
-def read_needles(folder: Path) -> NeedleSet:
-    """Needles and distractors of a folder: one .jsonl file of `{"image", "question", "answer"}`, and the images.
+def read_needles(source: Path) -> NeedleSet:
+    """Needles and distractors: a list of `{"image", "question", "answer"}`, and the images.
 
-    A line with `"distractor": true` is a distractor and needs only its image. Raises InputError naming the line for
-    malformed JSON, a missing key, an unreadable image or an empty answer.
+    The source is a folder with the images and one .jsonl file, such a file or table, or the split `test` of a dataset,
+    on the hub (LongVA's V-NIAH) or saved; LongVA's dataset.json has the keys `path` and `prompt`, and its images are in
+    `images` beside it. A row with `"distractor": true` is a distractor and needs only its image. Raises InputError
+    naming the row for malformed JSON, a missing key, an unreadable image or an empty answer.
     """
-    lists = sorted(folder.glob("*.jsonl"))
-    if len(lists) != 1:
-        raise InputError(f"{len(lists)} .jsonl files", where=folder, fix="a needle folder has one, and its images")
     needles: tuple[list[ImageNeedle], list[ImageNeedle]] = ([], [])
-    for where, row in read_records(lists[0]):
-        try:
-            image, is_distractor = folder / row["image"], row.get("distractor") is True
-            question, answer = ("", "") if is_distractor else (str(row["question"]), str(row["answer"]))
-        except (KeyError, TypeError, AttributeError):
-            raise InputError(
-                "not an object with image, question and answer", where=where, fix="correct the line"
-            ) from None
+    listing = _listing(source)
+    for record in read_records(listing, split="test"):
+        where, row = record.where, record.fields()
+        cell, is_distractor = row.get("image", row.get("path")), row.get("distractor") is True
+        question, answer = (str(value or "") for value in (row.get("question", row.get("prompt")), row.get("answer")))
+        if cell is None or (not is_distractor and not (question and "answer" in row)):
+            raise _bad_row(where)
         if not answer.strip() and not is_distractor:
             raise InputError("an empty answer", where=where, fix="correct the line")
+        # The block of frames ends with the newline that LongVA's questions begin with.
+        question = question.removeprefix("\n")
         subject = f'the image that answers the question "{question}"'
+        image = _needle_image(cell, listing.parent, where)
         needles[is_distractor].append(
-            ImageNeedle(image=open_image(image), question=question, answer=answer.strip(), subject=subject)
+            ImageNeedle(image=image, question=question, answer=answer.strip(), subject=subject)
         )
+    if not needles[False]:
+        raise InputError("no needle", where=source)
     return NeedleSet(needles=needles[False], distractors=needles[True])
+
+
+def _bad_row(where: str) -> InputError:
+    return InputError("not an object with image, question and answer", where=where, fix="correct the line")
+
+
+def _listing(source: Path) -> Path:
+    """The file, folder or id of the records."""
+    if not source.is_dir() or (source / "state.json").is_file() or (source / "dataset_dict.json").is_file():
+        return source
+    lists = sorted(source.glob("*.jsonl")) or sorted(source.glob("dataset.json"))
+    if len(lists) != 1:
+        raise InputError(f"{len(lists)} .jsonl files", where=source, fix="a needle folder has one, and its images")
+    return lists[0]
+
+
+def _needle_image(cell: Any, folder: Path, where: str) -> Image.Image:
+    """The image of a cell: a path, or its bytes as datasets stores them."""
+    content = cell.get("bytes") if isinstance(cell, dict) else None
+    if isinstance(content, bytes):
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(content)
+            file.flush()
+            try:
+                return open_image(Path(file.name))
+            except InputError as e:
+                raise InputError(e.what, where=where, fix=e.fix) from e
+    name = cell.get("path") if isinstance(cell, dict) else cell
+    if not isinstance(name, str):
+        raise _bad_row(where)
+    released = folder / "images" / name
+    return open_image(released if released.is_file() else folder / name)

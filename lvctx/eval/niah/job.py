@@ -124,6 +124,8 @@ def build_text_task(config: TextNiahConfig, tokenizer: Any) -> TextNeedleTask:
         count=config.count,
         nested=config.depths.nested,
         loop=config.loop,
+        city=config.city,
+        haystack_only=config.length_of == "haystack",
     )
 
 

@@ -101,6 +101,10 @@ class TextNiahConfig(NiahConfig):
     """Kind of needle, as in RULER."""
     count: Annotated[int, Flag(min=2, max=10, needs=SEVERAL)] = 4
     """Keys, values, queries or hops of the task."""
+    city: str | None = None
+    """The city that is asked about in every trial: Singapore is LongVA's. Default: another one in each trial."""
+    length_of: Literal["sequence", "haystack"] = "sequence"
+    """What --lengths counts: all tokens of a sequence, or the haystack without needle and prompt (LongVA's script)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +112,8 @@ class VideoNiahConfig(NiahConfig):
     """Needles in a video: V-NIAH."""
 
     needles: str = "drawn"
-    """Needle images: drawn, or a folder with images and one .jsonl."""
+    """Needle images: drawn, a folder with images and one .jsonl, LongVA's dataset.json, or a dataset such as
+    lmms-lab/v_niah_needles."""
     question: NeedleQuestion = "what"
     """Question: what the needle shows, or when it is shown."""
     tolerance: Annotated[float, Flag(min=0, needs=("question=when",))] = 2.0
