@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lvctx.cli.benchmarks import interval, percent, print_sources
+from lvctx.cli.bench_score import interval, percent, print_sources
+from lvctx.cli.benchmarks import load_benchmark
 from lvctx.cli.options import OutputOptions, command, given
 from lvctx.cli.output import emit, wants_json
 from lvctx.cli.protocols import print_protocol
@@ -42,12 +43,12 @@ def score_videomme(ctx: typer.Context, config: VideoMMEScoreConfig, output: Outp
     is needed.
     """
     from lvctx.artifacts.schemas import SCORE
-    from lvctx.eval.benchmarks import videomme
-    from lvctx.eval.benchmarks.accuracy import CUT, difference
+    from lvctx.eval.benchmarks.accuracy import difference
     from lvctx.eval.benchmarks.answers import RULES
     from lvctx.eval.benchmarks.protocol import protocol_difference
     from lvctx.eval.benchmarks.responses import read_responses
 
+    videomme = load_benchmark("videomme")
     files, plot = config.files, config.plot
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise UsageError(f"--plot {plot}: the name has to end in .png or .svg")
@@ -57,8 +58,7 @@ def score_videomme(ctx: typer.Context, config: VideoMMEScoreConfig, output: Outp
     runs = [_read_run(file) for file in files]
     scores = [videomme.score(item) | {"failed": run[1]} for item, run in zip(responses, runs, strict=True)]
     for row, run in zip(scores, runs, strict=True):
-        if run[2]:
-            row["warnings"] = [CUT.format(cut=run[2]), *row["warnings"]]
+        row["warnings"] = [*run[2], *row["warnings"]]
     protocols = [_protocol(file) for file in files]
     for row, protocol in zip(scores, protocols, strict=True):
         row |= {"protocol": protocol} if protocol else {}
@@ -90,18 +90,21 @@ def score_videomme(ctx: typer.Context, config: VideoMMEScoreConfig, output: Outp
         _print_difference(responses[0].name, responses[1].name, versus, warning)
 
 
-def _read_run(path: Path) -> tuple[int | None, int, int]:
-    """Frames of each video that a run of ours showed its model, questions that failed, and replies that were cut.
+def _read_run(path: Path) -> tuple[int | None, int, list[str]]:
+    """Frames of each video that a run of ours showed its model, number of questions that failed, and warnings.
 
-    None, 0 and 0 for files of others; None for runs whose videos differ in frames.
+    None, 0 and no warning for files of others; None for runs whose videos differ in frames.
     """
     from lvctx.artifacts.result_log import RESULTS, read_results
+    from lvctx.eval.benchmarks.accuracy import CUT, failure_warnings
 
     folder = path.parent if path.name == "responses.json" else path
     rows = list(read_results(folder).values()) if (folder / RESULTS).is_file() else []
     frames = {row["frames"] for row in rows if isinstance(row.get("frames"), int)}
     count = frames.pop() if len(frames) == 1 else None
-    return count, sum("error" in row for row in rows), sum(bool(row.get("cut")) for row in rows)
+    cut = sum(bool(row.get("cut")) for row in rows)
+    warnings = [*failure_warnings(rows), *([CUT.format(cut=cut)] if cut else [])]
+    return count, sum("error" in row for row in rows), warnings
 
 
 def _protocol(path: Path) -> dict[str, Any] | None:

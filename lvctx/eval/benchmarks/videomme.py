@@ -19,6 +19,8 @@ NAME = "videomme"
 HUB = ("lmms-lab/Video-MME", "videomme/test-00000-of-00001.parquet")
 """Dataset and file that `--questions hub` fetches."""
 STYLES = ("official", "lmms-eval", "vlmevalkit")
+COLUMNS = (("duration", "sub_category", "task_type", "options"),)
+SUBTITLES = True
 ALL = "all"
 
 
