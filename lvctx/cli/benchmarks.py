@@ -95,7 +95,7 @@ def _declare(name: str, prefix: str, what: str) -> None:
     ) -> None:
         set_by_user = given(ctx)
         _check_options(name, set_by_user, config, server)
-        if sampling.fps is None and sampling.frames is None and server.send != "file-url":
+        if sampling.has_default_rate and server.send != "file-url":
             sampling = replace(sampling, frames=128)
         _run(name, config, params, sampling, engine, server, run)
 

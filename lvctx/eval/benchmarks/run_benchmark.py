@@ -232,6 +232,8 @@ def _show(job: BenchmarkJob, engine: Engine, sample: Question) -> tuple[str | No
     file = find_video(job.config.videos, sample.video)
     shown = engine.show([file], job.sampling)
     subtitles, facts = _subtitles(job, sample, shown)
+    if job.sampling.frames_from is not None:
+        facts["frame_times"] = list(shown.pts)
     return subtitles, {"file": str(file), **shown.facts, **facts}
 
 

@@ -119,7 +119,7 @@ def plan_endpoint_video(
     """Video needles on a server: the haystack's frames are decoded here and sent as images. Raises as for text."""
     if server.send not in ("auto", "images"):
         raise UsageError(f"--send {server.send}: needles are inserted among images", fix="--send images")
-    if sampling.frames is not None or sampling.max_frames is not None:
+    if sampling.frames is not None or sampling.max_frames is not None or sampling.frames_from is not None:
         raise UsageError("a haystack is sampled at a rate", where="--frames, --max-frames", fix="give --fps")
     sampled = VideoSampling(**{**vars(resolve_for_endpoint(server, sampling)), "max_frames": None})
     assert sampled.fps is not None
