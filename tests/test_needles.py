@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from support.frames import even_tokens
 
-from lvctx.errors import InputError
-from lvctx.eval.niah.image_needles import chance_of, drawn_needles, read_needles
+from lvctx.errors import InputError, UsageError
+from lvctx.eval.niah.image_needles import chance_of, drawn_groups, drawn_needles, read_needles
 from lvctx.eval.niah.needle_task import Cell, first_number, share_listed
+from lvctx.eval.niah.niah_config import VideoNiahConfig
 from lvctx.eval.niah.run import partition_cells
 from lvctx.eval.niah.text_needles import LISTS, draw_text_needle
 from lvctx.eval.niah.text_task import TextNeedleTask
@@ -145,6 +146,75 @@ def test_when_is_between_the_neighbours(seeing: Any) -> None:
     for written, right in (("12", True), ("Second 9.5.", True), ("13", False), ("soon", False)):
         assert test.score_text(cell, written) == right, written
     assert not test.can_force
+
+
+def grouped(tokenizer: Any, question: Any, *, frames: int = 1, distractors: int = 0, **options: Any) -> VideoNeedleTask:
+    """Three needles a trial."""
+    needles = drawn_groups(4, per_trial=3, frames=frames, question=question, size=48, seed=2, distractors=distractors)
+    tokens = even_tokens(vocabulary=50_000, per_frame=4, frames=40, inserted=len(needles.needles) + distractors)
+    return VideoNeedleTask(tokenizer, needles, tokens, **{"seconds": np.arange(40.0), "question": question, **options})
+
+
+@pytest.mark.parametrize("question", ["what", "count", "order"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_several_needles_are_inserted_whole_and_asked_about(question: Any, nested: bool, seeing: Any) -> None:
+    """Clips of two frames; the first needle is at the cell's depth, and the answer is what the frames show."""
+    test = grouped(seeing, question, frames=2, distractors=2, nested=nested)
+    cells = test.cells([12, 40], [0, 0.3, 1], 4)
+    assert len(cells) >= 20
+    for cell in cells:
+        rows = rows_of(test, cell)
+        assert [r for r in rows if r < 40] == list(range(cell.length))
+        inserted = [r - 40 for r in rows if 40 <= r < 40 + len(test.needles)]
+        used = cell.trial % 3 + 1 if question == "count" else 3
+        clips = list(zip(inserted[::2], inserted[1::2], strict=True))
+        assert sorted(inserted) == list(range(6 * cell.trial, 6 * cell.trial + 2 * used))
+        assert all(second == first + 1 and first % 2 == 0 for first, second in clips)
+        asked = test.needles[6 * cell.trial]
+        assert sum(r < 40 for r in rows[: rows.index(40 + 6 * cell.trial)]) == cell.position
+        shapes = [test.needles[first].shape for first, _ in clips]
+        expected = {"what": asked.answer, "count": str(used), "order": ", ".join(shapes)}
+        assert cell.answer == expected[question]
+        assert len(set(shapes)) == (1 if question == "count" else 3)
+        assert all(shape in cell.question for shape in shapes) or question == "what"
+        assert test.can_force
+        assert test.score_text(cell, f"{cell.answer}.") == 1
+    assert len({(cell.needle, cell.length, cell.depth) for cell in cells}) == len(cells)
+    assert test.chance == {"what": 1 / 7, "count": 1 / 3, "order": 1 / 6}[question]
+
+
+def test_replies_about_several_needles(seeing: Any) -> None:
+    order = grouped(seeing, "order")
+    cell = order.cells([10], [0.5], 1)[0]
+    first, second, third = cell.answer.split(", ")
+    for reply, right in (
+        (f"First the {first}, then the {second}s, then the {third}; the {first} again", True),
+        (f"{second}, {first}, {third}", False),
+        (f"{first}, {second}", False),
+        ("none", False),
+    ):
+        assert order.score_text(cell, reply) == right, reply
+    count = grouped(seeing, "count")
+    cell = count.cells([10], [0.5], 2)[1]
+    assert [count.score_text(cell, reply) for reply in ("2", "There are 2.", "3", "two", "")] == [1, 1, 0, 0, 0]
+
+
+def test_a_needle_of_several_frames_moves_before_one_background() -> None:
+    images = [
+        np.asarray(n.image).astype(int)
+        for n in drawn_groups(1, per_trial=1, frames=3, question="what", size=48, seed=0).needles
+    ]
+    changed = [np.abs(a - b).max(axis=2) > 0 for a, b in ((images[0], images[1]), (images[1], images[2]))]
+    assert all(0 < part.mean() < 1 for part in changed), "the shape moves, and not all of the background is covered"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"question": "count"}, {"question": "order"}, {"question": "when", "count": 2}, {"needles": "folder", "count": 2}],
+)
+def test_questions_about_several_needles_need_them(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        VideoNiahConfig(model="m", haystack=(Path("h"),), lengths=(8,), **options)
 
 
 def tree_size(sequences: list[np.ndarray]) -> int:

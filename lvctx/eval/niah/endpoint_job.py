@@ -15,9 +15,8 @@ from lvctx.artifacts.result_log import RESULTS, ResultLog, short_hash
 from lvctx.artifacts.store import fingerprint
 from lvctx.config import OnProgress
 from lvctx.errors import InputError, UsageError
-from lvctx.eval.niah.frame_needles import WHEN, FrameNeedles
+from lvctx.eval.niah.frame_needles import TEMPLATES, FrameNeedles
 from lvctx.eval.niah.heatmap import write_report
-from lvctx.eval.niah.image_needles import FIND
 from lvctx.eval.niah.job import build_text_task, find_needles
 from lvctx.eval.niah.needle_task import Cell, share_listed
 from lvctx.eval.niah.niah_config import NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
@@ -162,7 +161,7 @@ def plan_endpoint_video(
         engine,
         [cells[i] for i in walk_order(task.order(cell) for cell in cells)],
         made_of={
-            "prompt": short_hash({"question": FIND if config.question == "what" else WHEN, **task.facts()}),
+            "prompt": short_hash({"question": TEMPLATES[config.question], **task.facts()}),
             "sampling": identity["sampling"],
             "endpoint": identity["endpoint"],
         },
