@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from support.frames import even_tokens
 
 from lvctx.errors import InputError, UsageError
-from lvctx.eval.niah.image_needles import chance_of, drawn_groups, drawn_needles, read_needles
+from lvctx.eval.niah.frame_needles import beside
+from lvctx.eval.niah.image_needles import NeedleSet, chance_of, drawn_groups, drawn_needles
+from lvctx.eval.niah.needle_folder import read_needles
 from lvctx.eval.niah.needle_task import Cell, first_number, share_listed
 from lvctx.eval.niah.niah_config import VideoNiahConfig
 from lvctx.eval.niah.run import partition_cells
@@ -117,6 +121,53 @@ def test_distractors_of_a_folder(tmp_path: Path) -> None:
     read = read_needles(tmp_path)
     assert [n.answer for n in read.needles] == ["A"]
     assert len(read.distractors) == 1
+
+
+def test_published_lists_of_needles(tmp_path: Path) -> None:
+    """LongVA's JSON and Parquet, VideoRoPE's two lists and V-RULER's one, VideoChat-Flash's paths."""
+    colors = {"a.png": (255, 0, 0), "b.png": (0, 255, 0), "a_interrupt.png": (0, 0, 255), "b_interrupt.png": (9, 9, 9)}
+    for name, color in colors.items():
+        for folder in ("longva", "rope/images", "ruler", "flash/single", "parquet"):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (9, 9), color).save(tmp_path / folder / name)
+    rows = [{"path": f"{n}.png", "prompt": f"\nFind the frame of {n}.\nA. x\nB. y", "answer": n.upper()} for n in "ab"]
+    interrupts = [{**row, "path": row["path"].replace(".", "_interrupt.")} for row in rows]
+    single = [{"question": r["prompt"], "answer": r["answer"], "image": f"single/{r['path']}", "id": 0} for r in rows]
+    (tmp_path / "longva" / "dataset.json").write_text(json.dumps(rows))
+    (tmp_path / "rope" / "dataset.json").write_text(json.dumps(rows))
+    (tmp_path / "rope" / "dataset_interrupt.json").write_text(json.dumps(interrupts))
+    ruler = [{**row, "interrupt_path": other["path"]} for row, other in zip(rows, interrupts, strict=True)]
+    (tmp_path / "ruler" / "v_niah_d.json").write_text(json.dumps(ruler))
+    (tmp_path / "flash" / "niah-coco-singlehop_20.json").write_text(json.dumps(single))
+    data = [{"bytes": (tmp_path / "parquet" / row["path"]).read_bytes(), "path": row["path"]} for row in rows]
+    hub = [{"image": d, "question": r["prompt"], "answer": r["answer"]} for d, r in zip(data, rows, strict=True)]
+    pq.write_table(pa.Table.from_pylist(hub), tmp_path / "parquet" / "test.parquet")
+    for folder, distractors in (("longva", 0), ("rope", 2), ("ruler", 2), ("flash", 0), ("parquet", 0)):
+        read = read_needles(tmp_path / folder)
+        assert [(n.question, n.answer) for n in read.needles] == [(r["prompt"], r["answer"]) for r in rows]
+        assert [n.image.getpixel((0, 0)) for n in read.needles] == [(255, 0, 0), (0, 255, 0)]
+        assert (len(read.distractors), read.paired) == (distractors, distractors > 0)
+        assert [n.image.getpixel((0, 0)) for n in read.distractors] == [(0, 0, 255), (9, 9, 9)][:distractors]
+    (tmp_path / "rope" / "dataset_interrupt.json").write_text(json.dumps(interrupts[:1]))
+    with pytest.raises(InputError):
+        read_needles(tmp_path / "rope")
+
+
+def test_a_distractor_of_v_niah_d_is_200_frames_from_its_needle(seeing: Any) -> None:
+    for position, length, places in (
+        *((0, 150, {None}), (100, 300, {None}), (100, 301, {300}), (199, 3000, {399}), (200, 3000, {0, 400})),
+        *((2799, 3000, {2999, 2599}), (2800, 3000, {2600}), (3000, 3000, {2800})),
+    ):
+        assert {beside(position, length, [seed]) for seed in range(30)} == places, position
+    drawn = drawn_needles(6, size=48, seed=2).needles
+    needles = NeedleSet(needles=drawn[:3], distractors=drawn[3:], paired=True)
+    tokens = even_tokens(vocabulary=50_000, per_frame=4, frames=40, inserted=6)
+    test = VideoNeedleTask(seeing, needles, tokens, seconds=np.arange(40.0), loop=True)
+    for cell in test.cells([40, 300], [0, 1], 3):
+        inserted = [row - 40 for row in rows_of(test, cell) if row >= 40]
+        at = [i for i, row in enumerate(rows_of(test, cell)) if row >= 40]
+        assert sorted(inserted) == ([cell.trial, cell.trial + 3] if cell.length == 300 else [cell.trial])
+        assert cell.length == 40 or abs(at[0] - at[1]) in (200, 201)
 
 
 def test_a_list_of_needles_is_read_by_line_feeds_alone(tmp_path: Path) -> None:

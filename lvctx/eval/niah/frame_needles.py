@@ -22,6 +22,8 @@ WHICH_ORDER = (
     "The video has images with these shapes: {shapes}. In which order are they shown? Answer with their names alone, "
     "separated by commas."
 )
+DISTANCE = 200
+"""V-NIAH-D: frames from a needle to its distractor."""
 TEMPLATES: dict[NeedleQuestion, str] = {"what": FIND, "when": WHEN, "count": HOW_MANY, "order": WHICH_ORDER}
 
 
@@ -53,6 +55,7 @@ class FrameNeedles:
         self.question, self.tolerance, self.nested, self.loop = question, tolerance, nested, loop
         self.can_force = question != "when"
         self.extra_tokens = 2 if question == "what" else 16
+        self._seed = seed
         self._seconds, self._frames = seconds, len(seconds)
         self._spread = self._longest = 0
         self._distractor_fractions = np.random.default_rng([seed, 1 << 20, 1 << 20]).random(len(self.distractors))
@@ -98,6 +101,17 @@ class FrameNeedles:
         first = (trial * self._set.per_trial + needle) * self._set.frames
         return range(first, first + self._set.frames)
 
+    def _distractors(self, cell: Cell) -> list[tuple[int, int]]:
+        """Position and number of each distractor of a cell."""
+        first = self._frames + len(self.needles)
+        if self._set.paired and self.distractors:
+            position = beside(cell.position, cell.length, [self._seed, cell.trial, cell.length, cell.position])
+            return [] if position is None else [(position // self.unit * self.unit, first + cell.trial)]
+        # They have the same positions for all lengths if prefixes are to be shared.
+        spread = self._spread if self.nested else cell.length
+        positions = [int(f * spread) // self.unit * self.unit for f in self._distractor_fractions]
+        return [(position, first + i) for i, position in enumerate(positions)]
+
     def _digest(self, trial: int) -> str:
         """What identifies a trial's images."""
         images = [self.needles[n].digest for i in range(self._used(trial)) for n in self._numbers(trial, i)]
@@ -140,13 +154,7 @@ class FrameNeedles:
     def order(self, cell: Cell) -> np.ndarray:
         """The cell's frames (F,): haystack frames by number, then needles, then distractors."""
         haystack = np.resize(np.arange(self._frames), cell.length)
-        # Distractors have the same positions for all lengths if prefixes are to be shared.
-        spread = self._spread if self.nested else cell.length
-        distractor_numbers = self._frames + len(self.needles) + np.arange(len(self.distractors))
-        pieces = [
-            (int(f * spread) // self.unit * self.unit, [int(n)])
-            for f, n in zip(self._distractor_fractions, distractor_numbers, strict=True)
-        ]
+        pieces = [(position, [number]) for position, number in self._distractors(cell)]
         for position, needle in self._places(cell.trial, cell.position, cell.length):
             pieces.append((position, [self._frames + n for n in self._numbers(cell.trial, needle)]))
         return np.concatenate(
@@ -182,13 +190,23 @@ class FrameNeedles:
             facts |= {"others": self._spread} if self.nested and self._set.per_trial > 1 else {}
         if self.question == "when":
             facts["tolerance"] = self.tolerance
-        if self.distractors:
+        if self._set.paired and self.distractors:
+            facts |= {"distractors": [needle.digest for needle in self.distractors], "distance": DISTANCE}
+            facts["seed"] = self._seed
+        elif self.distractors:
             facts["distractors"] = [needle.digest for needle in self.distractors]
             facts["places"] = [round(float(f), 9) for f in self._distractor_fractions]
             facts["spread"] = self._spread if self.nested else None
         if self.nested:
             facts["longest"] = self._longest
         return facts
+
+
+def beside(position: int, length: int, seed: Sequence[int]) -> int | None:
+    """V-NIAH-D: `DISTANCE` frames after or before a needle, from `seed` where both are in the haystack; or none."""
+    after, before = position + DISTANCE, position - DISTANCE
+    fitting = [place for place in (after, before) if 0 <= place < length]
+    return fitting[int(np.random.default_rng(seed).integers(len(fitting)))] if fitting else None
 
 
 def _two_decimals(second: float) -> str:

@@ -9,15 +9,11 @@ this divides the ten colors, guessing is right once in seven instead of once in 
 import hashlib
 from dataclasses import dataclass, replace
 from math import factorial
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from lvctx.data.records import read_records
-from lvctx.errors import InputError
 from lvctx.eval.niah.niah_config import NeedleQuestion
-from lvctx.models.image_processing import open_image
 from lvctx.video.drawn_images import COLORS, SHAPES, draw_blank, draw_image, paint
 
 FIND = "Find the image with the {shape}. What color is the {shape}?"
@@ -57,6 +53,8 @@ class NeedleSet:
     """Needles of a trial."""
     frames: int = 1
     """Images of a needle."""
+    paired: bool = False
+    """Whether each distractor belongs to the needle of its place in the list, and is inserted near it (V-NIAH-D)."""
 
     @property
     def trials(self) -> int:
@@ -130,30 +128,3 @@ def _needle(image: Image.Image, shape: str, color: str) -> ImageNeedle:
 def chance_of(distractors: int) -> float:
     """Accuracy of guessing for drawn needles."""
     return 1 / (len(COLORS) - (DISTRACTOR_COLORS if distractors else 0))
-
-
-def read_needles(folder: Path) -> NeedleSet:
-    """Needles and distractors of a folder: one .jsonl file of `{"image", "question", "answer"}`, and the images.
-
-    A line with `"distractor": true` is a distractor and needs only its image. Raises InputError naming the line for
-    malformed JSON, a missing key, an unreadable image or an empty answer.
-    """
-    lists = sorted(folder.glob("*.jsonl"))
-    if len(lists) != 1:
-        raise InputError(f"{len(lists)} .jsonl files", where=folder, fix="a needle folder has one, and its images")
-    needles: tuple[list[ImageNeedle], list[ImageNeedle]] = ([], [])
-    for where, row in read_records(lists[0]):
-        try:
-            image, is_distractor = folder / row["image"], row.get("distractor") is True
-            question, answer = ("", "") if is_distractor else (str(row["question"]), str(row["answer"]))
-        except (KeyError, TypeError, AttributeError):
-            raise InputError(
-                "not an object with image, question and answer", where=where, fix="correct the line"
-            ) from None
-        if not answer.strip() and not is_distractor:
-            raise InputError("an empty answer", where=where, fix="correct the line")
-        subject = f'the image that answers the question "{question}"'
-        needles[is_distractor].append(
-            ImageNeedle(image=open_image(image), question=question, answer=answer.strip(), subject=subject)
-        )
-    return NeedleSet(needles=needles[False], distractors=needles[True])

@@ -13,7 +13,8 @@ from lvctx.artifacts import schemas
 from lvctx.artifacts.result_log import short_hash
 from lvctx.artifacts.store import fingerprint
 from lvctx.errors import UsageError
-from lvctx.eval.niah.image_needles import NeedleSet, drawn_groups, drawn_needles, read_needles
+from lvctx.eval.niah.image_needles import NeedleSet, drawn_groups, drawn_needles
+from lvctx.eval.niah.needle_folder import read_needles
 from lvctx.eval.niah.needle_task import Cell, NeedleTask
 from lvctx.eval.niah.niah_config import NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
 from lvctx.eval.niah.text_needles import read_haystack
@@ -180,13 +181,16 @@ def find_needles(config: VideoNiahConfig, size: int) -> NeedleSet:
         drawn = drawn_needles(config.trials, size=size, seed=config.seed, distractors=config.distractors)
         return drawn if config.question == "what" else replace(drawn, chance=None)
     needles = read_needles(Path(config.needles))
+    if needles.paired and config.distractors > 1:
+        raise UsageError("every needle of this folder has one distractor", where="--distractors", fix="give 0 or 1")
     if config.distractors > len(needles.distractors):
         raise UsageError(
             f"--distractors {config.distractors} with {len(needles.distractors)} distractors in {config.needles}",
             fix='give them lines with "distractor": true',
         )
     repeated = [needle for needle in needles.needles for _ in range(config.needle_frames)]
-    distractors = needles.distractors[: config.distractors]
+    distractors = needles.distractors[: len(needles.needles) if needles.paired else config.distractors]
+    distractors = distractors if config.distractors else []
     return replace(needles, needles=repeated, frames=config.needle_frames, distractors=distractors)
 
 
