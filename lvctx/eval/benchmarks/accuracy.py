@@ -112,7 +112,7 @@ def read_benchmark_run(directory: Path, bench: ModuleType) -> BenchmarkRun:
         if (lettered and row["answer"] and row["answer"] in row["letters"]) or (not lettered and bench.FREE_ANSWERS):
             rows.append(row)
         else:
-            notes.add(NO_KEY, row["id"], row["answer"])
+            notes.add(NO_KEY if row["answer"] else NO_ANSWER, row["id"], row["answer"])
     if not rows:
         raise InputError(f"nothing can be scored: {notes.lines()[0]}", where=directory)
     warnings = [*failure_warnings(stored.values()), *notes.lines()]
@@ -150,6 +150,7 @@ def _check_row(row: Mapping[str, Any], bench: ModuleType, location: str) -> None
 
 
 CUT = "{cut:,} replies were cut at their largest number of tokens"
+NO_ANSWER = "questions whose answer is not public or not readable, left out"
 NO_KEY = "answers that are not among their question's options, left out"
 NO_TEXT = "responses that are not text, read as empty"
 

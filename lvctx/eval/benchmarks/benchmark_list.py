@@ -51,7 +51,7 @@ BENCHMARKS = {
     ),
     "lvbench": BenchmarkInfo(
         title="LVBench",
-        what="Videos of more than an hour; six abilities, several for a question.",
+        what="Videos of more than an hour on average; six abilities, several for a question.",
         dataset="zai-org/LVBench",
         questions=1549,
         videos=103,
