@@ -43,6 +43,9 @@ MERGED = "lvctx.merged/1"
 PROTOCOL = "lvctx.protocol/1"
 """Row: what a packaged evaluation protocol states for one benchmark."""
 
+BENCHMARK = "lvctx.benchmark/1"
+"""Row: a benchmark of `bench list`."""
+
 SCORE = "lvctx.score/1"
 """Row: the score of one run or responses file, or the difference of two."""
 

@@ -39,18 +39,41 @@ def clustered_mean(values: Sequence[float], clusters: Sequence[str], *, lowest: 
     """The mean of `values` in [`lowest`, 1], with its interval clustered by the equally long `clusters`."""
     if not len(values):
         return Estimate(mean=None, low=None, high=None, counted=0, clusters=0)
-    x = np.asarray(values, dtype=np.float64)
-    _, which = np.unique(np.asarray(clusters), return_inverse=True)
-    n, groups = len(x), int(which.max()) + 1
-    mean = float(x.mean())
+    mean, groups = float(np.mean(np.asarray(values, dtype=np.float64))), len(set(clusters))
     low = high = None
     if groups > 1:
-        residuals = np.bincount(which, weights=x - mean)
-        half = Z * sqrt(groups / (groups - 1) * float(residuals @ residuals)) / n
+        half = Z * _standard_error(values, clusters)
         low, high = max(lowest, mean - half), min(1.0, mean + half)
         if half < 1e-12 and lowest == 0.0:
             low, high = wilson_interval(mean, groups)
-    return Estimate(mean=mean, low=low, high=high, counted=n, clusters=groups)
+    return Estimate(mean=mean, low=low, high=high, counted=len(values), clusters=groups)
+
+
+def macro_mean(strata: Sequence[tuple[Sequence[float], Sequence[str]]]) -> Estimate:
+    """The mean of the means of several independent sets of values in [0, 1], each with its clusters.
+
+    With s_t the cluster-robust standard error of the mean of one of T sets, that of the whole is sqrt(sum_t s_t^2) / T.
+    No interval where a set has only one cluster.
+    """
+    parts = [clustered_mean(values, clusters) for values, clusters in strata if len(values)]
+    if not parts:
+        return clustered_mean([], [])
+    mean = sum(part.mean or 0.0 for part in parts) / len(parts)
+    low = high = None
+    if all(part.clusters > 1 for part in parts):
+        half = Z * sqrt(sum(_standard_error(*stratum) ** 2 for stratum in strata if len(stratum[0]))) / len(parts)
+        low, high = max(0.0, mean - half), min(1.0, mean + half)
+    counted, clusters = sum(part.counted for part in parts), sum(part.clusters for part in parts)
+    return Estimate(mean=mean, low=low, high=high, counted=counted, clusters=clusters)
+
+
+def _standard_error(values: Sequence[float], clusters: Sequence[str]) -> float:
+    """The cluster-robust standard error of the mean of `values`, of at least two clusters."""
+    x = np.asarray(values, dtype=np.float64)
+    _, which = np.unique(np.asarray(clusters), return_inverse=True)
+    residuals = np.bincount(which, weights=x - x.mean())
+    groups = len(residuals)
+    return sqrt(groups / (groups - 1) * float(residuals @ residuals)) / len(x)
 
 
 def wilson_interval(mean: float, n: int) -> tuple[float, float]:

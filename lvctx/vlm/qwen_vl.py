@@ -75,7 +75,7 @@ class QwenVL:
         check_reachable(hybrid)
         if self.writes_times and hybrid.mode != "pair":
             raise UsageError(f"--hybrid-mode {hybrid.mode}: this model merges pairs of frames", fix="drop it")
-        rate = sampling.frames is None
+        rate = sampling.fps is not None or sampling.has_default_rate
         return replace(
             sampling,
             fps=(sampling.fps or 2.0) if rate else None,

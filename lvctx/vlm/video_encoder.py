@@ -54,7 +54,7 @@ class EncoderConfig:
     """The settings of a feature cache, besides video and tower."""
 
     sampling: VideoSampling
-    """The sampling with its defaults: a rate or a number of frames, a frame mode, a decoder."""
+    """The sampling with its defaults: which frames, a frame mode, a decoder."""
     batch: int
     """Number of frames per batch of the tower; it affects rounding."""
     dtype: Literal["float32", "bfloat16"]
@@ -87,9 +87,10 @@ class VideoEncoder:
         without decord.
         """
         files = TowerFiles.find(name)
-        resolved = resolve_for_tower(files, sampling)
-        config = EncoderConfig(sampling=resolved, batch=batch, dtype=resolve_dtype(dtype, device))
-        return cls(files, config, device=device)
+        sampling = resolve_for_tower(files, sampling)
+        return cls(
+            files, EncoderConfig(sampling=sampling, batch=batch, dtype=resolve_dtype(dtype, device)), device=device
+        )
 
     def close(self) -> None:
         """Make encoding in other threads fail at its next batch, and end idle decoders."""
@@ -297,8 +298,9 @@ class VideoEncoder:
     def _rough_total(self, video: Path) -> int:
         """An estimate for progress, without reading the file first."""
         sampling = self.config.sampling
-        if sampling.frames is not None:
-            return sampling.frames
+        chosen = sampling.frames_from.of(video).values if sampling.frames_from is not None else ()
+        if count := sampling.frames or len(chosen):
+            return count
         facts = probe(video)
         rate = facts["source_fps"] if sampling.fps == "native" else sampling.fps
         seconds = min(facts["duration"], sampling.end or math.inf) - (sampling.start or 0)
@@ -323,7 +325,7 @@ def resolve_for_tower(files: TowerFiles, sampling: VideoSampling) -> VideoSampli
         pooling(math.isqrt(files.patches_per_frame), hybrid.ratio)
     return replace(
         sampling,
-        fps=1.0 if sampling.fps is None and sampling.frames is None else sampling.fps,
+        fps=1.0 if sampling.has_default_rate else sampling.fps,
         frame_mode=sampling.frame_mode or "crop",
         hybrid=None if hybrid is None or hybrid.uniform else hybrid,
         decoder="decord" if sampling.decoder == "decord" else "pyav",
