@@ -13,6 +13,7 @@ from transformers import CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from lvctx.artifacts.manifest import read_manifest
+from lvctx.cost import CostMeter
 from lvctx.data.conversations import MediaFile, read_conversations, read_pairs
 from lvctx.data.row_media import Media
 from lvctx.errors import InputError, UsageError
@@ -97,7 +98,7 @@ def test_a_video_file_is_encoded_as_at_inference(vlm: Path, nano: Nano) -> None:
     sampling = VideoSampling(frames=3)
     forward, _ = forward_of(vlm, sampling)
     path = nano.clips / "bikes.mp4"
-    cache = VideoEncoder.open(str(vlm), sampling, device="cpu").read(path)
+    cache = VideoEncoder.open(str(vlm), sampling, device="cpu").read(path, CostMeter())
     with torch.no_grad():
         (block,) = forward.blocks(Sample(number=0, where="here", files=(MediaFile("video", path),), sequences=()))
         expected = torch.cat([embed_frames(forward.vlm, cache.features), newline_embedding(forward.vlm)])
