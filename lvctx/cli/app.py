@@ -39,7 +39,7 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "vqa": ("vqa", "Answer questions about videos."),
         "videomme": ("videomme_score", "Video-MME: run a model on its questions, and score it or existing responses."),
         "bench": ("bench_merge", "Other benchmarks of long video: run a model on their questions, and score it."),
-        "report": ("report", "Show results of any of these, and training curves, on one self-contained HTML page."),
+        "report": ("report", "Show evaluation results and training curves on one self-contained HTML page."),
     },
     "Utilities": {
         "import-longva": ("convert", "Convert a released LongVA checkpoint for transformers and vLLM."),

@@ -2,7 +2,9 @@
 
 import contextlib
 import itertools
+import math
 import os
+import sys
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -167,3 +169,14 @@ def _count_about(job: ReadJob) -> Count:
     duration = float((end - first) * tick)
     exact = sampling.frames is not None and not sampling.allow_partial
     return Count(frames=frames, exact=exact, width=width, height=height, duration=duration)
+
+
+def rough_count(path: Path, sampling: VideoSampling) -> int:
+    """An estimate of the number of sampled frames for progress, without reading the file first."""
+    chosen = sampling.frames_from.of(path).values if sampling.frames_from is not None else ()
+    if count := sampling.frames or len(chosen):
+        return count
+    facts = probe(path)
+    rate = facts["source_fps"] if sampling.fps == "native" else sampling.fps
+    seconds = min(facts["duration"], sampling.end or math.inf) - (sampling.start or 0)
+    return max(1, min(math.ceil(seconds * rate), sampling.max_frames or sys.maxsize))

@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import queue
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +35,7 @@ from lvctx.errors import DiskError, LvctxError, Stopped, UsageError
 from lvctx.models.vision_encoder import Tower, TowerFiles
 from lvctx.video.container import check_complete, probe
 from lvctx.video.decode_worker import DecodeRequest, Decoders
-from lvctx.video.frame_count import Count, bounded, count_frames
+from lvctx.video.frame_count import Count, bounded, count_frames, rough_count
 from lvctx.video.hybrid import Hybrid, hybrid_tokens, select_high
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.feature_cache import SUFFIX, FeatureCache, open_frames
@@ -203,7 +202,7 @@ class VideoEncoder:
             if is_finished(target, provenance, resume=resume, force=force):
                 log.info("%s: finished already", target)
                 return _row(video, target)
-            total = self._rough_total(video)
+            total = rough_count(video, self.config.sampling)
             on_progress(0, total, video.name)
             done = 0
             facts: dict[str, Any] = {"source": str(video)}
@@ -294,17 +293,6 @@ class VideoEncoder:
             finally:
                 self.close()
                 pool.shutdown(wait=False, cancel_futures=True)
-
-    def _rough_total(self, video: Path) -> int:
-        """An estimate for progress, without reading the file first."""
-        sampling = self.config.sampling
-        chosen = sampling.frames_from.of(video).values if sampling.frames_from is not None else ()
-        if count := sampling.frames or len(chosen):
-            return count
-        facts = probe(video)
-        rate = facts["source_fps"] if sampling.fps == "native" else sampling.fps
-        seconds = min(facts["duration"], sampling.end or math.inf) - (sampling.start or 0)
-        return max(1, min(math.ceil(seconds * rate), sampling.max_frames or sys.maxsize))
 
 
 def resolve_for_tower(files: TowerFiles, sampling: VideoSampling) -> VideoSampling:
