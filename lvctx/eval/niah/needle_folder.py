@@ -91,5 +91,5 @@ def _image(folder: Path, image: Any, where: str) -> Image.Image:
     image = image.get("path") if isinstance(image, dict) else image
     if not isinstance(image, str):
         raise InputError("the image is neither a path nor an image's bytes", where=where, fix="correct the row")
-    path = folder / image
-    return open_image(path if path.exists() else next((p for p in (folder / "images" / image,) if p.exists()), path))
+    released = folder / "images" / image
+    return open_image(released if released.is_file() else folder / image)
