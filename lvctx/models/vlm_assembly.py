@@ -79,6 +79,7 @@ def vlm_config(text: Any, vision: Any, tokenizer: Any) -> Any:
         vision_feature_layer=-2 if clip else -1,
         vision_feature_select_strategy="default" if clip else "full",
         tie_word_embeddings=text.tie_word_embeddings,
+        image_grid="unires",  # a checkpoint of others has no such key: its images are encoded by its own processor
         image_grid_pinpoints=[[side * h, side * w] for h in range(1, 7) for w in range(1, 7)],
     )
 

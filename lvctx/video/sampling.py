@@ -58,7 +58,7 @@ class VideoSampling:
     end: Annotated[float | None, Flag(min=0)] = None
     """Stop this many seconds into the video."""
     frame_mode: FrameMode | None = None
-    """How a frame becomes a square for CLIP and SigLIP towers. Default: crop."""
+    """How a frame becomes a square for CLIP and SigLIP towers. Default: as the model's own processor does it."""
     hybrid: Annotated[Hybrid | None, Flag(parse=Hybrid.parse, metavar="L,M,S")] = None
     """Hybrid resolution L,M,S: of every L frames one has M tokens, the others M/S. Default: one resolution."""
     hybrid_mode: HybridMode = "pair"

@@ -314,7 +314,7 @@ def resolve_for_tower(files: TowerFiles, sampling: VideoSampling) -> VideoSampli
     return replace(
         sampling,
         fps=1.0 if sampling.has_default_rate else sampling.fps,
-        frame_mode=sampling.frame_mode or "crop",
+        frame_mode=sampling.frame_mode or files.frame_mode,
         hybrid=None if hybrid is None or hybrid.uniform else hybrid,
         decoder="decord" if sampling.decoder == "decord" else "pyav",
     )

@@ -84,7 +84,7 @@ def _needle(folder: Path, record: Record, row: Mapping[str, Any], *, distractor:
 
 
 def _image(folder: Path, image: Any, where: str) -> Image.Image:
-    """An image of a row: a path in the folder, or in its folder `images`, or bytes or a path as datasets stores them."""
+    """An image of a row: a path in the folder or in its folder `images`, or bytes or a path as datasets stores them."""
     if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
         with library_errors("the image cannot be read", where=where):
             return Image.open(io.BytesIO(image["bytes"])).convert("RGB")
