@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from lvctx.cli.costs import print_costs
-from lvctx.cli.output import emit, estimate, percent, wants_json
+from lvctx.cli.output import emit, estimate, interval, percent, wants_json
 from lvctx.cli.protocols import print_protocol
 from lvctx.config import Flag
+
+Detect = Annotated[float, Flag(min=0.1, max=100, metavar="POINTS")]
+"""A difference between two models, in points."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,21 +22,62 @@ class ScoreConfig:
     """Results directories of run."""
     seed: int = 0
     """Seed of the random letters of LongVideoBench's and EgoSchema's rules."""
+    detect: Detect = 2.0
+    """For two runs: a difference in points; prints how many questions would find it at p < 0.05 with power 0.8."""
 
 
 def score_runs(name: str, config: ScoreConfig) -> None:
-    """Print the scores of runs of a benchmark."""
-    from lvctx.eval.benchmarks.accuracy import read_benchmark_run
+    """Print the scores of runs of a benchmark; of two runs also their difference."""
+    from lvctx.artifacts.schemas import SCORE
+    from lvctx.eval.benchmarks.accuracy import difference, read_benchmark_run
+    from lvctx.eval.benchmarks.answers import RULES
     from lvctx.eval.benchmarks.benchmark_list import load_benchmark
-    from lvctx.eval.benchmarks.score_run import score_run
+    from lvctx.eval.benchmarks.protocol import protocol_difference
+    from lvctx.eval.benchmarks.score_run import as_responses, score_run
 
     bench = load_benchmark(name)
-    for path in config.runs:
-        result = {**score_run(read_benchmark_run(path, bench), bench, seed=config.seed), "run": path.name}
+    runs = [read_benchmark_run(path, bench) for path in config.runs]
+    results = [
+        {**score_run(run, bench, seed=config.seed), "run": path.name}
+        for path, run in zip(config.runs, runs, strict=True)
+    ]
+    for result in results:
         if wants_json():
             emit(result)
         else:
             _print(result)
+    if len(runs) != 2 or not set(RULES) <= results[0]["rules"].keys():
+        return
+    a, b = (as_responses(run, name).replies for run in runs)
+    versus = {rule: vars(difference(a, b, rule, detect=config.detect / 100)) for rule in RULES}
+    differing = protocol_difference(*(result.get("protocol") for result in results))
+    warning = f"the protocols differ: {differing}" if differing else ""
+    first, second = (result["run"] for result in results)
+    if wants_json():
+        warnings = [warning] if warning else []
+        emit({"schema": SCORE, "first": first, "second": second, "warnings": warnings, "difference": versus})
+    else:
+        print_difference(first, second, versus, warning, detect=config.detect)
+
+
+def print_difference(first: str, second: str, versus: dict[str, Any], warning: str, *, detect: float) -> None:
+    """Print the paired differences of two runs under every rule."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "rule", title=f"{first} minus {second}, same questions", title_justify="left", box=None, pad_edge=False
+    )
+    for name in ("difference", "95% interval", "p", "questions", f"needed for {detect:g} points"):
+        table.add_column(name, justify="right")
+    for name, e in versus.items():
+        p = "–" if e["p_value"] is None else f"{e['p_value']:.3f}"
+        needed = "–" if e["needed"] is None else f"{e['needed']:,}"
+        table.add_row(name, percent(e["mean"]), interval(e), p, f"{e['counted']:,}", needed)
+    console = Console(markup=False, emoji=False)
+    if warning:
+        console.print(f"WARNING {first}, {second}: {warning}", style="bold red", highlight=False)
+    console.print(table)
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lvctx.cli.bench_score import print_sources
+from lvctx.cli.bench_score import Detect, print_difference, print_sources
 from lvctx.cli.benchmarks import load_benchmark
 from lvctx.cli.costs import print_costs
 from lvctx.cli.options import OutputOptions, command, given
@@ -27,6 +27,8 @@ class VideoMMEScoreConfig:
     """Scorer for the breakdown and the plot. Default: that of the runs' protocol, else official."""
     csv: Path | None = None
     """Write duration x domain x task, with totals, for every rule."""
+    detect: Detect = 2.0
+    """For two files: a difference in points; prints how many questions would find it at p < 0.05 with power 0.8."""
     plot: Path | None = None
     """Draw accuracy by duration, or by number of frames for several runs: .png or .svg."""
 
@@ -70,7 +72,7 @@ def score_videomme(ctx: typer.Context, config: VideoMMEScoreConfig, output: Outp
     warning = ""
     if len(responses) == 2:
         a, b = (item.replies for item in responses)
-        versus = {name: vars(difference(a, b, name)) for name in RULES}
+        versus = {name: vars(difference(a, b, name, detect=config.detect / 100)) for name in RULES}
         differing = protocol_difference(*protocols)
         warning = f"the protocols differ: {differing}" if differing else ""
     if config.csv is not None:
@@ -90,7 +92,7 @@ def score_videomme(ctx: typer.Context, config: VideoMMEScoreConfig, output: Outp
     for row, item in zip(scores, responses, strict=True):
         _print(row, videomme.cells(item, [rule]), rule)
     if versus:
-        _print_difference(responses[0].name, responses[1].name, versus, warning)
+        print_difference(responses[0].name, responses[1].name, versus, warning, detect=config.detect)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -169,20 +171,3 @@ def _print(row: dict[str, Any], cells: list[dict[str, Any]], rule: str) -> None:
             kinds.add_row(domain if task == "all" else f"  {task}", *columns, style="bold" if task == "all" else "")
     console.print(kinds)
     print_costs(row["file"], row)
-
-
-def _print_difference(first: str, second: str, versus: dict[str, Any], warning: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        "rule", title=f"{first} minus {second}, same questions", title_justify="left", box=None, pad_edge=False
-    )
-    for name in ("difference", "95% interval", "questions"):
-        table.add_column(name, justify="right")
-    for name, e in versus.items():
-        table.add_row(name, percent(e["mean"]), interval(e), f"{e['counted']:,}")
-    console = Console(markup=False, emoji=False)
-    if warning:
-        console.print(f"WARNING {first}, {second}: {warning}", style="bold red", highlight=False)
-    console.print(table)

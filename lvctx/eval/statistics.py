@@ -7,16 +7,24 @@ ratio of Cochran, Sampling Techniques, section 6.3): with r_g the sum of (x - me
 
 and the interval is mean +- 1.96 se, clipped to the scale. It needs some tens of videos. If all videos have the
 same result (se 0: all right, or all wrong), Wilson's interval for G answers is given instead of an empty one.
+
+Two models that answered the same questions are compared by the mean of their differences, with the same standard error.
+Its p-value is two-sided and of the normal distribution, so that p < 0.05 where the interval excludes 0. To find a
+difference d with power 0.8 at p = 0.05, n (se / d)^2 (1.96 + 0.84)^2 such questions are needed.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import ceil, erfc, sqrt
 
 import numpy as np
 
 Z = 1.959963984540054
 """Normal quantile of 0.975."""
+POWER = 0.8416212335729143
+"""Normal quantile of 0.8."""
+DETECT = 0.02
+"""A difference that is worth finding, if none is given: two points."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +55,29 @@ def clustered_mean(values: Sequence[float], clusters: Sequence[str], *, lowest: 
         if half < 1e-12 and lowest == 0.0:
             low, high = wilson_interval(mean, groups)
     return Estimate(mean=mean, low=low, high=high, counted=len(values), clusters=groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference(Estimate):
+    """The mean of paired differences."""
+
+    p_value: float | None
+    """Two-sided; None with fewer than two videos."""
+    needed: int | None
+    """Questions like these with which a difference of a given size would be found; None with fewer than two videos."""
+
+
+def paired_difference(values: Sequence[float], clusters: Sequence[str], *, detect: float = DETECT) -> Difference:
+    """The mean of differences in [-1, 1], clustered; `needed` is for one of `detect`."""
+    estimate = clustered_mean(values, clusters, lowest=-1.0)
+    p_value = needed = None
+    if estimate.clusters > 1 and estimate.mean is not None:
+        error = _standard_error(values, clusters)
+        # Where all videos differ alike, the p-value is that of a sign test over them.
+        alike = 1.0 if estimate.mean == 0 else 0.5 ** (estimate.clusters - 1)
+        p_value = erfc(abs(estimate.mean) / error / sqrt(2)) if error > 1e-12 else alike
+        needed = max(1, ceil(estimate.counted * (error / detect * (Z + POWER)) ** 2))
+    return Difference(**vars(estimate), p_value=p_value, needed=needed)
 
 
 def macro_mean(strata: Sequence[tuple[Sequence[float], Sequence[str]]]) -> Estimate:

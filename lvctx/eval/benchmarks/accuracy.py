@@ -19,7 +19,7 @@ from lvctx.eval.benchmarks.answers import (
     response_warnings,
 )
 from lvctx.eval.benchmarks.fields import check_unicode
-from lvctx.eval.statistics import Estimate, clustered_mean
+from lvctx.eval.statistics import DETECT, Difference, Estimate, clustered_mean, paired_difference
 
 DURATIONS = ("short", "medium", "long")
 
@@ -30,7 +30,9 @@ def accuracy(replies: Iterable[BenchmarkReply], rule: str) -> Estimate:
     return clustered_mean([v for v, _ in counted], [video for _, video in counted])
 
 
-def difference(first: Sequence[BenchmarkReply], second: Sequence[BenchmarkReply], rule: str) -> Estimate:
+def difference(
+    first: Sequence[BenchmarkReply], second: Sequence[BenchmarkReply], rule: str, *, detect: float = DETECT
+) -> Difference:
     """First minus second on the questions that the rule counts in both; paired, clustered by video."""
     second_correct = {r.id: is_correct(r, rule) for r in second}
     pairs = [
@@ -38,7 +40,7 @@ def difference(first: Sequence[BenchmarkReply], second: Sequence[BenchmarkReply]
         for r in first
         if (a := is_correct(r, rule)) is not None and (b := second_correct.get(r.id)) is not None
     ]
-    return clustered_mean([d for d, _ in pairs], [video for _, video in pairs], lowest=-1.0)
+    return paired_difference([d for d, _ in pairs], [video for _, video in pairs], detect=detect)
 
 
 def sorted_groups(replies: Iterable[BenchmarkReply], group: str) -> list[str]:
