@@ -1,12 +1,12 @@
 # make setup | demo | transfer | transfer-text | transfer-far | transfer-64k | giraffe-nano | lint
-# make test | test-slow | test-kill | test-gpu | test-lmms | test-runtimes | test-servers | test-wheel
+# make test | test-slow | test-kill | fuzz | test-gpu | test-lmms | test-runtimes | test-servers | test-wheel
 # make tower | nano-start | text-start | giraffe-nano-train: train again what was trained in advance
 PYTHON ?= python3
 RUNTIMES ?= .runtimes
 RECIPES = transfer transfer-text transfer-far transfer-anyres transfer-no-text transfer-64k transfer-gpu giraffe-nano nano-start text-start \
 	giraffe-nano-train
 
-.PHONY: setup fetch demo $(RECIPES) test test-slow test-kill test-gpu test-lmms test-runtimes test-servers test-wheel lint tower clean
+.PHONY: setup fetch demo $(RECIPES) test test-slow test-kill test-gpu test-lmms test-runtimes test-servers test-wheel fuzz lint tower clean
 
 setup: .venv/.ready
 
@@ -72,6 +72,9 @@ test-wheel: fetch     # the wheel in an environment without the sources (.venv-w
 	$(PYTHON) -m venv .venv-wheel
 	.venv-wheel/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt build/wheel/*.whl
 	tests/wheel.sh .venv-wheel .cache/nano
+
+fuzz: fetch           # 10,000 mutated inputs of every kind through the command line: hours
+	cd tests && ../.venv/bin/python -m fuzz.driver ../runs/fuzz
 
 lint: setup
 	.venv/bin/ruff check .

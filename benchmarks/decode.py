@@ -67,7 +67,7 @@ def main() -> None:
     index = read_packets(a.video)
     assert index is not None
     sampling = VideoSampling(fps=a.fps, frames=a.frames)
-    wanted = frame_numbers(index, sampling)
+    wanted = frame_numbers(index, sampling, a.video)
     runs: dict[str, Callable[[], int]] = {
         "ours": lambda: sum(1 for _ in read_video(a.video, sampling, threads=a.threads)),
         "decord": lambda: with_decord(a.video, wanted, a.threads),

@@ -52,7 +52,7 @@ def main() -> None:
     index = read_packets(a.video)
     assert index is not None
     sampling = VideoSampling(fps=a.fps, frames=a.frames)
-    wanted = frame_numbers(index, sampling)
+    wanted = frame_numbers(index, sampling, a.video)
     row: dict[str, Any] = {}
 
     def ours() -> None:

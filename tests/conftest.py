@@ -63,10 +63,14 @@ def tiny_lm(nano: Nano, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer CLIP tower of 48 px and patch 12: 16 features, 4 tokens a frame."""
+    return save_tower(tmp_path_factory.mktemp("tiny_tower"))
+
+
+def save_tower(out: Path) -> Path:
+    """Write that tower."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    out = tmp_path_factory.mktemp("tiny_tower")
     torch.manual_seed(0)
     config = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=48, patch_size=12

@@ -143,6 +143,33 @@ def _llava_next_video() -> tuple[dict[str, Any], Any]:
     )
 
 
+def _llava_onevision() -> tuple[dict[str, Any], Any]:
+    """As released: AnyRes with up to 9 grids, which larger images exceed and are interpolated."""
+    from transformers import LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+    tok = tokenizer()
+    pinpoints = [[SIDE * down, SIDE * across] for down in range(1, 5) for across in range(1, 5)]
+    config = {
+        "text_config": llama(tok, "qwen2"),
+        "vision_config": vision("siglip_vision_model", vision_use_head=False),
+        "image_token_id": _id(tok, "<image>"),
+        "video_token_id": _id(tok, "<video>"),
+        "image_grid_pinpoints": pinpoints,
+        "vision_aspect_ratio": "anyres_max_9",
+    }
+    pixels = LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=pinpoints)
+    return config, LlavaOnevisionProcessor(
+        pixels,
+        tok,
+        LlavaOnevisionVideoProcessor(size=SQUARE),
+        num_image_tokens=(SIDE // PATCH) ** 2,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_9",
+        chat_template=tok.chat_template,
+    )
+
+
 def _video_llava() -> tuple[dict[str, Any], Any]:
     from transformers import VideoLlavaImageProcessor, VideoLlavaProcessor, VideoLlavaVideoProcessor
 
@@ -482,6 +509,8 @@ FORWARD: dict[str, Callable[[], tuple[dict[str, Any], Any]]] = {
     "idefics2": _idefics2,
 }
 """Classes that run by their own forward."""
+STOCK_IMAGES: dict[str, Callable[[], tuple[dict[str, Any], Any]]] = {"llava_onevision": _llava_onevision}
+"""Classes with a family of their own whose images are encoded by the stock processor."""
 
 
 def _id(tok: Any, token: str) -> int:
@@ -492,7 +521,7 @@ def save(kind: str, out: Path) -> Path:
     """A checkpoint of this class; weights are larger than a fresh model's, so that its replies differ."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    fields, processor = {**KINDS, **FORWARD}[kind]()
+    fields, processor = {**KINDS, **FORWARD, **STOCK_IMAGES}[kind]()
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **fields)).eval()
     with torch.no_grad():

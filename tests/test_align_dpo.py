@@ -229,7 +229,7 @@ def test_packing_loses_and_repeats_nothing_in_an_epoch(
         Sample(
             number=i,
             where=str(i),
-            images=(),
+            files=(),
             sequences=tuple(TokenSequence(ids=[0] * max(1, n - k), labels=[]) for k in range(count)),
         )
         for i, (n, count) in enumerate(lengths)

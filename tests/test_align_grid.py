@@ -32,7 +32,7 @@ from lvctx.models.vlm_assembly import (
     newline_embedding,
     save_vlm,
 )
-from lvctx.training.align_job import count_tokens
+from lvctx.training.align_statistics import align_statistics
 from lvctx.training.batching import Sample, encode_sample
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.image_tiling import ImageEncoding
@@ -211,13 +211,13 @@ def test_the_encoding_is_stored_and_the_next_stage_continues_with_it(
     data = write(tmp_path / "data.json", [talk("<image>What?", "red", image=f"{i}.png") for i in range(4)])
     assert {grid: image_grid(load_config(path)) for grid, path in vlms.items()} == {g: g for g in GRIDS}
     first = aligning.align(data, tmp_path / "first", tiny_lm, tiny_tower, image_encoding="anyres", steps=1)
-    assert count_tokens(first, lambda *_: None)["visual_tokens"] == 2 * (16 + 4 * 9) + 2 * (16 + 8 * 9)
+    assert align_statistics(first, lambda *_: None).visual_tokens == 2 * (16 + 4 * 9) + 2 * (16 + 8 * 9)
     full: dict[str, Any] = {"stage": "full", "init": str(tmp_path / "first"), "steps": 1, "lora": 4}
     second = aligning.align(data, tmp_path / "second", None, None, **full)
     assert second.config.image_encoding == "anyres"
     assert image_grid(load_config(tmp_path / "second")) == "anyres"
     back = aligning.align(data, tmp_path / "back", None, None, **full, image_encoding="single")
-    assert count_tokens(back, lambda *_: None)["visual_tokens"] == 4 * 5
+    assert align_statistics(back, lambda *_: None).visual_tokens == 4 * 5
     assert image_grid(load_config(tmp_path / "back")) == "single"
     single = aligning.align(data, tmp_path / "single", tiny_lm, tiny_tower, image_encoding="single", steps=1)
     assert single.config.image_encoding == "single"

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lvctx.data.chat_encoding import TokenSequence, encode_conversation
-from lvctx.data.conversations import Conversation, Media, Turn
+from lvctx.data.conversations import Conversation, Turn
+from lvctx.data.row_media import Media
 from lvctx.errors import InputError
 from lvctx.models.loss import IGNORED
 from lvctx.models.vlm_assembly import VIDEO_TOKEN
@@ -122,6 +123,30 @@ def test_turns_with_images(family: str, expected: str) -> None:
 )
 def test_text_alone_under_a_system_prompt(family: str, expected: str) -> None:
     assert encode(family, *SYSTEM)[1] == expected
+
+
+def test_markup_counts_as_in_longvas_code() -> None:
+    """The targets of `preprocess_qwen`, by hand: each turn's <|im_start|>, <|im_end|> and newline count."""
+    tokenizer = tokenizer_of("qwen2")
+    start, end, video = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_start|>", "<|im_end|>", VIDEO_TOKEN))
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    newline = ids("\n")
+    sequence: list[int] = []
+    targets: list[int] = []
+    system = ("system", "You are a helpful assistant.")
+    for role, text in (system, *MULTI_TURN):
+        content = [i for n, piece in enumerate(text.split(VIDEO_TOKEN)) for i in ([video] * 3 * (n > 0) + ids(piece))]
+        before = ids(role) + newline
+        sequence += [start, *before, *content, end, *newline]
+        counted = content if role == "assistant" else [IGNORED] * len(content)
+        targets += [start, *[IGNORED] * len(before), *counted, end, *newline]
+    conversation = Conversation(where="here", turns=tuple(Turn(role, parts(text)) for role, text in MULTI_TURN))
+    found = encode_conversation(conversation, tokenizer, lambda image: 3, markup=True)
+    assert found.ids == sequence
+    assert found.labels == [*targets[1:], IGNORED]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "smollm2", "llama3"])

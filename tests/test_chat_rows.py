@@ -13,11 +13,12 @@ import pytest
 from aligning import draw, talk, write
 
 from lvctx.data.chat_encoding import to_messages
-from lvctx.data.conversations import Conversation, Media, parse_conversation, read_conversations, read_pairs
+from lvctx.data.conversations import Conversation, parse_conversation, read_conversations, read_pairs
 from lvctx.data.pack_chat import plan_pack_chat, run_pack_chat
 from lvctx.data.pack_chat_config import PackChatConfig
 from lvctx.data.packed_chat import ChatRows
 from lvctx.data.records import Record
+from lvctx.data.row_media import Media
 from lvctx.errors import InputError
 from lvctx.models.chat_template import Visual
 from lvctx.models.loading import load_tokenizer
@@ -104,6 +105,44 @@ def turns_of(row: Any) -> list[tuple[str, list[str]]]:
 )  # fmt: skip
 def test_a_row_is_read(row: Any, expected: Any) -> None:
     assert turns_of(row) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<image>\nWhat? ",
+        "What?\n<image>",
+        " What is <image> here?\n",
+        "\n<image>What?",
+        "A\n<image>\nB",
+        "<image>",
+        " <image> ",
+        "<image>A<image>B",
+        "A<image>B<image>",
+        "A <video> in <image>",
+        "none",
+    ],
+)
+def test_a_lone_image_moves_to_the_front_of_its_turn(tmp_path: Path, text: str) -> None:
+    """As in LLaVA's `preprocess_multimodal`, whose text is then split at `<image>` and the newline after it."""
+    expected = text
+    if text.count("<image>") == 1 and not text.startswith("<image>"):
+        expected = ("<image>\n" + text.replace("<image>", "").strip()).strip()
+    draw(tmp_path)
+    paths = [f"{i}.png" for i in range(text.count("<image>"))]
+    (row,) = read_conversations(write(tmp_path / "d.json", [talk(text, "x", image=paths)]), tmp_path)
+    joined = "".join("<image>" if isinstance(part, Media) else part for part in row.turns[0].content)
+    # The newline after the mark is that which closes the image's block.
+    assert joined == expected.replace("<image>\n", "<image>")
+
+
+def test_a_lone_image_among_parts_moves_too(tmp_path: Path) -> None:
+    draw(tmp_path)
+    parts = [{"type": "text", "text": "What is "}, {"type": "image", "image": "0.png"}, {"type": "text", "text": "?"}]
+    row = {"messages": [message("user", parts), message("assistant", "x")]}
+    (read,) = read_conversations(write(tmp_path / "d.json", [row]), tmp_path)
+    assert read.turns[0].content == (Media("image", "0.png"), "What is ?")
+    assert turns_of(row)[0][1] == ["What is ", "[0.png]", "?"], "other families keep the order"
 
 
 @pytest.mark.parametrize(
@@ -302,10 +341,10 @@ def test_pack_chat_writes_control_tokens_of_turns_as_text(template: str, tiny_vl
 
 
 def test_align_writes_them_as_text_too(tiny_lm: Path, tiny_tower: Path, tmp_path: Path) -> None:
-    from lvctx.training.align_job import count_tokens
+    from lvctx.training.align_statistics import align_statistics
 
     plan = aligning.align(write(tmp_path / "d.json", WRITTEN), tmp_path / "vlm", tiny_lm, tiny_tower, steps=1, batch=3)
-    assert count_tokens(plan, lambda done, total, note: None)["visual_tokens"] == 0
+    assert align_statistics(plan, lambda done, total, note: None).visual_tokens == 0
 
 
 def test_both_commands_read_one_table(tiny_vlm: Path, tmp_path: Path) -> None:

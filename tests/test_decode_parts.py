@@ -102,7 +102,7 @@ def test_key_frames_are_near_and_report_their_error(videos: dict[str, Path]) -> 
     path = videos["short_gops.mp4"]
     index = read_packets(path)
     assert index is not None
-    exact = frame_numbers(index, VideoSampling(fps=2.0))
+    exact = frame_numbers(index, VideoSampling(fps=2.0), path)
     reader = read_video(path, VideoSampling(fps=2.0, seek="keyframe"))
     frames = list(reader)
     keys = index.key_frames.tolist()
@@ -224,4 +224,4 @@ def test_choosing_is_in_exact_arithmetic(videos: dict[str, Path]) -> None:
         expected = []
         while (at := times[0] + len(expected) * step) < times[-1] + Fraction(1, 25):
             expected.append(max(i for i, t in enumerate(times) if t <= at))
-        assert frame_numbers(index, VideoSampling(fps=fps)) == expected
+        assert frame_numbers(index, VideoSampling(fps=fps), videos["short_gops.mp4"]) == expected

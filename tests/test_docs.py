@@ -17,13 +17,14 @@ from transformers import AutoTokenizer
 
 from lvctx.artifacts.store import sha256_file
 from lvctx.cli.app import MODULES, load_command
+from lvctx.eval.benchmarks.benchmark_list import BENCHMARKS
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS: dict[str, Any] = {name: load_command(name) for name in MODULES}
 SUBCOMMANDS = {f"{n} {m}": s for n, c in COMMANDS.items() for m, s in getattr(c, "commands", {}).items()}
 HELPS = {**COMMANDS, **SUBCOMMANDS}
 EXAMPLES = {name: re.findall(r"^lvctx .*|^.*\| lvctx .*", c.epilog or "", re.M) for name, c in HELPS.items()}
-GROUPS_SHOW = ("videomme run", "bench mlvu", "bench longvideobench", "bench nextqa", "bench vhs")
+GROUPS_SHOW = ("videomme run", *(f"bench {name}" for name in BENCHMARKS))
 """Subcommands that the examples of their group are about."""
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name != "runtimes.md")]
 """Pages whose commands run; runtimes.md is a table that `make test-runtimes` writes."""
@@ -111,6 +112,19 @@ def test_the_commands_of_readme_and_docs_run(page: Path, workshop: Path) -> None
     assert len(commands) >= 4
     for command in commands:
         check(command, workshop)
+
+
+def test_the_table_of_benchmarks_is_the_list() -> None:
+    page = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    rows = {
+        row.split("|")[1].strip(): [cell.strip() for cell in row.split("|")[2:-1]]
+        for row in page.splitlines()
+        if row.startswith("| `")
+    }
+    for name, info in BENCHMARKS.items():
+        videos = "" if info.videos is None else f"{info.videos:,}"
+        size = [f"{info.questions:,}", videos, info.license, info.dataset]
+        assert rows[f"`{name}`"][:-1] == [info.title, *size], name
 
 
 def test_readme_and_docs_have_commands_and_their_links_lead_somewhere() -> None:

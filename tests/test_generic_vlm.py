@@ -11,7 +11,7 @@ from typing import Any
 import generic_models
 import numpy as np
 import pytest
-from generic_models import FORWARD, KINDS
+from generic_models import FORWARD, KINDS, STOCK_IMAGES
 from support import generic_parity
 from support.generic_parity import NO_MIXTURE
 from test_niah import run
@@ -49,14 +49,14 @@ def measured(folder: Path, clip_questions: Path, nano: Any) -> dict[str, list[di
         pytest.skip("no torchvision for this torch can be installed here")
     command = [sys.executable, generic_parity.__file__, folder, nano.clips / "bikes.mp4", clip_questions]
     done = subprocess.run(
-        [*map(str, command), *KINDS, *FORWARD],
+        [*map(str, command), *KINDS, *FORWARD, *STOCK_IMAGES],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    return {kind: [row for row in rows if row["kind"] == kind] for kind in (*KINDS, *FORWARD)}
+    return {kind: [row for row in rows if row["kind"] == kind] for kind in (*KINDS, *FORWARD, *STOCK_IMAGES)}
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,18 @@ def test_prompts_logits_and_replies_equal_stock(kind: str, measured: dict[str, l
         assert row["same_reply"], row
         assert row["placeholders"] > 0, row
     assert rows[-1]["shared"] == (kind in KINDS)
+
+
+@pytest.mark.nano
+def test_images_of_a_stock_llava_onevision_are_its_processors(measured: dict[str, list[dict[str, Any]]]) -> None:
+    """One image in AnyRes grids, interpolated where they are more than nine; several as one grid each."""
+    rows = measured["llava_onevision"]
+    assert not [row["failed"] for row in rows if "failed" in row]
+    assert [row["shown"] for row in rows] == ["image", "large", "images"]
+    for row in rows:
+        assert row["same_ids"], row
+        assert row["error"] < 1e-4, row
+        assert row["same_reply"], row
 
 
 @pytest.mark.nano

@@ -25,6 +25,8 @@ from lvctx.models.llava_format import llava_config
 from lvctx.models.loading import load_model
 from lvctx.models.side_files import write_side_files
 from lvctx.models.vlm_assembly import assemble, save_vlm
+from lvctx.vlm.anyres import anyres_pinpoints
+from lvctx.vlm.image_tiling import ImageEncoding
 
 
 def lvctx(*args: object) -> tuple[int, list[dict[str, Any]], str]:
@@ -173,6 +175,68 @@ def test_logits_are_those_of_the_released_code(released: Path, tokenizer: Any, t
     processor = LlavaOnevisionImageProcessor.from_pretrained(tmp_path / "vlm")
     assert list(processor.image_mean) == llava_models.MEAN
     assert Preprocess.from_directory(tmp_path / "vlm").size == 48
+
+
+def test_the_32k_baseline_of_mistral(tokenizer: Any, tmp_path: Path) -> None:
+    """LLaVA-NeXT-Video: AnyRes images, a learned newline, once after a video's pooled frames; logits written out."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    _, tower, projector = llava_models.parts(tokenizer)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(
+        vocab_size=len(tokenizer) + 128,
+        **sizes,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        sliding_window=None,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    lm = MistralForCausalLM(config).bfloat16().eval()
+    tensors = llava_models.tensors_of(lm, tower, projector)
+    plain = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    plain.chat_template = None
+    more: dict[str, Any] = {
+        **{"model_type": "llava_mistral", "mm_patch_merge_type": "spatial_unpad", "rope_theta": 1e6},
+        **{"mm_resampler_type": "spatial_pool", "mm_spatial_pool_stride": 2, "mm_spatial_pool_mode": "average"},
+        **{"sliding_window": None, "hidden_act": "silu"},
+        "image_grid_pinpoints": "[(48, 96), (96, 48), (96, 96), (144, 48), (48, 144)]",
+    }
+    released = llava_models.write(tmp_path / "released", tensors, lm, plain, **more)
+    code, rows, said = lvctx("import-longva", released, "-o", tmp_path / "vlm")
+    assert (code, rows[0]["dropped"]) == (0, []), said
+    vlm = LlavaOnevisionForConditionalGeneration.from_pretrained(tmp_path / "vlm").eval()
+    encoding = ImageEncoding.from_config(vlm.config)
+    assert (encoding.grid, vlm.config.image_grid_pinpoints) == ("anyres", anyres_pinpoints(48))
+    assert vlm.config.text_config.rope_parameters["rope_theta"] == 1e6
+    learned = tensors["model.image_newline"]
+    assert torch.equal(vlm.model.image_newline, learned)
+    pixels = torch.randn(3, 3, 48, 48).bfloat16()
+    done = AutoTokenizer.from_pretrained(tmp_path / "vlm")
+    turn = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Why?"}]}
+    text = done.apply_chat_template([turn], tokenize=False, add_generation_prompt=True)
+    assert text == f"{done.bos_token}[INST] <video>Why? [/INST]"
+    before, after = (done.encode(part, add_special_tokens=False) for part in text.split("<video>"))
+    lm.config.rope_parameters["rope_theta"] = 1e6
+    lm.model.rotary_emb = type(lm.model.rotary_emb)(lm.config)
+    with torch.no_grad():
+        features = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        hidden = F.gelu(F.linear(features, projector["0.weight"], projector["0.bias"]))
+        maps = F.linear(hidden, projector["2.weight"], projector["2.bias"]).view(3, 4, 4, -1).permute(0, 3, 1, 2)
+        pooled = F.avg_pool2d(maps, 2).permute(0, 2, 3, 1).flatten(0, 2)
+        embed = lm.get_input_embeddings()
+        row = torch.cat([embed(torch.tensor(before)), pooled, learned[None], embed(torch.tensor(after))])
+        expected = lm(inputs_embeds=row[None]).logits[0]
+        ids = torch.tensor([before + [vlm.config.video_token_id] * (3 * 4 + 1) + after])
+        found = vlm(input_ids=ids, pixel_values_videos=pixels[None]).logits[0]
+    torch.testing.assert_close(found.float(), expected.float(), atol=2e-2, rtol=2e-2)
+    for wrong in (
+        {"mm_spatial_pool_stride": 4},
+        {"image_grid_pinpoints": [[48, 96]]},
+        {"mm_newline_position": "frame"},
+    ):
+        refused = llava_models.write(tmp_path / "wrong", tensors, lm, plain, **more | wrong)
+        assert lvctx("import-longva", refused, "-o", tmp_path / "no")[0] == 3
 
 
 def test_it_is_a_model_for_the_other_commands(released: Path, nano: Any, tmp_path: Path) -> None:

@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from support.frames import even_tokens
 
-from lvctx.errors import InputError
-from lvctx.eval.niah.image_needles import chance_of, drawn_needles, read_needles
+from lvctx.errors import InputError, UsageError
+from lvctx.eval.niah.frame_needles import beside
+from lvctx.eval.niah.image_needles import NeedleSet, chance_of, drawn_groups, drawn_needles
+from lvctx.eval.niah.needle_folder import read_needles
 from lvctx.eval.niah.needle_task import Cell, first_number, share_listed
+from lvctx.eval.niah.niah_config import VideoNiahConfig
 from lvctx.eval.niah.run import partition_cells
 from lvctx.eval.niah.text_needles import LISTS, draw_text_needle
 from lvctx.eval.niah.text_task import TextNeedleTask
@@ -118,6 +123,53 @@ def test_distractors_of_a_folder(tmp_path: Path) -> None:
     assert len(read.distractors) == 1
 
 
+def test_published_lists_of_needles(tmp_path: Path) -> None:
+    """LongVA's JSON and Parquet, VideoRoPE's two lists and V-RULER's one, VideoChat-Flash's paths."""
+    colors = {"a.png": (255, 0, 0), "b.png": (0, 255, 0), "a_interrupt.png": (0, 0, 255), "b_interrupt.png": (9, 9, 9)}
+    for name, color in colors.items():
+        for folder in ("longva", "rope/images", "ruler", "flash/single", "parquet"):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (9, 9), color).save(tmp_path / folder / name)
+    rows = [{"path": f"{n}.png", "prompt": f"\nFind the frame of {n}.\nA. x\nB. y", "answer": n.upper()} for n in "ab"]
+    interrupts = [{**row, "path": row["path"].replace(".", "_interrupt.")} for row in rows]
+    single = [{"question": r["prompt"], "answer": r["answer"], "image": f"single/{r['path']}", "id": 0} for r in rows]
+    (tmp_path / "longva" / "dataset.json").write_text(json.dumps(rows))
+    (tmp_path / "rope" / "dataset.json").write_text(json.dumps(rows))
+    (tmp_path / "rope" / "dataset_interrupt.json").write_text(json.dumps(interrupts))
+    ruler = [{**row, "interrupt_path": other["path"]} for row, other in zip(rows, interrupts, strict=True)]
+    (tmp_path / "ruler" / "v_niah_d.json").write_text(json.dumps(ruler))
+    (tmp_path / "flash" / "niah-coco-singlehop_20.json").write_text(json.dumps(single))
+    data = [{"bytes": (tmp_path / "parquet" / row["path"]).read_bytes(), "path": row["path"]} for row in rows]
+    hub = [{"image": d, "question": r["prompt"], "answer": r["answer"]} for d, r in zip(data, rows, strict=True)]
+    pq.write_table(pa.Table.from_pylist(hub), tmp_path / "parquet" / "test.parquet")
+    for folder, distractors in (("longva", 0), ("rope", 2), ("ruler", 2), ("flash", 0), ("parquet", 0)):
+        read = read_needles(tmp_path / folder)
+        assert [(n.question, n.answer) for n in read.needles] == [(r["prompt"].strip(), r["answer"]) for r in rows]
+        assert [n.image.getpixel((0, 0)) for n in read.needles] == [(255, 0, 0), (0, 255, 0)]
+        assert (len(read.distractors), read.paired) == (distractors, distractors > 0)
+        assert [n.image.getpixel((0, 0)) for n in read.distractors] == [(0, 0, 255), (9, 9, 9)][:distractors]
+    (tmp_path / "rope" / "dataset_interrupt.json").write_text(json.dumps(interrupts[:1]))
+    with pytest.raises(InputError):
+        read_needles(tmp_path / "rope")
+
+
+def test_a_distractor_of_v_niah_d_is_200_frames_from_its_needle(seeing: Any) -> None:
+    for position, length, places in (
+        *((0, 150, {None}), (100, 300, {None}), (100, 301, {300}), (199, 3000, {399}), (200, 3000, {0, 400})),
+        *((2799, 3000, {2999, 2599}), (2800, 3000, {2600}), (3000, 3000, {2800})),
+    ):
+        assert {beside(position, length, [seed]) for seed in range(30)} == places, position
+    drawn = drawn_needles(6, size=48, seed=2).needles
+    needles = NeedleSet(needles=drawn[:3], distractors=drawn[3:], paired=True)
+    tokens = even_tokens(vocabulary=50_000, per_frame=4, frames=40, inserted=6)
+    test = VideoNeedleTask(seeing, needles, tokens, seconds=np.arange(40.0), loop=True)
+    for cell in test.cells([40, 300], [0, 1], 3):
+        inserted = [row - 40 for row in rows_of(test, cell) if row >= 40]
+        at = [i for i, row in enumerate(rows_of(test, cell)) if row >= 40]
+        assert sorted(inserted) == ([cell.trial, cell.trial + 3] if cell.length == 300 else [cell.trial])
+        assert cell.length == 40 or abs(at[0] - at[1]) in (200, 201)
+
+
 def test_a_list_of_needles_is_read_by_line_feeds_alone(tmp_path: Path) -> None:
     """JSON strings may hold other line separators; a byte order mark and blank lines are no rows."""
     Image.new("RGB", (48, 48)).save(tmp_path / "a.png")
@@ -127,6 +179,68 @@ def test_a_list_of_needles_is_read_by_line_feeds_alone(tmp_path: Path) -> None:
     (tmp_path / "n.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match=r"n\.jsonl"):
         read_needles(tmp_path)
+
+
+RELEASED = (("a.png", "Find the frame of a hat.\nAnswer the question using a single word or phrase.", "Yellow"),)
+
+
+@pytest.mark.parametrize("form", ["dataset.json", "folder", "parquet", "saved"])
+def test_longvas_needles_are_read_as_they_are(tmp_path: Path, form: str) -> None:
+    """Its dataset.json (path, prompt; images/ beside it) and the hub dataset (image, question; split test)."""
+    import datasets
+
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (9, 7), "yellow").save(tmp_path / "images" / "a.png")
+    rows = [{"path": name, "prompt": "\n" + question, "answer": answer} for name, question, answer in RELEASED]
+    (tmp_path / "dataset.json").write_text(json.dumps(rows, indent=4))
+    source = tmp_path if form == "folder" else tmp_path / form
+    if form in ("parquet", "saved"):
+        table = datasets.Dataset.from_list(
+            [
+                {"image": str(tmp_path / "images" / r["path"]), "question": r["prompt"], "answer": r["answer"]}
+                for r in rows
+            ]
+        ).cast_column("image", datasets.Image())
+        if form == "saved":
+            datasets.DatasetDict({"test": table}).save_to_disk(str(source))
+        else:
+            source = tmp_path / "test-00000.parquet"
+            table.to_parquet(str(source))
+    read = read_needles(source)
+    assert [(n.question, n.answer) for n in read.needles] == [row[1:] for row in RELEASED]
+    assert read.needles[0].image.size == (9, 7)
+    assert read.needles[0].image.getpixel((0, 0)) == (255, 255, 0)
+
+
+def test_longvas_text_needles(tiny_lm: Path) -> None:
+    """The prompt of its script by hand: the haystack alone has the requested tokens, and the key is Singapore."""
+    tokenizer = load_tokenizer(tiny_lm)
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+    test = TextNeedleTask(tokenizer, STORY, distractors=0, seed=1, city="Singapore", haystack_only=True)
+    answers = set()
+    for cell in test.cells([100, 200], [0, 1], 3):
+        found, length = test.sequence(cell)
+        needle = ids(f"\nThe special magic Singapore number is: {cell.answer}.\n")
+        book = ids(STORY)[: cell.length]
+        question = (
+            "</book>.\n Based on the content of the book, Question: What is the special magic Singapore number? "
+            f"Answer: The special magic Singapore number is: {cell.answer}"
+        )
+        placed = book + needle if cell.depth == 1 else needle + book
+        assert found.tolist() == ids("This is a very long story book: <book>") + placed + ids(question)
+        assert tokenizer.decode(found[-length:]).strip() == cell.answer
+        answers.add(cell.answer)
+    assert len(answers) == 3
+    with_others = TextNeedleTask(tokenizer, STORY, distractors=3, seed=1, city="Singapore", haystack_only=True)
+    text = tokenizer.decode(with_others.sequence(with_others.cells([200], [0.5], 1)[0])[0])
+    assert [text.count(f"magic {city} number") for city in ("New York", "London", "Paris", "Singapore")] == [1, 1, 1, 3]
+    plain = TextNeedleTask(tokenizer, STORY, distractors=0, seed=1)
+    plain.cells([100], [0], 1)
+    assert test.prompt() != plain.prompt()
+    assert set(plain.prompt()) == {"text", "distractors", "task"}, "the keys of earlier results"
 
 
 def test_when_is_between_the_neighbours(seeing: Any) -> None:
@@ -145,6 +259,75 @@ def test_when_is_between_the_neighbours(seeing: Any) -> None:
     for written, right in (("12", True), ("Second 9.5.", True), ("13", False), ("soon", False)):
         assert test.score_text(cell, written) == right, written
     assert not test.can_force
+
+
+def grouped(tokenizer: Any, question: Any, *, frames: int = 1, distractors: int = 0, **options: Any) -> VideoNeedleTask:
+    """Three needles a trial."""
+    needles = drawn_groups(4, per_trial=3, frames=frames, question=question, size=48, seed=2, distractors=distractors)
+    tokens = even_tokens(vocabulary=50_000, per_frame=4, frames=40, inserted=len(needles.needles) + distractors)
+    return VideoNeedleTask(tokenizer, needles, tokens, **{"seconds": np.arange(40.0), "question": question, **options})
+
+
+@pytest.mark.parametrize("question", ["what", "count", "order"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_several_needles_are_inserted_whole_and_asked_about(question: Any, nested: bool, seeing: Any) -> None:
+    """Clips of two frames; the first needle is at the cell's depth, and the answer is what the frames show."""
+    test = grouped(seeing, question, frames=2, distractors=2, nested=nested)
+    cells = test.cells([12, 40], [0, 0.3, 1], 4)
+    assert len(cells) >= 20
+    for cell in cells:
+        rows = rows_of(test, cell)
+        assert [r for r in rows if r < 40] == list(range(cell.length))
+        inserted = [r - 40 for r in rows if 40 <= r < 40 + len(test.needles)]
+        used = cell.trial % 3 + 1 if question == "count" else 3
+        clips = list(zip(inserted[::2], inserted[1::2], strict=True))
+        assert sorted(inserted) == list(range(6 * cell.trial, 6 * cell.trial + 2 * used))
+        assert all(second == first + 1 and first % 2 == 0 for first, second in clips)
+        asked = test.needles[6 * cell.trial]
+        assert sum(r < 40 for r in rows[: rows.index(40 + 6 * cell.trial)]) == cell.position
+        shapes = [test.needles[first].shape for first, _ in clips]
+        expected = {"what": asked.answer, "count": str(used), "order": ", ".join(shapes)}
+        assert cell.answer == expected[question]
+        assert len(set(shapes)) == (1 if question == "count" else 3)
+        assert all(shape in cell.question for shape in shapes) or question == "what"
+        assert test.can_force
+        assert test.score_text(cell, f"{cell.answer}.") == 1
+    assert len({(cell.needle, cell.length, cell.depth) for cell in cells}) == len(cells)
+    assert test.chance == {"what": 1 / 7, "count": 1 / 3, "order": 1 / 6}[question]
+
+
+def test_replies_about_several_needles(seeing: Any) -> None:
+    order = grouped(seeing, "order")
+    cell = order.cells([10], [0.5], 1)[0]
+    first, second, third = cell.answer.split(", ")
+    for reply, right in (
+        (f"First the {first}, then the {second}s, then the {third}; the {first} again", True),
+        (f"{second}, {first}, {third}", False),
+        (f"{first}, {second}", False),
+        ("none", False),
+    ):
+        assert order.score_text(cell, reply) == right, reply
+    count = grouped(seeing, "count")
+    cell = count.cells([10], [0.5], 2)[1]
+    assert [count.score_text(cell, reply) for reply in ("2", "There are 2.", "3", "two", "")] == [1, 1, 0, 0, 0]
+
+
+def test_a_needle_of_several_frames_moves_before_one_background() -> None:
+    images = [
+        np.asarray(n.image).astype(int)
+        for n in drawn_groups(1, per_trial=1, frames=3, question="what", size=48, seed=0).needles
+    ]
+    changed = [np.abs(a - b).max(axis=2) > 0 for a, b in ((images[0], images[1]), (images[1], images[2]))]
+    assert all(0 < part.mean() < 1 for part in changed), "the shape moves, and not all of the background is covered"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"question": "count"}, {"question": "order"}, {"question": "when", "count": 2}, {"needles": "folder", "count": 2}],
+)
+def test_questions_about_several_needles_need_them(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        VideoNiahConfig(model="m", haystack=(Path("h"),), lengths=(8,), **options)
 
 
 def tree_size(sequences: list[np.ndarray]) -> int:

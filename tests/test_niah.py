@@ -266,6 +266,18 @@ def test_video(tiny_vlm: Path, frames: Path, tmp_path: Path) -> None:
     assert plan["cache_bytes"] > 0
 
 
+def test_several_clips_in_a_video(tiny_vlm: Path, frames: Path, tmp_path: Path) -> None:
+    """The order of three clips of two frames each."""
+    arguments = ["niah", "video", "--model", tiny_vlm, "--haystack", frames, "--lengths", 6, "--depths", "0,0.5"]
+    several = ["--question", "order", "--count", 3, "--needle-frames", 2, "--trials", 2, "--scoring", "both"]
+    assert run(*arguments, *several, "-o", tmp_path / "a").exit_code == 0
+    rows = results(tmp_path / "a")
+    assert len(rows) == 4
+    assert {round(r["chance"], 4) for r in rows} == {0.1667}
+    assert all(len(r["answer"].split(", ")) == 3 for r in rows)
+    assert run(*arguments, "--question", "order", "-o", tmp_path / "no").exit_code == 2
+
+
 def test_lengths_that_end_in_the_first_of_two_artifacts(tiny_vlm: Path, frames: Path, tmp_path: Path) -> None:
     arguments = ["niah", "video", "--model", tiny_vlm, "--lengths", "4", "--depths", "0.5", "--trials", 1]
     assert run(*arguments, "--haystack", frames, "--haystack", frames, "-o", tmp_path / "two").exit_code == 0
@@ -302,7 +314,7 @@ def test_needles_of_a_folder(tiny_vlm: Path, frames: Path, tmp_path: Path) -> No
     assert done.exit_code == 0
     assert (json.loads(done.stdout)["question"], json.loads(done.stdout)["chance"]) == (row["question"], None)
     for lines, said in (
-        (json.dumps(row) + "\n{oops", "needles.jsonl:2: not an object"),
+        (json.dumps(row) + "\n{oops", "needles.jsonl:2: malformed JSON"),
         (json.dumps(row | {"answer": " "}), "needles.jsonl:1: an empty answer"),
         (json.dumps(row | {"image": "none.png"}), "none.png: no such image"),
     ):

@@ -1,5 +1,6 @@
 """A tower is the same wherever it is stored, and its features are those of stock transformers."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from lvctx.errors import InputError
+from lvctx.models.image_processing import crops_frames
 from lvctx.models.vision_encoder import TowerFiles, load_tower, load_vision_model
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
@@ -157,3 +159,23 @@ def test_the_same_as_the_vlm_sees(towers: dict[str, tuple[Path, Any]]) -> None:
         pixels = torch.randn(2, 3, 24, 24)
         with torch.inference_mode():
             assert torch.equal(load_tower(path, dtype=torch.float32).encode(pixels), frame_features(vlm, pixels))
+
+
+@pytest.mark.parametrize(
+    ("files", "clip", "crops"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"preprocessor_config.json": {"do_center_crop": False}}, True, False),
+        ({"preprocessor_config.json": {"size": 384}}, False, False),
+        ({"preprocessor_config.json": {}, "video_preprocessor_config.json": {"do_center_crop": True}}, False, True),
+        ({"processor_config.json": {"video_processor": {"size": 9}, "image_processor": {"size": 9}}}, False, False),
+    ],
+)
+def test_a_frame_becomes_a_square_as_the_models_processor_makes_it(
+    tmp_path: Path, files: dict[str, Any], clip: bool, crops: bool
+) -> None:
+    """Stock LlavaOnevision and SigLIP resize both sides; CLIP, and what `align` writes, crop the centre."""
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert crops_frames(tmp_path, default=clip) == crops

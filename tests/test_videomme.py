@@ -18,7 +18,7 @@ from lvctx.eval.benchmarks.accuracy import accuracy, difference
 from lvctx.eval.benchmarks.accuracy_plot import accuracy_series
 from lvctx.eval.benchmarks.answers import BenchmarkReply, extract_letter, is_correct, is_degenerate, response_warnings
 from lvctx.eval.benchmarks.responses import read_responses
-from lvctx.eval.statistics import clustered_mean
+from lvctx.eval.statistics import Difference, clustered_mean, paired_difference
 
 
 def run(*arguments: object) -> Any:
@@ -100,6 +100,36 @@ def test_intervals_equal_a_bootstrap_over_videos_and_the_closed_form() -> None:
     even = clustered_mean(thirds.ravel().tolist(), [str(i) for i in range(50) for _ in range(3)])
     assert even.high is not None
     assert even.high - thirds.mean() == pytest.approx(1.959964 * thirds.mean(1).std(ddof=1) / np.sqrt(50))
+
+
+def test_p_values_equal_sign_flips_and_needed_questions_find_the_difference() -> None:
+    """Of three differences per video that are -1, 0 or 1 and correlated."""
+    rng = np.random.default_rng(1)
+
+    def draw(videos: int, mean: float) -> np.ndarray:
+        lean = rng.normal(mean, 0.3, (videos, 1))
+        return np.clip(np.rint(lean + rng.normal(0, 0.4, (videos, 3))), -1, 1)
+
+    def compare(values: np.ndarray, detect: float) -> Difference:
+        clusters = np.repeat(np.arange(len(values)), 3).astype(str)
+        return paired_difference(values.ravel().tolist(), clusters.tolist(), detect=detect)
+
+    sample = draw(300, 0.07)
+    found = compare(sample, 0.05)
+    flips, seen = abs(rng.choice([-1, 1], (20_000, 300)) @ sample.sum(1)), abs(sample.sum())
+    assert found.p_value == pytest.approx((np.mean(flips > seen) + np.mean(flips >= seen)) / 2, abs=0.015)
+    assert found.needed is not None
+    shift = 0.05 / draw(200_000, 0.1).mean() * 0.1  # a mean of 0.05, as the mean is nearly linear in it
+    enough = [compare(draw(found.needed // 3, shift), 0.05).p_value for _ in range(200)]
+    assert np.mean([p is not None and p < 0.05 for p in enough]) == pytest.approx(0.8, abs=0.1)
+
+
+def test_differences_at_the_edges() -> None:
+    assert paired_difference([], []).p_value is None
+    assert paired_difference([1.0, 0.0], ["v", "v"]).needed is None
+    same = paired_difference([0.0] * 9, [str(i // 3) for i in range(9)])
+    assert (same.mean, same.p_value, same.needed) == (0, 1, 1)
+    assert paired_difference([1.0] * 6, [str(i) for i in range(6)]).p_value == 2 * 0.5**6, "a sign test"
 
 
 def test_intervals_at_the_edges() -> None:

@@ -1,6 +1,5 @@
 """The contents of an artifact or model directory, read from headers and manifests only: no tensor is loaded."""
 
-import json
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,10 @@ from typing import Any
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import MANIFEST, read_manifest, read_provenance
 from lvctx.artifacts.model_config import language_part, read_model_config
+from lvctx.artifacts.packed_manifest import check_packed_manifest
 from lvctx.artifacts.result_log import RESULTS, read_results
 from lvctx.artifacts.sniff import encode_first, mistaken, sniff
-from lvctx.artifacts.store import read_safetensors_header
+from lvctx.artifacts.store import read_json, read_safetensors_header
 from lvctx.artifacts.weights import read_headers
 from lvctx.errors import InputError
 
@@ -28,6 +28,8 @@ def describe(path: Path) -> dict[str, Any]:
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
         unit = {schemas.PACKED: "documents", schemas.CHAT: "samples"}.get(manifest.get("schema", ""))
+        if unit:
+            check_packed_manifest(manifest, path)
         facts |= _describe_packed(manifest, unit) if unit else manifest
     if (path / "config.json").is_file():
         facts["model"] = _describe_model(path)
@@ -63,7 +65,7 @@ def _describe_results(path: Path) -> dict[str, Any]:
     facts = {**shared, "cells": len(rows), "errors": sum("error" in row for row in rows)}
     summary = path / "summary.json"
     if summary.is_file():
-        facts["summary"] = json.loads(summary.read_text(encoding="utf-8"))
+        facts["summary"] = read_json(summary)
     return facts
 
 

@@ -1,5 +1,6 @@
 """A model's config.json as stored: read and checked before any library interprets it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ SIZES = {
     "max_position_embeddings": 10**12,
 }
 """Keys that hold whole numbers of at least 1, and bounds far above any real model: libraries allocate that much."""
+_COUNTED = re.compile(r"(layers?|depths?|blocks?|experts|labels|heads?)$")
+_MOST_COUNTED = 1 << 16
+"""Keys of counts for which libraries build one object each, and their bound."""
 
 
 def read_model_config(directory: Path) -> dict[str, Any]:
@@ -40,7 +44,18 @@ def read_model_config(directory: Path) -> dict[str, Any]:
             for value in values if isinstance(values, list) else [values]:
                 if value is not None and not (type(value) is int and 1 <= value <= most):
                     raise InputError(f"{name}{key} is {value!r}", where=path, fix=f"write 1 to {most:,}")
+    _check_nested(raw, path)
     return raw
+
+
+def _check_nested(part: dict[str, Any], path: Path) -> None:
+    """Raise InputError for an impossible number anywhere: other parts and classes have other names for the same."""
+    for key, value in part.items():
+        if isinstance(value, dict):
+            _check_nested(value, path)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and _COUNTED.search(key) and number > _MOST_COUNTED:
+                raise InputError(f"{key} is {number!r}", where=path, fix=f"write at most {_MOST_COUNTED:,}")
 
 
 def language_part(raw: dict[str, Any]) -> dict[str, Any]:

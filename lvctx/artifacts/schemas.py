@@ -25,6 +25,9 @@ HAYSTACK = "lvctx.haystack/1"
 NIAH = "lvctx.niah/1"
 """Directory: results.jsonl (one row per cell), summary.json, heatmap.json, heatmap.png."""
 
+PERPLEXITY = "lvctx.perplexity/1"
+"""Row: a model's perplexity on packed rows, by position."""
+
 ANSWER = "lvctx.answer/1"
 """Row: one answer of `vqa`."""
 
@@ -39,6 +42,9 @@ MERGED = "lvctx.merged/1"
 
 PROTOCOL = "lvctx.protocol/1"
 """Row: what a packaged evaluation protocol states for one benchmark."""
+
+BENCHMARK = "lvctx.benchmark/1"
+"""Row: a benchmark of `bench list`."""
 
 SCORE = "lvctx.score/1"
 """Row: the score of one run or responses file, or the difference of two."""

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lvctx.artifacts import schemas
+from lvctx.artifacts.bounded import parse_object, read_utf8
+from lvctx.artifacts.store import MOST_HEADER
 from lvctx.errors import InputError
 
 Name = Literal[
@@ -129,20 +131,19 @@ def _sniff_directory(path: Path) -> Sniffed:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return parse_object(read_utf8(path), where=path)
+    except InputError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _sniff_tensors(path: Path) -> Sniffed:
     """A safetensors file, complete or not, by the command stored in its header."""
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
-        header = f.read(min(length, 1 << 24))
+        header = f.read(length) if length <= MOST_HEADER else b""
     try:
         made = json.loads(json.loads(header)["__metadata__"]["lvctx"])["schema"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         made = ""
     if made in (schemas.FRAMES, schemas.FRAMES_HYBRID):
         return Sniffed("frames", "a frames artifact (of lvctx encode-video)")

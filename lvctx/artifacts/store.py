@@ -9,16 +9,21 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from lvctx.artifacts.bounded import check_is_file, parse_object, read_utf8
 from lvctx.errors import DiskError, InputError, LvctxError
 
+MOST_HEADER = 1 << 24
+"""Bound of a safetensors header in bytes: 100,000 tensors take 12 million."""
 LFS_POINTER = b"version "
 """First bytes of the pointer file that replaces a large file in a Git repository cloned without Git LFS."""
 
@@ -84,6 +89,15 @@ def scratch(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def move_written(written: Path, target: Path) -> None:
+    """Move a file that a library wrote to its place, with the permissions of a newly created file.
+
+    safetensors makes its files readable for their owner only.
+    """
+    written.chmod(target.parent.stat().st_mode & 0o666)
+    os.replace(written, target)
+
+
 def link_file(source: Path, target: Path) -> None:
     """Make `target` a hard link to `source`, or a copy where a link is not possible."""
     target.unlink(missing_ok=True)
@@ -130,15 +144,7 @@ def write_json(target: Path, value: Any) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises InputError for a missing file or anything else than a JSON object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError("no such file", where=path) from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"not JSON ({e})", where=path) from e
-    if not isinstance(value, dict):
-        raise InputError(f"holds a JSON {type(value).__name__}, not an object", where=path)
-    return value
+    return parse_object(read_utf8(path), where=path)
 
 
 def save_tensors(target: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
@@ -152,17 +158,18 @@ def save_tensors(target: Path, tensors: Mapping[str, Any], metadata: Mapping[str
         else:
             from safetensors.torch import save_file
         save_file(dict(tensors), str(folder / target.name), metadata=dict(metadata))
-        os.replace(folder / target.name, partial)
-        # safetensors makes the file readable for its owner only; it gets the permissions of a newly created file.
-        partial.chmod(target.parent.stat().st_mode & 0o666)
+        move_written(folder / target.name, partial)
 
 
 def read_safetensors_header(path: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file: name -> {dtype, shape, data_offsets}, plus `__metadata__`. No torch.
 
-    Raises InputError if the file is not a whole safetensors file.
+    Raises InputError if the file is not a whole safetensors file: as the library, if tensors do not fill it one after
+    another, each with the bytes of its shape; and if the header is larger than any of a real model, has a name twice,
+    or metadata of ours that is no JSON object.
     """
     broken = InputError("not a whole safetensors file", where=path, fix="write it again")
+    check_is_file(path)
     try:
         with open(path, "rb") as f:
             raw = f.read(8)
@@ -171,31 +178,53 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
             if len(raw) < 8:
                 raise broken
             (length,) = struct.unpack("<Q", raw)
-            if length > 100_000_000:
+            if length > path.stat().st_size - 8:
                 raise broken
-            header = json.loads(f.read(length))
-    except FileNotFoundError:
-        raise InputError("no such file", where=path) from None
+            if length > MOST_HEADER:
+                raise InputError(f"a header of {length:,} bytes; {MOST_HEADER:,} are read", where=path)
+            header = json.loads(f.read(length), object_pairs_hook=_without_repeats)
     except InputError:
         raise
     except (OSError, ValueError, RecursionError) as e:
         raise broken from e
-    if not isinstance(header, dict) or not all(_is_entry(v) for k, v in header.items() if k != "__metadata__"):
+    if not isinstance(header, dict):
         raise broken
-    ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-    if path.stat().st_size != 8 + length + max(ends, default=0):
+    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+    if not all(map(_is_entry, tensors)):
         raise broken
+    end = 0
+    for begin, after in sorted(entry["data_offsets"] for entry in tensors):
+        if begin != end:
+            raise broken
+        end = after
+    if path.stat().st_size != 8 + length + end:
+        raise broken
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise broken
+    if metadata.get("lvctx"):
+        parse_object(metadata["lvctx"], where=path)
     return header
 
 
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
 def _is_entry(entry: Any) -> bool:
-    """Whether a header's entry describes a tensor."""
+    """Whether a header's entry describes a tensor that has the bytes of its shape."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         return False
-    return all(type(n) is int and n >= 0 for n in (*shape, *offsets)) and offsets[0] <= offsets[1]
+    if not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
+        return False
+    bits = re.search(r"\d+", entry["dtype"].replace("BOOL", "U8"))
+    return bits is not None and 8 * (offsets[1] - offsets[0]) == prod(shape) * int(bits[0])
 
 
 def sha256_file(path: Path) -> str:

@@ -1,10 +1,11 @@
 """Artifact paths on a pipe, as JSON lines or bare paths, so that tee, grep and xargs work between our commands."""
 
-import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lvctx.artifacts.bounded import parse_json
 from lvctx.errors import InputError
 
 
@@ -14,13 +15,18 @@ def read_references(lines: Iterable[str], *, where: str = "stdin") -> Iterator[t
         text = line.strip()
         if not text:
             continue
-        if not text.startswith("{"):
-            yield Path(text), {}
-            continue
-        try:
-            row = json.loads(text)
-        except ValueError:
-            raise InputError("malformed JSON", where=f"{where}:{number}", fix="one object or path a line") from None
-        if "path" not in row:
-            raise InputError("no `path` in the object", where=f"{where}:{number}")
-        yield Path(row["path"]), row
+        row: dict[str, Any] = {}
+        if text.startswith("{"):
+            row = parse_json(text, where=f"{where}:{number}", fix="one object or path a line")
+        path = row.get("path") if row else text
+        if not isinstance(path, str) or not _is_name(path):
+            raise InputError("no `path` of a file in the line", where=f"{where}:{number}")
+        yield Path(path), row
+
+
+def _is_name(text: str) -> bool:
+    """Whether a file can have this name: no NUL, and no half of a character."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False

@@ -101,8 +101,6 @@ def read_weights(directory: Path) -> dict[str, dict[str, Weight]]:
             weight = Weight(
                 dtype=entry["dtype"], shape=tuple(entry["shape"]), chunks=partial(_copied, path, begin, end)
             )
-            if end - begin != weight.size:
-                raise InputError(f"{name} has another size than its shape", where=path, fix="save the model again")
             shards[file][name] = weight
     return shards
 

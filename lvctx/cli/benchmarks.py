@@ -1,22 +1,21 @@
-"""`lvctx videomme run|score` and `lvctx bench NAME run|score`: one engine for all benchmarks of long video."""
+"""`lvctx videomme run` and `lvctx bench NAME run`: one engine for all benchmarks of long video."""
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from importlib import import_module
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lvctx.cli.costs import print_costs
+from lvctx.cli.bench_score import ScoreConfig, score_runs
 from lvctx.cli.endpoint import open_endpoint, refuse_unused_options
 from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
-from lvctx.cli.output import emit, estimate, is_quiet, percent, progress, say, wants_json
-from lvctx.cli.protocols import print_protocol, protocol_facts, protocol_presets
+from lvctx.cli.output import emit, is_quiet, progress, say, wants_json
+from lvctx.cli.protocols import protocol_facts, protocol_presets
 from lvctx.config import Flag
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
+from lvctx.eval.benchmarks.benchmark_list import BENCHMARKS, load_benchmark
 from lvctx.inference.endpoint_config import ConcurrentEndpointConfig
 from lvctx.inference.engine_config import EngineConfig
 from lvctx.inference.sampling_params import BenchmarkSamplingParams
@@ -26,16 +25,17 @@ if TYPE_CHECKING:
     from lvctx.inference.engine import Engine
     from lvctx.parallel.context import ParallelContext
 
-BENCHMARKS = {
-    "mlvu": "MLVU: nine tasks on long videos; generation tasks are exported for a judge.",
-    "longvideobench": "LongVideoBench: referred reasoning; a random letter for replies without one.",
-    "nextqa": "NExT-QA, multiple choice: causal, temporal, descriptive.",
-    "vhs": "Visual Haystacks, single needle: yes or no about one image among many.",
+TEMPLATES = {
+    "videomme": "official, lmms-eval or vlmevalkit",
+    "videomme-v2": "official, reasoning or lmms-eval",
+    "lvbench": "official, which is lmms-eval's since the authors publish none, or videochat-flash",
+    "mlvu": "official or lmms-eval",
 }
-TEMPLATES = {"videomme": "official, lmms-eval or vlmevalkit", "mlvu": "official or lmms-eval"}
 """Prompt templates of a benchmark that has several."""
 OF_VIDEOS = ("feature_cache", "send", "frame_times")
 """Options, beside those of sampling, without effect on images."""
+SHOWN_ERRORS = 8
+"""The largest number of different errors that a run lists at its end."""
 
 group(
     "videomme",
@@ -68,7 +68,8 @@ class BenchmarkOptions:
     protocol: Annotated[str | None, Flag(metavar="NAME")] = None
     """Take defaults from a published evaluation, such as longva or qwen2.5-vl; `lvctx bench protocols` lists them."""
     subtitles: Path | None = None
-    """Folder of .srt or .vtt files (Video-MME); the subtitles at the sampled frames are added to the prompt."""
+    """Folder of .srt or .vtt files (Video-MME), whose lines at the sampled frames are added to the prompt, or of .jsonl
+    files with a word a line (Video-MME-v2), which are added as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +97,12 @@ def _declare(name: str, prefix: str, what: str) -> None:
     ) -> None:
         set_by_user = given(ctx)
         _check_options(name, set_by_user, config, server)
-        if sampling.fps is None and sampling.frames is None and server.send != "file-url":
+        if sampling.has_default_rate and server.send != "file-url":
             sampling = replace(sampling, frames=128)
         _run(name, config, params, sampling, engine, server, run, set_by_user)
 
     def score(config: ScoreConfig, output: OutputOptions) -> None:
-        _score(name, config)
+        score_runs(name, config)
 
     run.__doc__ = f"""Ask a model the benchmark's questions: with 128 frames of each video, unless a rate is given.
 
@@ -115,24 +116,28 @@ def _declare(name: str, prefix: str, what: str) -> None:
         command(f"{prefix} score")(score)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """Which runs."""
-
-    runs: Annotated[tuple[Path, ...], Flag(argument=True, metavar="DIR...")]
-    """Results directories of run."""
-    seed: int = 0
-    """Seed of the random letters of LongVideoBench's own rule."""
-
-
 _declare("videomme", "videomme", "")
-for _name, _what in BENCHMARKS.items():
-    _declare(_name, f"bench {_name}", _what)
+for _name, _info in BENCHMARKS.items():
+    if _name != "videomme":
+        _declare(_name, f"bench {_name}", f"{_info.title}: {_info.what}")
 
 
-def load_benchmark(name: str) -> ModuleType:
-    """The module of a benchmark."""
-    return import_module(f"lvctx.eval.benchmarks.{name}")
+@command("bench list", "lvctx bench list", "lvctx bench list --json")
+def list_benchmarks(output: OutputOptions) -> None:
+    """List the benchmarks with the size, licence and dataset id of their questions."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from lvctx.artifacts.schemas import BENCHMARK
+
+    table = Table("", "benchmark", "questions", "videos", "license", "dataset", box=None, pad_edge=False)
+    for name, info in BENCHMARKS.items():
+        if wants_json():
+            emit({"schema": BENCHMARK, "bench": name, **asdict(info), "prompts": list(load_benchmark(name).STYLES)})
+        videos = "" if info.videos is None else f"{info.videos:,}"
+        table.add_row(name, info.title, f"{info.questions:,}", videos, info.license, info.dataset)
+    if not wants_json():
+        Console().print(table)
 
 
 def _check_options(
@@ -143,7 +148,7 @@ def _check_options(
     if config.prompt not in bench.STYLES:
         fix = f"give one of {', '.join(bench.STYLES)}"
         raise UsageError(f"no prompt template {config.prompt!r}", where="--prompt", fix=fix)
-    if config.subtitles is not None and name != "videomme":
+    if config.subtitles is not None and not getattr(bench, "SUBTITLES", False):
         raise UsageError(f"{name} has no subtitles", where="--subtitles")
     if name == "vhs" and (flags := sorted(set_by_user & {*VideoSampling.__dataclass_fields__, *OF_VIDEOS})):
         what = ", ".join(f"--{flag.replace('_', '-')}" for flag in flags)
@@ -224,8 +229,11 @@ def _run(
 
 def _summarize(total: int, failed: dict[str, str], *, cut: int, params: BenchmarkSamplingParams) -> None:
     """Report failed questions and replies that were cut."""
-    for error in dict.fromkeys(failed.values()):
+    errors = list(dict.fromkeys(failed.values()))
+    for error in errors[:SHOWN_ERRORS]:
         say(f"lvctx: {error}")
+    if len(errors) > SHOWN_ERRORS:
+        say(f"lvctx: and {len(errors) - SHOWN_ERRORS:,} more errors, one in each row of a failed question")
     if cut:
         say(f"lvctx: {cut:,} replies were cut at --max-new-tokens {params.max_new_tokens}")
     if not is_quiet() or failed:
@@ -272,60 +280,3 @@ def _find_questions(bench: ModuleType, questions: str) -> Path:
             where=questions,
             fix="check name and network, or download the questions and give the file",
         ) from e
-
-
-def _score(name: str, config: ScoreConfig) -> None:
-    from lvctx.eval.benchmarks.accuracy import read_benchmark_run
-    from lvctx.eval.benchmarks.score_run import score_run
-
-    bench = load_benchmark(name)
-    for path in config.runs:
-        result = {**score_run(read_benchmark_run(path, bench), bench, seed=config.seed), "run": path.name}
-        if wants_json():
-            emit(result)
-        else:
-            _print(result)
-
-
-def _print(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(markup=False, emoji=False)  # names and groups are external text: [x] and :x: are not markup
-    for warning in result["warnings"]:
-        console.print(f"WARNING {result['run']}: {warning}", style="bold red", highlight=False)
-    left_out = f", {result['failed']:,} failed and left out" if result["failed"] else ""
-    console.print(f"{result['run']}: {result['questions']:,} questions{left_out}", highlight=False)
-    print_protocol(console, result)
-    rules = [rule for rule in result["rules"] if rule != "official-2024"]  # only for Video-MME; --json has it
-    table = Table("", box=None, pad_edge=False)
-    for rule in rules:
-        table.add_column(f"{rule}, %", justify="right")
-    table.add_row("all", *(estimate(result["rules"][rule]) for rule in rules))
-    for column in (key for key in result if key.startswith("by_")):
-        for value, estimates in result[column].items():
-            table.add_row(f"{column[3:].replace('_', ' ')}: {value}", *(estimate(estimates[rule]) for rule in rules))
-    for average in ("macro", "pooled") if "m_avg" in result else ():
-        table.add_row(f"M-Avg, {average}", *(percent(result["m_avg"][rule][average]) for rule in rules))
-    console.print(table)
-    print_sources(console, rules)
-    if "guessing" in result:
-        guessing = result["guessing"]
-        line = (
-            f"its own rule: {estimate(guessing)}, {guessing['guessed']:,} replies guessed with seed {guessing['seed']}"
-        )
-        console.print(line, highlight=False)
-    if "effective_length" in result:
-        console.print(f"effective length: {result['effective_length']:,} images (60% right)", highlight=False)
-    if result.get("generated"):
-        console.print(f"{result['generated']:,} generated answers, exported for their judge", highlight=False)
-    print_costs(result["run"], result)
-
-
-def print_sources(console: Any, rules: Iterable[str]) -> None:
-    """Print the scorer and version of each rule."""
-    from lvctx.eval.benchmarks.answers import RULE_SOURCES
-
-    for rule in rules:
-        if rule in RULE_SOURCES:
-            console.print(f"{rule}: {RULE_SOURCES[rule]}", highlight=False)

@@ -14,7 +14,8 @@ from lvctx.models.convert_config import ExportConfig, ImportLongvaConfig
 def import_longva(config: ImportLongvaConfig, run: RunOptions) -> None:
     """Convert a released LongVA checkpoint for transformers and vLLM.
 
-    The result is a model directory as written by align. Every tensor of the checkpoint is converted or listed.
+    LongVA's baseline LLaVA-NeXT-Video-7B-32K is converted too. The result is a model directory as written by align.
+    Every tensor of the checkpoint is converted or listed.
     """
     with progress("import-longva", "checking the checkpoint") as on_progress:
         from lvctx.models.import_longva import plan_import_longva, run_import_longva

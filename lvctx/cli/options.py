@@ -9,7 +9,6 @@ from the field's default.
 import ast
 import inspect
 import sys
-import tomllib
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
@@ -21,6 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from lvctx.cli import output
+from lvctx.cli.recipes import load_recipe
 from lvctx.config import Flag, flag_of
 from lvctx.errors import InputError, LvctxError, UsageError
 
@@ -178,6 +178,7 @@ def _callback(name: str, function: Callable[..., None], presets: Presets | None)
             values |= _preset_values(classes.values(), values, presets(values, given(ctx)))
         for config_class in classes.values():
             _check_needs(config_class, values, given(ctx))
+        _check_texts(values)
         configs = {n: _from_values(config_class, values) for n, config_class in classes.items()}
         for config in configs.values():
             if isinstance(config, OutputOptions):
@@ -217,7 +218,7 @@ def _parameter(field: Field[Any], annotation: Any, flag: Flag, help: str, panel:
         "show_envvar": False,
     }
     if field.name == "recipe":
-        common |= {"is_eager": True, "callback": _load_recipe}
+        common |= {"is_eager": True, "callback": load_recipe}
     if flag.argument:
         info: Any = typer.Argument(... if required else default, **common)
     else:
@@ -282,6 +283,16 @@ def _preset_values(classes: Iterable[type], values: Mapping[str, Any], preset: M
     return {name: str(preset[name]) if flag.parse is not None else preset[name] for name, flag in applied}
 
 
+def _check_texts(values: Mapping[str, Any]) -> None:
+    """Raise UsageError for a NUL, which no path can have, and InputError for an --out below a file."""
+    for name, value in values.items():
+        if any("\0" in str(part) for part in (value if isinstance(value, list | tuple) else [value])):
+            raise UsageError(f"{name} holds a NUL", fix="remove it")
+    out = values.get("out")
+    if isinstance(out, Path) and (file := next((p for p in out.parents if p.exists() and not p.is_dir()), None)):
+        raise InputError("a file, not a directory", where=file, fix="choose another -o")
+
+
 def has_effect(flag: Flag, values: Mapping[str, Any]) -> bool:
     """Whether an option has what it needs among the values of all options."""
     return not flag.needs or any(_holds(need, values) for need in flag.needs)
@@ -300,46 +311,3 @@ def _check_needs(config_class: type, values: Mapping[str, Any], names: frozenset
 def _holds(need: str, values: Mapping[str, Any]) -> bool:
     name, equals, value = need.partition("=")
     return str(values[name]) == value if equals else values[name] not in (None, False, 0, "", [], ())
-
-
-def _load_recipe(ctx: typer.Context, recipe: str | None) -> str | None:
-    """Take defaults from `FILE.toml[#section]`; the section defaults to the command's name.
-
-    A table is converted to `key=value,key=value`, an array of tables to a repeated option. Raises InputError for a
-    missing file, a missing section or an unknown key.
-    """
-    if recipe is None:
-        return None
-    name, _, section = recipe.partition("#")
-    words, level = [str(ctx.info_name)], ctx.parent
-    while level is not None and level.parent is not None:
-        words, level = [str(level.info_name), *words], level.parent
-    command_name = " ".join(words)
-    section = section or command_name.replace(" ", "-")
-    try:
-        table = tomllib.loads(Path(name).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"cannot read ({e.strerror})", where=name) from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise InputError(f"not valid TOML ({e})", where=name) from e
-    if section not in table:
-        raise InputError(f"no section [{section}]", where=name, fix=f"sections: {', '.join(table)}")
-    parameters: dict[str, Any] = {str(p.name): p for p in ctx.command.params}
-    values = {}
-    for key, value in table[section].items():
-        parameter = parameters.get(key.replace("-", "_"))
-        if parameter is None:
-            raise InputError(f"unknown key {key!r} in [{section}]", where=name, fix=f"lvctx {command_name} --help")
-        repeated = getattr(parameter, "multiple", False) or parameter.nargs == -1
-        values[parameter.name] = _recipe_value(value, repeated=repeated)
-    ctx.default_map = {**(ctx.default_map or {}), **values}
-    return recipe
-
-
-def _recipe_value(value: Any, *, repeated: bool) -> Any:
-    """The command-line text of a TOML value: tables and lists become comma-separated."""
-    if isinstance(value, dict):
-        return ",".join(f"{key}={part}" for key, part in value.items())
-    if isinstance(value, list) and not repeated:
-        return ",".join(map(str, value))
-    return [_recipe_value(part, repeated=False) for part in value] if isinstance(value, list) else value

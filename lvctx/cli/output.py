@@ -110,7 +110,10 @@ def _number(value: Any) -> str:
 def say(line: str) -> None:
     """Write a line to stderr."""
     if is_rank_zero():
-        print(line, file=sys.stderr, flush=True)
+        try:
+            print(line, file=sys.stderr, flush=True)
+        except OSError:  # nobody can read it, and Python would fail again on exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 @contextmanager

@@ -31,10 +31,11 @@ class HtmlReportConfig:
     "lvctx report niah videomme nextqa vlm --thumbnails 2 -o report.html --json",
 )
 def html_report(config: HtmlReportConfig, output: OutputOptions) -> None:
-    """Show runs of any kind on one HTML page that loads nothing: it can be opened, printed and sent as a single file.
+    """Show evaluation results and training curves on one self-contained HTML page.
 
-    It has a table of all runs; heatmaps whose cells show each needle and reply; scores with 95% intervals, and every
-    question with its reply and the verdict of each scorer; training curves, costs and provenance. No model is needed.
+    The page loads nothing: it can be opened, printed and sent as a single file. It has a table of all runs; heatmaps
+    whose cells show each needle and reply; scores with 95% intervals, and every question with its reply and the verdict
+    of each scorer; training curves, costs and provenance. No model is needed.
     """
     from lvctx.artifacts.schemas import REPORT
     from lvctx.eval.report.collect import collect_report

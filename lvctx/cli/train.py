@@ -85,18 +85,25 @@ def align(config: AlignConfig, parallel: ParallelConfig, tracking: TrackingOptio
     The projector is trained first, then the whole model or LoRA. The loss is on answers and the end of their turns, or
     on the text that the chat template marks as generated; a template that rewrites earlier turns is an error. A special
     token in a turn's text (<|im_end|>), and <image> in a row without images, is encoded as text. An assistant turn
-    before the first question is left out.
+    before the first question is left out. A turn's only image or video moves to its front.
 
-    Stage dpo reads rows of "image" (or "images", or neither), "prompt" (or "conversations"), "chosen" and "rejected",
-    each text or messages.
+    Stage dpo reads rows of "image" or "video" (or "images", "videos", or neither), "prompt" (or "conversations"),
+    "chosen" and "rejected", each text or messages.
     """
-    from lvctx.training.align_job import count_tokens, resolve_align
+    from lvctx.training.align_job import resolve_align
 
+    if config.plot is not None and config.plot.suffix not in (".png", ".svg"):
+        raise UsageError("--plot needs a .png or .svg file", where=config.plot)
     job = resolve_align(config)
     facts = {"samples": len(job.rows), **hashed_fields(job.config)}
     if run.dry_run:
+        from lvctx.training.align_statistics import align_statistics, draw_statistics
+
         with progress("align: count") as on_progress:
-            emit({"dry_run": True, "path": str(config.out), **facts, **count_tokens(job, on_progress)})
+            statistics = align_statistics(job, on_progress)
+        emit({"dry_run": True, "path": str(config.out), **facts, **statistics.facts})
+        if config.plot is not None:
+            draw_statistics(statistics, config.plot)
         return
     from lvctx.training.dpo import align_task
     from lvctx.training.run_training import run_training

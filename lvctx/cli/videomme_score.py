@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lvctx.cli.benchmarks import print_sources
+from lvctx.cli.bench_score import Detect, print_difference, print_sources
+from lvctx.cli.benchmarks import load_benchmark
 from lvctx.cli.costs import print_costs
 from lvctx.cli.options import OutputOptions, command, given
 from lvctx.cli.output import emit, interval, percent, wants_json
@@ -26,6 +27,8 @@ class VideoMMEScoreConfig:
     """Scorer for the breakdown and the plot. Default: that of the runs' protocol, else official."""
     csv: Path | None = None
     """Write duration x domain x task, with totals, for every rule."""
+    detect: Detect = 2.0
+    """For two files: a difference in points; prints how many questions would find it at p < 0.05 with power 0.8."""
     plot: Path | None = None
     """Draw accuracy by duration, or by number of frames for several runs: .png or .svg."""
 
@@ -43,13 +46,13 @@ def score_videomme(ctx: typer.Context, config: VideoMMEScoreConfig, output: Outp
     is needed.
     """
     from lvctx.artifacts.schemas import SCORE
-    from lvctx.eval.benchmarks import videomme
-    from lvctx.eval.benchmarks.accuracy import CUT, difference
+    from lvctx.eval.benchmarks.accuracy import difference
     from lvctx.eval.benchmarks.answers import RULES
     from lvctx.eval.benchmarks.protocol import protocol_difference, protocol_of_rows
     from lvctx.eval.benchmarks.responses import read_responses
     from lvctx.eval.cost_summary import summarize_costs
 
+    videomme = load_benchmark("videomme")
     files, plot = config.files, config.plot
     if plot is not None and plot.suffix not in (".png", ".svg"):
         raise UsageError(f"--plot {plot}: the name has to end in .png or .svg")
@@ -60,8 +63,7 @@ def score_videomme(ctx: typer.Context, config: VideoMMEScoreConfig, output: Outp
     runs = [_run_facts(rows) for rows in rows_of_runs]
     scores = [videomme.score(item) | {"failed": run[1]} for item, run in zip(responses, runs, strict=True)]
     for row, run in zip(scores, runs, strict=True):
-        if run[2]:
-            row["warnings"] = [CUT.format(cut=run[2]), *row["warnings"]]
+        row["warnings"] = [*run[2], *row["warnings"]]
     protocols = [protocol_of_rows(rows) for rows in rows_of_runs]
     for row, protocol, rows in zip(scores, protocols, rows_of_runs, strict=True):
         row |= {**({"protocol": protocol} if protocol else {}), **summarize_costs(rows)}
@@ -70,7 +72,7 @@ def score_videomme(ctx: typer.Context, config: VideoMMEScoreConfig, output: Outp
     warning = ""
     if len(responses) == 2:
         a, b = (item.replies for item in responses)
-        versus = {name: vars(difference(a, b, name)) for name in RULES}
+        versus = {name: vars(difference(a, b, name, detect=config.detect / 100)) for name in RULES}
         differing = protocol_difference(*protocols)
         warning = f"the protocols differ: {differing}" if differing else ""
     if config.csv is not None:
@@ -90,7 +92,7 @@ def score_videomme(ctx: typer.Context, config: VideoMMEScoreConfig, output: Outp
     for row, item in zip(scores, responses, strict=True):
         _print(row, videomme.cells(item, [rule]), rule)
     if versus:
-        _print_difference(responses[0].name, responses[1].name, versus, warning)
+        print_difference(responses[0].name, responses[1].name, versus, warning, detect=config.detect)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -101,14 +103,18 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     return list(read_results(folder).values()) if (folder / RESULTS).is_file() else []
 
 
-def _run_facts(rows: list[dict[str, Any]]) -> tuple[int | None, int, int]:
-    """Frames of each video that the model was shown, questions that failed, and replies that were cut.
+def _run_facts(rows: list[dict[str, Any]]) -> tuple[int | None, int, list[str]]:
+    """Frames of each video that the model was shown, number of questions that failed, and warnings.
 
     None in place of the frames where videos differ in them, or there are no rows.
     """
+    from lvctx.eval.benchmarks.accuracy import CUT, failure_warnings
+
     frames = {row["frames"] for row in rows if isinstance(row.get("frames"), int)}
     count = frames.pop() if len(frames) == 1 else None
-    return count, sum("error" in row for row in rows), sum(bool(row.get("cut")) for row in rows)
+    cut = sum(bool(row.get("cut")) for row in rows)
+    warnings = [*failure_warnings(rows), *([CUT.format(cut=cut)] if cut else [])]
+    return count, sum("error" in row for row in rows), warnings
 
 
 def _common_rule(protocols: list[dict[str, Any] | None]) -> str | None:
@@ -165,20 +171,3 @@ def _print(row: dict[str, Any], cells: list[dict[str, Any]], rule: str) -> None:
             kinds.add_row(domain if task == "all" else f"  {task}", *columns, style="bold" if task == "all" else "")
     console.print(kinds)
     print_costs(row["file"], row)
-
-
-def _print_difference(first: str, second: str, versus: dict[str, Any], warning: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        "rule", title=f"{first} minus {second}, same questions", title_justify="left", box=None, pad_edge=False
-    )
-    for name in ("difference", "95% interval", "questions"):
-        table.add_column(name, justify="right")
-    for name, e in versus.items():
-        table.add_row(name, percent(e["mean"]), interval(e), f"{e['counted']:,}")
-    console = Console(markup=False, emoji=False)
-    if warning:
-        console.print(f"WARNING {first}, {second}: {warning}", style="bold red", highlight=False)
-    console.print(table)

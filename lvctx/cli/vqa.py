@@ -1,6 +1,5 @@
 """`lvctx vqa`."""
 
-import json
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lvctx.artifacts import schemas
+from lvctx.artifacts.bounded import parse_json
 from lvctx.cli.endpoint import open_endpoint, refuse_unused_options
 from lvctx.cli.options import OutputOptions, command, given
 from lvctx.cli.output import emit, is_quiet, is_rank_zero, progress, say, wants_json
@@ -242,15 +242,18 @@ def _question_lines() -> Iterator[tuple[str, dict[str, Any]]]:
         if not line:
             return
         text = line.strip()
-        if not text.startswith("{"):
-            if text:
-                yield text, {}
+        if not text:
             continue
+        where = f"stdin:{number}"
+        row = parse_json(text, where=where) if text.startswith("{") else {"question": text}
+        if "question" not in row:
+            raise InputError("no `question` in the object", where=where)
+        question = str(row["question"])
         try:
-            row = json.loads(text)
-            yield str(row["question"]), {k: v for k, v in row.items() if k != "schema"}
-        except (ValueError, KeyError):
-            raise InputError("not a JSON object with a `question`", where=f"stdin:{number}") from None
+            question.encode()
+        except UnicodeEncodeError:
+            raise InputError("the question is not UTF-8", where=where) from None
+        yield question, {k: v for k, v in row.items() if k != "schema"} if text.startswith("{") else {}
 
 
 class StreamPrinter:

@@ -6,12 +6,12 @@ writes after `<image>`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from lvctx.data.conversations import Conversation, Media, MediaKind
+from lvctx.data.conversations import Conversation, MediaFile
+from lvctx.data.row_media import Media, MediaKind
 from lvctx.errors import InputError
-from lvctx.models.chat_template import Message, Visual, chat_encoder
+from lvctx.models.chat_template import ChatTokens, Message, Visual, chat_encoder
 from lvctx.models.loss import IGNORED
 from lvctx.models.vlm_assembly import VIDEO_TOKEN
 
@@ -49,16 +49,42 @@ def to_messages(conversation: Conversation, mark: Callable[[MediaKind], str]) ->
 
 
 def encode_conversation(
-    conversation: Conversation, tokenizer: Any, visual_tokens: Callable[[Path], int], *, last_only: bool = False
+    conversation: Conversation,
+    tokenizer: Any,
+    visual_tokens: Callable[[MediaFile], int],
+    *,
+    last_only: bool = False,
+    markup: bool = False,
 ) -> TokenSequence:
-    """Ids and shifted labels of a conversation in the tokenizer's chat template; `last_only`: only its last answer.
+    """Ids and shifted labels of a conversation in the tokenizer's chat template; for the flags see `encode_messages`.
 
-    `visual_tokens` gives the tokens of an image's block, its closing "\\n" included.
+    `visual_tokens` gives the tokens of an image's or a video's block, its closing "\\n" included.
     """
     video = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-    blocks = [[video] * visual_tokens(image) for image in conversation.images]
+    blocks = [[video] * visual_tokens(file) for file in conversation.files]
     messages = to_messages(conversation, lambda kind: VIDEO_TOKEN)
-    return encode_messages(messages, tokenizer, blocks, where=conversation.where, last_only=last_only)
+    where = conversation.where
+    return encode_messages(messages, tokenizer, blocks, where=where, last_only=last_only, markup=markup)
+
+
+def encode_plain(
+    conversation: Conversation, tokenizer: Any, visual_tokens: Callable[[MediaFile], int]
+) -> TokenSequence:
+    """Ids and shifted labels of an image and its caption, as in LLaVA's first stage: no chat template, no instruction.
+
+    The caption and a "\\n" after it count in the loss; `visual_tokens` gives the image's tokens without closing "\\n".
+    Raises InputError for a conversation that is not one question about one image, and its answer.
+    """
+    roles, files = [turn.role for turn in conversation.turns], conversation.files
+    caption = "".join(part for part in conversation.turns[-1].content if isinstance(part, str))
+    if roles != ["user", "assistant"] or [file.kind for file in files] != ["image"] or not caption.strip():
+        fix = "give rows of one image and its caption, or use --template chat"
+        raise InputError("not one image and its caption", where=conversation.where, fix=fix)
+    text_ids = tokenizer(caption + "\n", add_special_tokens=False, split_special_tokens=True).input_ids
+    begin = [i for i in tokenizer("").input_ids[:1] if i == tokenizer.bos_token_id]
+    before = [*begin, *[tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)] * visual_tokens(files[0])]
+    labels = [*[IGNORED] * len(before), *text_ids]
+    return TokenSequence(ids=[*before, *text_ids], labels=[*labels[1:], IGNORED], places=[len(begin)])
 
 
 def encode_messages(
@@ -68,13 +94,15 @@ def encode_messages(
     *,
     where: str,
     last_only: bool = False,
+    markup: bool = False,
 ) -> TokenSequence:
     """Ids and shifted labels of turns in the tokenizer's chat template, each `Visual` part replaced by its block.
 
     The assistant's text and the end-of-turn token after it count in the loss, as in LLaVA, or the text that the
     template marks as generated (transformers' `return_assistant_tokens_mask`). `last_only` counts only the last answer
-    and ends the sequence after it. Raises InputError for a template that rewrites its earlier output (see
-    `lvctx.models.chat_template`), and if parts and blocks differ in number.
+    and ends the sequence after it. `markup` also counts the template's control tokens around every turn and the white
+    space after them, as LongVA's `preprocess_qwen`. Raises InputError for a template that rewrites its earlier output
+    (see `lvctx.models.chat_template`), and if parts and blocks differ in number.
     """
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
     if last < 0:
@@ -87,6 +115,8 @@ def encode_messages(
     spoken = [False] * len(chat.ids)
     for first, _, closed in chat.answers[-1:] if last_only else chat.answers:
         spoken[first:closed] = [True] * (closed - first)
+    if markup:
+        _count_markup(spoken, chat, tokenizer)
     ids: list[int] = []
     labels: list[int] = []
     places: list[int] = []
@@ -99,3 +129,11 @@ def encode_messages(
             ids.append(token)
         labels += [token if counts and at not in visual_blocks else IGNORED] * (len(ids) - len(labels))
     return TokenSequence(ids=ids, labels=[*labels[1:], IGNORED], places=places)
+
+
+def _count_markup(counts: list[bool], chat: ChatTokens, tokenizer: Any) -> None:
+    """Set `counts` at control tokens, other than those of images and videos, and at white space after one."""
+    controls = chat_encoder(tokenizer).control_ids
+    for i, token in enumerate(chat.ids):
+        after_control = i > 0 and chat.ids[i - 1] in controls
+        counts[i] |= token in controls or (after_control and not tokenizer.decode([token]).strip())

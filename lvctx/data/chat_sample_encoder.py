@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.data.chat_encoding import encode_messages, to_messages
-from lvctx.data.conversations import Conversation, Media
+from lvctx.data.conversations import Conversation
+from lvctx.data.row_media import Media
 from lvctx.errors import InputError
 from lvctx.models.image_processing import image_size
 from lvctx.video.sampling import VideoSampling

@@ -18,29 +18,33 @@ with lists of messages; `conversations` in LLaVA's format, ending in a human tur
 Files and datasets are those of `records`; images in them become files (`row_images`).
 """
 
-import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from lvctx.data.records import Record
 from lvctx.data.row_images import chat_records
+from lvctx.data.row_media import (
+    MEDIA_KINDS,
+    Media,
+    MediaKind,
+    RowMedia,
+    check_characters,
+    first_value,
+    media_of,
+)
 from lvctx.errors import InputError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-MediaKind = Literal["image", "video"]
-MEDIA_KINDS: tuple[MediaKind, ...] = ("image", "video")
 ParsedT = TypeVar("ParsedT")
 
 
-class Media(NamedTuple):
-    """An image or video of a conversation."""
+class MediaFile(NamedTuple):
+    """An image file, or a video: a file or a folder of frames."""
 
     kind: MediaKind
-    path: str
-    """Path in the row, relative to the folder of media."""
+    path: Path
 
 
 class Turn(NamedTuple):
@@ -69,29 +73,40 @@ class Conversation:
         return [part for turn in self.turns for part in turn.content if isinstance(part, Media)]
 
     @property
+    def files(self) -> tuple[MediaFile, ...]:
+        """Files of the images and videos in order."""
+        return tuple(MediaFile(media.kind, self.folder / media.path) for media in self.media)
+
+    @property
     def images(self) -> tuple[Path, ...]:
         """Files of the images in order."""
-        return tuple(self.folder / media.path for media in self.media if media.kind == "image")
+        return tuple(file.path for file in self.files if file.kind == "image")
 
 
-def read_conversations(path: Path, images: Path) -> list[Conversation]:
-    """Every row of a file or dataset, of text and images; image paths are relative to `images`.
+def read_conversations(path: Path, images: Path, *, videos: bool = False) -> list[Conversation]:
+    """Every row of a file or dataset, of text and images, and `videos`; their paths are relative to `images`.
 
+    A turn's only image moves to its front, as in LLaVA's code, so that training has the prompts of inference.
     Raises InputError naming the first bad row (malformed JSON, a missing image file, `<image>` marks and images that
     differ in number, an unknown role, no answer or an empty one), with the number of bad rows.
     """
-    return _parse_all(path, images, lambda record: _with_images(parse_conversation(record), images))
+
+    def parse(record: Record) -> Conversation:
+        return _with_files(parse_conversation(record, media_first=True), images, videos=videos)
+
+    return _parse_all(path, images, parse)
 
 
 def read_pairs(path: Path, images: Path) -> list[tuple[Conversation, Conversation]]:
     """Every row of a file or dataset of preference pairs, as conversations with the chosen and the rejected answer.
 
-    Image paths are relative to `images`. Raises InputError naming the first bad row, as `read_conversations` does.
+    Paths of images and videos are relative to `images`. A row's only one is at the front of a prompt without a mark, as
+    in LLaVA-Hound's rows. Raises InputError naming the first bad row, as `read_conversations` does.
     """
 
     def parse(record: Record) -> tuple[Conversation, Conversation]:
-        chosen, rejected = parse_pair(record)
-        return _with_images(chosen, images), _with_images(rejected, images)
+        chosen, rejected = parse_pair(record, media_first=True)
+        return _with_files(chosen, images, videos=True), _with_files(rejected, images, videos=True)
 
     return _parse_all(path, images, parse)
 
@@ -111,37 +126,40 @@ def _parse_all(path: Path, folder: Path, parse: Callable[[Record], ParsedT]) -> 
     return parsed
 
 
-def _with_images(conversation: Conversation, folder: Path) -> Conversation:
-    """The conversation with its images as files in `folder`. Raises InputError for a video or a missing file."""
+def _with_files(conversation: Conversation, folder: Path, *, videos: bool) -> Conversation:
+    """The conversation with its files in `folder`. Raises InputError for a missing one, or a video if not `videos`."""
     conversation = replace(conversation, folder=folder)
-    if len(conversation.images) < len(conversation.media):
-        raise InputError("a video", where=conversation.where, fix="give samples of text and images")
-    for image in conversation.images:
-        if not _is_file(image):
-            raise InputError(
-                f"no such image {image}", where=conversation.where, fix="check --images, or remove the row"
-            )
+    for kind, path in conversation.files:
+        if kind == "video" and not videos:
+            fix = "give samples of text and images, or align with --stage full"
+            raise InputError("a video", where=conversation.where, fix=fix)
+        if not _exists(path, folder_too=kind == "video"):
+            fix = "check --images, or remove the row"
+            raise InputError(f"no such {kind} {path}", where=conversation.where, fix=fix)
     return conversation
 
 
-def _is_file(path: Path) -> bool:
+def _exists(path: Path, *, folder_too: bool) -> bool:
     try:
-        return path.is_file()
+        return path.is_file() or (folder_too and path.is_dir())
     except ValueError:  # not a valid file name
         return False
 
 
-def parse_conversation(record: Record) -> Conversation:
-    """A row as a conversation. Raises InputError for other rows, unknown roles, and marks that do not match media."""
+def parse_conversation(record: Record, *, media_first: bool = False) -> Conversation:
+    """A row as a conversation; with `media_first` a turn's only image or video moves to its front, as in LLaVA's code.
+
+    Raises InputError for other rows, unknown roles, and marks that do not match media.
+    """
     row, where = record.fields(), record.where
-    turns = _first(row, "conversations", "messages") or _instruction_turns(row)
+    turns = first_value(row, "conversations", "messages") or _instruction_turns(row)
     if not isinstance(turns, list):
         raise InputError("no list of `conversations` or `messages`, and no `instruction`", where=where)
     roles = [_role(turn, where) for turn in turns]
     begin = roles.index("user") if "user" in roles else len(roles)
-    media = _RowMedia(row, where)
+    media = RowMedia(row, where, lone_first=media_first)
     parsed = [
-        Turn(role, tuple(media.parts(_first(turn, "value", "content"))))
+        Turn(role, media.turn(first_value(turn, "value", "content")))
         for i, (role, turn) in enumerate(zip(roles, turns, strict=True))
         if i >= begin or role == "system"
     ]
@@ -160,8 +178,8 @@ def parse_conversation(record: Record) -> Conversation:
 
 def _instruction_turns(row: dict[str, Any]) -> list[Any] | None:
     """The two turns of a row with an instruction; None for other rows."""
-    texts = [text for text in (row.get("instruction"), _first(row, "input", "inputs")) if text]
-    answer = _first(row, "output", "outputs")
+    texts = [text for text in (row.get("instruction"), first_value(row, "input", "inputs")) if text]
+    answer = first_value(row, "output", "outputs")
     if row.get("instruction") is None or answer is None:
         return None
     images = [{"type": "image"} for _ in row.get("images") or []]
@@ -172,14 +190,18 @@ def _instruction_turns(row: dict[str, Any]) -> list[Any] | None:
     ]
 
 
-def parse_pair(record: Record) -> tuple[Conversation, Conversation]:
-    """A row of preferences as its chosen and its rejected conversation. Raises InputError for other rows."""
+def parse_pair(record: Record, *, media_first: bool = False) -> tuple[Conversation, Conversation]:
+    """A row of preferences as its chosen and its rejected conversation; see `parse_conversation`. Raises InputError."""
     row, where = record.fields(), record.where
     prompt, *answers = _pair_turns(row, where)
+    if media_first and isinstance(row.get("prompt"), str):
+        prompt = [*prompt[:-1], _marked(prompt[-1], row, where)]
     if any(_role(answer, where) != "assistant" for answer in answers):
         raise InputError("`chosen` or `rejected` does not end with the assistant's text", where=where)
     chosen, rejected = (
-        parse_conversation(Record(where, {**row, "conversations": [*prompt, answer], "messages": None}))
+        parse_conversation(
+            Record(where, {**row, "conversations": [*prompt, answer], "messages": None}), media_first=media_first
+        )
         for answer in answers
     )
     if len(chosen.turns) < 2 or chosen.turns[-2].role != "user":
@@ -212,6 +234,15 @@ def _pair_turns(row: dict[str, Any], where: str) -> tuple[list[Any], Any, Any]:
     return inside[0] or turns, answers[0][-1], answers[1][-1]
 
 
+def _marked(turn: Any, row: dict[str, Any], where: str) -> Any:
+    """A prompt given as text, with a mark for the row's only image or video if it has none, as in LLaVA-Hound."""
+    kinds = [kind for kind in MEDIA_KINDS for _ in media_of(row, kind, where)]
+    text = first_value(turn, "value", "content")
+    if len(kinds) != 1 or not isinstance(text, str) or any(f"<{kind}>" in text for kind in MEDIA_KINDS):
+        return turn
+    return {"from": "human", "value": f"<{kinds[0]}>\n{text}"}
+
+
 def _as_turns(value: Any, role: str) -> list[Any]:
     """A list of turns from text, a turn or a list; empty for other or empty values."""
     if isinstance(value, str):
@@ -222,17 +253,12 @@ def _as_turns(value: Any, role: str) -> list[Any]:
 
 
 def _last_text(turns: list[Any]) -> Any:
-    return _first(turns[-1], "value", "content") if isinstance(turns[-1], dict) else None
-
-
-def _first(row: dict[str, Any], *keys: str) -> Any:
-    """The first value that is not empty: a table's row has all keys of all rows."""
-    return next((row[key] for key in keys if row.get(key) is not None), None)
+    return first_value(turns[-1], "value", "content") if isinstance(turns[-1], dict) else None
 
 
 def _role(turn: Any, where: str) -> str:
     """user, assistant or system. Raises InputError for any other role."""
-    named = _first(turn, "from", "role") if isinstance(turn, dict) else turn
+    named = first_value(turn, "from", "role") if isinstance(turn, dict) else turn
     role = ROLES.get(named) if isinstance(named, str) and isinstance(turn, dict) else None
     if role is None:
         raise InputError(f"a turn from {str(named)[:60]!r}", where=where, fix="use human, gpt or system")
@@ -246,78 +272,8 @@ def _system_turn(row: dict[str, Any], turns: list[Turn], where: str) -> list[Tur
         return []
     if not isinstance(text, str):
         raise InputError("`system` is not text", where=where)
-    _check_characters(text, where)
+    check_characters(text, where)
     present = [turn.content for turn in turns if turn.role == "system"]
     if present and present != [(text,)]:
         raise InputError("both a system turn and the key `system`", where=where, fix="keep one")
     return [] if present else [Turn("system", (text,))]
-
-
-def _check_characters(text: str, where: str) -> None:
-    """Raise InputError for a lone surrogate, and for the noncharacter used as a mark by `models.chat_template`."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError("half a character (a lone surrogate) in the text", where=where) from None
-    if "\ufdd0" in text:
-        raise InputError("U+FDD0 in the text, which Unicode reserves as a noncharacter", where=where)
-
-
-class _RowMedia:
-    """Images and videos of a row, assigned to the marks in its turns."""
-
-    def __init__(self, row: dict[str, Any], where: str) -> None:
-        self.where = where
-        self._media = {kind: _media_of(row, kind, where) for kind in MEDIA_KINDS}
-        self._used = dict.fromkeys(MEDIA_KINDS, 0)
-
-    def _kind(self, mark: str) -> MediaKind:
-        """The media kind of a mark: a video for any mark in a row with videos only."""
-        return "image" if mark == "image" and (self._media["image"] or not self._media["video"]) else "video"
-
-    def _next(self, kind: MediaKind) -> list[Media]:
-        self._used[kind] += 1
-        return self._media[kind][self._used[kind] - 1 : self._used[kind]]
-
-    def parts(self, content: Any) -> Iterator[str | Media]:
-        """A turn's text and media in order."""
-        for part in content if isinstance(content, list) else [content]:
-            kind = part.get("type") if isinstance(part, dict) else None
-            value = part if kind is None else part.get(kind) if isinstance(kind, str) else None
-            if kind == "image_url" and isinstance(value, dict):
-                kind, value = "image", value.get("url")
-            if kind in MEDIA_KINDS and value is None and self._media[self._kind(kind)]:
-                yield from self._next(self._kind(kind))
-            elif not isinstance(value, str) or kind not in (None, "text", *MEDIA_KINDS):
-                excerpt = json.dumps(part, default=str)[:60]
-                raise InputError(f"a turn's content is {excerpt}", where=self.where, fix="give text or parts")
-            elif kind in MEDIA_KINDS:
-                yield Media(kind, value.removeprefix("file://"))
-            else:
-                yield from self._text(value)
-
-    def _text(self, text: str) -> Iterator[str | Media]:
-        _check_characters(text, self.where)
-        marks = [kind for kind in MEDIA_KINDS if self._media[self._kind(kind)]]
-        # The visual block closes with its own "\n", so a newline beside a mark would be a second one.
-        pieces = re.split(rf"\n?<({'|'.join(marks)})>\n?", text) if marks else [text]
-        for i, piece in enumerate(pieces):
-            if i % 2:
-                yield from self._next(self._kind(piece))
-            elif piece:
-                yield piece
-
-    def check(self) -> None:
-        """Raises InputError if there were more marks than media, or fewer."""
-        for kind, media in self._media.items():
-            if self._used[kind] != len(media):
-                what = f"{self._used[kind]} <{kind}> marks for {len(media)} {kind}s"
-                raise InputError(what, where=self.where, fix=f"write <{kind}> at the position of each")
-
-
-def _media_of(row: dict[str, Any], kind: MediaKind, where: str) -> list[Media]:
-    paths = row.get(kind) or row.get(f"{kind}s") or []
-    paths = [paths] if isinstance(paths, str) else paths
-    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-        raise InputError(f"`{kind}` is neither a path nor a list of paths", where=where)
-    return [Media(kind, path) for path in paths]

@@ -23,6 +23,9 @@ _BLOCK = 1 << 17
 _LAYERS = 2
 """Maximum nesting of compressions: some downloads are compressed twice, and a gzip quine nests endlessly."""
 
+_FREE, _MOST_EXPANSION = 64 * MEBIBYTE, 200
+"""Bytes that any file may decompress to, and the bound beyond: text has 3 to 20 times its size, zeros 1,000 times."""
+
 _REFUSED = (
     (0, b"\x04\x22\x4d\x18", "LZ4"),
     (0, b"\x02\x21\x4c\x18", "LZ4"),
@@ -66,12 +69,13 @@ def unpack(raw: Any, name: str, *, guess_encoding: bool = False) -> io.BufferedR
     """
     stream = io.BufferedReader(raw, MEBIBYTE)
     for layer in range(_LAYERS + 1):
-        pieces = _decompressed(stream)
+        counted = _Counted(stream)
+        pieces = _decompressed(counted)
         if pieces is None:
             break
         if layer == _LAYERS:
             raise InputError(f"compressed more than {_LAYERS} times", where=name, fix="decompress it first")
-        stream = io.BufferedReader(Pieces(pieces, stream), MEBIBYTE)
+        stream = io.BufferedReader(Pieces(_in_proportion(pieces, counted, name), stream), MEBIBYTE)
     head = stream.peek(MEBIBYTE)
     for offset, magic, kind in _REFUSED:
         if head.startswith(magic, offset):
@@ -132,11 +136,35 @@ class Pieces(io.RawIOBase):
         super().close()
 
 
-def _decompressed(stream: io.BufferedReader) -> Iterator[bytes] | None:
+class _Counted:
+    """A stream that counts the bytes read from it."""
+
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self._stream, self.count = stream, 0
+        self.peek = stream.peek
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self.count += len(data)
+        return data
+
+
+def _in_proportion(pieces: Iterator[bytes], source: _Counted, name: str) -> Iterator[bytes]:
+    """The pieces. Raises InputError where a small file becomes a large one, which text does not."""
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        if size > _FREE and size > _MOST_EXPANSION * source.count:
+            what = f"decompresses to more than {_MOST_EXPANSION} times its size"
+            raise InputError(what, where=name, fix="check what it is, or decompress it first")
+        yield piece
+
+
+def _decompressed(stream: _Counted) -> Iterator[bytes] | None:
     """The decompressed content, or None if it does not begin like a supported compression."""
     head = stream.peek(MEBIBYTE)[:10]
     if head.startswith(b"\x1f\x8b"):
-        members = gzip.GzipFile(fileobj=stream)
+        members = gzip.GzipFile(fileobj=stream)  # type: ignore[call-overload]
         return iter(lambda: members.read(_BLOCK), b"")
     if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5):  # or skippable
         return _zstandard(stream)
@@ -147,7 +175,7 @@ def _decompressed(stream: io.BufferedReader) -> Iterator[bytes] | None:
     return None
 
 
-def _zstandard(stream: io.BufferedReader) -> Iterator[bytes]:
+def _zstandard(stream: _Counted) -> Iterator[bytes]:
     import zstandard
 
     new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
@@ -177,7 +205,7 @@ class _Bounded:
         return bytes(self._inner.decompress(data, MEBIBYTE))
 
 
-def _members(stream: io.BufferedReader, new: Callable[[], Any], errors: tuple[type[Exception], ...]) -> Iterator[bytes]:
+def _members(stream: _Counted, new: Callable[[], Any], errors: tuple[type[Exception], ...]) -> Iterator[bytes]:
     """Decompressed members, one after another. Raises OSError for damage and EOFError for a truncated file."""
     member, data = new(), stream.read(_BLOCK)
     while data:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from lvctx.data.decompress import MEBIBYTE, check_is_text, unpack
 from lvctx.data.hub import dataset_rows, hub_commit
-from lvctx.data.json_values import as_lines
+from lvctx.data.json_values import as_lines, lines_of
 from lvctx.data.records import parquet_rows
 from lvctx.data.streams import (
     BROKEN,
@@ -226,7 +226,7 @@ class Corpus:
                 f = values or stream
                 skip(f, at, seek=path is not None)
                 while blob := f.read(MEBIBYTE):
-                    blob += f.readline()
+                    blob += next(lines_of(f, name), b"")
                     start, at, line = Place(begin.part, at, line), at + len(blob), line + blob.count(b"\n")
                     end = Place(begin.part, at, line)
                     yield Chunk(start=start, end=end, where=name, lines=blob, elements=values is not None)

@@ -17,6 +17,8 @@ from lvctx.errors import InputError
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _scan = json.JSONDecoder(parse_int=str).raw_decode  # the size of a number is not checked here
+MOST_VALUE = 1 << 28
+"""Bound of a JSON value, or a line, in bytes or characters."""
 _NEAR = 16
 """Within this many characters of the end of the buffer, an error may be due to the cut: an escape has up to 12."""
 
@@ -30,6 +32,14 @@ def as_lines(stream: io.BufferedReader, name: str) -> io.BufferedReader | None:
     if not (head.startswith("[") or _is_spread(head)):
         return None
     return io.BufferedReader(Pieces(_lines(_Text(stream, name)), stream), MEBIBYTE)
+
+
+def lines_of(stream: io.BufferedReader, name: str) -> Iterator[bytes]:
+    """The lines of a stream. Raises InputError for one that is longer than `MOST_VALUE`."""
+    while line := stream.readline(MOST_VALUE + 1):
+        if len(line) > MOST_VALUE:
+            raise InputError(f"a line of more than {MOST_VALUE:,} bytes", where=name, fix="split it")
+        yield line
 
 
 def _is_spread(text: str) -> bool:
@@ -81,6 +91,8 @@ class _Text:
         """Double the buffered text, so that a long value is not scanned often; False at the end."""
         if self._ended:
             return False
+        if len(self._text) - self._at > MOST_VALUE:
+            raise self.malformed(f"a value of more than {MOST_VALUE:,} characters")
         block = self._stream.read(max(MEBIBYTE, len(self._text) - self._at))
         self._ended = not block
         self._line += self._text.count("\n", 0, self._at)

@@ -4,11 +4,11 @@ LongVA section 3.1 and Fu et al. 2024 (arXiv 2402.10171): long documents are ups
 source keeps its share, because the mix of domains matters as much as the lengths.
 """
 
-import json
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
+from lvctx.artifacts.bounded import read_toml
+from lvctx.artifacts.store import read_json
 from lvctx.errors import InputError
 
 SLIMPAJAMA = {
@@ -37,14 +37,10 @@ def load_mix(mix: str) -> dict[str, float] | str:
         return dict(SLIMPAJAMA)
     path = Path(mix)
     try:
-        text = path.read_text(encoding="utf-8")
-        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except FileNotFoundError:
-        fix = "--mix takes auto, keep, none, slimpajama or a file"
-        raise InputError("no such file", where=mix, fix=fix) from None
-    except (OSError, ValueError) as e:
-        raise InputError(f"not readable as {'JSON' if path.suffix == '.json' else 'TOML'} ({e})", where=mix) from e
-    if not isinstance(table, dict) or not table:
+        table = read_json(path) if path.suffix == ".json" else read_toml(path)
+    except InputError as e:
+        raise InputError(e.what, where=mix, fix=e.fix or "--mix takes auto, keep, none, slimpajama or a file") from e
+    if not table:
         raise InputError("the file has no shares", where=mix, fix='write lines such as "RedPajamaBook" = 0.04')
     for source, weight in table.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < float("inf"):

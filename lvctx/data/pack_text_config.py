@@ -19,7 +19,7 @@ class PackTextConfig:
     """Directory of the packed rows."""
     tokenizer: Annotated[str, Flag(in_hash=False)]
     """Model directory, tokenizer.json or hub id."""
-    seq_len: int
+    seq_len: Annotated[int, Flag(max=1 << 27)]
     """Tokens per row (LongVA: 224,000)."""
     tokens: Annotated[int | None, Flag(parse=parse_token_count, metavar="COUNT")] = None
     """Tokens to pack, separators included: 500000, 300K, 2B. Default: as many as the mix allows."""

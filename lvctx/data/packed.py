@@ -17,6 +17,7 @@ import numpy as np
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import check_sizes, read_manifest
+from lvctx.artifacts.packed_manifest import check_packed_manifest
 from lvctx.artifacts.sniff import check_kind
 from lvctx.artifacts.store import read_safetensors_header, save_tensors
 from lvctx.errors import InputError
@@ -43,11 +44,28 @@ def map_tensors(path: Path) -> dict[str, np.ndarray]:
     tensors = {}
     for name, entry in header.items():
         if name != "__metadata__":
+            if entry["dtype"] not in dtypes:
+                raise InputError(f"{name} is {entry['dtype']}, not integers", where=path, fix="pack it again")
             dtype, shape = dtypes[entry["dtype"]], tuple(entry["shape"])
             empty = 0 in shape  # mapping zero bytes is an error
             offset = base + entry["data_offsets"][0]
             tensors[name] = np.zeros(shape, dtype) if empty else np.memmap(path, dtype, "r", offset, shape)
     return tensors
+
+
+def check_shards(directory: Path, shards: int, vocabulary: int) -> None:
+    """Raise InputError for a shard without tokens, or with an id that a model of this vocabulary has no embedding of.
+
+    On a GPU such an id ends the process without saying which it was.
+    """
+    for path in (directory / shard_name(number) for number in range(shards)):
+        ids = map_tensors(path).get("input_ids")
+        if ids is None:
+            raise InputError("no input_ids", where=path, fix="pack it again")
+        wrong = [n for n in (int(ids.min()), int(ids.max())) if not 0 <= n < vocabulary] if ids.size else []
+        if wrong:
+            fix = "pack with the model's tokenizer"
+            raise InputError(f"token id {wrong[0]}; the model has {vocabulary:,} ids", where=path, fix=fix)
 
 
 class PackedRows:
@@ -64,6 +82,7 @@ class PackedRows:
         self.manifest: dict[str, Any] = read_manifest(self.directory)
         if self.manifest.get("schema") != schemas.PACKED:
             raise InputError(f"not packed text ({self.manifest.get('schema')})", where=directory, fix="run pack-text")
+        check_packed_manifest(self.manifest, self.directory)
         check_sizes(self.directory)
         packed: int = self.manifest["seq_len"]
         self.seq_len = seq_len or packed

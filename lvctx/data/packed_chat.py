@@ -21,6 +21,7 @@ import numpy as np
 from lvctx.artifacts import schemas
 from lvctx.artifacts.jsonl_log import read_jsonl, write_jsonl
 from lvctx.artifacts.manifest import check_sizes, read_manifest
+from lvctx.artifacts.packed_manifest import check_packed_manifest
 from lvctx.artifacts.sniff import check_kind
 from lvctx.artifacts.store import save_tensors
 from lvctx.data.packed import map_tensors, shard_name
@@ -50,6 +51,7 @@ class ChatRows:
         self.manifest: dict[str, Any] = read_manifest(self.directory)
         if self.manifest.get("schema") != schemas.CHAT:
             raise InputError(f"not packed chat ({self.manifest.get('schema')})", where=directory, fix="run pack-chat")
+        check_packed_manifest(self.manifest, self.directory)
         check_sizes(self.directory)
         self.target_length: int = self.manifest["target_length"]
         self._ends = list(itertools.accumulate(self.manifest["shard_rows"]))

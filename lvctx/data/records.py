@@ -7,15 +7,15 @@ mebibyte of its file, or some rows of a table.
 
 import csv
 import io
-import json
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lvctx.artifacts.bounded import parse_json
 from lvctx.data.decompress import MEBIBYTE
 from lvctx.data.hub import ROWS, dataset_rows
-from lvctx.data.json_values import as_lines
+from lvctx.data.json_values import as_lines, lines_of
 from lvctx.data.streams import BROKEN, DOCUMENT_SUFFIXES, SQUEEZED, base_suffix, open_stream
 from lvctx.errors import InputError, first_line
 
@@ -47,14 +47,14 @@ def is_dataset(path: Path) -> bool:
     return path.is_dir() or (is_id and not path.exists())
 
 
-def read_records(path: Path, *, guess_encoding: bool = False) -> Iterator[Record]:
-    """Records of a file or a dataset (its split `train`); blank lines are skipped.
+def read_records(path: Path, *, guess_encoding: bool = False, split: str = "train") -> Iterator[Record]:
+    """Records of a file or of a dataset's split; blank lines are skipped.
 
     `guess_encoding` also accepts UTF-16 and UTF-32 without a byte order mark. Raises InputError for unreadable input.
     """
     suffix = base_suffix(path)
     if is_dataset(path):
-        rows = dataset_rows(str(path), "train", saved=path.is_dir())
+        rows = dataset_rows(str(path), split, saved=path.is_dir())
     elif not path.exists():
         raise InputError("no such file", where=path)
     elif suffix == ".parquet":
@@ -74,14 +74,16 @@ def read_records(path: Path, *, guess_encoding: bool = False) -> Iterator[Record
 def json_records(stream: io.BufferedReader, name: str) -> Iterator[Record]:
     """JSON values of a stream of UTF-8, as a list, in lines or one after another."""
     values = as_lines(stream, name)
-    for number, line in enumerate(values or stream):
+    for number, line in enumerate(lines_of(values or stream, name)):
         # Only "\n" ends a line: strings may contain U+2028 and U+0085.
         where = f"{name}:{number + 1}" if values is None else f"{name}[{number}]"
         try:
             text = line.decode().removeprefix(_BOM if number == 0 else "").strip()
-            value = json.loads(text) if text else None
-        except (ValueError, RecursionError) as e:
+            value = parse_json(text, where=where, fix="correct or remove it") if text else None
+        except UnicodeDecodeError as e:
             text, value = "?", InputError(f"malformed JSON ({e})", where=where, fix="correct or remove it")
+        except InputError as e:
+            text, value = "?", e
         if text:
             yield Record(where, value)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lvctx.artifacts.bounded import check_is_file
 from lvctx.data.decompress import MEBIBYTE, unpack
 from lvctx.errors import InputError
 
@@ -123,6 +124,7 @@ def open_stream(name: str, *, guess_encoding: bool = False) -> io.BufferedReader
     """A file open for reading, decompressed and as UTF-8 (see `unpack`). Raises InputError for unsupported formats."""
     if Path(name).suffix.lower() == ".br":
         raise InputError("Brotli is not supported", where=name, fix="decompress it first")
+    check_is_file(Path(name))
     try:
         raw = open(name, "rb", buffering=0)  # noqa: SIM115 (closed with what wraps it)
     except OSError as e:

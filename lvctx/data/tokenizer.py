@@ -5,10 +5,11 @@ imported only to convert a tokenizer without one.
 """
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from lvctx.artifacts.bounded import read_utf8
+from lvctx.artifacts.store import read_json
 from lvctx.errors import InputError
 
 
@@ -67,7 +68,7 @@ def _read_tokenizer(name: str) -> tuple[str, dict[str, str]]:
     if path.is_file():
         path = path.parent
     if (path / "tokenizer.json").is_file():
-        return (path / "tokenizer.json").read_bytes().decode(), _special_tokens(path)
+        return read_utf8(path / "tokenizer.json"), _special_tokens(path)
     if not path.is_dir() and not (name.startswith((".", "/", "~")) or name.count("/") > 1):
         from huggingface_hub import snapshot_download
 
@@ -78,7 +79,7 @@ def _read_tokenizer(name: str) -> tuple[str, dict[str, str]]:
             reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
             raise InputError(f"neither a local directory nor a downloadable model ({reason})", where=name) from e
         if (path / "tokenizer.json").is_file():
-            return (path / "tokenizer.json").read_bytes().decode(), _special_tokens(path)
+            return read_utf8(path / "tokenizer.json"), _special_tokens(path)
     elif not path.is_dir():
         raise InputError("no such tokenizer", where=name, fix="give --tokenizer a model directory or a hub id")
     return _convert(name)
@@ -88,10 +89,7 @@ def _special_tokens(path: Path) -> dict[str, str]:
     special: dict[str, str] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (path / file).is_file():
-            try:
-                stored = json.loads((path / file).read_text(encoding="utf-8"))
-            except ValueError as e:
-                raise InputError(f"not JSON ({e})", where=path / file) from e
+            stored = read_json(path / file)
             for key in ("bos_token", "eos_token"):
                 token = stored.get(key)
                 if token:

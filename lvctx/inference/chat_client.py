@@ -134,7 +134,7 @@ class ChatClient:
             raise _Retry(f"the answer broke off ({first_line(e)})") from None
         try:
             answer = json.loads(b"".join(parts))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _Retry("the answer is malformed JSON") from None
         if not isinstance(answer, dict):
             raise _Retry("the answer is no JSON object")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from lvctx.config import Flag
-from lvctx.errors import UsageError
+from lvctx.errors import UsageError, first_line
 
 SendMode = Literal["auto", "images", "video", "file-url"]
 ON_SERVER = ("endpoint",)
@@ -31,8 +31,8 @@ def parse_body(text: str) -> dict[str, Any]:
     """A JSON object. Raises ValueError."""
     try:
         body = json.loads(text)
-    except ValueError as e:
-        raise ValueError(f"malformed JSON ({e})") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"malformed JSON ({first_line(e)})") from None
     if not isinstance(body, dict):
         raise ValueError("a JSON object is wanted")
     return body

@@ -34,9 +34,9 @@ def resolve_for_endpoint(config: VideoEndpointConfig, sampling: VideoSampling) -
     if sampling.resolution is not None or sampling.frame_mode is not None or sampling.threshold is not None:
         fix = "drop --hybrid, --hybrid-mode, --frame-selection and --frame-mode"
         raise UsageError("a server decides the resolution of frames itself", fix=fix)
-    if sampling.frames is None and sampling.fps is None:
+    if sampling.has_default_rate:
         sampling = replace(sampling, fps=1.0)
-    if sampling.frames is None and sampling.fps != "native" and sampling.max_frames is None:
+    if sampling.fps is not None and sampling.fps != "native" and sampling.max_frames is None:
         sampling = replace(sampling, max_frames=SENT_FRAMES)
     return sampling
 

@@ -3,14 +3,14 @@
 No heavy module is imported here, since the commands' help needs this file.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+from lvctx.artifacts.store import read_json
 from lvctx.config import Flag
 from lvctx.device import DeviceMap
-from lvctx.errors import InputError, UsageError
+from lvctx.errors import UsageError
 
 CachePlacement = Literal["device", "host", "int8"]
 FEATURE_CACHE = Path("~/.cache/lvctx/features")
@@ -25,13 +25,7 @@ def parse_device_map(text: str) -> DeviceMap:
     if not Path(text).is_file():
         fix = "give auto, balanced, sequential or a JSON file of module: device"
         raise UsageError(f"--device-map {text!r} is not a file", fix=fix)
-    try:
-        device_map = json.loads(Path(text).read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise InputError(f"malformed JSON ({e})", where=text) from e
-    if not isinstance(device_map, dict):
-        raise InputError("not a JSON object of modules and their devices", where=text)
-    return device_map
+    return read_json(Path(text))
 
 
 @dataclass(frozen=True, kw_only=True)

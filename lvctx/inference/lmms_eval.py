@@ -17,6 +17,7 @@ from lvctx.inference.engine_config import EngineConfig
 from lvctx.inference.open_engine import check_options, open_engine
 from lvctx.inference.sampling_params import SamplingParams
 from lvctx.inference.transformers_engine import PREFILL_CHUNK
+from lvctx.video.frame_list import FrameList
 from lvctx.video.hybrid import Hybrid
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.registry import open_vlm
@@ -128,6 +129,8 @@ def _sampling(options: dict[str, Any]) -> VideoSampling:
         values["hybrid"] = Hybrid.parse(str(values["hybrid"]).replace(":", ","))
     if "allow_partial" in values:
         values["allow_partial"] = str(values["allow_partial"]).lower() in ("true", "1")
-    if not {"fps", "frames"} & values.keys():
+    if "frames_from" in values:
+        values["frames_from"] = FrameList.read(str(values["frames_from"]))
+    if not {"fps", "frames", "frames_from"} & values.keys():
         values["frames"] = 32
     return VideoSampling(**values)

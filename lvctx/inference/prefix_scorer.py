@@ -8,7 +8,7 @@ A sequence is one int array over an extended vocabulary: below V a text token, f
 embeddings. Shapes: L tokens, A answer tokens, E width, V text vocabulary, R rows of visual embeddings.
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +115,13 @@ class PrefixScorer:
             rank=int((logits_AV > picked_A[:, None]).sum(1).max()),
             generated=generated,
         )
+
+    def hidden_states(self, ids_L: np.ndarray) -> Iterator[tuple[int, Tensor]]:
+        """The final hidden states (C, E) of all tokens in chunks, each with the position of its first token."""
+        self._empty()
+        for first in range(0, len(ids_L), self.chunk):
+            part = ids_L[first : first + self.chunk]
+            yield first, self._run(part, keep=len(part))
 
     @torch.inference_mode()
     def generate(

@@ -5,7 +5,6 @@ names, so `PeftModel.from_pretrained(base, "adapter")` loads the LoRA, and the p
 model with the same positions.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from lvctx.artifacts.manifest import Provenance, read_provenance
-from lvctx.artifacts.store import read_safetensors_header, save_tensors, scratch
-from lvctx.errors import InputError, library_errors
+from lvctx.artifacts.store import read_json, read_safetensors_header, save_tensors, scratch
+from lvctx.errors import InputError, first_line, library_errors
 from lvctx.models.lora import load_lora_state, lora_state
 from lvctx.models.weight_check import check_shapes
 
@@ -116,13 +115,10 @@ def _split(tensors: Mapping[str, Tensor], where: Path) -> tuple[dict[str, Tensor
 def _check_scale(path: Path) -> None:
     """Raise InputError for a LoRA whose scale (lora_alpha / rank) is not 2."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         rank, alpha = config["r"], config["lora_alpha"]
-    except FileNotFoundError:
-        raise InputError(
-            f"no {ADAPTER_CONFIG_FILE}", where=path.parent, fix="give the adapter/ of a run with --lora"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise InputError(f"not the configuration of a LoRA ({e})", where=path) from e
-    if alpha != 2 * rank:
+        differs = alpha != 2 * rank
+    except (KeyError, TypeError) as e:
+        raise InputError(f"not the configuration of a LoRA ({first_line(e)})", where=path) from e
+    if differs:
         raise InputError(f"lora_alpha is {alpha} for rank {rank}; only twice the rank is supported", where=path)

@@ -1,10 +1,9 @@
 """The model card, README.md of a model directory: sections are identified by their heading."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from lvctx.artifacts.store import atomic_file
+from lvctx.artifacts.store import atomic_file, read_json
 
 CARD = "README.md"
 VISION = "Images and video"
@@ -65,8 +64,13 @@ def write_vision_section(config: Any, out: Path) -> None:
             imports="from lvctx.models.unires import unires_tiles",
             tiles=f'unires_tiles(image, tile={side}, rule="{rule}", max_grids={most})',
         )
+    elif grid == "single-unpooled":
+        body += (
+            "It was aligned with one cropped square per image, not pooled, as in LLaVA's first stage. Stock code does\n"
+            "not encode images in this way: the next stage of the alignment chooses another encoding.\n"
+        )
     else:
-        pixels = json.loads((out / "preprocessor_config.json").read_text(encoding="utf-8"))
+        pixels = read_json(out / "preprocessor_config.json")
         background = tuple(int(mean * 255) for mean in pixels["image_mean"])
         body += TILES.format(
             aligned="one padded square an image, encoded like a video frame",

@@ -19,6 +19,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from lvctx.errors import InputError
+from lvctx.models.template_time import bounded_rendering
 from lvctx.models.text_marks import END, MARK, SIGN, insert_marks, mark, until_mark, wrap_in_marks
 from lvctx.models.token_offsets import TokenOffsets
 
@@ -100,6 +101,8 @@ class ChatEncoder:
         self._control, self._scan = re.compile(texts), re.compile(f"{MARK}|({texts})")
         self._closing = re.compile(rf"\s*(?:{texts})")
         self._content = {i: text for text, i in self._ids.items()}
+        self.control_ids = frozenset(self._content)
+        """Ids of the control tokens, which only the template and `Visual` parts produce."""
         self._encoder, self._alias = self._plain_encoder({i: added[text][1] for text, i in self._ids.items()})
 
     def _plain_encoder(self, controls: Mapping[int, Any]) -> tuple[Any, dict[int, int]]:
@@ -133,6 +136,8 @@ class ChatEncoder:
                     return
             except InputError as e:
                 refusal = refusal or e
+                if isinstance(e.__cause__, TimeoutError):
+                    break
         raise refusal or InputError(
             "the chat template leaves out the user's text", where=self.tokenizer.name_or_path, fix="use another"
         )
@@ -150,13 +155,14 @@ class ChatEncoder:
 
         messages = [{"role": r, "content": [{"type": "text", "text": t}] if self.wants_parts else t} for r, t in turns]
         try:
-            (text,), spans = render_jinja_template(
-                [messages],
-                chat_template=self.template,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=self.marks_answers,
-                **self.tokenizer.special_tokens_map,
-            )
+            with bounded_rendering():
+                (text,), spans = render_jinja_template(
+                    [messages],
+                    chat_template=self.template,
+                    add_generation_prompt=prompt,
+                    return_assistant_tokens_mask=self.marks_answers,
+                    **self.tokenizer.special_tokens_map,
+                )
         except Exception as e:  # a template is a program and may raise anything
             reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
             raise InputError(

@@ -12,7 +12,7 @@ class ImportLongvaConfig:
     """The model to convert."""
 
     source: Annotated[str, Flag(argument=True, metavar="SRC")]
-    """LLaVA checkpoint: directory, or hub id such as lmms-lab/LongVA-7B."""
+    """LLaVA checkpoint: directory, or hub id such as lmms-lab/LongVA-7B or lmms-lab/LLaVA-NeXT-Video-7B-32K."""
     out: Annotated[Path, Flag(names=("-o", "--out"))]
     """Directory of the converted model."""
     tower: str | None = None

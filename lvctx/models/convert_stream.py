@@ -1,13 +1,12 @@
 """Write a converted model: shard by shard, each complete or absent; configuration and manifest last."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts.lock import LOCK
 from lvctx.artifacts.manifest import MANIFEST, Provenance, listed_files, open_output, write_manifest
-from lvctx.artifacts.store import write_json
+from lvctx.artifacts.store import read_json, write_json
 from lvctx.artifacts.weights import Weight, write_weights
 from lvctx.config import OnProgress
 from lvctx.errors import InputError
@@ -36,7 +35,7 @@ def write_converted(
         if not unfinished:
             return
         started = out / STARTED
-        stored_hash = json.loads(started.read_bytes()).get("config_hash") if started.is_file() else None
+        stored_hash = read_json(started).get("config_hash") if started.is_file() else None
         if force or resume == "never" or stored_hash != provenance.config_hash:
             _clear(out, force=force)
             write_json(started, provenance.to_dict())

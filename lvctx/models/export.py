@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts import schemas
+from lvctx.artifacts.bounded import read_utf8
 from lvctx.artifacts.lock import only_writer
 from lvctx.artifacts.manifest import Provenance
 from lvctx.artifacts.model_config import read_model_config
@@ -137,7 +138,7 @@ def _export_llava(
             if "/" not in name and name not in ADDED_FILES and not name.startswith("model"):
                 shutil.copyfile(source / name, out / name)
         if (source / TEMPLATE).is_file():
-            template = (source / TEMPLATE).read_text(encoding="utf-8")
+            template = read_utf8(source / TEMPLATE)
             (out / TEMPLATE).write_text(text_template(template), encoding="utf-8")
         if llava.CONFIG_5 in model.config.get("configuration_files", ()):
             write_json(out / llava.CONFIG_5, llava.config_for_5(model.config))

@@ -139,5 +139,20 @@ class Preprocess:
         return ((pixels_N3SS - mean) / std).contiguous()
 
 
+def crops_frames(path: Path, *, default: bool) -> bool:
+    """Whether the processor of a tower or VLM crops the centre of a video frame; else it resizes both sides.
+
+    `default` is for files that do not say so: CLIP's processor crops, SigLIP's does not.
+    """
+    both = _read_json(path / "processor_config.json")
+    for own in (
+        _read_json(path / "video_preprocessor_config.json") or both.get("video_processor"),
+        _read_json(path / "preprocessor_config.json") or both.get("image_processor"),
+    ):
+        if isinstance(own, dict) and own:
+            return bool(own.get("do_center_crop", default))
+    return default
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}

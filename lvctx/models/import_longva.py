@@ -1,6 +1,7 @@
 """Convert LongVA's released checkpoints shard by shard; every tensor is converted or listed as left out.
 
-`lmms-lab/LongVA-7B` and `LongVA-7B-DPO` are LLaVA checkpoints: see `llava_format` for how they differ. Memory is needed
+`lmms-lab/LongVA-7B` and `LongVA-7B-DPO` are LLaVA checkpoints, and so is LongVA's baseline,
+`lmms-lab/LLaVA-NeXT-Video-7B-32K`: see `llava_format` for how they differ. Memory is needed
 for the largest tensor that has to be built (none for LongVA-7B, whose vocabulary has room for the placeholders), not
 for the model.
 """
@@ -45,6 +46,8 @@ from lvctx.models.weight_check import DERIVED, check_shapes
 
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 NEWLINE_PARAMETER = "image_newline"
+ANYRES_GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+"""Columns and rows of LLaVA-NeXT's `image_grid_pinpoints`, the only ones that our AnyRes has (`lvctx.vlm.anyres`)."""
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -68,6 +71,8 @@ class ImportLongvaJob:
     """The checkpoint's tensors under our names."""
     dropped: list[str]
     """Names of the omitted tensors: computed from the configuration, tied, or unused."""
+    learned_newline: bool
+    """Whether the checkpoint's own `image_newline` is used, and not the embedding of "\\n"."""
     rows: int
     """Rows of the embedding: those of the checkpoint, or more if these have no room for the placeholders."""
     provenance: Provenance
@@ -101,17 +106,20 @@ def plan_import_longva(config: ImportLongvaConfig) -> ImportLongvaJob:
     shapes = {name: weight.shape for name, weight in stored.items() if not DERIVED.search(name)}
     vision, pixels, tower_path = _tower(path, flat, config.tower, shapes if inside else None)
     tokenizer = load_tokenizer(path)
+    if tokenizer.chat_template is None and text.model_type == "mistral":
+        tokenizer.chat_template = llava.MISTRAL_TEMPLATE
     add_visual_tokens(tokenizer, path)
     vlm = vlm_config(text, vision, tokenizer)
     vlm.vision_feature_layer = flat.get("mm_vision_select_layer", -2)
-    grids = read_pinpoints(flat.get("image_grid_pinpoints"), tile=vision.image_size, where=path)
-    if grids != MAX_GRIDS:
-        set_image_max_grids(vlm, grids)
+    is_spatial = flat.get("mm_patch_merge_type") == llava.SPATIAL
+    _set_image_encoding(vlm, flat.get("image_grid_pinpoints"), is_spatial=is_spatial, where=path)
     side = vision.image_size // vision.patch_size
     if side % 2:
         raise InputError(f"{side} x {side} features cannot be pooled 2x2: the side is odd", where=path)
-    unread = {llava.NEWLINE, "lm_head.weight"} if text.tie_word_embeddings else {llava.NEWLINE}
     expected = llava.expected(text, vision, tower=inside)
+    if is_spatial:
+        expected[llava.NEWLINE] = (text.hidden_size,)
+    unread = {"lm_head.weight" if text.tie_word_embeddings else "", "" if is_spatial else llava.NEWLINE}
     check_shapes({name: shape for name, shape in shapes.items() if name not in unread}, expected, path)
     dropped = sorted(stored.keys() - expected.keys())
     renamed = llava.rename(set(expected), to_llava=False)
@@ -135,11 +143,26 @@ def plan_import_longva(config: ImportLongvaConfig) -> ImportLongvaJob:
         tower=None if inside else tower_path,
         shards=shards,
         dropped=dropped,
+        learned_newline=is_spatial,
         rows=rows,
         provenance=Provenance(
             schema=schemas.MODEL, command="import-longva", config={"context": config.context}, inputs=made_of
         ),
     )
+
+
+def _set_image_encoding(vlm: Any, pinpoints: Any, *, is_spatial: bool, where: object) -> None:
+    """Write how images are encoded into a VLM's configuration: UniRes with these grids, or AnyRes (InputError)."""
+    tile = vlm.vision_config.image_size
+    grids = read_pinpoints(pinpoints, tile=tile, where=where)
+    if not is_spatial:
+        if grids != MAX_GRIDS:
+            set_image_max_grids(vlm, grids)
+    elif grids != ANYRES_GRIDS:
+        raise InputError(f"image_grid_pinpoints has grids {str(grids)[:60]}", where=where, fix="use LLaVA-NeXT's five")
+    else:
+        vlm.image_grid, vlm.vision_aspect_ratio = "anyres", "anyres_max_4"
+        vlm.image_grid_pinpoints = [[tile * w, tile * h] for w, h in ANYRES_GRIDS]
 
 
 def read_pinpoints(pinpoints: Any, *, tile: int, where: object) -> MaxGrids:
@@ -216,11 +239,10 @@ def run_import_longva(job: ImportLongvaJob, *, resume: str, force: bool, on_prog
 def _shards(job: ImportLongvaJob) -> list[Mapping[str, Weight]]:
     """The shards to write: the checkpoint's with the added rows, and one for a tower that is not in the checkpoint."""
     shards: list[Mapping[str, Weight]] = []
-    line_end = newline_id(job.tokenizer)
     for shard in job.shards:
         made = {n: _grown(w, job.rows) if n in (EMBEDDING, HEAD) else w for n, w in shard.items()}
-        if EMBEDDING in shard:
-            made[NEWLINE_PARAMETER] = _row(shard[EMBEDDING], line_end)
+        if EMBEDDING in shard and not job.learned_newline:
+            made[NEWLINE_PARAMETER] = _row(shard[EMBEDDING], newline_id(job.tokenizer))
         shards.append(made)
     if job.tower is not None:
         state = load_vision_model(job.tower, dtype=job.config.dtype).state_dict()

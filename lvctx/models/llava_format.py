@@ -4,6 +4,9 @@ Its config.json is the language model's with additional keys (`mm_...`), and nam
 it. UniRes (LongVA section 3.2) is `mm_patch_merge_type` "unires": every grid is pooled 2x2, grids follow each other
 without a newline between or after them; the "\\n" that follows is the prompt's. In our format that "\\n" is
 `image_newline`, so a parameter of that name in a UniRes checkpoint, which is not used there, is not converted.
+
+LLaVA-NeXT-Video, LongVA's baseline, has `mm_patch_merge_type` "spatial_unpad": images are AnyRes, each row of features
+ends with a learned `image_newline`, and a video is its frames, pooled 2x2, with one such newline after the last.
 """
 
 import copy
@@ -37,6 +40,21 @@ RENAMED = (
     ("model.", "language_model.model."),
 )
 """Prefixes of LLaVA's names and of ours; the first that matches is used. See `lvctx.models.saving.tower_names`."""
+
+SPATIAL = "spatial_unpad"
+"""`mm_patch_merge_type` of LLaVA-NeXT-Video."""
+SPATIAL_KEYS: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("mm_spatial_pool_stride", (2,)),
+    ("mm_spatial_pool_mode", ("average", None)),
+    ("mm_newline_position", ("one_token", None)),
+)
+"""Keys that decide how such a checkpoint encodes a video, and the values that stock LlavaOnevision has."""
+MISTRAL_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'assistant' %} {{ message.content }}{{ eos_token }}"
+    "{% else %}[INST] {{ message.content }} [/INST]{% endif %}{% endfor %}"
+)
+"""LLaVA's prompts for Mistral, for a tokenizer without a chat template."""
 
 CONFIG_5 = "config.5.0.0.json"
 """Listed in config.json under `configuration_files`, transformers' key for files that later versions read."""
@@ -105,14 +123,15 @@ def text_config(flat: Mapping[str, Any], *, context: int | None, where: object) 
             f"a {flat.get('model_type')} model is no LLaVA checkpoint", where=where, fix=f"known: {', '.join(LANGUAGE)}"
         )
     for key, read in (
-        ("mm_patch_merge_type", ("unires",)),
+        ("mm_patch_merge_type", ("unires", SPATIAL)),
         ("mm_projector_type", ("mlp2x_gelu",)),
         ("mm_vision_select_feature", ("patch",)),
         # LongVA's DPO script passes spatial_pool, but its UniRes encoder reads neither key: it always pools 2x2.
         ("mm_resampler_type", (None, "spatial_pool")),
+        *(SPATIAL_KEYS if flat.get("mm_patch_merge_type") == SPATIAL else ()),
     ):
         if flat.get(key) not in read:
-            raise InputError(f'{key} is "{flat.get(key)}"', where=where, fix=f'LongVA has "{read[0]}"')
+            raise InputError(f'{key} is "{flat.get(key)}"', where=where, fix=f'what is read is "{read[0]}"')
     default = CONFIG_MAPPING[kind]()
     known = {*default.to_dict(), "rope_theta", "rope_scaling", "torch_dtype"}
     known -= {"architectures", "model_type", "_name_or_path", "transformers_version"}

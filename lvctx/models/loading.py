@@ -8,7 +8,7 @@ from types import NoneType
 from typing import Any
 
 from lvctx.artifacts.manifest import MANIFEST, read_manifest
-from lvctx.artifacts.model_config import language_part, read_model_config
+from lvctx.artifacts.model_config import CONFIG_FILE, language_part, read_model_config
 from lvctx.artifacts.sniff import check_kind
 from lvctx.artifacts.weights import read_headers, shard_names
 from lvctx.device import DeviceMap, resolve_device
@@ -84,6 +84,8 @@ def load_tokenizer(name: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     path = resolve_model(name) if not (Path(name) / "tokenizer.json").is_file() else Path(name)
+    if (path / CONFIG_FILE).is_file():
+        read_model_config(path)  # transformers reads it too, and unbounded
     with library_errors("no usable tokenizer", where=name):
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         # Loading accepts any value in tokenizer_config.json; encoding fails if model_max_length is not a number.
@@ -161,6 +163,9 @@ def load_model(
     is_language = type(config) in AutoModelForCausalLM._model_mapping
     takes_images = type(config) in AutoModelForImageTextToText._model_mapping and not is_language
     kind = AutoModelForImageTextToText if takes_images or hasattr(config, "vision_config") else AutoModelForCausalLM
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > len(stored):
+        raise InputError(f"config.json describes {layers:,} layers, the weights have {len(stored)} tensors", where=path)
     with library_errors("cannot load the model", where=path), torch.device("meta"):
         described = sum(parameter.numel() for parameter in kind.from_config(copy.deepcopy(config)).parameters())
     if quantization(config) is None and described > 4 * sum(stored.values()):

@@ -1,12 +1,11 @@
 """Write a model as a plain Hugging Face directory that stock transformers and vLLM load."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lvctx.artifacts.store import disk_error, is_disk_error, scratch
+from lvctx.artifacts.store import disk_error, is_disk_error, move_written, scratch
 from lvctx.models.adapter import ADAPTER
 from lvctx.models.card import CARD
 
@@ -23,7 +22,7 @@ def save_model(model: Any, tokenizer: Any, out: Path) -> None:
             for stale in out.glob("model*.safetensors*"):  # of a run with other shards
                 stale.unlink()
             for path in folder.iterdir():
-                os.replace(path, out / path.name)
+                move_written(path, out / path.name)
         save_tokenizer(tokenizer, model.config, out)
     except Exception as e:
         if is_disk_error(e):

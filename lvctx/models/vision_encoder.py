@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from lvctx.artifacts.store import read_safetensors_header
 from lvctx.artifacts.weights import read_headers
 from lvctx.errors import InputError, library_errors
-from lvctx.models.image_processing import Preprocess
+from lvctx.models.image_processing import Preprocess, crops_frames
 from lvctx.models.loading import load_config, resolve_model
 from lvctx.models.weight_check import DERIVED, check_shapes
+from lvctx.video.squares import FrameMode
 
 _SHAPE = (
     "model_type",
@@ -56,6 +57,8 @@ class TowerFiles:
     """Whether the first token is CLS, which is dropped."""
     preprocess: Preprocess
     """Its image preprocessing."""
+    frame_mode: FrameMode
+    """How its own processor makes a square of a video frame, or of an image where it has none for videos."""
 
     @classmethod
     def find(cls, name: str | Path) -> Self:
@@ -79,7 +82,14 @@ class TowerFiles:
         drop_cls = getattr(model_config, "vision_feature_select_strategy", "default" if clip else "full") == "default"
         if not isinstance(layer, int) or not -config.num_hidden_layers - 1 <= layer <= config.num_hidden_layers:
             raise InputError(f"vision_feature_layer is {layer}: it has to be a layer of the tower", where=path)
-        return cls(path=path, config=config, layer=layer, drop_cls=drop_cls, preprocess=Preprocess.from_directory(path))
+        return cls(
+            path=path,
+            config=config,
+            layer=layer,
+            drop_cls=drop_cls,
+            preprocess=Preprocess.from_directory(path),
+            frame_mode="crop" if crops_frames(path, default=clip) else "squash",
+        )
 
     @property
     def patches_per_frame(self) -> int:

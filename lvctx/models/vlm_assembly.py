@@ -7,7 +7,6 @@ UniRes). LlavaOnevision pools bilinearly to half the side, which for an even sid
 Shapes: F frames, P features a frame, T = (sqrt(P)/2)^2 tokens a frame, D tower width, E language-model width.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lvctx.artifacts.store import write_json
+from lvctx.artifacts.store import read_json, write_json
 from lvctx.errors import InputError
 from lvctx.models.card import write_vision_section
 from lvctx.models.chat_template import ChatEncoder, Visual, chat_encoder
@@ -24,7 +23,7 @@ from lvctx.models.loading import device_of
 from lvctx.models.saving import save_model
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
-ImageGrid = Literal["unires", "anyres", "single"]
+ImageGrid = Literal["unires", "anyres", "single", "single-unpooled"]
 """How a model was trained to encode an image: see `lvctx.vlm.image_tiling`. A video frame is always one pooled grid."""
 
 FLATTEN_CONTENT = """\
@@ -80,6 +79,7 @@ def vlm_config(text: Any, vision: Any, tokenizer: Any) -> Any:
         vision_feature_layer=-2 if clip else -1,
         vision_feature_select_strategy="default" if clip else "full",
         tie_word_embeddings=text.tie_word_embeddings,
+        image_grid="unires",  # a checkpoint of others has no such key: its images are encoded by its own processor
         image_grid_pinpoints=[[side * h, side * w] for h in range(1, 7) for w in range(1, 7)],
     )
 
@@ -228,7 +228,7 @@ def save_vlm(vlm: Any, tokenizer: Any, tower_dir: Path, out: Path) -> None:
     set_newline(vlm, tokenizer)
     flatten_content(tokenizer)
     save_model(vlm, tokenizer, out)
-    write_processors(vlm.config, json.loads((tower_dir / PIXELS_FILE).read_text(encoding="utf-8")), out)
+    write_processors(vlm.config, read_json(tower_dir / PIXELS_FILE), out)
     write_vision_section(vlm.config, out)
 
 

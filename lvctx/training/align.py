@@ -1,4 +1,4 @@
-"""Align a language model with a vision tower on single images: first the projector, then the whole model (or LoRA).
+"""Align a language model with a vision tower on images and videos: first the projector, then all of it (or LoRA).
 
 LongVA section 3.2 and LLaVA-1.6: stage `projector` trains only the MLP on caption pairs; stage `full` trains
 projector, language model and tower on instructions; stage `dpo` on preferences between answers (`lvctx.training.dpo`).
@@ -29,7 +29,6 @@ from lvctx.training.batching import (
     LossFn,
     Sample,
     answer_loss,
-    encode_sample,
     pack_samples,
     skip_positions,
 )
@@ -88,13 +87,13 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
             tower_grad=bool(self.config.tower_lr),
             device=context.device,
             pose=self.config.pose,
+            sampling=self.job.sampling,
         )
         return self.forward
 
     def sample(self, number: int) -> Sample:
         """A row of the data, encoded."""
-        row, length = self.job.rows[number], self.config.max_length
-        return encode_sample(number, row, self.tokenizer, self.encoding, max_length=length)
+        return self.job.sample(number, self.tokenizer, self.encoding)
 
     def sample_numbers(self, step: int) -> list[int]:
         """Rows of the data that a step uses."""

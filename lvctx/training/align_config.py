@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from lvctx.config import Flag, Seed
+from lvctx.video.sampling import Rate, parse_rate
 
 IMAGES, TRAINING = "Images", "Training"
+Template = Literal["chat", "plain"]
 
 
 def parse_max_grids(text: str) -> int:
@@ -24,7 +26,7 @@ class AlignConfig:
     """LLaVA rows or OpenAI messages, for dpo preference pairs: JSON, JSONL, Parquet, a directory saved by datasets,
     or a hub id. Images inside the rows are written to --images."""
     images: Annotated[Path, Flag(in_hash=False)]
-    """Directory that the image paths are relative to."""
+    """Directory that the paths of images and videos are relative to."""
     out: Annotated[Path, Flag(names=("-o", "--out"), in_hash=False)]
     """Directory of the aligned model."""
     stage: Literal["projector", "full", "dpo"] = "projector"
@@ -37,15 +39,27 @@ class AlignConfig:
     """VLM to start from, instead of --lm and --tower."""
     adapter: Annotated[tuple[Path, ...], Flag(in_hash=False)] = ()
     """adapter/ of an earlier run with --lora, to start from; if several overlap, the last one is used."""
-    image_encoding: Annotated[Literal["unires", "anyres", "single"] | None, Flag(panel=IMAGES)] = None
+    image_encoding: Annotated[Literal["unires", "anyres", "single", "single-unpooled"] | None, Flag(panel=IMAGES)] = (
+        None
+    )
     """unires: grids that are encoded like video frames. anyres: a base image and at most 4 grids (LLaVA-NeXT). single:
-    one grid. Default: that of --init, else unires."""
+    one padded grid. single-unpooled: one cropped grid without pooling (LLaVA's first stage). Default: that of --init,
+    else unires."""
     unires_rule: Annotated[Literal["code", "paper"] | None, Flag(panel=IMAGES)] = None
     """UniRes as in LongVA's released code or as in its paper. Default: that of --init, else code."""
     max_grids: Annotated[
         int | tuple[tuple[int, int], ...] | None, Flag(parse=parse_max_grids, metavar="INTEGER", panel=IMAGES)
     ] = None
     """UniRes: maximum grids per image. Default: that of --init, else 49 (LongVA)."""
+    frames: Annotated[int | None, Flag(min=1, panel=IMAGES)] = None
+    """Frames of each video, evenly spread; each is a cropped grid, as at inference. Default: 10 (LongVA-DPO)."""
+    fps: Annotated[Rate | None, Flag(parse=parse_rate, metavar="RATE|native", panel=IMAGES)] = None
+    """Frames per second of each video file, instead of --frames."""
+    template: Annotated[Template, Flag(panel=TRAINING)] = "chat"
+    """chat: the model's chat template. plain: image, caption, newline, no instruction (LLaVA's first stage)."""
+    loss_on: Annotated[Literal["answers", "markup"], Flag(needs=("template=chat",), panel=TRAINING)] = "answers"
+    """answers: the loss counts the assistant's text and the end of its turn. markup: also the control tokens around
+    every turn and the white space after them, as LongVA's code, though a model does not generate those of others."""
     steps: Annotated[int | None, Flag(min=1, panel=TRAINING)] = None
     """Optimizer steps. Default: --epochs."""
     epochs: Annotated[float | None, Flag(in_hash=False, panel=TRAINING)] = None
@@ -68,5 +82,7 @@ class AlignConfig:
     """Maximum tokens of a sample; longer ones are truncated."""
     pose: Annotated[bool, Flag(panel=TRAINING)] = False
     """PoSE: cut each sample in two and move the parts apart, so that short samples cover the whole context."""
+    plot: Annotated[Path | None, Flag(needs=("dry_run",), in_hash=False)] = None
+    """Draw the sizes of the images and the tokens of the samples to this .png or .svg."""
     seed: Seed = 0
     """Seed of the order of the samples and of the initialisation of projector and LoRA."""

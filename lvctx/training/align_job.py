@@ -9,19 +9,19 @@ from typing import Any
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import Provenance
 from lvctx.artifacts.store import fingerprint
-from lvctx.config import OnProgress, hashed_fields
-from lvctx.data.chat_encoding import encode_conversation
+from lvctx.config import hashed_fields
+from lvctx.data.chat_encoding import encode_conversation, encode_plain
 from lvctx.data.conversations import Conversation, read_conversations, read_pairs
 from lvctx.data.hub import hub_commit
 from lvctx.errors import InputError, UsageError
 from lvctx.models.loading import VLM_TYPE, load_config, load_tokenizer, refuse_quantized, resolve_model
-from lvctx.models.loss import IGNORED
 from lvctx.models.unires import MAX_GRIDS, image_max_grids
-from lvctx.models.vision_encoder import TowerFiles
-from lvctx.models.vlm_assembly import VIDEO_TOKEN, add_visual_tokens, image_grid, image_rule
+from lvctx.models.vlm_assembly import add_visual_tokens, image_grid, image_rule
 from lvctx.parallel.hf_attention import is_plain
-from lvctx.training.align_config import AlignConfig
-from lvctx.training.batching import encode_sample
+from lvctx.training.align_config import AlignConfig, Template
+from lvctx.training.batching import Sample, encode_sample
+from lvctx.video.sampling import VideoSampling
+from lvctx.vlm.haystack_files import list_images
 from lvctx.vlm.image_tiling import ImageEncoding
 
 
@@ -66,6 +66,27 @@ class AlignJob:
             vision_config, grid=config.image_encoding, rule=config.unires_rule, max_grids=config.max_grids
         )
 
+    def sample(self, number: int, tokenizer: Any, encoding: ImageEncoding) -> Sample:
+        """A row of the data, encoded."""
+        config = self.config
+        return encode_sample(
+            number,
+            self.rows[number],
+            tokenizer,
+            encoding,
+            max_length=config.max_length,
+            template=config.template,
+            markup=config.loss_on == "markup",
+            sampling=self.sampling,
+        )
+
+    @property
+    def sampling(self) -> VideoSampling | None:
+        """How the data's videos are sampled; None if there are none."""
+        if self.config.frames is None and self.config.fps is None:
+            return None
+        return VideoSampling(frames=self.config.frames, fps=self.config.fps)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageDefaults:
@@ -85,6 +106,8 @@ DEFAULTS = {
 """LongVA's."""
 BETA = 0.1
 """LLaVA-Hound-DPO's."""
+VIDEO_FRAMES = 10
+"""Frames of a video in LongVA-DPO's code."""
 
 
 def resolve_align(config: AlignConfig) -> AlignJob:
@@ -100,12 +123,18 @@ def resolve_align(config: AlignConfig) -> AlignJob:
     if config.pose and not is_plain(model_config.get_text_config()):
         raise InputError("its attention has a sliding window or latent keys", where=text_source, fix="drop --pose")
     rows: Sequence[tuple[Conversation, ...]]
+    videos = config.stage != "projector"
     if config.stage == "dpo":
         rows = read_pairs(config.data, config.images)
     else:
-        rows = [(conversation,) for conversation in read_conversations(config.data, config.images)]
-    _check_template(rows, text_source, new="lm" in paths)
+        rows = [(conversation,) for conversation in read_conversations(config.data, config.images, videos=videos)]
+    _check_template(rows, text_source, config.template, new="lm" in paths)
+    has_videos = any(file.kind == "video" for row in rows for file in row[0].files)
+    if not has_videos and (config.frames is not None or config.fps is not None):
+        raise UsageError("--frames and --fps are for videos, and the data have none", fix="drop them")
     resolved = _resolve_defaults(config, len(rows), model_config if "init" in paths else None)
+    if has_videos and config.frames is None and config.fps is None:
+        resolved = replace(resolved, frames=VIDEO_FRAMES)
     inputs = {role: fingerprint(path) for role, path in paths.items()}
     inputs["data"] = fingerprint(config.data) if config.data.exists() else hub_commit(str(config.data))
     inputs["images"] = _hash_images(rows, config.images)
@@ -136,8 +165,14 @@ def _check_options(config: AlignConfig) -> None:
         raise UsageError("--beta needs --stage dpo")
     if stage == "dpo" and config.pose:
         raise UsageError("--pose is for the stages projector and full", fix="drop it")
+    if stage == "dpo" and config.loss_on == "markup":
+        raise UsageError("--loss-on markup is for the stages projector and full: both answers have it", fix="drop it")
+    if stage == "dpo" and config.template == "plain":
+        raise UsageError("--template plain has no question to prefer an answer to", fix="drop it")
     if stage == "projector" and config.lora:
         raise UsageError("--lora trains the language model and needs --stage full or dpo")
+    if config.frames is not None and config.fps is not None:
+        raise UsageError("give either --frames or --fps, not both")
     if config.steps is not None and config.epochs is not None:
         raise UsageError("give either --steps or --epochs, not both")
     if config.adapter and not config.lora:
@@ -172,46 +207,27 @@ def _resolve_defaults(config: AlignConfig, samples: int, init: Any) -> AlignConf
 
 
 def _hash_images(rows: Sequence[tuple[Conversation, ...]], images: Path) -> str:
-    """SHA-256 of the names, below `images`, and sizes of all image files that the rows use."""
+    """SHA-256 of the names, below `images`, and sizes of all image and video files that the rows use."""
     digest = hashlib.sha256()
-    for image in sorted({i for row in rows for i in row[0].images}):
-        name = image.relative_to(images) if image.is_relative_to(images) else image
-        digest.update(f"{name}\0{image.stat().st_size}\n".encode(errors="surrogateescape"))
+    media = {file.path for row in rows for file in row[0].files}
+    for path in sorted(file for one in media for file in (list_images(one) if one.is_dir() else [one])):
+        name = path.relative_to(images) if path.is_relative_to(images) else path
+        digest.update(f"{name}\0{path.stat().st_size}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
-def _check_template(rows: Sequence[tuple[Conversation, ...]], path: Path, *, new: bool) -> None:
-    """Raise InputError if the chat template cannot render a row; one row per sequence of roles is checked."""
+def _check_template(rows: Sequence[tuple[Conversation, ...]], path: Path, template: Template, *, new: bool) -> None:
+    """Raise InputError if the template cannot render a row; one row per sequence of roles and images is checked."""
     tokenizer = load_tokenizer(path)
     if new:
         add_visual_tokens(tokenizer, path)
     roles = {
-        tuple(turn.role for turn in conversation.turns): (conversation, len(row) > 1)
+        (tuple(turn.role for turn in conversation.turns), len(conversation.media)): (conversation, len(row) > 1)
         for row in reversed(rows)
         for conversation in row
     }
     for conversation, last_only in roles.values():
+        if template == "plain":
+            encode_plain(conversation, tokenizer, lambda image: 1)
+            continue
         encode_conversation(conversation, tokenizer, lambda image: 1, last_only=last_only)
-
-
-def count_tokens(job: AlignJob, on_progress: OnProgress) -> dict[str, Any]:
-    """Token counts of one pass over the data; only the headers of images are read.
-
-    `tokens` counts all, `visual_tokens` those of images, `counted_tokens` those with a loss. Raises InputError for a
-    file that is not an image.
-    """
-    tokenizer = load_tokenizer(job.text_source)
-    if job.lm is not None:
-        add_visual_tokens(tokenizer, job.lm)
-    video = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-    encoding = job.encoding(TowerFiles.find(job.vision_source).config)
-    tokens = visual = counted = longest = 0
-    for number, row in enumerate(job.rows):
-        sample = encode_sample(number, row, tokenizer, encoding, max_length=job.config.max_length)
-        for sequence in sample.sequences:
-            tokens += len(sequence.ids)
-            visual += sequence.ids.count(video)
-            counted += sum(label != IGNORED for label in sequence.labels)
-        longest = max(longest, sample.longest)
-        on_progress(number + 1, len(job.rows), "tokens")
-    return {"tokens": tokens, "visual_tokens": visual, "counted_tokens": counted, "longest_sample": longest}

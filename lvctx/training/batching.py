@@ -17,15 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lvctx.data.chat_encoding import TokenSequence, encode_conversation
-from lvctx.data.conversations import Conversation
+from lvctx.data.chat_encoding import TokenSequence, encode_conversation, encode_plain
+from lvctx.data.conversations import Conversation, MediaFile
 from lvctx.models.image_processing import Preprocess, open_image
 from lvctx.models.loss import IGNORED, token_loss
 from lvctx.models.vlm_assembly import embed_frames, frame_features
 from lvctx.parallel import hf_attention
 from lvctx.parallel.fsdp import keep_in_graph
 from lvctx.rope.pose import skipped
+from lvctx.training.align_config import Template
+from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.image_tiling import ImageEncoding, embed_image
+from lvctx.vlm.training_frames import video_frame_count, video_frames
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +41,15 @@ class Sample:
     """Its row number in the data, from 0."""
     where: str
     """File and row, for errors."""
-    images: tuple[Path, ...]
-    """Images in the order of their blocks, which all sequences have."""
+    files: tuple[MediaFile, ...]
+    """Images and videos in the order of their blocks, which all sequences have."""
     sequences: tuple[TokenSequence, ...]
     """One sequence, or those of the preferred and the other answer."""
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """Files of its images."""
+        return tuple(file.path for file in self.files if file.kind == "image")
 
     @property
     def tokens(self) -> int:
@@ -55,25 +63,42 @@ class Sample:
 
 
 def encode_sample(
-    number: int, row: Sequence[Conversation], tokenizer: Any, encoding: ImageEncoding, *, max_length: int
+    number: int,
+    row: Sequence[Conversation],
+    tokenizer: Any,
+    encoding: ImageEncoding,
+    *,
+    max_length: int,
+    template: Template = "chat",
+    markup: bool = False,
+    sampling: VideoSampling | None = None,
 ) -> Sample:
     """A row of the data, one conversation or two that differ in their last answer, which is then the only one counted.
 
-    A sequence longer than `max_length` is truncated, with a warning.
+    `markup` is that of `encode_messages`. A sequence longer than `max_length` is truncated, with a warning. In the
+    plain template the caption follows the image itself: the "\\n" that closes an image's block is left out (AnyRes has
+    one in every row of features instead).
     """
     images, sequences = row[0].images, []
 
-    def tokens(image: Path) -> int:
-        return encoding.tokens(image, alone=len(images) == 1)
+    def tokens(file: MediaFile) -> int:
+        if file.kind == "image":
+            return encoding.tokens(file.path, alone=len(images) == 1)
+        assert sampling is not None
+        return encoding.video_tokens(video_frame_count(file.path, sampling))
 
     for conversation in row:
-        sequence = encode_conversation(conversation, tokenizer, tokens, last_only=len(row) > 1)
+        if template == "plain":
+            sequence = encode_plain(conversation, tokenizer, lambda file: tokens(file) - (encoding.grid != "anyres"))
+        else:
+            last_only = len(row) > 1
+            sequence = encode_conversation(conversation, tokenizer, tokens, last_only=last_only, markup=markup)
         if len(sequence.ids) > max_length:
             log.warning("%s: %d tokens, truncated to %d", conversation.where, len(sequence.ids), max_length)
             labels = [*sequence.labels[: max_length - 1], IGNORED]
             sequence = replace(sequence, ids=sequence.ids[:max_length], labels=labels)
         sequences.append(sequence)
-    return Sample(number=number, where=row[0].where, images=images, sequences=tuple(sequences))
+    return Sample(number=number, where=row[0].where, files=row[0].files, sequences=tuple(sequences))
 
 
 def skip_positions(sample: Sample, context: int, rng: np.random.Generator) -> Sample:
@@ -120,10 +145,13 @@ class Forward(nn.Module):
         tower_grad: bool,
         device: str,
         pose: bool = False,
+        sampling: VideoSampling | None = None,
     ) -> None:
         """`newline` is the token of "\\n"; `tower_grad` is whether the tower is trained; `pose`, whether samples have
-        positions from `skip_positions`, which requires a model with plain attention (InputError)."""
+        positions from `skip_positions`, which requires a model with plain attention (InputError); `sampling` is that of
+        videos."""
         super().__init__()
+        self.sampling = sampling
         self.vlm, self.encoding, self.preprocess = vlm, encoding, preprocess
         self.newline, self.tower_grad, self.device = newline, tower_grad, device
         lm = vlm.model.language_model
@@ -153,7 +181,8 @@ class Forward(nn.Module):
         return loss_fn(hidden_BTE[0], vlm.lm_head.weight, labels_T, micro)
 
     def _embed_images(self, embeds_TE: Tensor, is_visual_T: Tensor, micro: Sequence[Sample]) -> Tensor:
-        """The embeddings with those of the images inserted; a truncated sequence lacks some at its end."""
+        """The embeddings with those of the images inserted; a truncated sequence lacks some at its end, and one in the
+        plain template the closing newline."""
         vlm, tile = self.vlm, self.encoding.tile
         parts, visual = iter(is_visual_T.split([len(s.ids) for sample in micro for s in sample.sequences])), []
         for sample in micro:
@@ -169,14 +198,25 @@ class Forward(nn.Module):
         return embeds_TE + 0 * embed_frames(vlm, frame_features(vlm, blank)).sum().to(embeds_TE.dtype)
 
     def blocks(self, sample: Sample) -> list[Tensor]:
-        """The embeddings (N, E) of each of a sample's images."""
+        """The embeddings (N, E) of each of a sample's images and videos."""
         newline_E = self.vlm.get_input_embeddings().weight[self.newline]
         alone = len(sample.images) == 1
         return [
-            embed_image(
-                *(self.vlm, open_image(image), newline_E, self.encoding, self.preprocess),
+            self._embed_video(file.path, newline_E)
+            if file.kind == "video"
+            else embed_image(
+                *(self.vlm, open_image(file.path), newline_E, self.encoding, self.preprocess),
                 alone=alone,
                 tower_grad=self.tower_grad,
             )
-            for image in sample.images
+            for file in sample.files
         ]
+
+    def _embed_video(self, path: Path, newline_E: Tensor) -> Tensor:
+        """The block of a video's frames, cropped squares as in `encode-video`."""
+        assert self.sampling is not None
+        frames = [self.preprocess.square(frame, "crop") for frame in video_frames(path, self.sampling)]
+        pixels_F3SS = self.preprocess(frames).to(self.device, self.vlm.model.vision_tower.dtype)
+        with torch.set_grad_enabled(self.tower_grad and torch.is_grad_enabled()):
+            features_FPD = frame_features(self.vlm, pixels_F3SS)
+        return torch.cat([embed_frames(self.vlm, features_FPD), newline_E[None]])

@@ -132,7 +132,7 @@ class DpoTask(AlignTask):
 
 def _reference_made_of(job: AlignJob) -> dict[str, Any]:
     """The values that decide the starting model's log-probabilities."""
-    names = ("image_encoding", "unires_rule", "max_grids", "max_length")
+    names = ("image_encoding", "unires_rule", "max_grids", "max_length", "frames", "fps")
     encoding = {name: getattr(job.config, name) for name in names}
     return {**{name: value[:16] for name, value in job.provenance.inputs.items()}, **encoding}
 

@@ -18,7 +18,7 @@ from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import MANIFEST, Provenance, read_manifest
 from lvctx.artifacts.store import fingerprint
 from lvctx.config import hashed_fields
-from lvctx.data.packed import PackedRows
+from lvctx.data.packed import PackedRows, check_shards
 from lvctx.errors import InputError, UsageError
 from lvctx.models.adapter import load_adapter, longest_sample
 from lvctx.models.loading import (
@@ -98,6 +98,8 @@ def resolve_extend(config: ExtendConfig) -> ExtendJob:
     if "mrope_section" in (text.rope_parameters or {}):
         raise InputError("positions have three axes (M-RoPE)", where=path, fix="use lvctx mrope-extend")
     rows = _open_rows(config, path) if config.steps else None
+    if rows:
+        check_shards(rows.directory, len(rows.manifest["shard_rows"]), text.vocab_size)
     length = rows.seq_len if rows else 0
     if config.rope == "none":
         check_rope(text, path)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lvctx.artifacts.manifest import Provenance
-from lvctx.artifacts.store import fingerprint, scratch
+from lvctx.artifacts.store import fingerprint, move_written, scratch
 from lvctx.config import OnProgress, hashed_fields
 from lvctx.data.pack_chat import plan_pack_chat, run_pack_chat
 from lvctx.data.pack_chat_config import PackChatConfig
@@ -208,7 +208,7 @@ class MropeTask(TrainingTask[int]):
                 model.to(model.config.dtype or torch.bfloat16).save_pretrained(folder)
                 names = sorted(p.name for p in folder.glob("model*.safetensors*"))
                 for name in names:
-                    (folder / name).replace(out / name)
+                    move_written(folder / name, out / name)
             return [*names, *(f"{ADAPTER}/{p.name}" for p in sorted((out / ADAPTER).glob("adapter_*")))]
 
         return write_checkpoint(self.job, out, weights=write_weights, trained_length=self.job.rows.target_length)

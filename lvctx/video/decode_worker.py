@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from lvctx import errors
+from lvctx.video.frame_list import FrameList
 from lvctx.video.reader import DecodeStats, Frame, read_video
 from lvctx.video.sampling import VideoSampling
 from lvctx.video.squares import square
@@ -49,13 +50,18 @@ class DecodeRequest:
     """Fill colour of `pad`."""
 
     def to_json(self) -> str:
-        """The request for the process; the token resolution is left out."""
-        return json.dumps(asdict(replace(self, sampling=replace(self.sampling, hybrid=None, frame_selection="group"))))
+        """The request for the process; the token resolution and other videos' frames are left out."""
+        sampling = replace(self.sampling, hybrid=None, frame_selection="group")
+        if (frames := sampling.frames_from) is not None:
+            sampling = replace(sampling, frames_from=replace(frames, chosen=(frames.of(Path(self.path)),)))
+        return json.dumps(asdict(replace(self, sampling=sampling)))
 
     @classmethod
     def from_json(cls, line: bytes) -> Self:
         """The inverse of `to_json`."""
         raw = json.loads(line)
+        if raw["sampling"]["frames_from"] is not None:
+            raw["sampling"]["frames_from"] = FrameList.from_dict(raw["sampling"]["frames_from"])
         return cls(**{**raw, "sampling": VideoSampling(**raw["sampling"])})
 
 

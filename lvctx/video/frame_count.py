@@ -2,7 +2,9 @@
 
 import contextlib
 import itertools
+import math
 import os
+import sys
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 from lvctx.errors import InputError
 from lvctx.video.container import check_complete, decoder_errors, demux, open_video, probe
 from lvctx.video.frame_selection import (
+    chosen_numbers,
     due_ticks,
     frame_numbers,
     numbers_between,
@@ -67,7 +70,7 @@ def count_frames(path: Path, sampling: VideoSampling, *, decode: bool = True) ->
         if sampling.allow_partial and decode:
             return _count_readable(job)
         index = read_packets(path)
-        frame_indices = frame_numbers(index, sampling) if index is not None else []
+        frame_indices = frame_numbers(index, sampling, path) if index is not None else []
         if index is not None and not frame_indices:
             raise no_frame(job)
         if index is None or index.seek_ranges(sorted(set(frame_indices))) is None:
@@ -117,7 +120,11 @@ def _count_all(job: ReadJob) -> Count:
         raise InputError("not one frame could be decoded", where=job.path)
     (height, width), _ = Converter(None)(first.data)
     frames = itertools.chain([first], decoded)
-    if job.sampling.frames is None:
+    if job.sampling.frames_from is not None:
+        spans = [(frame.pts, frame.end) for frame in frames]
+        times = [pts - first.pts for pts, _ in spans]
+        count = len(chosen_numbers(times, spans[-1][1] - first.pts, job.sampling, job.path))
+    elif job.sampling.frames is None:
         count = sum(1 for _ in take_sampled(frames, job.sampling))
     else:
         low, high = numbers_between([frame.pts - first.pts for frame in frames], job.sampling)
@@ -152,6 +159,8 @@ def _count_about(job: ReadJob) -> Count:
     sampling = job.sampling
     if sampling.frames is not None:
         frames = sampling.frames
+    elif sampling.frames_from is not None:
+        frames = len(sampling.frames_from.of(job.path).values)
     elif sampling.fps == "native":
         low, high = numbers_between(sorted(start - first for start, _ in spans), sampling, tick=tick)
         frames = high - low
@@ -160,3 +169,14 @@ def _count_about(job: ReadJob) -> Count:
     duration = float((end - first) * tick)
     exact = sampling.frames is not None and not sampling.allow_partial
     return Count(frames=frames, exact=exact, width=width, height=height, duration=duration)
+
+
+def rough_count(path: Path, sampling: VideoSampling) -> int:
+    """An estimate of the number of sampled frames for progress, without reading the file first."""
+    chosen = sampling.frames_from.of(path).values if sampling.frames_from is not None else ()
+    if count := sampling.frames or len(chosen):
+        return count
+    facts = probe(path)
+    rate = facts["source_fps"] if sampling.fps == "native" else sampling.fps
+    seconds = min(facts["duration"], sampling.end or math.inf) - (sampling.start or 0)
+    return max(1, min(math.ceil(seconds * rate), sampling.max_frames or sys.maxsize))

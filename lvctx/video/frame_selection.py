@@ -1,14 +1,16 @@
 """Which frames a sampling takes: from a list of times in ticks, or from a stream of decoded frames."""
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lvctx.errors import InputError
 from lvctx.video.packet_index import PacketIndex
 from lvctx.video.sampling import VideoSampling
 
@@ -27,16 +29,49 @@ class DecodedFrame:
     """The decoder's own frame."""
 
 
-def frame_numbers(index: PacketIndex, sampling: VideoSampling) -> list[int]:
-    """Numbers of the frames to take, ascending; a frame may be taken several times."""
+def frame_numbers(index: PacketIndex, sampling: VideoSampling, path: Path) -> list[int]:
+    """Numbers of the frames to take, ascending; a frame may be taken several times.
+
+    Raises InputError for a file of chosen frames without this video, or with a frame that it does not have.
+    """
     pts_F = index.pts_N[index.packet_F]
     first, last = int(pts_F[0]), int(pts_F[-1])
+    if sampling.frames_from is not None:
+        times = (pts_F - first).tolist()
+        return chosen_numbers(times, index.end - first, sampling, path, tick=index.time_base)
     if sampling.frames is not None or sampling.fps == "native":
         low, high = numbers_between((pts_F - first).tolist(), sampling, tick=index.time_base)
         count = high - low
         return [low + n for n in (range(count) if sampling.frames is None else spread(count, sampling.frames))]
     due = due_ticks(first, last, index.end, index.time_base, sampling)
     return (np.searchsorted(pts_F, due, "right") - 1).tolist()
+
+
+def chosen_numbers(
+    times: Sequence[int | Fraction],
+    end: int | Fraction,
+    sampling: VideoSampling,
+    path: Path,
+    *,
+    tick: Fraction = Fraction(1),
+) -> list[int]:
+    """Numbers of the frames that `frames_from` states for a video.
+
+    `times` are all frames' in ascending ticks from the first frame, `end` is when the last one ends. Raises InputError
+    without an entry for the video, or for a frame that it does not have.
+    """
+    assert sampling.frames_from is not None
+    chosen = sampling.frames_from.of(path)
+    if chosen.unit == "frames":
+        if chosen.values[-1] >= len(times):
+            what = f"frame {chosen.values[-1]} was chosen in {sampling.frames_from.file}, of {len(times):,} from 0"
+            raise InputError(what, where=path, fix="check that the frames are of this video")
+        return [int(n) for n in chosen.values]
+    moments = [_exact(seconds) / tick for seconds in chosen.values]
+    if moments[-1] >= end and moments[-1] > times[-1]:
+        what = f"{chosen.values[-1]:g} s was chosen in {sampling.frames_from.file}, of {float(end * tick):.3f} s"
+        raise InputError(what, where=path, fix="check that the times are of this video, from its first frame")
+    return [bisect_right(times, moment) - 1 for moment in moments]
 
 
 def numbers_between(

@@ -1,8 +1,9 @@
 """Frames of a video by time: the same frames, pixels and timestamps as FFmpeg, one at a time.
 
 A frame is identified by its number in the order of presentation and by its presentation timestamp (pts). There are
-three ways to sample: every frame; a rate, which takes at t_k = first pts + k / rate the frame on display, i.e. the last
-with pts <= t_k; or a number of frames spread as LongVA's linspace(0, n - 1, N) over the n frames of the video.
+four ways to sample: every frame; a rate, which takes at t_k = first pts + k / rate the frame on display, i.e. the last
+with pts <= t_k; a number of frames spread as LongVA's linspace(0, n - 1, N) over the n frames of the video; or frames
+that a file states (`frame_list.py`).
 
 PyAV (FFmpeg's own libraries) is the default. If packets can be indexed (`packet_index.py`), only what the sampled
 frames need is decoded (`segment_decoder.py`); otherwise the whole video is. Only sampled frames are converted to RGB.
@@ -22,6 +23,7 @@ import numpy as np
 from lvctx.errors import InputError, UsageError
 from lvctx.video.container import check_complete, decoder_errors
 from lvctx.video.frame_selection import (
+    chosen_numbers,
     frame_numbers,
     nearest_key_frames,
     numbers_between,
@@ -88,7 +90,8 @@ def read_video(
     `end`; and unless `allow_partial` for one that is truncated, or of which more than 1% is damaged: frames that do not
     decode are left out and counted, never replaced. MissingError if decord is requested and not installed.
     """
-    if sum(option is not None for option in (sampling.fps, sampling.frames, frame_indices)) != 1:
+    choices = (sampling.fps, sampling.frames, sampling.frames_from, frame_indices)
+    if sum(option is not None for option in choices) != 1:
         raise UsageError("give either a rate or a number of frames")
     facts: dict[str, Any] = {} if check_complete(path, allow_partial=sampling.allow_partial) else {"partial": True}
     job = ReadJob(
@@ -106,7 +109,7 @@ def _read(job: ReadJob, facts: dict[str, Any], stats: DecodeStats) -> Iterator[F
     index = read_packets(job.path)
     frame_indices = list(job.frame_indices or ())
     if index is not None:
-        numbers = frame_numbers(index, job.sampling) if job.frame_indices is None else frame_indices
+        numbers = frame_numbers(index, job.sampling, job.path) if job.frame_indices is None else frame_indices
         frame_indices = [n for n in numbers if n < len(index)]
         if not frame_indices:
             raise no_frame(job)
@@ -151,11 +154,15 @@ def _read(job: ReadJob, facts: dict[str, Any], stats: DecodeStats) -> Iterator[F
 def _read_everything(job: ReadJob, facts: dict[str, Any], stats: DecodeStats) -> Iterator[Frame]:
     """Decode every frame, front to back: for packets that cannot be indexed."""
     frame_indices = job.frame_indices
-    if job.sampling.frames is not None:
-        seconds = [frame.pts for frame in decode_all(job, {}, DecodeStats())]
+    if job.sampling.frames is not None or job.sampling.frames_from is not None:
+        spans = [(frame.pts, frame.end) for frame in decode_all(job, {}, DecodeStats())]
         stats.packets = 0
-        low, high = numbers_between([pts - seconds[0] for pts in seconds], job.sampling)
-        frame_indices = [low + n for n in spread(high - low, job.sampling.frames)]
+        times = [pts - spans[0][0] for pts, _ in spans]
+        if job.sampling.frames is not None:
+            low, high = numbers_between(times, job.sampling)
+            frame_indices = [low + n for n in spread(high - low, job.sampling.frames)]
+        elif spans:
+            frame_indices = chosen_numbers(times, spans[-1][1] - spans[0][0], job.sampling, job.path)
     convert = Converter(job.prepare)
     last: Frame | None = None
     decoded = decode_all(job, facts, stats)

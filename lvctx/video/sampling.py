@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from lvctx.config import Flag
 from lvctx.errors import UsageError
+from lvctx.video.frame_list import FrameList
 from lvctx.video.hybrid import Hybrid, HybridMode
 from lvctx.video.squares import FrameMode
 
@@ -49,12 +50,15 @@ class VideoSampling:
     max_frames: Annotated[int | None, Flag(min=1)] = None
     """Where the rate gives more frames than this, take this many, evenly spread. Default: 768 for Qwen-VL, 128
     with --endpoint."""
+    frames_from: Annotated[FrameList | None, Flag(parse=FrameList.read, metavar="FILE")] = None
+    """Frames of each video that were chosen elsewhere: a JSON object a line, {"video": NAME, "frames": [0, 250]}, or
+    "times" in seconds."""
     start: Annotated[float | None, Flag(min=0)] = None
     """Begin this many seconds into the video."""
     end: Annotated[float | None, Flag(min=0)] = None
     """Stop this many seconds into the video."""
     frame_mode: FrameMode | None = None
-    """How a frame becomes a square for CLIP and SigLIP towers. Default: crop."""
+    """How a frame becomes a square for CLIP and SigLIP towers. Default: as the model's own processor does it."""
     hybrid: Annotated[Hybrid | None, Flag(parse=Hybrid.parse, metavar="L,M,S")] = None
     """Hybrid resolution L,M,S: of every L frames one has M tokens, the others M/S. Default: one resolution."""
     hybrid_mode: HybridMode = "pair"
@@ -73,12 +77,23 @@ class VideoSampling:
     def __post_init__(self) -> None:
         if self.fps is not None and self.frames is not None:
             raise UsageError("give either --fps or --frames, not both")
+        excluded = ("fps", "frames", "max_frames", "start", "end")
+        if self.frames_from is not None and (given := [name for name in excluded if getattr(self, name) is not None]):
+            what = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageError("--frames-from states all frames of a video", fix=f"drop {what}, or --frames-from")
+        if self.frames_from is not None and self.seek == "keyframe":
+            raise UsageError("--seek keyframe takes other frames than --frames-from states", fix="drop one of them")
         if self.max_frames is not None and (self.frames is not None or self.fps == "native"):
             raise UsageError("--max-frames limits a frame rate", fix="give --fps a number, and no --frames")
         if (self.start or 0) < 0 or (self.end is not None and self.end <= (self.start or 0)):
             raise UsageError("--start must be at least 0 and before --end", where=f"{self.start or 0:g} to {self.end}")
         if self.frame_selection == "adaptive" and (self.hybrid is None or self.hybrid.uniform):
             raise UsageError("--frame-selection adaptive needs two resolutions", fix="give --hybrid L,M,S")
+
+    @property
+    def has_default_rate(self) -> bool:
+        """Whether neither a rate, a number of frames nor a file of them is given."""
+        return self.fps is None and self.frames is None and self.frames_from is None
 
     @property
     def resolution(self) -> Hybrid | None:
@@ -96,6 +111,8 @@ class VideoSampling:
     def facts(self) -> dict[str, Any]:
         """The options that decide a model's input pixels, for rows and provenance; unset options are left out."""
         facts = {key: value for key, value in asdict(self).items() if value is not None and value is not False}
+        if self.frames_from is not None:
+            facts["frames_from"] = self.frames_from.digest
         del facts["frame_selection"], facts["change_threshold"]
         if self.hybrid is not None:
             facts["hybrid"] = [self.hybrid.group, self.hybrid.tokens, self.hybrid.ratio]

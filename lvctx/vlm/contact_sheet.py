@@ -5,13 +5,12 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from lvctx.artifacts.manifest import read_provenance
 from lvctx.artifacts.store import atomic_file, sha256_file
-from lvctx.errors import InputError
+from lvctx.errors import InputError, library_errors
 from lvctx.video.frame_selection import spread
 from lvctx.video.reader import read_video
 from lvctx.video.sampling import VideoSampling
-from lvctx.vlm.feature_cache import FEATURE_SCHEMAS
+from lvctx.vlm.feature_cache import read_frames_provenance
 
 MOST, COLUMNS, WIDTH, LABEL = 64, 8, 192, 14
 """Images on a sheet (more frames are thinned evenly), columns, pixels of an image and of its caption."""
@@ -25,15 +24,13 @@ def contact_sheet(artifact: Path, out: Path, *, video: Path | None = None) -> di
     """
     from safetensors import safe_open
 
-    provenance = read_provenance(artifact)
-    if provenance is None or provenance.get("schema") not in FEATURE_SCHEMAS:
-        raise InputError("not a frames artifact", where=artifact, fix="write one with lvctx encode-video")
+    provenance = read_frames_provenance(artifact)
     if out.suffix.lower() not in Image.registered_extensions():
         raise InputError("no image format has this suffix", where=out, fix="call it sheet.png")
-    source = video or find_source(Path(provenance.get("facts", {}).get("source", "")), artifact)
-    if sha256_file(source) != provenance["inputs"]["video"]:
+    source = video or find_source(Path(str(provenance["facts"].get("source", ""))), artifact)
+    if sha256_file(source) != provenance["inputs"].get("video"):
         raise InputError("not the video that was encoded", where=source, fix="give the original with --video")
-    with safe_open(artifact, "np") as f:
+    with library_errors("unreadable frames artifact", where=artifact), safe_open(artifact, "np") as f:
         pts, index = f.get_tensor("pts"), f.get_tensor("index")
     selected = sorted(set(spread(len(index), min(len(index), MOST))))
     numbers = list(dict.fromkeys(int(index[i]) for i in selected))

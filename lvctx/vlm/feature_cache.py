@@ -19,7 +19,7 @@ from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import Provenance, read_provenance
 from lvctx.artifacts.sniff import encode_first, mistaken, sniff
 from lvctx.artifacts.store import atomic_file, read_safetensors_header
-from lvctx.errors import InputError
+from lvctx.errors import InputError, library_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,6 +157,15 @@ def is_feature_cache(path: Path) -> bool:
     return sniff(path).name in ("frames", "tensors")
 
 
+def read_frames_provenance(path: Path) -> dict[str, Any]:
+    """The provenance of a frames artifact, and its facts. Raises InputError for another file."""
+    provenance = read_provenance(path) or {}
+    parts = (provenance.get(key) for key in ("inputs", "config", "facts"))
+    if provenance.get("schema") not in FEATURE_SCHEMAS or not all(isinstance(part, dict) for part in parts):
+        raise mistaken(path, "a frames artifact", fix="write one with lvctx encode-video")
+    return provenance
+
+
 def read_feature_cache(path: Path, *, model: str | None = None) -> FeatureCache:
     """Open a frames artifact. Raises InputError for an incomplete file; `model` is named in the advice."""
     from safetensors import safe_open
@@ -166,13 +175,11 @@ def read_feature_cache(path: Path, *, model: str | None = None) -> FeatureCache:
         fix = encode_first(path, model) if sniffed.name == "video" else "write one with lvctx encode-video"
         raise mistaken(path, "a frames artifact", fix=fix, sniffed=sniffed)
     header = read_safetensors_header(path)
-    provenance = read_provenance(path)
-    if provenance is None or provenance.get("schema") not in FEATURE_SCHEMAS:
-        raise mistaken(path, "a frames artifact", fix="write one with lvctx encode-video", sniffed=sniffed)
+    provenance = read_frames_provenance(path)
     missing = {"features", "pts", "index"} - header.keys()
     if missing:
         raise InputError(f"frames artifact without {', '.join(sorted(missing))}", where=path, fix="encode it again")
-    with safe_open(path, "pt") as f:
+    with library_errors("unreadable frames artifact", where=path), safe_open(path, "pt") as f:
         tensors = {name: f.get_tensor(name) for name in ("features", "pts", "index")}
         grid = f.get_tensor("grid") if "grid" in header else None
     return FeatureCache(**tensors, grid=grid, provenance=provenance)

@@ -73,7 +73,7 @@ class GenericVLM:
             raise UsageError("this model's processor makes its own squares", where="--frame-mode", fix="drop it")
         return replace(
             sampling,
-            fps=1.0 if sampling.fps is None and sampling.frames is None else sampling.fps,
+            fps=1.0 if sampling.has_default_rate else sampling.fps,
             decoder="decord" if sampling.decoder == "decord" else "pyav",
         )
 

@@ -39,8 +39,10 @@ class GenericHaystack:
 
     def __init__(self, vlm: "GenericVLM", files: Sequence[Path], sampling: VideoSampling, *, as_images: bool) -> None:
         """Of a video the first frame is decoded, and all where its packets do not give their number."""
-        if sampling.frames is not None or sampling.max_frames is not None:
-            raise UsageError("a haystack is sampled at a rate", where="--frames, --max-frames", fix="give --fps")
+        if sampling.frames is not None or sampling.max_frames is not None or sampling.frames_from is not None:
+            raise UsageError(
+                "a haystack is sampled at a rate", where="--frames, --max-frames, --frames-from", fix="give --fps"
+            )
         sampling = vlm.resolve(sampling)
         if sampling.fps == "native":
             raise UsageError("a haystack is sampled at a rate", where="--fps native", fix="give a number")

@@ -3,6 +3,7 @@
 `unires`: grids like a video's frames, each pooled 2x2, then one newline. `anyres`: a base image and at most 4 grids,
 not pooled, with a newline per row; an image among several is one grid, padded to a square, then one newline, as in
 stock LlavaOnevision. `single`: one grid, padded to a square and pooled like a frame, then one newline.
+`single-unpooled`: one grid, cropped to a square and not pooled, then one newline: LLaVA's first stage.
 A video frame is always one pooled grid.
 
 Shapes: G tiles, P features a tile, D tower width, N visual tokens, E language-model width.
@@ -28,6 +29,7 @@ from lvctx.models.unires import (
     unires_tiles,
 )
 from lvctx.models.vlm_assembly import ImageGrid, embed_frames, frame_features, image_grid, image_rule
+from lvctx.video.squares import FrameMode
 from lvctx.vlm.anyres import anyres_flatten, anyres_pinpoints, anyres_tiles, anyres_tokens, single_tiles
 
 
@@ -36,7 +38,7 @@ class ImageEncoding:
     """The tiles of an image, and their number of tokens."""
 
     grid: ImageGrid
-    """One of the three encodings."""
+    """One of these encodings."""
     rule: GridRule
     """The UniRes rule of the released code or of the paper."""
     max_grids: MaxGrids = MAX_GRIDS
@@ -64,14 +66,18 @@ class ImageEncoding:
 
     def tokens_of(self, width: int, height: int, *, alone: bool) -> int:
         """The same for an image of this size in pixels."""
+        if self.grid == "single-unpooled" or (self.grid == "anyres" and not alone):
+            return self.side**2 + 1
         if self.grid == "anyres":
-            if not alone:
-                return self.side**2 + 1
             return anyres_tokens(width, height, tile=self.tile, side=self.side)
         tiles = 1
         if self.grid == "unires":
             tiles = math.prod(unires_grid(width, height, tile=self.tile, rule=self.rule, max_grids=self.max_grids))
         return tiles * math.ceil(self.side / 2) ** 2 + 1
+
+    def video_tokens(self, frames: int) -> int:
+        """Tokens of a video's block of this many frames, the newline included."""
+        return frames * math.ceil(self.side / 2) ** 2 + 1
 
     def tiles(self, image: Image.Image, *, alone: bool, background: tuple[int, int, int]) -> list[Image.Image]:
         """The square tiles for the tower."""
@@ -79,7 +85,8 @@ class ImageEncoding:
             return unires_tiles(image, tile=self.tile, rule=self.rule, max_grids=self.max_grids)
         if self.grid == "anyres" and alone:
             return anyres_tiles(image, self.tile)
-        return single_tiles(image, self.tile, "pad", background)
+        mode: FrameMode = "crop" if self.grid == "single-unpooled" else "pad"
+        return single_tiles(image, self.tile, mode, background)
 
     def write_to(self, config: Any) -> None:
         """Write it into a VLM's configuration, in our own keys and in those of stock LlavaOnevision."""
@@ -107,11 +114,11 @@ def embed_image(
     tiles = encoding.tiles(image, alone=alone, background=preprocess.background)
     with torch.set_grad_enabled(tower_grad and torch.is_grad_enabled()):
         features_GPD = frame_features(vlm, preprocess(tiles).to(vlm.device, vlm.model.vision_tower.dtype))
-    if encoding.grid != "anyres":
+    if encoding.grid in ("unires", "single"):
         visual = embed_frames(vlm, features_GPD)
         return torch.cat([visual, newline_E[None]])
     linear = vlm.model.multi_modal_projector.linear_1.weight
     projected_GPE = vlm.model.multi_modal_projector(features_GPD.to(linear.device, linear.dtype))
-    if alone:
+    if encoding.grid == "anyres" and alone:
         return anyres_flatten(projected_GPE, newline_E, *image.size, tile=encoding.tile)
     return torch.cat([projected_GPE[0], newline_E[None]])

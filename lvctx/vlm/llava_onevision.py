@@ -1,14 +1,18 @@
-"""LlavaOnevision as `lvctx align` makes it: a CLIP or SigLIP tower, a projector with a 2x2 pool, a language model.
+"""LlavaOnevision: a CLIP or SigLIP tower, a projector with a 2x2 pool, a language model.
 
 The features of a video are in a feature cache, which is written by `encode-video` or here on demand. Frames follow each
 other without delimiters and one newline closes the block; positions count tokens. In a haystack of hybrid resolution
 an inserted image has the resolution of the frame that it precedes; at the end, that of the last frame.
+
+Images have the encoding that `lvctx align` or `import-longva` wrote into config.json. A checkpoint of others has none
+there: its own processor encodes its images.
 
 Shapes: F frames, P features a frame, D tower width, N tokens, R rows of the table, E width of the language model.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ from lvctx.video.hybrid import Hybrid
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.base import VisualInput, sequential_positions
 from lvctx.vlm.feature_cache import FeatureCache, is_feature_cache, read_feature_cache
+from lvctx.vlm.generic import GenericVLM
 from lvctx.vlm.image_tiling import ImageEncoding, embed_image
 from lvctx.vlm.token_count import LlavaRule, pooling
 from lvctx.vlm.video_encoder import VideoEncoder, resolve_for_tower
@@ -57,6 +62,11 @@ class LlavaOnevision:
         """The files of its vision tower."""
         return TowerFiles.find(self.path)
 
+    @property
+    def has_stock_images(self) -> bool:
+        """Whether config.json has no image encoding of ours: the model's own processor encodes its images."""
+        return getattr(self.config, "image_grid", None) is None
+
     @cached_property
     def image_encoding(self) -> ImageEncoding:
         """The image encoding that it was trained with."""
@@ -68,6 +78,8 @@ class LlavaOnevision:
 
     def image_facts(self) -> dict[str, Any]:
         """See `VLM`."""
+        if self.has_stock_images:
+            return {"image_encoding": "processor"}
         encoding = self.image_encoding
         return {"image_encoding": encoding.grid, "unires_rule": encoding.rule, "max_grids": encoding.max_grids}
 
@@ -133,7 +145,10 @@ class LlavaOnevision:
 
     def load(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> VisualInput:
         """See `VLM`."""
-        alone = sum(isinstance(item, Image.Image) for item in items) == 1
+        images = sum(isinstance(item, Image.Image) for item in items)
+        if images and self.has_stock_images:
+            return self._load_as_stock(items, sampling)
+        alone = images == 1
         embed: list[Callable[[Any], Tensor]] = []
         tokens: list[int] = []
         caches: list[FeatureCache] = []
@@ -164,6 +179,15 @@ class LlavaOnevision:
             pts=tuple(t for cache in caches for t in cache.pts.tolist()),
             facts=facts,
         )
+
+    def _load_as_stock(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> VisualInput:
+        """Images, and files of videos among them, as the model's own processor and code encode them."""
+        if any(isinstance(item, Path) and is_feature_cache(item) for item in items):
+            what = "this model's processor encodes images together with the video itself, not with its features"
+            raise UsageError(what, where=self.path, fix="give the video file")
+        stock = GenericVLM(self.path, device=self.device)
+        stock.meter = self.meter
+        return stock.load(items, replace(sampling, frame_mode=None))
 
     def _image_embedder(self, image: Image.Image, *, alone: bool) -> Callable[[Any], Tensor]:
         @torch.inference_mode()

@@ -37,8 +37,12 @@ class QwenHaystack:
     def __init__(self, vlm: "QwenVL", files: Sequence[Path], sampling: VideoSampling, *, as_images: bool) -> None:
         """The first frame of a video is decoded, or all frames if packets do not give their number."""
         self.natural_size = as_images and sampling.resolution is None
-        if sampling.frames is not None or sampling.max_frames is not None:
-            raise UsageError("a haystack has to be sampled at a rate", where="--frames, --max-frames", fix="give --fps")
+        if sampling.frames is not None or sampling.max_frames is not None or sampling.frames_from is not None:
+            raise UsageError(
+                "a haystack has to be sampled at a rate",
+                where="--frames, --max-frames, --frames-from",
+                fix="give --fps",
+            )
         if sampling.fps is None:
             sampling = replace(sampling, fps=1.0)  # V-NIAH's
         sampling = replace(vlm.resolve(sampling), max_frames=None)

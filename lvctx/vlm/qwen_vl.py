@@ -74,7 +74,7 @@ class QwenVL:
         hybrid = sampling.resolution or Hybrid()
         check_reachable(hybrid)
         self._check_mode(hybrid)
-        rate = sampling.frames is None
+        rate = sampling.fps is not None or sampling.has_default_rate
         return replace(
             sampling,
             fps=(sampling.fps or 2.0) if rate else None,

@@ -18,6 +18,7 @@ from PIL import Image
 from lvctx.errors import InputError, MissingError, library_errors
 from lvctx.models.chat_template import ChatEncoder, chat_encoder
 from lvctx.models.loading import load_config, load_tokenizer
+from lvctx.models.template_time import bounded_rendering
 from lvctx.models.text_marks import END, SIGN
 from lvctx.vlm.stock_prompt import ChatText, Clip, Expansion, StockPrompt, VisualItem, video_metadata
 
@@ -159,7 +160,7 @@ class StockProcessor:
             if parts is not None:
                 content = [*(parts if not i else ()), {"type": "text", "text": text}]
             messages.append({"role": ("user", "assistant")[i % 2], "content": content})
-        with library_errors("the chat template refuses this conversation", where=self.path):
+        with library_errors("the chat template refuses this conversation", where=self.path), bounded_rendering():
             return str(self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def block_ids(self, chat: ChatText, texts: Sequence[str]) -> np.ndarray:

@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import queue
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +35,7 @@ from lvctx.errors import DiskError, LvctxError, Stopped, UsageError
 from lvctx.models.vision_encoder import Tower, TowerFiles
 from lvctx.video.container import check_complete, probe
 from lvctx.video.decode_worker import DecodeRequest, Decoders
-from lvctx.video.frame_count import Count, bounded, count_frames
+from lvctx.video.frame_count import Count, bounded, count_frames, rough_count
 from lvctx.video.hybrid import Hybrid, hybrid_tokens, select_high
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.feature_cache import SUFFIX, FeatureCache, open_frames
@@ -54,7 +53,7 @@ class EncoderConfig:
     """The settings of a feature cache, besides video and tower."""
 
     sampling: VideoSampling
-    """The sampling with its defaults: a rate or a number of frames, a frame mode, a decoder."""
+    """The sampling with its defaults: which frames, a frame mode, a decoder."""
     batch: int
     """Number of frames per batch of the tower; it affects rounding."""
     dtype: Literal["float32", "bfloat16"]
@@ -87,9 +86,10 @@ class VideoEncoder:
         without decord.
         """
         files = TowerFiles.find(name)
-        resolved = resolve_for_tower(files, sampling)
-        config = EncoderConfig(sampling=resolved, batch=batch, dtype=resolve_dtype(dtype, device))
-        return cls(files, config, device=device)
+        sampling = resolve_for_tower(files, sampling)
+        return cls(
+            files, EncoderConfig(sampling=sampling, batch=batch, dtype=resolve_dtype(dtype, device)), device=device
+        )
 
     def close(self) -> None:
         """Make encoding in other threads fail at its next batch, and end idle decoders."""
@@ -132,7 +132,6 @@ class VideoEncoder:
         facts = probe(video)
         provenance = self.provenance(video)
         count = self._count(video)
-        size = count.frames * self.files.patches_per_frame * self.files.width * 2
         return {
             "video": str(video),
             "path": str(self.target(video, out, provenance.inputs["video"])),
@@ -142,7 +141,7 @@ class VideoEncoder:
             "device": self.device,
             "expected_frames": count.frames,
             "about": not count.exact,
-            "expected_bytes": size,
+            "expected_bytes": count.frames * self.files.patches_per_frame * self.files.width * 2,
             **self.tokens(count.frames),
         }
 
@@ -203,7 +202,7 @@ class VideoEncoder:
             if is_finished(target, provenance, resume=resume, force=force):
                 log.info("%s: finished already", target)
                 return _row(video, target)
-            total = self._rough_total(video)
+            total = rough_count(video, self.config.sampling)
             on_progress(0, total, video.name)
             done = 0
             facts: dict[str, Any] = {"source": str(video)}
@@ -295,16 +294,6 @@ class VideoEncoder:
                 self.close()
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _rough_total(self, video: Path) -> int:
-        """An estimate for progress, without reading the file first."""
-        sampling = self.config.sampling
-        if sampling.frames is not None:
-            return sampling.frames
-        facts = probe(video)
-        rate = facts["source_fps"] if sampling.fps == "native" else sampling.fps
-        seconds = min(facts["duration"], sampling.end or math.inf) - (sampling.start or 0)
-        return max(1, min(math.ceil(seconds * rate), sampling.max_frames or sys.maxsize))
-
 
 def resolve_for_tower(files: TowerFiles, sampling: VideoSampling) -> VideoSampling:
     """The sampling with the defaults of a CLIP or SigLIP tower.
@@ -324,8 +313,8 @@ def resolve_for_tower(files: TowerFiles, sampling: VideoSampling) -> VideoSampli
         pooling(math.isqrt(files.patches_per_frame), hybrid.ratio)
     return replace(
         sampling,
-        fps=1.0 if sampling.fps is None and sampling.frames is None else sampling.fps,
-        frame_mode=sampling.frame_mode or "crop",
+        fps=1.0 if sampling.has_default_rate else sampling.fps,
+        frame_mode=sampling.frame_mode or files.frame_mode,
         hybrid=None if hybrid is None or hybrid.uniform else hybrid,
         decoder="decord" if sampling.decoder == "decord" else "pyav",
     )

@@ -10,7 +10,7 @@ import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,9 @@ def compare(kind: str, folder: Path) -> Iterator[dict[str, Any]]:
     from lvctx.vlm.registry import open_vlm
     from lvctx.vlm.stock_prompt import Clip
 
+    if kind in generic_models.STOCK_IMAGES:
+        yield from compare_images(kind, folder)
+        return
     path = generic_models.save(kind, folder / kind)
     vlm: Any = open_vlm(path)
     engine: Any = open_engine(vlm, EngineConfig(device="cpu", dtype="float32", prefill_chunk=20))
@@ -76,8 +79,37 @@ def compare(kind: str, folder: Path) -> Iterator[dict[str, Any]]:
     for name, media in shown.items():
         inputs = stock_inputs(processor, media, QUESTION)
         show(engine, media)
-        yield {"kind": kind, "shown": name, **differences(engine, model, inputs)}
+        yield {"kind": kind, "shown": name, **differences(engine, model, inputs, vlm.processor.is_placeholder)}
     yield {"kind": kind, "shown": "haystack", **in_haystack(vlm, model, processor, folder / "frames")}
+
+
+def compare_images(kind: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """The same for images alone: one, one that is cut into more grids than are kept, and several."""
+    import generic_models
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from lvctx.inference.engine_config import EngineConfig
+    from lvctx.inference.open_engine import open_engine
+    from lvctx.video.sampling import VideoSampling
+    from lvctx.vlm.registry import open_vlm
+    from lvctx.vlm.stock_processor import StockProcessor
+
+    path = generic_models.save(kind, folder / kind)
+    vlm: Any = open_vlm(path)
+    engine: Any = open_engine(vlm, EngineConfig(device="cpu", dtype="float32", prefill_chunk=20))
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(path)
+    images = {
+        "image": drawn(1),
+        "large": drawn(1, shapes=((120, 128),)),
+        "images": drawn(2, shapes=((40, 64), (70, 40))),
+    }
+    for name, media in images.items():
+        engine.show(media, VideoSampling())
+        inputs = stock_inputs(processor, media, QUESTION)
+        placeholder = StockProcessor(path).is_placeholder
+        yield {"kind": kind, "shown": name, **differences(engine, model, inputs, placeholder)}
 
 
 def show(engine: Any, media: Sequence[Any]) -> None:
@@ -105,7 +137,7 @@ def stock_inputs(processor: Any, media: Sequence[Any], question: str, answer: st
     return processor(text=[text + answer], return_tensors="pt", **arguments)
 
 
-def differences(engine: Any, model: Any, inputs: Any) -> dict[str, Any]:
+def differences(engine: Any, model: Any, inputs: Any, is_placeholder: Callable[[Any], Any]) -> dict[str, Any]:
     """Ids, the log-probability of every token of an answer, and greedy tokens."""
     import numpy as np
     import torch
@@ -113,7 +145,7 @@ def differences(engine: Any, model: Any, inputs: Any) -> dict[str, Any]:
     stock_ids = inputs["input_ids"][0].numpy()
     engine.prompt_ids(["Another?"])
     ids = engine.prompt_ids([QUESTION])
-    placeholders = engine.vlm.processor.is_placeholder(stock_ids)
+    placeholders = is_placeholder(stock_ids)
     same_ids = len(ids) == len(stock_ids) and bool(np.array_equal(ids[~placeholders], stock_ids[~placeholders]))
     with torch.no_grad():
         stock = model(**inputs).logits[0, -1].log_softmax(-1)

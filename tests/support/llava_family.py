@@ -23,6 +23,8 @@ from lvctx.vlm.token_count import VisualRule
 class StockLlava:
     """See `lvctx.vlm.base.VLM`."""
 
+    has_feature_cache = False
+
     def __init__(self, path: Path, *, device: str = "cpu", feature_cache: Path | None = None) -> None:
         self.path, self.config, self.meter = path, load_config(path), CostMeter()
         self.vocabulary = int(self.config.get_text_config().vocab_size)
@@ -31,7 +33,7 @@ class StockLlava:
     def resolve(self, sampling: VideoSampling) -> VideoSampling:
         if sampling.hybrid is not None:
             raise UsageError("frames are alike", where="--hybrid")
-        return replace(sampling, fps=1.0) if sampling.fps is None and sampling.frames is None else sampling
+        return replace(sampling, fps=1.0) if sampling.has_default_rate else sampling
 
     def image_facts(self) -> dict[str, Any]:
         return {}

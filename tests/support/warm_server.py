@@ -13,6 +13,8 @@ import contextlib
 import json
 import math
 import os
+import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -40,6 +42,8 @@ PRELOADED = (
         for name in ("llama", "llava_onevision", "clip", "qwen2_vl", "qwen2_5_vl")
     ),
 )
+LIMITS = "WARM_LIMITS"
+"""Variable of `SECONDS,BYTES`: a command that runs longer is killed (exit 142), one that takes more memory fails."""
 CLIENT = """\
 #!{python} -SE
 import json, os, socket, sys
@@ -116,12 +120,18 @@ def run(arguments: list[str], folder: str, environment: dict[str, str], fds: lis
         os.close(fd)
     sys.stdin, sys.stdout = os.fdopen(0, encoding="utf-8"), os.fdopen(1, "w", encoding="utf-8")
     sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+    limits = environment.pop(LIMITS, None)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = ["lvctx", *arguments]
     from lvctx.__main__ import main
 
+    if limits:
+        seconds, size = map(int, limits.split(","))
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + size, mapped + size))
+        signal.alarm(seconds)
     main()
 
 

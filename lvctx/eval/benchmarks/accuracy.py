@@ -19,7 +19,7 @@ from lvctx.eval.benchmarks.answers import (
     response_warnings,
 )
 from lvctx.eval.benchmarks.fields import check_unicode
-from lvctx.eval.statistics import Estimate, clustered_mean
+from lvctx.eval.statistics import DETECT, Difference, Estimate, clustered_mean, paired_difference
 
 DURATIONS = ("short", "medium", "long")
 
@@ -30,7 +30,9 @@ def accuracy(replies: Iterable[BenchmarkReply], rule: str) -> Estimate:
     return clustered_mean([v for v, _ in counted], [video for _, video in counted])
 
 
-def difference(first: Sequence[BenchmarkReply], second: Sequence[BenchmarkReply], rule: str) -> Estimate:
+def difference(
+    first: Sequence[BenchmarkReply], second: Sequence[BenchmarkReply], rule: str, *, detect: float = DETECT
+) -> Difference:
     """First minus second on the questions that the rule counts in both; paired, clustered by video."""
     second_correct = {r.id: is_correct(r, rule) for r in second}
     pairs = [
@@ -38,14 +40,14 @@ def difference(first: Sequence[BenchmarkReply], second: Sequence[BenchmarkReply]
         for r in first
         if (a := is_correct(r, rule)) is not None and (b := second_correct.get(r.id)) is not None
     ]
-    return clustered_mean([d for d, _ in pairs], [video for _, video in pairs], lowest=-1.0)
+    return paired_difference([d for d, _ in pairs], [video for _, video in pairs], detect=detect)
 
 
 def sorted_groups(replies: Iterable[BenchmarkReply], group: str) -> list[str]:
-    """The existing values of a group: durations by length, others alphabetically."""
+    """The existing values of a group: durations and numbers by size, others alphabetically."""
     values = {r.groups[group] for r in replies}
     rank = {name: i for i, name in enumerate(DURATIONS)}
-    return sorted(values, key=lambda v: (rank.get(v, len(rank)), v))
+    return sorted(values, key=lambda v: (rank.get(v, len(rank)), len(v) if v.isdecimal() else 0, v))
 
 
 def breakdown(replies: Sequence[BenchmarkReply], groups: Sequence[str]) -> dict[str, Any]:
@@ -69,6 +71,16 @@ def breakdown(replies: Sequence[BenchmarkReply], groups: Sequence[str]) -> dict[
             value: {rule: vars(accuracy(part, rule)) for rule in RULES} for value, part in parts.items()
         }
     return summary
+
+
+def own_rule(rule: str, scores: Mapping[str, Estimate], *, chance: float) -> dict[str, Any]:
+    """What `score` gives as `official`: the scores of a benchmark's own scorer, and what random letters would get."""
+    return {"rule": rule, "chance": chance, "scores": {name: vars(estimate) for name, estimate in scores.items()}}
+
+
+def letter_chance(replies: Sequence[BenchmarkReply]) -> float:
+    """The expected accuracy of random letters."""
+    return sum(1 / len(r.letters) for r in replies) / max(len(replies), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,16 +110,28 @@ def read_benchmark_run(directory: Path, bench: ModuleType) -> BenchmarkRun:
         if not isinstance(row.get("response"), str):
             notes.add(NO_TEXT, row["id"], row.get("response"))
             row = {**row, "response": ""}
-        if row["answer"] in row["letters"] or (not row["letters"] and bench.FREE_ANSWERS):
+        lettered = bool(row["letters"])
+        if (lettered and row["answer"] and row["answer"] in row["letters"]) or (not lettered and bench.FREE_ANSWERS):
             rows.append(row)
         else:
-            notes.add(NO_KEY, row["id"], row["answer"])
+            notes.add(NO_KEY if row["answer"] else NO_ANSWER, row["id"], row["answer"])
     if not rows:
         raise InputError(f"nothing can be scored: {notes.lines()[0]}", where=directory)
-    warnings = notes.lines()
+    warnings = [*failure_warnings(stored.values()), *notes.lines()]
     if cut := sum(bool(row.get("cut")) for row in rows):
         warnings.append(CUT.format(cut=cut))
     return BenchmarkRun(rows=rows, failed=len(stored) - len(answered), warnings=warnings)
+
+
+def failure_warnings(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """How many of a run's questions failed, with the most frequent error; nothing where none did."""
+    errors = ["" if "error" not in row else str(row["error"]) or "no reason" for row in rows]
+    counts = Counter(error for error in errors if error)
+    if not counts:
+        return []
+    ((error, count),) = counts.most_common(1)
+    failed = f"{counts.total():,} of {len(errors):,} questions failed and are left out"
+    return [f"{failed}; {count:,} of them: {error:.200}"]
 
 
 def _check_row(row: Mapping[str, Any], bench: ModuleType, location: str) -> None:
@@ -128,6 +152,7 @@ def _check_row(row: Mapping[str, Any], bench: ModuleType, location: str) -> None
 
 
 CUT = "{cut:,} replies were cut at their largest number of tokens"
+NO_ANSWER = "questions whose answer is not public or not readable, left out"
 NO_KEY = "answers that are not among their question's options, left out"
 NO_TEXT = "responses that are not text, read as empty"
 

@@ -30,6 +30,8 @@ from lvctx.eval.benchmarks.question_files import (
 NAME = "longvideobench"
 STYLES = ("official",)
 FREE_ANSWERS = False
+COLUMNS = (("correct_choice", "question_category"),)
+SEEDED = True
 GROUPS = ("duration_group", "question_category", "topic_category")
 PHRASES = (
     *("The best answer is", "The correct answer is", "The answer is", "The answer"),

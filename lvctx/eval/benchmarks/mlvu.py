@@ -1,33 +1,36 @@
 """MLVU: long videos, nine tasks (Zhou et al. 2024, arXiv:2406.04264), seven or nine of them multiple choice.
 
-Its M-Avg is a macro average over tasks in lmms-eval and pooled over questions in VLMEvalKit: both are reported. The two
-generation tasks are scored by a judging model elsewhere: their replies are exported in the format of its scripts.
+Its M-Avg is a macro average over tasks in lmms-eval and pooled over questions in VLMEvalKit: both are reported. Its own
+rule reads the character before the first closing bracket. The two generation tasks are scored by a judging model
+elsewhere: their replies are exported in the format of its scripts.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts.store import write_json
 from lvctx.errors import InputError
-from lvctx.eval.benchmarks.accuracy import breakdown, to_reply
-from lvctx.eval.benchmarks.answers import RULES, Question, format_options
+from lvctx.eval.benchmarks.accuracy import breakdown, letter_chance, own_rule, to_reply
+from lvctx.eval.benchmarks.answers import RULES, BenchmarkReply, Question, format_options
 from lvctx.eval.benchmarks.fields import cell_text
 from lvctx.eval.benchmarks.question_files import (
     QuestionRow,
     has_value,
     key_field,
+    letters_in,
     options_field,
     read_question_rows,
     row_place,
     text_field,
 )
+from lvctx.eval.statistics import clustered_mean, macro_mean
 
 NAME = "mlvu"
 STYLES = ("official", "lmms-eval")
 GROUPS = ("task_type",)
 FREE_ANSWERS = True
+COLUMNS = (("question_type", "candidates"), ("question_type", "video", "answer"), ("task_type", "video_name"))
 GENERATION = {"subPlot": "subplot_all.json", "summary": "summary_all.json"}
 """Generation tasks, and the input file of each one's judge."""
 LONGEST = 1000
@@ -46,7 +49,7 @@ def samples(path: Path) -> list[Question]:
         task = task or Path(row["_file"]).stem.split("_", 1)[-1]
         candidates = options_field(row, "candidates") if has_value(row, "candidates") else []
         inlined = not candidates and task not in GENERATION
-        letters = _letters_in(question) if inlined else format_options(candidates)
+        letters = letters_in(question) if inlined else format_options(candidates)
         questions.append(
             Question(
                 id=cell_text(row.get("question_id")) or f"{task}-{number}",
@@ -60,13 +63,6 @@ def samples(path: Path) -> list[Question]:
             )
         )
     return questions
-
-
-def _letters_in(question: str) -> tuple[str, ...]:
-    """The letters of the options in a question's own text, each on its line; A to D if there are none."""
-    labels = re.findall(r"^\(?([A-Z])[.):]", question, re.MULTILINE)
-    letters = [chr(65 + i) for i in range(len(labels))]
-    return tuple(letters) if labels == letters and len(labels) > 1 else tuple("ABCD")
 
 
 def _answer(row: QuestionRow, candidates: Sequence[str], count: int) -> str:
@@ -111,7 +107,25 @@ def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for rule in RULES:
         means = [task[rule]["mean"] for task in tasks if task[rule]["mean"] is not None]
         m_avg[rule] = {"macro": sum(means) / len(means) if means else None, "pooled": summary["rules"][rule]["mean"]}
-    return {**summary, "generated": len(rows) - len(replies), "m_avg": m_avg}
+    return {**summary, "generated": len(rows) - len(replies), "m_avg": m_avg, "official": _official(replies)}
+
+
+def _official(replies: Sequence[BenchmarkReply]) -> dict[str, Any]:
+    strata: dict[str, tuple[list[float], list[str]]] = {}
+    for reply in replies:
+        values, videos = strata.setdefault(reply.groups["task_type"], ([], []))
+        values.append(float(letter_of(reply.response) == reply.answer))
+        videos.append(reply.video)
+    scores = {"M-Avg": macro_mean(list(strata.values()))}
+    scores |= {task: clustered_mean(*stratum) for task, stratum in sorted(strata.items())}
+    rule = "the character before the first closing bracket, or the whole reply; M-Avg is the mean over tasks"
+    return own_rule(rule, scores, chance=letter_chance(replies))
+
+
+def letter_of(response: str) -> str:
+    """The authors' rule: the character before the first `)`; the whole reply if there is none."""
+    head, bracket, _ = response.partition(")")
+    return head[-1:] if bracket else response
 
 
 def export(out: Path, answered: Sequence[tuple[Question, str]]) -> None:

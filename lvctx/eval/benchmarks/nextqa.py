@@ -13,6 +13,7 @@ NAME = "nextqa"
 STYLES = ("official",)
 GROUPS = ("kind", "type")
 FREE_ANSWERS = False
+COLUMNS = (("a0", "a4", "qid", "type"),)
 QUESTION_KINDS = {"C": "causal", "T": "temporal", "D": "descriptive"}
 
 

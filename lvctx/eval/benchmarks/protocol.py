@@ -60,11 +60,11 @@ class EvalProtocol:
     def option_values(self, values: Mapping[str, Any], set_by_user: Iterable[str]) -> dict[str, Any]:
         """The protocol's values of options that the user did not set.
 
-        A number of frames replaces the protocol's rate and its limit, and a rate its number of frames.
+        A number or a file of frames replaces the protocol's rate and its limit, and a rate its number of frames.
         """
         excluded = {*REQUIREMENTS, *set_by_user}
-        if "frames" in excluded:
-            excluded |= {"fps", "max_frames"}
+        if {"frames", "frames_from"} & excluded:
+            excluded |= {"fps", "frames", "max_frames"}
         if "fps" in excluded:
             excluded |= {"frames", *(("max_frames",) if values.get("fps") == "native" else ())}
         return {key: value for key, value in self.values.items() if key not in excluded}

@@ -4,6 +4,7 @@ A folder may be a downloaded hub repository, or a directory saved by the dataset
 raises InputError with its file and number.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,13 @@ def check_options(row: QuestionRow, options: list[str]) -> list[str]:
         if not option.strip():
             raise InputError(f"option {chr(65 + number)} is blank", where=row_place(row))
     return options
+
+
+def letters_in(question: str, most: str = "ABCD") -> tuple[str, ...]:
+    """The letters of the options in a question's own text, each on its line; `most` if there are none."""
+    labels = re.findall(r"^\(?([A-Z])[.):]", question, re.MULTILINE)
+    letters = [chr(65 + i) for i in range(len(labels))]
+    return tuple(letters) if labels == letters and len(labels) > 1 else tuple(most)
 
 
 def with_letters(options: list[str]) -> tuple[str, ...]:

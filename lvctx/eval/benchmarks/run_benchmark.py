@@ -20,6 +20,7 @@ from lvctx.artifacts.result_log import RESULTS, ResultLog, read_results, short_h
 from lvctx.artifacts.store import fingerprint
 from lvctx.errors import DiskError, InputError, LvctxError
 from lvctx.eval.benchmarks.answers import Question
+from lvctx.eval.benchmarks.input_checks import check_subtitles, check_videos, read_questions
 from lvctx.eval.benchmarks.subtitles import NONE, find_subtitles, read_subtitles
 from lvctx.eval.benchmarks.video_files import find_video, video_stem
 from lvctx.inference.concurrency import interleave
@@ -45,7 +46,7 @@ class BenchmarkConfig:
     prompt: str
     """Prompt template; one of the benchmark's STYLES."""
     subtitles: Path | None
-    """Folder of .srt or .vtt files with the videos' names; None: no subtitles."""
+    """Folder of .srt, .vtt or .jsonl files with the videos' names; None: no subtitles."""
     params: SamplingParams
     """How replies are generated; lmms-eval's are greedy and of 16 tokens."""
     protocol: dict[str, Any] | None = None
@@ -83,7 +84,7 @@ def plan_benchmark(bench: ModuleType, config: BenchmarkConfig, engine: Engine, s
         raise InputError("no such folder of videos", where=config.videos)
     if config.subtitles is not None and not config.subtitles.is_dir():
         raise InputError("no such folder of subtitles", where=config.subtitles)
-    samples = bench.samples(config.questions)
+    samples = read_questions(bench, config.questions)
     first = {name: i for i, name in reversed(list(enumerate(s.video for s in samples)))}
     samples = sorted(samples, key=lambda s: first[s.video])
     counts = Counter(s.id for s in samples)
@@ -144,6 +145,10 @@ def run_benchmark(
         assigned = by_video[parallel.dp_rank :: parallel.dp]
         done = len(job.samples) - len(pending)
         total = done + sum(map(len, assigned))
+        if pending:
+            check_videos(job.config.videos, job.samples)
+            if job.config.subtitles is not None:
+                check_subtitles(job.config.subtitles, [s.video for s in job.samples])
         if assigned:
             engine.check()
 
@@ -231,6 +236,8 @@ def _show(job: BenchmarkJob, engine: Engine, sample: Question) -> tuple[str | No
     file = find_video(job.config.videos, sample.video)
     shown = engine.show([file], job.sampling)
     subtitles, facts = _subtitles(job, sample, shown)
+    if job.sampling.frames_from is not None:
+        facts["frame_times"] = list(shown.pts)
     return subtitles, {"file": str(file), **shown.facts, **facts}
 
 
@@ -239,5 +246,5 @@ def _subtitles(job: BenchmarkJob, sample: Question, shown: Shown) -> tuple[str |
         return None, {}
     listing = find_subtitles(job.config.subtitles, video_stem(sample.video))
     subtitles = read_subtitles(listing) if listing else NONE
-    lines = subtitles.at(list(shown.pts))
+    lines = subtitles.text if getattr(job.bench, "WHOLE_SUBTITLES", False) else subtitles.at(list(shown.pts))
     return lines, {"subtitle_lines": lines.count("\n") + 1 if lines else 0, "bad_subtitles": subtitles.bad}

@@ -1,6 +1,5 @@
 """The score of a run of any benchmark, with its warnings, its protocol and its costs. No torch."""
 
-from inspect import signature
 from types import ModuleType
 from typing import Any
 
@@ -16,7 +15,7 @@ def score_run(run: BenchmarkRun, bench: ModuleType, *, seed: int = 0) -> dict[st
     if bench.NAME == "videomme":
         result = bench.score(as_responses(run, bench.NAME))
     else:
-        seeded = "seed" in signature(bench.score).parameters
+        seeded = getattr(bench, "SEEDED", False)
         result = bench.score(run.rows, seed=seed) if seeded else bench.score(run.rows)
     result["warnings"] = [*run.warnings, *result["warnings"]]
     result = {"schema": SCORE, "bench": bench.NAME, "failed": run.failed, **result, **summarize_costs(run.rows)}

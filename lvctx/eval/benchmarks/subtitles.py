@@ -1,4 +1,4 @@
-"""Subtitles in SubRip or WebVTT, read leniently: readable cues are kept, unreadable ones are counted. No torch.
+"""Subtitles in SubRip, WebVTT or a word a line: readable cues are kept, unreadable ones are counted. No torch.
 
 A cue is the text between two lines of times, as in FFmpeg's demuxer, so blank lines inside a cue and cues without blank
 lines between them are read; a number on the line before the times belongs to the cue.
@@ -13,9 +13,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from lvctx.artifacts.bounded import read_whole
 from lvctx.errors import InputError
 
-SUBTITLE_SUFFIXES = (".srt", ".vtt")
+SUBTITLE_SUFFIXES = (".srt", ".vtt", ".jsonl")
 _TIME = r"(-?)(?:(\d{1,4}):)?(\d{1,2}):(\d{1,2})(?:[,.:](\d{1,9}))?"
 _SPAN = re.compile(rf"\s*{_TIME}\s*-{{1,2}}>\s*{_TIME}")
 _TAG = re.compile(r"<[^<>\s][^<>]*>|\{\\[^{}]*\}")  # neither extends over a second bracket, so the time is linear
@@ -36,13 +37,18 @@ class Subtitles:
         candidates = ((bisect_left(moments, start), end, text) for start, end, text in self.lines)
         return "\n".join(text for i, end, text in candidates if i < len(moments) and moments[i] < end)
 
+    @property
+    def text(self) -> str:
+        """All of the text, without times."""
+        return " ".join(text for _, _, text in self.lines)
+
 
 NONE = Subtitles(lines=(), bad=0)
 """The subtitles of a video without speech."""
 
 
 def find_subtitles(folder: Path, stem: str) -> Path | None:
-    """The subtitle file of a video in a folder: `STEM.srt` or `.vtt`, `STEM.en.srt`, or that of one other language.
+    """A video's subtitle file in a folder: `STEM.srt`, `.vtt` or `.jsonl`, `STEM.en.srt`, or one of another language.
 
     Raises InputError if there are several languages, none of them English.
     """
@@ -63,18 +69,21 @@ def find_subtitles(folder: Path, stem: str) -> Path | None:
     return next(iter([*chosen, *languages.values()]), None)
 
 
+MOST_SUBTITLES = 1 << 26
+"""Bound of a file; a day of speech has about a million."""
+
+
 def read_subtitles(path: Path) -> Subtitles:
-    """Read a .srt or .vtt file; one that does not exist has no lines, as for videos without speech.
+    """Read a .srt, .vtt or .jsonl file; one that does not exist has no lines, as for videos without speech.
 
     Raises InputError for a file with text but no cue (another format), or that cannot be read.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return NONE
-    except OSError as e:
-        raise InputError(f"cannot read ({e.strerror})", where=path) from e
+    data = read_whole(path, most=MOST_SUBTITLES)
     text = data.decode(json.detect_encoding(data), errors="replace").replace("\0", "")
+    if path.suffix.lower() == ".jsonl":
+        return _read_words(text, path)
     rows = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     spans = [(i, match) for i, row in enumerate(rows) if (match := _SPAN.match(row))]
     if not spans:
@@ -99,6 +108,32 @@ def read_subtitles(path: Path) -> Subtitles:
         if words and end > start:
             lines.append((start, end, words))
     return Subtitles(lines=tuple(sorted(lines, key=lambda line: line[0])), bad=bad)
+
+
+SENTENCE_GAP, LONG_GAP = 0.1, 0.5
+"""Seconds without a word after which a line ends: after the end of a sentence, and after any word."""
+
+
+def _read_words(text: str, path: Path) -> Subtitles:
+    """Video-MME-v2's subtitles, `{"text", "start_time", "end_time"}` for each word, as lines of about a sentence."""
+    lines: list[tuple[float, float, str]] = []
+    bad = 0
+    for row in filter(str.strip, text.splitlines()):
+        try:
+            word = json.loads(row)
+            start, end, said = float(word["start_time"]), float(word["end_time"]), str(word["text"])
+        except (ValueError, KeyError, TypeError):
+            bad += 1
+            continue
+        gap = start - lines[-1][1] if lines else 0.0
+        ended = bool(lines) and lines[-1][2].rstrip().endswith((".", "!", "?"))
+        if not lines or gap > LONG_GAP or (ended and gap > SENTENCE_GAP):
+            lines.append((start, end, said))
+        else:
+            lines[-1] = (lines[-1][0], end, f"{lines[-1][2]} {said}")
+    if bad and not lines:
+        raise InputError("the file has no subtitles", where=path, fix="give a word a line with its times")
+    return Subtitles(lines=tuple(lines), bad=bad)
 
 
 def _number(row: str) -> int | None:

@@ -21,6 +21,7 @@ NAME = "vhs"
 STYLES = ("official",)
 GROUPS = ("images",)
 FREE_ANSWERS = True
+COLUMNS = (("conversations", "pos_image", "neg_image"),)
 VHS_THRESHOLD = 0.6
 
 

@@ -20,6 +20,8 @@ HUB = ("lmms-lab/Video-MME", "videomme/test-00000-of-00001.parquet")
 """Dataset and file that `--questions hub` fetches."""
 STYLES = ("official", "lmms-eval", "vlmevalkit")
 FREE_ANSWERS = False
+COLUMNS = (("duration", "sub_category", "task_type", "options"),)
+SUBTITLES = True
 ALL = "all"
 
 

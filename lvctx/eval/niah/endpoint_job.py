@@ -16,9 +16,8 @@ from lvctx.artifacts.store import fingerprint
 from lvctx.config import OnProgress
 from lvctx.cost import CostMeter
 from lvctx.errors import InputError, UsageError
-from lvctx.eval.niah.frame_needles import WHEN, FrameNeedles
+from lvctx.eval.niah.frame_needles import TEMPLATES, FrameNeedles
 from lvctx.eval.niah.heatmap import write_report
-from lvctx.eval.niah.image_needles import FIND
 from lvctx.eval.niah.job import build_text_task, find_needles, input_facts
 from lvctx.eval.niah.needle_task import Cell, share_listed
 from lvctx.eval.niah.niah_config import NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
@@ -120,7 +119,7 @@ def plan_endpoint_video(
     """Video needles on a server: the haystack's frames are decoded here and sent as images. Raises as for text."""
     if server.send not in ("auto", "images"):
         raise UsageError(f"--send {server.send}: needles are inserted among images", fix="--send images")
-    if sampling.frames is not None or sampling.max_frames is not None:
+    if sampling.frames is not None or sampling.max_frames is not None or sampling.frames_from is not None:
         raise UsageError("a haystack is sampled at a rate", where="--frames, --max-frames", fix="give --fps")
     sampled = VideoSampling(**{**vars(resolve_for_endpoint(server, sampling)), "max_frames": None})
     assert sampled.fps is not None
@@ -164,7 +163,7 @@ def plan_endpoint_video(
         engine,
         [cells[i] for i in walk_order(task.order(cell) for cell in cells)],
         made_of={
-            "prompt": short_hash({"question": FIND if config.question == "what" else WHEN, **task.facts()}),
+            "prompt": short_hash({"question": TEMPLATES[config.question], **task.facts()}),
             "sampling": identity["sampling"],
             "endpoint": identity["endpoint"],
         },

@@ -1,12 +1,14 @@
 """Video needles without a model's tokens: which frames a cell has in which order, and what is asked about them."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from lvctx.artifacts.result_log import short_hash
 from lvctx.errors import InputError, UsageError
-from lvctx.eval.niah.image_needles import ImageNeedle, NeedleSet
+from lvctx.eval.niah.image_needles import FIND, NeedleSet
 from lvctx.eval.niah.needle_task import Cell, begins_with, first_number, insertion_points, splice
 from lvctx.eval.niah.niah_config import NeedleQuestion
 
@@ -15,10 +17,18 @@ WHEN = (
     "Answer with the number alone."
 )
 """The question for the time: frames have no timestamps, so the model has to use positions in the video."""
+HOW_MANY = "How many different images with a {shape} does the video have? Answer with the number alone."
+WHICH_ORDER = (
+    "The video has images with these shapes: {shapes}. In which order are they shown? Answer with their names alone, "
+    "separated by commas."
+)
+DISTANCE = 200
+"""V-NIAH-D: frames from a needle to its distractor."""
+TEMPLATES: dict[NeedleQuestion, str] = {"what": FIND, "when": WHEN, "count": HOW_MANY, "order": WHICH_ORDER}
 
 
 class FrameNeedles:
-    """An image among a video's frames, and distractors beside it."""
+    """Images among a video's frames, and distractors beside them."""
 
     modality = "video"
 
@@ -37,13 +47,15 @@ class FrameNeedles:
         """`seconds` are the timestamps of the haystack frames; the model merges `unit` frames.
 
         The question `when` asks for the time, right within `tolerance` seconds. Distractor positions are drawn from
-        `seed` and are the same in every cell.
+        `seed` and are the same in every cell. The first needle of a trial is at the cell's depth, the others are at
+        even distances from it, around the end of the haystack.
         """
         self.chance, self.unit = needles.chance, unit
-        self.needles, self.distractors = needles.needles, needles.distractors
+        self.needles, self.distractors, self._set = needles.needles, needles.distractors, needles
         self.question, self.tolerance, self.nested, self.loop = question, tolerance, nested, loop
-        self.can_force = question == "what"
-        self.extra_tokens = 2 if self.can_force else 16
+        self.can_force = question != "when"
+        self.extra_tokens = 2 if question == "what" else 16
+        self._seed = seed
         self._seconds, self._frames = seconds, len(seconds)
         self._spread = self._longest = 0
         self._distractor_fractions = np.random.default_rng([seed, 1 << 20, 1 << 20]).random(len(self.distractors))
@@ -59,13 +71,13 @@ class FrameNeedles:
                 f"{self._longest} frames exceed the haystack (it has {self._frames})",
                 fix="give more --frames, or --loop to repeat them",
             )
-        if trials > len(self.needles):
-            raise UsageError(f"--trials {trials} with {len(self.needles)} needles")
+        if trials > self._set.trials:
+            raise UsageError(f"--trials {trials} with {self._set.trials} needles")
         cells = []
         for length in lengths:
             for depth, point, position in insertion_points(depths, length, self._longest, self.nested, unit):
-                for trial, needle in enumerate(self.needles[:trials]):
-                    question, answer = self._question_and_answer(needle, position, length)
+                for trial in range(trials):
+                    question, answer = self._question_and_answer(trial, position, length)
                     cells.append(
                         Cell(
                             length=length,
@@ -73,16 +85,55 @@ class FrameNeedles:
                             point=point,
                             trial=trial,
                             position=position,
-                            needle=needle.digest,
+                            needle=self._digest(trial),
                             question=question,
                             answer=answer,
                         )
                     )
         return cells
 
-    def _question_and_answer(self, needle: ImageNeedle, position: int, length: int) -> tuple[str, str]:
+    def _used(self, trial: int) -> int:
+        """Needles of a trial that are in the video: from 1 to all in turn where they are to be counted."""
+        return trial % self._set.per_trial + 1 if self.question == "count" else self._set.per_trial
+
+    def _numbers(self, trial: int, needle: int) -> range:
+        """Numbers of a needle's images."""
+        first = (trial * self._set.per_trial + needle) * self._set.frames
+        return range(first, first + self._set.frames)
+
+    def _distractors(self, cell: Cell) -> list[tuple[int, int]]:
+        """Position and number of each distractor of a cell."""
+        first = self._frames + len(self.needles)
+        if self._set.paired and self.distractors:
+            position = beside(cell.position, cell.length, [self._seed, cell.trial, cell.length, cell.position])
+            return [] if position is None else [(position // self.unit * self.unit, first + cell.trial)]
+        # They have the same positions for all lengths if prefixes are to be shared.
+        spread = self._spread if self.nested else cell.length
+        positions = [int(f * spread) // self.unit * self.unit for f in self._distractor_fractions]
+        return [(position, first + i) for i, position in enumerate(positions)]
+
+    def _digest(self, trial: int) -> str:
+        """What identifies a trial's images."""
+        images = [self.needles[n].digest for i in range(self._used(trial)) for n in self._numbers(trial, i)]
+        return images[0] if len(images) == 1 else short_hash(images)
+
+    def _places(self, trial: int, position: int, length: int) -> list[tuple[int, int]]:
+        """Position and number of each needle of a trial, as they are shown."""
+        used = self._used(trial)
+        span = self._spread if self.nested else length
+        shares = [(position / span + i / used) % 1 for i in range(1, used)]
+        others = [int(share * span) // self.unit * self.unit for share in shares]
+        return sorted(zip([position, *others], range(used), strict=True), key=lambda place: place[0])
+
+    def _question_and_answer(self, trial: int, position: int, length: int) -> tuple[str, str]:
+        needle = self.needles[self._numbers(trial, 0)[0]]
         if self.question == "what":
             return needle.question, needle.answer
+        if self.question == "count":
+            return HOW_MANY.format(shape=needle.shape), str(self._used(trial))
+        if self.question == "order":
+            shown = [self.needles[self._numbers(trial, i)[0]].shape for _, i in self._places(trial, position, length)]
+            return WHICH_ORDER.format(shapes=", ".join(sorted(shown))), ", ".join(shown)
         first, last = self._second(0), self._second(length - 1)
         question = WHEN.format(first=_two_decimals(first), last=_two_decimals(last), subject=needle.subject)
         return question, _two_decimals(self._second_between(position, length))
@@ -103,16 +154,11 @@ class FrameNeedles:
     def order(self, cell: Cell) -> np.ndarray:
         """The cell's frames (F,): haystack frames by number, then needles, then distractors."""
         haystack = np.resize(np.arange(self._frames), cell.length)
-        # Distractors have the same positions for all lengths if prefixes are to be shared.
-        spread = self._spread if self.nested else cell.length
-        distractor_numbers = self._frames + len(self.needles) + np.arange(len(self.distractors))
-        pieces = [
-            (int(f * spread) // self.unit * self.unit, int(n))
-            for f, n in zip(self._distractor_fractions, distractor_numbers, strict=True)
-        ]
-        pieces.append((cell.position, self._frames + cell.trial))
+        pieces = [(position, [number]) for position, number in self._distractors(cell)]
+        for position, needle in self._places(cell.trial, cell.position, cell.length):
+            pieces.append((position, [self._frames + n for n in self._numbers(cell.trial, needle)]))
         return np.concatenate(
-            splice(haystack, [(position, np.repeat(number, self.unit)) for position, number in pieces])
+            splice(haystack, [(position, np.repeat(numbers, self.unit)) for position, numbers in pieces])
         )
 
     def times(self, cell: Cell) -> list[float]:
@@ -128,21 +174,39 @@ class FrameNeedles:
         """See `NeedleTask.score_text`."""
         if self.question == "what":
             return float(begins_with(generated, cell.answer))
+        if self.question == "order":
+            named = re.findall(rf"\b({'|'.join(cell.answer.split(', '))})s?\b", generated.lower())
+            return float(list(dict.fromkeys(named)) == cell.answer.split(", "))
         number = first_number(generated)
+        if self.question == "count":
+            return float(number == float(cell.answer))
         return float(number is not None and abs(number - float(cell.answer)) <= self.tolerance)
 
     def facts(self) -> dict[str, Any]:
         """What all cells share of the question and the positions, for the rows' keys."""
         facts: dict[str, Any] = {}
+        if self._set.per_trial > 1 or self._set.frames > 1:
+            facts |= {"needles": self._set.per_trial, "needle_frames": self._set.frames}
+            facts |= {"others": self._spread} if self.nested and self._set.per_trial > 1 else {}
         if self.question == "when":
             facts["tolerance"] = self.tolerance
-        if self.distractors:
+        if self._set.paired and self.distractors:
+            facts |= {"distractors": [needle.digest for needle in self.distractors], "distance": DISTANCE}
+            facts["seed"] = self._seed
+        elif self.distractors:
             facts["distractors"] = [needle.digest for needle in self.distractors]
             facts["places"] = [round(float(f), 9) for f in self._distractor_fractions]
             facts["spread"] = self._spread if self.nested else None
         if self.nested:
             facts["longest"] = self._longest
         return facts
+
+
+def beside(position: int, length: int, seed: Sequence[int]) -> int | None:
+    """V-NIAH-D: `DISTANCE` frames after or before a needle, from `seed` where both are in the haystack; or none."""
+    after, before = position + DISTANCE, position - DISTANCE
+    fitting = [place for place in (after, before) if 0 <= place < length]
+    return fitting[int(np.random.default_rng(seed).integers(len(fitting)))] if fitting else None
 
 
 def _two_decimals(second: float) -> str:

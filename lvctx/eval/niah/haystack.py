@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from lvctx.artifacts import schemas
+from lvctx.artifacts.bounded import read_utf8
 from lvctx.artifacts.lock import only_writer
 from lvctx.artifacts.manifest import Provenance, is_finished, write_manifest
 from lvctx.artifacts.store import atomic_file, sha256_file
@@ -92,7 +93,7 @@ def write_haystack(
                 raise InputError("already exists", where=out, fix="choose another -o, or --force to overwrite it")
         elif is_finished(out, provenance, resume=resume, force=force):
             return _row(config, out)
-        expected = pixels.read_text(encoding="utf-8").split() if pixels else None
+        expected = read_utf8(pixels).split() if pixels else None
         hashes: list[str] = []
 
         def checked() -> Iterator[np.ndarray]:

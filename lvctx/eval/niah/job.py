@@ -15,7 +15,8 @@ from lvctx.artifacts.store import fingerprint
 from lvctx.cost import CostMeter
 from lvctx.errors import UsageError
 from lvctx.eval.niah.frame_needles import FrameNeedles
-from lvctx.eval.niah.image_needles import NeedleSet, drawn_needles, read_needles
+from lvctx.eval.niah.image_needles import NeedleSet, drawn_groups, drawn_needles
+from lvctx.eval.niah.needle_folder import read_needles
 from lvctx.eval.niah.needle_task import Cell, NeedleTask
 from lvctx.eval.niah.niah_config import NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
 from lvctx.eval.niah.text_needles import read_haystack
@@ -124,6 +125,8 @@ def build_text_task(config: TextNiahConfig, tokenizer: Any) -> TextNeedleTask:
         count=config.count,
         nested=config.depths.nested,
         loop=config.loop,
+        city=config.city,
+        haystack_only=config.length_of == "haystack",
     )
 
 
@@ -180,16 +183,32 @@ def plan_video(
 
 def find_needles(config: VideoNiahConfig, size: int) -> NeedleSet:
     """The needles and distractors of a test, drawn with `size` pixels a side or read. Raises UsageError, InputError."""
+    grouped = config.count > 1 or config.needle_frames > 1
+    if config.needles == "drawn" and grouped:
+        return drawn_groups(
+            config.trials,
+            per_trial=config.count,
+            frames=config.needle_frames,
+            question=config.question,
+            size=size,
+            seed=config.seed,
+            distractors=config.distractors,
+        )
     if config.needles == "drawn":
         drawn = drawn_needles(config.trials, size=size, seed=config.seed, distractors=config.distractors)
         return drawn if config.question == "what" else replace(drawn, chance=None)
     needles = read_needles(Path(config.needles))
+    if needles.paired and config.distractors > 1:
+        raise UsageError("every needle of this folder has one distractor", where="--distractors", fix="give 0 or 1")
     if config.distractors > len(needles.distractors):
         raise UsageError(
             f"--distractors {config.distractors} with {len(needles.distractors)} distractors in {config.needles}",
             fix='give them lines with "distractor": true',
         )
-    return replace(needles, distractors=needles.distractors[: config.distractors])
+    repeated = [needle for needle in needles.needles for _ in range(config.needle_frames)]
+    distractors = needles.distractors[: len(needles.needles) if needles.paired else config.distractors]
+    distractors = distractors if config.distractors else []
+    return replace(needles, needles=repeated, frames=config.needle_frames, distractors=distractors)
 
 
 def input_facts(config: NiahConfig, task: NeedleTask | FrameNeedles) -> dict[str, Any]:

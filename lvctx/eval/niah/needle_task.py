@@ -23,7 +23,7 @@ class Cell:
     """One test."""
 
     length: int
-    """Text: tokens of the whole sequence. Video: frames of the haystack."""
+    """Text: tokens of the whole sequence, or of the haystack (`length_of`). Video: frames of the haystack."""
     depth: float
     """Depth of the needle, 0 (start) to 1 (end): as given, or the actual one if nested."""
     trial: int

@@ -8,7 +8,7 @@ from lvctx.config import Flag, parse_integers, parse_numbers
 from lvctx.errors import UsageError
 
 Scoring = Literal["forced", "generate", "both"]
-NeedleQuestion = Literal["what", "when"]
+NeedleQuestion = Literal["what", "when", "count", "order"]
 TextTask = Literal["single", "multi-key", "multi-value", "multi-query", "variable-tracking"]
 RopeScheme = Literal["theta", "pi", "ntk", "yarn"]
 SEVERAL = ("task=multi-key", "task=multi-value", "task=multi-query", "task=variable-tracking")
@@ -101,6 +101,10 @@ class TextNiahConfig(NiahConfig):
     """Kind of needle, as in RULER."""
     count: Annotated[int, Flag(min=2, max=10, needs=SEVERAL)] = 4
     """Keys, values, queries or hops of the task."""
+    city: str | None = None
+    """The city that is asked about in every trial: Singapore is LongVA's. Default: another one in each trial."""
+    length_of: Literal["sequence", "haystack"] = "sequence"
+    """What --lengths counts: all tokens of a sequence, or the haystack without needle and prompt (LongVA's script)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +112,23 @@ class VideoNiahConfig(NiahConfig):
     """Needles in a video: V-NIAH."""
 
     needles: str = "drawn"
-    """Needle images: drawn, or a folder with images and one .jsonl."""
+    """Needle images: drawn, a folder with images and one .jsonl, LongVA's dataset.json, or a dataset such as
+    lmms-lab/v_niah_needles."""
     question: NeedleQuestion = "what"
-    """Question: what the needle shows, or when it is shown."""
+    """Question: what the needle shows, when it is shown, how many needles there are, or in which order."""
+    count: Annotated[int, Flag(min=1, max=6)] = 1
+    """Drawn needles of a trial. One of them is asked about (what), or all are (order), or so many or fewer (count)."""
+    needle_frames: Annotated[int, Flag(min=1, max=64)] = 1
+    """Frames of a needle: a short clip of a drawn shape that moves; an image of a folder is repeated."""
     tolerance: Annotated[float, Flag(min=0, needs=("question=when",))] = 2.0
     """Tolerance in seconds for the answer to when."""
     as_images: bool = False
     """Encode every frame as a separate image, as in Visual Haystacks, instead of one video (Qwen-VL)."""
+
+    def __post_init__(self) -> None:
+        if self.question in ("count", "order") and self.count == 1:
+            raise UsageError(f"--question {self.question} is about several needles", fix="give --count, such as 4")
+        if self.question == "when" and self.count > 1:
+            raise UsageError("--question when is about one needle", fix="drop --count")
+        if self.needles != "drawn" and self.count > 1:
+            raise UsageError("--count with needles of a folder", fix="drop --count, or --needles for drawn ones")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lvctx.artifacts.bounded import read_utf8
 from lvctx.errors import InputError
 
 PREFIX = "This is a very long story book: <book>"
@@ -56,6 +57,8 @@ CITIES = (
     "Zagreb",
 )
 """Names for needles and distractors."""
+LONGVA_CITIES = ("New York", "London", "Paris", "Tokyo", "Beijing", "Berlin")
+"""The distractors of LongVA's script, whose needle is always Singapore's number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,31 +100,37 @@ def read_haystack(paths: Sequence[Path]) -> str:
             files.append(path)
         else:
             raise InputError("no such file or folder", where=path)
-    texts = []
-    for file in files:
-        try:
-            texts.append(file.read_text(encoding="utf-8"))
-        except UnicodeDecodeError as e:
-            raise InputError(f"not UTF-8 text ({e.reason} at byte {e.start})", where=file) from None
+    texts = [read_utf8(file) for file in files]
     if not any(text.strip() for text in texts):
         raise InputError("no text in the haystack", where=", ".join(map(str, paths)))
     return "\n\n".join(texts)
 
 
-def draw_distractors(seed: int, count: int) -> list[tuple[str, str, float]]:
+def draw_distractors(seed: int, count: int, *, city: str | None = None) -> list[tuple[str, str, float]]:
     """City, seven-digit number and position (0 to 1) of `count` distractors: the same for every cell of a grid.
 
-    So cells share the haystack with them. Their cities differ from those of needles.
+    So cells share the haystack with them. Their cities differ from those of needles; `city` is that of all needles.
     """
     rng = np.random.default_rng([seed, 0])
     numbers = rng.integers(1_000_000, 10_000_000, size=count)
-    return [(c, str(n), float(f)) for c, n, f in zip(_cities(seed), numbers, rng.random(count), strict=False)]
+    return [
+        (c, str(n), float(f))
+        for c, n, f in zip(_cities(seed, city)[1 if city else 0 :], numbers, rng.random(count), strict=False)
+    ]
 
 
-def draw_text_needle(task: Task, seed: int, trial: int, *, distractors: int, count: int) -> TextNeedle:
-    """The needle of a trial, for this number of `distractors`; `count` keys, values, queries or hops."""
-    cities = _cities(seed)[distractors:]
-    city = [cities[(trial + i) % len(cities)] for i in range(count)]
+def draw_text_needle(
+    task: Task, seed: int, trial: int, *, distractors: int, count: int, key: str | None = None
+) -> TextNeedle:
+    """The needle of a trial, for this number of `distractors`; `count` keys, values, queries or hops.
+
+    `key` is the city that is asked about in every trial; None takes another city in each.
+    """
+    if key is not None:
+        city = [key, *_cities(seed, key)[1 + distractors :]][:count]
+    else:
+        cities = _cities(seed)[distractors:]
+        city = [cities[(trial + i) % len(cities)] for i in range(count)]
     rng = np.random.default_rng([seed, 1, trial])
     number = [str(n) for n in rng.integers(1_000_000, 10_000_000, size=1 if task == "single" else count)]
     first_needle = NEEDLE.format(city=city[0], number=number[0])
@@ -149,8 +158,10 @@ def draw_text_needle(task: Task, seed: int, trial: int, *, distractors: int, cou
     return TextNeedle(sentences=(first, *copies), question=question, start=start, answers=tuple(names), chain=True)
 
 
-def _cities(seed: int) -> list[str]:
-    return [CITIES[i] for i in np.random.default_rng([seed, 2]).permutation(len(CITIES))]
+def _cities(seed: int, key: str | None = None) -> list[str]:
+    """Cities in the order of their use; with a `key` it is the first, and LongVA's distractors follow."""
+    drawn = [CITIES[i] for i in np.random.default_rng([seed, 2]).permutation(len(CITIES))]
+    return drawn if key is None else list(dict.fromkeys([key, *LONGVA_CITIES, *drawn]))
 
 
 def question_and_answer(tokenizer: Any, needle: TextNeedle) -> tuple[list[int], list[int]]:

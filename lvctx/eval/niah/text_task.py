@@ -38,13 +38,17 @@ class TextNeedleTask:
         count: int = 4,
         nested: bool = False,
         loop: bool = False,
+        city: str | None = None,
+        haystack_only: bool = False,
     ) -> None:
         """Tokenize the haystack; `distractors` are inserted, `seed` draws cities, numbers and places.
 
-        `count` is the number of keys, values, queries or hops of `task`; with `loop` the haystack is repeated.
+        `count` is the number of keys, values, queries or hops of `task`; with `loop` the haystack is repeated. `city`
+        is that of all needles; with `haystack_only` lengths count the haystack's tokens.
         """
         self.tokenizer, self.distractors, self.seed = tokenizer, distractors, seed
         self.task, self.count, self.nested, self.loop = task, count, nested, loop
+        self.city, self.haystack_only = city, haystack_only
         self.can_force = task not in LISTS
         self.chance = 1 / 9_000_000 if self.can_force else None
         self.extra_tokens = 2 if self.can_force else 16
@@ -54,7 +58,8 @@ class TextNeedleTask:
         self._haystack_ids = np.array(haystack_ids, dtype=np.int64)
         self._ends = sentence_ends(tokenizer, self._haystack_ids)
         self._distractor_ids = [
-            (self._ids(NEEDLE.format(city=c, number=n)), f) for c, n, f in draw_distractors(seed, distractors)
+            (self._ids(NEEDLE.format(city=c, number=n)), f)
+            for c, n, f in draw_distractors(seed, distractors, city=city)
         ]
         self._needle = functools.cache(self._draw)
         self._spread = self._longest = 0
@@ -85,7 +90,9 @@ class TextNeedleTask:
 
     def _draw(self, trial: int) -> tuple[TextNeedle, list[list[int]], list[int], list[int]]:
         """A trial's needle, and the ids of its sentences, question and answer."""
-        needle = draw_text_needle(self.task, self.seed, trial, distractors=self.distractors, count=self.count)
+        needle = draw_text_needle(
+            self.task, self.seed, trial, distractors=self.distractors, count=self.count, key=self.city
+        )
         return needle, [self._ids(text) for text in needle.sentences], *question_and_answer(self.tokenizer, needle)
 
     def _snap(self, target: int, haystack_length: int) -> int:
@@ -103,7 +110,7 @@ class TextNeedleTask:
         fixed = len(self._prefix) + sum(
             map(len, [*sentences, question, answer, *(ids for ids, _ in self._distractor_ids)])
         )
-        haystack_length = length - fixed
+        haystack_length = length if self.haystack_only else length - fixed
         if haystack_length < 0:
             raise InputError(f"{length} tokens cannot hold needle and question ({fixed})", fix="give larger --lengths")
         if haystack_length > len(self._haystack_ids) and not self.loop:
@@ -114,7 +121,7 @@ class TextNeedleTask:
         return haystack_length
 
     def sequence(self, cell: Cell) -> tuple[np.ndarray, int]:
-        """See `NeedleTask.sequence`; exactly `cell.length` ids."""
+        """See `NeedleTask.sequence`; exactly `cell.length` ids, or more if only the haystack is counted."""
         needle, sentences, question, answer = self._needle(cell.trial)
         haystack_length = self._haystack_length(cell.length, cell.trial)
         # Sentences other than the needle have the same positions for all lengths, if lengths are to share computation.
@@ -133,7 +140,7 @@ class TextNeedleTask:
             else np.resize(self._haystack_ids, haystack_length)
         )
         ids = np.concatenate([self._prefix, *splice(haystack, pieces), question, answer]).astype(np.int64)
-        assert len(ids) == cell.length
+        assert self.haystack_only or len(ids) == cell.length
         return ids, len(answer)
 
     def score_text(self, cell: Cell, generated: str) -> float:
@@ -145,7 +152,10 @@ class TextNeedleTask:
     def prompt(self) -> dict[str, Any]:
         """See `NeedleTask.prompt`."""
         facts = {"text": [PREFIX, NEEDLE, QUESTION], "distractors": self.distractors, "task": self.task}
-        return facts | ({} if self.task == "single" else {"count": self.count}) | self._shared()
+        facts |= {} if self.task == "single" else {"count": self.count}
+        facts |= {"city": self.city} if self.city else {}
+        facts |= {"length_of": "haystack"} if self.haystack_only else {}
+        return facts | self._shared()
 
     def _shared(self) -> dict[str, Any]:
         """Nested points are shares of the longest haystack, and the other sentences are placed in the shortest."""

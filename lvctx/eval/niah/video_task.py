@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from lvctx.errors import InputError
-from lvctx.eval.niah.frame_needles import WHEN, FrameNeedles
-from lvctx.eval.niah.image_needles import FIND, NeedleSet
+from lvctx.eval.niah.frame_needles import TEMPLATES, FrameNeedles
+from lvctx.eval.niah.image_needles import NeedleSet
 from lvctx.eval.niah.needle_task import Cell
 from lvctx.models.vlm_assembly import answer_ids, chat_ids
 from lvctx.vlm.base import VisualTokens, prompt_tail
@@ -48,5 +48,5 @@ class VideoNeedleTask(FrameNeedles):
 
     def prompt(self) -> dict[str, Any]:
         """See `NeedleTask.prompt`."""
-        prefix, suffix = self._chat(FIND if self.question == "what" else WHEN)
+        prefix, suffix = self._chat(TEMPLATES[self.question])
         return {"chat": [*prefix, *suffix], **self.tokens.facts, **self.facts()}

@@ -17,7 +17,8 @@ from PIL import Image
 from lvctx.artifacts.manifest import read_provenance
 from lvctx.config import OnProgress
 from lvctx.errors import InputError
-from lvctx.eval.niah.image_needles import drawn_needles, read_needles
+from lvctx.eval.niah.image_needles import drawn_needles
+from lvctx.eval.niah.needle_folder import read_needles
 from lvctx.models.image_processing import open_image
 from lvctx.video.container import decoder_errors
 from lvctx.video.frame_count import bounded
@@ -130,7 +131,7 @@ def _read_frames(
     if pts:
         numbers = _shown_at(index, pts)
     elif taken:
-        numbers = frame_numbers(index, bounded(path, VideoSampling(**taken)))
+        numbers = frame_numbers(index, bounded(path, VideoSampling(**taken)), path)
     else:
         numbers = list(range(len(index)))
     yield from _numbered(path, _thinned(numbers, count))
@@ -183,7 +184,7 @@ def _read_haystack(path: Path, numbers: Sequence[int], fps: float) -> Iterator[t
         index = _index(path)
         if index is None:
             raise InputError("its frames cannot be numbered", where=path)
-        indices = frame_numbers(index, VideoSampling(fps=fps))
+        indices = frame_numbers(index, VideoSampling(fps=fps), path)
     wanted: dict[int, list[int]] = {}
     for number in numbers:
         wanted.setdefault(indices[number % len(indices)], []).append(number)

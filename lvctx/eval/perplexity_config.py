@@ -1,0 +1,31 @@
+"""Configuration of `perplexity`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from lvctx.config import Flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityConfig:
+    """What is measured, and how a model runs."""
+
+    models: Annotated[tuple[str, ...], Flag(argument=True, metavar="MODEL...")]
+    """Language models or VLMs: directories or hub ids; those with the tokenizer of the rows."""
+    data: Path
+    """Packed rows of pack-text, best of documents that no training used."""
+    out: Annotated[Path | None, Flag(names=("-o", "--out"))] = None
+    """.png or .svg: the perplexity of all models over the position."""
+    rows: Annotated[int, Flag(min=1)] = 8
+    """Number of rows, from the first on."""
+    seq_len: Annotated[int | None, Flag(min=2)] = None
+    """Tokens per row; longer rows are split. Default: all of a row."""
+    points: Annotated[int, Flag(min=1)] = 32
+    """Number of ranges of positions, each with its own perplexity."""
+    device: str = "auto"
+    """Device: cpu, cuda or mps. auto takes the first GPU, else the CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type of the weights in memory. auto is the checkpoint's own."""
+    prefill_chunk: Annotated[int, Flag(min=1)] = 2048
+    """Tokens per forward pass; smaller values need less memory."""

@@ -1,0 +1,200 @@
+"""Mutated inputs of every kind, given to the command line: codes 0, 2, 3, 4 and 5, no traceback, 10 s and 2 GiB each.
+
+    cd tests; python -m fuzz.driver FOLDER --count 10000 [KIND ...]
+
+A seed is a number: `--first SEED --count 1 KIND` makes and runs one input again.
+"""
+
+import argparse
+import csv
+import json
+import shutil
+import struct
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import broken
+import pyarrow as pa
+import pyarrow.parquet as pq
+from conftest import save_tower
+from PIL import Image
+from support.limited import fault, limited
+
+TURNS = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A dog."}]
+ROWS: list[dict[str, Any]] = [{"id": str(n), "conversations": TURNS} for n in range(3)]
+RECIPE = '[info]\njson = true\nquiet = false\n\n[other]\nlist = [1, 2.5, "a"]\ntable = {a = 1, b = 2024-01-01}\n'
+SUBTITLES = "1\n00:00:01,000 --> 00:00:02,000\nHello <i>there</i>\n\n2\n00:00:03,000 --> 00:00:04,500\nBye\n\n"
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+PIECES = [
+    *(
+        b"",
+        b"\0",
+        b"\xff",
+        b'"',
+        b"\n",
+        b"[" * 3000,
+        b"{" * 200,
+        b"\\ud800",
+        b",",
+        b"-1",
+        b"1e999",
+        b"9" * 5000,
+        b"null",
+    ),
+    *(b"{% for a in range(9999) %}{% for b in range(9999) %}", b"{{ 9 ** 9 ** 9 }}", b"=", b"-->", b"\xef\xbb\xbf"),
+]
+
+
+def damage(raw: bytes, rng: Random) -> bytes:
+    """Bytes changed, cut out, repeated or cut off, up to eight times."""
+    data = bytearray(raw)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        at = rng.randrange(len(data) + 1)
+        data[at : at + rng.choice([0, 1, 4, 40])] = rng.choice([*PIECES, bytes([rng.randrange(256)]), data[:64]])
+    return bytes(data[: rng.randrange(len(data) + 1)] if rng.random() < 0.1 else data)
+
+
+class Fuzzer:
+    """The inputs that mutations begin with, in a folder, and the commands that read them."""
+
+    def __init__(self, folder: Path, vlm: Path) -> None:
+        self.folder, self.vlm = folder, vlm
+        self.frames = (vlm / "model.safetensors").read_bytes()
+        self.kinds: dict[str, Callable[[Random], list[object]]] = {
+            **{kind: getattr(self, kind) for kind in ("safetensors", "config", "template", "recipe", "subtitles")},
+            **{kind: self._rows(kind) for kind in ("json", "jsonl", "csv", "parquet")},
+            **{kind: getattr(self, kind) for kind in ("image", "responses")},
+        }
+
+    def _write(self, name: str, content: bytes) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        return path
+
+    def _pack(self, path: Path, model: Path | None = None, *more: object) -> list[object]:
+        out = self.folder / "packed"
+        shutil.rmtree(out, ignore_errors=True)
+        rows = ["--target-length", 512, "--long-share", 0, "-q", "-o", out]
+        return ["pack-chat", "--model", model or self.vlm, "--image", path, *rows, *more]
+
+    def safetensors(self, rng: Random) -> list[object]:
+        """A header whose values change, or bytes of the whole file."""
+        length = int.from_bytes(self.frames[:8], "little")
+        header = json.loads(self.frames[8 : 8 + length])
+        if rng.random() < 0.6:
+            raw = json.dumps(broken.mutate(header, rng)).encode()
+            content = struct.pack("<Q", len(raw)) + raw + self.frames[8 + length :]
+        else:
+            content = damage(self.frames[: 8 + length], rng) + self.frames[8 + length :]
+        model = broken.clone(self.vlm, self.folder / "model")
+        (model / "model.safetensors").unlink()
+        (model / "model.safetensors").write_bytes(content)
+        return ["info", rng.choice([model, model / "model.safetensors"])]
+
+    def config(self, rng: Random) -> list[object]:
+        """config.json with other values, or damaged."""
+        model = broken.clone(self.vlm, self.folder / "model")
+        raw = (model / "config.json").read_bytes()
+        (model / "config.json").write_bytes(
+            json.dumps(broken.mutate(json.loads(raw), rng)).encode() if rng.random() < 0.7 else damage(raw, rng)
+        )
+        plan = ["plan", "extend-lm", "--model", model, "--seq-len", 512, "--device", "h200", "-q"]
+        return rng.choice([["info", model], plan])
+
+    def template(self, rng: Random) -> list[object]:
+        """A chat template, damaged."""
+        model = broken.clone(self.vlm, self.folder / "model")
+        raw = rng.choice([TEMPLATE, *broken.TEMPLATES]).encode()
+        (model / "chat_template.jinja").write_bytes(damage(raw, rng))
+        return self._pack(self._write("chat.json", json.dumps(ROWS).encode()), model, "--template", "own")
+
+    def recipe(self, rng: Random) -> list[object]:
+        """A TOML recipe, damaged."""
+        return ["info", self.vlm, "--recipe", self._write("r.toml", damage(RECIPE.encode(), rng))]
+
+    def subtitles(self, rng: Random) -> list[object]:
+        """SubRip, damaged, read by a run of Video-MME that has no video."""
+        self._write("subtitles/a.srt", damage(SUBTITLES.encode(), rng))
+        question = {"video_id": "1", "videoID": "a", "question_id": "1-1", "question": "Why?", "answer": "A"}
+        more = {"duration": "short", "domain": "x", "sub_category": "y", "task_type": "z", "options": ["A. a", "B. b"]}
+        questions = self._write("q.json", json.dumps([question | more]).encode())
+        folders = ["--videos", self.folder, "--subtitles", self.folder / "subtitles"]
+        run = ["videomme", "run", "--model", self.vlm, "--questions", questions, *folders, "--frames", 2, "--dry-run"]
+        return [*run, "-o", self.folder / "run"]
+
+    def _rows(self, kind: str) -> Callable[[Random], list[object]]:
+        def make(rng: Random) -> list[object]:
+            rows = broken.mutate(ROWS, rng) if rng.random() < 0.5 else ROWS
+            path = self.folder / f"rows.{kind}"
+            if kind == "json":
+                path.write_text(json.dumps(rows))
+            elif kind == "jsonl":
+                path.write_text("".join(json.dumps(row) + "\n" for row in (rows if isinstance(rows, list) else [rows])))
+            elif kind == "csv":
+                with open(path, "w", newline="") as f:
+                    writer = csv.writer(f)
+                    writer.writerows([["id", "conversations"], *([row["id"], json.dumps(TURNS)] for row in ROWS)])
+            else:
+                pq.write_table(pa.Table.from_pylist(ROWS), path)
+            if rows is ROWS:
+                path.write_bytes(damage(path.read_bytes(), rng))
+            return self._pack(path)
+
+        return make
+
+    def responses(self, rng: Random) -> list[object]:
+        """Responses of Video-MME, with other values or damaged."""
+        question = {"question_id": "1-1", "question": "Why?", "options": ["A. a"], "answer": "A", "response": "A"}
+        video = {"video_id": "1", "duration": "short", "domain": "x", "sub_category": "y", "questions": [question]}
+        raw = json.dumps(broken.mutate([video], rng)).encode()
+        return ["videomme", "score", self._write("r.json", damage(raw, rng) if rng.random() < 0.5 else raw)]
+
+    def image(self, rng: Random) -> list[object]:
+        """An image of one of several formats, damaged, in a chat sample."""
+        kind = rng.choice(["png", "jpeg", "gif", "bmp", "tiff", "webp"])
+        Image.radial_gradient("L").resize((40, 30)).convert("RGB").save(self.folder / f"i.{kind}")
+        path = self.folder / f"i.{kind}"
+        path.write_bytes(damage(path.read_bytes(), rng))
+        row = {"image": path.name, "conversations": [{"from": "human", "value": "<image>\nWhat?"}, TURNS[1]]}
+        return self._pack(self._write("images.json", json.dumps([row]).encode()), None, "--media", self.folder)
+
+
+def fuzz(fuzzer: Fuzzer, kind: str, seeds: range) -> list[str]:
+    """Run the inputs of these seeds; returns what is wrong, with the seed."""
+    found = []
+    for seed in seeds:
+        wrong = fault(limited(*fuzzer.kinds[kind](Random(f"{kind} {seed}"))))
+        if wrong:
+            found.append(f"{kind} {seed}: {wrong}")
+    return found
+
+
+def main() -> None:
+    """The command line above."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("kinds", nargs="*")
+    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--first", type=int, default=0)
+    options = parser.parse_intermixed_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    lm, tower = broken.save_lm(options.folder / "lm"), save_tower(options.folder / "tower")
+    fuzzer = Fuzzer(options.folder, broken.save_vlm(lm, tower, options.folder / "vlm"))
+    faults = 0
+    for kind in options.kinds or fuzzer.kinds:
+        began = time.monotonic()
+        found = fuzz(fuzzer, kind, range(options.first, options.first + options.count))
+        print(
+            f"{kind}: {options.count} inputs, {len(found)} faults, {time.monotonic() - began:.0f} s", *found, sep="\n  "
+        )
+        faults += len(found)
+    sys.exit(bool(faults))
+
+
+if __name__ == "__main__":
+    main()
