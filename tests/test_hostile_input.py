@@ -102,6 +102,8 @@ def test_an_output_below_a_file(lm: Path, vlm: Path, text: Path, tmp_path: Path)
         "videomme": ["videomme", "run", "--model", vlm, "--questions", text, "--videos", tmp_path, "-o", out],
         "import-longva": ["import-longva", vlm, "-o", out],
         "export": ["export", lm, "--to", "hf", "-o", out],
+        "report": ["report", text, "-o", text / "x.html"],
+        "perplexity": ["perplexity", lm, "--data", text, "-o", text / "x.png"],
     }
     for name, command in commands.items():
         done = limited(*command)

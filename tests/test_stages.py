@@ -38,7 +38,8 @@ def pack(out: Path, *, rows: int = 7, length: int = 100, shards: int = 2) -> Pat
         write_token_shard(out / shard_name(number), ids, offsets, np.concatenate(starts), {})
     provenance = Provenance(schema="lvctx.packed/1", command="pack-text", config={}, inputs={})
     names = [shard_name(n) for n in range(shards)]
-    write_manifest(out, provenance, names, rows=rows, seq_len=length, shard_rows=[len(p) for p in parts])
+    facts = {"rows": rows, "seq_len": length, "shard_rows": [len(p) for p in parts], "length_bins": [], "sources": {}}
+    write_manifest(out, provenance, names, **facts)
     return out
 
 
@@ -93,7 +94,7 @@ def recipe(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def written(out: Path) -> dict[str, bytes]:
     """Every byte that two runs should share."""
-    files = [p for p in sorted(out.rglob("*")) if p.is_file() and p.name != "metrics.jsonl"]
+    files = [p for p in sorted(out.rglob("*")) if p.is_file() and p.name not in ("metrics.jsonl", ".verified.json")]
     return {str(p.relative_to(out)): p.read_bytes() for p in files if "checkpoint" not in str(p)}
 
 

@@ -213,7 +213,7 @@ def test_device_maps_that_are_none(loud_vlm: Path, tmp_path: Path, monkeypatch: 
     assert "is not a file" in vqa(*ask, "everywhere", code=2)[1]
     assert "single process" in vqa(*ask, "auto", "--cp", 2, code=2)[1]
     (tmp_path / "list.json").write_text("[1]")
-    assert "not a JSON object" in vqa(*ask, tmp_path / "list.json", code=3)[1]
+    assert "not an object" in vqa(*ask, tmp_path / "list.json", code=3)[1]
     monkeypatch.setitem(sys.modules, "accelerate", None)
     assert importlib.util.find_spec("accelerate") is None
     assert "pip install accelerate" in vqa(*ask, "auto", code=5)[1]
