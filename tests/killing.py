@@ -62,7 +62,9 @@ class Toy(TrainingTask[int]):
         x = torch.from_numpy(np.random.default_rng(micro).normal(size=(micro + 1, 3)).astype("float32"))
         return ((self.model(x) - x.sum(1, keepdim=True)) ** 2).sum(), len(x)
 
-    def save(self, model: nn.Module, out: Path, metrics: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+    def save(
+        self, model: nn.Module, out: Path, metrics: Sequence[dict[str, Any]], gather: Any
+    ) -> tuple[list[str], dict[str, Any]]:
         save_file(model.state_dict(), out / "model.safetensors")
         return ["model.safetensors"], {"steps": len(metrics)}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lvctx.artifacts.manifest import Provenance, read_provenance
 from lvctx.artifacts.store import read_json, read_safetensors_header, save_tensors, scratch
 from lvctx.errors import InputError, first_line, library_errors
-from lvctx.models.lora import load_lora_state, lora_state
+from lvctx.models.lora import Gather, load_lora_state, lora_state
 from lvctx.models.weight_check import check_shapes
 
 ADAPTER = "adapter"
@@ -28,10 +28,12 @@ ROOT = "base_model.model."
 PROJECTOR = "multi_modal_projector"
 
 
-def save_adapter(out: Path, model: Any, wrapped: Any, provenance: Provenance, *, longest: int) -> None:
+def save_adapter(
+    out: Path, model: Any, wrapped: Any, provenance: Provenance, *, longest: int, gather: Gather = Tensor.detach
+) -> None:
     """Write `out/adapter`: the LoRA, and the projector if it was trained, in bfloat16.
 
-    `longest` is stored for `longest_sample`.
+    `longest` is stored for `longest_sample`. `gather` gives the full tensor of a sharded parameter.
     """
     from peft import LoraConfig
 
@@ -41,7 +43,7 @@ def save_adapter(out: Path, model: Any, wrapped: Any, provenance: Provenance, *,
     projector: Any = getattr(model.model, PROJECTOR, None)
     trained = projector is not None and any(p.requires_grad for p in projector.parameters())
     if trained:
-        tensors |= {f"{ROOT}model.{PROJECTOR}.{name}": tensor for name, tensor in projector.state_dict().items()}
+        tensors |= {f"{ROOT}model.{PROJECTOR}.{name}": tensor for name, tensor in projector.named_parameters()}
     lora = wrapped.peft_config["default"]
     linears = "|".join(sorted(lora.target_modules))
     config = LoraConfig(
@@ -58,7 +60,8 @@ def save_adapter(out: Path, model: Any, wrapped: Any, provenance: Provenance, *,
         config.save_pretrained(folder)
         os.replace(folder / ADAPTER_CONFIG_FILE, out / ADAPTER / ADAPTER_CONFIG_FILE)
     metadata = provenance.to_metadata(longest_sample=longest)
-    save_tensors(out / ADAPTER / WEIGHTS, {name: tensor.bfloat16() for name, tensor in tensors.items()}, metadata)
+    full = {name: gather(tensor).bfloat16() for name, tensor in tensors.items()}
+    save_tensors(out / ADAPTER / WEIGHTS, full, metadata)
 
 
 def longest_sample(path: Path) -> int:

@@ -144,17 +144,20 @@ def load_model(
     """A language model or a vision-language model of any class, in eval mode with SDPA attention.
 
     `dtype` is a torch dtype, or `auto` for the checkpoint's own. `device` may be `auto` (`lvctx.device`) and is not
-    used with a `device_map`. Raises InputError for weights that do not match the configuration tensor by tensor, do not
-    fit the map, or cannot be read; MissingError for a map without accelerate, a package that quantized weights need,
-    or an unavailable device.
+    used with a `device_map`. On `meta` the parameters stay in their files (`lvctx.artifacts.stored_tensors`) if each is
+    one stored tensor, and are on the CPU if transformers computes some, such as merged experts. Raises InputError for
+    weights that do not match the configuration tensor by tensor, do not fit the map, or cannot be read; MissingError
+    for a map without accelerate, a package that quantized weights need, or an unavailable device.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    from lvctx.rope.scaling import check_rope  # imports torch, which is not needed to read config.json
+    from lvctx.models.file_parameters import load_in_files  # these import torch, which config.json does not need
+    from lvctx.rope.scaling import check_rope
 
+    in_files = device == "meta"
     if device_map is None:
-        device = resolve_device(device)
+        device = "cpu" if in_files else resolve_device(device)
     else:
         require_accelerate()
     config = config or load_config(path)
@@ -167,24 +170,26 @@ def load_model(
     if isinstance(layers, int) and layers > len(stored):
         raise InputError(f"config.json describes {layers:,} layers, the weights have {len(stored)} tensors", where=path)
     with library_errors("cannot load the model", where=path), torch.device("meta"):
-        described = sum(parameter.numel() for parameter in kind.from_config(copy.deepcopy(config)).parameters())
+        empty = kind.from_config(copy.deepcopy(config))
+    described = sum(parameter.numel() for parameter in empty.parameters())
     if quantization(config) is None and described > 4 * sum(stored.values()):
         # Checked before transformers allocates all that the configuration describes.
         raise InputError(
             f"config.json describes {described:,} parameters, the weights have {sum(stored.values()):,}", where=path
         )
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": dtype,
+        "attn_implementation": "sdpa",
+        "trust_remote_code": False,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are reported below
+    }
     with library_errors("cannot load the weights", where=path):
-        model, loading_info = kind.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            attn_implementation="sdpa",
-            device_map=device_map,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported below
-        )
+        loaded = load_in_files(type(empty), path, options) if in_files and quantization(config) is None else None
+        if loaded is None:
+            loaded = kind.from_pretrained(path, device_map=device_map, use_safetensors=True, **options)
+        model, loading_info = loaded
     check_loaded(model, loading_info, stored, path)
     end = model.generation_config.eos_token_id
     if any(type(token) not in (int, NoneType) for token in (end if isinstance(end, list) else [end])):

@@ -1,6 +1,6 @@
 """LoRA on the language model through peft: few trained parameters, merged into the weights before saving."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from lvctx.models.weight_check import check_shapes
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 """Projections of an attention block, as Llama, Qwen2, Qwen3 and Mistral name them."""
+
+Gather = Callable[[Tensor], Tensor]
+"""The full tensor of a parameter that may be sharded."""
 
 
 def add_lora(model: Any, *, rank: int, targets: Sequence[str], seed: int) -> Any:
@@ -35,10 +38,10 @@ def lora_parameters(wrapped: Any) -> list[nn.Parameter]:
 
 
 def lora_state(wrapped: Any) -> dict[str, Tensor]:
-    """The trained tensors by name, for `load_lora_state` of another wrapped model."""
+    """The trained parameters by name, for `load_lora_state` of another wrapped model."""
     from peft import get_peft_model_state_dict
 
-    return get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    return get_peft_model_state_dict(wrapped, wrapped.state_dict(keep_vars=True), save_embedding_layers=False)
 
 
 def load_lora_state(wrapped: Any, state: dict[str, Tensor], *, where: object = None) -> None:
@@ -52,6 +55,24 @@ def load_lora_state(wrapped: Any, state: dict[str, Tensor], *, where: object = N
         what = f"the adapter is of another rank or another model: {e.what}"
         raise InputError(what, where=where, fix="give the --lora that it was trained with") from None
     set_peft_model_state_dict(wrapped, {name: tensor.float() for name, tensor in state.items()})
+
+
+def plain_state(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A model's parameters and persistent buffers under the names they have without LoRA, and the LoRA layers.
+
+    A layer has the name of the weight that its product is added to.
+    """
+    layers = {f"{name}.weight": module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    state = {n: tensor for n, tensor in model.state_dict(keep_vars=True).items() if ".lora_" not in n}
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in state.items()}, layers
+
+
+def merged_weight(layer: Any, gather: Gather) -> Tensor:
+    """The weight of one layer with LoRA's product added, as `merge_lora` computes it; `gather` gives full tensors."""
+    down, up = (gather(side["default"].weight) for side in (layer.lora_A, layer.lora_B))
+    weight = gather(layer.base_layer.weight).clone()
+    weight += (up @ down) * layer.scaling["default"]
+    return weight
 
 
 def merge_lora(wrapped: Any) -> Any:

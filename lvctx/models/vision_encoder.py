@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lvctx.artifacts.store import read_safetensors_header
+from lvctx.artifacts.stored_tensors import keep_in_file, read_stored
 from lvctx.artifacts.weights import read_headers
 from lvctx.errors import InputError, library_errors
 from lvctx.models.image_processing import Preprocess, crops_frames
@@ -147,8 +148,10 @@ class TowerFiles:
                 tensors[name] = (self.path / weights[key], key)
         return tensors
 
-    def load(self, dtype: Any) -> nn.Module:
-        """The whole transformers model in eval mode, on the CPU. Raises InputError if its tensors do not match.
+    def load(self, dtype: Any, device: str = "cpu") -> nn.Module:
+        """The whole transformers model in eval mode. Raises InputError if its tensors do not match.
+
+        On `meta` its parameters stay in their files (`lvctx.artifacts.stored_tensors`).
 
         Only the tower's own tensors are checked; other parts of a full CLIP or VLM are not read. A SigLIP tower may
         lack its pooling head, which is not used for features; then it is built without.
@@ -168,21 +171,26 @@ class TowerFiles:
         stored = {name: tuple(headers[file.name][key]["shape"]) for name, (file, key) in tensors.items()}
         expected = {n: tuple(t.shape) for n, t in inner.state_dict().items() if not DERIVED.search(n)}
         check_shapes(stored, expected, f"{self.path}, the vision tower")
-        state = {}
+        state: dict[str, Tensor] = {}
+        in_files = read_stored(self.path) if device == "meta" else {}
         with library_errors("cannot load the tower", where=self.path):
             for name, (file, key) in tensors.items():
+                if device == "meta":
+                    parameter = nn.Parameter(in_files[key].placeholder(dtype), requires_grad=False)
+                    state[name] = keep_in_file(parameter, in_files[key])
+                    continue
                 with safe_open(file, "pt") as f:
                     state[name] = f.get_tensor(key).to(dtype)
             inner.load_state_dict(state, strict=False, assign=True)
         embeddings = inner.embeddings
         positions = embeddings.position_embedding.weight.shape[0]
         embeddings.position_ids = torch.arange(positions)[None]  # the only buffer; checkpoints do not store it
-        return model.eval().requires_grad_(False)
+        return model.to("cpu" if device == "meta" else device).eval().requires_grad_(False)
 
 
-def load_vision_model(name: str | Path, *, dtype: Any) -> Any:
+def load_vision_model(name: str | Path, *, dtype: Any, device: str = "cpu") -> Any:
     """The whole CLIPVisionModel or SiglipVisionModel of a directory or hub id, to build a VLM from."""
-    return TowerFiles.find(name).load(dtype)
+    return TowerFiles.find(name).load(dtype, device)
 
 
 class Tower:

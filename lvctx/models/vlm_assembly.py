@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lvctx.artifacts.store import read_json, write_json
+from lvctx.artifacts.stored_tensors import into_memory, read_rows
 from lvctx.errors import InputError
 from lvctx.models.card import write_vision_section
 from lvctx.models.chat_template import ChatEncoder, Visual, chat_encoder
 from lvctx.models.loading import device_of
+from lvctx.models.lora import Gather
 from lvctx.models.saving import save_model
 
 IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
@@ -100,14 +102,15 @@ def assemble(lm: Any, tower: Any, tokenizer: Any, *, where: Path, seed: int) -> 
     vlm.model.language_model = lm.model
     vlm.lm_head = lm.lm_head
     vlm.model.vision_tower = tower
+    device = device_of(lm)
     projector = vlm.model.multi_modal_projector.to_empty(device="cpu").float()
     generator = torch.Generator().manual_seed(seed)
     for linear in (projector.linear_1, projector.linear_2):
         bound = 1 / math.sqrt(linear.in_features)  # torch.nn.Linear's own initialisation, drawn from a seeded generator
         for parameter in (linear.weight, linear.bias):
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
-    projector.to(lm.dtype)
-    vlm.model.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size, dtype=lm.dtype))
+    projector.to(device, lm.dtype)
+    vlm.model.image_newline = nn.Parameter(torch.empty(config.text_config.hidden_size, dtype=lm.dtype, device=device))
     vlm.generation_config = lm.generation_config
     set_newline(vlm, tokenizer)
     return vlm.eval()
@@ -128,6 +131,8 @@ def grow_embedding(lm: Any, tokens: int) -> None:
     old = lm.get_input_embeddings().weight.shape[0]
     if tokens <= old:
         return
+    for module in (lm.get_input_embeddings(), lm.lm_head):
+        into_memory(module)
     lm.resize_token_embeddings(tokens, pad_to_multiple_of=64, mean_resizing=False)
     with torch.no_grad():
         for weight in {id(m.weight): m.weight for m in (lm.get_input_embeddings(), lm.lm_head)}.values():
@@ -144,8 +149,9 @@ def newline_id(tokenizer: Any) -> int:
 
 def set_newline(vlm: Any, tokenizer: Any) -> None:
     """Set `image_newline` to the language model's embedding of "\\n", the token that LongVA uses."""
+    token = newline_id(tokenizer)
     with torch.no_grad():
-        vlm.model.image_newline.copy_(vlm.get_input_embeddings().weight[newline_id(tokenizer)])
+        vlm.model.image_newline.copy_(read_rows(vlm.get_input_embeddings().weight, token, token + 1)[0])
 
 
 def frame_features(vlm: Any, pixels_F3SS: Tensor) -> Tensor:
@@ -220,14 +226,27 @@ def _messages(turns: Sequence[str], mark: str) -> list[dict[str, Any]]:
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
-def save_vlm(vlm: Any, tokenizer: Any, tower_dir: Path, out: Path) -> None:
+def save_vlm(
+    vlm: Any,
+    tokenizer: Any,
+    tower_dir: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    gather: Gather = Tensor.detach,
+) -> None:
     """Write the files that stock transformers needs: weights, tokenizer, chat template with parts, and processor files.
 
-    `tower_dir` is where the tower's preprocessor_config.json is.
+    `tower_dir` is where the tower's preprocessor_config.json is. `dtype` and `gather` are those of `write_model`.
     """
-    set_newline(vlm, tokenizer)
+    kind = vlm.model.image_newline.dtype
+    newline = gather(vlm.get_input_embeddings().weight)[newline_id(tokenizer)].to(kind, copy=True)
     flatten_content(tokenizer)
-    save_model(vlm, tokenizer, out)
+
+    def with_newline(tensor: Tensor) -> Tensor:
+        return newline if tensor is vlm.model.image_newline else gather(tensor)
+
+    save_model(vlm, tokenizer, out, dtype=dtype, gather=with_newline)
     write_processors(vlm.config, read_json(tower_dir / PIXELS_FILE), out)
     write_vision_section(vlm.config, out)
 

@@ -106,6 +106,21 @@ class ParallelContext:
                 return
             yield box[0][0]
 
+    def announce(self, value: list[Any]) -> None:
+        """From rank 0, give one value to the ranks that `follow`, or end their iteration by an empty list."""
+        if self.size > 1:
+            dist.broadcast_object_list([value], group=self.control)
+
+    def send(self, tensor: Tensor) -> None:
+        """Give a tensor in host memory to rank 0, which must `receive` it."""
+        if tensor.numel():
+            dist.send(tensor, 0, group=self.control)
+
+    def receive(self, into: Tensor, rank: int) -> None:
+        """Fill a tensor in host memory with the one that `rank` sends."""
+        if into.numel():
+            dist.recv(into, rank, group=self.control)
+
     def add_up(self, tensor: Tensor) -> None:
         """Replace `tensor` by its sum over all ranks, in place."""
         if self.size > 1:

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from lvctx.artifacts.stored_tensors import into_memory
 from lvctx.errors import InputError, UsageError
 from lvctx.models.adapter import load_adapter, longest_sample
 from lvctx.models.image_processing import Preprocess
 from lvctx.models.loading import context_length, load_model, load_tokenizer, trained_length
-from lvctx.models.lora import ATTENTION, add_lora
+from lvctx.models.lora import ATTENTION, Gather, add_lora
 from lvctx.models.loss import IGNORED
 from lvctx.models.saving import model_files
 from lvctx.models.side_files import write_side_files
@@ -63,9 +64,9 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
         if job.init is not None:
             vlm = load_model(job.init, device=device)
         else:
-            lm = load_model(job.text_source)
-            tower = load_vision_model(job.vision_source, dtype=lm.dtype)
-            vlm = assemble(lm, tower, self.tokenizer, where=job.text_source, seed=self.config.seed).to(device)
+            lm = load_model(job.text_source, device=device)
+            tower = load_vision_model(job.vision_source, dtype=lm.dtype, device=device)
+            vlm = assemble(lm, tower, self.tokenizer, where=job.text_source, seed=self.config.seed)
         self.encoding = job.encoding(vlm.config.vision_config)
         self.encoding.write_to(vlm.config)
         groups, lora = _freeze(vlm, job)
@@ -129,10 +130,11 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
         lengths = [longest_sample(path) for path in sources]
         return max([*lengths, *(row.get("longest_sample", 0) for row in metrics)], default=0)
 
-    def save(self, model: Any, out: Path, metrics: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+    def save(
+        self, model: Any, out: Path, metrics: Sequence[dict[str, Any]], gather: Gather
+    ) -> tuple[list[str], dict[str, Any]]:
         """Write the VLM, its tokenizer and processor, and side files for other runtimes."""
-        model.to(model.config.dtype)
-        save_vlm(model, self.tokenizer, self.job.vision_source, out)
+        save_vlm(model, self.tokenizer, self.job.vision_source, out, dtype=model.config.dtype, gather=gather)
         write_side_files(out)
         return model_files(out), {
             "context": context_length(model.config),
@@ -146,7 +148,7 @@ def _freeze(vlm: Any, job: AlignJob) -> tuple[list[ParameterGroup], Any]:
     config, groups, lora = job.config, [], None
     assert config.lr is not None
     vlm.requires_grad_(False)
-    projector = vlm.model.multi_modal_projector.float()
+    projector = into_memory(vlm.model.multi_modal_projector).float()
     if config.projector_lr:
         modules = [projector.requires_grad_(True)]
         groups.append(ParameterGroup(name="projector", modules=modules, lr=config.projector_lr))

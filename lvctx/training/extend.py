@@ -32,7 +32,7 @@ from lvctx.models.loading import (
     trained_length,
     try_forward,
 )
-from lvctx.models.lora import ATTENTION, add_lora
+from lvctx.models.lora import ATTENTION, Gather, add_lora
 from lvctx.models.saving import copy_processors, model_files, save_model
 from lvctx.models.side_files import write_side_files
 from lvctx.parallel import hf_attention
@@ -272,10 +272,13 @@ class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
         adapter = self.job.config.adapter
         return max(self.job.config.seq_len or 0, longest_sample(adapter) if adapter else 0)
 
-    def save(self, model: Any, out: Path, metrics: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+    def save(
+        self, model: Any, out: Path, metrics: Sequence[dict[str, Any]], gather: Gather
+    ) -> tuple[list[str], dict[str, Any]]:
         """Write the model, its tokenizer, and side files for other runtimes."""
         job = self.job
-        save_model(model.to(load_config(job.model).dtype or torch.bfloat16), load_tokenizer(job.model), out)
+        dtype = load_config(job.model).dtype or torch.bfloat16
+        save_model(model, load_tokenizer(job.model), out, dtype=dtype, gather=gather)
         copy_processors(job.model, out)
         write_side_files(out)
         facts = {

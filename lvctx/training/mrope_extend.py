@@ -24,8 +24,9 @@ from lvctx.data.packed_chat import ChatRows
 from lvctx.errors import InputError, UsageError
 from lvctx.models.adapter import ADAPTER
 from lvctx.models.loading import load_config, load_image_processor, load_model, try_forward
-from lvctx.models.lora import ATTENTION, add_lora
+from lvctx.models.lora import ATTENTION, Gather, add_lora
 from lvctx.models.loss import IGNORED, token_loss
+from lvctx.models.saving import write_model
 from lvctx.parallel import hf_attention
 from lvctx.parallel.context import ParallelContext
 from lvctx.parallel.fsdp import keep_in_graph
@@ -200,12 +201,14 @@ class MropeTask(TrainingTask[int]):
         """Upper bound for the tokens of a row."""
         return self.job.rows.target_length
 
-    def save(self, model: Any, out: Path, metrics: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
+    def save(
+        self, model: Any, out: Path, metrics: Sequence[dict[str, Any]], gather: Gather
+    ) -> tuple[list[str], dict[str, Any]]:
         """Write the weights, and link or write the rest as `mrope-extend` does without training."""
 
         def write_weights() -> list[str]:
             with scratch(out / "model") as folder:
-                model.to(model.config.dtype or torch.bfloat16).save_pretrained(folder)
+                write_model(model, folder, dtype=model.config.dtype or torch.bfloat16, gather=gather)
                 names = sorted(p.name for p in folder.glob("model*.safetensors*"))
                 for name in names:
                     move_written(folder / name, out / name)

@@ -8,13 +8,15 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lvctx.artifacts.manifest import MANIFEST, is_finished, open_output, verify_files, write_manifest
 from lvctx.models.adapter import save_adapter
-from lvctx.models.lora import merge_lora
+from lvctx.models.lora import Gather
 from lvctx.parallel import checkpoint
 from lvctx.parallel.block_attention import cudnn_first
 from lvctx.parallel.context import ParallelContext, open_context
-from lvctx.parallel.fsdp import gather_into, shard_model
+from lvctx.parallel.fsdp import gathering, shard_model
 from lvctx.training.activations import checkpoint_layers
 from lvctx.training.parallel_config import ParallelConfig, RunControl
 from lvctx.training.task import TrainableModel, TrainingTask
@@ -46,17 +48,19 @@ def run_training(task: TrainingTask[Any], parallel: ParallelConfig, control: Run
         if not context.gather(unfinished)[0]:
             return
         trainable, metrics = _train(task, parallel, control, context)
-        if trainable is not None and context.rank == 0:
-            _save_result(task, trainable, out, metrics)
-            checkpoint.remove(out)
+        with gathering(trainable.model, context) as gather:
+            if gather is not None:
+                _save_result(task, trainable, out, metrics, gather)
+                checkpoint.remove(out)
         context.barrier()
 
 
 def _train(
     task: TrainingTask[Any], parallel: ParallelConfig, control: RunControl, context: ParallelContext
-) -> tuple[TrainableModel | None, list[dict[str, Any]]]:
-    """The trained model, unsharded, and the rows of metrics.jsonl; None on other ranks than 0 if it was sharded."""
-    trainable = task.load("cpu" if context.mesh is not None else context.device)
+) -> tuple[TrainableModel, list[dict[str, Any]]]:
+    """The trained model, sharded if there is a mesh, and on rank 0 the rows of metrics.jsonl."""
+    sharded = context.mesh is not None and task.train_config.steps
+    trainable = task.load("meta" if sharded else context.device)
     if not task.train_config.steps:
         return trainable, []
     if trainable.decoder is not None and parallel.checkpoint_activations:
@@ -67,20 +71,16 @@ def _train(
     task.before_steps(control.out, control.on_progress)
     with cudnn_first(context.device) if task.equal_lengths else nullcontext():
         metrics = train(task, trainable.groups, context, control)
-    if context.mesh is None:
-        return trainable, metrics
-    unsharded = task.load("cpu") if context.rank == 0 else None
-    gather_into(unsharded.model if unsharded else None, trainable.model)
-    return unsharded, metrics
+    return trainable, metrics
 
 
+@torch.no_grad()
 def _save_result(
-    task: TrainingTask[Any], trainable: TrainableModel, out: Path, metrics: Sequence[dict[str, Any]]
+    task: TrainingTask[Any], trainable: TrainableModel, out: Path, metrics: Sequence[dict[str, Any]], gather: Gather
 ) -> None:
     """Write the LoRA if there is one, the model with it merged, and the manifest."""
     if trainable.lora is not None:
         longest = task.longest_sample(metrics)
-        save_adapter(out, trainable.model, trainable.lora, task.provenance, longest=longest)
-        merge_lora(trainable.lora)  # in place
-    files, facts = task.save(trainable.model.eval(), out, metrics)
+        save_adapter(out, trainable.model, trainable.lora, task.provenance, longest=longest, gather=gather)
+    files, facts = task.save(trainable.model.eval(), out, metrics, gather)
     write_manifest(out, task.provenance, files, **facts)

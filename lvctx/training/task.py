@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lvctx.artifacts.manifest import Provenance
 from lvctx.config import OnProgress
+from lvctx.models.lora import Gather
 from lvctx.parallel.context import ParallelContext
 from lvctx.training.parallel_config import ParallelConfig
 from lvctx.training.schedule import Schedule
@@ -88,7 +89,7 @@ class TrainingTask(ABC, Generic[MicroT]):
 
     @abstractmethod
     def load(self, device: str) -> TrainableModel:
-        """Load the starting model; called again, on the CPU, for the unsharded copy that is saved."""
+        """Load the starting model; on `meta` its parameters stay in their files (`lvctx.models.loading.load_model`)."""
 
     @abstractmethod
     def build(self, trainable: TrainableModel, context: ParallelContext, parallel: ParallelConfig) -> nn.Module:
@@ -121,5 +122,10 @@ class TrainingTask(ABC, Generic[MicroT]):
         return 0
 
     @abstractmethod
-    def save(self, model: Any, out: Path, metrics: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, Any]]:
-        """Write the trained model, with LoRA merged; returns the names of its files and facts for the manifest."""
+    def save(
+        self, model: Any, out: Path, metrics: Sequence[dict[str, Any]], gather: Gather
+    ) -> tuple[list[str], dict[str, Any]]:
+        """Write the trained model, with LoRA merged; returns the names of its files and facts for the manifest.
+
+        Called on rank 0, where `gather` gives the full tensor of a parameter.
+        """

@@ -1,0 +1,84 @@
+"""Tensors that stay in their safetensors file until rows of them are read, so that a rank reads its own shard alone.
+
+A parameter without memory has its `StoredTensor` as the attribute `stored`, and as its data one value that stands for
+all of them: shapes and types are known, and a forward pass computes, with zeros.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lvctx.artifacts.weights import read_headers
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+STORABLE = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+"""Types of tensors, by their names in safetensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """A tensor in a safetensors file."""
+
+    path: Path
+    """The file."""
+    begin: int
+    """Its first byte there."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def rows(self, first: int, end: int) -> Tensor:
+        """Rows `first` to `end` of the first axis, which are contiguous in the file, as stored."""
+        width = prod(self.shape[1:])
+        row_bytes = width * self.dtype.itemsize
+        place = self.begin + first * row_bytes
+        raw = np.fromfile(self.path, np.uint8, count=(end - first) * row_bytes, offset=place)
+        return torch.from_numpy(raw).view(self.dtype).view(end - first, *self.shape[1:])
+
+    def placeholder(self, dtype: torch.dtype | None) -> Tensor:
+        """A tensor of zeros with this shape and the memory of one value, in `dtype` if this is of a floating type."""
+        kind = dtype if dtype is not None and self.dtype.is_floating_point else self.dtype
+        return torch.zeros((), dtype=kind).expand(self.shape)
+
+
+def read_stored(directory: Path) -> dict[str, StoredTensor]:
+    """The tensors of a resolved model directory by name; raises KeyError for a type that is not one of `STORABLE`."""
+    tensors = {}
+    for file, header in read_headers(directory).items():
+        with open(directory / file, "rb") as f:
+            data = 8 + int.from_bytes(f.read(8), "little")
+        for name, entry in header.items():
+            begin, dtype, shape = data + entry["data_offsets"][0], STORABLE[entry["dtype"]], tuple(entry["shape"])
+            tensors[name] = StoredTensor(path=directory / file, begin=begin, dtype=dtype, shape=shape)
+    return tensors
+
+
+def keep_in_file(parameter: nn.Parameter, stored: StoredTensor | None) -> nn.Parameter:
+    """Note that the values of a parameter are in a file; None if they are in memory."""
+    parameter.stored = stored  # type: ignore[attr-defined]
+    return parameter
+
+
+def into_memory(module: ModuleT) -> ModuleT:
+    """Read the parameters of a small module that are still in their files, in place."""
+    for parameter in module.parameters():
+        parameter.data = read_rows(parameter, 0, len(parameter))
+        keep_in_file(parameter, None)
+    return module
+
+
+def read_rows(parameter: Tensor, first: int, end: int) -> Tensor:
+    """Rows of a parameter in its type, from memory or from its file."""
+    stored: StoredTensor | None = getattr(parameter, "stored", None)
+    return parameter.detach()[first:end] if stored is None else stored.rows(first, end).to(parameter.dtype)

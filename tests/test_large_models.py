@@ -1,0 +1,137 @@
+"""A sharded training reads, holds and saves parts of a model: the files are those of a single copy in memory."""
+
+import filecmp
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from lvctx.artifacts.stored_tensors import read_rows
+from lvctx.models import saving
+from lvctx.models.loading import load_model, try_forward
+from lvctx.models.lora import ATTENTION, add_lora, lora_parameters, merge_lora
+from lvctx.models.saving import write_model
+from lvctx.parallel.context import joined, make_context
+from lvctx.parallel.fsdp import gathering, shard_model
+from lvctx.training.text_rows import RowLoss
+
+
+class MemoryCount(TorchDispatchMode):
+    """Most bytes at one time of the tensors that operations return, each memory once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if type(tensor) is Tensor and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.alive = {place: kept for place, kept in self.alive.items() if not kept[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.alive.values()))
+        return result
+
+
+def save_random(out: Path, *, tied: bool = False) -> Path:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "vocab_size": 101}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(out)
+    return out
+
+
+def changed_lora(model: Any) -> Any:
+    """The model's decoder in LoRA whose product is not zero."""
+    wrapped = add_lora(model.get_decoder(), rank=2, targets=ATTENTION, seed=0)
+    for i, parameter in enumerate(lora_parameters(wrapped)):
+        parameter.data.fill_(0.01 * (i % 7 - 3))
+    return wrapped
+
+
+RUNS = {"trained": False, "lora": True}
+"""Name of a run: whether it is LoRA."""
+
+
+def load_shard_and_save(rank: int, here: Path) -> None:
+    torch.set_num_threads(1)
+    with joined(here / "store", rank=rank, size=3):
+        world = make_context(device="cpu", cp=1)
+        for name, lora in RUNS.items():
+            with MemoryCount() as count:
+                model = load_model(here / f"model-{name}", device="meta").requires_grad_(not lora)
+                try_forward(model, here)
+                if lora:
+                    changed_lora(model)
+                stored = 2 * sum(p.numel() for place, p in model.named_parameters() if ".lora_" not in place)
+                shard_model(RowLoss(model), model.model.layers, world)
+                with gathering(model, world) as gather:
+                    if gather is not None:
+                        (here / name).mkdir()
+                        write_model(model, here / name, dtype=torch.bfloat16, gather=gather)
+            shard = sum(p.to_local().nbytes for p in model.parameters())  # type: ignore[attr-defined]
+            largest = max(p.numel() * p.element_size() for p in model.parameters())
+            assert count.most <= 1.3 * (shard + largest) < (1 if lora else 2) * stored, "trained ones are float32"
+
+
+def test_a_rank_holds_its_shard_and_the_result_has_the_bytes_of_one_process(tmp_path: Path) -> None:
+    """Nowhere between loading and saving. Three ranks cannot share the rows evenly; one model's embedding is tied."""
+    for name, lora in RUNS.items():
+        save_random(tmp_path / f"model-{name}", tied=not lora)
+    multiprocessing.spawn(load_shard_and_save, args=(tmp_path,), nprocs=3)
+    for name, lora in RUNS.items():
+        model = load_model(tmp_path / f"model-{name}")
+        if lora:
+            merge_lora(changed_lora(model))
+        model.save_pretrained(tmp_path / "expected")
+        for path in (tmp_path / "expected").iterdir():
+            assert filecmp.cmp(path, tmp_path / name / path.name, shallow=False), path.name
+
+
+def test_parameters_in_files_have_the_values_of_loaded_ones(tmp_path: Path) -> None:
+    path = save_random(tmp_path / "model", tied=True)
+    for dtype in ("auto", torch.float16):
+        model, loaded = load_model(path, dtype=dtype, device="meta"), load_model(path, dtype=dtype)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        for (name, lazy), (_, real) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+            assert lazy.untyped_storage().nbytes() == 2, name
+            assert torch.equal(read_rows(lazy, 0, len(lazy)), real), name
+            assert torch.equal(read_rows(lazy, 1, 3), real[1:3]), name
+        for (name, lazy), (_, real) in zip(model.named_buffers(), loaded.named_buffers(), strict=True):
+            assert torch.equal(lazy, real), name
+        assert model.config.to_dict() == loaded.config.to_dict()
+        assert model.generation_config.to_dict() == loaded.generation_config.to_dict()
+
+
+def test_shards_and_their_index_are_those_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "SHARD_SIZE", "100KB")
+    model = load_model(save_random(tmp_path / "model"))
+    model.save_pretrained(tmp_path / "expected", max_shard_size="100KB")
+    (tmp_path / "ours").mkdir()
+    write_model(model, tmp_path / "ours")
+    files = sorted(path.name for path in (tmp_path / "expected").iterdir())
+    assert sum("-of-" in name for name in files) > 2
+    assert files == sorted(path.name for path in (tmp_path / "ours").iterdir())
+    for name in files:
+        assert filecmp.cmp(tmp_path / "expected" / name, tmp_path / "ours" / name, shallow=False), name
+
+
+def test_experts_that_are_merged_when_loaded_are_loaded_and_saved_whole(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 101}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    config = Qwen3MoeConfig(**sizes, **heads, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    model = load_model(tmp_path / "model", device="meta")
+    assert all(not hasattr(p, "stored") and p.is_contiguous() for p in model.parameters())
+    (tmp_path / "ours").mkdir()
+    write_model(model, tmp_path / "ours")
+    assert filecmp.cmp(tmp_path / "model/model.safetensors", tmp_path / "ours/model.safetensors", shallow=False)
