@@ -197,7 +197,7 @@ def test_the_reference_is_computed_once_and_a_stopped_run_ends_with_the_same_byt
             {"prompt": "<image>", "chosen": "a", "rejected": "b <image>", "image": "0.png"},
             "2 <image> marks for 1 images",
         ),
-        ({"prompt": "x", "chosen": "a", "rejected": "b", "image": "0.png"}, "0 <image> marks for 1 images"),
+        ({"prompt": "x", "chosen": "a", "rejected": "b", "image": ["0.png", "0.png"]}, "0 <image> marks for 2 images"),
         ({"prompt": "<image>", "chosen": "a", "rejected": "b", "image": "9.png"}, "no such image"),
         ({**talk("x", "y"), "chosen": "a", "rejected": "b"}, "does not end with a human turn"),
         ({"conversations": "x", "chosen": "a", "rejected": "b"}, "no list of `conversations`"),

@@ -11,7 +11,7 @@ import mrope_models
 import numpy as np
 import pytest
 
-SEEDS = {"some": range(100), "many": range(100, 1500)}
+SEEDS = {"some": range(60), "many": range(60, 1500)}
 """Seeds of the random damage: the first are tried in every run of the tests, the others in the slow tests."""
 
 

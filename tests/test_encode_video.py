@@ -345,6 +345,7 @@ def test_artifacts_read_back(tmp_path: Path) -> None:
         read_feature_cache(target)
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_redone_to_the_same_bytes(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
     longer = tmp_path / "long.mp4"
     source = ["-f", "lavfi", "-i", "testsrc2=s=90x50:r=25:d=120", "-c:v", "libx264", "-preset", "ultrafast"]

@@ -375,6 +375,7 @@ def test_finished_is_done_and_another_model_is_not_written_over(
     assert (tiny_tower / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_killed_import_continues_to_the_same_bytes(tokenizer: Any, tmp_path: Path) -> None:
     """Killed while the second shard is written: the first stays, and what comes out is what one run writes."""
     lm, tower, projector = llava_models.parts(tokenizer)

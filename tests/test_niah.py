@@ -377,13 +377,13 @@ def test_bad_input_is_one_line(
 
 @pytest.mark.nano
 def test_forced_scoring_is_greedy_generation_on_a_real_model(nano: Any, tmp_path: Path) -> None:
-    grid = ["--lengths", "150,400", "--depths", "0,0.6,1", "--trials", 2, "--distractors", 3, "--scoring", "both"]
+    grid = ["--lengths", "200", "--depths", "0,0.6,1", "--trials", 2, "--distractors", 3, "--scoring", "both"]
     done = run("niah", "text", "--model", nano.lm, "--haystack", nano.essays, *grid, "-o", tmp_path / "a")
     assert done.exit_code == 0
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == 12
+    assert len(rows) == 6
     assert all(r["teacher_forced"] == (r["share"] == 1) for r in rows)
-    assert sum(r["correct"] for r in rows) >= 8
+    assert sum(r["correct"] for r in rows) >= 4
 
 
 # --- reports

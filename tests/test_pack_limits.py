@@ -134,7 +134,7 @@ def test_draws_are_uniform_and_belong_to_seed_and_number() -> None:
         ("web = 'much'", "share of 'web' is 'much'"),
         ("web = 0", "sum to 0"),
         ("", "no shares"),
-        ("web", "not readable as TOML"),
+        ("web", "not valid TOML"),
     ],
 )
 def test_an_invalid_mix_is_reported(text: str, what: str, tmp_path: Path) -> None:

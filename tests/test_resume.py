@@ -63,7 +63,7 @@ BLOWS = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["extend", "align", "dpo", "mrope"])
+@pytest.mark.parametrize("kind", ["extend", "align", pytest.param("dpo", marks=pytest.mark.slow), "mrope"])
 def test_a_training_killed_again_and_again_ends_as_if_it_never_was(kind: str, folder: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole" / "model", tmp_path / "parts" / "model"  # mrope-extend writes the folder's name
     RUNS[kind](folder, whole)
