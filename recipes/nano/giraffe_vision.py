@@ -23,7 +23,7 @@ from draw_data import COLOR_NAMES
 from giraffe_model import PATCH, VISION
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from train_tower import MEAN, STD, Batch, TowerClassifier, augment, draw_many, evaluate, fit
+from train_tower import MEAN, STD, Batch, TowerClassifier, augment, autocast, draw_many, evaluate, fit
 from transformers import CLIPVisionModel
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
@@ -145,7 +145,7 @@ def words_table(lm: str) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def features(tower: Any, images: Tensor, covered: Tensor, size: int) -> Tensor:
     """What the tower makes of images at a size: (B, P, D)."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         small = resize(images, covered, size)[0].split(250)
         return torch.cat([look(tower, cut((part.float() / 255 - MEAN) / STD)) for part in small])
 

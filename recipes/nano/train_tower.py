@@ -25,6 +25,7 @@ from photos import load_photos
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
+from lvctx.device import resolve_dtype
 from lvctx.video.drawn_images import COLORS, SHAPES, draw_blank, draw_image_with_mask
 
 COLOR_NAMES = list(COLORS)
@@ -77,6 +78,11 @@ def augment(images: torch.Tensor, covered: torch.Tensor, side: int) -> tuple[tor
     gain = torch.empty(len(images), 1, 1, 1).uniform_(0.92, 1.06)
     pixels = (images.float() / 255 * gain + torch.randn(images.shape[0], 3, 1, 1) * 0.01).clamp(0, 1)
     return (pixels - MEAN) / STD, covered
+
+
+def autocast() -> torch.autocast:
+    """Matrix products in bfloat16 where the processor has instructions for it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=resolve_dtype("auto", "cpu") == "bfloat16")
 
 
 class TowerClassifier(nn.Module):
@@ -157,7 +163,7 @@ def fit(
     start = time.monotonic()
     for step in range(1, steps + 1):
         given = batch(step)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             loss, right = forward(model, *given)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -189,7 +195,7 @@ def evaluate(model: TowerClassifier, held_out: list[torch.Tensor]) -> dict[str, 
     model.eval()
     right = []
     for images, labels, covered in zip(*(column.split(250) for column in held_out), strict=True):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             right.append(losses(model, (images.float() / 255 - MEAN) / STD, labels, covered)[1])
     model.train()
     right_B2, shown_B = torch.cat(right).float(), held_out[1][:, 0] < len(SHAPES)

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lvctx.device import resolve_dtype
 from lvctx.models.loading import load_model, load_tokenizer, resolve_model
 from lvctx.models.vision_encoder import load_tower
 from lvctx.video.drawn_images import SHAPES, draw_blank, draw_image
@@ -52,7 +53,7 @@ def main() -> None:
     def embed(word: str) -> Tensor:
         return table[tokenizer.encode(" " + word, add_special_tokens=False)].mean(0)
 
-    tower = load_tower(args.tower, dtype=torch.bfloat16)
+    tower = load_tower(args.tower, dtype=getattr(torch, resolve_dtype("auto", "cpu")))
     photos = load_photos(tuple(args.photos))
     drawn = [draw(i, photos, tower.image_size) for i in range(IMAGES)]
     features_NPD = tower.encode_images([image for image, _ in drawn]).float()
