@@ -23,6 +23,11 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def weights_dtype(dtype: str, device: str) -> str:
+    """`dtype` itself; `auto`, the checkpoint's own, becomes `float32` on a resolved device that emulates bfloat16."""
+    return "float32" if dtype == "auto" and resolve_dtype("auto", device) == "float32" else dtype
+
+
 def resolve_dtype(dtype: Dtype, device: str) -> Literal["float32", "bfloat16"]:
     """`dtype` itself; for `auto`, `bfloat16` if a resolved device computes it natively, else `float32`."""
     import torch

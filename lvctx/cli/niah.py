@@ -78,7 +78,7 @@ def text(
     _run(
         "niah text",
         config,
-        lambda niah_config: plan_text(niah_config, dtype=device.dtype, kv_cache=run.kv_cache),
+        lambda niah_config: plan_text(niah_config, dtype=device.weights_dtype, kv_cache=run.kv_cache),
         device,
         run,
     )
@@ -121,7 +121,7 @@ def video(
     _run(
         "niah video",
         config,
-        lambda niah_config: plan_video(niah_config, vlm, sampling, dtype=device.dtype, kv_cache=run.kv_cache),
+        lambda niah_config: plan_video(niah_config, vlm, sampling, dtype=device.weights_dtype, kv_cache=run.kv_cache),
         device,
         run,
     )

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from lvctx.artifacts.store import read_json
 from lvctx.config import Flag
-from lvctx.device import DeviceMap
+from lvctx.device import DeviceMap, resolve_device, weights_dtype
 from lvctx.errors import UsageError
 
 CachePlacement = Literal["device", "host", "int8"]
@@ -37,13 +37,18 @@ class DeviceConfig:
     device: str = "auto"
     """Device: cpu, cuda or mps. auto takes the first GPU, else the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of the weights in memory. auto is the checkpoint's own."""
+    """Data type of the weights in memory. auto is the checkpoint's own, but float32 on a CPU that has no bfloat16."""
     prefill_chunk: Annotated[int, Flag(min=1)] = 2048
     """Tokens per forward pass while a prompt is computed; smaller values need less memory."""
     reuse: bool = True
     """Compute the common prefix of prompts only once."""
     cp: Annotated[int, Flag(min=1)] = 1
     """Context parallelism: processes that share each sequence and its KV cache (torchrun)."""
+
+    @property
+    def weights_dtype(self) -> str:
+        """`dtype` as it is loaded: see `lvctx.device.weights_dtype`."""
+        return weights_dtype(self.dtype, resolve_device(self.device))
 
 
 @dataclass(frozen=True, kw_only=True)

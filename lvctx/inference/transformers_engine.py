@@ -71,10 +71,11 @@ class TransformersEngine:
         """The engine with a resolved device. Raises MissingError for a device map without accelerate."""
         if config.device_map is not None:
             require_accelerate()
+        dtype = config.weights_dtype
         return cls(
             vlm,
             device=config.device,
-            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             prefill_chunk=config.prefill_chunk,
             reuse=config.reuse,
             ring=ring,
