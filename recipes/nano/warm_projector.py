@@ -26,7 +26,7 @@ from lvctx.models.loading import load_model, load_tokenizer, resolve_model
 from lvctx.models.vision_encoder import load_tower
 from lvctx.video.drawn_images import SHAPES, draw_blank, draw_image
 
-IMAGES, HELD_OUT, STEPS, BATCH, LR, BLANK = 3000, 200, 400, 64, 2e-3, 0.3
+IMAGES, HELD_OUT, STEPS, BATCH, LR, BLANK = 2000, 200, 250, 64, 2e-3, 0.3
 
 
 def draw(index: int, photos: list[np.ndarray], size: int) -> tuple[Image.Image, list[str]]:
