@@ -96,15 +96,27 @@ def test_files_that_state_no_frames_are_refused(text: str, tmp_path: Path) -> No
     assert str(refused.value.where).startswith(str(tmp_path / "chosen.json"))
 
 
+def test_a_device_and_the_line_of_malformed_json_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        FrameList.read("/dev/zero")
+    path = tmp_path / "chosen.jsonl"
+    path.write_text('{"video": "a", "frames": [1]}\n{"video": "b", "frames": ' + "[" * 100_000)
+    with pytest.raises(InputError) as refused:
+        FrameList.read(str(path))
+    assert refused.value.where == f"{path}:2"
+
+
 @given(st.lists(st.integers(0, 50), min_size=1), st.lists(st.floats(0, 50), min_size=1))
 def test_a_list_and_lines_are_the_same(frames: list[int], times: list[float]) -> None:
-    entries = [{"video": "a.mp4", "frames": frames}, {"video": "b", "times": times}]
+    """Also where a name has characters that end a line elsewhere than in JSON lines."""
+    entries = [{"video": "a\u2028\x85.mp4", "frames": frames}, {"video": "b", "times": times}]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "list.json").write_text(json.dumps(entries))
-        (Path(folder) / "lines.jsonl").write_text("\n".join(map(json.dumps, entries)))
+        lines = "\r\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+        (Path(folder) / "lines.jsonl").write_text(lines, encoding="utf-8", newline="")
         one, other = (FrameList.read(f"{folder}/{name}") for name in ("list.json", "lines.jsonl"))
     assert one.chosen == other.chosen
-    assert (one.of(Path("c/a.mkv")), one.of(Path("b.mp4"))) == one.chosen
+    assert (one.of(Path("c/a\u2028\x85.mkv")), one.of(Path("b.mp4"))) == one.chosen
     assert list(one.chosen[0].values) == sorted(set(frames))
 
 

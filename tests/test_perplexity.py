@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
+import mrope_models
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app
@@ -18,26 +19,34 @@ from lvctx.data.packed import PackedRows
 
 @pytest.fixture(scope="module")
 def packed(tiny_lm: Path, nano: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("rows")
+    return pack(tiny_lm, tmp_path_factory.mktemp("rows"))
+
+
+def pack(tokenizer: Path, out: Path) -> Path:
     rng = np.random.default_rng(0)
     words = ["red", "blue", "time", "house", "near", "and", "the", "of"]
     (out / "a.txt").write_text(" ".join(words[i] for i in rng.integers(len(words), size=700)))
     config = PackTextConfig(
-        inputs=(str(out / "a.txt"),), tokenizer=str(tiny_lm), out=out / "rows", seq_len=100, min_long=10, mix="none"
+        inputs=(str(out / "a.txt"),), tokenizer=str(tokenizer), out=out / "rows", seq_len=100, min_long=10, mix="none"
     )
     run_pack_text(plan_pack_text(config), resume="auto", force=False, on_progress=lambda *_: None)
     return out / "rows"
 
 
 @pytest.mark.nano
-@pytest.mark.parametrize("chunk", [7, 2048])
-def test_it_is_that_of_a_stock_forward(tiny_lm: Path, packed: Path, tmp_path: Path, chunk: int) -> None:
+@pytest.mark.parametrize(("kind", "chunk"), [("llama", 7), ("llama", 2048), ("qwen2_vl", 7)])
+def test_it_is_that_of_a_stock_forward(tiny_lm: Path, packed: Path, tmp_path: Path, kind: str, chunk: int) -> None:
+    path = tiny_lm
+    if kind != "llama":
+        path = mrope_models.save(kind, tmp_path / kind)
+        packed = pack(path, tmp_path)
     plot = tmp_path / "p.png"
-    command = ["perplexity", str(tiny_lm), "--data", str(packed), "--rows", "3", "--points", "4", "--device", "cpu"]
+    command = ["perplexity", str(path), "--data", str(packed), "--rows", "3", "--points", "4", "--device", "cpu"]
     done = CliRunner().invoke(app, [*command, "--dtype", "float32", "--prefill-chunk", str(chunk), "-o", str(plot)])
     assert done.exit_code == 0, done.output
     row = json.loads(done.stdout)
-    model = AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float64).eval()
+    loader = AutoModelForCausalLM if kind == "llama" else AutoModelForImageTextToText
+    model = loader.from_pretrained(path, dtype=torch.float64).eval()
     rows = torch.from_numpy(np.stack([PackedRows(packed).row(i) for i in range(3)]).astype(np.int64))
     with torch.no_grad():
         log_probs = model(rows).logits.log_softmax(-1)

@@ -11,8 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.frames import even_tokens
-from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
+from lvctx.errors import InputError
 from lvctx.eval.niah.image_needles import drawn_needles
 from lvctx.eval.niah.text_task import TextNeedleTask
 from lvctx.eval.niah.video_task import VideoNeedleTask
@@ -211,3 +220,13 @@ def test_a_generated_token_needs_no_pass_over_the_prompt_and_one_kernel_call_a_l
     assert scorer.generate(ids, 9, ()) == expected[0, 40:].tolist()
     assert len(passes) == 3 + 1
     assert len(calls) == 2 * (1 + 2 + 2 + 8)
+
+
+def test_a_model_with_another_state_than_keys_and_values_is_refused() -> None:
+    """Qwen3.5's linear attention: a cache that was cut back would give wrong scores."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "head_dim": 16, "vocab_size": 300}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    config = AutoConfig.for_model("qwen3_5_text", linear_key_head_dim=8, linear_value_head_dim=8, **sizes, **heads)
+    with pytest.raises(InputError) as refused:
+        PrefixScorer(AutoModelForCausalLM.from_config(config))
+    assert "linear_attention" in refused.value.what

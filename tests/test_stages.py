@@ -213,7 +213,7 @@ def test_search_scores_each_base_as_a_model_that_has_it(nano: Any, tiny_lm: Path
         search_depths=(0.0, 1.0),
         haystack=(nano.essays,),
     )
-    search = resolve_search(config, asked)
+    search = resolve_search(config, asked, device="cpu")
     scorer = PrefixScorer(load_model(tmp_path / "plain"))
     expected = [round(scorer.score(*search.niah.task.sequence(cell)).log_prob, 4) for cell in search.niah.cells]
     assert [cell["log_prob"] for cell in rows[2]["cells"]] == expected

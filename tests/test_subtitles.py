@@ -1,5 +1,6 @@
 """Subtitles against FFmpeg's own demuxer or, where it has none, the formats; finding their files."""
 
+import json
 from pathlib import Path
 
 import av
@@ -223,3 +224,14 @@ def test_a_stem_keeps_other_dots() -> None:
         "x",
         ".mp4",
     ]
+
+
+def test_words_become_lines_of_a_sentence(tmp_path: Path) -> None:
+    """Video-MME-v2's form. A sentence ends a line, and so does a pause; malformed rows are counted."""
+    words = [("Hi\u2028there.", 0, 0.5), ("Who", 1, 1.2), ("is", 1.3, 1.4), ("it?", 3, 3.5)]
+    rows = [json.dumps({"text": t, "start_time": a, "end_time": b}, ensure_ascii=False) for t, a, b in words]
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows, "no JSON", "[" * 100_000, '{"text": "x"}']), encoding="utf-8")
+    read = read_subtitles(tmp_path / "a.jsonl")
+    assert [(start, end) for start, end, _ in read.lines] == [(0, 0.5), (1, 1.4), (3, 3.5)]
+    assert [text.split() for _, _, text in read.lines] == [["Hi", "there."], ["Who", "is"], ["it?"]]
+    assert read.bad == 3

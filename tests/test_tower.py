@@ -162,20 +162,22 @@ def test_the_same_as_the_vlm_sees(towers: dict[str, tuple[Path, Any]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "clip", "crops"),
+    ("files", "crops"),
     [
-        ({}, True, True),
-        ({}, False, False),
-        ({"preprocessor_config.json": {"do_center_crop": False}}, True, False),
-        ({"preprocessor_config.json": {"size": 384}}, False, False),
-        ({"preprocessor_config.json": {}, "video_preprocessor_config.json": {"do_center_crop": True}}, False, True),
-        ({"processor_config.json": {"video_processor": {"size": 9}, "image_processor": {"size": 9}}}, False, False),
+        ({}, False),
+        ({"preprocessor_config.json": {"size": 384}}, False),
+        ({"preprocessor_config.json": {"size": 384}, "video_preprocessor_config.json": {"do_center_crop": True}}, True),
+        (
+            {"processor_config.json": {"video_processor": {"size": 9}, "image_processor": {"do_center_crop": True}}},
+            False,
+        ),
     ],
 )
 def test_a_frame_becomes_a_square_as_the_models_processor_makes_it(
-    tmp_path: Path, files: dict[str, Any], clip: bool, crops: bool
+    tmp_path: Path, tiny_tower: Path, files: dict[str, Any], crops: bool
 ) -> None:
-    """Stock LlavaOnevision and SigLIP resize both sides; CLIP, and what `align` writes, crop the centre."""
+    """Stock LlavaOnevision resizes both sides; what `align` writes crops the centre, and so do towers alone."""
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
-    assert crops_frames(tmp_path, default=clip) == crops
+    assert crops_frames(tmp_path) == crops
+    assert TowerFiles.find(tiny_tower).frame_mode == "crop"

@@ -17,7 +17,7 @@ def read_references(lines: Iterable[str], *, where: str = "stdin") -> Iterator[t
             continue
         row: dict[str, Any] = {}
         if text.startswith("{"):
-            row = parse_json(text, where=f"{where}:{number}", fix="one object or path a line")
+            row = parse_json(text, where=f"{where}:{number}", fix="give one object or path per line")
         path = row.get("path") if row else text
         if not isinstance(path, str) or not _is_name(path):
             raise InputError("no `path` of a file in the line", where=f"{where}:{number}")

@@ -69,7 +69,7 @@ class BenchmarkOptions:
     """Take defaults from a published evaluation, such as longva or qwen2.5-vl; `lvctx bench protocols` lists them."""
     subtitles: Path | None = None
     """Folder of .srt or .vtt files (Video-MME), whose lines at the sampled frames are added to the prompt, or of .jsonl
-    files with a word a line (Video-MME-v2), which are added as a whole."""
+    files with one JSON object per word (Video-MME-v2), which are added as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)

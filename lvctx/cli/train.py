@@ -43,7 +43,7 @@ def extend_lm(
 
         if _processes() > 1:
             raise UsageError("--search-base runs in one process", fix="search first, then give torchrun --rope-theta")
-        base_search = resolve_search(config, search)
+        base_search = resolve_search(config, search, device=parallel.device)
         if run.dry_run:
             emit({"dry_run": True, "path": str(config.out), "bases": base_search.bases, **base_search.niah.costs()})
             return

@@ -30,11 +30,11 @@ from lvctx.data.row_media import (
     Media,
     MediaKind,
     RowMedia,
-    check_characters,
     first_value,
     media_of,
 )
 from lvctx.errors import InputError
+from lvctx.models.chat_template import check_text
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 ParsedT = TypeVar("ParsedT")
@@ -272,7 +272,7 @@ def _system_turn(row: dict[str, Any], turns: list[Turn], where: str) -> list[Tur
         return []
     if not isinstance(text, str):
         raise InputError("`system` is not text", where=where)
-    check_characters(text, where)
+    check_text(text, where)
     present = [turn.content for turn in turns if turn.role == "system"]
     if present and present != [(text,)]:
         raise InputError("both a system turn and the key `system`", where=where, fix="keep one")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from lvctx.errors import InputError
+from lvctx.models.chat_template import check_text
 
 MediaKind = Literal["image", "video"]
 MEDIA_KINDS: tuple[MediaKind, ...] = ("image", "video")
@@ -69,7 +70,7 @@ class RowMedia:
                 yield from self._text(value)
 
     def _text(self, text: str) -> Iterator[str | Media]:
-        check_characters(text, self.where)
+        check_text(text, self.where)
         # The visual block closes with its own "\n", so a newline beside a mark would be a second one.
         pieces = re.split(rf"\n?{self._mark.pattern}\n?", text)
         for i, piece in enumerate(pieces):
@@ -98,13 +99,3 @@ def media_of(row: dict[str, Any], kind: MediaKind, where: str) -> list[Media]:
 def first_value(row: dict[str, Any], *keys: str) -> Any:
     """The first value that is not empty: a table's row has all keys of all rows."""
     return next((row[key] for key in keys if row.get(key) is not None), None)
-
-
-def check_characters(text: str, where: str) -> None:
-    """Raise InputError for a lone surrogate, and for the noncharacter used as a mark by `models.chat_template`."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InputError("half a character (a lone surrogate) in the text", where=where) from None
-    if "\ufdd0" in text:
-        raise InputError("U+FDD0 in the text, which Unicode reserves as a noncharacter", where=where)

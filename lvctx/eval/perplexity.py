@@ -20,7 +20,7 @@ from lvctx.artifacts import schemas
 from lvctx.artifacts.store import atomic_file, fingerprint
 from lvctx.config import OnProgress
 from lvctx.data.packed import PackedRows
-from lvctx.device import resolve_device
+from lvctx.device import resolve_device, weights_dtype
 from lvctx.errors import InputError
 from lvctx.eval.perplexity_config import PerplexityConfig
 from lvctx.inference.prefix_scorer import PrefixScorer
@@ -38,8 +38,8 @@ def measure_perplexity(config: PerplexityConfig, name: str, on_progress: OnProgr
     context = context_length(load_config(path))
     if data.seq_len > context:
         log.warning("%s: %d positions with a model whose config allows %d", name, data.seq_len, context)
-    dtype = config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    model = load_model(path, dtype=dtype, device=resolve_device(config.device))
+    device = resolve_device(config.device)
+    model = load_model(path, dtype=weights_dtype(config.dtype, device), device=device)
     try_forward(model, path)
     scorer = PrefixScorer(model, chunk=config.prefill_chunk)
     losses_L = np.zeros(data.seq_len - 1)

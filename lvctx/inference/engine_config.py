@@ -37,7 +37,8 @@ class DeviceConfig:
     device: str = "auto"
     """Device: cpu, cuda or mps. auto takes the first GPU, else the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of the weights in memory. auto is the checkpoint's own, but float32 on a CPU that has no bfloat16."""
+    """Data type of the weights in memory. auto: the checkpoint's own, or float32 on a CPU without
+    bfloat16 instructions."""
     prefill_chunk: Annotated[int, Flag(min=1)] = 2048
     """Tokens per forward pass while a prompt is computed; smaller values need less memory."""
     reuse: bool = True

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from lvctx.cost import CostMeter
+from lvctx.errors import InputError
 from lvctx.inference.kv_cache import CachePlacement, empty_cache
-from lvctx.models.loading import device_of
+from lvctx.models.loading import device_of, stateful_layers
 from lvctx.parallel.ring_attention import ALONE, Ring
 from lvctx.parallel.striped_attention import Stripe, last_rows, needs_no_mask, owned_count, prepare
 from lvctx.vlm.base import Positions, sequential_positions
@@ -66,7 +67,11 @@ class PrefixScorer:
         every sequence; `kv_cache` is the placement of the cache (see `inference.kv_cache`), `positions` the model's.
         The ranks of a `ring` process every sequence together, each with its share of the cache and all of the weights:
         they must make the same calls, and all get the same scores. `meter` is told how long prompts and replies take.
+        Raises InputError for a model with layers that keep another state than keys and values.
         """
+        if stateful := stateful_layers(model.config):
+            what = f"layers of {', '.join(sorted(stateful))}: their state cannot be cut back to a shared prefix"
+            raise InputError(what, where=model.name_or_path, fix="serve the model and give --endpoint")
         self.lm = model.get_decoder()
         self.head, self.embedding = model.lm_head, model.get_input_embeddings()
         self.visual_RE, self.chunk, self.reuse, self.kv_cache = visual_RE, chunk, reuse, kv_cache

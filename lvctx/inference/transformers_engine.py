@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -71,11 +70,10 @@ class TransformersEngine:
         """The engine with a resolved device. Raises MissingError for a device map without accelerate."""
         if config.device_map is not None:
             require_accelerate()
-        dtype = config.weights_dtype
         return cls(
             vlm,
             device=config.device,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            dtype=config.weights_dtype,
             prefill_chunk=config.prefill_chunk,
             reuse=config.reuse,
             ring=ring,

@@ -139,10 +139,10 @@ class Preprocess:
         return ((pixels_N3SS - mean) / std).contiguous()
 
 
-def crops_frames(path: Path, *, default: bool) -> bool:
-    """Whether the processor of a tower or VLM crops the centre of a video frame; else it resizes both sides.
+def crops_frames(path: Path) -> bool:
+    """Whether the processor of a LlavaOnevision directory crops a video frame's centre; else it resizes both sides.
 
-    `default` is for files that do not say so: CLIP's processor crops, SigLIP's does not.
+    The key `do_center_crop` of its video processor decides, or of its image processor where it has no other.
     """
     both = _read_json(path / "processor_config.json")
     for own in (
@@ -150,8 +150,8 @@ def crops_frames(path: Path, *, default: bool) -> bool:
         _read_json(path / "preprocessor_config.json") or both.get("image_processor"),
     ):
         if isinstance(own, dict) and own:
-            return bool(own.get("do_center_crop", default))
-    return default
+            return own.get("do_center_crop") is True
+    return False
 
 
 def _read_json(path: Path) -> dict[str, Any]:

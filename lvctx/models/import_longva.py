@@ -152,7 +152,10 @@ def plan_import_longva(config: ImportLongvaConfig) -> ImportLongvaJob:
 
 
 def _set_image_encoding(vlm: Any, pinpoints: Any, *, is_spatial: bool, where: object) -> None:
-    """Write how images are encoded into a VLM's configuration: UniRes with these grids, or AnyRes (InputError)."""
+    """Store in a VLM's configuration how it encodes images: UniRes, or AnyRes for `spatial_unpad`.
+
+    Raises InputError for AnyRes with other grids than LLaVA-NeXT's.
+    """
     tile = vlm.vision_config.image_size
     grids = read_pinpoints(pinpoints, tile=tile, where=where)
     if not is_spatial:

@@ -131,7 +131,7 @@ def text_config(flat: Mapping[str, Any], *, context: int | None, where: object) 
         *(SPATIAL_KEYS if flat.get("mm_patch_merge_type") == SPATIAL else ()),
     ):
         if flat.get(key) not in read:
-            raise InputError(f'{key} is "{flat.get(key)}"', where=where, fix=f'what is read is "{read[0]}"')
+            raise InputError(f'{key} is "{flat.get(key)}"', where=where, fix=f'only "{read[0]}" is supported')
     default = CONFIG_MAPPING[kind]()
     known = {*default.to_dict(), "rope_theta", "rope_scaling", "torch_dtype"}
     known -= {"architectures", "model_type", "_name_or_path", "transformers_version"}

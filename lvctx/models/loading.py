@@ -128,6 +128,15 @@ def require_accelerate() -> None:
         raise MissingError("a device map needs accelerate", where="--device-map", fix="pip install accelerate")
 
 
+def stateful_layers(config: Any) -> set[str]:
+    """Kinds of a language model's layers that keep another state than keys and values of every token.
+
+    Their cache cannot be cut back to a shorter prefix.
+    """
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ()
+    return {str(kind) for kind in kinds} - {"full_attention", "sliding_attention", "chunked_attention"}
+
+
 def effective_dtype(config: Any, dtype: str) -> str:
     """Name of the weights' data type in memory; it stays `auto` if config.json does not name one."""
     return str(config.dtype or dtype).removeprefix("torch.") if dtype == "auto" else dtype
@@ -143,11 +152,11 @@ def load_model(
 ) -> Any:
     """A language model or a vision-language model of any class, in eval mode with SDPA attention.
 
-    `dtype` is a torch dtype, or `auto` for the checkpoint's own. `device` may be `auto` (`lvctx.device`) and is not
-    used with a `device_map`. On `meta` the parameters stay in their files (`lvctx.artifacts.stored_tensors`) if each is
-    one stored tensor, and are on the CPU if transformers computes some, such as merged experts. Raises InputError for
-    weights that do not match the configuration tensor by tensor, do not fit the map, or cannot be read; MissingError
-    for a map without accelerate, a package that quantized weights need, or an unavailable device.
+    `dtype` is a torch dtype or its name, or `auto` for the checkpoint's own. `device` may be `auto` (`lvctx.device`);
+    it is not used with a `device_map`. On `meta` the parameters stay in their files (`lvctx.artifacts.stored_tensors`)
+    if each is one stored tensor, and are on the CPU if transformers computes some, such as merged experts. Raises
+    InputError for weights that do not match the configuration tensor by tensor, do not fit the map, or cannot be read;
+    MissingError for a map without accelerate, a package that quantized weights need, or an unavailable device.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText

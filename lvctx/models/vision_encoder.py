@@ -59,7 +59,7 @@ class TowerFiles:
     preprocess: Preprocess
     """Its image preprocessing."""
     frame_mode: FrameMode
-    """How its own processor makes a square of a video frame, or of an image where it has none for videos."""
+    """How a video frame becomes a square: as a VLM's own processor does it; of a tower alone `crop`, as in `align`."""
 
     @classmethod
     def find(cls, name: str | Path) -> Self:
@@ -81,6 +81,7 @@ class TowerFiles:
         clip = config.model_type == "clip_vision_model"
         layer = getattr(model_config, "vision_feature_layer", -2 if clip else -1)
         drop_cls = getattr(model_config, "vision_feature_select_strategy", "default" if clip else "full") == "default"
+        is_vlm = hasattr(model_config, "vision_feature_select_strategy")
         if not isinstance(layer, int) or not -config.num_hidden_layers - 1 <= layer <= config.num_hidden_layers:
             raise InputError(f"vision_feature_layer is {layer}: it has to be a layer of the tower", where=path)
         return cls(
@@ -89,7 +90,7 @@ class TowerFiles:
             layer=layer,
             drop_cls=drop_cls,
             preprocess=Preprocess.from_directory(path),
-            frame_mode="crop" if crops_frames(path, default=clip) else "squash",
+            frame_mode="crop" if not is_vlm or crops_frames(path) else "squash",
         )
 
     @property

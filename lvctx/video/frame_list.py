@@ -1,12 +1,11 @@
 """`--frames-from`: the frames of each video that somebody else's selector chose, by number or by time.
 
-The file has a JSON object a line, or a JSON list of them: `{"video": NAME, "frames": [0, 250]}` with numbers in the
+The file has one JSON object per line, or a JSON list of them: `{"video": NAME, "frames": [0, 250]}` with numbers in the
 order of presentation from 0, or `{"video": NAME, "times": [0, 10.5]}` with seconds from the first frame, each for the
 frame on display. No heavy module is imported here, since the commands' help is made from `sampling.py`.
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from os.path import basename, splitext
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from lvctx.artifacts.bounded import parse_json, read_whole
 from lvctx.errors import InputError
 
 
@@ -44,10 +44,7 @@ class FrameList:
     @classmethod
     def read(cls, path: str) -> Self:
         """Read a file. Raises InputError naming the entry and its problem."""
-        try:
-            data = Path(path).read_bytes()
-        except OSError as e:
-            raise InputError(f"cannot read ({e.strerror})", where=path) from e
+        data = read_whole(Path(path))
         chosen: dict[str, ChosenFrames] = {}
         for number, value in enumerate(_entries(data, path), start=1):
             entry = _entry(value, f"{path}, entry {number}")
@@ -79,16 +76,16 @@ class FrameList:
 
 
 def _entries(data: bytes, path: str) -> list[Any]:
-    """The values of a JSON list, or of lines."""
+    """The values of a JSON list, or of lines. Raises InputError naming the line."""
     try:
         text = data.decode("utf-8-sig")
-        try:
-            whole = json.loads(text)
-            return whole if isinstance(whole, list) else [whole]
-        except ValueError:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"neither a JSON list nor JSON lines ({e})", where=path) from None
+    except UnicodeDecodeError as e:
+        raise InputError(f"byte {e.start:,} is not UTF-8", where=path, fix="save the file as UTF-8") from e
+    if text.lstrip().startswith("["):
+        values = parse_json(text, where=path)
+        return values if isinstance(values, list) else [values]
+    lines = enumerate(text.split("\n"), start=1)
+    return [parse_json(line, where=f"{path}:{number}") for number, line in lines if line.strip()]
 
 
 def _entry(value: Any, where: str) -> ChosenFrames:

@@ -51,14 +51,15 @@ class VideoSampling:
     """Where the rate gives more frames than this, take this many, evenly spread. Default: 768 for Qwen-VL, 128
     with --endpoint."""
     frames_from: Annotated[FrameList | None, Flag(parse=FrameList.read, metavar="FILE")] = None
-    """Frames of each video that were chosen elsewhere: a JSON object a line, {"video": NAME, "frames": [0, 250]}, or
-    "times" in seconds."""
+    """Frames of each video that were chosen elsewhere: one JSON object per line, {"video": NAME, "frames": [0, 250]},
+    or "times" in seconds."""
     start: Annotated[float | None, Flag(min=0)] = None
     """Begin this many seconds into the video."""
     end: Annotated[float | None, Flag(min=0)] = None
     """Stop this many seconds into the video."""
     frame_mode: FrameMode | None = None
-    """How a frame becomes a square for CLIP and SigLIP towers. Default: as the model's own processor does it."""
+    """How a frame becomes a square for CLIP and SigLIP towers. Default: crop, or squash for a VLM whose own
+    processor resizes both sides."""
     hybrid: Annotated[Hybrid | None, Flag(parse=Hybrid.parse, metavar="L,M,S")] = None
     """Hybrid resolution L,M,S: of every L frames one has M tokens, the others M/S. Default: one resolution."""
     hybrid_mode: HybridMode = "pair"

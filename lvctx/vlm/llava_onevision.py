@@ -91,9 +91,9 @@ class LlavaOnevision:
     def token_rule(self, sampling: VideoSampling) -> LlavaRule:
         """See `VLM`; only UniRes rows can be packed."""
         vision, encoding = self.config.vision_config, self.image_encoding
-        if encoding.grid != "unires":
-            what = f"aligned with --image-encoding {encoding.grid}: only UniRes rows can be packed"
-            raise InputError(what, where=self.path)
+        if self.has_stock_images or encoding.grid != "unires":
+            how = "without lvctx" if self.has_stock_images else f"with --image-encoding {encoding.grid}"
+            raise InputError(f"aligned {how}: only UniRes rows can be packed", where=self.path)
         side = vision.image_size // vision.patch_size
         frame_tokens = ((side + 1) // 2) ** 2
         hybrid = sampling.resolution

@@ -3,7 +3,7 @@
 from lvctx.vlm.registry import EVALUATE, FAMILIES, FORWARD, ModelSupport, support_of
 
 LANGUAGE_MODEL = ModelSupport(
-    family="language model", reuse="prefixes", commands=("extend-lm", "align", "niah text", "export")
+    family="language model", reuse="prefixes", commands=("extend-lm", "align", "niah text", "perplexity", "export")
 )
 ANY_OTHER = "any other class of images and text in transformers"
 MADE_BY = {"LlavaOnevision": " (`align`, `import-longva`)"}
@@ -14,7 +14,7 @@ NOTES = {
     ("align", "language model"): "in",
     ("align", "LlavaOnevision"): "out; `--init`",
     ("mrope-extend", "QwenVL"): "M-RoPE++, PI, NTK, YaRN; trains",
-    ("mrope-extend", "Qwen3VL"): "PI, NTK, YaRN (not MoE); does not train yet",
+    ("mrope-extend", "Qwen3VL"): "PI, NTK, YaRN; trains (not MoE)",
     ("export", "language model"): "hf",
     ("export", "LlavaOnevision"): "hf, llava (CLIP towers)",
     ("export", "QwenVL"): "hf",
@@ -25,7 +25,7 @@ COMMAND_ROWS = (
     ("extend-lm",),
     ("align",),
     ("mrope-extend",),
-    ("niah text",),
+    ("niah text", "perplexity"),
     EVALUATE,
     ("encode-video",),
     ("export",),

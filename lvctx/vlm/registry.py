@@ -7,7 +7,7 @@ from typing import Any
 
 from lvctx.artifacts.model_config import read_model_config
 from lvctx.errors import LvctxError, UsageError
-from lvctx.models.loading import load_config, resolve_model
+from lvctx.models.loading import load_config, resolve_model, stateful_layers
 from lvctx.vlm.base import VLM
 
 FAMILIES = {
@@ -37,8 +37,6 @@ GENERIC = (
 FAMILIES |= dict.fromkeys(GENERIC, "lvctx.vlm.generic:GenericVLM")
 FORWARD = "lvctx.vlm.generic:ForwardVLM"
 """Every other model type that transformers loads as a model of images and text."""
-ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
-"""Kinds of layers whose cache can be cut back to a shorter prefix."""
 EVALUATE = ("niah video", "vqa", "videomme", "bench")
 """Commands that every vision-language model has."""
 TRAINED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -66,7 +64,7 @@ def support_of(model_type: str) -> ModelSupport | None:
 def _support(model_type: str, target: str) -> ModelSupport:
     family, commands = target.partition(":")[2], list(EVALUATE)
     if target != FORWARD:
-        commands.append("niah text")
+        commands += ["niah text", "perplexity"]
     if family == "LlavaOnevision":
         commands += ["align", "encode-video", "extend-lm", "export"]
     if model_type in TRAINED:
@@ -96,8 +94,7 @@ def _class_of(model_type: str, config: Any) -> str:
     """Module and class for a configuration; a language model with a state other than keys and values shares nothing."""
     if model_type not in GENERIC:
         return FAMILIES.get(model_type, FORWARD)
-    layers = {str(layer) for layer in getattr(config.get_text_config(), "layer_types", None) or ()}
-    return FORWARD if layers - ATTENTION_LAYERS else FAMILIES[model_type]
+    return FORWARD if stateful_layers(config) else FAMILIES[model_type]
 
 
 def _image_text_types() -> Any:

@@ -1,4 +1,4 @@
-"""Subtitles in SubRip, WebVTT or a word a line: readable cues are kept, unreadable ones are counted. No torch.
+"""Subtitles in SubRip, WebVTT or one JSON object per word: unreadable cues are counted. No torch.
 
 A cue is the text between two lines of times, as in FFmpeg's demuxer, so blank lines inside a cue and cues without blank
 lines between them are read; a number on the line before the times belongs to the cue.
@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lvctx.artifacts.bounded import read_whole
+from lvctx.artifacts.bounded import parse_json, read_whole
 from lvctx.errors import InputError
 
 SUBTITLE_SUFFIXES = (".srt", ".vtt", ".jsonl")
@@ -118,11 +118,11 @@ def _read_words(text: str, path: Path) -> Subtitles:
     """Video-MME-v2's subtitles, `{"text", "start_time", "end_time"}` for each word, as lines of about a sentence."""
     lines: list[tuple[float, float, str]] = []
     bad = 0
-    for row in filter(str.strip, text.splitlines()):
+    for row in filter(str.strip, text.split("\n")):
         try:
-            word = json.loads(row)
+            word = parse_json(row, where=path)
             start, end, said = float(word["start_time"]), float(word["end_time"]), str(word["text"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):  # InputError is a ValueError
             bad += 1
             continue
         gap = start - lines[-1][1] if lines else 0.0
@@ -132,7 +132,11 @@ def _read_words(text: str, path: Path) -> Subtitles:
         else:
             lines[-1] = (lines[-1][0], end, f"{lines[-1][2]} {said}")
     if bad and not lines:
-        raise InputError("the file has no subtitles", where=path, fix="give a word a line with its times")
+        raise InputError(
+            "the file has no subtitles",
+            where=path,
+            fix="write one JSON object per word, with text, start_time and end_time",
+        )
     return Subtitles(lines=tuple(lines), bad=bad)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from lvctx.artifacts import schemas
 from lvctx.artifacts.result_log import ResultLog, short_hash
 from lvctx.config import OnProgress
-from lvctx.device import resolve_device
+from lvctx.device import resolve_device, weights_dtype
 from lvctx.errors import UsageError
 from lvctx.eval.niah.job import NiahJob, plan_text
 from lvctx.eval.niah.niah_config import Depths, TextNiahConfig
@@ -51,8 +51,8 @@ def bases(span: str, points: int) -> tuple[float, ...]:
     return tuple(float(f"{low * (high / low) ** (i / (points - 1)):.3g}") for i in range(points))
 
 
-def resolve_search(config: ExtendConfig, search: BaseSearchConfig) -> BaseSearch:
-    """Check everything except the weights. Raises UsageError and InputError."""
+def resolve_search(config: ExtendConfig, search: BaseSearchConfig, *, device: str) -> BaseSearch:
+    """Check everything except the weights; `device` is where the search will run. Raises UsageError and InputError."""
     if config.rope != "theta" or config.rope_theta or config.stages:
         raise UsageError("--search-base is for --rope theta only", fix="drop --rope, --rope-theta and --stage")
     if not search.haystack:
@@ -70,7 +70,8 @@ def resolve_search(config: ExtendConfig, search: BaseSearchConfig) -> BaseSearch
         scoring="forced",
         seed=config.seed,
     )
-    return BaseSearch(bases=bases(search.search_base, search.search_points), niah=plan_text(needles))
+    dtype = weights_dtype("auto", resolve_device(device))
+    return BaseSearch(bases=bases(search.search_base, search.search_points), niah=plan_text(needles, dtype=dtype))
 
 
 def run_search(
@@ -79,7 +80,7 @@ def run_search(
     """A row for every base, ascending; those in `out/search.jsonl` are not tested again."""
     with ResultLog.open(out / "search.jsonl", search.made_of, force=force) as results:
         pending = [base for base in search.bases if f"{base:g}" not in results]
-        model = load_model(search.niah.path, device=resolve_device(device)) if pending else None
+        model = load_model(search.niah.path, dtype=search.niah.dtype, device=device) if pending else None
         if model is not None:
             try_forward(model, search.niah.path)
         for done, base in enumerate(pending, start=len(search.bases) - len(pending) + 1):

@@ -114,8 +114,7 @@ def load_scorer(job: NiahJob, run: NiahRun, *, ring: Ring) -> Scorer:
     context = context_length(load_config(job.path))
     if longest > context:
         log.warning("evaluating %d positions with a model whose config allows %d", longest, context)
-    dtype = job.dtype if job.dtype == "auto" else getattr(torch, job.dtype)
-    model = load_model(job.path, config=job.model_config(), dtype=dtype, device=run.parallel.device)
+    model = load_model(job.path, config=job.model_config(), dtype=job.dtype, device=run.parallel.device)
     if not is_forward_only(job.visual):
         try_forward(model, job.path)
     return open_scorer(
