@@ -392,3 +392,12 @@ def test_only_a_librarys_errors_become_one_line() -> None:
         raise InputError("kept")
     with pytest.raises(KeyboardInterrupt), library_errors("unusable"):
         raise KeyboardInterrupt
+
+
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    """transformers makes an empty tokenizer of the model's type where the directory has none."""
+    config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 9}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError) as refused:
+        load_tokenizer(tmp_path)
+    assert refused.value.where == tmp_path

@@ -90,6 +90,10 @@ def load_tokenizer(name: str | Path) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         # Loading accepts any value in tokenizer_config.json; encoding fails if model_max_length is not a number.
         tokenizer.decode(tokenizer("a").input_ids)
+    if not tokenizer(
+        "a", add_special_tokens=False
+    ).input_ids:  # transformers makes an empty one where there are no files
+        raise InputError("no usable tokenizer (it encodes no text)", where=name, fix="add the files of its tokenizer")
     return tokenizer
 
 
