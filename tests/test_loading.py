@@ -11,7 +11,7 @@ import mrope_models
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, CLIPConfig, CLIPModel, LlamaForCausalLM, SiglipVisionConfig
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPConfig, CLIPModel, LlamaForCausalLM, SiglipVisionConfig
 
 from lvctx.artifacts.describe import describe
 from lvctx.artifacts.weights import read_weights, shard_names
@@ -396,8 +396,10 @@ def test_only_a_librarys_errors_become_one_line() -> None:
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     """transformers makes an empty tokenizer of the model's type where the directory has none."""
-    config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "vocab_size": 9}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "head_dim": 8, "vocab_size": 9}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    config = AutoConfig.for_model("qwen3_5_text", linear_key_head_dim=8, linear_value_head_dim=8, **sizes, **heads)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(InputError) as refused:
         load_tokenizer(tmp_path)
     assert refused.value.where == tmp_path

@@ -90,9 +90,8 @@ def load_tokenizer(name: str | Path) -> Any:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         # Loading accepts any value in tokenizer_config.json; encoding fails if model_max_length is not a number.
         tokenizer.decode(tokenizer("a").input_ids)
-    if not tokenizer(
-        "a", add_special_tokens=False
-    ).input_ids:  # transformers makes an empty one where there are no files
+    # Where there are no files, transformers makes an empty tokenizer for some types of models.
+    if not tokenizer("a", add_special_tokens=False).input_ids:
         raise InputError("no usable tokenizer (it encodes no text)", where=name, fix="add the files of its tokenizer")
     return tokenizer
 
