@@ -65,7 +65,8 @@ def llava(nano: Nano, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of a LlavaOnevision directory whose tower reads 336 pixels in patches of 14."""
     out = save_tokenizer(nano.lm, tmp_path_factory.mktemp("llava") / "llava", ["<image>", "<video>"])
     vision = {"image_size": 336, "patch_size": 14}
-    (out / "config.json").write_text(json.dumps({"model_type": "llava_onevision", "vision_config": vision}))
+    config = {"model_type": "llava_onevision", "image_grid": "unires", "vision_config": vision}
+    (out / "config.json").write_text(json.dumps(config))
     return out
 
 
