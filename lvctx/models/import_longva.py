@@ -226,11 +226,18 @@ def _tower(
     return config, llava.pixels_of(pixels), directory
 
 
-def run_import_longva(job: ImportLongvaJob, *, resume: str, force: bool, on_progress: OnProgress) -> None:
-    """Write the VLM, or continue it; a finished one is not changed. Raises InputError if writing fails."""
+def run_import_longva(
+    job: ImportLongvaJob, *, command: str = "", resume: str, force: bool, on_progress: OnProgress
+) -> None:
+    """Write the VLM, or continue it; a finished one is not changed. Raises InputError if writing fails.
+
+    `command` is the command line, without local paths, for the model card.
+    """
     write_converted(
         job.out,
         job.provenance,
+        sources=[job.source, *([job.tower] if job.tower else [])],
+        command=command,
         shards=lambda: _shards(job),
         finish=lambda: _finish(job),
         resume=resume,
