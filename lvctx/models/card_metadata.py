@@ -22,7 +22,7 @@ from lvctx.models.card import CARD, POSITIONS, VISION, read_section, write_secti
 
 TAG = "lvctx"
 """Tag of every card that this module wrote."""
-PROVENANCE, EVALUATION = "Provenance", "Evaluation"
+BASES, PROVENANCE, EVALUATION = "Base models", "Provenance", "Evaluation"
 HUB_ID = re.compile(r"([\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
 FACTS = {
     "tokens": "tokens in the loss",
@@ -130,7 +130,7 @@ def write_card(
     parts = [
         f"# {escape_markdown(title)}\n\n{escape_markdown(_architecture(config))}, "
         f"written by lvctx {provenance.to_dict()['version']}.",
-        *([f"## Base models\n\n{_base_table(bases)}"] if bases else []),
+        *([f"## {BASES}\n\n{_base_table(bases)}"] if bases else []),
         f"## {PROVENANCE}\n\n{step}",
         *(f"## {heading}\n\n{body}" for heading in (POSITIONS, VISION) if (body := read_section(there, heading)[0])),
     ]
@@ -159,7 +159,7 @@ def _step(provenance: Provenance, facts: Mapping[str, Any], command: str) -> str
     config = dict(provenance.config.get("stages", [provenance.config])[-1])
     config |= config.pop("training", {})
     rows = [(key.replace("_", " "), value) for key, value in config.items() if value is not None and value != ()]
-    rows += [(name, facts[key]) for key, name in FACTS.items() if isinstance(facts.get(key), int)]
+    rows += [(name, facts[key]) for key, name in FACTS.items() if key not in config and isinstance(facts.get(key), int)]
     # A fence that no run of backticks in the command can close.
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
     shown = f"{fence}sh\n{command}\n{fence}\n\n" if command else ""
@@ -167,13 +167,16 @@ def _step(provenance: Provenance, facts: Mapping[str, Any], command: str) -> str
 
 
 def _base_table(bases: Sequence[CardSource]) -> str:
-    rows = []
+    """Each base with its licence; those of its own bases for a local model that lvctx wrote."""
+    lines = []
     for base in bases:
-        ids = base.base_models
-        stated = _texts(base.metadata.get("license_name")) or _texts(base.metadata.get("license")) or ["not stated"]
-        links = [f"[{escape_markdown(name)}](https://huggingface.co/{name})" for name in ids]
-        rows.append((" ".join(links) or escape_markdown(base.architecture), escape_markdown(", ".join(stated))))
-    return "\n".join(["| model | licence |", "|---|---|", *(f"| {model} | {licence} |" for model, licence in rows)])
+        metadata = base.metadata
+        licence = _texts(metadata.get("license_name")) or _texts(metadata.get("license")) or ["not stated"]
+        name = escape_markdown(base.id or base.architecture)
+        link = f"[{name}](https://huggingface.co/{base.id})" if base.id else name
+        own = [] if base.id else read_section(base.text, BASES)[0].splitlines()[2:]
+        lines += own or [f"| {link} | {escape_markdown(', '.join(licence))} |"]
+    return "\n".join(["| model | licence |", "|---|---|", *_unique(lines)])
 
 
 def _license(bases: Sequence[CardSource]) -> dict[str, Any]:
