@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from support import report_runs
 from test_longva import lvctx
 
-from lvctx.artifacts.manifest import MANIFEST, read_manifest
+from lvctx.artifacts.manifest import MANIFEST, listed_files, read_manifest
 from lvctx.artifacts.result_log import RESULTS
 from lvctx.artifacts.store import fingerprint, sha256_file
 from lvctx.cli.options import card_command
@@ -48,9 +48,13 @@ def card_of(directory: Path) -> Any:
 
 def snapshot(model: Path, cache: Path, name: str, card: str) -> Path:
     """A model as the hub's library stores what it downloads."""
-    out = cache / f"models--{name.replace('/', '--')}" / "snapshots" / "0123abcd"
-    shutil.copytree(model, out)
-    (out / CARD).write_text(card)
+    repository = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(model, repository / "blobs")
+    (repository / "blobs" / CARD).write_text(card)
+    out = repository / "snapshots" / "0123abcd"
+    out.mkdir(parents=True)
+    for path in (repository / "blobs").iterdir():
+        (out / path.name).symlink_to(Path("../../blobs") / path.name)
     return out
 
 
@@ -177,7 +181,7 @@ def test_text_of_a_foreign_card_is_shown_as_it_is(tiny_lm: Path, tmp_path: Path,
 def test_a_path_is_never_in_a_command_and_a_hub_id_stays(tmp_path: Path) -> None:
     config = MropeConfig(
         model="Qwen/Qwen2-VL-7B-Instruct",
-        out=tmp_path / "out",
+        out=Path("runs/out"),
         scale=4.0,
         data=tmp_path / "rows",
         stages=(f"seq-len=64,data={tmp_path / 'first'},steps=2",),
@@ -237,6 +241,7 @@ def test_results_of_another_model_or_without_a_score_are_refused(extended: Path,
 
 def test_a_model_of_others_keeps_its_card_and_one_without_gets_one(base: Path, tiny_lm: Path, tmp_path: Path) -> None:
     assert lvctx("export", base, "--to", "hf", "-o", tmp_path / "a")[0] == 0
+    assert {"config.json", "model.safetensors", CARD} <= listed_files(tmp_path / "a").keys()
     assert (tmp_path / "a" / CARD).read_text() == BASE_CARD
     assert lvctx("export", tiny_lm, "--to", "hf", "-o", tmp_path / "b")[0] == 0
     assert card_of(tmp_path / "b").data.library_name == "transformers"

@@ -134,9 +134,11 @@ def card_command(name: str, config: Any) -> str:
         if value is True or value is False:
             words += names if value else [f"--no-{names[0].removeprefix('--')}"]
             continue
-        is_path = "Path" in str(annotation) or field.name in ("model", "lm", "tower", "init", "source")
+        names_model = field.name in ("model", "lm", "tower", "init", "source")
+        is_path = names_model or "Path" in str(annotation)
         for one in value if isinstance(value, tuple) and flag.parse is None else (value,):
-            is_id = is_path and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(one)) and not Path(one).exists()
+            may_be_id = (names_model or field.name == "data") and not Path(one).exists()
+            is_id = may_be_id and re.fullmatch(r"[\w-][\w.-]*/[\w.@-]+", str(one))
             text = field.name.upper() if is_path and not is_id else re.sub("data=[^,]*", "data=DATA", str(one))
             words += [*names, text]
     return shlex.join(words)

@@ -24,7 +24,7 @@ TAG = "lvctx"
 """Tag of every card that this module wrote."""
 BASES, PROVENANCE, EVALUATION = "Base models", "Provenance", "Evaluation"
 HUB_ID = re.compile(r"([\w.-]{1,96}/)?[\w.-]{1,96}", re.ASCII)
-FACTS = {
+CARD_FACTS = {
     "tokens": "tokens in the loss",
     "context": "context, tokens",
     "original_context": "context before",
@@ -159,7 +159,9 @@ def _step(provenance: Provenance, facts: Mapping[str, Any], command: str) -> str
     config = dict(provenance.config.get("stages", [provenance.config])[-1])
     config |= config.pop("training", {})
     rows = [(key.replace("_", " "), value) for key, value in config.items() if value is not None and value != ()]
-    rows += [(name, facts[key]) for key, name in FACTS.items() if key not in config and isinstance(facts.get(key), int)]
+    rows += [
+        (name, facts[key]) for key, name in CARD_FACTS.items() if key not in config and isinstance(facts.get(key), int)
+    ]
     # A fence that no run of backticks in the command can close.
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
     shown = f"{fence}sh\n{command}\n{fence}\n\n" if command else ""

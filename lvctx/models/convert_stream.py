@@ -1,10 +1,8 @@
 """Write a converted model: shard by shard, each complete or absent; configuration and manifest last."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-from huggingface_hub import EvalResult
 
 from lvctx.artifacts.lock import LOCK
 from lvctx.artifacts.manifest import MANIFEST, Provenance, listed_files, open_output, write_manifest
@@ -12,7 +10,6 @@ from lvctx.artifacts.store import read_json, write_json
 from lvctx.artifacts.weights import Weight, write_weights
 from lvctx.config import OnProgress
 from lvctx.errors import InputError
-from lvctx.models.card_metadata import write_card, write_results
 from lvctx.models.saving import model_files
 
 STARTED = ".started.json"
@@ -23,10 +20,6 @@ def write_converted(
     out: Path,
     provenance: Provenance,
     *,
-    sources: Sequence[Path],
-    command: str,
-    library: str | None = "transformers",
-    results: Sequence[EvalResult] = (),
     shards: Callable[[], list[Mapping[str, Weight]]],
     finish: Callable[[], Mapping[str, Any]],
     resume: str,
@@ -36,8 +29,7 @@ def write_converted(
     """Write a model directory, or continue one; a finished one is not changed.
 
     `shards` returns the weights to write; `finish` writes everything but the weights and returns facts for the
-    manifest. `sources`, `command`, `library` and `results` are for its card. Raises InputError if another model is
-    there, unless `force`.
+    manifest. Raises InputError if another model is there, unless `force`.
     """
     with open_output(out, provenance, resume=resume, force=force) as unfinished:
         if not unfinished:
@@ -49,9 +41,6 @@ def write_converted(
             write_json(started, provenance.to_dict())
         write_weights(out, shards(), on_progress=on_progress)
         facts = finish()
-        write_card(out, provenance, facts, sources=sources, command=command, library=library)
-        if results:
-            write_results(out, results)
         nested = [
             f"{folder.name}/{name}" for folder in out.iterdir() if folder.is_dir() for name in model_files(folder)
         ]

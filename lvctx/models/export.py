@@ -20,7 +20,7 @@ from lvctx.config import OnProgress
 from lvctx.errors import InputError, UsageError
 from lvctx.models import llava_format as llava
 from lvctx.models.card import CARD
-from lvctx.models.card_metadata import FACTS, write_card, write_results
+from lvctx.models.card_metadata import CARD_FACTS, write_card, write_results
 from lvctx.models.convert_config import ExportConfig
 from lvctx.models.convert_stream import write_converted
 from lvctx.models.loading import VLM_TYPE, context_length, load_config, resolve_model
@@ -143,7 +143,7 @@ def _export_hf(job: ExportJob, *, force: bool) -> None:
         if name not in present:
             link_file(source / name, out / name)
     manifest = read_manifest(source) if (source / MANIFEST).is_file() else {}
-    facts = {key: manifest[key] for key in FACTS if key in manifest}
+    facts = {key: manifest[key] for key in CARD_FACTS if key in manifest}
     if (source / CARD).is_file():
         with atomic_file(out / CARD) as partial:
             shutil.copyfile(source / CARD, partial)
@@ -176,15 +176,16 @@ def _export_llava(job: ExportJob, model: LlavaExport, *, resume: str, force: boo
         if llava.CONFIG_5 in model.config.get("configuration_files", ()):
             write_json(out / llava.CONFIG_5, llava.config_for_5(model.config))
         write_json(out / "config.json", model.config)
-        return {"context": model.context}
+        facts = {"context": model.context}
+        # transformers does not load this format.
+        write_card(out, job.provenance, facts, sources=[source], command=job.command, library=None)
+        if job.results:
+            write_results(out, job.results)
+        return facts
 
     write_converted(
         out,
         job.provenance,
-        sources=[source],
-        results=job.results,
-        command=job.command,
-        library=None,
         shards=shards,
         finish=finish,
         resume=resume,

@@ -26,6 +26,7 @@ from lvctx.config import OnProgress
 from lvctx.errors import InputError, UsageError
 from lvctx.models import llava_format as llava
 from lvctx.models.card import write_vision_section
+from lvctx.models.card_metadata import write_card
 from lvctx.models.convert_config import ImportLongvaConfig
 from lvctx.models.convert_stream import write_converted
 from lvctx.models.loading import load_config, load_tokenizer, resolve_model
@@ -236,10 +237,8 @@ def run_import_longva(
     write_converted(
         job.out,
         job.provenance,
-        sources=[job.source, *([job.tower] if job.tower else [])],
-        command=command,
         shards=lambda: _shards(job),
-        finish=lambda: _finish(job),
+        finish=lambda: _finish(job, command),
         resume=resume,
         force=force,
         on_progress=on_progress,
@@ -266,7 +265,7 @@ def _shards(job: ImportLongvaJob) -> list[Mapping[str, Weight]]:
     return shards
 
 
-def _finish(job: ImportLongvaJob) -> dict[str, Any]:
+def _finish(job: ImportLongvaJob, command: str) -> dict[str, Any]:
     """Write everything but the weights, and return facts for the manifest."""
     out = job.out
     job.config.save_pretrained(out)
@@ -282,6 +281,8 @@ def _finish(job: ImportLongvaJob) -> dict[str, Any]:
     write_processors(job.config, job.pixels, out)
     write_vision_section(job.config, out)
     write_side_files(out)
+    sources = [job.source, *([job.tower] if job.tower else [])]
+    write_card(out, job.provenance, job.facts, sources=sources, command=command)
     return job.facts
 
 
