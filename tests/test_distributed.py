@@ -26,6 +26,7 @@ from lvctx.parallel import hf_attention
 from lvctx.parallel.context import ParallelContext, joined, make_context, propagate_errors
 from lvctx.parallel.fsdp import full_tensor, gathering, shard_model
 from lvctx.training.activations import checkpoint_layers
+from lvctx.training.memory_model import Recomputation
 from lvctx.training.parallel_config import ParallelConfig, RunControl
 from lvctx.training.row_order import indices
 from lvctx.training.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
@@ -47,7 +48,7 @@ def train_tiny(
     hf_attention.register()
     lm = tiny_model("llama", tie_word_embeddings=True)
     lm.set_attn_implementation(hf_attention.RING_ATTENTION)
-    checkpoint_layers(lm, offload=True)
+    checkpoint_layers(lm, Recomputation(kept_layers=1), offload=True)
     row_loss = RowLoss(lm)
     shard_model(row_loss, lm.model.layers, world)
     task = TinyTask(row_loss, world, steps=steps, stop=stop, bad=bad)
