@@ -3,11 +3,12 @@
     python benchmarks/train_step.py --model MODEL_DIR [--lengths 1024,2048,4096] [--steps 2] [--device cpu]
         [--checkpoint-activations auto|none|layers|tiles] [--ours-only]
 
-Ours is `lvctx extend-lm` itself (full parameters, logits in chunks, layers recomputed as stated). Plain is what transformers
-gives out of the box: float32 weights under bfloat16 autocast, SDPA, all logits, nothing recomputed, AdamW. Each runs in
-a process of its own on the same random rows; the fastest step counts. Memory is the process's largest resident set, or
-the device's largest allocation. `share` is the model's own operations (nothing counted twice) a second over the speed
-of a large bfloat16 matrix product on this device. A length that is killed or out of memory is a row with `error`.
+Ours is `lvctx extend-lm` itself (full parameters, logits in chunks, layers recomputed as stated). Plain is what
+transformers gives out of the box: float32 weights under bfloat16 autocast, SDPA, all logits, nothing recomputed,
+AdamW. Each runs in a process of its own on the same random rows; the fastest step counts. Memory is the process's
+largest resident set, or the device's largest allocation. `share` is the model's own operations (nothing counted
+twice) a second over the speed of a large bfloat16 matrix product on this device. A length that is killed or out of
+memory is a row with `error`.
 """
 
 import argparse

@@ -162,7 +162,7 @@ _THREAD = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
 
 def _file_numbers(state: dict[str, Any], file_bytes: int) -> dict[str, int]:
-    """DCP's name of each tensor -> number of its file, from 1. Every rank writes its part of a file to one of its own."""
+    """DCP's name of each tensor -> number of its file, from 1; every rank writes its part to a file of its own."""
     numbers, size, todo = {}, 0, list(state.items())
     for name, value in todo:  # grows
         if isinstance(value, Tensor):
