@@ -12,6 +12,7 @@ from typing import Any
 import llava_models
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration, LlavaOnevisionImageProcessor
@@ -442,6 +443,8 @@ def test_import_of_an_export_is_the_model_itself(ours: Path, tmp_path: Path) -> 
     assert code == 0, said
     names = {p.name for p in ours.iterdir()}
     assert {p.name for p in (tmp_path / "vlm").iterdir()} == names | {"MANIFEST.json"}
+    cards = [ModelCard.load(tmp_path / folder / "README.md").data for folder in ("llava", "vlm")]
+    assert [card.library_name for card in cards] == [None, "transformers"], "stock code does not load LLaVA's format"
     for name in names - {"README.md"}:
         assert (tmp_path / "vlm" / name).read_bytes() == (ours / name).read_bytes(), name
 

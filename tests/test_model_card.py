@@ -18,6 +18,7 @@ from lvctx.artifacts.manifest import MANIFEST, listed_files, read_manifest
 from lvctx.artifacts.result_log import RESULTS
 from lvctx.artifacts.store import fingerprint, sha256_file
 from lvctx.cli.options import card_command
+from lvctx.data.hub import hub_datasets
 from lvctx.eval.benchmarks.accuracy import accuracy, to_reply
 from lvctx.models.card import CARD
 from lvctx.training.mrope_config import MropeConfig
@@ -190,6 +191,11 @@ def test_a_path_is_never_in_a_command_and_a_hub_id_stays(tmp_path: Path) -> None
         "lvctx mrope-extend --model Qwen/Qwen2-VL-7B-Instruct -o OUT --scale 4.0 --data DATA "
         "--stage seq-len=64,data=DATA,steps=2"
     )
+
+
+def test_datasets_of_the_hub_are_the_inputs_that_are_no_files(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").touch()
+    assert hub_datasets(["-", "org/b@v1", tmp_path, str(tmp_path / "x.jsonl"), Path("org/a")]) == ["org/a", "org/b"]
 
 
 # --- results
