@@ -11,10 +11,10 @@ from lvctx.cli.costs import print_costs, run_costs
 from lvctx.cli.endpoint import open_endpoint, refuse_unused_options
 from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
 from lvctx.cli.output import emit, is_quiet, progress, say, wants_json
-from lvctx.config import Flag
+from lvctx.config import Flag, refuse_options
 from lvctx.errors import EXIT_SAMPLES_FAILED, UsageError
 from lvctx.eval.niah.haystack_config import HaystackConfig
-from lvctx.eval.niah.niah_config import NiahConfig, TextNiahConfig, VideoNiahConfig
+from lvctx.eval.niah.niah_config import OF_NEEDLES, WHOLE_TEXT, NiahConfig, TextNiahConfig, VideoNiahConfig
 from lvctx.inference.endpoint_config import (
     ConcurrentEndpointConfig,
     EndpointConfig,
@@ -65,6 +65,8 @@ def text(
 
     On a pipe there is one JSON line for each cell.
     """
+    if config.task in WHOLE_TEXT:
+        refuse_options(given(ctx), OF_NEEDLES, there=f"with --task {config.task}")
     if server.endpoint is not None:
         from lvctx.eval.niah.endpoint_job import plan_endpoint_text
 

@@ -54,7 +54,6 @@ class FrameNeedles:
         self.needles, self.distractors, self._set = needles.needles, needles.distractors, needles
         self.question, self.tolerance, self.nested, self.loop = question, tolerance, nested, loop
         self.can_force = question != "when"
-        self.extra_tokens = 2 if question == "what" else 16
         self._seed = seed
         self._seconds, self._frames = seconds, len(seconds)
         self._spread = self._longest = 0

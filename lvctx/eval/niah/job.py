@@ -19,6 +19,8 @@ from lvctx.eval.niah.image_needles import NeedleSet, drawn_groups, drawn_needles
 from lvctx.eval.niah.needle_folder import read_needles
 from lvctx.eval.niah.needle_task import Cell, NeedleTask
 from lvctx.eval.niah.niah_config import NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
+from lvctx.eval.niah.ruler_task import RulerTask
+from lvctx.eval.niah.ruler_texts import CommonWords, FrequentWords, QuestionDocuments
 from lvctx.eval.niah.text_needles import read_haystack
 from lvctx.eval.niah.text_task import TextNeedleTask
 from lvctx.eval.niah.video_task import VideoNeedleTask
@@ -114,11 +116,23 @@ class NiahJob:
         }
 
 
-def build_text_task(config: TextNiahConfig, tokenizer: Any) -> TextNeedleTask:
-    """The needle task of a configuration. Raises InputError for a haystack that does not exist."""
+TextTasks = TextNeedleTask | RulerTask
+
+
+def build_text_task(config: TextNiahConfig, tokenizer: Any) -> TextTasks:
+    """The task of a configuration. Raises InputError for a haystack that cannot be read, UsageError for the number."""
+    if config.task == "qa":
+        if len(config.haystack) != 1:
+            raise UsageError("--task qa takes questions and documents from one file", fix="give --haystack once")
+        return RulerTask(tokenizer, QuestionDocuments(config.haystack[0], config.seed), task=config.task)
+    if config.task == "frequent-words":
+        return RulerTask(tokenizer, FrequentWords(config.seed), task=config.task)
+    haystack = read_haystack(config.haystack)
+    if config.task == "common-words":
+        return RulerTask(tokenizer, CommonWords(haystack, config.seed), task=config.task)
     return TextNeedleTask(
         tokenizer,
-        read_haystack(config.haystack),
+        haystack,
         distractors=config.distractors,
         seed=config.seed,
         task=config.task,

@@ -9,7 +9,20 @@ from lvctx.errors import UsageError
 
 Scoring = Literal["forced", "generate", "both"]
 NeedleQuestion = Literal["what", "when", "count", "order"]
-TextTask = Literal["single", "multi-key", "multi-value", "multi-query", "variable-tracking"]
+TextTask = Literal[
+    "single",
+    "multi-key",
+    "multi-value",
+    "multi-query",
+    "variable-tracking",
+    "common-words",
+    "frequent-words",
+    "qa",
+]
+WHOLE_TEXT: tuple[TextTask, ...] = ("common-words", "frequent-words", "qa")
+"""Tasks over the whole text, without a needle."""
+OF_NEEDLES = ("depths", "distractors", "loop", "city", "length_of")
+"""Options that have no meaning for them."""
 RopeScheme = Literal["theta", "pi", "ntk", "yarn"]
 SEVERAL = ("task=multi-key", "task=multi-value", "task=multi-query", "task=variable-tracking")
 DEPTHS = "0,0.2,0.4,0.6,0.8,1"
@@ -97,14 +110,24 @@ class NiahConfig:
 class TextNiahConfig(NiahConfig):
     """Needles in text."""
 
+    haystack: tuple[Path, ...] = ()
+    """Text: files or folders. For --task common-words the words are taken from it; for qa it is SQuAD's or HotpotQA's
+    JSON file; frequent-words has none.
+    """
     task: TextTask = "single"
-    """Kind of needle, as in RULER."""
+    """Task, as in RULER: kinds of needles, or one over the whole text (common-words, frequent-words, qa)."""
     count: Annotated[int, Flag(min=2, max=10, needs=SEVERAL)] = 4
     """Keys, values, queries or hops of the task."""
     city: str | None = None
     """The city that is asked about in every trial: Singapore is LongVA's. Default: another one in each trial."""
     length_of: Literal["sequence", "haystack"] = "sequence"
     """What --lengths counts: all tokens of a sequence, or the haystack without needle and prompt (LongVA's script)."""
+
+    def __post_init__(self) -> None:
+        if self.task == "frequent-words" and self.haystack:
+            raise UsageError("--task frequent-words draws its text", fix="drop --haystack")
+        if self.task != "frequent-words" and not self.haystack:
+            raise UsageError(f"--task {self.task} needs a haystack", fix="give --haystack")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from lvctx.errors import InputError
 from lvctx.eval.niah.heatmap import trained_at
-from lvctx.eval.niah.results import build_results
+from lvctx.eval.niah.results import build_results, line_of
 from lvctx.eval.report.run_facts import describe_run
 from lvctx.eval.report.run_files import RunFile, check_fields
 from lvctx.eval.report.thumbnails import Thumbnails
@@ -14,7 +14,7 @@ NUMBER = (int, float)
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "modality": str,
     "length": int,
-    "depth": NUMBER,
+    "depth": (*NUMBER, type(None)),
     "trial": int,
     "position": int,
     "tokens": (int, type(None)),
@@ -37,10 +37,9 @@ def needle_section(run: RunFile, thumbnails: Thumbnails, *, threshold: float) ->
     needles, frames = thumbnails.of_needles(rows), thumbnails.of_haystack(rows)
     trials = []
     for row in rows:
-        line = row["depth"] if row.get("point") is None else row["point"]
         trials.append(
             {
-                "cell": [results.depths.index(line), results.lengths.index(row["length"])],
+                "cell": [results.depths.index(line_of(row)), results.lengths.index(row["length"])],
                 "trial": row["trial"],
                 "position": row["position"],
                 "tokens": row["tokens"],
