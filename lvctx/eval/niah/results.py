@@ -84,6 +84,12 @@ class NeedleResults:
         right, n = self.total
         return right / n if n else None
 
+    @property
+    def mean_share(self) -> float | None:
+        """Mean of `shares` over the lengths."""
+        shares = [share for share in self.shares if share is not None]
+        return sum(shares) / len(shares) if shares else None
+
     def effective(self, threshold: float) -> int | None:
         """Index of the effective length: the longest one up to which every length reaches `threshold`.
 

@@ -1,11 +1,14 @@
 """A needle test in the report: the grid of its results, and every trial of every cell."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 from lvctx.errors import InputError
+from lvctx.eval.niah.compare import compare_needles
 from lvctx.eval.niah.heatmap import trained_at
 from lvctx.eval.niah.results import build_results, line_of
+from lvctx.eval.report.question_section import COMPARED
 from lvctx.eval.report.run_facts import describe_run
 from lvctx.eval.report.run_files import RunFile, check_fields
 from lvctx.eval.report.thumbnails import Thumbnails
@@ -57,6 +60,16 @@ def needle_section(run: RunFile, thumbnails: Thumbnails, *, threshold: float) ->
         "scoring": scoring,
         "effective": None if results.mean is None else results.verdict(threshold),
     }
+
+
+def compare_needle_runs(runs: Sequence[RunFile]) -> list[dict[str, Any]]:
+    """Paired differences of every two of the first runs on the cells that they have in common."""
+    pairs = []
+    for a, b in combinations(runs[:COMPARED], 2):
+        if differences := compare_needles(a.rows.values(), b.rows.values()):
+            rules = {name: vars(difference) for name, difference in differences.items()}
+            pairs.append({"first": a.name, "second": b.name, "bench": "niah", "rules": rules})
+    return pairs
 
 
 def _images(row: Mapping[str, Any], needles: Mapping[str, int], frames: Mapping[int, int]) -> list[tuple[str, int]]:
