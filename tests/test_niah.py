@@ -390,6 +390,19 @@ def test_forced_scoring_is_greedy_generation_on_a_real_model(nano: Any, tmp_path
     assert sum(r["correct"] for r in rows) >= 4
 
 
+@pytest.mark.parametrize(("question", "chance"), [("code", 23**-5), ("hops", 0.1)])
+def test_needles_with_text_are_scored_forced_and_by_generation(
+    question: str, chance: float, tiny_vlm: Path, frames: Path, tmp_path: Path
+) -> None:
+    grid = ["--lengths", 4, "--depths", 0.5, "--trials", 1, "--count", 3, "--scoring", "both", "--question", question]
+    done = run("niah", "video", "--model", tiny_vlm, "--haystack", frames, *grid, "-o", tmp_path / "a")
+    assert done.exit_code == 0, done.stderr
+    (row,) = results(tmp_path / "a")
+    assert {"teacher_forced", "log_prob", "generated", "share"} <= row.keys()
+    assert row["cost"]["frames_shown"] == 4 + 3
+    assert row["chance"] == pytest.approx(chance)
+
+
 # --- reports
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from lvctx.artifacts.result_log import short_hash
 from lvctx.errors import InputError, UsageError
-from lvctx.eval.niah.image_needles import FIND, NeedleSet
-from lvctx.eval.niah.needle_task import Cell, begins_with, first_number, insertion_points, splice
+from lvctx.eval.niah.image_needles import FIND, READ, NeedleSet
+from lvctx.eval.niah.needle_task import Cell, begins_with, first_number, insertion_points, share_listed, splice
 from lvctx.eval.niah.niah_config import NeedleQuestion
 
 WHEN = (
@@ -22,9 +22,20 @@ WHICH_ORDER = (
     "The video has images with these shapes: {shapes}. In which order are they shown? Answer with their names alone, "
     "separated by commas."
 )
+FOLLOW = (
+    "Find the image with the {shape}. Every image with a shape names the shape of the next image. Go from image to "
+    "image for {hops}. What color is the shape of the image where you arrive?"
+)
 DISTANCE = 200
 """V-NIAH-D: frames from a needle to its distractor."""
-TEMPLATES: dict[NeedleQuestion, str] = {"what": FIND, "when": WHEN, "count": HOW_MANY, "order": WHICH_ORDER}
+TEMPLATES: dict[NeedleQuestion, str] = {
+    "what": FIND,
+    "when": WHEN,
+    "count": HOW_MANY,
+    "order": WHICH_ORDER,
+    "hops": FOLLOW,
+    "code": READ,
+}
 
 
 class FrameNeedles:
@@ -126,8 +137,10 @@ class FrameNeedles:
 
     def _question_and_answer(self, trial: int, position: int, length: int) -> tuple[str, str]:
         needle = self.needles[self._numbers(trial, 0)[0]]
-        if self.question == "what":
+        if self.question in ("what", "code"):
             return needle.question, needle.answer
+        if self.question == "hops":
+            return self._follow(trial)
         if self.question == "count":
             return HOW_MANY.format(shape=needle.shape), str(self._used(trial))
         if self.question == "order":
@@ -136,6 +149,16 @@ class FrameNeedles:
         first, last = self._second(0), self._second(length - 1)
         question = WHEN.format(first=_two_decimals(first), last=_two_decimals(last), subject=needle.subject)
         return question, _two_decimals(self._second_between(position, length))
+
+    def _follow(self, trial: int) -> tuple[str, str]:
+        """The question about the needle half-way round the cycle, so that going backwards is no shorter."""
+        of_trial = (self.needles[self._numbers(trial, i)[0]] for i in range(self._set.per_trial))
+        needles = {needle.shape: needle for needle in of_trial}
+        first = needle = next(iter(needles.values()))
+        hops = len(needles) // 2
+        for _ in range(hops):
+            needle = needles[needle.next_shape]
+        return FOLLOW.format(shape=first.shape, hops=f"{hops} step{'s' * (hops > 1)}"), needle.answer
 
     def _second_between(self, position: int, length: int) -> float:
         """Time of an image before the haystack's frame `position`, in seconds.
@@ -171,8 +194,10 @@ class FrameNeedles:
 
     def score_text(self, cell: Cell, generated: str) -> float:
         """See `NeedleTask.score_text`."""
-        if self.question == "what":
+        if self.question in ("what", "hops"):
             return float(begins_with(generated, cell.answer))
+        if self.question == "code":
+            return share_listed(generated, [cell.answer])
         if self.question == "order":
             named = re.findall(rf"\b({'|'.join(cell.answer.split(', '))})s?\b", generated.lower())
             return float(list(dict.fromkeys(named)) == cell.answer.split(", "))

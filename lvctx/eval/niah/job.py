@@ -197,7 +197,7 @@ def plan_video(
 
 def find_needles(config: VideoNiahConfig, size: int) -> NeedleSet:
     """The needles and distractors of a test, drawn with `size` pixels a side or read. Raises UsageError, InputError."""
-    grouped = config.count > 1 or config.needle_frames > 1
+    grouped = config.count > 1 or config.needle_frames > 1 or config.question == "code"
     if config.needles == "drawn" and grouped:
         return drawn_groups(
             config.trials,

@@ -8,7 +8,7 @@ from lvctx.config import Flag, parse_integers, parse_numbers
 from lvctx.errors import UsageError
 
 Scoring = Literal["forced", "generate", "both"]
-NeedleQuestion = Literal["what", "when", "count", "order"]
+NeedleQuestion = Literal["what", "when", "count", "order", "hops", "code"]
 TextTask = Literal[
     "single",
     "multi-key",
@@ -138,9 +138,13 @@ class VideoNiahConfig(NiahConfig):
     """Needle images: drawn, a folder with images and one .jsonl, LongVA's dataset.json, or a dataset such as
     lmms-lab/v_niah_needles."""
     question: NeedleQuestion = "what"
-    """Question: what the needle shows, when it is shown, how many needles there are, or in which order."""
+    """Question: what the needle shows, when it is shown, how many needles there are, in which order, what is found by
+    going from needle to needle (hops), or which code is written on it (code).
+    """
     count: Annotated[int, Flag(min=1, max=6)] = 1
-    """Drawn needles of a trial. One of them is asked about (what), or all are (order), or so many or fewer (count)."""
+    """Drawn needles of a trial. One of them is asked about (what, code), or all are (order), or so many or fewer
+    (count), or one that is found through half of the others (hops).
+    """
     needle_frames: Annotated[int, Flag(min=1, max=64)] = 1
     """Frames of a needle: a short clip of a drawn shape that moves; an image of a folder is repeated."""
     tolerance: Annotated[float, Flag(min=0, needs=("question=when",))] = 2.0
@@ -149,9 +153,11 @@ class VideoNiahConfig(NiahConfig):
     """Encode every frame as a separate image, as in Visual Haystacks, instead of one video (Qwen-VL)."""
 
     def __post_init__(self) -> None:
-        if self.question in ("count", "order") and self.count == 1:
+        if self.question in ("count", "order", "hops") and self.count == 1:
             raise UsageError(f"--question {self.question} is about several needles", fix="give --count, such as 4")
         if self.question == "when" and self.count > 1:
             raise UsageError("--question when is about one needle", fix="drop --count")
+        if self.question == "code" and self.needles != "drawn":
+            raise UsageError("--question code is about drawn needles", fix="drop --needles")
         if self.needles != "drawn" and self.count > 1:
             raise UsageError("--count with needles of a folder", fix="drop --count, or --needles for drawn ones")

@@ -48,7 +48,7 @@ class VideoNeedleTask(FrameNeedles):
 
     def max_new_tokens(self, answer: int) -> int:
         """See `NeedleTask.max_new_tokens`."""
-        return answer + (16 if self.question in ("when", "count", "order") else 2)
+        return answer + (2 if self.question in ("what", "hops") else 16)
 
     def prompt(self) -> dict[str, Any]:
         """See `NeedleTask.prompt`."""
