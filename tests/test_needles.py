@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from support.frames import even_tokens
 from lvctx.errors import InputError, UsageError
 from lvctx.eval.niah.frame_needles import beside
 from lvctx.eval.niah.image_needles import NeedleSet, chance_of, drawn_groups, drawn_needles
+from lvctx.eval.niah.job import find_needles
 from lvctx.eval.niah.needle_folder import read_needles
 from lvctx.eval.niah.needle_task import Cell, first_number, share_listed
-from lvctx.eval.niah.niah_config import VideoNiahConfig
+from lvctx.eval.niah.niah_config import Depths, VideoNiahConfig
 from lvctx.eval.niah.run import partition_cells
 from lvctx.eval.niah.text_needles import LISTS, draw_text_needle
 from lvctx.eval.niah.text_task import TextNeedleTask
@@ -152,6 +154,71 @@ def test_published_lists_of_needles(tmp_path: Path) -> None:
     (tmp_path / "rope" / "dataset_interrupt.json").write_text(json.dumps(interrupts[:1]))
     with pytest.raises(InputError):
         read_needles(tmp_path / "rope")
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_published_lists_of_needles_that_are_spread_over_the_video(frames: int, seeing: Any, tmp_path: Path) -> None:
+    """Frames in the order in which VideoChat-Flash's and V-RULER's scripts put them together."""
+    names = [f"{i}.png" for i in range(4)]
+    (tmp_path / "multi").mkdir()
+    for i, name in enumerate(names):
+        for path in (tmp_path / name, tmp_path / "multi" / name):
+            Image.new("RGB", (9, 9), (60 * i, 0, 0)).save(path)
+    hops = [
+        {"images": [f"multi/{name}" for name in names[:3]], "question1": "A?", "answer1": "A"},
+        {"images": [f"multi/{name}" for name in names], "question1": "C?", "answer1": "C"},
+    ]
+    for row in hops:
+        row |= {"question2": "\nB?", "answer2": "B"}
+    counting = [
+        {"path": paths, "prompt": f"{len(paths)}?", "answer": "D"} for paths in ([], names[:1], [names[1]] * 2, names)
+    ]
+    (tmp_path / "niah-coco-multihop-100.json").write_text(json.dumps(hops))
+    (tmp_path / "counting.json").write_text(json.dumps(counting))
+    for file, rows in (("niah-coco-multihop-100.json", hops), ("counting.json", counting)):
+        read = read_needles(tmp_path / file)
+        total = len(read.needles)
+        repeated = [needle for needle in read.needles for _ in range(frames)]
+        needles = replace(read, needles=repeated, frames=frames)
+        tokens = even_tokens(vocabulary=50_000, per_frame=4, frames=40, inserted=len(repeated))
+        test = VideoNeedleTask(seeing, needles, tokens, seconds=np.arange(40.0))
+        per_row = 2 if rows is hops else 1
+        cells = test.cells([10, 40], [0, 0.5, 1], per_row * len(rows))
+        assert len(cells) == 2 * per_row * len(rows)
+        first = np.cumsum([0, *(len(row.get("images", row.get("path"))) for row in rows)])
+        assert first[-1] == total
+        for cell in cells:
+            row, n = cell.trial // per_row, cell.length
+            images = list(range(first[row], first[row + 1]))
+            expected: list[int] = []
+            if rows is hops:
+                interval = n / (len(images) - 1)
+                for j, image in enumerate(images):
+                    before = range(int((j - 1) * interval), int(j * interval)) if j else ()
+                    expected += [*before, *(40 + image * frames + i for i in range(frames))]
+                assert (cell.question, cell.answer) == (("B?", "B") if cell.trial % 2 else (f"{'AC'[row]}?", "AC"[row]))
+            else:
+                chosen, left = np.linspace(0, n - 1, len(images), dtype=int), list(images)
+                for frame in range(n):
+                    expected.append(frame)
+                    if frame in chosen:
+                        expected += [40 + left[0] * frames + i for i in range(frames)]
+                        left = left[1:]
+                assert (cell.question, cell.answer) == (f"{len(images)}?", "D")
+            assert cell.depth is None
+            assert rows_of(test, cell) == expected
+    mixed = [{"path": "0.png", "prompt": "?", "answer": "A"}, *counting]
+    for broken in (mixed, [{"path": names, "prompt": "?"}], [{"images": names, "question1": "?", "answer1": "A"}]):
+        (tmp_path / "counting.json").write_text(json.dumps(broken))
+        with pytest.raises(InputError):
+            read_needles(tmp_path / "counting.json")
+    given = VideoNiahConfig(
+        model="m", haystack=(Path("h"),), lengths=(8,), needles=str(tmp_path / "niah-coco-multihop-100.json")
+    )
+    assert len(find_needles(given, 48).spread) == 4
+    for wrong in ({"question": "when"}, {"depths": Depths(values=(0.5,))}, {"distractors": 1}):
+        with pytest.raises(UsageError):
+            find_needles(replace(given, **wrong), 48)
 
 
 def test_a_distractor_of_v_niah_d_is_200_frames_from_its_needle(seeing: Any) -> None:

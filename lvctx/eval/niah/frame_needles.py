@@ -1,7 +1,7 @@
 """Video needles without a model's tokens: which frames a cell has in which order, and what is asked about them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,7 +85,10 @@ class FrameNeedles:
             raise UsageError(f"--trials {trials} with {self._set.trials} needles")
         cells = []
         for length in lengths:
-            for depth, point, position in insertion_points(depths, length, self._longest, self.nested, unit):
+            points: Iterable[tuple[float | None, float | None, int]] = [(None, None, 0)]
+            if not self._set.spread:
+                points = insertion_points(depths, length, self._longest, self.nested, unit)
+            for depth, point, position in points:
                 for trial in range(trials):
                     question, answer = self._question_and_answer(trial, position, length)
                     cells.append(
@@ -104,11 +107,14 @@ class FrameNeedles:
 
     def _used(self, trial: int) -> int:
         """Needles of a trial that are in the video: from 1 to all in turn where they are to be counted."""
+        if self._set.spread:
+            return len(self._set.spread[trial].images)
         return trial % self._set.per_trial + 1 if self.question == "count" else self._set.per_trial
 
     def _numbers(self, trial: int, needle: int) -> range:
         """Numbers of a needle's images."""
-        first = (trial * self._set.per_trial + needle) * self._set.frames
+        number = self._set.spread[trial].images[needle] if self._set.spread else trial * self._set.per_trial + needle
+        first = number * self._set.frames
         return range(first, first + self._set.frames)
 
     def _distractors(self, cell: Cell) -> list[tuple[int, int]]:
@@ -130,12 +136,17 @@ class FrameNeedles:
     def _places(self, trial: int, position: int, length: int) -> list[tuple[int, int]]:
         """Position and number of each needle of a trial, as they are shown."""
         used = self._used(trial)
+        if self._set.spread:
+            positions = self._set.spread[trial].positions(length)
+            return [(place // self.unit * self.unit, i) for i, place in enumerate(positions)]
         span = self._spread if self.nested else length
         shares = [(position / span + i / used) % 1 for i in range(1, used)]
         others = [int(share * span) // self.unit * self.unit for share in shares]
         return sorted(zip([position, *others], range(used), strict=True), key=lambda place: place[0])
 
     def _question_and_answer(self, trial: int, position: int, length: int) -> tuple[str, str]:
+        if self._set.spread:
+            return self._set.spread[trial].question, self._set.spread[trial].answer
         needle = self.needles[self._numbers(trial, 0)[0]]
         if self.question in ("what", "code"):
             return needle.question, needle.answer
@@ -212,6 +223,8 @@ class FrameNeedles:
         if self._set.per_trial > 1 or self._set.frames > 1:
             facts |= {"needles": self._set.per_trial, "needle_frames": self._set.frames}
             facts |= {"others": self._spread} if self.nested and self._set.per_trial > 1 else {}
+        if self._set.spread:
+            facts |= {"needles": "spread", "needle_frames": self._set.frames}
         if self.question == "when":
             facts["tolerance"] = self.tolerance
         if self._set.paired and self.distractors:

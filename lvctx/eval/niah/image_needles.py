@@ -7,7 +7,7 @@ this divides the ten colors, guessing is right once in seven instead of once in 
 """
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import factorial
 
 import numpy as np
@@ -49,6 +49,27 @@ class ImageNeedle:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpreadNeedles:
+    """A question about several images that are spread over the whole video, so that it has no depth."""
+
+    images: tuple[int, ...]
+    """Numbers of the images, in the order of the video; there may be none, where they are counted."""
+    question: str
+    answer: str
+    at_ends: bool
+    """Image j of k is before frame j n / (k - 1) of n (VideoChat-Flash), or after frame j (n - 1) / (k - 1) (V-RULER);
+    both rounded down, and frames counted from 0.
+    """
+
+    def positions(self, length: int) -> list[int]:
+        """How many frames of a haystack of `length` are before each image."""
+        k = len(self.images)
+        if self.at_ends:
+            return [j * length // max(k - 1, 1) for j in range(k)]
+        return [1 + int(frame) for frame in np.linspace(0, length - 1, k)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class NeedleSet:
     """Needles and distractors."""
 
@@ -64,9 +85,14 @@ class NeedleSet:
     paired: bool = False
     """Whether each distractor belongs to the needle of its place in the list, and is inserted near it (V-NIAH-D)."""
 
+    spread: list[SpreadNeedles] = field(default_factory=list)
+    """The questions, if each is about several images of the list that have places of their own."""
+
     @property
     def trials(self) -> int:
         """The number of trials that the needles are enough for."""
+        if self.spread:
+            return len(self.spread)
         return len(self.needles) // (self.per_trial * self.frames)
 
 

@@ -18,7 +18,7 @@ from lvctx.eval.niah.frame_needles import FrameNeedles
 from lvctx.eval.niah.image_needles import NeedleSet, drawn_groups, drawn_needles
 from lvctx.eval.niah.needle_folder import read_needles
 from lvctx.eval.niah.needle_task import Cell, NeedleTask
-from lvctx.eval.niah.niah_config import NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
+from lvctx.eval.niah.niah_config import DEFAULT_DEPTHS, NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
 from lvctx.eval.niah.ruler_task import RulerTask
 from lvctx.eval.niah.ruler_texts import CommonWords, FrequentWords, QuestionDocuments
 from lvctx.eval.niah.text_needles import read_haystack
@@ -212,6 +212,10 @@ def find_needles(config: VideoNiahConfig, size: int) -> NeedleSet:
         drawn = drawn_needles(config.trials, size=size, seed=config.seed, distractors=config.distractors)
         return drawn if config.question == "what" else replace(drawn, chance=None)
     needles = read_needles(Path(config.needles))
+    if needles.spread and config.question != "what":
+        raise UsageError("these needles have questions of their own", where="--question", fix="drop it")
+    if needles.spread and config.depths != DEFAULT_DEPTHS:
+        raise UsageError("these needles are spread over the whole video", where="--depths", fix="drop it")
     if needles.paired and config.distractors > 1:
         raise UsageError("every needle of this folder has one distractor", where="--distractors", fix="give 0 or 1")
     if config.distractors > len(needles.distractors):

@@ -44,7 +44,7 @@ def needle_section(run: RunFile, thumbnails: Thumbnails, *, threshold: float) ->
             {
                 "cell": [results.depths.index(line_of(row)), results.lengths.index(row["length"])],
                 "trial": row["trial"],
-                "position": row["position"],
+                "position": None if row["depth"] is None else row["position"],
                 "tokens": row["tokens"],
                 "verdict": "failed" if "error" in row else "right" if row.get("correct") else "wrong",
                 **{key: row[key] for key in TRIAL_FIELDS if row.get(key) is not None},
@@ -73,7 +73,9 @@ def compare_needle_runs(runs: Sequence[RunFile]) -> list[dict[str, Any]]:
 
 
 def _images(row: Mapping[str, Any], needles: Mapping[str, int], frames: Mapping[int, int]) -> list[tuple[str, int]]:
-    """Caption and number of the images of a trial: the needle between the frames around it."""
+    """Caption and number of the images of a trial: the needle between the frames around it, or nothing without one."""
+    if row["depth"] is None:
+        return []
     position = row["position"]
     found = (
         ("frame before", frames.get(position - 1)),
