@@ -18,30 +18,8 @@ from lvctx.models.loading import load_tokenizer
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = " ".join(f"{a}{b}{c}tion" for a in LETTERS for b in "aeiou" for c in "lmnr")
 PLACES = [f"Town {i}" for i in range(60)]
-SQUAD = {
-    "version": "v2.0",
-    "data": [
-        {
-            "title": name,
-            "paragraphs": [
-                {
-                    "context": f"{place} of {name} was founded in {1100 + i}.",
-                    "qas": [
-                        {
-                            "question": f"When was {place} of {name} founded?",
-                            "id": f"{name}{i}",
-                            "answers": [{"text": str(1100 + i), "answer_start": 0}, {"text": f"in {1100 + i}"}] * 2,
-                            "is_impossible": False,
-                        },
-                        {"question": "Who?", "id": f"{name}{i}b", "answers": [], "is_impossible": True},
-                    ],
-                }
-                for i, place in enumerate(PLACES[:8])
-            ],
-        }
-        for name in ("Arland", "Boria", "Celia")
-    ],
-}
+SQUAD = json.loads((Path(__file__).parent / "data" / "squad.json").read_text())
+"""Three articles of eight paragraphs in SQuAD's form, each with one question that has an answer."""
 HOTPOT = [
     {
         "_id": str(i),
