@@ -21,7 +21,7 @@ from lvctx.artifacts.jsonl_log import JsonlLog, read_jsonl
 from lvctx.artifacts.manifest import Provenance
 from lvctx.cli.app import app
 from lvctx.errors import InputError
-from lvctx.eval.niah.compare import compare_needles, few_needles
+from lvctx.eval.niah.compare import compare_needles, comparison_warnings
 from lvctx.eval.niah.heatmap import draw_heatmaps, trained_at
 from lvctx.eval.niah.job import plan_text
 from lvctx.eval.niah.longva_format import read_longva
@@ -601,10 +601,28 @@ def test_two_runs_are_compared_by_pairs_of_cells(tmp_path: Path) -> None:
     assert [pair["rules"]["200"]["mean"] for pair in pages] == [whole.mean]
 
 
-def test_few_needles_are_warned_of() -> None:
-    rows = [row for row in paired_rows({(0, 100): True}) if row["trial"] < 5]
-    assert few_needles(compare_needles(rows, rows))
-    assert not few_needles(compare_needles(paired_rows({}), paired_rows({})))
+def test_shares_are_compared_where_answers_have_parts() -> None:
+    first, second = paired_rows({}), paired_rows({})
+    assert "share found" not in compare_needles(first, second)
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        a["share"], b["share"] = i % 4 / 4, 0.25
+    found = compare_needles(first, second)
+    assert (found["all"].mean, found["share found"].mean) == (0, pytest.approx(0.375 - 0.25))
+    assert found["share found"].counted == len(first)
+
+
+def test_a_comparison_warns_of_few_needles_and_of_another_scoring_or_text() -> None:
+    made_of = {"scoring": "forced", "haystack": "a", "model": "m"}
+
+    def warnings(trials: int, modality: str = "text", **other: str) -> int:
+        first, second = (
+            [row | {"modality": modality, "made_of": run} for row in paired_rows({}) if row["trial"] < trials]
+            for run in (made_of, made_of | other)
+        )
+        return len(comparison_warnings(first, second, compare_needles(first, second)))
+
+    assert [warnings(24), warnings(5), warnings(24, model="n")] == [0, 1, 0]
+    assert [warnings(24, haystack="b"), warnings(24, "video", haystack="b"), warnings(5, scoring="both")] == [1, 0, 2]
 
 
 # --- many processes

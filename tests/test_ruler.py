@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.fault_server import faults
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app
@@ -18,7 +19,8 @@ from lvctx.models.loading import load_tokenizer
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = " ".join(f"{a}{b}{c}tion" for a in LETTERS for b in "aeiou" for c in "lmnr")
 PLACES = [f"Town {i}" for i in range(60)]
-SQUAD = json.loads((Path(__file__).parent / "data" / "squad.json").read_text())
+DATA = Path(__file__).parent / "data" / "squad.json"
+SQUAD = json.loads(DATA.read_text())
 """Three articles of eight paragraphs in SQuAD's form, each with one question that has an answer."""
 HOTPOT = [
     {
@@ -219,3 +221,22 @@ def test_the_tasks_run_and_are_reported(tiny_lm: Path, tmp_path: Path) -> None:
     ):
         refused = niah("--task", task, "--lengths", 400, *flags, "-o", tmp_path / "no")
         assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1), (task, flags, refused.stderr)
+
+
+@pytest.mark.parametrize("prompt_as", ["completion", "chat"])
+def test_a_server_is_asked_and_scored_alike(prompt_as: str, tiny_lm: Path, tmp_path: Path) -> None:
+    """A reply with one of two answers; the number of tokens is RULER's, or a chat's where that is larger."""
+    grid = ("--haystack", DATA, "--task", "qa", "--lengths", 250, "--trials", 2, "--tokenizer", tiny_lm)
+    with faults() as server:
+        server.reply = lambda body: {"content": "It was founded in 1101, I think."}
+        flags = ("--model", "m", "--endpoint", server.url, "--prompt-as", prompt_as, "--jobs", 1, "-o", tmp_path / "a")
+        arguments = [str(part) for part in ("niah", "text", *grid, *flags)]
+        done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert done.exit_code == 0, done.stderr
+        bodies = server.requests
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["trial"]: row["correct"] for row in rows} == {0: False, 1: True}
+    for body in bodies:
+        text = body["prompt"] if prompt_as == "completion" else str(body["messages"][-1]["content"])
+        assert re.search(r"Question: When was Town \d of Arland founded\? Answer:", text)
+        assert body["max_tokens"] == (32 if prompt_as == "completion" else 64)

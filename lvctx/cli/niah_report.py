@@ -80,16 +80,15 @@ def _compare(config: ReportConfig) -> None:
     """Print or emit the paired difference of two runs that have cells in common."""
     from lvctx.artifacts.result_log import read_results
     from lvctx.artifacts.schemas import SCORE
-    from lvctx.eval.niah.compare import compare_needles, few_needles
+    from lvctx.eval.niah.compare import compare_needles, comparison_warnings
 
-    rows = (list(read_results(run).values()) for run in config.runs)
-    differences = compare_needles(*rows, detect=config.detect / 100)
+    a, b = (list(read_results(run).values()) for run in config.runs)
+    differences = compare_needles(a, b, detect=config.detect / 100)
     if not differences:
         return
     first, second = (str(run) for run in config.runs)
-    versus, warning = {name: vars(e) for name, e in differences.items()}, few_needles(differences)
+    versus, warnings = {name: vars(e) for name, e in differences.items()}, comparison_warnings(a, b, differences)
     if wants_json():
-        warnings = [warning] if warning else []
         emit({"schema": SCORE, "first": first, "second": second, "warnings": warnings, "difference": versus})
     else:
-        print_difference(first, second, versus, warning, detect=config.detect, group="length", unit="cells")
+        print_difference(first, second, versus, "; ".join(warnings), detect=config.detect, group="length", unit="cells")

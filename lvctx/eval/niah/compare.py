@@ -4,7 +4,7 @@ The cells of a trial share a needle at all lengths and depths, so they are no in
 what `statistics.py` calls clusters, and its interval needs some tens of them.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lvctx.eval.niah.results import line_of
@@ -18,29 +18,45 @@ Row = Mapping[str, Any]
 def compare_needles(first: Iterable[Row], second: Iterable[Row], *, detect: float = DETECT) -> dict[str, Difference]:
     """First minus second, right answers in [-1, 1], over `all` cells that ran in both, and at each length.
 
-    Cells are the same if modality, length, depth, trial, needle, question and answer are. Empty without such cells.
+    Cells are the same if modality, length, depth, trial, needle, question and answer are. Where replies have parts of
+    an answer, `share found` is the difference of the shares, over all cells. Empty without such cells.
     """
     others = {_cell(row): row for row in second if _ran(row)}
     pairs = [(row, others[cell]) for row in first if _ran(row) and (cell := _cell(row)) in others]
-    lengths = sorted({row["length"] for row, _ in pairs})
-    groups = {"all": pairs, **{f"{n:,}": [pair for pair in pairs if pair[0]["length"] == n] for n in lengths}}
-    return {
-        name: paired_difference(
-            [float(bool(a.get("correct"))) - float(bool(b.get("correct"))) for a, b in group],
-            [str(a["trial"]) for a, _ in group],
-            detect=detect,
-        )
-        for name, group in groups.items()
-        if group
-    }
+    right = [(float(bool(a.get("correct"))), float(bool(b.get("correct")))) for a, b in pairs]
+    shares = [(float(a["share"]), float(b["share"])) for a, b in pairs if _has_share(a) and _has_share(b)]
+    groups = {"all": right}
+    if len(shares) == len(pairs) and not {share for pair in shares for share in pair} <= {0.0, 1.0}:
+        groups["share found"] = shares
+    found = {name: _difference(values, pairs, detect) for name, values in groups.items() if values}
+    for length in sorted({a["length"] for a, _ in pairs}):
+        at = [i for i, (a, _) in enumerate(pairs) if a["length"] == length]
+        found[f"{length:,}"] = _difference([right[i] for i in at], [pairs[i] for i in at], detect)
+    return found
 
 
-def few_needles(differences: Mapping[str, Difference]) -> str:
-    """A warning if there are few needles, else nothing."""
+def _difference(values: Sequence[tuple[float, float]], pairs: Sequence[tuple[Row, Row]], detect: float) -> Difference:
+    return paired_difference([a - b for a, b in values], [str(a["trial"]) for a, _ in pairs], detect=detect)
+
+
+def _has_share(row: Row) -> bool:
+    return isinstance(row.get("share"), int | float)
+
+
+def comparison_warnings(
+    first: Sequence[Row], second: Sequence[Row], differences: Mapping[str, Difference]
+) -> list[str]:
+    """What to know of a comparison: another scoring or text than in the other run, or few needles."""
+    runs = [row.get("made_of") for row in (first[0], second[0])]
+    # The features of a video's frames differ from model to model.
+    names = ("scoring", "haystack") if first[0].get("modality") == "text" else ("scoring",)
+    differing = [name for name in names if len({str(run.get(name)) for run in runs if isinstance(run, dict)}) > 1]
+    warnings = [f"the runs differ in their {' and '.join(differing)}"] if differing else []
     needles = differences["all"].clusters
-    if needles >= FEW_NEEDLES:
-        return ""
-    return f"few needles ({needles}), so the interval is too narrow; run niah with --trials {FEW_NEEDLES} or more"
+    if needles < FEW_NEEDLES:
+        more = f"run niah with --trials {FEW_NEEDLES} or more"
+        warnings.append(f"few needles ({needles}), so the interval is too narrow; {more}")
+    return warnings
 
 
 def _ran(row: Row) -> bool:
