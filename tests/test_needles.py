@@ -19,8 +19,8 @@ from support.frames import even_tokens
 from lvctx.errors import InputError, UsageError
 from lvctx.eval.niah.frame_needles import beside
 from lvctx.eval.niah.image_needles import NeedleSet, chance_of, drawn_groups, drawn_needles
-from lvctx.eval.niah.job import find_needles
 from lvctx.eval.niah.needle_folder import read_needles
+from lvctx.eval.niah.needle_sets import find_needles
 from lvctx.eval.niah.needle_task import Cell, first_number, share_listed
 from lvctx.eval.niah.niah_config import Depths, VideoNiahConfig
 from lvctx.eval.niah.run import partition_cells

@@ -18,7 +18,8 @@ from lvctx.cost import CostMeter
 from lvctx.errors import InputError, UsageError
 from lvctx.eval.niah.frame_needles import TEMPLATES, FrameNeedles
 from lvctx.eval.niah.heatmap import write_report
-from lvctx.eval.niah.job import TextTasks, build_text_task, find_needles, input_facts
+from lvctx.eval.niah.job import TextTasks, build_text_task, input_facts
+from lvctx.eval.niah.needle_sets import find_needles
 from lvctx.eval.niah.needle_task import Cell
 from lvctx.eval.niah.niah_config import NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
 from lvctx.eval.niah.results import read_needle_results

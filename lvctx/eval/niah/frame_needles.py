@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from lvctx.artifacts.result_log import short_hash
 from lvctx.errors import InputError, UsageError
@@ -70,6 +71,11 @@ class FrameNeedles:
         self._spread = self._longest = 0
         self._distractor_fractions = np.random.default_rng([seed, 1 << 20, 1 << 20]).random(len(self.distractors))
 
+    @property
+    def trials(self) -> int:
+        """The largest number of trials."""
+        return self._set.trials
+
     def cells(self, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
         """See `NeedleTask.cells`. Raises InputError for too few frames, UsageError for too few needles."""
         self._spread, self._longest = min(lengths), max(lengths)
@@ -81,8 +87,8 @@ class FrameNeedles:
                 f"{self._longest} frames exceed the haystack (it has {self._frames})",
                 fix="give more --frames, or --loop to repeat them",
             )
-        if trials > self._set.trials:
-            raise UsageError(f"--trials {trials} with {self._set.trials} needles")
+        if trials > self.trials:
+            raise UsageError(f"--trials {trials} with {self.trials} needles")
         cells = []
         for length in lengths:
             points: Iterable[tuple[float | None, float | None, int]] = [(None, None, 0)]
@@ -98,7 +104,7 @@ class FrameNeedles:
                             point=point,
                             trial=trial,
                             position=position,
-                            needle=self._digest(trial),
+                            needle=self.digest(trial),
                             question=question,
                             answer=answer,
                         )
@@ -117,6 +123,10 @@ class FrameNeedles:
         first = number * self._set.frames
         return range(first, first + self._set.frames)
 
+    def first_image(self, trial: int) -> Image.Image | None:
+        """The first image of a trial's first needle; None for a trial without one."""
+        return self.needles[self._numbers(trial, 0)[0]].image if self._used(trial) else None
+
     def _distractors(self, cell: Cell) -> list[tuple[int, int]]:
         """Position and number of each distractor of a cell."""
         first = self._frames + len(self.needles)
@@ -128,7 +138,7 @@ class FrameNeedles:
         positions = [int(f * spread) // self.unit * self.unit for f in self._distractor_fractions]
         return [(position, first + i) for i, position in enumerate(positions)]
 
-    def _digest(self, trial: int) -> str:
+    def digest(self, trial: int) -> str:
         """What identifies a trial's images."""
         images = [self.needles[n].digest for i in range(self._used(trial)) for n in self._numbers(trial, i)]
         return images[0] if len(images) == 1 else short_hash(images)
