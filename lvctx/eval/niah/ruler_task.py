@@ -13,7 +13,7 @@ from lvctx.eval.niah.ruler_texts import RulerPrompt, RulerText
 
 
 class RulerTask:
-    """The largest text of a kind that fits each length: a prompt and the tokens to be generated after it."""
+    """A text of a kind at each length: the largest that fits in trial 0, with the tokens to be generated after it."""
 
     modality = "text"
     chance: float | None = None
@@ -100,5 +100,5 @@ class RulerTask:
         while (tokens := self._tokens(length, trial, size)) > length:
             if size == smallest:
                 raise InputError(f"{length} tokens cannot hold trial {trial} ({tokens})", fix="give larger --lengths")
-            size = max(smallest, size - max(1, size // 50))
+            size = max(smallest, min(size - 1, size * length // tokens))
         return size
