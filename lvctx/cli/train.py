@@ -87,6 +87,9 @@ def align(config: AlignConfig, parallel: ParallelConfig, tracking: TrackingOptio
     token in a turn's text (<|im_end|>), and <image> in a row without images, is encoded as text. An assistant turn
     before the first question is left out. A turn's only image or video moves to its front.
 
+    Packed chat (--data, of pack-chat for the model of --init) trains on long rows of several samples: positions count
+    through a row, and a token attends to all before it.
+
     Stage dpo reads rows of "image" or "video" (or "images", "videos", or neither), "prompt" (or "conversations"),
     "chosen" and "rejected", each text or messages.
     """
@@ -95,7 +98,7 @@ def align(config: AlignConfig, parallel: ParallelConfig, tracking: TrackingOptio
     if config.plot is not None and config.plot.suffix not in (".png", ".svg"):
         raise UsageError("--plot needs a .png or .svg file", where=config.plot)
     job = resolve_align(config)
-    facts = {"samples": len(job.rows), **hashed_fields(job.config)}
+    facts = job.facts
     if run.dry_run:
         from lvctx.training.align_statistics import align_statistics, draw_statistics
 
