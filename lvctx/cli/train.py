@@ -3,6 +3,7 @@
 import os
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,7 +166,7 @@ def _train_mrope(
     config: MropeConfig, context: int, parallel: ParallelConfig, tracking: TrackingOptions, run: RunOptions
 ) -> dict[str, Any]:
     """Pack the samples if needed, and train in one run or in stages; returns facts for the output row."""
-    from lvctx.training.mrope_extend import MropeTrainingJob, pack_samples_file, resolve_mrope_training
+    from lvctx.training.mrope_extend import pack_samples_file, resolve_mrope_training
     from lvctx.training.progressive import resolve_stages, run_stages, stage_configs
 
     if config.data is not None and config.data.is_file():
@@ -174,10 +175,7 @@ def _train_mrope(
         with progress("mrope-extend, packing") as on_progress:
             config = replace(config, data=pack_samples_file(config, config.seq_len or context, on_progress))
 
-    def resolve(stage: MropeConfig) -> MropeTrainingJob:
-        # Every stage after the first starts from a model that is already extended.
-        return resolve_mrope_training(stage, force=run.force or stage.model != config.model)
-
+    resolve = partial(resolve_mrope_training, force=run.force)
     configs = stage_configs(config)
     jobs = resolve_stages(resolve, configs)
     stage_facts = [{**hashed_fields(job.config), "rows": len(job.rows)} for job in jobs]

@@ -41,6 +41,7 @@ from lvctx.rope.pose import skipped
 from lvctx.rope.scaling import check_rope, resolve_scaling
 from lvctx.training.extend_config import ExtendConfig
 from lvctx.training.memory_model import PLANNED_TYPES, flops, read_shape, rows_together
+from lvctx.training.mrope_checkpoint import find_mrope, record_title, scaling_record
 from lvctx.training.parallel_config import ParallelConfig
 from lvctx.training.row_order import indices
 from lvctx.training.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
@@ -65,6 +66,8 @@ class ExtendJob:
     """Context length in the model's config.json."""
     provenance: Provenance
     """What identifies the run."""
+    mrope: Mapping[str, Any] | None = None
+    """Scaling and unscaled base of a Qwen-VL, for its manifest; None for other models, and for an unscaled one."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Further facts for the manifest: the search for the base."""
 
@@ -95,14 +98,16 @@ def resolve_extend(config: ExtendConfig) -> ExtendJob:
     model_config = load_config(path)
     refuse_quantized(model_config, path)
     text = model_config.get_text_config()
-    if "mrope_section" in (text.rope_parameters or {}):
-        raise InputError("positions have three axes (M-RoPE)", where=path, fix="use lvctx mrope-extend")
+    checkpoint = find_mrope(model_config, path)
     rows = _open_rows(config, path) if config.steps else None
     if rows:
         check_shards(rows.directory, len(rows.manifest["shard_rows"]), text.vocab_size)
     length = rows.seq_len if rows else 0
     if config.rope == "none":
         check_rope(text, path)
+    original = _pretrained_length(path, text, config.original_length)
+    if checkpoint and config.rope not in ("theta", "none") and original is None:
+        checkpoint.require_length()
     positions = resolve_scaling(
         text,
         scheme=config.rope,
@@ -111,7 +116,7 @@ def resolve_extend(config: ExtendConfig) -> ExtendJob:
         context=config.context,
         seq_len=length,
         attention_factor=config.attention_factor,
-        original=_pretrained_length(path, text, config.original_length),
+        original=original,
     )
     if positions.context < length:
         raise UsageError(
@@ -144,6 +149,9 @@ def resolve_extend(config: ExtendConfig) -> ExtendJob:
         rope_parameters=positions.rope_parameters,
         original_context=context_length(text),
         provenance=provenance,
+        mrope=scaling_record(checkpoint, positions, scheme=config.rope, theta=config.rope_theta)
+        if checkpoint
+        else None,
     )
 
 
@@ -280,11 +288,13 @@ class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
         dtype = load_config(job.model).dtype or torch.bfloat16
         save_model(model, load_tokenizer(job.model), out, dtype=dtype, gather=gather)
         copy_processors(job.model, out)
-        write_side_files(out)
-        facts = {
+        title = record_title(job.mrope, context_length(model.config), is_trained=bool(job.data)) if job.mrope else None
+        write_side_files(out, title)
+        facts: dict[str, Any] = {
             "original_context": job.original_context,
             "context": job.config.context,
             "trained_length": max(trained_length(job.model), self.longest_sample(metrics)),
+            **({} if job.mrope is None else {"mrope": job.mrope}),
         }
         if job.config.original_length is not None:
             facts["original_length"] = job.config.original_length
