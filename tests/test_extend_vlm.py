@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mrope_models import save
+from mrope_models import opinionated, save
 from safetensors.torch import load_file, save_file
 from transformers import LlavaOnevisionForConditionalGeneration
 from typer.testing import CliRunner
@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from lvctx.artifacts.manifest import read_manifest
 from lvctx.cli.app import app
 from lvctx.data.packed import PackedRows
-from lvctx.models.loading import load_config, load_model, trained_length
+from lvctx.models.loading import load_config, trained_length
 from lvctx.parallel.context import ParallelContext
 from lvctx.training.mrope_checkpoint import read_checkpoint
 from lvctx.training.text_rows import RowLoss, shard_row
@@ -129,10 +129,10 @@ def qwens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_the_loss_of_a_qwen_vl_is_its_stock_forwards(qwens: Path, kind: str) -> None:
-    """The stock model places text itself: the same position on all three axes."""
+    """The stock model places text itself: the same position on all three axes, counted from 0."""
     rows = PackedRows(qwens / "packed")
     ids = torch.from_numpy(np.stack([rows.row(0), rows.row(1)]).astype("int64"))
-    model = load_model(qwens / kind, dtype=torch.float32)
+    model = opinionated(kind)
     losses = [model(input_ids=row[None], labels=row[None]).loss.item() * 63 for row in ids]
     with torch.no_grad():
         total, count = RowLoss(model)(**shard_row(ids, ParallelContext(device="cpu"), None))
@@ -140,7 +140,7 @@ def test_the_loss_of_a_qwen_vl_is_its_stock_forwards(qwens: Path, kind: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("kind", "method", "lora"), [("qwen2_vl", "mrope++", 0), ("qwen2_5_vl", "ntk", 4), ("qwen3_vl", "yarn", 0)]
+    ("kind", "method", "lora"), [("qwen2_vl", "mrope++", 0), ("qwen2_5_vl", "ntk", 4), ("qwen3_vl", "pi", 0)]
 )
 def test_text_trains_the_language_model_of_a_qwen_vl(
     qwens: Path, tmp_path: Path, kind: str, method: str, lora: int
@@ -164,7 +164,7 @@ def test_text_trains_the_language_model_of_a_qwen_vl(
     assert not any("visual" in name for name in changed)
     assert any("mlp" in name for name in changed) is (lora == 0)
     manifest = read_manifest(tmp_path / "out")
-    assert (manifest["mrope"]["factor"], manifest["mrope"]["original"]) == (4, original)
+    assert (manifest["rope_scaling"]["factor"], manifest["rope_scaling"]["original"]) == (4, original)
     before, after = (read_checkpoint(path) for path in (qwens / kind, tmp_path / "out"))
     assert (after.mrope, after.length) == (before.mrope, original)
     # `--rope none` keeps positions and record, also of a checkpoint that mrope-extend scaled.

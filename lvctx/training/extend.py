@@ -105,9 +105,11 @@ def resolve_extend(config: ExtendConfig) -> ExtendJob:
     length = rows.seq_len if rows else 0
     if config.rope == "none":
         check_rope(text, path)
-    original = _pretrained_length(path, text, config.original_length)
-    if checkpoint and config.rope not in ("theta", "none") and original is None:
-        checkpoint.require_length()
+    original = config.original_length
+    if config.rope not in ("theta", "none"):
+        original = _pretrained_length(path, text, original)
+        if checkpoint and original is None:
+            checkpoint.require_length()
     positions = resolve_scaling(
         text,
         scheme=config.rope,
@@ -160,13 +162,19 @@ def _pretrained_length(model: Path, config: Any, original_length: int | None) ->
 
     After a scaling by a larger base (ntk) the next one starts from its context. Raises UsageError if the two differ.
     """
-    recorded = read_manifest(model).get("original_length") if (model / MANIFEST).is_file() else None
-    if not isinstance(recorded, int):
+    recorded = _recorded_length(model)
+    if recorded is None:
         return original_length
     if original_length not in (None, recorded):
         raise UsageError(f"--original-length {original_length}, but {model / MANIFEST} has {recorded}", fix="drop it")
     linear = (config.rope_parameters or {}).get("rope_type") == "linear"
     return recorded if linear else None
+
+
+def _recorded_length(model: Path) -> int | None:
+    """The pretrained length in the manifest of a model that one of our runs scaled."""
+    recorded = read_manifest(model).get("original_length") if (model / MANIFEST).is_file() else None
+    return recorded if isinstance(recorded, int) else None
 
 
 def _open_rows(config: ExtendConfig, model: Path) -> PackedRows:
@@ -288,16 +296,17 @@ class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
         dtype = load_config(job.model).dtype or torch.bfloat16
         save_model(model, load_tokenizer(job.model), out, dtype=dtype, gather=gather)
         copy_processors(job.model, out)
-        title = record_title(job.mrope, context_length(model.config), is_trained=bool(job.data)) if job.mrope else None
+        title = record_title(job.mrope, context_length(model.config), is_trained=job.data is not None)
         write_side_files(out, title)
         facts: dict[str, Any] = {
             "original_context": job.original_context,
             "context": job.config.context,
             "trained_length": max(trained_length(job.model), self.longest_sample(metrics)),
-            **({} if job.mrope is None else {"mrope": job.mrope}),
+            **({} if job.mrope is None else {"rope_scaling": job.mrope}),
         }
-        if job.config.original_length is not None:
-            facts["original_length"] = job.config.original_length
+        kept = _recorded_length(job.model) if job.config.rope == "none" else None
+        if (original := job.config.original_length or kept) is not None:
+            facts["original_length"] = original
         if aligned := longest_sample(job.model):
             facts["longest_sample"] = aligned
         return model_files(out), {**facts, **job.facts}

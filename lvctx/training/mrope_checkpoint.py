@@ -141,16 +141,18 @@ def scaling_record(
     return {**asdict(scaling), "theta": theta or checkpoint.base}
 
 
-def record_title(record: Mapping[str, Any], context: int, *, is_trained: bool) -> str:
-    """The sentence of the model card about a scaling that `scaling_record` describes."""
-    scaling = RopeScaling(**{key: value for key, value in record.items() if key != "theta"})
+def record_title(record: Mapping[str, Any] | None, context: int, *, is_trained: bool) -> str | None:
+    """The sentence of the model card about a `scaling_record`; None where another context was chosen, or no scaling."""
+    scaling = RopeScaling(**{key: value for key, value in record.items() if key != "theta"}) if record else None
+    if scaling is None or round(scaling.factor * scaling.original) != context:
+        return None
     return describe_scaling(scaling, context, is_trained=is_trained)
 
 
 def _made_by_us(path: Path) -> dict[str, Any] | None:
     """The scaling and the unscaled base, as our run that wrote this checkpoint stored them; None for others."""
     manifest = read_manifest(path) if (path / MANIFEST).is_file() else {}
-    scaled: dict[str, Any] | None = manifest.get("mrope")  # of `extend-lm`
+    scaled: dict[str, Any] | None = manifest.get("rope_scaling")  # of `extend-lm`
     return manifest["config"] if manifest.get("command") == COMMAND else scaled
 
 
