@@ -140,7 +140,7 @@ def resolve_align(config: AlignConfig) -> AlignJob:
     if sniff(config.data).name == "chat":
         rows = check_packed(config, paths.get("init"))
         files = media_files(rows, config.images)
-        resolved = replace(config, batch=config.batch or 1, max_length=max(map(len, map(rows.row, range(len(rows))))))
+        resolved = replace(config, batch=config.batch or 1, max_length=rows.longest)
     else:
         rows = _read_rows(config)
         _check_template(rows, text_source, config.template, new="lm" in paths)

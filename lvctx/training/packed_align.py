@@ -50,9 +50,9 @@ def check_packed(config: AlignConfig, model: Path | None) -> ChatRows:
     text = load_config(model).get_text_config()
     check_shards(rows.directory, len(rows.manifest["shard_rows"]), text.vocab_size)
     _check_blocks(rows, model, fix=fix)
-    longest, context = max(len(rows.row(number)) for number in range(len(rows))), context_length(text)
+    longest, context = rows.longest, context_length(text)
     if longest > context:
-        fix = f"extend it with lvctx extend-lm --model {model} --context {longest}, or pack-chat to fewer tokens"
+        fix = f"extend it first, lvctx extend-lm --context {longest}, or pack-chat with a lower --target-length"
         raise InputError(f"a row has {longest:,} tokens, the model {context:,} positions", where=config.data, fix=fix)
     return rows
 
@@ -63,7 +63,7 @@ def _check_blocks(rows: ChatRows, model: Path, *, fix: str) -> None:
     hybrid = rows.manifest["config"].get("hybrid")
     try:
         rule = open_vlm(model, weights=False).token_rule(VideoSampling(hybrid=Hybrid(**hybrid) if hybrid else None))
-    except UsageError:
+    except (UsageError, TypeError):
         raise other from None
     assert isinstance(rule, LlavaRule)
     for number in range(len(rows)):
