@@ -94,7 +94,7 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
             pose=self.config.pose,
             sampling=self.job.sampling,
             ring=context.ring,
-            recompute=self.is_packed and parallel.checkpoint_activations,
+            recompute=self.is_packed and parallel.checkpoint_activations != "none",
         )
         return self.forward
 
