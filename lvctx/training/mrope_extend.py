@@ -137,6 +137,7 @@ class MropeTask(TrainingTask[int]):
     def __init__(self, job: MropeTrainingJob) -> None:
         self.job, self.config, self.provenance = job, job.config, job.provenance
         self.inputs = [job.checkpoint.path, job.rows.directory]
+        self.datasets = job.rows.manifest.get("datasets", ())
         self.train_config = TrainConfig(
             steps=job.config.steps, schedule="constant", warmup=job.config.warmup, weight_decay=0.0
         )
