@@ -15,7 +15,8 @@ from support import warm_server
 from test_pack_text import make_documents, make_tokenizer, write_lines
 
 from lvctx.data import documents
-from lvctx.data.documents import UNNAMED, Chunk, Corpus, Fields, Place
+from lvctx.data.document_fields import UNNAMED, Fields
+from lvctx.data.documents import Chunk, Corpus, Place
 from lvctx.data.streams import find_parts
 from lvctx.data.tokenization import MALFORMED, OK, REPAIRED, SKIPPED, UNREADABLE, Encoder, Policy
 from lvctx.errors import InputError
