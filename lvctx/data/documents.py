@@ -3,7 +3,8 @@
 JSON lines, JSON arrays and plain text (all also compressed, see `unpack`), Parquet, folders of these, stdin (`-`), a
 dataset saved by `datasets` and one on the Hugging Face hub (`name` or `name@revision`), several at once and in the
 given order. A chunk has raw bytes or, of a Parquet file, only the numbers of its rows: parsing and decoding are done in
-the tokenizing processes, so one reader can supply many. Only the rows of a dataset are decoded by the reader.
+the tokenizing processes, so one reader can supply many. Only the rows of a dataset are decoded by the reader. Chunks of
+Parquet have four mebibytes: a process that reads part of a row group decodes all before it too (`row_groups`).
 
 Chunk borders depend on the input alone, and every chunk has its start and end, so a killed run resumes at the chunk it
 was in. At most one chunk is in memory.
@@ -207,7 +208,7 @@ class Corpus:
 
     def _row_groups(self, begin: Place, name: str) -> Iterator[Chunk]:
         """Chunks of a Parquet file."""
-        for span in spans_of(name, self.fields, start=begin.at, most_bytes=MEBIBYTE, most_rows=_MOST_ROWS):
+        for span in spans_of(name, self.fields, start=begin.at, most_bytes=4 * MEBIBYTE, most_rows=_MOST_ROWS):
             count = span.high - span.low
             end = Place(begin.part, begin.at + count, begin.line + count)
             yield Chunk(start=begin, end=end, where=name, span=span)

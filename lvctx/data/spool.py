@@ -46,8 +46,7 @@ class Spool:
         """Append the documents marked in `keep`, bool (N,)."""
         lengths = tokens.lengths() + 1
         codes = np.array([self._names.setdefault(name, len(self._names)) for name in tokens.names], np.int32)
-        documents = (tokens.ids[tokens.starts[k] : tokens.starts[k + 1]] for k in np.flatnonzero(keep).tolist())
-        self._ids.append(np.concatenate([self._ids[0][:0], *documents]))
+        self._ids.append(tokens.ids[np.repeat(keep, lengths)])
         self._lengths.append(lengths[keep])
         self._codes.append(codes[tokens.codes[keep]])
         self._buffered += len(self._ids[-1])
