@@ -116,8 +116,14 @@ def reference(
     """Stock transformers with full logits, torch's cross-entropy, and a document mask written out."""
     at = torch.arange(ids.shape[1])
     documents = torch.bucketize(at, torch.tensor(starts or (0,)), right=True)
-    mask = (documents[:, None] == documents) & (at[:, None] >= at)
-    logits = lm(input_ids=ids, attention_mask=mask[None, None], position_ids=positions, use_cache=False).logits
+    mask: Any = ((documents[:, None] == documents) & (at[:, None] >= at))[None, None]
+    if window := getattr(lm.config, "sliding_window", None):
+        near = mask & (at[:, None] - at < window)
+        layered = getattr(lm.config, "layer_types", None)
+        mask = {"full_attention": mask, "sliding_attention": near} if layered else near
+        if starts is None:  # transformers makes its own
+            mask = torch.ones_like(ids)
+    logits = lm(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), shifted.flatten(), ignore_index=IGNORED, reduction="sum")
     lm.zero_grad(set_to_none=True)
@@ -135,26 +141,34 @@ CASES = [
     ("mistral", 33, None, {}),
 ]
 
+FOUR_OF_SIX: dict[str, Any] = {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 6}
+"""Heads for four ranks, and key heads of which they would have one and a half."""
+MIXED = ["sliding_attention", "full_attention"]
+WINDOWS = [
+    ("mistral", 37, None, {"sliding_window": 5}),
+    ("mistral", 40, (0, 4, 9, 30), {"sliding_window": 5, "num_key_value_heads": 1}),
+    ("qwen2", 33, None, {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}),
+    ("gemma3_text", 30, (0, 20), {"sliding_window": 6, "layer_types": MIXED, **FOUR_OF_SIX}),
+]
+
 
 def check_models(world: ParallelContext) -> None:
-    hf_attention.register()
-    for kind, length, starts, changed in CASES:
+    local = world.size == 1 or world.ring.kind == "ulysses"
+    for kind, length, starts, changed in CASES + WINDOWS * local:
         lm = tiny_model(kind, **changed)
         ids = torch.randint(0, 101, (1, length), generator=torch.Generator().manual_seed(1))
         labels = torch.where(torch.arange(length) % 5 == 2, IGNORED, ids)
         positions = torch.arange(length)[None]
         positions[:, length // 3 :] += 50  # the second chunk of a row under --pose
         expected_loss, expected = reference(lm, ids, labels, starts, positions)
-        lm.set_attn_implementation(hf_attention.RING_ATTENTION)
+        hf_attention.use(lm, where=kind, ring=world.ring)
         lm.zero_grad(set_to_none=True)
         given = shard_row(ids, world, starts, positions)
-        given["labels"] = shard(
-            F.pad(labels[:, 1:], (0, 1), value=IGNORED), rank=world.ring.rank, world=world.cp, fill=IGNORED
-        )
+        given["labels"] = world.ring.shard(F.pad(labels[:, 1:], (0, 1), value=IGNORED), fill=IGNORED)
         total, count = RowLoss(lm)(**given)
         total.backward()
         loss, counted = (x / world.dp for x in world.sum([total.item(), count]))
-        case = f"{kind}, {length} tokens, documents {starts}, cp {world.cp}"
+        case = f"{kind}, {length} tokens, documents {starts}, cp {world.cp}, {world.ring.kind}"
         assert counted == (labels[:, 1:] != IGNORED).sum(), case
         assert loss == pytest.approx(expected_loss, rel=1e-5), case
         for name, p in lm.named_parameters():
@@ -276,6 +290,7 @@ def all_checks(rank: int, store: Path) -> None:
             check_kernels_in_half_precision(world)
             if cp > 1:
                 check_package(world)
+                check_models(make_context(device="cpu", cp=cp, cp_kind="ulysses"))
 
 
 def test_loss_and_every_gradient_are_those_of_full_attention(tmp_path: Path) -> None:
