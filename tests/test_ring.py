@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DeepseekV3Config
+from transformers import AutoModel, DeepseekV3Config
 
 from lvctx.errors import InputError, UsageError
 from lvctx.models.loss import IGNORED
@@ -144,17 +144,19 @@ CASES = [
 FOUR_OF_SIX: dict[str, Any] = {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 6}
 """Heads for four ranks, and key heads of which they would have one and a half."""
 MIXED = ["sliding_attention", "full_attention"]
-WINDOWS = [
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+NOT_PLAIN = [
     ("mistral", 37, None, {"sliding_window": 5}),
     ("mistral", 40, (0, 4, 9, 30), {"sliding_window": 5, "num_key_value_heads": 1}),
     ("qwen2", 33, None, {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}),
     ("gemma3_text", 30, (0, 20), {"sliding_window": 6, "layer_types": MIXED, **FOUR_OF_SIX}),
+    ("deepseek_v3", 21, (0, 8), {**LATENT, "num_key_value_heads": 4, "first_k_dense_replace": 2}),
 ]
 
 
 def check_models(world: ParallelContext) -> None:
     local = world.size == 1 or world.ring.kind == "ulysses"
-    for kind, length, starts, changed in CASES + WINDOWS * local:
+    for kind, length, starts, changed in CASES + NOT_PLAIN * local:
         lm = tiny_model(kind, **changed)
         ids = torch.randint(0, 101, (1, length), generator=torch.Generator().manual_seed(1))
         labels = torch.where(torch.arange(length) % 5 == 2, IGNORED, ids)
@@ -306,11 +308,27 @@ def test_one_process_is_the_identity() -> None:
     check_models(ParallelContext(device="cpu"))
 
 
+def test_what_ulysses_cannot_divide_or_compute_is_refused() -> None:
+    both = Ring(world=2, kind="ulysses")
+    for ring, config in [
+        (Ring(world=3, kind="ulysses"), tiny_config("llama")),
+        (both, tiny_config("qwen3_next")),
+        (both, tiny_config("gemma3_text", sliding_window=6, use_bidirectional_attention=True)),
+    ]:
+        with pytest.raises(InputError) as refused:
+            hf_attention.check_ring(config, ring, where="m")
+        assert refused.value.where == "m"
+    with pytest.raises(InputError):
+        hf_attention.use(AutoModel.from_config(tiny_config("gemma2", sliding_window=6)), where="m", ring=both)
+    with pytest.raises(UsageError):
+        make_context(device="cpu", cp=1, cp_kind="ulysses")
+
+
 def test_a_sliding_window_is_refused() -> None:
     hf_attention.check_config(tiny_config("mistral"), where="m")
     hf_attention.check_config(tiny_config("qwen2"), where="m")
     with pytest.raises(InputError, match="m: its attention has a sliding window"):
-        hf_attention.check_config(tiny_config("mistral", sliding_window=16), where="m")
+        hf_attention.check_ring(tiny_config("mistral", sliding_window=16), Ring(world=2), where="m")
     with pytest.raises(InputError, match="latent keys"):
         hf_attention.check_config(DeepseekV3Config(), where="m")
 

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from math import gcd
 from types import ModuleType
 from typing import Any
 
@@ -61,35 +60,32 @@ def is_plain(config: Any) -> bool:
     return not windowed and not latent and kinds == {"full_attention"}
 
 
-def check_config(config: Any, *, where: object) -> None:
-    """Raise InputError for a model with a sliding window or latent keys: context parallelism supports neither."""
+def check_config(config: Any, *, where: object, fix: str = "use context parallelism with other models only") -> None:
+    """Raise InputError for a model with a sliding window or latent keys: ring and stripes support neither."""
     if not is_plain(config):
-        raise InputError(
-            "its attention has a sliding window or latent keys",
-            where=where,
-            fix="--cp-kind ulysses in training; elsewhere use context parallelism with other models only",
-        )
+        raise InputError("its attention has a sliding window or latent keys", where=where, fix=fix)
 
 
 def check_ring(config: Any, ring: Ring, *, where: object) -> None:
     """Raise InputError for a model whose attention the ranks do not support, and for heads that they cannot divide."""
     if ring.world > 1 and ring.kind == "ring":
-        check_config(config, where=where)
+        check_config(config, where=where, fix="--cp-kind ulysses")
         return
-    heads, world = config.num_attention_heads, ring.world
-    if heads % world:
-        fix = f"--cp {gcd(heads, world)}, or --cp-kind ring"
-        raise InputError(f"--cp {world} does not divide its {heads} attention heads", where=where, fix=fix)
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    for name in ("kv_lora_rank", "attn_logit_softcapping", "attention_chunk_size", "use_bidirectional_attention"):
-        kinds |= {name} if getattr(config, name, None) else set()
-    if kinds:
-        raise InputError(f"its attention has {', '.join(sorted(kinds))}", where=where, fix="use other models only")
+    heads, kinds = config.num_attention_heads, set(getattr(config, "layer_types", None) or ())
+    if heads % ring.world:
+        fix = "give a --cp that divides them" + ", or --cp-kind ring" * is_plain(config)
+        raise InputError(f"--cp {ring.world} does not divide its {heads} attention heads", where=where, fix=fix)
+    kinds -= {"full_attention", "sliding_attention"}
+    if kinds or getattr(config, "use_bidirectional_attention", None):
+        what = f"its layers have {', '.join(sorted(kinds)) or 'bidirectional attention'}"
+        raise InputError(what, where=where, fix="use models with full and sliding attention only")
 
 
 def use(lm: Any, *, where: object, ring: Ring = ALONE) -> None:
     """Make a language model attend by `shard`. Raises InputError for attention that the ranks do not support."""
     check_ring(lm.config, ring, where=where)
+    if not lm._supports_sdpa:  # attention sinks, capped logits
+        raise InputError("torch's attention cannot compute its own", where=where, fix="use other models only")
     register()
     lm.set_attn_implementation(RING_ATTENTION)
 

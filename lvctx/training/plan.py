@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import asdict, replace
-from math import gcd
 from typing import TYPE_CHECKING, Any, cast
 
 from lvctx.device import resolve_dtype
@@ -55,7 +54,7 @@ def predict(config: PlanConfig) -> dict[str, Any]:
     shape = read_shape(read_config(config.model), where=config.model)
     if config.cp_kind == "ulysses" and shape.heads % config.cp:
         what = f"--cp {config.cp} does not divide its {shape.heads} attention heads"
-        raise InputError(what, where=config.model, fix=f"--cp {gcd(shape.heads, config.cp)}, or --cp-kind ring")
+        raise InputError(what, where=config.model, fix="give a --cp that divides them, or --cp-kind ring")
     preset = DEVICES[config.device]
     device = replace(preset, memory=config.device_memory or preset.memory)
     together = rows_together(config.seq_len, config.micro_tokens, spread.rows)
