@@ -22,8 +22,8 @@ and float32; 4 with c = 4); and the head's gradient, which is computed with the 
 forward, are 12 V per token of a row (bfloat16, float32, and the gradients of both).
 Ring (C > 1): keys and values twice in bfloat16 and their gradients twice in float32, queries' gradient and output in
 float32: s (24 K D + 8 H D).
-Ulysses (C > 1): key heads are repeated to K' = lcm(K, C). Attention's output is kept twice, before and after the
-all-to-all, and so are gradients of q k v, with a third copy of the largest while it is sent: s c D (4 H + 4 K' - 2 K).
+Ulysses (C > 1): key heads are repeated to K' = lcm(K, C), 2 (K' - K) more than counted above. Attention's gradients of
+q k v, and two copies of the largest while it is sent and received: s c D (3 H + 4 K' - 2 K).
 Operations: 2 per weight and token except for the embedding, 2 S H D per token and layer for causal attention, three
 times that with the backward pass; checkpointing repeats the forward, which MFU does not count.
 """
@@ -255,7 +255,7 @@ def _sharing(shape: DecoderShape, spread: Spread) -> int:
     if spread.cp_kind == "ring":
         return shape.head_dim * (24 * shape.key_heads + 8 * shape.heads)
     key_heads = lcm(shape.key_heads, spread.cp)
-    return spread.compute_bytes * shape.head_dim * (4 * shape.heads + 4 * key_heads - 2 * shape.key_heads)
+    return spread.compute_bytes * shape.head_dim * (3 * shape.heads + 4 * key_heads - 2 * shape.key_heads)
 
 
 def _activations(shape: DecoderShape, spread: Spread, tokens: int, w: int) -> tuple[int, int, int]:
