@@ -7,13 +7,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import aligning
 import pytest
 import torch
-from aligning import draw, metrics, talk, write
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from support import aligning
+from support.aligning import draw, metrics, talk, write
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from lvctx.data.chat_encoding import TokenSequence

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import aligning
 import pytest
 import torch
 from PIL import Image
+from support import aligning
 from transformers import CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from typer.testing import CliRunner

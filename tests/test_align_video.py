@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import aligning
 import numpy as np
 import pytest
 import torch
 from conftest import Nano
 from PIL import Image
+from support import aligning
 from transformers import CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 

@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import mrope_models
 import pytest
+from support import mrope_models
 from support.costs import without_cost
 from test_cp_reading import ENV, torchrun
 from test_niah import results, run

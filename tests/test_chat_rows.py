@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import aligning
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from aligning import draw, talk, write
+from support import aligning
+from support.aligning import draw, talk, write
 
 from lvctx.data.chat_encoding import to_messages
 from lvctx.data.conversations import Conversation, parse_conversation, read_conversations, read_pairs

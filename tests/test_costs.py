@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import av
-import generic_models
-import mrope_models
 import pytest
+from support import generic_models, mrope_models
 from support.fault_server import MODEL, faults
 from test_niah import results, text_arguments
 from test_questions import DATA, PlainModel, rows_of, run

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import mrope_models
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from support import mrope_models
 from support.costs import without_cost
 from test_niah import encode, results, run, text_arguments
 from test_prefix import plain_text, small_model, tree_size

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import Toy, toy_provenance
+from support.killing import Toy, toy_provenance
 from typer.testing import CliRunner
 
 from lvctx.artifacts.manifest import MANIFEST, verify_files, write_manifest

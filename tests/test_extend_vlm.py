@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from mrope_models import save
 from safetensors.torch import load_file, save_file
+from support.mrope_models import save
 from transformers import LlavaOnevisionForConditionalGeneration
 from typer.testing import CliRunner
 

@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import generic_models
 import numpy as np
 import pytest
-from generic_models import FORWARD, KINDS, STOCK_IMAGES
-from support import generic_parity
+from support import generic_models, generic_parity
+from support.generic_models import FORWARD, KINDS, STOCK_IMAGES
 from support.generic_parity import NO_MIXTURE
 from test_niah import run
 from test_qwen_niah import fails

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import av
-import mrope_models
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from mrope_models import opinionated
 from PIL import Image
 from safetensors.torch import load_file
+from support import mrope_models
+from support.mrope_models import opinionated
 from test_niah import run
 from test_qwen_niah import fails
 from torch.nn import functional as F

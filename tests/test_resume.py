@@ -7,13 +7,12 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import aligning
-import mrope_models
 import numpy as np
 import pytest
-from aligning import draw, metrics, talk, write
-from killing import RUNS, Toy, process
 from PIL import Image
+from support import aligning, mrope_models
+from support.aligning import draw, metrics, talk, write
+from support.killing import RUNS, Toy, process
 from test_niah import run
 from test_pack_text import pack, write_lines
 from torch.optim.optimizer import register_optimizer_step_post_hook

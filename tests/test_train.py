@@ -10,15 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import aligning
 import pytest
 import torch
-from aligning import draw, metrics, talk, write
 from hypothesis import given
 from hypothesis import strategies as st
-from killing import Toy
 from PIL import Image
 from safetensors.torch import load_file
+from support import aligning
+from support.aligning import draw, metrics, talk, write
+from support.killing import Toy
 from torch import Tensor
 
 from lvctx.data.chat_encoding import encode_conversation

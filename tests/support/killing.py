@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import aligning
 import numpy as np
 import torch
 import torch._dynamo
@@ -32,6 +31,7 @@ from lvctx.training.row_order import indices
 from lvctx.training.run_training import run_training
 from lvctx.training.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
 from lvctx.training.trainer import train
+from support import aligning
 
 
 class Toy(TrainingTask[int]):
@@ -131,7 +131,7 @@ def process(kind: str, folder: Path, out: Path, blow: tuple[str, int]) -> None:
     """A process of a run that ends by a blow."""
     FORKS.set_forkserver_preload([__name__])
     # Python 3.11's fork server looks on PYTHONPATH alone for what it imports ahead.
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
         forkserver.ensure_running()
     child = FORKS.Process(target=_train, args=(kind, folder, out, blow))
