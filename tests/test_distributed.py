@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
+from support import warm_server
+from support.forks import start_ranks
+from test_niah import run
 from test_ring import reference, tiny_model
 from torch import Tensor
 
@@ -215,8 +217,8 @@ def test_ranks_train_stop_resume_and_fail_together(tmp_path: Path) -> None:
     train_tiny(tmp_path / "alone", alone, steps=5)
     with pytest.raises(Stopped):
         train_tiny(tmp_path / "handed", alone, stop=(0, 5))
-    multiprocessing.spawn(two, args=(tmp_path,), nprocs=2)
-    multiprocessing.spawn(four, args=(tmp_path,), nprocs=4)
+    start_ranks(two, tmp_path, ranks=2)
+    start_ranks(four, tmp_path, ranks=4)
     train_tiny(tmp_path / "handed", alone, steps=5)
     handed, stayed = metrics(tmp_path / "handed"), metrics(tmp_path / "alone")
     assert [r["step"] for r in handed] == [1, 2, 3, 4, 5]
@@ -249,22 +251,21 @@ with only_writer(Path({str(tmp_path)!r})):
     assert list(tmp_path.iterdir()) == []
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-LVCTX = ["-m", "lvctx"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lvctx"]
 
 
 @pytest.fixture(scope="module")
 def packed(tiny_lm: Path, nano: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "p"
     flags = ["--tokenizer", tiny_lm, "--seq-len", 101, "--keep-short", 1, "--separator", "<|endoftext|>", "-o", out]
-    command = [sys.executable, *LVCTX, "pack-text", nano.essays / "love.txt", nano.essays / "avg.txt", *flags]
-    subprocess.run([str(x) for x in command], check=True, capture_output=True)
+    done = run("pack-text", nano.essays / "love.txt", nano.essays / "avg.txt", *flags)
+    assert done.exit_code == 0, done.stderr
     return out
 
 
 def extend(launcher: list[str], lm: Path, packed: Path, out: Path, *more: object) -> subprocess.CompletedProcess[str]:
     given = ["--model", lm, "--data", packed, "--rope-theta", 5e4, "--steps", 2, "--batch-tokens", 202, "--lr", 1e-3]
-    command = [*launcher, *LVCTX, "extend-lm", *map(str, [*given, "-o", out, *more])]
+    command = [*launcher, "extend-lm", *map(str, [*given, "-o", out, *more])]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
 
@@ -272,7 +273,8 @@ def extend(launcher: list[str], lm: Path, packed: Path, out: Path, *more: object
 @pytest.mark.nano
 def test_extend_lm_under_torchrun(tiny_lm: Path, packed: Path, tmp_path: Path) -> None:
     """The real command on two processes that share rows of an odd length with documents, and on one."""
-    one = extend([sys.executable], tiny_lm, packed, tmp_path / "one", "--doc-mask")
+    alone = [str(warm_server.start())]
+    one = extend(alone, tiny_lm, packed, tmp_path / "one", "--doc-mask")
     assert one.returncode == 0, one.stderr
     both = extend(TORCHRUN, tiny_lm, packed, tmp_path / "two", "--doc-mask", "--cp", 2)
     assert both.returncode == 0, both.stderr
@@ -282,9 +284,9 @@ def test_extend_lm_under_torchrun(tiny_lm: Path, packed: Path, tmp_path: Path) -
         assert a["tokens"] == b["tokens"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
     assert not (tmp_path / "two" / "checkpoint").exists()
-    again = extend(TORCHRUN, tiny_lm, packed, tmp_path / "two", "--doc-mask", "--cp", 2)
+    again = extend(warm_server.torchrun(2), tiny_lm, packed, tmp_path / "two", "--doc-mask", "--cp", 2)
     assert again.stdout == both.stdout, "a finished run is done"
-    wrong = extend([sys.executable], tiny_lm, packed, tmp_path / "x", "--cp", 2)
+    wrong = extend(alone, tiny_lm, packed, tmp_path / "x", "--cp", 2)
     assert wrong.returncode == 2
     assert "--cp 2 does not divide the run's 1 process" in wrong.stderr
 
@@ -294,7 +296,7 @@ def test_extend_lm_under_torchrun(tiny_lm: Path, packed: Path, tmp_path: Path) -
 def test_sigterm_to_torchrun_saves_and_the_run_continues(tiny_lm: Path, packed: Path, tmp_path: Path) -> None:
     out = tmp_path / "x"
     given = ["--model", tiny_lm, "--data", packed, "--steps", 60, "--batch-tokens", 202, "--cp", 2, "-o", out]
-    command = [*TORCHRUN, *LVCTX, "extend-lm", *map(str, given)]
+    command = [*TORCHRUN, "extend-lm", *map(str, given)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
         assert child.poll() is None, child.communicate()

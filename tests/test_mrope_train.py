@@ -10,10 +10,10 @@ import av
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from PIL import Image
 from safetensors.torch import load_file
 from support import mrope_models
+from support.forks import start_ranks
 from support.mrope_models import opinionated
 from test_niah import run
 from test_qwen_niah import fails
@@ -264,7 +264,7 @@ def _compare(rank: int, here: Path, third: Path, size: int) -> None:
 
 def test_two_ranks_share_a_row_exactly(here: Path, third: Path) -> None:
     """Loss and every gradient of the language model: positions and deeper features are cut as tokens are."""
-    multiprocessing.spawn(_compare, args=(here, third, 2), nprocs=2)
+    start_ranks(_compare, here, third, 2, ranks=2)
 
 
 def test_only_the_language_model_changes_and_a_stopped_run_continues(here: Path, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from hypothesis import given
 from hypothesis import strategies as st
+from support.forks import start_ranks
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DeepseekV3Config
@@ -280,7 +280,7 @@ def all_checks(rank: int, store: Path) -> None:
 
 def test_loss_and_every_gradient_are_those_of_full_attention(tmp_path: Path) -> None:
     """Four processes as 4 x 1, 2 x 2 and 1 x 4: padding, masked labels, documents, grouped queries, odd lengths."""
-    multiprocessing.spawn(all_checks, args=(tmp_path / "store",), nprocs=4)
+    start_ranks(all_checks, tmp_path / "store", ranks=4)
 
 
 def test_one_process_is_the_identity() -> None:

@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
-from support import aligning
+from support import aligning, warm_server
 from support.aligning import draw, metrics, talk, write
 from support.killing import Toy
 from torch import Tensor
@@ -276,10 +275,10 @@ def test_sigterm_saves_and_the_same_command_ends_with_the_same_model(
     def command(out: Path) -> list[str]:
         flags = {"--lm": tiny_lm, "--tower": tiny_tower, "--data": drawn / "data.json", "--images": drawn, "-o": out}
         pairs = [str(x) for pair in flags.items() for x in pair]
-        return [sys.executable, "-m", "lvctx", "align", *pairs, "--steps", "60", "--batch", "4"]
+        return ["align", *pairs, "--steps", "60", "--batch", "4"]
 
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
-    child = subprocess.Popen(command(tmp_path / "parts"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    subprocess.run([warm_server.start(), *command(tmp_path / "whole")], check=True, capture_output=True)
+    child = warm_server.Command(*command(tmp_path / "parts"))
     log = tmp_path / "parts" / "metrics.jsonl"
     while not log.exists() or log.read_text().count("\n") < 5:
         assert child.poll() is None, "ended before it could be stopped"
@@ -289,7 +288,7 @@ def test_sigterm_saves_and_the_same_command_ends_with_the_same_model(
     assert child.returncode == 75, said
     assert "run the same command again" in said
     assert not (tmp_path / "parts" / "MANIFEST.json").exists()
-    subprocess.run(command(tmp_path / "parts"), check=True, capture_output=True)
+    subprocess.run([warm_server.start(), *command(tmp_path / "parts")], check=True, capture_output=True)
     assert changed(tmp_path / "whole", tmp_path / "parts") == set()
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
 
