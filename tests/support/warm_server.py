@@ -15,6 +15,7 @@ import gc
 import json
 import math
 import os
+import pkgutil
 import resource
 import runpy
 import signal
@@ -30,21 +31,24 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+EXTRAS = ("lvctx.inference.lmms_eval",)
+"""Modules that need packages which the suite does without."""
 PRELOADED = (
-    "lvctx.cli.app",
-    "lvctx.cli.options",
-    *(f"lvctx.cli.{path.stem}" for path in sorted((ROOT / "lvctx" / "cli").glob("[a-z]*.py"))),
+    *(module.name for module in pkgutil.walk_packages([str(ROOT / "lvctx")], "lvctx.") if module.name not in EXTRAS),
     *(
-        "lvctx.training.run_training",
-        "lvctx.training.extend",
-        "lvctx.training.dpo",
-        "lvctx.inference.transformers_engine",
+        "av",
+        "av.subtitles.stream",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
+        "numpy.ctypeslib",
+        "numpy.ma",
+        "peft",
     ),
-    *("lvctx.eval.niah.run", "lvctx.vlm.llava_onevision", "lvctx.vlm.qwen_vl", "av", "PIL.Image", "torch"),
-    "torch.distributed.run",
+    *("PIL.JpegImagePlugin", "PIL.PngImagePlugin", "pydantic", "rich.console", "rich.table"),
+    *("torch._dynamo", "torch.distributed.run", "transformers.generation.utils"),
     *(
         f"transformers.models.{name}.modeling_{name}"
-        for name in ("llama", "llava_onevision", "clip", "qwen2_vl", "qwen2_5_vl")
+        for name in ("bloom", "clip", "llama", "llava_onevision", "qwen2", "qwen2_5_vl", "qwen2_vl", "siglip")
     ),
 )
 LIMITS = "WARM_LIMITS"
@@ -108,9 +112,12 @@ class Command(subprocess.Popen[str]):
 def serve(address: str) -> None:
     """Fork for every request; the fork forks again, so that it can send the exit status of the command."""
     os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # as lvctx.__main__ does
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
     gc.disable()
     for name in PRELOADED:
         import_module(name)
+    get_checkpoint_conversion_mapping("llama")  # compiles ten thousand regular expressions, once a process
     gc.freeze()
     gc.enable()
     listener = socket.socket(socket.AF_UNIX)
