@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import Nano
 from support import warm_server
+from support.refusals import refused
 from test_cli import on_terminal
 
 from lvctx.artifacts.manifest import read_manifest
@@ -344,7 +345,7 @@ def test_a_special_token_that_no_text_can_spell_is_named(tmp_path: Path) -> None
     options: dict[str, Any] = {"tokenizer": tmp_path / "unigram", "separator": "</s>", "seq_len": 4, "keep_short": 1.0}
     lines = '{"text": "the book É"}\n\n{"text": "ends </s> here"}\n{"text": "<unk> a book"}\n'
     (tmp_path / "a.jsonl").write_text(lines)
-    with pytest.raises(InputError, match=r"a\.jsonl:3: </s> in the text, which this tokenizer cannot encode as text"):
+    with refused(InputError, "a.jsonl:3"):
         pack(tmp_path / "out", tmp_path / "a.jsonl", **options)
     rows = pack(tmp_path / "out", tmp_path / "a.jsonl", skip_malformed=True, **options)
     assert rows.manifest["sources"]["unreadable"]["malformed"] == 1
@@ -352,7 +353,7 @@ def test_a_special_token_that_no_text_can_spell_is_named(tmp_path: Path) -> None
 
 def test_a_lone_surrogate_is_named_by_its_line(bpe: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n\n{"text": "\\ud83d"}\n')
-    with pytest.raises(InputError, match=r"a\.jsonl:4: invalid UTF-8"):
+    with refused(InputError, "a.jsonl:4"):
         pack(tmp_path / "out", tmp_path / "a.jsonl", tokenizer=bpe, invalid="error")
 
 
@@ -393,7 +394,7 @@ def test_the_reader_refuses_what_is_not_whole(bpe: Path, tmp_path: Path) -> None
         rows.row(len(rows))
     shard = tmp_path / "out" / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-4])
-    with pytest.raises(InputError, match=r"shard-00001\.safetensors"):
+    with refused(InputError, "shard-00001.safetensors"):
         PackedRows(tmp_path / "out")
     (tmp_path / "out" / "MANIFEST.json").unlink()
     with pytest.raises(InputError, match="unfinished"):

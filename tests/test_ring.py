@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.forks import start_ranks
+from support.refusals import refused
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DeepseekV3Config
@@ -294,7 +295,7 @@ def test_one_process_is_the_identity() -> None:
 def test_a_sliding_window_is_refused() -> None:
     hf_attention.check_config(tiny_config("mistral"), where="m")
     hf_attention.check_config(tiny_config("qwen2"), where="m")
-    with pytest.raises(InputError, match="m: its attention has a sliding window"):
+    with refused(InputError, "m"):
         hf_attention.check_config(tiny_config("mistral", sliding_window=16), where="m")
     with pytest.raises(InputError, match="latent keys"):
         hf_attention.check_config(DeepseekV3Config(), where="m")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from support import aligning, warm_server
 from support.aligning import draw, metrics, talk, write
 from support.killing import Toy
+from support.refusals import refused
 from torch import Tensor
 
 from lvctx.data.chat_encoding import encode_conversation
@@ -154,7 +155,7 @@ def test_a_bad_row_is_named(pictures: Path, row: Any, message: str, lines: bool)
     data = write(pictures / "d.json", [talk("Hi", "Ho"), row], lines=lines)
     with pytest.raises(InputError, match=message) as caught:
         read_conversations(data, pictures)
-    assert str(caught.value).startswith(f"{data}:2" if lines else f"{data}[1]")
+    assert caught.value.where == (f"{data}:2" if lines else f"{data}[1]")
 
 
 def test_all_bad_rows_are_counted_and_the_first_is_named(pictures: Path) -> None:
@@ -168,7 +169,7 @@ def test_all_bad_rows_are_counted_and_the_first_is_named(pictures: Path) -> None
 def test_a_malformed_line_is_named_by_its_number(pictures: Path) -> None:
     data = pictures / "d.jsonl"
     data.write_text(json.dumps(talk("Hi", "Ho")) + '\n{"conversations": [\n')
-    with pytest.raises(InputError, match=r"d\.jsonl:2: malformed JSON"):
+    with refused(InputError, "d.jsonl:2"):
         read_conversations(data, pictures)
 
 
