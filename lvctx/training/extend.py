@@ -40,8 +40,9 @@ from lvctx.parallel.context import ParallelContext
 from lvctx.rope.pose import skipped
 from lvctx.rope.scaling import check_rope, resolve_scaling
 from lvctx.training.extend_config import ExtendConfig
-from lvctx.training.memory_model import PLANNED_TYPES, flops, read_shape, rows_together
+from lvctx.training.memory_model import PLANNED_TYPES, Recomputation, flops, read_shape, rows_together
 from lvctx.training.parallel_config import ParallelConfig
+from lvctx.training.plan import predict_extend
 from lvctx.training.row_order import indices
 from lvctx.training.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
 from lvctx.training.text_rows import RowLoss, shard_row
@@ -233,6 +234,12 @@ class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
         self.rows_per_forward = 1 if config.doc_mask else rows_together(row_length, parallel.forward_tokens, share)
         self.context, self.row_loss = context, RowLoss(trainable.model)
         return self.row_loss
+
+    def recomputation(self, context: ParallelContext, parallel: ParallelConfig) -> Recomputation:
+        """The least for which the memory of the smallest device is predicted to suffice."""
+        predicted = predict_extend(self.job, parallel, world=context.size)
+        found = Recomputation(**predicted["recomputation"]) if predicted else Recomputation()
+        return min(context.gather(found), key=lambda r: (r.kept_layers, not r.mlp_tiles))
 
     @property
     def rows(self) -> PackedRows:

@@ -18,6 +18,7 @@ from lvctx.parallel.block_attention import cudnn_first
 from lvctx.parallel.context import ParallelContext, open_context
 from lvctx.parallel.fsdp import gathering, shard_model
 from lvctx.training.activations import checkpoint_layers
+from lvctx.training.memory_model import Recomputation
 from lvctx.training.parallel_config import ParallelConfig, RunControl
 from lvctx.training.task import TrainableModel, TrainingTask
 from lvctx.training.trainer import train
@@ -63,8 +64,11 @@ def _train(
     trainable = task.load("meta" if sharded else context.device)
     if not task.train_config.steps:
         return trainable, []
-    if trainable.decoder is not None and parallel.checkpoint_activations:
-        checkpoint_layers(trainable.decoder, offload=parallel.offload_activations)
+    choice = parallel.checkpoint_activations
+    if trainable.decoder is not None and choice != "none":
+        tiles = Recomputation(mlp_tiles=choice == "tiles")
+        recomputation = task.recomputation(context, parallel) if choice == "auto" else tiles
+        checkpoint_layers(trainable.decoder, recomputation, offload=parallel.offload_activations)
     module = task.build(trainable, context, parallel)
     layers = trainable.decoder.layers if trainable.decoder is not None else ()
     shard_model(module, layers, context, offload=parallel.offload)
