@@ -52,7 +52,7 @@ def train_tiny(
     hf_attention.register()
     lm = tiny_model("llama", tie_word_embeddings=True)
     lm.set_attn_implementation(hf_attention.RING_ATTENTION)
-    checkpoint_layers(lm, Recomputation(kept_layers=1), offload=True)
+    checkpoint_layers(lm.model, Recomputation(kept_layers=1), offload=True)
     row_loss = RowLoss(lm)
     shard_model(row_loss, lm.model.layers, world)
     task = TinyTask(row_loss, world, steps=steps, stop=stop, bad=bad)
