@@ -3,6 +3,7 @@
 import os
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,9 @@ def align(config: AlignConfig, parallel: ParallelConfig, tracking: TrackingOptio
     token in a turn's text (<|im_end|>), and <image> in a row without images, is encoded as text. An assistant turn
     before the first question is left out. A turn's only image or video moves to its front.
 
+    Packed chat (--data, of pack-chat for the model of --init) trains on long rows of several samples: positions count
+    through a row, and a token attends to all before it.
+
     Stage dpo reads rows of "image" or "video" (or "images", "videos", or neither), "prompt" (or "conversations"),
     "chosen" and "rejected", each text or messages.
     """
@@ -95,7 +99,7 @@ def align(config: AlignConfig, parallel: ParallelConfig, tracking: TrackingOptio
     if config.plot is not None and config.plot.suffix not in (".png", ".svg"):
         raise UsageError("--plot needs a .png or .svg file", where=config.plot)
     job = resolve_align(config)
-    facts = {"samples": len(job.rows), **hashed_fields(job.config)}
+    facts = job.facts
     if run.dry_run:
         from lvctx.training.align_statistics import align_statistics, draw_statistics
 
@@ -162,7 +166,7 @@ def _train_mrope(
     config: MropeConfig, context: int, parallel: ParallelConfig, tracking: TrackingOptions, run: RunOptions
 ) -> dict[str, Any]:
     """Pack the samples if needed, and train in one run or in stages; returns facts for the output row."""
-    from lvctx.training.mrope_extend import MropeTrainingJob, pack_samples_file, resolve_mrope_training
+    from lvctx.training.mrope_extend import pack_samples_file, resolve_mrope_training
     from lvctx.training.progressive import resolve_stages, run_stages, stage_configs
 
     if config.data is not None and config.data.is_file():
@@ -171,10 +175,7 @@ def _train_mrope(
         with progress("mrope-extend, packing") as on_progress:
             config = replace(config, data=pack_samples_file(config, config.seq_len or context, on_progress))
 
-    def resolve(stage: MropeConfig) -> MropeTrainingJob:
-        # Every stage after the first starts from a model that is already extended.
-        return resolve_mrope_training(stage, force=run.force or stage.model != config.model)
-
+    resolve = partial(resolve_mrope_training, force=run.force)
     configs = stage_configs(config)
     jobs = resolve_stages(resolve, configs)
     stage_facts = [{**hashed_fields(job.config), "rows": len(job.rows)} for job in jobs]

@@ -141,9 +141,12 @@ def save_tokenizer(tokenizer: Any, config: Any, out: Path) -> None:
 
 
 def copy_processors(source: Path, out: Path) -> None:
-    """Copy a VLM's processor files, which belong to neither weights nor tokenizer, and a model's card."""
+    """Copy a VLM's processor files, which belong to neither weights nor tokenizer, and a model's card.
+
+    Released Qwen-VLs have the processor's chat template in chat_template.json.
+    """
     (out / CARD).unlink(missing_ok=True)
-    for path in (*source.glob("*processor*.json"), *source.glob(CARD)):
+    for path in (*source.glob("*processor*.json"), *source.glob("chat_template.json"), *source.glob(CARD)):
         shutil.copyfile(path, out / path.name)
 
 
