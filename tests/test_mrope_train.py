@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import av
-import mrope_models
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
-from mrope_models import opinionated
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
+from support import mrope_models
+from support.forks import start_ranks
+from support.mrope_models import opinionated
 from test_niah import run
 from test_qwen_niah import fails
 from torch.nn import functional as F
@@ -268,7 +268,7 @@ def _compare(rank: int, here: Path, third: Path, size: int) -> None:
 
 def test_two_ranks_share_a_row_exactly(here: Path, third: Path) -> None:
     """Loss and every gradient of the language model: positions and deeper features are cut as tokens are."""
-    multiprocessing.spawn(_compare, args=(here, third, 2), nprocs=2)
+    start_ranks(_compare, here, third, 2, ranks=2)
 
 
 def test_only_the_language_model_changes_and_a_stopped_run_continues(here: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from killing import FORKS, Toy, toy_provenance
 from safetensors.torch import load_file
+from support.killing import FORKS, Toy, toy_provenance
 
 from lvctx.artifacts.lock import only_writer
 from lvctx.errors import InputError, Stopped

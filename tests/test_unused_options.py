@@ -3,9 +3,8 @@
 from dataclasses import fields
 from pathlib import Path
 
-import generic_models
-import mrope_models
 import pytest
+from support import generic_models, mrope_models
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app

@@ -1,18 +1,11 @@
-"""Trainings in processes that kill themselves at a given point of the program.
+"""Trainings in processes that kill themselves at a given point of the program."""
 
-The fork server imports what training needs once, so that a process costs little.
-"""
-
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import aligning
 import numpy as np
 import torch
 import torch._dynamo
@@ -32,6 +25,7 @@ from lvctx.training.row_order import indices
 from lvctx.training.run_training import run_training
 from lvctx.training.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
 from lvctx.training.trainer import train
+from support import aligning, forks
 
 
 class Toy(TrainingTask[int]):
@@ -77,9 +71,6 @@ class Toy(TrainingTask[int]):
 
 def toy_provenance(seed: int = 0) -> Provenance:
     return Provenance(schema="toy/1", command="toy", config={}, inputs={}, seed=seed)
-
-
-FORKS = multiprocessing.get_context("forkserver")
 
 
 def die() -> None:
@@ -129,12 +120,8 @@ def _train(kind: str, folder: Path, out: Path, blow: tuple[str, int] | None) -> 
 
 def process(kind: str, folder: Path, out: Path, blow: tuple[str, int]) -> None:
     """A process of a run that ends by a blow."""
-    FORKS.set_forkserver_preload([__name__])
-    # Python 3.11's fork server looks on PYTHONPATH alone for what it imports ahead.
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
-        forkserver.ensure_running()
-    child = FORKS.Process(target=_train, args=(kind, folder, out, blow))
+    forks.ensure_running()
+    child = forks.FORKS.Process(target=_train, args=(kind, folder, out, blow))
     child.start()
     child.join()
     assert child.exitcode == (75 if blow[0] == "stop" else -signal.SIGKILL), (kind, blow)
