@@ -60,7 +60,8 @@ class Toy(TrainingTask[int]):
         self, model: nn.Module, out: Path, metrics: Sequence[dict[str, Any]], gather: Any
     ) -> tuple[list[str], dict[str, Any]]:
         save_file(model.state_dict(), out / "model.safetensors")
-        return ["model.safetensors"], {"steps": len(metrics)}
+        (out / "config.json").write_text('{"model_type": "toy"}')
+        return ["config.json", "model.safetensors"], {"steps": len(metrics)}
 
     def run(self, seed: int = 0) -> list[Tensor]:
         """The steps alone, without the rest of the life cycle; the trained parameters."""
