@@ -25,6 +25,7 @@ from lvctx.errors import InputError
 from lvctx.inference.continuation import CachedSequences, Continuation
 from lvctx.inference.kv_cache import CachePlacement, empty_cache, join_caches
 from lvctx.models.loading import device_of, stateful_layers
+from lvctx.parallel.hf_attention import is_plain
 from lvctx.parallel.ring_attention import ALONE, Ring
 from lvctx.parallel.striped_attention import Stripe, last_rows, needs_no_mask, owned_count, prepare
 from lvctx.vlm.base import Positions, sequential_positions
@@ -191,6 +192,7 @@ class PrefixScorer:
 
         One that ends leaves the batch.
         """
+        assert len(continuations) == 1 or (self.ring.world == 1 and is_plain(self.lm.config))
         rows, self._is_shared = list(continuations), False
         try:
             with self.meter.phase("generate"):
