@@ -4,6 +4,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from lvctx.inference.engine import Engine
@@ -76,20 +77,16 @@ def read_ahead(
 ) -> Generator[tuple[TaskT, Callable[[], UsedT]], None, None]:
     """Each item with a function that returns `use(read(item))`, or raises what one of them raised; call it once.
 
-    `items` and `read` run in a second thread if the engine allows it, at most one item ahead of the caller. What
-    reading cost is added to the engine's meter when the item is used. The thread waits for a first `use`, which may
-    load a model: transformers then changes torch's default data type, which all threads share.
+    If the engine allows it, `items` and `read` run in a second thread, at most one item ahead of the caller, once an
+    item was used: using the first may load a model, for which transformers changes torch's default data type for
+    all threads. What reading cost is added to the engine's meter when the item is used.
     """
-    if not engine.reads_ahead:
-        for item in items:
-            yield item, lambda item=item: use(read(item))  # type: ignore[misc]
-        return
-    meter = engine.meter
-    wanted, stop, made = threading.Semaphore(), threading.Event(), queue.SimpleQueue[_ItemRead | BaseException | None]()
+    source, stop, wanted = iter(items), threading.Event(), threading.Semaphore()
+    made: queue.SimpleQueue[_ItemRead | BaseException | None] = queue.SimpleQueue()
 
     def run() -> None:
         try:
-            for item in items:
+            for item in source:
                 wanted.acquire()
                 if stop.is_set():
                     return
@@ -98,37 +95,36 @@ def read_ahead(
                     value = read(item)
                 except BaseException as e:  # raised where the item is used
                     error = e
-                made.put(_ItemRead(item=item, value=value, error=error, spent=meter.set_aside()))
+                made.put(_ItemRead(item=item, value=value, error=error, spent=engine.meter.set_aside()))
                 del value, error
             made.put(None)
         except BaseException as e:
             made.put(e)
 
     thread = threading.Thread(target=run, daemon=True, name=THREAD_NAME)
-    thread.start()
-    has_used = False
+
+    def use_first(item: TaskT) -> UsedT:
+        used = use(read(item))
+        if engine.reads_ahead:
+            thread.start()
+        return used
+
+    def use_read(one: _ItemRead) -> UsedT:
+        engine.meter.restore(one.spent)
+        wanted.release()
+        if one.error is not None:
+            raise one.error
+        return use(one.value)
+
     try:
-        while (one := made.get()) is not None:
+        for first in source:
+            yield first, partial(use_first, first)
+            if thread.ident is not None:
+                break
+        while thread.ident is not None and (one := made.get()) is not None:
             if isinstance(one, BaseException):
                 raise one
-
-            def take(one: _ItemRead = one) -> UsedT:
-                nonlocal has_used
-                meter.restore(one.spent)
-                if has_used:
-                    wanted.release()
-                try:
-                    if one.error is not None:
-                        raise one.error
-                    used = use(one.value)
-                finally:
-                    if not has_used:
-                        wanted.release()
-                has_used = True
-                return used
-
-            yield one.item, take
-        thread.join()
+            yield one.item, partial(use_read, one)
     finally:
         stop.set()
         wanted.release()
