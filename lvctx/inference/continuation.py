@@ -27,15 +27,18 @@ class CachedSequences:
     """False where padded; None without padding."""
 
     @classmethod
-    def join(cls, parts: "Sequence[CachedSequences]") -> "CachedSequences":
-        """One batch of sequences that were computed alone; a single one is not copied."""
+    def join(cls, parts: "Sequence[CachedSequences]", *, spare: "CachedSequences") -> "CachedSequences":
+        """One batch of sequences that were computed alone; a single one is not copied.
+
+        What is copied is emptied, unless it is `spare`.
+        """
         if len(parts) == 1:
             return parts[0]
         lengths = [part.length for part in parts]
         mask_BL = np.arange(max(lengths)) >= max(lengths) - np.array(lengths)[:, None]
         ids_BL = np.zeros(mask_BL.shape, dtype=np.int64)
         ids_BL[mask_BL] = np.concatenate([part.ids_BL[0] for part in parts])
-        cache = join_caches([part.cache for part in parts])
+        cache = join_caches([list(one.cache.layers) if one is spare else one.cache.layers for one in parts])
         device = cache.layers[0].device
         return cls(cache=cache, ids_BL=ids_BL, mask_BL=torch.from_numpy(mask_BL).to(device))
 

@@ -8,7 +8,6 @@ results are the same. `int8` has a scale per token and head and half the bytes o
 Shapes: B samples, H key heads, L tokens, D channels.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -133,13 +132,14 @@ def empty_cache(placement: CachePlacement) -> Cache:
     return Cache(layer_class_to_replicate=LAYERS[placement])
 
 
-def join_caches(caches: Sequence[Cache], end: int | None = None) -> Cache:
+def join_caches(layers: Sequence[list[Any]], end: int | None = None) -> Cache:
     """A copy of caches of one sample each as one cache: shorter ones are padded before their first token.
 
-    Only the first `end` tokens are copied, if given.
+    Takes the layers of each from its list, so that no more than one layer is in memory twice. Only the first `end`
+    tokens are copied, if given.
     """
-    joined = copy.copy(caches[0])
-    joined.layers = [_join_layers(layers, end) for layers in zip(*(cache.layers for cache in caches), strict=True)]
+    joined = Cache(layer_class_to_replicate=type(layers[0][0]))
+    joined.layers = [_join_layers([of.pop(0) for of in layers], end) for _ in layers[0][:]]
     return joined
 
 

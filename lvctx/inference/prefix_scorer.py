@@ -196,7 +196,7 @@ class PrefixScorer:
         rows, self._is_shared = list(continuations), False
         try:
             with self.meter.phase("generate"):
-                batch = CachedSequences.join([row.prompt for row in rows])
+                batch = CachedSequences.join([row.prompt for row in rows], spare=self._prefix)
                 hidden_BE = torch.cat([row.hidden_1E for row in rows])
                 positions = torch.cat([row.position for row in rows], -2)
                 while True:
@@ -283,7 +283,7 @@ class PrefixScorer:
         """Cut the cached sequence; one that a `Continuation` needs is left whole, and its beginning copied."""
         kept, prefix = owned_count(length, self.ring), self._prefix
         if self._is_shared:
-            cache = join_caches([prefix.cache], kept) if length else empty_cache(self.kv_cache)
+            cache = join_caches([list(prefix.cache.layers)], kept) if length else empty_cache(self.kv_cache)
             self._prefix = CachedSequences(cache=cache, ids_BL=prefix.ids_BL[:, :length])
             self._is_shared = False
         elif length < prefix.length:
