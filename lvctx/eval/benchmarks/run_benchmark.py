@@ -154,7 +154,7 @@ def run_benchmark(
         if assigned:
             engine.check()
 
-        together = parallel.cp > 1  # then one that runs out of memory must end the run, since the others wait for it
+        together = parallel.cp > 1
         if engine.jobs == 1:
             rows: Generator[Asked, None, None] = _ask(job, engine, assigned, together=together)
         else:
