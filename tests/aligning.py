@@ -56,7 +56,7 @@ def align(
     *,
     on_progress: Callable[[int, int, str], None] = lambda done, total, note: None,
     micro_tokens: int = 256,
-    checkpoint_activations: bool = True,
+    checkpoint_activations: Any = "auto",
     **changed: Any,
 ) -> Any:
     """Align in this process, images beside `data`; the job."""

@@ -150,7 +150,7 @@ def _extend(folder: Path, out: Path) -> None:
 
     options: dict[str, Any] = {"rope_theta": 1e6, "context": 512, "lr": 1e-3, "steps": 4, "batch_tokens": 128}
     job = resolve_extend(ExtendConfig(model=str(folder / "lm"), out=out, data=folder / "rows", **options))
-    run_training(job.task(), ParallelConfig(checkpoint_activations=False, micro_tokens=1), RunControl(out=out))
+    run_training(job.task(), ParallelConfig(checkpoint_activations="none", micro_tokens=1), RunControl(out=out))
 
 
 def _align(folder: Path, out: Path) -> None:

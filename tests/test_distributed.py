@@ -4,10 +4,12 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from lvctx.parallel import hf_attention
 from lvctx.parallel.context import ParallelContext, joined, make_context, propagate_errors
 from lvctx.parallel.fsdp import full_tensor, gathering, shard_model
 from lvctx.training.activations import checkpoint_layers
+from lvctx.training.memory_model import Recomputation
 from lvctx.training.parallel_config import ParallelConfig, RunControl
 from lvctx.training.row_order import indices
 from lvctx.training.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
@@ -47,7 +50,7 @@ def train_tiny(
     hf_attention.register()
     lm = tiny_model("llama", tie_word_embeddings=True)
     lm.set_attn_implementation(hf_attention.RING_ATTENTION)
-    checkpoint_layers(lm, offload=True)
+    checkpoint_layers(lm, Recomputation(kept_layers=1), offload=True)
     row_loss = RowLoss(lm)
     shard_model(row_loss, lm.model.layers, world)
     task = TinyTask(row_loss, world, steps=steps, stop=stop, bad=bad)
@@ -231,6 +234,7 @@ def test_an_output_has_one_writer_and_its_lock_dies_with_it(tmp_path: Path) -> N
     script = f"""
 import sys, time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from lvctx.artifacts.lock import only_writer
 with only_writer(Path({str(tmp_path)!r})):
@@ -269,12 +273,24 @@ def extend(launcher: list[str], lm: Path, packed: Path, out: Path, *more: object
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
 
 
+def extend_on_two_nodes(*given: Any) -> subprocess.CompletedProcess[str]:
+    """The command of both nodes as docs/scaling.md starts it, on this machine; all that both print."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free.getsockname()[1]}"]
+    node = [*TORCHRUN[:-1], "1", "--nnodes", "2", "--rdzv-id", "two", *rendezvous]
+    with ThreadPoolExecutor(2) as nodes:
+        first, second = nodes.map(lambda _: extend(node, *given), range(2))
+    texts = first.stdout + second.stdout, first.stderr + second.stderr
+    return subprocess.CompletedProcess(node, first.returncode or second.returncode, *texts)
+
+
 @pytest.mark.nano
 def test_extend_lm_under_torchrun(tiny_lm: Path, packed: Path, tmp_path: Path) -> None:
-    """The real command on two processes that share rows of an odd length with documents, and on one."""
+    """The real command on two nodes that share rows of an odd length with documents, and on one process."""
     one = extend([sys.executable], tiny_lm, packed, tmp_path / "one", "--doc-mask")
     assert one.returncode == 0, one.stderr
-    both = extend(TORCHRUN, tiny_lm, packed, tmp_path / "two", "--doc-mask", "--cp", 2)
+    both = extend_on_two_nodes(tiny_lm, packed, tmp_path / "two", "--doc-mask", "--cp", 2)
     assert both.returncode == 0, both.stderr
     assert both.stdout.count("\n") == 1, "one rank speaks"
     assert json.loads(both.stdout)["doc_mask"] is True

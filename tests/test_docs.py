@@ -74,7 +74,7 @@ def workshop(nano: Any, tiny_lm: Path, tiny_tower: Path, tmp_path_factory: pytes
     (here / "videos").mkdir()
     for name in ("bikes.mp4", "bigbuckbunny.mp4"):
         shutil.copy(nano.clips / name, here / "videos")
-    for name in ("questions.json", "nextqa.csv"):
+    for name in ("questions.json", "nextqa.csv", "squad.json"):
         shutil.copy(ROOT / "tests" / "data" / name, here)
     draw = f"{sys.executable} {ROOT / 'recipes/nano/draw_data.py'} shapes --projector 6 --full 6 --size 48 --workers 1"
     sharded = "lvctx videomme run --model vlm --videos videos --questions questions.json --frames 2"

@@ -2,18 +2,25 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from mrope_models import save
+from mrope_models import opinionated, save
 from safetensors.torch import load_file, save_file
 from transformers import LlavaOnevisionForConditionalGeneration
 from typer.testing import CliRunner
 
+from lvctx.artifacts.manifest import read_manifest
 from lvctx.cli.app import app
-from lvctx.models.loading import trained_length
+from lvctx.data.packed import PackedRows
+from lvctx.models.loading import load_config, trained_length
+from lvctx.parallel.context import ParallelContext
+from lvctx.training.mrope_checkpoint import read_checkpoint
+from lvctx.training.text_rows import RowLoss, shard_row
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +116,93 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny_lm: Path, tmp_path: Path) 
     assert "--adapter" in str(refused.exception) + refused.output
 
 
-def test_three_axes_are_for_mrope_extend(tmp_path: Path) -> None:
-    qwen = save("qwen2_vl", tmp_path / "qwen")
-    refused = run(f"extend-lm --model {qwen} --steps 0 -o {tmp_path}/x", code=3)
-    assert "mrope-extend" in str(refused.exception) + refused.output
+@pytest.fixture(scope="module")
+def qwens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen2-VL, Qwen2.5-VL and Qwen3-VL, and text packed with their tokenizer."""
+    folder = tmp_path_factory.mktemp("qwens")
+    for kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        save(kind, folder / kind)
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    run(f"pack-text {folder}/text.txt --tokenizer {folder}/qwen2_vl --seq-len 64 --keep-short 1 -o {folder}/packed")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_the_loss_of_a_qwen_vl_is_its_stock_forwards(qwens: Path, kind: str) -> None:
+    """The stock model places text itself: the same position on all three axes, counted from 0."""
+    rows = PackedRows(qwens / "packed")
+    ids = torch.from_numpy(np.stack([rows.row(0), rows.row(1)]).astype("int64"))
+    model = opinionated(kind)
+    losses = [model(input_ids=row[None], labels=row[None]).loss.item() * 63 for row in ids]
+    with torch.no_grad():
+        total, count = RowLoss(model)(**shard_row(ids, ParallelContext(device="cpu"), None))
+    assert (float(total), count) == (pytest.approx(sum(losses), rel=1e-5), 126)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "lora"), [("qwen2_vl", "mrope++", 0), ("qwen2_5_vl", "ntk", 4), ("qwen3_vl", "pi", 0)]
+)
+def test_text_trains_the_language_model_of_a_qwen_vl(
+    qwens: Path, tmp_path: Path, kind: str, method: str, lora: int
+) -> None:
+    """Positions as `mrope-extend` writes them, by which the result can then train at a larger scale."""
+    original = 16_384
+    command = f"extend-lm --model {qwens}/{kind} --data {qwens}/packed --rope {method} --original-length {original}"
+    flags = f"--steps 1 --batch-tokens 128 --lr 1e-2 --lora {lora}"
+    run(f"{command} --factor 4 {flags} -o {tmp_path}/out")
+    scaled = f"mrope-extend --model {qwens}/{kind} --method {method} --original-length {original}"
+    run(f"{scaled} --scale 4 -o {tmp_path}/same")
+    configs = [load_config(tmp_path / name).get_text_config() for name in ("out", "same")]
+    assert configs[0].rope_parameters == configs[1].rope_parameters
+    assert configs[0].max_position_embeddings == configs[1].max_position_embeddings == 4 * original
+    files = [tmp_path / name / "vllm.json" for name in ("out", "same")]
+    ours, theirs = (json.loads(path.read_text()) if path.exists() else None for path in files)
+    assert ours == theirs
+    old, new = weights(qwens / kind), weights(tmp_path / "out")
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed
+    assert not any("visual" in name for name in changed)
+    assert any("mlp" in name for name in changed) is (lora == 0)
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest["rope_scaling"]["factor"], manifest["rope_scaling"]["original"]) == (4, original)
+    before, after = (read_checkpoint(path) for path in (qwens / kind, tmp_path / "out"))
+    assert (after.mrope, after.length) == (before.mrope, original)
+    # `--rope none` keeps positions and record, also of a checkpoint that mrope-extend scaled.
+    run(f"extend-lm --model {tmp_path}/same --data {qwens}/packed --rope none {flags} -o {tmp_path}/kept")
+    assert read_checkpoint(tmp_path / "kept") == replace(read_checkpoint(tmp_path / "same"), path=tmp_path / "kept")
+
+
+def test_a_qwen_vl_extended_on_text_trains_on_chat_next(qwens: Path, tmp_path: Path) -> None:
+    """GIRAFFE, table 2: text first, then multimodal rows, in two stages from the pretrained length."""
+    packed, model = qwens / "packed", qwens / "qwen2_vl"
+    stages = "--stage factor=2,context=65536 --stage factor=4,context=131072"
+    command = f"extend-lm --model {model} --data {packed} --rope mrope++ {stages} --steps 1 --batch-tokens 64"
+    run(f"{command} -o {tmp_path}/text")
+    (tmp_path / "chat.jsonl").write_text(
+        json.dumps({"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Good day."}]})
+    )
+    command = f"pack-chat --model {tmp_path}/text --text {tmp_path}/chat.jsonl --long-share any --target-length 128"
+    run(f"{command} -o {tmp_path}/chat")
+    scales = "--stage scale=4 --stage scale=8"
+    command = f"mrope-extend --model {tmp_path}/text --data {tmp_path}/chat --scale 8 {scales} --steps 1"
+    run(f"{command} -o {tmp_path}/out")
+    run(f"mrope-extend --model {model} --scale 8 -o {tmp_path}/plain")
+    extended, plain = (load_config(tmp_path / name).get_text_config() for name in ("out", "plain"))
+    assert extended.rope_parameters == plain.rope_parameters
+    assert extended.max_position_embeddings == plain.max_position_embeddings == 262_144
+    assert read_checkpoint(tmp_path / "out").scaling == read_checkpoint(tmp_path / "plain").scaling
+
+
+def test_what_a_qwen_vl_does_not_have_is_refused(qwens: Path, tiny_lm: Path, tmp_path: Path) -> None:
+    """M-RoPE++ for one axis or interleaved axes; an unknown pretrained length; another type with M-RoPE."""
+    flags = f"--steps 0 --factor 4 -o {tmp_path}/x"
+    for model in (tiny_lm, qwens / "qwen3_vl"):
+        run(f"extend-lm --model {model} --rope mrope++ {flags}", code=2)
+    config = json.loads((qwens / "qwen2_5_vl" / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 128_000
+    shutil.copytree(qwens / "qwen2_5_vl", tmp_path / "released")
+    (tmp_path / "released" / "config.json").write_text(json.dumps(config))
+    refused = run(f"extend-lm --model {tmp_path}/released --rope yarn {flags}", code=3)
+    assert "--original-length" in str(refused.exception) + refused.output
+    save("qwen3_vl_moe", tmp_path / "moe")
+    run(f"extend-lm --model {tmp_path}/moe --rope yarn {flags}", code=3)

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from support.frames import even_tokens
 
 from lvctx.errors import InputError, UsageError
 from lvctx.eval.niah.frame_needles import beside
 from lvctx.eval.niah.image_needles import NeedleSet, chance_of, drawn_groups, drawn_needles
 from lvctx.eval.niah.needle_folder import read_needles
+from lvctx.eval.niah.needle_sets import find_needles
 from lvctx.eval.niah.needle_task import Cell, first_number, share_listed
-from lvctx.eval.niah.niah_config import VideoNiahConfig
+from lvctx.eval.niah.niah_config import Depths, VideoNiahConfig
 from lvctx.eval.niah.run import partition_cells
 from lvctx.eval.niah.text_needles import LISTS, draw_text_needle
 from lvctx.eval.niah.text_task import TextNeedleTask
@@ -151,6 +154,71 @@ def test_published_lists_of_needles(tmp_path: Path) -> None:
     (tmp_path / "rope" / "dataset_interrupt.json").write_text(json.dumps(interrupts[:1]))
     with pytest.raises(InputError):
         read_needles(tmp_path / "rope")
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_published_lists_of_needles_that_are_spread_over_the_video(frames: int, seeing: Any, tmp_path: Path) -> None:
+    """Frames in the order in which VideoChat-Flash's and V-RULER's scripts put them together."""
+    names = [f"{i}.png" for i in range(4)]
+    (tmp_path / "multi").mkdir()
+    for i, name in enumerate(names):
+        for path in (tmp_path / name, tmp_path / "multi" / name):
+            Image.new("RGB", (9, 9), (60 * i, 0, 0)).save(path)
+    hops = [
+        {"images": [f"multi/{name}" for name in names[:3]], "question1": "A?", "answer1": "A"},
+        {"images": [f"multi/{name}" for name in names], "question1": "C?", "answer1": "C"},
+    ]
+    for row in hops:
+        row |= {"question2": "\nB?", "answer2": "B"}
+    counting = [
+        {"path": paths, "prompt": f"{len(paths)}?", "answer": "D"} for paths in ([], names[:1], [names[1]] * 2, names)
+    ]
+    (tmp_path / "niah-coco-multihop-100.json").write_text(json.dumps(hops))
+    (tmp_path / "counting.json").write_text(json.dumps(counting))
+    for file, rows in (("niah-coco-multihop-100.json", hops), ("counting.json", counting)):
+        read = read_needles(tmp_path / file)
+        total = len(read.needles)
+        repeated = [needle for needle in read.needles for _ in range(frames)]
+        needles = replace(read, needles=repeated, frames=frames)
+        tokens = even_tokens(vocabulary=50_000, per_frame=4, frames=40, inserted=len(repeated))
+        test = VideoNeedleTask(seeing, needles, tokens, seconds=np.arange(40.0))
+        per_row = 2 if rows is hops else 1
+        cells = test.cells([10, 40], [0, 0.5, 1], per_row * len(rows))
+        assert len(cells) == 2 * per_row * len(rows)
+        first = np.cumsum([0, *(len(row.get("images", row.get("path"))) for row in rows)])
+        assert first[-1] == total
+        for cell in cells:
+            row, n = cell.trial // per_row, cell.length
+            images = list(range(first[row], first[row + 1]))
+            expected: list[int] = []
+            if rows is hops:
+                interval = n / (len(images) - 1)
+                for j, image in enumerate(images):
+                    before = range(int((j - 1) * interval), int(j * interval)) if j else ()
+                    expected += [*before, *(40 + image * frames + i for i in range(frames))]
+                assert (cell.question, cell.answer) == (("B?", "B") if cell.trial % 2 else (f"{'AC'[row]}?", "AC"[row]))
+            else:
+                chosen, left = np.linspace(0, n - 1, len(images), dtype=int), list(images)
+                for frame in range(n):
+                    expected.append(frame)
+                    if frame in chosen:
+                        expected += [40 + left[0] * frames + i for i in range(frames)]
+                        left = left[1:]
+                assert (cell.question, cell.answer) == (f"{len(images)}?", "D")
+            assert cell.depth is None
+            assert rows_of(test, cell) == expected
+    mixed = [{"path": "0.png", "prompt": "?", "answer": "A"}, *counting]
+    for broken in (mixed, [{"path": names, "prompt": "?"}], [{"images": names, "question1": "?", "answer1": "A"}]):
+        (tmp_path / "counting.json").write_text(json.dumps(broken))
+        with pytest.raises(InputError):
+            read_needles(tmp_path / "counting.json")
+    given = VideoNiahConfig(
+        model="m", haystack=(Path("h"),), lengths=(8,), needles=str(tmp_path / "niah-coco-multihop-100.json")
+    )
+    assert len(find_needles(given, 48).spread) == 4
+    for wrong in ({"question": "when"}, {"depths": Depths(values=(0.5,))}, {"distractors": 1}):
+        with pytest.raises(UsageError):
+            find_needles(replace(given, **wrong), 48)
 
 
 def test_a_distractor_of_v_niah_d_is_200_frames_from_its_needle(seeing: Any) -> None:
@@ -312,6 +380,90 @@ def test_replies_about_several_needles(seeing: Any) -> None:
     assert [count.score_text(cell, reply) for reply in ("2", "There are 2.", "3", "two", "")] == [1, 1, 0, 0, 0]
 
 
+def looks(text: np.ndarray) -> np.ndarray:
+    """Grey levels of a text (H, W) as dark ink on light, cut to the ink and 120 x 40."""
+    text = text if text.mean() > 127 else 255 - text
+    rows, columns = np.nonzero(text < 100)
+    inked = Image.fromarray(text[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].astype(np.uint8))
+    return np.asarray(inked.resize((120, 40), Image.Resampling.BOX)).astype(float).ravel()
+
+
+def most_alike(image: np.ndarray, plate: np.ndarray, texts: set[str]) -> str:
+    """Which of the texts looks most like what an image (H, W, 3) has where `plate` (H, W) is true."""
+    rows, columns = (np.nonzero(plate.mean(axis=axis) > 0.04)[0] for axis in (1, 0))
+    shown = looks(image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].mean(axis=2))
+
+    def drawn(text: str) -> np.ndarray:
+        page = Image.new("L", (900, 200), 255)
+        ImageDraw.Draw(page).multiline_text((9, 9), text, font=ImageFont.load_default(60), align="center")
+        return looks(np.asarray(page))
+
+    return max(texts, key=lambda text: np.corrcoef(shown, drawn(text))[0, 1])
+
+
+def test_a_code_is_what_the_image_shows() -> None:
+    drawn = drawn_groups(2, per_trial=3, frames=1, question="code", size=336, seed=2, distractors=2)
+    needles = [*drawn.needles, *drawn.distractors]
+    texts = [f"{needle.subject.split()[-1]}\n{needle.answer}" for needle in needles]
+    assert len(set(texts)) == 8
+    assert len({text.split("\n")[0] for text in texts[:3] + texts[6:]}) == 5, "a word is on one image"
+    assert all(needle.subject.split()[-1] in needle.question for needle in needles)
+    for needle, text in zip(needles, texts, strict=True):
+        image = np.asarray(needle.image)
+        pure = np.isin(image.sum(axis=2), (0, 765))
+        pure[pure.mean(axis=1) < 0.4] = False
+        assert most_alike(image, pure, set(texts)) == text
+    assert drawn.chance == pytest.approx(1 / 23**5)
+    assert all(re.fullmatch("[A-Z0-9]{5}", needle.answer) for needle in needles)
+
+
+def test_needles_name_each_other_in_a_cycle(seeing: Any) -> None:
+    """The answer is found by reading the images' plates; the others are the parts of an image without one."""
+    trials, count = 4, 5
+    drawn, plain = (
+        drawn_groups(trials, per_trial=count, frames=1, question=question, size=224, seed=2, distractors=2)
+        for question in ("hops", "what")
+    )
+    tokens = even_tokens(vocabulary=50_000, per_frame=4, frames=40, inserted=len(drawn.needles) + 2)
+    test = VideoNeedleTask(seeing, drawn, tokens, seconds=np.arange(40.0), question="hops")
+    shapes = {needle.shape for needle in drawn.needles}
+    inorder = 0
+    for cell in test.cells([20], [0.5], trials):
+        needles = drawn.needles[count * cell.trial : count * (cell.trial + 1)]
+        following = {needle.shape: needle.next_shape for needle in needles}
+        assert sorted(following) == sorted(following.values())
+        visited = [needles[0].shape]
+        while following[visited[-1]] != visited[0]:
+            visited.append(following[visited[-1]])
+        assert len(visited) == count, "one cycle"
+        inorder += visited == [needle.shape for needle in needles]
+        assert f"the {visited[0]}." in cell.question
+        assert "for 2 steps" in cell.question
+        assert cell.answer == next(needle.answer for needle in needles if needle.shape == visited[2])
+        assert test.score_text(cell, f"{cell.answer.upper()}.") == 1
+        assert test.can_force
+        image, before = (np.asarray(one.needles[count * cell.trial].image) for one in (drawn, plain))
+        named = most_alike(image, (image != before).any(axis=2), {f"next: {shape}" for shape in shapes})
+        assert named == f"next: {needles[0].next_shape}"
+    assert inorder < trials, "the order of the names is not that of the video"
+    assert not {n.shape for n in drawn.distractors} & shapes
+    assert not {n.next_shape for n in drawn.distractors} & shapes
+    assert all(n.next_shape not in ("", n.shape) for n in drawn.distractors)
+    assert drawn.chance == 1 / 7
+
+
+def test_replies_about_a_code(seeing: Any) -> None:
+    test = grouped(seeing, "code")
+    cell = test.cells([10], [0.5], 1)[0]
+    assert cell.answer == test.needles[0].answer
+    for reply, right in (
+        (f"The code is {cell.answer.lower()}.", 1),
+        (f"{cell.answer}X", 0),
+        (test.needles[1].answer, 0),
+    ):
+        assert test.score_text(cell, reply) == right
+
+
 def test_a_needle_of_several_frames_moves_before_one_background() -> None:
     images = [
         np.asarray(n.image).astype(int)
@@ -323,7 +475,14 @@ def test_a_needle_of_several_frames_moves_before_one_background() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"question": "count"}, {"question": "order"}, {"question": "when", "count": 2}, {"needles": "folder", "count": 2}],
+    [
+        {"question": "count"},
+        {"question": "order"},
+        {"question": "hops"},
+        {"question": "code", "needles": "folder"},
+        {"question": "when", "count": 2},
+        {"needles": "folder", "count": 2},
+    ],
 )
 def test_questions_about_several_needles_need_them(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from lvctx.artifacts.jsonl_log import JsonlLog, read_jsonl
 from lvctx.artifacts.manifest import Provenance
 from lvctx.cli.app import app
 from lvctx.errors import InputError
+from lvctx.eval.niah.compare import compare_needles, comparison_warnings
 from lvctx.eval.niah.heatmap import draw_heatmaps, trained_at
 from lvctx.eval.niah.job import plan_text
 from lvctx.eval.niah.longva_format import read_longva
@@ -35,6 +37,7 @@ from lvctx.eval.niah.text_needles import (
     sentence_ends,
 )
 from lvctx.eval.niah.text_task import TextNeedleTask
+from lvctx.eval.report.collect import collect_report
 from lvctx.eval.report.thumbnails import Thumbnails
 from lvctx.inference.prefix_scorer import PrefixScorer
 from lvctx.vlm.feature_cache import write_frames
@@ -106,6 +109,7 @@ def test_true_depth_is_at_most_a_sentence_before_the_asked_one(tiny_lm: Path, es
     longest_sentence = int(np.diff(ends).max())
     test = TextNeedleTask(tokenizer, hay, distractors=0, seed=0)
     for cell in test.cells([900], [0, 0.25, 0.4, 0.75, 1], 1):
+        assert cell.depth is not None
         target = int(cell.depth * (900 - (900 - test._haystack_length(900, 0))))
         assert 0 <= target - cell.position <= longest_sentence
 
@@ -386,6 +390,19 @@ def test_forced_scoring_is_greedy_generation_on_a_real_model(nano: Any, tmp_path
     assert sum(r["correct"] for r in rows) >= 4
 
 
+@pytest.mark.parametrize(("question", "chance"), [("code", 23**-5), ("hops", 0.1)])
+def test_needles_with_text_are_scored_forced_and_by_generation(
+    question: str, chance: float, tiny_vlm: Path, frames: Path, tmp_path: Path
+) -> None:
+    grid = ["--lengths", 4, "--depths", 0.5, "--trials", 1, "--count", 3, "--scoring", "both", "--question", question]
+    done = run("niah", "video", "--model", tiny_vlm, "--haystack", frames, *grid, "-o", tmp_path / "a")
+    assert done.exit_code == 0, done.stderr
+    (row,) = results(tmp_path / "a")
+    assert {"teacher_forced", "log_prob", "generated", "share"} <= row.keys()
+    assert row["cost"]["frames_shown"] == 4 + 3
+    assert row["chance"] == pytest.approx(chance)
+
+
 # --- reports
 
 
@@ -520,6 +537,92 @@ def test_info_knows_a_results_directory(tiny_lm: Path, essays: Path, tmp_path: P
     run(*text_arguments(tiny_lm, essays, tmp_path / "a"))
     facts = json.loads(run("info", tmp_path / "a", "--json").stdout)
     assert (facts["schema"], facts["cells"], facts["errors"]) == ("lvctx.niah/1", 12, 0)
+
+
+# --- two runs compared
+
+
+def paired_rows(right: dict[tuple[int, int], bool], *, lengths: tuple[int, ...] = (100, 200)) -> list[dict[str, Any]]:
+    """Rows of a run with ten cells a needle; `right` says so for (trial, length), else a cell is wrong."""
+    base = {
+        "schema": "lvctx.niah/1",
+        "modality": "text",
+        "chance": None,
+        "trained_length": None,
+        "longest_sample": 0,
+        "point": None,
+    }
+    return [
+        {
+            **base,
+            **{"length": n, "depth": d / 5, "trial": trial, "needle": f"n{trial}", "question": "?", "answer": "1"},
+            **{"position": d, "tokens": n, "correct": right.get((trial, n), False), "key": f"{n} {d} {trial}"},
+        }
+        for trial in range(24)
+        for n in lengths
+        for d in range(5)
+    ]
+
+
+def test_two_runs_are_compared_by_pairs_of_cells(tmp_path: Path) -> None:
+    """The mean and the standard error of 24 needles' mean differences, by their definition; all others are dropped."""
+    rng = np.random.default_rng(0)
+    first, second = ({(t, n): bool(rng.random() < p) for t in range(24) for n in (100, 200)} for p in (0.8, 0.4))
+    rows = [paired_rows(first, lengths=(100, 200, 300)), paired_rows(second)[::-1]]
+    rows[1][0] = {"error": "out of memory", **{k: v for k, v in rows[1][0].items() if k != "correct"}}
+    rows[1][1] |= {"needle": "another"}
+    del rows[0][:3]  # rows[1] is in reverse, so five cells of 240 are missing in one or the other
+    found = compare_needles(*rows)
+    assert list(found) == ["all", "100", "200"]
+    assert (found["all"].counted, found["200"].counted, found["all"].clusters) == (235, 118, 24)
+    means = np.array([float(first[t, 200]) - float(second[t, 200]) for t in range(24)])
+    whole = compare_needles(paired_rows(first), paired_rows(second))["200"]
+    assert whole.needed is not None
+    error = means.std(ddof=1) / 24**0.5
+    assert whole.mean == pytest.approx(means.mean())
+    assert (whole.low, whole.high) == pytest.approx(
+        (means.mean() - 1.96 * error, means.mean() + 1.96 * error), abs=1e-4
+    )
+    assert whole.p_value == pytest.approx(2 * (1 - NormalDist().cdf(abs(means.mean()) / error)))
+    # As many cells as bring 2.8 standard errors (1.96 + 0.84) to two points.
+    assert whole.needed == pytest.approx(120 * (2.8016 * error / 0.02) ** 2, rel=1e-3)
+    assert compare_needles(paired_rows(first), cells("text", {100: 1.0})) == {}
+    for name, run_rows in (("a", paired_rows(first)), ("b", paired_rows(second))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run_rows))
+    both = tmp_path / "a", tmp_path / "b"
+    lines = [json.loads(line) for line in run("niah", "report", *both, "--json", "--detect", 4).stdout.splitlines()]
+    assert [line["schema"] for line in lines] == ["lvctx.niah/1", "lvctx.niah/1", "lvctx.score/1"]
+    assert lines[2]["warnings"] == []
+    assert lines[2]["difference"]["200"]["needed"] == pytest.approx(whole.needed / 4, abs=1)
+    assert lines[2]["difference"]["200"]["low"] == whole.low
+    assert run("niah", "report", both[0], "--detect", 4, "-o", tmp_path / "a.png").exit_code == 2
+    pages = collect_report(both, thumbnails=0, threshold=0.9, on_progress=lambda *_: None).comparisons
+    assert [pair["rules"]["200"]["mean"] for pair in pages] == [whole.mean]
+
+
+def test_shares_are_compared_where_answers_have_parts() -> None:
+    first, second = paired_rows({}), paired_rows({})
+    assert "share found" not in compare_needles(first, second)
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        a["share"], b["share"] = i % 4 / 4, 0.25
+    found = compare_needles(first, second)
+    assert (found["all"].mean, found["share found"].mean) == (0, pytest.approx(0.375 - 0.25))
+    assert found["share found"].counted == len(first)
+
+
+def test_a_comparison_warns_of_few_needles_and_of_another_scoring_or_text() -> None:
+    made_of = {"scoring": "forced", "haystack": "a", "model": "m"}
+
+    def warnings(trials: int, modality: str = "text", **other: str) -> int:
+        first, second = (
+            [row | {"modality": modality, "made_of": run} for row in paired_rows({}) if row["trial"] < trials]
+            for run in (made_of, made_of | other)
+        )
+        return len(comparison_warnings(first, second, compare_needles(first, second)))
+
+    assert [warnings(24), warnings(5), warnings(24, model="n")] == [0, 1, 0]
+    assert [warnings(24, haystack="b"), warnings(24, "video", haystack="b"), warnings(5, scoring="both")] == [1, 0, 2]
 
 
 # --- many processes

@@ -243,6 +243,8 @@ def test_llavas_grids() -> None:
     hybrid = LlavaRule(placeholder=7, tile=336, side=24, hybrid=Hybrid(group=4, tokens=144, ratio=3))
     assert [b.grid for b in hybrid.video(640, 480, 5)] == [(1, 12, 12), (3, 6, 8), (1, 12, 12)]
     assert len(hybrid.layout(hybrid.video(640, 480, 5)).ids) == 2 * 144 + 3 * 48 + 1
+    odd = LlavaRule(placeholder=7, tile=384, side=27, hybrid=Hybrid(tokens=196))  # SigLIP so400m-patch14-384
+    assert [b.grid for b in odd.video(640, 480, 3)] == [(3, 14, 14)]
     assert pooling(24, 3) == (4, 3)
     assert pooling(24, 4) == (4, 4)
     with pytest.raises(UsageError, match="cannot be pooled to 7"):

@@ -75,7 +75,7 @@ def test_each_epoch_spreads_a_row_anew_and_a_short_context_is_refused(tmp_path: 
     assert "--pose" in str(refused.exception) + refused.output
 
 
-@pytest.mark.parametrize("flags", ["--pose", "--no-checkpoint-activations", "--doc-mask"])
+@pytest.mark.parametrize("flags", ["--pose", "--checkpoint-activations none", "--doc-mask"])
 def test_rows_read_together_teach_what_they_teach_one_by_one(
     tmp_path: Path, tiny_lm: Path, monkeypatch: pytest.MonkeyPatch, flags: str
 ) -> None:

@@ -2,16 +2,20 @@
 
 import base64
 import hashlib
+import io
 import json
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from support import browser, report_runs
 from typer.testing import CliRunner
 
@@ -22,6 +26,10 @@ from lvctx.eval.benchmarks import longvideobench, mlvu, nextqa, vhs, videomme
 from lvctx.eval.benchmarks.accuracy import read_benchmark_run
 from lvctx.eval.benchmarks.score_run import as_responses
 from lvctx.eval.cost_summary import summarize_costs
+from lvctx.eval.niah.frame_needles import FrameNeedles
+from lvctx.eval.niah.job import input_facts
+from lvctx.eval.niah.needle_sets import find_needles
+from lvctx.eval.niah.niah_config import VideoNiahConfig
 from lvctx.eval.niah.results import read_needle_results
 from lvctx.eval.report.collect import ReportData, collect_report
 from lvctx.eval.report.page import SCRIPTS, render_page
@@ -293,6 +301,28 @@ def test_thumbnails_of_needles_and_missing_videos(runs: Path) -> None:
     assert data.videos_without_images == 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"question": "code"},
+        {"question": "code", "count": 3, "distractors": 2},
+        {"question": "hops", "count": 3},
+        {"question": "count", "count": 3, "needle_frames": 2},
+        {"distractors": 2},
+    ],
+)
+def test_thumbnails_of_several_needles_are_the_first_of_each_trial(options: dict[str, Any]) -> None:
+    config = VideoNiahConfig(model="m", haystack=(Path("h"),), lengths=(4,), trials=2, seed=3, **options)
+    task = FrameNeedles(find_needles(config, 48), seconds=np.arange(4.0), question=config.question)
+    facts = {**input_facts(config, task), "made_of": {"seed": 3}}
+    rows = [{**asdict(cell), **facts} for cell in task.cells([4], [0.5], 2)]
+    images = Thumbnails(1, lambda done, total, note: None)
+    assert images.of_needles(rows) == {row["needle"]: row["trial"] for row in rows}
+    first = task.needles[0].image.convert("RGB")
+    shown = Image.open(io.BytesIO(base64.b64decode(images.images[0]["jpeg"])))
+    assert np.abs(np.asarray(first).astype(int) - np.asarray(shown)).mean() < 16
+
+
 @pytest.mark.nano
 @pytest.mark.parametrize(
     "values",
@@ -313,7 +343,10 @@ def test_what_cannot_be_sampled_has_no_images(values: dict[str, Any], nano: Any)
     assert images.of_video("/dev/zero", sampling={"frames": 2}) == []
     source = {"source": "drawn", "size": 10**9, "distractors": 0}
     row = {"trial": 0, "needle": "a", "position": 0, "length": 1, "modality": "video", "haystack": ["/dev/zero"]}
-    for needles in (source, {**source, "size": "x"}, {}, {"source": "/nowhere", "size": 1}):
+    small = {**source, "size": 48}
+    many = ({**small, name: 10**9} for name in ("distractors", "count", "needle_frames"))
+    odd = ({**small, "count": [2]}, {**small, "question": []}, {**small, "question": "hops"})
+    for needles in (source, {**source, "size": "x"}, {}, {"source": "/nowhere", "size": 1}, *many, *odd):
         assert images.of_needles([{**row, "needles": needles, "made_of": {"seed": 0}}]) == {}
     assert images.of_haystack([row]) == {}
     assert images.images == []

@@ -34,7 +34,10 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Video and evaluation": {
         "encode-video": ("encode_video", "Sample videos and store the vision tower's features of their frames."),
         "mrope-extend": ("train", "Extend the context of a Qwen-VL model with M-RoPE++."),
-        "niah": ("niah", "Needle-in-a-haystack test over context lengths and needle depths, in text or in video."),
+        "niah": (
+            "niah_report",
+            "Needle-in-a-haystack test over context lengths and needle depths, in text or in video.",
+        ),
         "perplexity": ("perplexity_run", "Perplexity of language models by position in long rows of text."),
         "vqa": ("vqa", "Answer questions about videos."),
         "videomme": ("videomme_score", "Video-MME: run a model on its questions, and score it or existing responses."),
@@ -43,7 +46,10 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Utilities": {
         "import-longva": ("convert", "Convert a released LongVA checkpoint for transformers and vLLM."),
-        "export": ("convert", "Write a model in the format of another program."),
+        "export": (
+            "convert",
+            "Write a model in the format of another program, add results to its card, and upload it.",
+        ),
         "info": ("inspect", "Show the kind, provenance and content of a model directory or artifact."),
         "plan": ("inspect", "Predict the memory and time of a training run from config.json alone."),
         "doctor": ("inspect", "Check that context parallelism is exact with a model on this machine."),

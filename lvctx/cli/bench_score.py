@@ -60,15 +60,23 @@ def score_runs(name: str, config: ScoreConfig) -> None:
         print_difference(first, second, versus, warning, detect=config.detect)
 
 
-def print_difference(first: str, second: str, versus: dict[str, Any], warning: str, *, detect: float) -> None:
-    """Print the paired differences of two runs under every rule."""
+def print_difference(
+    first: str,
+    second: str,
+    versus: dict[str, Any],
+    warning: str,
+    *,
+    detect: float,
+    group: str = "rule",
+    unit: str = "questions",
+) -> None:
+    """Print the paired differences of two runs for every `group`: rule, or length of a needle test."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        "rule", title=f"{first} minus {second}, same questions", title_justify="left", box=None, pad_edge=False
-    )
-    for name in ("difference", "95% interval", "p", "questions", f"needed for {detect:g} points"):
+    title = f"{first} minus {second}, same {unit}"
+    table = Table(group, title=title, title_justify="left", box=None, pad_edge=False)
+    for name in ("difference", "95% interval", "p", unit, f"needed for {detect:g} points"):
         table.add_column(name, justify="right")
     for name, e in versus.items():
         p = "–" if e["p_value"] is None else f"{e['p_value']:.3f}"

@@ -164,6 +164,9 @@ def _prediction_table(prediction: dict[str, Any]) -> str:
     rows = [(part.replace("_", " "), f"{size / gib:8.2f} GiB") for part, size in prediction["bytes"].items()]
     peak, memory, host = (prediction[key] / gib for key in ("peak_bytes", "device_memory", "host_bytes"))
     rows += [("peak per device", f"{peak:8.2f} GiB of {memory:.0f}"), ("host", f"{host:8.2f} GiB")]
+    recomputation = prediction["recomputation"]
+    tiles = ", MLPs in tiles" if recomputation["mlp_tiles"] else ""
+    rows.append(("recomputed", f"all layers but {recomputation['kept_layers']}{tiles}"))
     full = f"{prediction['longest_with_full_logits']} with full logits"
     rows.append(("longest row that fits", f"{prediction['longest']} tokens ({full})"))
     step = f"{prediction['tokens_a_step']} tokens, {prediction['flops_a_step']:.3g} FLOPs"

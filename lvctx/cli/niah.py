@@ -1,20 +1,20 @@
-"""`lvctx niah text`, `niah video`, `niah haystack` and `niah report`."""
+"""`lvctx niah text`, `niah video` and `niah haystack`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lvctx.cli.costs import print_costs, run_costs
 from lvctx.cli.endpoint import open_endpoint, refuse_unused_options
+from lvctx.cli.needle_tables import Threshold, print_tables
 from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
 from lvctx.cli.output import emit, is_quiet, progress, say, wants_json
-from lvctx.config import Flag
-from lvctx.errors import EXIT_SAMPLES_FAILED, UsageError
+from lvctx.config import Flag, refuse_options
+from lvctx.errors import EXIT_SAMPLES_FAILED
 from lvctx.eval.niah.haystack_config import HaystackConfig
-from lvctx.eval.niah.niah_config import NiahConfig, TextNiahConfig, VideoNiahConfig
+from lvctx.eval.niah.niah_config import OF_NEEDLES, WHOLE_TEXT, NiahConfig, TextNiahConfig, VideoNiahConfig
 from lvctx.inference.endpoint_config import (
     ConcurrentEndpointConfig,
     EndpointConfig,
@@ -27,11 +27,9 @@ from lvctx.video.sampling import VideoSampling
 if TYPE_CHECKING:
     from lvctx.eval.niah.endpoint_job import EndpointNiahJob
     from lvctx.eval.niah.job import NiahJob
-    from lvctx.eval.niah.results import NeedleResults
 
 LOCAL_OPTIONS = ("kv_cache", "rope")
 """Options, beside those of the device, that decide how a model runs in this process."""
-Threshold = Annotated[float, Flag(min=0, max=1)]
 
 group(
     "niah",
@@ -65,6 +63,8 @@ def text(
 
     On a pipe there is one JSON line for each cell.
     """
+    if config.task in WHOLE_TEXT:
+        refuse_options(given(ctx), OF_NEEDLES, there=f"with --task {config.task}")
     if server.endpoint is not None:
         from lvctx.eval.niah.endpoint_job import plan_endpoint_text
 
@@ -250,101 +250,3 @@ def haystack(config: HaystackConfig, run: HaystackRunOptions) -> None:
             on_progress=on_progress,
         )
     emit(row)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """The runs to report, and the output."""
-
-    runs: Annotated[tuple[Path, ...], Flag(argument=True, metavar="RUN...")]
-    """Results directories, or LongVA's all_accuracies.json."""
-    out: Annotated[Path | None, Flag(names=("-o", "--out"))] = None
-    """.png or .svg: heatmaps side by side; .json: numbers; all_accuracies.json: LongVA's format."""
-    threshold: Threshold = 0.9
-    """Minimum accuracy of a length for the effective length."""
-    training_length: Annotated[int | None, Flag(min=1)] = None
-    """Training length in tokens of an all_accuracies.json's model, drawn as a line."""
-
-
-@command("niah report", "lvctx niah report niah", "lvctx niah report niah niah -o both.png --json")
-def report(config: ReportConfig, output: OutputOptions) -> None:
-    """Tabulate accuracy by length and draw runs side by side on one scale. Needs only the results, no model.
-
-    Without -o each run's summary and heatmap are rewritten.
-    """
-    from lvctx.artifacts.store import write_json
-    from lvctx.eval.niah.heatmap import draw_heatmaps, write_report
-    from lvctx.eval.niah.longva_format import LONGVA_FILE, read_longva, write_longva
-    from lvctx.eval.niah.results import read_needle_results
-
-    out, threshold = config.out, config.threshold
-    if out is not None and out.suffix not in (".png", ".svg", ".json"):
-        raise UsageError(f"-o {out}: the name has to end in .png, .svg or .json")
-    if out is not None and out.name == LONGVA_FILE and len(config.runs) > 1:
-        raise UsageError(f"-o {out}: LongVA's format holds a single run")
-    results = [
-        read_longva(run, trained_length=config.training_length) if run.suffix == ".json" else read_needle_results(run)
-        for run in config.runs
-    ]
-    if out is None:
-        for run, result in zip(config.runs, results, strict=True):
-            if run.suffix != ".json":
-                write_report(run, result, threshold=threshold)
-    elif out.name == LONGVA_FILE:
-        write_longva(out, results[0])
-    elif out.suffix == ".json":
-        write_json(out, [result.to_dict(threshold) for result in results])
-    else:
-        draw_heatmaps(results, out, threshold=threshold)
-    if not wants_json():
-        print_tables(results, threshold=threshold, stderr=False)
-    for run, result in zip(config.runs, results, strict=True):
-        if wants_json():
-            emit({**result.to_dict(threshold), **run_costs(run)})
-        else:
-            print_costs(result.name, run_costs(run))
-
-
-def print_tables(results: "Sequence[NeedleResults]", *, threshold: float, stderr: bool) -> None:
-    """A table for text and one for video: a row per length, a column per run, then mean and effective length."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from lvctx.eval.niah.results import wilson
-
-    for modality in ("text", "video"):
-        chosen = [result for result in results if result.modality == modality]
-        if not chosen:
-            continue
-        tokens = {n: t for result in chosen for n, t in zip(result.lengths, result.tokens, strict=True)}
-        guessing = f", {chosen[0].guessing}" if chosen[0].guessing else ""
-        table = Table(title=f"{modality}: accuracy{guessing}", title_justify="left")
-        for name in (
-            chosen[0].unit,
-            *(("tokens",) if modality == "video" else ()),
-            *(result.name for result in chosen),
-        ):
-            table.add_column(name, justify="right")
-        for n in sorted(tokens):
-            shares = [
-                _share(result.by_length(result.lengths.index(n)) if n in result.lengths else None) for result in chosen
-            ]
-            table.add_row(f"{n:,}", *((f"{tokens[n]:,}",) if modality == "video" else ()), *shares)
-        table.add_section()
-        lead = ("",) if modality == "video" else ()
-        intervals = [wilson(*result.total) for result in chosen]
-        table.add_row("mean", *lead, *(_share(result.mean) for result in chosen))
-        table.add_row("95 %", *lead, *("–" if i is None else f"{i[0]:.2f} to {i[1]:.2f}" for i in intervals))
-        table.add_row(f"effective at {threshold:g}", *lead, *(_effective(result, threshold) for result in chosen))
-        Console(stderr=stderr).print(table)
-
-
-def _effective(results: "NeedleResults", threshold: float) -> str:
-    i = results.effective(threshold)
-    if i is None:
-        return f"< {results.lengths[0]:,}"
-    return f"{'≥ ' if i == len(results.lengths) - 1 else ''}{results.lengths[i]:,}"
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"

@@ -3,11 +3,12 @@
 import os
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvctx.artifacts import schemas
-from lvctx.cli.options import RunOptions, command
+from lvctx.cli.options import RunOptions, card_command, command
 from lvctx.cli.output import artifact_row, emit, progress, say
 from lvctx.cli.tracking import TrackingOptions, tracker
 from lvctx.config import hashed_fields
@@ -69,7 +70,7 @@ def extend_lm(
             refuse(predicted)
         return
     with ExitStack() as stack:
-        control = _control(stack, "extend-lm", config.out, tracking, run)
+        control = _control(stack, "extend-lm", card_command("extend-lm", config), config.out, tracking, run)
         run_stages(configs, jobs, resolve_extend, parallel, control)
     emit(artifact_row(schemas.MODEL, config.out, facts))
 
@@ -87,6 +88,9 @@ def align(config: AlignConfig, parallel: ParallelConfig, tracking: TrackingOptio
     token in a turn's text (<|im_end|>), and <image> in a row without images, is encoded as text. An assistant turn
     before the first question is left out. A turn's only image or video moves to its front.
 
+    Packed chat (--data, of pack-chat for the model of --init) trains on long rows of several samples: positions count
+    through a row, and a token attends to all before it.
+
     Stage dpo reads rows of "image" or "video" (or "images", "videos", or neither), "prompt" (or "conversations"),
     "chosen" and "rejected", each text or messages.
     """
@@ -95,7 +99,7 @@ def align(config: AlignConfig, parallel: ParallelConfig, tracking: TrackingOptio
     if config.plot is not None and config.plot.suffix not in (".png", ".svg"):
         raise UsageError("--plot needs a .png or .svg file", where=config.plot)
     job = resolve_align(config)
-    facts = {"samples": len(job.rows), **hashed_fields(job.config)}
+    facts = job.facts
     if run.dry_run:
         from lvctx.training.align_statistics import align_statistics, draw_statistics
 
@@ -109,7 +113,7 @@ def align(config: AlignConfig, parallel: ParallelConfig, tracking: TrackingOptio
     from lvctx.training.run_training import run_training
 
     with ExitStack() as stack:
-        control = _control(stack, f"align {config.stage}", config.out, tracking, run)
+        control = _control(stack, f"align {config.stage}", card_command("align", config), config.out, tracking, run)
         run_training(align_task(job), parallel, control)
     emit(artifact_row(schemas.MODEL, config.out, facts))
 
@@ -145,7 +149,7 @@ def mrope_extend(config: MropeConfig, parallel: ParallelConfig, tracking: Tracki
     if config.data is not None and not (run.dry_run and config.data.is_file()):
         facts |= _train_mrope(config, job.context, parallel, tracking, run)
     elif not run.dry_run:
-        run_mrope(job, config.out, resume=run.resume, force=run.force)
+        run_mrope(job, config.out, resume=run.resume, force=run.force, command=_mrope_command(config))
     if run.dry_run:
         emit({"dry_run": True, "path": str(config.out), **facts, "rope_parameters": job.rope})
         return
@@ -162,7 +166,7 @@ def _train_mrope(
     config: MropeConfig, context: int, parallel: ParallelConfig, tracking: TrackingOptions, run: RunOptions
 ) -> dict[str, Any]:
     """Pack the samples if needed, and train in one run or in stages; returns facts for the output row."""
-    from lvctx.training.mrope_extend import MropeTrainingJob, pack_samples_file, resolve_mrope_training
+    from lvctx.training.mrope_extend import pack_samples_file, resolve_mrope_training
     from lvctx.training.progressive import resolve_stages, run_stages, stage_configs
 
     if config.data is not None and config.data.is_file():
@@ -171,17 +175,14 @@ def _train_mrope(
         with progress("mrope-extend, packing") as on_progress:
             config = replace(config, data=pack_samples_file(config, config.seq_len or context, on_progress))
 
-    def resolve(stage: MropeConfig) -> MropeTrainingJob:
-        # Every stage after the first starts from a model that is already extended.
-        return resolve_mrope_training(stage, force=run.force or stage.model != config.model)
-
+    resolve = partial(resolve_mrope_training, force=run.force)
     configs = stage_configs(config)
     jobs = resolve_stages(resolve, configs)
     stage_facts = [{**hashed_fields(job.config), "rows": len(job.rows)} for job in jobs]
     facts = {**jobs[-1].describe(), **stage_facts[-1], **({"stages": stage_facts} if config.stages else {})}
     if not run.dry_run:
         with ExitStack() as stack:
-            control = _control(stack, "mrope-extend", config.out, tracking, run)
+            control = _control(stack, "mrope-extend", _mrope_command(config), config.out, tracking, run)
             run_stages(configs, jobs, resolve, parallel, control)
     return facts
 
@@ -221,12 +222,19 @@ def _verify(out: Path) -> float | None:
     return verified.error
 
 
-def _control(stack: ExitStack, label: str, out: Path, tracking: TrackingOptions, run: RunOptions) -> RunControl:
-    """The output, resume policy and callbacks of a training, until `stack` closes."""
+def _mrope_command(config: MropeConfig) -> str:
+    """The command line for the model card, without options that do not change the model."""
+    return card_command("mrope-extend", replace(config, verify=False, plot=None, frames=None, size="1280x720"))
 
+
+def _control(
+    stack: ExitStack, label: str, command: str, out: Path, tracking: TrackingOptions, run: RunOptions
+) -> RunControl:
+    """The output, resume policy and callbacks of a training, until `stack` closes."""
     on_progress = stack.enter_context(progress(label))
     on_step = stack.enter_context(tracker(tracking, out))
-    return RunControl(out=out, resume=run.resume, force=run.force, on_progress=on_progress, on_step=on_step)
+    resume, force = run.resume, run.force
+    return RunControl(out=out, resume=resume, force=force, on_progress=on_progress, on_step=on_step, command=command)
 
 
 def _processes() -> int:

@@ -45,6 +45,8 @@ class MediaFile(NamedTuple):
 
     kind: MediaKind
     path: Path
+    packed: dict[str, Any] | None = None
+    """What `pack-chat` stored about it (`data.packed_chat`), for media of packed rows."""
 
 
 class Turn(NamedTuple):
@@ -129,7 +131,7 @@ def _parse_all(path: Path, folder: Path, parse: Callable[[Record], ParsedT]) -> 
 def _with_files(conversation: Conversation, folder: Path, *, videos: bool) -> Conversation:
     """The conversation with its files in `folder`. Raises InputError for a missing one, or a video if not `videos`."""
     conversation = replace(conversation, folder=folder)
-    for kind, path in conversation.files:
+    for kind, path, _ in conversation.files:
         if kind == "video" and not videos:
             fix = "give samples of text and images, or align with --stage full"
             raise InputError("a video", where=conversation.where, fix=fix)

@@ -61,6 +61,11 @@ class ChatRows:
     def __len__(self) -> int:
         return int(self.manifest["rows"])
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(self.row(number)) for number in range(len(self)))
+
     def _find(self, row: int) -> tuple[int, dict[str, np.ndarray], int]:
         if not 0 <= row < len(self):
             raise IndexError(row)

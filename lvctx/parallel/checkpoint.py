@@ -30,8 +30,8 @@ from lvctx.parallel.context import ParallelContext
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoint"
-FILE_BYTES = 1 << 30
-"""Approximate size of a file. Each is serialized in memory before it is written."""
+FILE_BYTES = 1 << 28
+"""Approximate size of a rank's file. Each is serialized in memory before it is written."""
 # DCP warns about a single process, also from its writing thread; a single process is supported here.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 KEEP = 2
@@ -93,7 +93,9 @@ class Checkpoints:
             partial = self._partial(step)
             partial.mkdir(parents=True, exist_ok=True)
             with self._disk_errors():
-                writer = HuggingFaceStorageWriter(str(partial), _file_numbers(state), save_distributed=True)
+                writer = HuggingFaceStorageWriter(
+                    str(partial), _file_numbers(state, FILE_BYTES * self.world.size), save_distributed=True
+                )
                 if wait:
                     written: Future[Any] = Future()
                     written.set_result(dcp.save(state, storage_writer=writer, **self._group))
@@ -159,12 +161,12 @@ class Checkpoints:
 _THREAD = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
 
-def _file_numbers(state: dict[str, Any]) -> dict[str, int]:
-    """DCP's name of each tensor -> number of its file, from 1."""
+def _file_numbers(state: dict[str, Any], file_bytes: int) -> dict[str, int]:
+    """DCP's name of each tensor -> number of its file, from 1; every rank writes its part to a file of its own."""
     numbers, size, todo = {}, 0, list(state.items())
     for name, value in todo:  # grows
         if isinstance(value, Tensor):
-            numbers[name] = 1 + size // FILE_BYTES
+            numbers[name] = 1 + size // file_bytes
             size += value.numel() * value.element_size()
         else:
             todo += [(f"{name}.{key}", inner) for key, inner in value.items()]

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from lvctx.errors import InputError, UsageError
 from lvctx.rope import frequencies as rope
-from lvctx.rope import ntk, pi, yarn
+from lvctx.rope import mrope_pp, ntk, pi, yarn
+from lvctx.rope.mrope_pp import MropeSpec
 from lvctx.rope.spec import RopeSpec
 
 log = logging.getLogger(__name__)
-Scheme = Literal["theta", "pi", "ntk", "yarn", "none"]
+Scheme = Literal["theta", "pi", "ntk", "yarn", "mrope++", "none"]
 
 LONGVA_THETA = 1e9
 """The base of `theta` if none is given (LongVA section 3.1)."""
@@ -20,7 +21,13 @@ LONGVA_THETA = 1e9
 KEPT = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
 """Keys that state which channels rotate, and by which axis: no scheme changes them."""
 
-SCHEMES = {"theta": (rope, "default"), "pi": (pi, "linear"), "ntk": (ntk, "default"), "yarn": (yarn, "yarn")}
+SCHEMES: dict[str, tuple[Any, str]] = {
+    "theta": (rope, "default"),
+    "pi": (pi, "linear"),
+    "ntk": (ntk, "default"),
+    "yarn": (yarn, "yarn"),
+    "mrope++": (mrope_pp, "yarn"),
+}
 """Name -> its module, and the `rope_type` of a model that already has it."""
 
 
@@ -74,8 +81,8 @@ def resolve_scaling(
     Without a factor, `context` or the rows decide it. `original` is the pretrained length, needed if the configuration
     does not have it: with `linear` positions it does not, since some models write the scaled length into
     max_position_embeddings and some the original one. `attention_factor` is for yarn only, and one from an earlier
-    scaling is not kept. Raises UsageError for contradicting flags, InputError for a model with positions of another
-    kind.
+    scaling is not kept; mrope++ has the ramp `index`. Raises UsageError for contradicting flags and for mrope++ without
+    its axes, InputError for a model with positions of another kind.
     """
     old, stored_context = _read(config)
     kind = old.get("rope_type", "default")
@@ -103,9 +110,9 @@ def resolve_scaling(
             )
         if kind != "default":
             log.warning("the model's %s positions (factor %s) lose their scaling", kind, old.get("factor"))
-        spec = RopeSpec(head_dim=rotating, theta=theta or LONGVA_THETA)
+        unscaled = RopeSpec(head_dim=rotating, theta=theta or LONGVA_THETA)
         return ScaledRope(
-            rope_parameters=module.to_hf(spec) | kept, factor=1.0, context=context or max(stored_context, seq_len)
+            rope_parameters=module.to_hf(unscaled) | kept, factor=1.0, context=context or max(stored_context, seq_len)
         )
     if kind not in ("default", scheme_rope_type):
         raise InputError(
@@ -115,18 +122,30 @@ def resolve_scaling(
     factor = factor or (context or seq_len) / original
     if factor < 1:
         raise UsageError(f"--rope {scheme} would scale by {factor:g}", fix="give --factor, at least 1, or --context")
-    spec = RopeSpec(
+    scaled = RopeSpec(
         head_dim=rotating,
         theta=theta or rope_number(old, "rope_theta", above=1.0),
         factor=factor,
         original=original,
         attention_factor=attention_factor,
     )
+    spec = _mrope_spec(scaled, kept) if scheme == "mrope++" else scaled
     return ScaledRope(
         rope_parameters=module.to_hf(spec) | kept,
         factor=factor,
         context=context or round(factor * original),
         original=original,
+    )
+
+
+def _mrope_spec(spec: RopeSpec, kept: Mapping[str, Any]) -> MropeSpec:
+    """The same for M-RoPE++. Raises UsageError for one axis, and for Qwen3-VL, whose axes alternate."""
+    if "mrope_section" not in kept or kept.get("mrope_interleaved"):
+        raise UsageError("--rope mrope++ is for Qwen2-VL and Qwen2.5-VL", fix="choose --rope pi, ntk or yarn")
+    time, height, width = kept["mrope_section"]
+    sections = (time, height, width)
+    return MropeSpec(
+        head_dim=spec.head_dim, theta=spec.theta, sections=sections, factor=spec.factor, original=spec.original
     )
 
 

@@ -13,6 +13,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from lvctx.artifacts.stored_tensors import into_memory
+from lvctx.data.hub import hub_datasets
+from lvctx.data.packed_chat import ChatRows
 from lvctx.errors import InputError, UsageError
 from lvctx.models.adapter import load_adapter, longest_sample
 from lvctx.models.image_processing import Preprocess
@@ -47,6 +49,11 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
     def __init__(self, job: AlignJob) -> None:
         self.job, self.config, self.provenance = job, job.config, job.provenance
         self.inputs = [path for path in (job.lm, job.tower, job.init) if path]
+        self.datasets = hub_datasets([job.config.data])
+        self.is_packed = isinstance(job.rows, ChatRows)
+        if isinstance(job.rows, ChatRows):
+            self.inputs.append(job.config.data)
+            self.datasets = job.rows.manifest.get("datasets", ())
         assert job.config.steps is not None
         self.train_config = TrainConfig(
             steps=job.config.steps,
@@ -76,8 +83,8 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
 
     def build(self, trainable: TrainableModel, context: ParallelContext, parallel: ParallelConfig) -> nn.Module:
         """The VLM with its loss."""
-        if context.cp > 1:
-            raise UsageError("--cp is not supported here, since processes do not share samples", fix="drop it")
+        if context.cp > 1 and self.config.stage == "dpo":
+            raise UsageError("--cp is not supported for --stage dpo: processes do not share an answer", fix="drop it")
         self.context, self.micro_tokens = context, parallel.forward_tokens
         self.positions = context_length(trainable.model.config)
         self.forward = Forward(
@@ -89,6 +96,8 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
             device=context.device,
             pose=self.config.pose,
             sampling=self.job.sampling,
+            ring=context.ring,
+            recompute=self.is_packed and parallel.checkpoint_activations != "none",
         )
         return self.forward
 
@@ -108,7 +117,8 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
             rngs = [np.random.default_rng([self.config.seed, step, sample.number]) for sample in samples]
             samples = [skip_positions(s, self.positions, rng) for s, rng in zip(samples, rngs, strict=True)]
         if all(label == IGNORED for sample in samples for s in sample.sequences for label in s.labels):
-            raise InputError("truncation removed all answers", where=samples[0].where, fix="raise --max-length")
+            fix = "run pack-chat again" if self.is_packed else "raise --max-length"
+            raise InputError("no token of an answer is left to train on", where=samples[0].where, fix=fix)
         return pack_samples(samples, self.micro_tokens)
 
     def loss(self, micro: Sequence[Sample]) -> tuple[Tensor, int]:

@@ -24,7 +24,7 @@ class AlignConfig:
 
     data: Annotated[Path, Flag(in_hash=False)]
     """LLaVA rows or OpenAI messages, for dpo preference pairs: JSON, JSONL, Parquet, a directory saved by datasets,
-    or a hub id. Images inside the rows are written to --images."""
+    or a hub id; or packed chat (pack-chat). Images inside the rows are written to --images."""
     images: Annotated[Path, Flag(in_hash=False)]
     """Directory that the paths of images and videos are relative to."""
     out: Annotated[Path, Flag(names=("-o", "--out"), in_hash=False)]
@@ -65,7 +65,7 @@ class AlignConfig:
     epochs: Annotated[float | None, Flag(in_hash=False, panel=TRAINING)] = None
     """Passes over the data, instead of --steps. Default: 1, for dpo 3."""
     batch: Annotated[int | None, Flag(min=1, panel=TRAINING)] = None
-    """Samples per step. Default (LongVA): 128 for projector, 32 for full, 128 for dpo."""
+    """Samples per step, or packed rows. Default (LongVA): 128 for projector, 32 for full, 128 for dpo; 1 packed row."""
     lr: Annotated[float | None, Flag(panel=TRAINING)] = None
     """Peak learning rate. Default (LongVA): 1e-3 for projector, 1e-5 for full, 5e-7 for dpo."""
     projector_lr: Annotated[float | None, Flag(min=0, panel=TRAINING)] = None
@@ -78,8 +78,8 @@ class AlignConfig:
     """Rank of LoRA on the language model's attention for full and dpo; 0 trains all of its parameters."""
     beta: Annotated[float | None, Flag(panel=TRAINING)] = None
     """DPO: strength of the penalty for deviating from the starting model. Default: 0.1."""
-    max_length: Annotated[int, Flag(min=2, panel=TRAINING)] = 32_768
-    """Maximum tokens of a sample; longer ones are truncated."""
+    max_length: Annotated[int | None, Flag(min=2, panel=TRAINING)] = None
+    """Maximum tokens of a sample; longer ones are truncated. Default: 32,768; packed rows stay whole."""
     pose: Annotated[bool, Flag(panel=TRAINING)] = False
     """PoSE: cut each sample in two and move the parts apart, so that short samples cover the whole context."""
     plot: Annotated[Path | None, Flag(needs=("dry_run",), in_hash=False)] = None

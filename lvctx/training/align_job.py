@@ -1,18 +1,20 @@
 """A checked alignment: options, models and data are checked before any weight is loaded."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import Provenance
+from lvctx.artifacts.sniff import sniff
 from lvctx.artifacts.store import fingerprint
 from lvctx.config import hashed_fields
 from lvctx.data.chat_encoding import encode_conversation, encode_plain
 from lvctx.data.conversations import Conversation, read_conversations, read_pairs
 from lvctx.data.hub import hub_commit
+from lvctx.data.packed_chat import ChatRows
 from lvctx.errors import InputError, UsageError
 from lvctx.models.loading import VLM_TYPE, load_config, load_tokenizer, refuse_quantized, resolve_model
 from lvctx.models.unires import MAX_GRIDS, image_max_grids
@@ -20,6 +22,7 @@ from lvctx.models.vlm_assembly import add_visual_tokens, image_grid, image_rule
 from lvctx.parallel.hf_attention import is_plain
 from lvctx.training.align_config import AlignConfig, Template
 from lvctx.training.batching import Sample, encode_sample
+from lvctx.training.packed_align import check_packed, media_files, packed_facts, packed_sample
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.haystack_files import list_images
 from lvctx.vlm.image_tiling import ImageEncoding
@@ -37,8 +40,8 @@ class AlignJob:
     """Resolved directory of the vision tower to start from."""
     init: Path | None
     """Resolved directory of the VLM to start from, instead of `lm` and `tower`."""
-    rows: Sequence[tuple[Conversation, ...]]
-    """Training samples: a conversation, or two with the preferred answer in the first."""
+    rows: Sequence[tuple[Conversation, ...]] | ChatRows
+    """Training samples: a conversation, or two with the preferred answer in the first; or packed rows of samples."""
     provenance: Provenance
     """What identifies the run."""
 
@@ -69,6 +72,9 @@ class AlignJob:
     def sample(self, number: int, tokenizer: Any, encoding: ImageEncoding) -> Sample:
         """A row of the data, encoded."""
         config = self.config
+        if isinstance(self.rows, ChatRows):
+            return packed_sample(number, self.rows, config.images)
+        assert config.max_length is not None
         return encode_sample(
             number,
             self.rows[number],
@@ -79,6 +85,12 @@ class AlignJob:
             markup=config.loss_on == "markup",
             sampling=self.sampling,
         )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What it is trained on, and its resolved configuration, for the output row."""
+        size = packed_facts(self.rows) if isinstance(self.rows, ChatRows) else {"samples": len(self.rows)}
+        return {**size, **hashed_fields(self.config)}
 
     @property
     def sampling(self) -> VideoSampling | None:
@@ -106,6 +118,8 @@ DEFAULTS = {
 """LongVA's."""
 BETA = 0.1
 """LLaVA-Hound-DPO's."""
+MAX_LENGTH = 32_768
+"""Maximum tokens of a sample."""
 VIDEO_FRAMES = 10
 """Frames of a video in LongVA-DPO's code."""
 
@@ -122,22 +136,25 @@ def resolve_align(config: AlignConfig) -> AlignJob:
     refuse_quantized(model_config, text_source)
     if config.pose and not is_plain(model_config.get_text_config()):
         raise InputError("its attention has a sliding window or latent keys", where=text_source, fix="drop --pose")
-    rows: Sequence[tuple[Conversation, ...]]
-    videos = config.stage != "projector"
-    if config.stage == "dpo":
-        rows = read_pairs(config.data, config.images)
+    rows: Sequence[tuple[Conversation, ...]] | ChatRows
+    if sniff(config.data).name == "chat":
+        rows = check_packed(config, paths.get("init"))
+        files = media_files(rows, config.images)
+        resolved = replace(config, batch=config.batch or 1, max_length=rows.longest)
     else:
-        rows = [(conversation,) for conversation in read_conversations(config.data, config.images, videos=videos)]
-    _check_template(rows, text_source, config.template, new="lm" in paths)
-    has_videos = any(file.kind == "video" for row in rows for file in row[0].files)
-    if not has_videos and (config.frames is not None or config.fps is not None):
-        raise UsageError("--frames and --fps are for videos, and the data have none", fix="drop them")
-    resolved = _resolve_defaults(config, len(rows), model_config if "init" in paths else None)
-    if has_videos and config.frames is None and config.fps is None:
-        resolved = replace(resolved, frames=VIDEO_FRAMES)
+        rows = _read_rows(config)
+        _check_template(rows, text_source, config.template, new="lm" in paths)
+        files = [file for row in rows for file in row[0].files]
+        resolved = replace(config, max_length=config.max_length or MAX_LENGTH)
+        has_videos = any(file.kind == "video" for file in files)
+        if not has_videos and (config.frames is not None or config.fps is not None):
+            raise UsageError("--frames and --fps are for videos, and the data have none", fix="drop them")
+        if has_videos and config.frames is None and config.fps is None:
+            resolved = replace(resolved, frames=VIDEO_FRAMES)
+    resolved = _resolve_defaults(resolved, len(rows), model_config if "init" in paths else None)
     inputs = {role: fingerprint(path) for role, path in paths.items()}
     inputs["data"] = fingerprint(config.data) if config.data.exists() else hub_commit(str(config.data))
-    inputs["images"] = _hash_images(rows, config.images)
+    inputs["images"] = _hash_images((file.path for file in files), config.images)
     inputs |= {f"adapter-{i}": fingerprint(adapter) for i, adapter in enumerate(config.adapter)}
     provenance = Provenance(
         schema=schemas.MODEL, command="align", config=hashed_fields(resolved), inputs=inputs, seed=config.seed
@@ -150,6 +167,13 @@ def resolve_align(config: AlignConfig) -> AlignJob:
         rows=rows,
         provenance=provenance,
     )
+
+
+def _read_rows(config: AlignConfig) -> Sequence[tuple[Conversation, ...]]:
+    if config.stage == "dpo":
+        return read_pairs(config.data, config.images)
+    videos = config.stage != "projector"
+    return [(conversation,) for conversation in read_conversations(config.data, config.images, videos=videos)]
 
 
 def _check_options(config: AlignConfig) -> None:
@@ -206,11 +230,10 @@ def _resolve_defaults(config: AlignConfig, samples: int, init: Any) -> AlignConf
     )
 
 
-def _hash_images(rows: Sequence[tuple[Conversation, ...]], images: Path) -> str:
+def _hash_images(media: Iterable[Path], images: Path) -> str:
     """SHA-256 of the names, below `images`, and sizes of all image and video files that the rows use."""
     digest = hashlib.sha256()
-    media = {file.path for row in rows for file in row[0].files}
-    for path in sorted(file for one in media for file in (list_images(one) if one.is_dir() else [one])):
+    for path in sorted(file for one in set(media) for file in (list_images(one) if one.is_dir() else [one])):
         name = path.relative_to(images) if path.is_relative_to(images) else path
         digest.update(f"{name}\0{path.stat().st_size}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()

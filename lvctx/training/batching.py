@@ -9,6 +9,7 @@ Shapes: T tokens of all sequences of a row, N visual tokens, E language-model wi
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,21 +17,27 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lvctx.data.chat_encoding import TokenSequence, encode_conversation, encode_plain
 from lvctx.data.conversations import Conversation, MediaFile
+from lvctx.errors import InputError
 from lvctx.models.image_processing import Preprocess, open_image
 from lvctx.models.loss import IGNORED, token_loss
 from lvctx.models.vlm_assembly import embed_frames, frame_features
 from lvctx.parallel import hf_attention
 from lvctx.parallel.fsdp import keep_in_graph
+from lvctx.parallel.ring_attention import ALONE, Ring
+from lvctx.parallel.zigzag import shard
 from lvctx.rope.pose import skipped
 from lvctx.training.align_config import Template
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.image_tiling import ImageEncoding, embed_image
-from lvctx.vlm.training_frames import video_frame_count, video_frames
+from lvctx.vlm.training_frames import packed_video, video_frame_count, video_frames
 
 log = logging.getLogger(__name__)
+FRAMES_TOGETHER = 64
+"""Frames of a video that go through tower and projector at once: before pooling they have four times their tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,38 +153,46 @@ class Forward(nn.Module):
         device: str,
         pose: bool = False,
         sampling: VideoSampling | None = None,
+        ring: Ring = ALONE,
+        recompute: bool = False,
     ) -> None:
         """`newline` is the token of "\\n"; `tower_grad` is whether the tower is trained; `pose`, whether samples have
-        positions from `skip_positions`, which requires a model with plain attention (InputError); `sampling` is that of
-        videos."""
+        positions from `skip_positions`; `sampling` is that of videos; `ring` has the ranks that share a micro-batch.
+        Such positions and more than one rank require a model with plain attention (InputError). With `recompute` tower
+        and projector compute their activations again in the backward pass."""
         super().__init__()
-        self.sampling = sampling
+        self.sampling, self.ring, self.recompute = sampling, ring, recompute
         self.vlm, self.encoding, self.preprocess = vlm, encoding, preprocess
         self.newline, self.tower_grad, self.device = newline, tower_grad, device
         lm = vlm.model.language_model
-        self.ours = pose or (torch.device(device).type == "cpu" and hf_attention.is_plain(lm.config))
-        """Sequences are separated by our attention, whose cost is the sum of theirs, on CPU and with jumping positions,
-        which transformers takes for the start of another sequence; otherwise by transformers' mask."""
+        self.ours = pose or ring.world > 1 or (torch.device(device).type == "cpu" and hf_attention.is_plain(lm.config))
+        """Sequences are separated by our attention, whose cost is the sum of theirs, on CPU, among several ranks and
+        with jumping positions, which transformers takes for the start of another sequence; otherwise by its mask."""
         if self.ours:
             hf_attention.use(lm, where=lm.config.name_or_path or lm.config.model_type)
 
     def forward(self, micro: Sequence[Sample], loss_fn: LossFn[ResultT]) -> ResultT:
-        """`loss_fn` of a micro-batch."""
+        """`loss_fn` of a micro-batch, or of this rank's part of it: every rank embeds all images."""
         vlm, sequences = self.vlm, [s for sample in micro for s in sample.sequences]
         lengths = [len(s.ids) for s in sequences]
         ids_T = torch.tensor([i for s in sequences for i in s.ids], device=self.device)
         labels_T = torch.tensor([i for s in sequences for i in s.labels], device=self.device)
         positions = [s.positions or range(len(s.ids)) for s in sequences]
         positions_T = torch.tensor(list(chain.from_iterable(positions)), device=self.device)
-        starts = hf_attention.document_starts(list(accumulate(lengths[:-1])))
+        starts = hf_attention.document_starts(list(accumulate(lengths[:-1]))) if len(lengths) > 1 else None
         is_visual_T = ids_T == vlm.config.video_token_id
         embeds_TE = vlm.get_input_embeddings()(ids_T.masked_fill(is_visual_T, 0))
         embeds_TE = self._embed_images(embeds_TE, is_visual_T, micro)
         # transformers' own attention derives the starts of sequences from the positions.
-        ours = {"shard": hf_attention.Shard(starts=starts)} if self.ours else {}
+        ours = {"shard": hf_attention.Shard(ring=self.ring, starts=starts)} if self.ours else {}
+        rank, world = self.ring.rank, self.ring.world
         hidden_BTE = vlm.model.language_model(
-            inputs_embeds=embeds_TE[None], position_ids=positions_T[None], use_cache=False, **ours
+            inputs_embeds=shard(embeds_TE[None], rank=rank, world=world, fill=0, dim=1),
+            position_ids=shard(positions_T[None], rank=rank, world=world, fill=0),
+            use_cache=False,
+            **ours,
         ).last_hidden_state
+        labels_T = shard(labels_T, rank=rank, world=world, fill=IGNORED)
         return loss_fn(hidden_BTE[0], vlm.lm_head.weight, labels_T, micro)
 
     def _embed_images(self, embeds_TE: Tensor, is_visual_T: Tensor, micro: Sequence[Sample]) -> Tensor:
@@ -201,22 +216,44 @@ class Forward(nn.Module):
         """The embeddings (N, E) of each of a sample's images and videos."""
         newline_E = self.vlm.get_input_embeddings().weight[self.newline]
         alone = len(sample.images) == 1
-        return [
-            self._embed_video(file.path, newline_E)
-            if file.kind == "video"
-            else embed_image(
-                *(self.vlm, open_image(file.path), newline_E, self.encoding, self.preprocess),
-                alone=alone,
-                tower_grad=self.tower_grad,
-            )
-            for file in sample.files
-        ]
+        image = partial(embed_image, self.vlm, encoding=self.encoding, alone=alone, tower_grad=self.tower_grad)
+        blocks = []
+        for file in sample.files:
+            if file.kind == "image":
+                block = self._run(image, open_image(file.path), newline_E, preprocess=self.preprocess)
+            else:
+                block = self._embed_video(file, newline_E)
+            if file.packed is not None and len(block) != file.packed["tokens"] + 1:
+                raise InputError("its size has changed since it was packed", where=file.path, fix="run pack-chat again")
+            blocks.append(block)
+        return blocks
 
-    def _embed_video(self, path: Path, newline_E: Tensor) -> Tensor:
+    def _run(self, function: Callable[..., Tensor], *inputs: Any, **options: Any) -> Tensor:
+        """The function's result; with `recompute` its activations are not kept for the backward pass."""
+        if self.recompute:
+            return checkpoint(function, *inputs, **options, use_reentrant=False)
+        return function(*inputs, **options)
+
+    def _embed_video(self, file: MediaFile, newline_E: Tensor) -> Tensor:
         """The block of a video's frames, cropped squares as in `encode-video`."""
-        assert self.sampling is not None
-        frames = [self.preprocess.square(frame, "crop") for frame in video_frames(path, self.sampling)]
-        pixels_F3SS = self.preprocess(frames).to(self.device, self.vlm.model.vision_tower.dtype)
+        grid_F2: Tensor | None = None
+        if file.packed is None:
+            assert self.sampling is not None
+            frames = video_frames(file.path, self.sampling)
+        else:
+            frames, _ = packed_video(file.path, file.packed)
+            grids = [block[3:] for block in file.packed["blocks"] for _ in range(block[1])]
+            grid_F2 = torch.tensor(grids) if any(grid != grids[0] for grid in grids) else None
+        visual = []
+        for first in range(0, len(frames), FRAMES_TOGETHER):
+            piece = slice(first, first + FRAMES_TOGETHER)
+            pixels_F3SS = self.preprocess([self.preprocess.square(frame, "crop") for frame in frames[piece]])
+            pixels_F3SS = pixels_F3SS.to(self.device, self.vlm.model.vision_tower.dtype)
+            visual.append(self._run(self._embed_pixels, pixels_F3SS, None if grid_F2 is None else grid_F2[piece]))
+        return torch.cat([*visual, newline_E[None]])
+
+    def _embed_pixels(self, pixels_F3SS: Tensor, grid_F2: Tensor | None) -> Tensor:
+        """The visual tokens of preprocessed frames."""
         with torch.set_grad_enabled(self.tower_grad and torch.is_grad_enabled()):
             features_FPD = frame_features(self.vlm, pixels_F3SS)
-        return torch.cat([embed_frames(self.vlm, features_FPD), newline_E[None]])
+        return embed_frames(self.vlm, features_FPD, grid_F2)

@@ -16,14 +16,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lvctx.artifacts.store import fingerprint
+from lvctx.data.packed import check_shards
 from lvctx.data.packed_chat import ChatRows
 from lvctx.errors import InputError
 from lvctx.models.image_processing import open_image
+from lvctx.models.loading import load_config
 from lvctx.rope.mrope_positions import Grids, SequencePart, Text, positions
-from lvctx.video.reader import read_video
-from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.qwen_frames import part, patches
 from lvctx.vlm.token_count import Block, Kind, QwenRule
+from lvctx.vlm.training_frames import packed_video
+
+
+def check_tokens(rows: ChatRows, model: Path) -> None:
+    """Raise InputError for rows of another tokenizer than the model's, or with ids that it has no embeddings of."""
+    tokenizer, packed_with = model / "tokenizer.json", str(rows.manifest["inputs"].get("model", "")).split()
+    if tokenizer.is_file() and fingerprint(tokenizer) not in packed_with:
+        raise InputError("packed with another tokenizer", where=rows.directory, fix=f"pack-chat with --model {model}")
+    vocabulary = load_config(model).get_text_config().vocab_size
+    check_shards(rows.directory, len(rows.manifest["shard_rows"]), vocabulary)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,17 +102,7 @@ class RowReader:
 
     def _read_media(self, item: dict[str, Any]) -> tuple[list[Image.Image], list[float]]:
         path = self.media / item["path"]
-        if item["kind"] == "image":
-            return [open_image(path)], [0.0]
-        rate: dict[str, Any] = {"fps": item["fps"]} if item["fps"] else {"frames": item.get("spread", item["frames"])}
-        reader = read_video(path, VideoSampling(**rate, allow_partial=item.get("partial", False)))
-        frames = list(reader)
-        if len(frames) != item["frames"]:
-            what = f"{len(frames)} frames instead of {item['frames']} when it was packed"
-            damaged = reader.facts["corrupt"]
-            fix = f"{damaged} are damaged: convert the video, then pack-chat" if damaged else "run pack-chat again"
-            raise InputError(what, where=path, fix=fix)
-        return [Image.fromarray(frame.image) for frame in frames], [frame.pts for frame in frames]
+        return ([open_image(path)], [0.0]) if item["kind"] == "image" else packed_video(path, item)
 
 
 def _shared_out(frames: list[Image.Image], blocks: list[Block]) -> Iterator[list[Image.Image]]:

@@ -40,8 +40,10 @@ from lvctx.parallel.context import ParallelContext
 from lvctx.rope.pose import skipped
 from lvctx.rope.scaling import check_rope, resolve_scaling
 from lvctx.training.extend_config import ExtendConfig
-from lvctx.training.memory_model import PLANNED_TYPES, flops, read_shape, rows_together
+from lvctx.training.memory_model import PLANNED_TYPES, Recomputation, flops, read_shape, rows_together
+from lvctx.training.mrope_checkpoint import find_mrope, record_title, scaling_record
 from lvctx.training.parallel_config import ParallelConfig
+from lvctx.training.plan import predict_extend
 from lvctx.training.row_order import indices
 from lvctx.training.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
 from lvctx.training.text_rows import RowLoss, shard_row
@@ -65,6 +67,8 @@ class ExtendJob:
     """Context length in the model's config.json."""
     provenance: Provenance
     """What identifies the run."""
+    mrope: Mapping[str, Any] | None = None
+    """Scaling and unscaled base of a Qwen-VL, for its manifest; None for other models, and for an unscaled one."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Further facts for the manifest: the search for the base."""
 
@@ -95,14 +99,18 @@ def resolve_extend(config: ExtendConfig) -> ExtendJob:
     model_config = load_config(path)
     refuse_quantized(model_config, path)
     text = model_config.get_text_config()
-    if "mrope_section" in (text.rope_parameters or {}):
-        raise InputError("positions have three axes (M-RoPE)", where=path, fix="use lvctx mrope-extend")
+    checkpoint = find_mrope(model_config, path)
     rows = _open_rows(config, path) if config.steps else None
     if rows:
         check_shards(rows.directory, len(rows.manifest["shard_rows"]), text.vocab_size)
     length = rows.seq_len if rows else 0
     if config.rope == "none":
         check_rope(text, path)
+    original = config.original_length
+    if config.rope not in ("theta", "none"):
+        original = _pretrained_length(path, text, original)
+        if checkpoint and original is None:
+            checkpoint.require_length()
     positions = resolve_scaling(
         text,
         scheme=config.rope,
@@ -111,7 +119,7 @@ def resolve_extend(config: ExtendConfig) -> ExtendJob:
         context=config.context,
         seq_len=length,
         attention_factor=config.attention_factor,
-        original=_pretrained_length(path, text, config.original_length),
+        original=original,
     )
     if positions.context < length:
         raise UsageError(
@@ -144,6 +152,9 @@ def resolve_extend(config: ExtendConfig) -> ExtendJob:
         rope_parameters=positions.rope_parameters,
         original_context=context_length(text),
         provenance=provenance,
+        mrope=scaling_record(checkpoint, positions, scheme=config.rope, theta=config.rope_theta)
+        if checkpoint
+        else None,
     )
 
 
@@ -152,13 +163,19 @@ def _pretrained_length(model: Path, config: Any, original_length: int | None) ->
 
     After a scaling by a larger base (ntk) the next one starts from its context. Raises UsageError if the two differ.
     """
-    recorded = read_manifest(model).get("original_length") if (model / MANIFEST).is_file() else None
-    if not isinstance(recorded, int):
+    recorded = _recorded_length(model)
+    if recorded is None:
         return original_length
     if original_length not in (None, recorded):
         raise UsageError(f"--original-length {original_length}, but {model / MANIFEST} has {recorded}", fix="drop it")
     linear = (config.rope_parameters or {}).get("rope_type") == "linear"
     return recorded if linear else None
+
+
+def _recorded_length(model: Path) -> int | None:
+    """The pretrained length in the manifest of a model that one of our runs scaled."""
+    recorded = read_manifest(model).get("original_length") if (model / MANIFEST).is_file() else None
+    return recorded if isinstance(recorded, int) else None
 
 
 def _open_rows(config: ExtendConfig, model: Path) -> PackedRows:
@@ -193,6 +210,7 @@ class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
     def __init__(self, job: ExtendJob) -> None:
         self.job, self.provenance = job, job.provenance
         self.inputs = [job.model, *([job.data.directory] if job.data else [])]
+        self.datasets = job.data.manifest.get("datasets", ()) if job.data else ()
         steps = job.config.steps if job.data else 0
         self.train_config = TrainConfig(steps=steps, schedule="constant", warmup=0.0, weight_decay=0.1)
         self.flops = _flops(job)
@@ -233,6 +251,12 @@ class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
         self.rows_per_forward = 1 if config.doc_mask else rows_together(row_length, parallel.forward_tokens, share)
         self.context, self.row_loss = context, RowLoss(trainable.model)
         return self.row_loss
+
+    def recomputation(self, context: ParallelContext, parallel: ParallelConfig) -> Recomputation:
+        """The least for which the memory of the smallest device is predicted to suffice."""
+        predicted = predict_extend(self.job, parallel, world=context.size)
+        found = Recomputation(**predicted["recomputation"]) if predicted else Recomputation()
+        return min(context.gather(found), key=lambda r: (r.kept_layers, not r.mlp_tiles))
 
     @property
     def rows(self) -> PackedRows:
@@ -280,14 +304,17 @@ class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
         dtype = load_config(job.model).dtype or torch.bfloat16
         save_model(model, load_tokenizer(job.model), out, dtype=dtype, gather=gather)
         copy_processors(job.model, out)
-        write_side_files(out)
-        facts = {
+        title = record_title(job.mrope, context_length(model.config), is_trained=job.data is not None)
+        write_side_files(out, title)
+        facts: dict[str, Any] = {
             "original_context": job.original_context,
             "context": job.config.context,
             "trained_length": max(trained_length(job.model), self.longest_sample(metrics)),
+            **({} if job.mrope is None else {"rope_scaling": job.mrope}),
         }
-        if job.config.original_length is not None:
-            facts["original_length"] = job.config.original_length
+        kept = _recorded_length(job.model) if job.config.rope == "none" else None
+        if (original := job.config.original_length or kept) is not None:
+            facts["original_length"] = original
         if aligned := longest_sample(job.model):
             facts["longest_sample"] = aligned
         return model_files(out), {**facts, **job.facts}

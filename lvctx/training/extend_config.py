@@ -30,18 +30,19 @@ class ExtendConfig:
     """Language model, or a VLM with one: directory or hub id."""
     out: Annotated[Path, Flag(names=("-o", "--out"), in_hash=False)]
     """Directory of the extended model."""
-    rope: Literal["theta", "pi", "ntk", "yarn", "none"] = "theta"
-    """RoPE scaling: a new base (theta), scaled positions (pi, ntk, yarn), or those of the model (none)."""
+    rope: Literal["theta", "pi", "ntk", "yarn", "mrope++", "none"] = "theta"
+    """RoPE scaling: a new base (theta), scaled positions (pi, ntk, yarn; mrope++ for Qwen2-VL and Qwen2.5-VL), or those
+    of the model (none)."""
     rope_theta: Annotated[float | None, Flag(min=1.0)] = None
     """RoPE base. Default: 1e9 (LongVA) with --rope theta, else the model's."""
     factor: Annotated[float | None, Flag(min=1.0)] = None
-    """Scaling factor relative to the pretrained length (pi, ntk, yarn). Default: enough for --context."""
+    """Scaling factor relative to the pretrained length (pi, ntk, yarn, mrope++). Default: enough for --context."""
     attention_factor: Annotated[float | None, Flag(min=0.1)] = None
     """YaRN attention factor (multiplies cos and sin). Default: 0.1 ln(factor) + 1."""
     context: Annotated[int | None, Flag(min=2)] = None
     """Context length in tokens that config.json gets. Default: the longer of the model's and the rows'."""
     original_length: Annotated[int | None, Flag(min=2)] = None
-    """Pretrained length in tokens (pi, ntk, yarn). Default: from config.json."""
+    """Pretrained length in tokens (pi, ntk, yarn, mrope++). Default: from config.json."""
     data: Annotated[Path | None, Flag(in_hash=False, panel=TRAINING)] = None
     """Packed rows to train on (pack-text)."""
     seq_len: Annotated[int | None, Flag(min=2, panel=TRAINING)] = None

@@ -16,6 +16,7 @@ determine it).
     inside a layer, for its backward: norms and residual 18 E (22 E for w = 4), q k v and attention's output
     2 c (H + K) D + 4 H, the gated MLP 4 c I
     during the backward of a layer: 3 c I + 2 w E
+    with tiled MLPs: 7 c I only for the tokens of a tile, and 2 c E for the tiles' outputs and input gradients
 Loss: hidden states and their gradient, 2 w E per token; logits of one chunk of 1,024 tokens, V times 6 bytes (bfloat16
 and float32; 4 with c = 4); and the head's gradient, which is computed with the loss. Full logits, as in a plain
 forward, are 12 V per token of a row (bfloat16, float32, and the gradients of both).
@@ -34,6 +35,9 @@ from lvctx.errors import InputError
 LOGITS_CHUNK = 1024
 """Number of tokens whose logits exist at a time."""
 
+MLP_TILE = 4096
+"""Number of tokens whose MLP is computed at a time where MLPs are tiled."""
+
 GIB = 1 << 30
 PLANNED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types with layers as above."""
@@ -49,13 +53,15 @@ class Device:
     """Dense bfloat16 operations per second, the vendor's figure; 0 if there is none."""
     runtime: int
     """Bytes used by the process itself: context, libraries, collectives."""
+    usable: float = 0.9
+    """Fraction of the memory that may be filled with activations in order not to recompute them."""
 
 
 DEVICES = {
     "a100": Device(memory=80 * GIB, flops=312e12, runtime=3 * GIB // 2),
     "h100": Device(memory=80 * GIB, flops=989e12, runtime=3 * GIB // 2),
     "h200": Device(memory=140 * GIB, flops=989e12, runtime=3 * GIB // 2),
-    "cpu": Device(memory=16 * GIB, flops=0.0, runtime=GIB // 2),
+    "cpu": Device(memory=16 * GIB, flops=0.0, runtime=GIB // 2, usable=0.5),
 }
 
 
@@ -145,6 +151,16 @@ def read_shape(config: Mapping[str, Any], *, where: object) -> DecoderShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recomputation:
+    """What the backward pass recomputes."""
+
+    kept_layers: int = 0
+    """Layers, the last ones, whose activations are kept; the other layers are recomputed."""
+    mlp_tiles: bool = False
+    """The MLP is computed for MLP_TILE tokens at a time, and each tile is recomputed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Spread:
     """The layout of a run."""
 
@@ -154,8 +170,8 @@ class Spread:
     """Devices that share a row."""
     rows: int = 1
     """Rows that one device processes consecutively in a step."""
-    checkpointing: bool = True
-    """Layers are recomputed in the backward pass."""
+    recomputation: Recomputation = Recomputation()
+    """What the backward pass recomputes."""
     offload: bool = False
     """Parameters, gradients and optimizer state are kept on the host."""
     offload_activations: bool = False
@@ -200,18 +216,8 @@ def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -
         last = 0 if spread.lora else c * shape.root + (c + 4) * shape.root
     w = 4 if c == 4 or (alone and not spread.lora) else 2
     tokens = -(-seq_len // spread.cp)
-    inputs = shape.layers * w * shape.hidden * tokens
-    heads = shape.heads + shape.key_heads
-    inside = (22 if w == 4 else 18) * shape.hidden + 2 * c * heads * shape.head_dim + 4 * shape.heads
-    inside += 4 * c * shape.inner
-    back = (3 * c * shape.inner + 2 * w * shape.hidden) * tokens
-    inside *= tokens
-    if spread.checkpointing:
-        stored, layer = inputs, inside + back
-        if spread.offload_activations:
-            host, stored = host + inputs, 2 * w * shape.hidden * tokens
-    else:
-        stored, layer = shape.layers * inside, back
+    stored, layer, moved = _activations(shape, spread, tokens, w)
+    host += moved
     if spread.full_logits:
         logits = 12 * shape.vocab * tokens
     else:
@@ -236,6 +242,37 @@ def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -
         state_bytes["gradients"] + last + copied,
     )
     return parts, peak, host
+
+
+def _activations(shape: DecoderShape, spread: Spread, tokens: int, w: int) -> tuple[int, int, int]:
+    """Bytes of the activations that wait for the backward pass, of one layer's backward, and of inputs on the host."""
+    c, kept, tiled = spread.compute_bytes, spread.recomputation.kept_layers, spread.recomputation.mlp_tiles
+    inputs, host = (shape.layers - kept) * w * shape.hidden * tokens, 0
+    mlp_tokens = min(tokens, MLP_TILE) if tiled else tokens
+    inside = (22 if w == 4 else 18) * shape.hidden + 4 * shape.heads
+    inside += 2 * c * (shape.heads + shape.key_heads) * shape.head_dim + 2 * c * shape.hidden * tiled
+    inside = inside * tokens + (0 if tiled else 4 * c * shape.inner * tokens)
+    back = 2 * w * shape.hidden * tokens + (7 if tiled else 3) * c * shape.inner * mlp_tokens
+    if spread.offload_activations and inputs:
+        host, inputs = inputs, 2 * w * shape.hidden * tokens
+    stored = inputs + kept * inside
+    # When the backward pass reaches the first layer to recompute, the kept layers' activations are free again.
+    layer = max(back if kept else 0, inside + back - kept * inside if kept < shape.layers else 0)
+    return stored, layer, host
+
+
+def least_recomputation(shape: DecoderShape, spread: Spread, seq_len: int, device: Device) -> Recomputation:
+    """As many layers kept as fit into the usable memory; if none fits, every layer recomputed, with tiled MLPs.
+
+    With `offload_activations` no layer is kept: the inputs of all are on the host.
+    """
+    most = 0 if spread.offload_activations else shape.layers
+    for kept in range(most, -1, -1):
+        found = Recomputation(kept_layers=kept)
+        peak = memory(shape, replace(spread, recomputation=found), seq_len, runtime=device.runtime)[1]
+        if peak <= device.usable * device.memory:
+            return found
+    return Recomputation(mlp_tiles=True)
 
 
 def flops(shape: DecoderShape, seq_len: int, tokens: int, *, lora: bool = False) -> float:
@@ -267,8 +304,9 @@ def longest(shape: DecoderShape, spread: Spread, device: Device) -> int:
 def remedies(shape: DecoderShape, spread: Spread, seq_len: int, device: Device) -> list[tuple[str, int]]:
     """Flags that each lower the peak, with the resulting peak; the smallest change first."""
     tried = []
-    if not spread.checkpointing:
-        tried.append(("--checkpoint-activations", replace(spread, checkpointing=True)))
+    if not spread.recomputation.mlp_tiles:
+        tiled = Recomputation(mlp_tiles=True)
+        tried.append(("--checkpoint-activations tiles", replace(spread, recomputation=tiled)))
     tried += [
         (f"--cp {cp}", replace(spread, cp=cp))
         for cp in range(spread.cp + 1, spread.world + 1)
@@ -276,7 +314,7 @@ def remedies(shape: DecoderShape, spread: Spread, seq_len: int, device: Device) 
     ]
     if not spread.offload:
         tried.append(("--offload", replace(spread, offload=True)))
-    if spread.checkpointing and not spread.offload_activations:
+    if spread.recomputation.kept_layers < shape.layers and not spread.offload_activations:
         tried.append(("--offload-activations", replace(spread, offload_activations=True)))
     if not spread.lora:
         tried.append(("--lora 16", replace(spread, lora=16)))

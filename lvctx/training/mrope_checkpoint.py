@@ -7,7 +7,7 @@ get side files (`models/side_files.py`).
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from lvctx.artifacts.model_config import language_part, read_model_config
 from lvctx.artifacts.store import fingerprint, link_file, write_json
 from lvctx.errors import InputError, UsageError
 from lvctx.models.card import CARD
+from lvctx.models.card_metadata import write_card
 from lvctx.models.loading import load_config, resolve_model
 from lvctx.models.side_files import SGLANG, SIDE_FILES, with_rope, write_side_files
 from lvctx.rope.mrope import Mrope, RopeScaling, to_hf
-from lvctx.rope.scaling import rope_number
+from lvctx.rope.scaling import ScaledRope, Scheme, rope_number
 from lvctx.training.mrope_config import MropeConfig
 
 COMMAND = "mrope-extend"
@@ -45,6 +46,8 @@ class Checkpoint:
     """One of `MODEL_TYPES`."""
     mrope: Mrope
     """The pretrained positions, also if the checkpoint is already scaled."""
+    base: float
+    """The base of config.json: a larger one if it is scaled by ntk."""
     scaling: RopeScaling | None
     """The scaling of a checkpoint written by this project; None otherwise."""
     scaling_text: str
@@ -53,6 +56,16 @@ class Checkpoint:
     """Pretrained length in tokens, if the configuration determines it."""
     context: int
     """`max_position_embeddings` of config.json."""
+
+    def require_length(self) -> int:
+        """The pretrained length. Raises InputError if the configuration does not determine it."""
+        if self.length is None:
+            raise InputError(
+                f"config.json does not state the pretrained length (it allows {self.context} positions)",
+                where=self.path,
+                fix=f"give --original-length ({RELEASED} for the released Qwen2.5-VL)",
+            )
+        return self.length
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -80,7 +93,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             fix="correct it; Qwen2-VL has [16, 24, 24]",
         )
     ours = _made_by_us(path)
-    theta = ours["theta"] if ours else rope_number(rope, "rope_theta", above=1.0)
+    base = rope_number(rope, "rope_theta", above=1.0)
+    theta = ours["theta"] if ours else base
     mrope = Mrope(head_dim=head_dim, theta=theta, sections=sections, interleaved=interleaved)
     kind, length, words = rope.get("rope_type", "default"), _stated_length(path, config.model_type), ""
     if ours:
@@ -94,6 +108,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         path=path,
         model_type=config.model_type,
         mrope=mrope,
+        base=base,
         scaling=scaling,
         scaling_text=words,
         length=length,
@@ -101,10 +116,45 @@ def read_checkpoint(path: Path) -> Checkpoint:
     )
 
 
+def find_mrope(config: Any, path: Path) -> Checkpoint | None:
+    """The positions of a Qwen-VL; None for a model with one-dimensional RoPE. Raises InputError for other M-RoPE."""
+    if config.model_type in MODEL_TYPES:
+        return read_checkpoint(path)
+    if "mrope_section" in (config.get_text_config().rope_parameters or {}):
+        fix = f"give one of {', '.join(MODEL_TYPES)}"
+        raise InputError(f"the positions of {config.model_type} have three axes (M-RoPE)", where=path, fix=fix)
+    return None
+
+
+def scaling_record(
+    checkpoint: Checkpoint, new: ScaledRope, *, scheme: Scheme, theta: float | None
+) -> dict[str, Any] | None:
+    """The new scaling and the base before it, as a manifest stores them for later runs; None without scaling.
+
+    `theta` replaces the base of config.json.
+    """
+    if scheme == "none" and checkpoint.scaling is not None:
+        return {**asdict(checkpoint.scaling), "theta": checkpoint.mrope.theta}
+    if scheme == "none" or scheme == "theta":
+        return None
+    assert new.original is not None
+    scaling = RopeScaling(method=scheme, ramp="index", factor=new.factor, original=new.original)
+    return {**asdict(scaling), "theta": theta or checkpoint.base}
+
+
+def record_title(record: Mapping[str, Any] | None, context: int, *, is_trained: bool) -> str | None:
+    """The sentence of the model card about a `scaling_record`; None where another context was chosen, or no scaling."""
+    scaling = RopeScaling(**{key: value for key, value in record.items() if key != "theta"}) if record else None
+    if scaling is None or round(scaling.factor * scaling.original) != context:
+        return None
+    return describe_scaling(scaling, context, is_trained=is_trained)
+
+
 def _made_by_us(path: Path) -> dict[str, Any] | None:
-    """The configuration of our run that wrote this checkpoint; None for other checkpoints."""
+    """The scaling and the unscaled base, as our run that wrote this checkpoint stored them; None for others."""
     manifest = read_manifest(path) if (path / MANIFEST).is_file() else {}
-    return manifest["config"] if manifest.get("command") == COMMAND else None
+    scaled: dict[str, Any] | None = manifest.get("rope_scaling")  # of `extend-lm`
+    return manifest["config"] if manifest.get("command") == COMMAND else scaled
 
 
 def _stated_length(path: Path, model_type: str) -> int | None:
@@ -150,7 +200,9 @@ def resolve_mrope(config: MropeConfig, *, force: bool = False) -> MropeJob:
     if not (scale >= 1 and math.isfinite(scale)):
         raise UsageError(f"--scale {scale:g} is less than 1", fix="give new length over pretrained length, e.g. 4")
     checkpoint = read_checkpoint(resolve_model(config.model))
-    if checkpoint.scaling_text and not force:
+    # A training may continue one of ours at another scale, whose pretrained length and base its manifest has.
+    continues = config.data is not None and checkpoint.scaling is not None
+    if checkpoint.scaling_text and not force and not continues:
         raise InputError(
             f"is already scaled {checkpoint.scaling_text}",
             where=checkpoint.path,
@@ -161,13 +213,7 @@ def resolve_mrope(config: MropeConfig, *, force: bool = False) -> MropeJob:
         if method == "mrope++":
             raise UsageError(f"no M-RoPE++ for {checkpoint.model_type}: {INTERLEAVED}", fix="--method yarn")
         note = "" if method else f"yarn, because in {checkpoint.model_type} {INTERLEAVED}"
-    length = config.original_length or checkpoint.length
-    if length is None:
-        raise InputError(
-            f"config.json does not state the pretrained length (it allows {checkpoint.context} positions)",
-            where=checkpoint.path,
-            fix=f"give --original-length ({RELEASED} for the released Qwen2.5-VL)",
-        )
+    length = config.original_length or checkpoint.require_length()
     scaling = RopeScaling(
         method=method or ("yarn" if note else "mrope++"), ramp=ramp, factor=float(scale), original=length
     )
@@ -187,14 +233,18 @@ def resolve_mrope(config: MropeConfig, *, force: bool = False) -> MropeJob:
     )
 
 
-def run_mrope(job: MropeJob, out: Path, *, resume: str, force: bool) -> None:
-    """Write the extended checkpoint; a finished one is not changed. Raises InputError if writing fails."""
+def run_mrope(job: MropeJob, out: Path, *, resume: str, force: bool, command: str = "") -> None:
+    """Write the extended checkpoint; a finished one is not changed. Raises InputError if writing fails.
+
+    `command` is the command line, without local paths, for the model card.
+    """
     if out.resolve() == job.checkpoint.path.resolve():
         raise UsageError("-o is the model's own directory", fix="choose another directory")
     with open_output(out, job.provenance, resume=resume, force=force) as unfinished:
         if unfinished:
             clear(out)
             files, facts = write_checkpoint(job, out)
+            write_card(out, job.provenance, facts, sources=[job.checkpoint.path], command=command)
             write_manifest(out, job.provenance, files, **facts)
 
 
@@ -216,15 +266,23 @@ def write_checkpoint(
         linked = sorted([*linked, *weights()])
     write_json(out / "config.json", with_rope(read_model_config(source), job.rope, job.context))
     (out / CARD).unlink(missing_ok=True)
-    if (source / CARD).is_file():
-        shutil.copyfile(source / CARD, out / CARD)
-    scaling, original = job.scaling, job.scaling.original
-    method = f"{scaling.method} ({scaling.ramp})" if scaling.method == "mrope++" else scaling.method
-    trained = "trained at these positions" if "training" in job.provenance.config else "unchanged"
-    title = f"{method}, {scaling.factor:g} x {original:,} = {job.context:,} tokens; weights {trained}."
+    original, is_trained = job.scaling.original, "training" in job.provenance.config
+    title = describe_scaling(job.scaling, job.context, is_trained=is_trained)
     written = ["config.json", CARD, *write_side_files(out, title)]
-    facts = {"context": job.context, "original_length": original, "trained_length": max(original, trained_length)}
+    before = read_manifest(source).get("trained_length", 0) if (source / MANIFEST).is_file() else 0
+    facts = {
+        "context": job.context,
+        "original_length": original,
+        "trained_length": max(original, trained_length, before),
+    }
     return [*linked, *written], facts
+
+
+def describe_scaling(scaling: RopeScaling, context: int, *, is_trained: bool) -> str:
+    """The scaling as a sentence for the model card."""
+    method = f"{scaling.method} ({scaling.ramp})" if scaling.method == "mrope++" else scaling.method
+    trained = "trained at these positions" if is_trained else "unchanged"
+    return f"{method}, {scaling.factor:g} x {scaling.original:,} = {context:,} tokens; weights {trained}."
 
 
 def clear(out: Path) -> None:

@@ -8,6 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from lvctx.config import Flag, OnProgress
 from lvctx.device import Dtype
 
+Checkpointing = Literal["auto", "none", "layers", "tiles"]
+"""What the backward pass recomputes; see `ParallelConfig`."""
+
 OnStep = Callable[[Path, dict[str, Any]], None]
 """Called with the output directory and the row of metrics.jsonl that a step has just written."""
 
@@ -26,8 +29,10 @@ class ParallelConfig:
     """Processes that share a row (context parallelism); start them with torchrun."""
     offload: bool = False
     """Keep parameters and optimizer state in host memory."""
-    checkpoint_activations: bool = True
-    """Recompute each layer in the backward pass instead of keeping its activations: less memory, a third more time."""
+    checkpoint_activations: Checkpointing = "auto"
+    """Activations that the backward pass recomputes: none; those of all layers (less memory, a third more time); or
+    tiles: the same, with a layer's MLP computed for 4,096 tokens at a time. auto: in extend-lm the least for which the
+    memory is predicted to suffice (see lvctx plan), elsewhere layers."""
     offload_activations: bool = False
     """Keep the inputs of the layers in host memory between forward and backward pass."""
     micro_tokens: Annotated[int | None, Flag(min=1)] = None
@@ -53,3 +58,5 @@ class RunControl:
     """Called after every step, and during longer preparations."""
     on_step: OnStep = lambda out, row: None
     """Called after every step, on rank 0."""
+    command: str = ""
+    """The command line, without local paths, for the model card."""

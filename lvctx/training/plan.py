@@ -11,10 +11,13 @@ from lvctx.training.memory_model import (
     DEVICES,
     GIB,
     PLANNED_TYPES,
+    DecoderShape,
     Device,
+    Recomputation,
     Spread,
     flops,
     known_device,
+    least_recomputation,
     longest,
     memory,
     read_shape,
@@ -25,7 +28,7 @@ from lvctx.training.plan_config import DeviceKind, PlanConfig
 
 if TYPE_CHECKING:
     from lvctx.training.extend import ExtendJob
-    from lvctx.training.parallel_config import ParallelConfig
+    from lvctx.training.parallel_config import Checkpointing, ParallelConfig
 
 
 def predict(config: PlanConfig) -> dict[str, Any]:
@@ -40,7 +43,6 @@ def predict(config: PlanConfig) -> dict[str, Any]:
         world=config.world,
         cp=config.cp,
         rows=-(-rows * config.cp // config.world),
-        checkpointing=config.checkpoint_activations,
         offload=config.offload,
         offload_activations=config.offload_activations,
         lora=config.lora,
@@ -50,6 +52,7 @@ def predict(config: PlanConfig) -> dict[str, Any]:
     preset = DEVICES[config.device]
     device = replace(preset, memory=config.device_memory or preset.memory)
     together = rows_together(config.seq_len, config.micro_tokens, spread.rows)
+    spread, farthest = _recomputation(config.checkpoint_activations, shape, spread, together * config.seq_len, device)
     parts, peak, host = memory(shape, spread, together * config.seq_len, runtime=device.runtime)
     tokens = rows * config.seq_len
     work = flops(shape, config.seq_len, tokens, lora=bool(spread.lora))
@@ -66,14 +69,27 @@ def predict(config: PlanConfig) -> dict[str, Any]:
         "peak_bytes": peak,
         "host_bytes": host * spread.world,
         "fits": peak <= device.memory,
-        "longest": longest(shape, spread, device),
-        "longest_with_full_logits": longest(shape, replace(spread, full_logits=True), device),
+        "longest": longest(shape, farthest, device),
+        "longest_with_full_logits": longest(shape, replace(farthest, full_logits=True), device),
         "flops_a_step": work,
         "mfu": config.mfu,
         "seconds_a_step": round(work / speed, 2) if speed else None,
         "hours": round(config.steps * work / speed / 3600, 2) if speed else None,
         "helps": _helps(shape, spread, together * config.seq_len, device) if peak > device.memory else [],
     }
+
+
+def _recomputation(
+    choice: "Checkpointing", shape: DecoderShape, spread: Spread, seq_len: int, device: Device
+) -> tuple[Spread, Spread]:
+    """The spread with what the backward pass recomputes at this length, and at the longest that fits."""
+    tiles = replace(spread, recomputation=Recomputation(mlp_tiles=True))
+    if choice == "auto":
+        return replace(spread, recomputation=least_recomputation(shape, spread, seq_len, device)), tiles
+    if choice == "tiles":
+        return tiles, tiles
+    found = replace(spread, recomputation=Recomputation(kept_layers=shape.layers if choice == "none" else 0))
+    return found, found
 
 
 def predict_extend(job: "ExtendJob", parallel: "ParallelConfig", *, world: int) -> dict[str, Any] | None:
@@ -85,7 +101,7 @@ def predict_extend(job: "ExtendJob", parallel: "ParallelConfig", *, world: int) 
     raw = read_config(job.model)
     if job.data is None or raw.get("model_type") not in PLANNED_TYPES:
         return None
-    name, capacity = _this_device(parallel.device)
+    name, capacity = _this_device(parallel.device, world)
     return predict(
         PlanConfig(
             model=str(job.model),
@@ -107,13 +123,16 @@ def predict_extend(job: "ExtendJob", parallel: "ParallelConfig", *, world: int) 
     )
 
 
-def _this_device(device: str) -> tuple[DeviceKind, int]:
-    """Key of `training.memory_model.DEVICES` and bytes of a run's device; an unknown GPU counts as an A100."""
+def _this_device(device: str, world: int) -> tuple[DeviceKind, int]:
+    """Key of `training.memory_model.DEVICES` and bytes of a run's device; an unknown GPU counts as an A100.
+
+    Processes on CPUs count as processes of one machine, which share its memory.
+    """
     from lvctx.device import resolve_device
 
     device = resolve_device(device)
     if not device.startswith("cuda"):
-        return "cpu", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return "cpu", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // world
     import torch
 
     properties = torch.cuda.get_device_properties(torch.device(device))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from lvctx.config import Flag
+from lvctx.training.parallel_config import Checkpointing
 
 DeviceKind = Literal["a100", "h100", "h200", "cpu"]
 """Devices whose memory and peak speed are known; see `training.memory_model.DEVICES`."""
@@ -39,8 +40,9 @@ class PlanConfig:
     """Optimizer steps."""
     lora: Annotated[int, Flag(min=0)] = 0
     """Rank of LoRA on the attention projections; 0 trains all parameters."""
-    checkpoint_activations: bool = True
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    checkpoint_activations: Checkpointing = "auto"
+    """Activations that the backward pass recomputes: none; those of all layers; or tiles: the same, with a layer's MLP
+    computed for 4,096 tokens at a time. auto: the least that fits."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the matrix products."""
     offload: bool = False

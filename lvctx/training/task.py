@@ -12,6 +12,7 @@ from lvctx.artifacts.manifest import Provenance
 from lvctx.config import OnProgress
 from lvctx.models.lora import Gather
 from lvctx.parallel.context import ParallelContext
+from lvctx.training.memory_model import Recomputation
 from lvctx.training.parallel_config import ParallelConfig
 from lvctx.training.schedule import Schedule
 
@@ -79,6 +80,8 @@ class TrainingTask(ABC, Generic[MicroT]):
     """Optimizer settings."""
     inputs: Sequence[Path] = ()
     """Files and directories that it reads; finished directories of ours are compared with their hashes before."""
+    datasets: Sequence[str] = ()
+    """Ids of the hub's datasets that it trains on, for the model card."""
     flops: float | None = None
     """Operations of a step, if known."""
     equal_lengths: bool = False
@@ -97,6 +100,10 @@ class TrainingTask(ABC, Generic[MicroT]):
 
         Raises UsageError for unsupported settings.
         """
+
+    def recomputation(self, context: ParallelContext, parallel: ParallelConfig) -> Recomputation:
+        """What the backward pass recomputes with `--checkpoint-activations auto`: all layers if memory is unknown."""
+        return Recomputation()
 
     def before_steps(self, out: Path, on_progress: OnProgress) -> None:
         """Compute values that the loss needs from the starting model; called on every rank."""

@@ -99,7 +99,8 @@ class LlavaOnevision:
         hybrid = sampling.resolution
         if hybrid is not None and hybrid.tokens != frame_tokens:
             raise UsageError(f"this model's frames have {frame_tokens} tokens, not {hybrid.tokens}", fix="change m")
-        pooling(side, hybrid.ratio if hybrid else 1)
+        if hybrid is not None:
+            pooling(side, hybrid.ratio)
         placeholder = load_tokenizer(self.path).get_vocab().get(VIDEO_TOKEN)
         if placeholder is None:
             raise InputError(f"the tokenizer has no {VIDEO_TOKEN}", where=self.path)

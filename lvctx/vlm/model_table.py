@@ -11,8 +11,10 @@ MADE_BY = {"LlavaOnevision": " (`align`, `import-longva`)"}
 NOTES = {
     ("extend-lm", "language model"): "theta, PI, NTK, YaRN, PoSE",
     ("extend-lm", "LlavaOnevision"): "its language model",
+    ("extend-lm", "QwenVL"): "its language model; also M-RoPE++",
+    ("extend-lm", "Qwen3VL"): "its language model (not MoE)",
     ("align", "language model"): "in",
-    ("align", "LlavaOnevision"): "out; `--init`",
+    ("align", "LlavaOnevision"): "out; `--init`, also on packed chat",
     ("mrope-extend", "QwenVL"): "M-RoPE++, PI, NTK, YaRN; trains",
     ("mrope-extend", "Qwen3VL"): "PI, NTK, YaRN; trains (not MoE)",
     ("export", "language model"): "hf",

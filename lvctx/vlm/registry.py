@@ -40,7 +40,7 @@ FORWARD = "lvctx.vlm.generic:ForwardVLM"
 EVALUATE = ("niah video", "vqa", "videomme", "bench")
 """Commands that every vision-language model has."""
 TRAINED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-"""Model types whose positions `mrope-extend` extends."""
+"""Model types with M-RoPE that `mrope-extend` and `extend-lm` extend and train."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def _support(model_type: str, target: str) -> ModelSupport:
     if family == "LlavaOnevision":
         commands += ["align", "encode-video", "extend-lm", "export"]
     if model_type in TRAINED:
-        commands += ["mrope-extend", "export"]
+        commands += ["extend-lm", "mrope-extend", "export"]
     return ModelSupport(family=family, reuse="none" if target == FORWARD else "prefixes", commands=tuple(commands))
 
 

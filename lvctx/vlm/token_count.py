@@ -185,11 +185,14 @@ class LlavaRule:
 
     def video(self, width: int, height: int, frames: int) -> list[Block]:
         """One block per run; frames of any size become squares."""
-        low = pooling(self.side, self.hybrid.ratio)
         return [
-            Block("video", run.frames, (run.grids, *(self._pooled(2, 2) if run.high else self._pooled(*low))))
+            Block("video", run.frames, (run.grids, *self._pooled(*self._pools(run.high))))
             for run in runs(frames, self.hybrid, merge=1)
         ]
+
+    def _pools(self, high: bool) -> tuple[int, int]:
+        """Features pooled (down, across) in a frame of high or low resolution."""
+        return (2, 2) if high else pooling(self.side, self.hybrid.ratio)
 
     def _pooled(self, down: int, across: int) -> tuple[int, int]:
         return math.ceil(self.side / down), math.ceil(self.side / across)

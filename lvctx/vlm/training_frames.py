@@ -1,7 +1,9 @@
 """The frames of a training's videos: video files, or folders of frames as LLaVA-Hound publishes them."""
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -29,6 +31,22 @@ def video_frames(path: Path, sampling: VideoSampling) -> list[Image.Image]:
     if len(frames) != expected:
         raise InputError(f"{len(frames)} of {expected} frames can be decoded", where=path, fix="convert the video")
     return frames
+
+
+def packed_video(path: Path, item: Mapping[str, Any]) -> tuple[list[Image.Image], list[float]]:
+    """RGB frames of a packed row's video as it was sampled then, and their times in seconds.
+
+    `item` is what `pack-chat` stored about it (`data.packed_chat`). Raises InputError for another number of frames.
+    """
+    rate: dict[str, Any] = {"fps": item["fps"]} if item["fps"] else {"frames": item.get("spread", item["frames"])}
+    reader = read_video(path, VideoSampling(**rate, allow_partial=item.get("partial", False)))
+    frames = list(reader)
+    if len(frames) != item["frames"]:
+        what = f"{len(frames)} frames instead of {item['frames']} when it was packed"
+        damaged = reader.facts["corrupt"]
+        fix = f"{damaged} are damaged: convert the video, then pack-chat" if damaged else "run pack-chat again"
+        raise InputError(what, where=path, fix=fix)
+    return [Image.fromarray(frame.image) for frame in frames], [frame.pts for frame in frames]
 
 
 def _chosen(folder: Path, sampling: VideoSampling) -> list[Path]:

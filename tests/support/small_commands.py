@@ -16,7 +16,7 @@ from PIL import Image
 from support import warm_server
 
 DATA = Path(__file__).parents[1] / "data"
-TRAINING = ("--steps", "4", "--no-checkpoint-activations", "--device", "cpu")
+TRAINING = ("--steps", "4", "--checkpoint-activations", "none", "--device", "cpu")
 QWEN_TRAINING = ("--data", "chat", "--media", ".", "--lora", "4", "--lr", "1e-2", "--warmup", "0", *TRAINING)
 TEXT = ("text.jsonl", "--seq-len", "128", "--keep-short", "1", "--shard-tokens", "256", "--workers", "1")
 ASKED = ("--videos", "clips", "--questions", str(DATA / "questions.json"), "--frames", "2", "--max-new-tokens", "2")

@@ -101,7 +101,7 @@ def _try_base(search: BaseSearch, model: Any, base: float) -> dict[str, Any]:
     decoder = model.model
     decoder.rotary_emb = type(decoder.rotary_emb)(hf).to(model.device)
     scorer = PrefixScorer(model)
-    cells = []
+    cells: list[dict[str, Any]] = []
     for cell in search.niah.cells:
         score = scorer.score(*search.niah.task.sequence(cell))
         verdict = {"correct": score.forced, "log_prob": round(score.log_prob, 4)}

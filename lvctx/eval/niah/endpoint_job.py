@@ -18,11 +18,11 @@ from lvctx.cost import CostMeter
 from lvctx.errors import InputError, UsageError
 from lvctx.eval.niah.frame_needles import TEMPLATES, FrameNeedles
 from lvctx.eval.niah.heatmap import write_report
-from lvctx.eval.niah.job import build_text_task, find_needles, input_facts
-from lvctx.eval.niah.needle_task import Cell, share_listed
+from lvctx.eval.niah.job import TextTasks, build_text_task, input_facts
+from lvctx.eval.niah.needle_sets import find_needles
+from lvctx.eval.niah.needle_task import Cell
 from lvctx.eval.niah.niah_config import NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
 from lvctx.eval.niah.results import read_needle_results
-from lvctx.eval.niah.text_task import TextNeedleTask
 from lvctx.inference.concurrency import interleave
 from lvctx.inference.endpoint_config import TextEndpointConfig, VideoEndpointConfig
 from lvctx.inference.endpoint_engine import EndpointEngine
@@ -73,18 +73,15 @@ def plan_endpoint_text(config: TextNiahConfig, server: TextEndpointConfig, engin
     def ask(one: EndpointEngine, cell: Cell) -> Reply:
         prompt, answer = text_prompt(task, cell)
         if server.prompt_as == "completion":
-            return one.complete(prompt, SamplingParams(max_new_tokens=answer + task.extra_tokens))
+            return one.complete(prompt, SamplingParams(max_new_tokens=task.max_new_tokens(answer)))
         one.show_parts([])
-        return one.reply([prompt], SamplingParams(max_new_tokens=CHAT_TOKENS))
+        return one.reply([prompt], SamplingParams(max_new_tokens=max(CHAT_TOKENS, task.max_new_tokens(answer))))
 
     def score_forced(one: EndpointEngine, cell: Cell) -> AnswerScore:
         prompt, _ = text_prompt(task, cell)
         return one.score_continuation(prompt, text_of_ids(task, task.sequence(cell)[0]).removeprefix(prompt))
 
     can_force = task.can_force and server.prompt_as == "completion"
-
-    def score_chat(cell: Cell, generated: str) -> float:
-        return share_listed(generated, cell.answer.split(", "))
 
     return _plan(
         config,
@@ -98,17 +95,17 @@ def plan_endpoint_text(config: TextNiahConfig, server: TextEndpointConfig, engin
         task=task,
         ask=ask,
         score_forced=score_forced if can_force else None,
-        score_text=task.score_text if server.prompt_as == "completion" else score_chat,
+        score_text=task.score_text if server.prompt_as == "completion" else task.score_chat,
     )
 
 
-def text_prompt(task: TextNeedleTask, cell: Cell) -> tuple[str, int]:
+def text_prompt(task: TextTasks, cell: Cell) -> tuple[str, int]:
     """A cell's prompt as text, which the server tokenizes again, and how many tokens its answer has."""
     ids, answer = task.sequence(cell)
     return text_of_ids(task, ids[: len(ids) - answer]), answer
 
 
-def text_of_ids(task: TextNeedleTask, ids_L: np.ndarray) -> str:
+def text_of_ids(task: TextTasks, ids_L: np.ndarray) -> str:
     """Tokens as text, without those that a server adds."""
     return str(task.tokenizer.decode(ids_L, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
@@ -179,7 +176,7 @@ def _plan(
     cells: list[Cell],
     *,
     made_of: dict[str, Any],
-    task: TextNeedleTask | FrameNeedles,
+    task: TextTasks | FrameNeedles,
     ask: Callable[[EndpointEngine, Cell], Reply],
     score_text: Callable[[Cell, str], float],
     score_forced: Callable[[EndpointEngine, Cell], AnswerScore] | None = None,
@@ -246,7 +243,7 @@ def run_endpoint_niah(
         with closing(interleave(pending, run, jobs=job.engine.jobs)) as finished:
             for cell, row in finished:
                 done += 1
-                on_progress(done, len(job.cells), f"{cell.length} at {100 * cell.depth:g}%")
+                on_progress(done, len(job.cells), cell.place)
                 yield results.append(job.key(cell), {**job.run_facts, **row})
         if pending or not (out / "summary.json").is_file():
             write_report(out, read_needle_results(out), threshold=threshold)

@@ -1,15 +1,16 @@
 """Video needles without a model's tokens: which frames a cell has in which order, and what is asked about them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from lvctx.artifacts.result_log import short_hash
 from lvctx.errors import InputError, UsageError
-from lvctx.eval.niah.image_needles import FIND, NeedleSet
-from lvctx.eval.niah.needle_task import Cell, begins_with, first_number, insertion_points, splice
+from lvctx.eval.niah.image_needles import FIND, READ, NeedleSet
+from lvctx.eval.niah.needle_task import Cell, begins_with, first_number, insertion_points, share_listed, splice
 from lvctx.eval.niah.niah_config import NeedleQuestion
 
 WHEN = (
@@ -22,9 +23,20 @@ WHICH_ORDER = (
     "The video has images with these shapes: {shapes}. In which order are they shown? Answer with their names alone, "
     "separated by commas."
 )
+FOLLOW = (
+    "Find the image with the {shape}. Every image with a shape names the shape of the next image. Go from image to "
+    "image for {hops}. What color is the shape of the image where you arrive?"
+)
 DISTANCE = 200
 """V-NIAH-D: frames from a needle to its distractor."""
-TEMPLATES: dict[NeedleQuestion, str] = {"what": FIND, "when": WHEN, "count": HOW_MANY, "order": WHICH_ORDER}
+TEMPLATES: dict[NeedleQuestion, str] = {
+    "what": FIND,
+    "when": WHEN,
+    "count": HOW_MANY,
+    "order": WHICH_ORDER,
+    "hops": FOLLOW,
+    "code": READ,
+}
 
 
 class FrameNeedles:
@@ -54,11 +66,15 @@ class FrameNeedles:
         self.needles, self.distractors, self._set = needles.needles, needles.distractors, needles
         self.question, self.tolerance, self.nested, self.loop = question, tolerance, nested, loop
         self.can_force = question != "when"
-        self.extra_tokens = 2 if question == "what" else 16
         self._seed = seed
         self._seconds, self._frames = seconds, len(seconds)
         self._spread = self._longest = 0
         self._distractor_fractions = np.random.default_rng([seed, 1 << 20, 1 << 20]).random(len(self.distractors))
+
+    @property
+    def trials(self) -> int:
+        """The largest number of trials."""
+        return self._set.trials
 
     def cells(self, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
         """See `NeedleTask.cells`. Raises InputError for too few frames, UsageError for too few needles."""
@@ -71,11 +87,14 @@ class FrameNeedles:
                 f"{self._longest} frames exceed the haystack (it has {self._frames})",
                 fix="give more --frames, or --loop to repeat them",
             )
-        if trials > self._set.trials:
-            raise UsageError(f"--trials {trials} with {self._set.trials} needles")
+        if trials > self.trials:
+            raise UsageError(f"--trials {trials} with {self.trials} needles")
         cells = []
         for length in lengths:
-            for depth, point, position in insertion_points(depths, length, self._longest, self.nested, unit):
+            points: Iterable[tuple[float | None, float | None, int]] = [(None, None, 0)]
+            if not self._set.spread:
+                points = insertion_points(depths, length, self._longest, self.nested, unit)
+            for depth, point, position in points:
                 for trial in range(trials):
                     question, answer = self._question_and_answer(trial, position, length)
                     cells.append(
@@ -85,7 +104,7 @@ class FrameNeedles:
                             point=point,
                             trial=trial,
                             position=position,
-                            needle=self._digest(trial),
+                            needle=self.digest(trial),
                             question=question,
                             answer=answer,
                         )
@@ -94,12 +113,19 @@ class FrameNeedles:
 
     def _used(self, trial: int) -> int:
         """Needles of a trial that are in the video: from 1 to all in turn where they are to be counted."""
+        if self._set.spread:
+            return len(self._set.spread[trial].images)
         return trial % self._set.per_trial + 1 if self.question == "count" else self._set.per_trial
 
     def _numbers(self, trial: int, needle: int) -> range:
         """Numbers of a needle's images."""
-        first = (trial * self._set.per_trial + needle) * self._set.frames
+        number = self._set.spread[trial].images[needle] if self._set.spread else trial * self._set.per_trial + needle
+        first = number * self._set.frames
         return range(first, first + self._set.frames)
+
+    def first_image(self, trial: int) -> Image.Image | None:
+        """The first image of a trial's first needle; None for a trial without one."""
+        return self.needles[self._numbers(trial, 0)[0]].image if self._used(trial) else None
 
     def _distractors(self, cell: Cell) -> list[tuple[int, int]]:
         """Position and number of each distractor of a cell."""
@@ -112,7 +138,7 @@ class FrameNeedles:
         positions = [int(f * spread) // self.unit * self.unit for f in self._distractor_fractions]
         return [(position, first + i) for i, position in enumerate(positions)]
 
-    def _digest(self, trial: int) -> str:
+    def digest(self, trial: int) -> str:
         """What identifies a trial's images."""
         images = [self.needles[n].digest for i in range(self._used(trial)) for n in self._numbers(trial, i)]
         return images[0] if len(images) == 1 else short_hash(images)
@@ -120,15 +146,22 @@ class FrameNeedles:
     def _places(self, trial: int, position: int, length: int) -> list[tuple[int, int]]:
         """Position and number of each needle of a trial, as they are shown."""
         used = self._used(trial)
+        if self._set.spread:
+            positions = self._set.spread[trial].positions(length)
+            return [(place // self.unit * self.unit, i) for i, place in enumerate(positions)]
         span = self._spread if self.nested else length
         shares = [(position / span + i / used) % 1 for i in range(1, used)]
         others = [int(share * span) // self.unit * self.unit for share in shares]
         return sorted(zip([position, *others], range(used), strict=True), key=lambda place: place[0])
 
     def _question_and_answer(self, trial: int, position: int, length: int) -> tuple[str, str]:
+        if self._set.spread:
+            return self._set.spread[trial].question, self._set.spread[trial].answer
         needle = self.needles[self._numbers(trial, 0)[0]]
-        if self.question == "what":
+        if self.question in ("what", "code"):
             return needle.question, needle.answer
+        if self.question == "hops":
+            return self._follow(trial)
         if self.question == "count":
             return HOW_MANY.format(shape=needle.shape), str(self._used(trial))
         if self.question == "order":
@@ -137,6 +170,16 @@ class FrameNeedles:
         first, last = self._second(0), self._second(length - 1)
         question = WHEN.format(first=_two_decimals(first), last=_two_decimals(last), subject=needle.subject)
         return question, _two_decimals(self._second_between(position, length))
+
+    def _follow(self, trial: int) -> tuple[str, str]:
+        """The question about the needle half-way round the cycle, so that going backwards is no shorter."""
+        of_trial = (self.needles[self._numbers(trial, i)[0]] for i in range(self._set.per_trial))
+        needles = {needle.shape: needle for needle in of_trial}
+        first = needle = next(iter(needles.values()))
+        hops = len(needles) // 2
+        for _ in range(hops):
+            needle = needles[needle.next_shape]
+        return FOLLOW.format(shape=first.shape, hops=f"{hops} step{'s' * (hops > 1)}"), needle.answer
 
     def _second_between(self, position: int, length: int) -> float:
         """Time of an image before the haystack's frame `position`, in seconds.
@@ -172,8 +215,10 @@ class FrameNeedles:
 
     def score_text(self, cell: Cell, generated: str) -> float:
         """See `NeedleTask.score_text`."""
-        if self.question == "what":
+        if self.question in ("what", "hops"):
             return float(begins_with(generated, cell.answer))
+        if self.question == "code":
+            return share_listed(generated, [cell.answer])
         if self.question == "order":
             named = re.findall(rf"\b({'|'.join(cell.answer.split(', '))})s?\b", generated.lower())
             return float(list(dict.fromkeys(named)) == cell.answer.split(", "))
@@ -188,6 +233,8 @@ class FrameNeedles:
         if self._set.per_trial > 1 or self._set.frames > 1:
             facts |= {"needles": self._set.per_trial, "needle_frames": self._set.frames}
             facts |= {"others": self._spread} if self.nested and self._set.per_trial > 1 else {}
+        if self._set.spread:
+            facts |= {"needles": "spread", "needle_frames": self._set.frames}
         if self.question == "when":
             facts["tolerance"] = self.tolerance
         if self._set.paired and self.distractors:

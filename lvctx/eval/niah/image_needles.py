@@ -7,17 +7,23 @@ this divides the ten colors, guessing is right once in seven instead of once in 
 """
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import factorial
 
 import numpy as np
 from PIL import Image
 
 from lvctx.eval.niah.niah_config import NeedleQuestion
+from lvctx.eval.niah.text_needles import CITIES
 from lvctx.video.drawn_images import COLORS, SHAPES, draw_blank, draw_image, paint
+from lvctx.video.drawn_text import paint_text
 
 FIND = "Find the image with the {shape}. What color is the {shape}?"
 """The question about a drawn needle; only the image contains the answer."""
+READ = "Find the image with the word {key}. Which code is written below the word? Answer with the code alone."
+"""The question about drawn text."""
+CODE_LETTERS, CODE_LENGTH = "ACDEFHJKLMNPRTUVWXY3479", 5
+"""Characters of a code, of which no two are easily taken for each other, and their number."""
 DISTRACTOR_SHAPES, DISTRACTOR_COLORS = 4, 3
 """Numbers of shapes and colors reserved for distractors."""
 
@@ -32,12 +38,35 @@ class ImageNeedle:
     subject: str
     """A description of the image that does not contain the answer."""
     shape: str = ""
-    """Name of the drawn shape; empty for images of a folder."""
+    """Name of the drawn shape; empty for other images."""
+    next_shape: str = ""
+    """The shape that is named in the image (hops)."""
 
     @property
     def digest(self) -> str:
         """Sixteen hex digits of its pixels."""
         return hashlib.sha256(f"{self.image.size}".encode() + self.image.tobytes()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpreadNeedles:
+    """A question about several images that are spread over the whole video, so that it has no depth."""
+
+    images: tuple[int, ...]
+    """Numbers of the images, in the order of the video; there may be none, where they are counted."""
+    question: str
+    answer: str
+    at_ends: bool
+    """Image j of k is before frame j n / (k - 1) of n (VideoChat-Flash), or after frame j (n - 1) / (k - 1) (V-RULER);
+    both rounded down, and frames counted from 0.
+    """
+
+    def positions(self, length: int) -> list[int]:
+        """How many frames of a haystack of `length` are before each image."""
+        k = len(self.images)
+        if self.at_ends:
+            return [j * length // max(k - 1, 1) for j in range(k)]
+        return [1 + int(frame) for frame in np.linspace(0, length - 1, k)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +85,14 @@ class NeedleSet:
     paired: bool = False
     """Whether each distractor belongs to the needle of its place in the list, and is inserted near it (V-NIAH-D)."""
 
+    spread: list[SpreadNeedles] = field(default_factory=list)
+    """The questions, if each is about several images of the list that have places of their own."""
+
     @property
     def trials(self) -> int:
         """The number of trials that the needles are enough for."""
+        if self.spread:
+            return len(self.spread)
         return len(self.needles) // (self.per_trial * self.frames)
 
 
@@ -73,33 +107,102 @@ def drawn_needles(count: int, *, size: int, seed: int, distractors: int = 0) -> 
 def drawn_groups(
     trials: int, *, per_trial: int, frames: int, question: NeedleQuestion, size: int, seed: int, distractors: int = 0
 ) -> NeedleSet:
-    """Several needles a trial, or needles of several frames.
+    """Several needles a trial, needles of several frames, or needles with text.
 
     The needles of a trial have different shapes and colors; those to be counted have one shape. The frames of a
-    needle are its shape at different places of one background. Chance: a color (what), a number from 1 to `per_trial`
-    (count), an order of the needles (order).
+    needle are its shape at different places of one background. With hops every needle also names the shape of another
+    one, in a cycle through all of them, whose order is not that of the video; distractors name each other. Needles
+    with a code have a word and a code in place of a shape. Chance: a color (what, hops), a number from 1 to
+    `per_trial` (count), an order of the needles (order), a code (code).
     """
-    shapes, colors, reserved = _palettes(seed, distractors)
-    needles = []
-    for trial in range(trials):
-        rng = np.random.default_rng([seed, trial, 1])
-        chosen = [str(shape) for shape in rng.permutation(shapes)[:per_trial]]
-        chosen = chosen[:1] * per_trial if question == "count" else chosen
-        hues = [str(color) for color in rng.permutation(colors)[:per_trial]]
-        for shape, color in zip(chosen, hues, strict=True):
-            needle = _needle(draw_blank(rng, size=size), shape, color)
-            for _ in range(frames):
-                image = np.array(needle.image)
-                paint(rng, image, shape=shape, color=color)
-                needles.append(replace(needle, image=Image.fromarray(image)))
-    chance = {"count": 1 / per_trial, "order": 1 / factorial(per_trial), "what": chance_of(distractors)}
+    others: list[ImageNeedle] = []
+    if question == "code":
+        needles, others = _codes(trials, per_trial, frames, size, seed, distractors)
+    else:
+        shapes, colors, reserved = _palettes(seed, distractors)
+        needles = []
+        for trial in range(trials):
+            needles += _shapes_of_trial(trial, per_trial, frames, question, size, seed, (shapes, colors))
+        for i in range(distractors):
+            drawn = _drawn([seed, 1 << 20, i], size, *reserved)
+            if question == "hops":
+                named = [shape for shape in reserved[0] if shape != drawn.shape]
+                rng = np.random.default_rng([seed, 1 << 20, i, 1])
+                drawn = _naming(rng, drawn, str(rng.choice(named)))
+            others.append(drawn)
+    chance = {
+        "count": 1 / per_trial,
+        "order": 1 / factorial(per_trial),
+        "code": len(CODE_LETTERS) ** -CODE_LENGTH,
+        **dict.fromkeys(("what", "hops"), chance_of(distractors)),
+    }
     return NeedleSet(
         needles=needles,
-        distractors=[_drawn([seed, 1 << 20, i], size, *reserved) for i in range(distractors)],
+        distractors=others,
         chance=chance.get(question),
         per_trial=per_trial,
         frames=frames,
     )
+
+
+def _shapes_of_trial(
+    trial: int,
+    per_trial: int,
+    frames: int,
+    question: NeedleQuestion,
+    size: int,
+    seed: int,
+    palette: tuple[list[str], list[str]],
+) -> list[ImageNeedle]:
+    """The images of a trial's needles, from shapes and colors."""
+    rng = np.random.default_rng([seed, trial, 1])
+    chosen = [str(shape) for shape in rng.permutation(palette[0])[:per_trial]]
+    chosen = chosen[:1] * per_trial if question == "count" else chosen
+    hues = [str(color) for color in rng.permutation(palette[1])[:per_trial]]
+    cycle = [0, *(1 + np.random.default_rng([seed, trial, 2]).permutation(per_trial - 1)).tolist()]
+    needles = []
+    for i, (shape, color) in enumerate(zip(chosen, hues, strict=True)):
+        needle = _needle(draw_blank(rng, size=size), shape, color)
+        for _ in range(frames):
+            image = np.array(needle.image)
+            paint(rng, image, shape=shape, color=color)
+            drawn = replace(needle, image=Image.fromarray(image))
+            following = chosen[cycle[(cycle.index(i) + 1) % per_trial]]
+            needles.append(_naming(rng, drawn, following) if question == "hops" else drawn)
+    return needles
+
+
+def _naming(rng: np.random.Generator, needle: ImageNeedle, shape: str) -> ImageNeedle:
+    """The needle with the name of a shape written on it."""
+    image = np.array(needle.image)
+    paint_text(rng, image, f"next: {shape}", width=0.6)
+    return replace(needle, image=Image.fromarray(image), next_shape=shape)
+
+
+def _codes(
+    trials: int, per_trial: int, frames: int, size: int, seed: int, distractors: int
+) -> tuple[list[ImageNeedle], list[ImageNeedle]]:
+    """Needles and distractors with a word and a code: the words of distractors are on no needle."""
+    words = [str(word) for word in np.random.default_rng([seed, 1 << 20]).permutation(CITIES)]
+
+    def draw(rng: np.random.Generator, key: str, count: int) -> list[ImageNeedle]:
+        code = "".join(rng.choice(list(CODE_LETTERS), CODE_LENGTH))
+        background = draw_blank(rng, size=size)
+        images = []
+        for _ in range(count):
+            image = np.array(background)
+            paint_text(rng, image, f"{key}\n{code}")
+            images.append(Image.fromarray(image))
+        facts = {"question": READ.format(key=key), "answer": code, "subject": f"the image with the word {key}"}
+        return [ImageNeedle(image=image, **facts) for image in images]
+
+    needles = []
+    for trial in range(trials):
+        rng = np.random.default_rng([seed, trial, 1])
+        for key in rng.permutation(words[distractors:])[:per_trial]:
+            needles += draw(rng, str(key), frames)
+    rngs = (np.random.default_rng([seed, 1 << 20, i]) for i in range(distractors))
+    return needles, [draw(rng, key, 1)[0] for rng, key in zip(rngs, words, strict=False)]
 
 
 def _palettes(seed: int, distractors: int) -> tuple[list[str], list[str], tuple[list[str], list[str]]]:

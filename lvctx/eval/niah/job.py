@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from lvctx.artifacts.store import fingerprint
 from lvctx.cost import CostMeter
 from lvctx.errors import UsageError
 from lvctx.eval.niah.frame_needles import FrameNeedles
-from lvctx.eval.niah.image_needles import NeedleSet, drawn_groups, drawn_needles
-from lvctx.eval.niah.needle_folder import read_needles
+from lvctx.eval.niah.needle_sets import find_needles
 from lvctx.eval.niah.needle_task import Cell, NeedleTask
 from lvctx.eval.niah.niah_config import NiahConfig, Scoring, TextNiahConfig, VideoNiahConfig
+from lvctx.eval.niah.ruler_task import RulerTask
+from lvctx.eval.niah.ruler_texts import CommonWords, FrequentWords, QuestionDocuments
 from lvctx.eval.niah.text_needles import read_haystack
 from lvctx.eval.niah.text_task import TextNeedleTask
 from lvctx.eval.niah.video_task import VideoNeedleTask
@@ -114,11 +115,23 @@ class NiahJob:
         }
 
 
-def build_text_task(config: TextNiahConfig, tokenizer: Any) -> TextNeedleTask:
-    """The needle task of a configuration. Raises InputError for a haystack that does not exist."""
+TextTasks = TextNeedleTask | RulerTask
+
+
+def build_text_task(config: TextNiahConfig, tokenizer: Any) -> TextTasks:
+    """The task of a configuration. Raises InputError for a haystack that cannot be read, UsageError for the number."""
+    if config.task == "qa":
+        if len(config.haystack) != 1:
+            raise UsageError("--task qa takes questions and documents from one file", fix="give --haystack once")
+        return RulerTask(tokenizer, QuestionDocuments(config.haystack[0], config.seed), task=config.task)
+    if config.task == "frequent-words":
+        return RulerTask(tokenizer, FrequentWords(config.seed), task=config.task)
+    haystack = read_haystack(config.haystack)
+    if config.task == "common-words":
+        return RulerTask(tokenizer, CommonWords(haystack, config.seed), task=config.task)
     return TextNeedleTask(
         tokenizer,
-        read_haystack(config.haystack),
+        haystack,
         distractors=config.distractors,
         seed=config.seed,
         task=config.task,
@@ -181,36 +194,6 @@ def plan_video(
     )
 
 
-def find_needles(config: VideoNiahConfig, size: int) -> NeedleSet:
-    """The needles and distractors of a test, drawn with `size` pixels a side or read. Raises UsageError, InputError."""
-    grouped = config.count > 1 or config.needle_frames > 1
-    if config.needles == "drawn" and grouped:
-        return drawn_groups(
-            config.trials,
-            per_trial=config.count,
-            frames=config.needle_frames,
-            question=config.question,
-            size=size,
-            seed=config.seed,
-            distractors=config.distractors,
-        )
-    if config.needles == "drawn":
-        drawn = drawn_needles(config.trials, size=size, seed=config.seed, distractors=config.distractors)
-        return drawn if config.question == "what" else replace(drawn, chance=None)
-    needles = read_needles(Path(config.needles))
-    if needles.paired and config.distractors > 1:
-        raise UsageError("every needle of this folder has one distractor", where="--distractors", fix="give 0 or 1")
-    if config.distractors > len(needles.distractors):
-        raise UsageError(
-            f"--distractors {config.distractors} with {len(needles.distractors)} distractors in {config.needles}",
-            fix='give them lines with "distractor": true',
-        )
-    repeated = [needle for needle in needles.needles for _ in range(config.needle_frames)]
-    distractors = needles.distractors[: len(needles.needles) if needles.paired else config.distractors]
-    distractors = distractors if config.distractors else []
-    return replace(needles, needles=repeated, frames=config.needle_frames, distractors=distractors)
-
-
 def input_facts(config: NiahConfig, task: NeedleTask | FrameNeedles) -> dict[str, Any]:
     """Where a run's haystack and needles come from, for its rows: a report shows their images where they still exist.
 
@@ -218,8 +201,11 @@ def input_facts(config: NiahConfig, task: NeedleTask | FrameNeedles) -> dict[str
     """
     facts: dict[str, Any] = {"haystack": [str(path) for path in config.haystack]}
     if isinstance(config, VideoNiahConfig) and isinstance(task, FrameNeedles):
-        size = task.needles[0].image.width
-        facts["needles"] = {"source": config.needles, "size": size, "distractors": config.distractors}
+        facts["needles"] = {
+            "source": config.needles,
+            "size": task.needles[0].image.width,
+            **{name: getattr(config, name) for name in ("distractors", "question", "count", "needle_frames")},
+        }
     return facts
 
 

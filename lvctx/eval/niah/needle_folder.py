@@ -4,7 +4,9 @@ A list is JSON, JSON lines or Parquet in the folder of its images, such a file b
 dataset, on the hub or saved. It has an image, a question and an answer in every row; LongVA and VideoRoPE call the
 first two `path` and `prompt`, and their questions begin with the newline that ends the block of frames. A row of ours
 with `"distractor": true` is a distractor and needs only its image. In V-NIAH-D every needle has a distractor of its
-own: `interrupt_path` in its row, or the same row of the list whose name ends in `_interrupt`.
+own: `interrupt_path` in its row, or the same row of the list whose name ends in `_interrupt`. Rows with several
+images are about all of them: VideoChat-Flash's (multi-hop; `images`, `question1`, `answer1`, `question2`, `answer2`, so
+two questions a row) and V-RULER's (counting, ordering; `path` is a list).
 """
 
 import io
@@ -16,7 +18,7 @@ from PIL import Image
 
 from lvctx.data.records import Record, read_records
 from lvctx.errors import InputError, library_errors
-from lvctx.eval.niah.image_needles import ImageNeedle, NeedleSet
+from lvctx.eval.niah.image_needles import ImageNeedle, NeedleSet, SpreadNeedles
 from lvctx.models.image_processing import open_image
 
 LISTS = (".jsonl", ".json", ".parquet")
@@ -33,8 +35,15 @@ def read_needles(source: Path) -> NeedleSet:
     needles: list[ImageNeedle] = []
     distractors: list[ImageNeedle] = []
     paired: list[ImageNeedle] = []
+    spread: list[SpreadNeedles] = []
     for record in read_records(own, split="test"):
         row = _row(record)
+        if isinstance(paths := row.get("images", row.get("path")), list):
+            numbers = tuple(range(len(needles), len(needles) + len(paths)))
+            spread += _spread(record, row, numbers)
+            answer = spread[-1].answer
+            needles += [_needle(folder, record, {"path": path, "prompt": "", "answer": answer}) for path in paths]
+            continue
         if row.get("distractor") is True:
             distractors.append(_needle(folder, record, row, distractor=True))
             continue
@@ -46,9 +55,11 @@ def read_needles(source: Path) -> NeedleSet:
     if paired and (len(paired) != len(needles) or distractors):
         what = f"{len(paired)} distractors that belong to a needle, of {len(needles)} needles"
         raise InputError(what, where=source, fix="give one to every needle, and no others")
+    if spread and (distractors or paired or len(needles) != sum(len(images) for images in {s.images for s in spread})):
+        raise InputError("some rows have one image and others have a list", where=source, fix="give two lists")
     if not needles:
         raise InputError("no needle", where=source)
-    return NeedleSet(needles=needles, distractors=paired or distractors, paired=bool(paired))
+    return NeedleSet(needles=needles, distractors=paired or distractors, paired=bool(paired), spread=spread)
 
 
 def _lists(source: Path) -> tuple[Path, Path | None]:
@@ -65,6 +76,20 @@ def _lists(source: Path) -> tuple[Path, Path | None]:
 
 def _row(record: Record) -> Mapping[str, Any]:
     return record.fields()
+
+
+def _spread(record: Record, row: Mapping[str, Any], images: tuple[int, ...]) -> list[SpreadNeedles]:
+    """The questions of a row with several images."""
+    at_ends = "images" in row
+    names = (("question1", "answer1"), ("question2", "answer2")) if at_ends else (("prompt", "answer"),)
+    found = []
+    for question, answer in names:
+        asked, right = row.get(question), row.get(answer)
+        if not (isinstance(asked, str) and isinstance(right, str) and right.strip()):
+            raise InputError(f"no {question} or {answer}", where=record.where, fix="correct the row")
+        text = asked.removeprefix("\n")
+        found.append(SpreadNeedles(images=images, question=text, answer=right.strip(), at_ends=at_ends))
+    return found
 
 
 def _needle(folder: Path, record: Record, row: Mapping[str, Any], *, distractor: bool = False) -> ImageNeedle:

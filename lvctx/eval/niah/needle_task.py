@@ -24,8 +24,8 @@ class Cell:
 
     length: int
     """Text: tokens of the whole sequence, or of the haystack (`length_of`). Video: frames of the haystack."""
-    depth: float
-    """Depth of the needle, 0 (start) to 1 (end): as given, or the actual one if nested."""
+    depth: float | None
+    """Depth of the needle, 0 (start) to 1 (end): as given, or the actual one if nested; None without a needle."""
     trial: int
     """Which needle."""
     position: int
@@ -33,11 +33,16 @@ class Cell:
     point: float | None = None
     """Nested: the position as a share of the longest haystack; 1 is this haystack's own end."""
     needle: str
-    """The needle: the sentence (text), or the hash of the image's pixels (video)."""
+    """The needle: the sentence (text), or the hash of the image's pixels (video); empty without a needle."""
     question: str
     """The question."""
     answer: str
     """The right answer."""
+
+    @property
+    def place(self) -> str:
+        """Length and depth for a progress line."""
+        return f"{self.length}" if self.depth is None else f"{self.length} at {100 * self.depth:g}%"
 
 
 class NeedleTask(Protocol):
@@ -48,14 +53,15 @@ class NeedleTask(Protocol):
     """Accuracy of guessing; None if it is not known."""
     can_force: bool
     """Whether the answer has a single form, so that teacher forcing can score it."""
-    extra_tokens: int
-    """Extra tokens for a generated answer beyond the answer's own."""
 
     def cells(self, lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
         """Every cell of a grid."""
 
     def sequence(self, cell: Cell) -> tuple[np.ndarray, int]:
         """Ids over the extended vocabulary, and the number of answer tokens at the end."""
+
+    def max_new_tokens(self, answer: int) -> int:
+        """Tokens to generate for an answer of `answer` tokens."""
 
     def score_text(self, cell: Cell, generated: str) -> float:
         """Share of the answer in the generated text, 0 to 1."""

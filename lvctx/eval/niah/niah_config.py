@@ -8,8 +8,21 @@ from lvctx.config import Flag, parse_integers, parse_numbers
 from lvctx.errors import UsageError
 
 Scoring = Literal["forced", "generate", "both"]
-NeedleQuestion = Literal["what", "when", "count", "order"]
-TextTask = Literal["single", "multi-key", "multi-value", "multi-query", "variable-tracking"]
+NeedleQuestion = Literal["what", "when", "count", "order", "hops", "code"]
+TextTask = Literal[
+    "single",
+    "multi-key",
+    "multi-value",
+    "multi-query",
+    "variable-tracking",
+    "common-words",
+    "frequent-words",
+    "qa",
+]
+WHOLE_TEXT: tuple[TextTask, ...] = ("common-words", "frequent-words", "qa")
+"""Tasks over the whole text, without a needle."""
+OF_NEEDLES = ("depths", "distractors", "loop", "city", "length_of")
+"""Options that have no meaning for them."""
 RopeScheme = Literal["theta", "pi", "ntk", "yarn"]
 SEVERAL = ("task=multi-key", "task=multi-value", "task=multi-query", "task=variable-tracking")
 DEPTHS = "0,0.2,0.4,0.6,0.8,1"
@@ -97,14 +110,24 @@ class NiahConfig:
 class TextNiahConfig(NiahConfig):
     """Needles in text."""
 
+    haystack: tuple[Path, ...] = ()
+    """Text: files or folders. For --task common-words the words are taken from it; for qa it is SQuAD's or HotpotQA's
+    JSON file; frequent-words has none.
+    """
     task: TextTask = "single"
-    """Kind of needle, as in RULER."""
+    """Task, as in RULER: kinds of needles, or one over the whole text (common-words, frequent-words, qa)."""
     count: Annotated[int, Flag(min=2, max=10, needs=SEVERAL)] = 4
     """Keys, values, queries or hops of the task."""
     city: str | None = None
     """The city that is asked about in every trial: Singapore is LongVA's. Default: another one in each trial."""
     length_of: Literal["sequence", "haystack"] = "sequence"
     """What --lengths counts: all tokens of a sequence, or the haystack without needle and prompt (LongVA's script)."""
+
+    def __post_init__(self) -> None:
+        if self.task == "frequent-words" and self.haystack:
+            raise UsageError("--task frequent-words draws its text", fix="drop --haystack")
+        if self.task != "frequent-words" and not self.haystack:
+            raise UsageError(f"--task {self.task} needs a haystack", fix="give --haystack")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +138,13 @@ class VideoNiahConfig(NiahConfig):
     """Needle images: drawn, a folder with images and one .jsonl, LongVA's dataset.json, or a dataset such as
     lmms-lab/v_niah_needles."""
     question: NeedleQuestion = "what"
-    """Question: what the needle shows, when it is shown, how many needles there are, or in which order."""
+    """Question: what the needle shows, when it is shown, how many needles there are, in which order, what is found by
+    going from needle to needle (hops), or which code is written on it (code).
+    """
     count: Annotated[int, Flag(min=1, max=6)] = 1
-    """Drawn needles of a trial. One of them is asked about (what), or all are (order), or so many or fewer (count)."""
+    """Drawn needles of a trial. One of them is asked about (what, code), or all are (order), or so many or fewer
+    (count), or one that is found through half of the others (hops).
+    """
     needle_frames: Annotated[int, Flag(min=1, max=64)] = 1
     """Frames of a needle: a short clip of a drawn shape that moves; an image of a folder is repeated."""
     tolerance: Annotated[float, Flag(min=0, needs=("question=when",))] = 2.0
@@ -126,9 +153,11 @@ class VideoNiahConfig(NiahConfig):
     """Encode every frame as a separate image, as in Visual Haystacks, instead of one video (Qwen-VL)."""
 
     def __post_init__(self) -> None:
-        if self.question in ("count", "order") and self.count == 1:
+        if self.question in ("count", "order", "hops") and self.count == 1:
             raise UsageError(f"--question {self.question} is about several needles", fix="give --count, such as 4")
         if self.question == "when" and self.count > 1:
             raise UsageError("--question when is about one needle", fix="drop --count")
+        if self.question == "code" and self.needles != "drawn":
+            raise UsageError("--question code is about drawn needles", fix="drop --needles")
         if self.needles != "drawn" and self.count > 1:
             raise UsageError("--count with needles of a folder", fix="drop --count, or --needles for drawn ones")

@@ -1,7 +1,7 @@
 """Results of a needle test: accuracy by length and depth, computed from rows. No model, no torch."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,10 @@ class NeedleResults:
     """Tokens of the longest sequence the language model was trained on; None if it is not known."""
     longest_sample: int
     """Tokens of the longest sample of the alignment; 0 for a language model."""
+    shares: list[float | None] = field(default_factory=list)
+    """Mean share of the answers that are in a reply, by length: RULER's score, and more than the accuracy where an
+    answer has several parts. None where replies were not scored.
+    """
 
     @property
     def unit(self) -> str:
@@ -79,6 +83,12 @@ class NeedleResults:
         """Accuracy over all cells."""
         right, n = self.total
         return right / n if n else None
+
+    @property
+    def mean_share(self) -> float | None:
+        """Mean of `shares` over the lengths."""
+        shares = [share for share in self.shares if share is not None]
+        return sum(shares) / len(shares) if shares else None
 
     def effective(self, threshold: float) -> int | None:
         """Index of the effective length: the longest one up to which every length reaches `threshold`.
@@ -141,15 +151,13 @@ def build_results(rows: Iterable[dict[str, Any]], name: str) -> NeedleResults:
     if not rows:
         raise InputError("there are no results", where=name, fix="run lvctx niah first")
     lengths = sorted({r["length"] for r in rows})
-    # Nested points have a different depth for every length, so a line of the grid is a point.
-    key = "point" if rows[0].get("point") is not None else "depth"
-    depths = sorted({r[key] for r in rows})
-    positions = {r[key]: r["position"] for r in rows} if key == "point" else {}
+    depths = sorted({line_of(r) for r in rows})
+    positions = {line_of(r): r["position"] for r in rows} if rows[0].get("point") is not None else {}
     shape = [[0] * len(lengths) for _ in depths]
     correct, trials = [list(r) for r in shape], [list(r) for r in shape]
     for r in rows:
         if "error" not in r:
-            d, n = depths.index(r[key]), lengths.index(r["length"])
+            d, n = depths.index(line_of(r)), lengths.index(r["length"])
             trials[d][n] += 1
             correct[d][n] += bool(r["correct"])
     # A server that refuses a request does not report its tokens.
@@ -160,14 +168,28 @@ def build_results(rows: Iterable[dict[str, Any]], name: str) -> NeedleResults:
         lengths=lengths,
         tokens=[round(sum(sizes[n]) / len(sizes[n])) for n in lengths],
         depths=depths,
-        labels=[_label(d, positions) for d in depths],
+        labels=["all"] if rows[0]["depth"] is None else [_label(d, positions) for d in depths],
         correct=correct,
         trials=trials,
         errors=sum("error" in r for r in rows),
         chance=rows[0]["chance"],
         trained_length=rows[0]["trained_length"],
         longest_sample=rows[0]["longest_sample"],
+        shares=[_mean_share(r for r in rows if r["length"] == n) for n in lengths],
     )
+
+
+def _mean_share(rows: Iterable[Mapping[str, Any]]) -> float | None:
+    shares = [row["share"] for row in rows if isinstance(row.get("share"), int | float)]
+    return round(sum(shares) / len(shares), 4) if shares else None
+
+
+def line_of(row: Mapping[str, Any]) -> float:
+    """The line of the grid that a row is on: its depth, or 0 without a needle.
+
+    Nested points have a different depth for every length, so there a line is a point.
+    """
+    return float(row["depth"] or 0.0) if row.get("point") is None else float(row["point"])
 
 
 def _label(depth: float, positions: dict[float, int]) -> str:

@@ -71,7 +71,7 @@ def run_niah(job: NiahJob, out: Path, run: NiahRun) -> Iterator[dict[str, Any]]:
             scorer = load_scorer(job, run, ring=parallel.ring)
         for done, (key, cell) in enumerate(pending, start=1):
             row = {**job.run_facts, **_run_cell(scorer, job, cell)}
-            note = f"{cell.length} at {100 * cell.depth:g}%"
+            note = cell.place
             run.on_progress(len(assigned) - len(pending) + done, len(assigned), note)
             if parallel.ring.rank == 0:
                 yield results.append(key, row)
@@ -133,7 +133,7 @@ def _run_cell(scorer: Scorer, job: NiahJob, cell: Cell) -> dict[str, Any]:
     ids, answer = job.task.sequence(cell)
     row = {**asdict(cell), "tokens": len(ids), "last_position": job.last_position(ids)}
     try:
-        count = answer + job.task.extra_tokens if job.scoring != "forced" else 0
+        count = job.task.max_new_tokens(answer) if job.scoring != "forced" else 0
         score = scorer.score(ids, answer, generate=count)
     except (RuntimeError, MemoryError) as e:  # usually out of memory: only this cell fails
         if scorer.ring.world > 1:  # the other ranks of the group wait for this one

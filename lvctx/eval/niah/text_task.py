@@ -51,7 +51,6 @@ class TextNeedleTask:
         self.city, self.haystack_only = city, haystack_only
         self.can_force = task not in LISTS
         self.chance = 1 / 9_000_000 if self.can_force else None
-        self.extra_tokens = 2 if self.can_force else 16
         self._prefix = tokenizer(PREFIX).input_ids  # with bos if the tokenizer adds one
         # The text of a special token in a book is encoded as text.
         haystack_ids = tokenizer(haystack, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -143,10 +142,18 @@ class TextNeedleTask:
         assert self.haystack_only or len(ids) == cell.length
         return ids, len(answer)
 
+    def max_new_tokens(self, answer: int) -> int:
+        """See `NeedleTask.max_new_tokens`."""
+        return answer + (2 if self.can_force else 16)
+
     def score_text(self, cell: Cell, generated: str) -> float:
         """See `NeedleTask.score_text`."""
         if self.can_force:
             return float(begins_with(generated, cell.answer))
+        return share_listed(generated, cell.answer.split(", "))
+
+    def score_chat(self, cell: Cell, generated: str) -> float:
+        """The same for a chat's reply, which may say more than the answer."""
         return share_listed(generated, cell.answer.split(", "))
 
     def prompt(self) -> dict[str, Any]:

@@ -46,6 +46,10 @@ class VideoNeedleTask(FrameNeedles):
         ids = np.concatenate([prefix, self.tokens.ids(self.order(cell)), suffix, answer]).astype(np.int64)
         return ids, len(answer)
 
+    def max_new_tokens(self, answer: int) -> int:
+        """See `NeedleTask.max_new_tokens`."""
+        return answer + (2 if self.question in ("what", "hops") else 16)
+
     def prompt(self) -> dict[str, Any]:
         """See `NeedleTask.prompt`."""
         prefix, suffix = self._chat(TEMPLATES[self.question])

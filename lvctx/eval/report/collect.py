@@ -8,7 +8,7 @@ from typing import Any
 
 from lvctx import __version__
 from lvctx.config import OnProgress
-from lvctx.eval.report.needle_section import needle_section
+from lvctx.eval.report.needle_section import compare_needle_runs, needle_section
 from lvctx.eval.report.question_section import answers_section, benchmark_section, compare_runs, responses_section
 from lvctx.eval.report.run_files import RunFile, find_runs, printable
 from lvctx.eval.report.thumbnails import Thumbnails
@@ -22,7 +22,7 @@ class ReportData:
     runs: list[dict[str, Any]]
     """A section for each run, in the given order."""
     comparisons: list[dict[str, Any]]
-    """Paired differences of benchmark runs."""
+    """Paired differences of runs of a benchmark, or of needle tests with the same needles."""
     images: list[dict[str, Any]]
     """Images that the runs refer to by number."""
     threshold: float
@@ -38,7 +38,7 @@ def collect_report(paths: Sequence[Path], *, thumbnails: int, threshold: float, 
     images = Thumbnails(thumbnails, on_progress)
     runs = _with_distinct_names([run for path in paths for run in find_runs(path)])
     sections = [_section(run, images, threshold) for run in runs]
-    comparisons = compare_runs(sections)
+    comparisons = compare_runs(sections) + compare_needle_runs([run for run in runs if run.kind == "needles"])
     for section in sections:
         section.pop("replies", None)
     return ReportData(

@@ -1,11 +1,14 @@
 """A needle test in the report: the grid of its results, and every trial of every cell."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 from lvctx.errors import InputError
+from lvctx.eval.niah.compare import compare_needles
 from lvctx.eval.niah.heatmap import trained_at
-from lvctx.eval.niah.results import build_results
+from lvctx.eval.niah.results import build_results, line_of
+from lvctx.eval.report.question_section import COMPARED
 from lvctx.eval.report.run_facts import describe_run
 from lvctx.eval.report.run_files import RunFile, check_fields
 from lvctx.eval.report.thumbnails import Thumbnails
@@ -14,7 +17,7 @@ NUMBER = (int, float)
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "modality": str,
     "length": int,
-    "depth": NUMBER,
+    "depth": (*NUMBER, type(None)),
     "trial": int,
     "position": int,
     "tokens": (int, type(None)),
@@ -37,12 +40,11 @@ def needle_section(run: RunFile, thumbnails: Thumbnails, *, threshold: float) ->
     needles, frames = thumbnails.of_needles(rows), thumbnails.of_haystack(rows)
     trials = []
     for row in rows:
-        line = row["depth"] if row.get("point") is None else row["point"]
         trials.append(
             {
-                "cell": [results.depths.index(line), results.lengths.index(row["length"])],
+                "cell": [results.depths.index(line_of(row)), results.lengths.index(row["length"])],
                 "trial": row["trial"],
-                "position": row["position"],
+                "position": None if row["depth"] is None else row["position"],
                 "tokens": row["tokens"],
                 "verdict": "failed" if "error" in row else "right" if row.get("correct") else "wrong",
                 **{key: row[key] for key in TRIAL_FIELDS if row.get(key) is not None},
@@ -60,8 +62,20 @@ def needle_section(run: RunFile, thumbnails: Thumbnails, *, threshold: float) ->
     }
 
 
+def compare_needle_runs(runs: Sequence[RunFile]) -> list[dict[str, Any]]:
+    """Paired differences of every two of the first runs on the cells that they have in common."""
+    pairs = []
+    for a, b in combinations(runs[:COMPARED], 2):
+        if differences := compare_needles(a.rows.values(), b.rows.values()):
+            rules = {name: vars(difference) for name, difference in differences.items()}
+            pairs.append({"first": a.name, "second": b.name, "bench": "niah", "rules": rules})
+    return pairs
+
+
 def _images(row: Mapping[str, Any], needles: Mapping[str, int], frames: Mapping[int, int]) -> list[tuple[str, int]]:
-    """Caption and number of the images of a trial: the needle between the frames around it."""
+    """Caption and number of the images of a trial: the needle between the frames around it, or nothing without one."""
+    if row["depth"] is None:
+        return []
     position = row["position"]
     found = (
         ("frame before", frames.get(position - 1)),

@@ -41,7 +41,7 @@ function heatmap(run) {
     definitions([["question", t.question], ["answer", t.answer], ["reply", t.generated],
       ["log-probability", t.log_prob == null ? null : String(t.log_prob)],
       ["rank of the answer", t.rank == null ? null : JSON.stringify(t.rank)],
-      ["needle", t.needle && t.needle.trim()], ["inserted after", `${count(t.position)} ${grid.unit}`],
+      ["needle", t.needle && t.needle.trim()], ["inserted after", t.position == null ? null : `${count(t.position)} ${grid.unit}`],
       ["sequence", t.tokens ? `${count(t.tokens)} tokens` : null], ["error", t.error]]));
   const edge = (n) => run.beyond === n && "beyond";
   const head = grid.lengths.map((length, n) => el("th", { scope: "col", class: edge(n) }, count(length),

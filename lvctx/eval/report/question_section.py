@@ -37,7 +37,7 @@ QUESTION_FIELDS = (
 SCORES = ("rules", "rule_sources", "warnings", "questions", "videos")
 """What a benchmark's score has beside breakdowns (`by_...`) and figures of its own."""
 COMPARED = 10
-"""Number of benchmark runs up to which all pairs are compared."""
+"""Number of runs of a kind up to which all pairs are compared."""
 
 
 def load_benchmark_of(row: Mapping[str, Any], where: object) -> ModuleType:

@@ -169,11 +169,14 @@ function benchmark(run) {
   return section;
 }
 
-function comparisons() {
-  if (!data.comparisons.length) return null;
-  const columns = [{ name: "rule" }, { name: "difference, points", number: true }, { name: "95% interval", number: true }, { name: "p", number: true }, { name: "questions", number: true }, { name: "needed for 2 points", number: true }];
-  return [el("h3", {}, "Differences"), el("p", { class: "meta" }, "Paired, on the questions that a rule counts in both runs; clustered by video."),
-    el("div", { class: "tables" }, data.comparisons.map((pair) => table(`${pair.first} minus ${pair.second}`, columns,
+function comparisons(kind) {
+  const pairs = data.comparisons.filter((pair) => (pair.bench === "niah") === (kind === "needles"));
+  if (!pairs.length) return null;
+  const [group, unit, note] = kind === "needles" ? ["length", "cells", "Paired, on the cells with the same needle that ran in both runs; clustered by needle."]
+    : ["rule", "questions", "Paired, on the questions that a rule counts in both runs; clustered by video."];
+  const columns = [{ name: group }, { name: "difference, points", number: true }, { name: "95% interval", number: true }, { name: "p", number: true }, { name: unit, number: true }, { name: "needed for 2 points", number: true }];
+  return [el("h3", {}, "Differences"), el("p", { class: "meta" }, note),
+    el("div", { class: "tables" }, pairs.map((pair) => table(`${pair.first} minus ${pair.second}`, columns,
       Object.entries(pair.rules).map(([rule, e]) => ({ cells: [rule, percent(e.mean), range(e.low, e.high),
         e.p_value === null ? "–" : e.p_value.toFixed(3), count(e.counted), e.needed === null ? "–" : count(e.needed)] })))))];
 }

@@ -47,8 +47,8 @@ function provenance() {
 
 const PARTS = [
   ["summary", "Runs", summary],
-  ["needles", "Needle tests", () => of("needles").length && [needleCurves(), el("div", { class: "abreast" }, of("needles").map(heatmap))]],
-  ["benchmarks", "Benchmarks", () => of("benchmark", "responses").length && [comparisons(), of("benchmark", "responses").map(benchmark)]],
+  ["needles", "Needle tests", () => of("needles").length && [needleCurves(), comparisons("needles"), el("div", { class: "abreast" }, of("needles").map(heatmap))]],
+  ["benchmarks", "Benchmarks", () => of("benchmark", "responses").length && [comparisons("questions"), of("benchmark", "responses").map(benchmark)]],
   ["answers", "Answers", () => of("answers").length && of("answers").map((run) => {
     const [list, setRule] = questions(run);
     setRule(-1);

@@ -17,8 +17,9 @@ from PIL import Image
 from lvctx.artifacts.manifest import read_provenance
 from lvctx.config import OnProgress
 from lvctx.errors import InputError
-from lvctx.eval.niah.image_needles import drawn_needles
-from lvctx.eval.niah.needle_folder import read_needles
+from lvctx.eval.niah.frame_needles import FrameNeedles
+from lvctx.eval.niah.needle_sets import find_needles
+from lvctx.eval.niah.niah_config import VideoNiahConfig
 from lvctx.models.image_processing import open_image
 from lvctx.video.container import decoder_errors
 from lvctx.video.frame_count import bounded
@@ -35,6 +36,8 @@ MOST_IMAGES = 1200
 """Images of a report, which bound its size to some 6 MB and the time to write it."""
 SAMPLING = ("fps", "frames", "max_frames", "start", "end")
 """Fields of `VideoSampling` that decide which frames a model was shown."""
+CHOSEN = ("distractors", "question", "count", "needle_frames")
+"""Options that decide which needles there are, as rows have them."""
 UNUSABLE = (ValueError, TypeError, KeyError, ArithmeticError, MemoryError, OSError)
 """What files and values that rows name may raise: an image is then left out."""
 
@@ -81,23 +84,32 @@ class Thumbnails:
         return self.videos[key]
 
     def of_needles(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-        """Hash of a needle -> its image, drawn again or read from its folder."""
+        """Hash of a trial's needles -> the first one's image, drawn again or read from its folder."""
         source = rows[0].get("needles")
         if self.full or not isinstance(source, dict):
             return {}
         try:
-            if source["source"] == "drawn":
-                count, size = 1 + max(row["trial"] for row in rows), source["size"]
-                if count > MOST_IMAGES or not 0 < size <= 4096:
-                    return {}
-                distractors = min(source["distractors"], 1)  # any number changes the needles in the same way
-                found = drawn_needles(count, size=size, seed=rows[0]["made_of"]["seed"], distractors=distractors)
-            else:
-                found = read_needles(Path(source["source"]))
+            count, size = 1 + max(row["trial"] for row in rows), source["size"]
+            chosen = {name: source[name] for name in CHOSEN if name in source}
+            images = count * chosen.get("count", 1) * chosen.get("needle_frames", 1) + chosen.get("distractors", 0)
+            if images > MOST_IMAGES or not 0 < size <= 4096:
+                return {}
+            config = VideoNiahConfig(
+                model="",
+                haystack=(),
+                lengths=(1,),
+                needles=source["source"],
+                trials=count,
+                seed=rows[0]["made_of"]["seed"],
+                **chosen,
+            )
+            task = FrameNeedles(find_needles(config, size), seconds=np.zeros(1), question=config.question)
+            found = {task.digest(trial): task.first_image(trial) for trial in range(min(count, task.trials))}
         except UNUSABLE:
             return {}
         wanted = {row.get("needle") for row in rows}
-        return {n.digest: self._add(n.image.copy()) for n in found.needles if n.digest in wanted and not self.full}
+        shown = {digest: image for digest, image in found.items() if digest in wanted and image is not None}
+        return {digest: self._add(image.copy()) for digest, image in shown.items() if not self.full}
 
     def of_haystack(self, rows: Sequence[Mapping[str, Any]]) -> dict[int, int]:
         """Number of a haystack's frame -> its image, for the frames before and after every needle's position."""
