@@ -6,20 +6,20 @@ from typing import Any, TypeVar
 from lvctx.errors import InputError
 from lvctx.inference.engine import Engine, EngineGone, Reply
 
-KeyT = TypeVar("KeyT")
+QuestionT = TypeVar("QuestionT")
 Started = Any
 """What `Engine.start_reply` returned."""
 
 
 def finish_in_batches(
-    engine: Engine, started: Iterable[tuple[KeyT, Started | Exception]]
-) -> Iterator[tuple[KeyT, Reply | Exception]]:
+    engine: Engine, started: Iterable[tuple[QuestionT, Started | Exception]]
+) -> Iterator[tuple[QuestionT, Reply | Exception]]:
     """The reply to each started one, or its error, in order; then the engine's meter has what it cost.
 
     Errors that stand in place of a started reply are passed on. One that ends a batch, such as too little memory, is
     that of all its replies. Raises EngineGone.
     """
-    waiting: list[tuple[KeyT, Started | Exception, dict[str, float]]] = []
+    waiting: list[tuple[QuestionT, Started | Exception, dict[str, float]]] = []
     size = 0
     for key, one in started:
         waiting.append((key, one, engine.meter.set_aside()))
@@ -31,8 +31,8 @@ def finish_in_batches(
 
 
 def _finish(
-    engine: Engine, waiting: list[tuple[KeyT, Started | Exception, dict[str, float]]]
-) -> Iterator[tuple[KeyT, Reply | Exception]]:
+    engine: Engine, waiting: list[tuple[QuestionT, Started | Exception, dict[str, float]]]
+) -> Iterator[tuple[QuestionT, Reply | Exception]]:
     replies = engine.finish_replies([one for _, one, _ in waiting if not isinstance(one, Exception)])
     error: Exception | None = None
     for key, one, spent in waiting:
