@@ -89,7 +89,7 @@ def check_grid(world: ParallelContext, kind: str, vocabulary: int, walked: list[
         ours = scorer.score(ids, answer)
         assert (ours.forced, ours.rank) == (stock.forced, stock.rank)
         assert ours.log_prob == pytest.approx(stock.log_prob, rel=1e-5)
-        held_here = {layer.get_seq_length() for layer in scorer._cache.layers}
+        held_here = {layer.get_seq_length() for layer in scorer._prefix.cache.layers}
         assert held_here == {len(range(world.ring.rank, len(ids) - 1, world.cp))}, "1/N of the tokens"
     assert scorer.tokens_run == tree_size([ids for ids, _, _ in walked]), "together they run every edge once"
 

@@ -22,6 +22,7 @@ WORKS = {
     "reuse": (True, True, True, False, False),
     "kv_cache": (True, True, True, False, False),
     "feature_cache": (True, False, False, False, False),
+    "batch": (True, True, True, False, False),
 }
 KINDS = ("llava_onevision", "qwen2_vl", "llava", "gemma3", "endpoint")
 VALUES = {
@@ -33,8 +34,9 @@ VALUES = {
     "reuse": ("--no-reuse",),
     "kv_cache": ("--kv-cache", "host"),
     "feature_cache": ("--feature-cache", "features"),
+    "batch": ("--batch", "2"),
 }
-LACKING = {"vqa": ("kv_cache",), "videomme": ("kv_cache",), "bench": ("kv_cache",), "niah": ("device_map",)}
+LACKING = {"vqa": ("kv_cache",), "videomme": ("kv_cache",), "bench": ("kv_cache",), "niah": ("device_map", "batch")}
 """Options that a command does not have."""
 
 
