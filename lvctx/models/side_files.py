@@ -10,7 +10,7 @@ from typing import Any
 
 from lvctx.artifacts.model_config import language_part, read_model_config
 from lvctx.artifacts.store import atomic_file, write_json
-from lvctx.models.card import write_section
+from lvctx.models.card import POSITIONS, write_section
 from lvctx.rope.runtimes import GGUF, llama_cpp, sglang, vllm
 
 VLLM, SGLANG, LLAMA_CPP = "vllm.json", "sglang", "llama.cpp.txt"
@@ -69,7 +69,7 @@ def write_side_files(out: Path, title: str | None = None) -> list[str]:
     # Without the directory's name, so that the same model has the same bytes anywhere.
     listed = "".join(f"- {name}: {line}\n" for name, line in lines.items())
     body = f"{title or _title(rope, context)} DIR is this directory.\n\n{listed}"
-    write_section(out, "Positions", body)
+    write_section(out, POSITIONS, body)
     return names
 
 
