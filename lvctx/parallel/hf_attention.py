@@ -69,7 +69,7 @@ def check_config(config: Any, *, where: object, fix: str = "use context parallel
 def check_ring(config: Any, ring: Ring, *, where: object) -> None:
     """Raise InputError for a model whose attention the ranks do not support, and for heads that they cannot divide."""
     if ring.world > 1 and ring.kind == "ring":
-        check_config(config, where=where, fix="--cp-kind ulysses")
+        check_config(config, where=where, fix="give --cp-kind ulysses")
         return
     heads, kinds = config.num_attention_heads, set(getattr(config, "layer_types", None) or ())
     if heads % ring.world:
