@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_niah import run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lvctx.errors import InputError
@@ -169,6 +170,23 @@ def test_the_suggested_flags_help() -> None:
     assert all(peak < before for _, peak in helps)
 
 
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "measured"), [(28, 4, 184.9), (32, 8, 225.0), (16, 2, 121.0), (8, 8, 80.5)]
+)
+def test_ulysses_needs_what_torchs_memory_tracker_counts(heads: int, key_heads: int, measured: float) -> None:
+    """Bytes per token and channel of a bfloat16 forward and backward, beside q, k, v and the output, on four ranks."""
+    shape = replace(qwen2(), heads=heads, key_heads=key_heads)
+    parts = memory(shape, Spread(world=4, cp=4, cp_kind="ulysses"), 4096, runtime=0)[0]
+    assert parts["all_to_all_buffers"] / 1024 / shape.head_dim == pytest.approx(measured, rel=0.01)
+
+
+def test_ulysses_is_suggested_for_divisors_of_the_heads_only() -> None:
+    spread = Spread(world=8, cp=2, cp_kind="ulysses")
+    flags = {flag for flag, _ in remedies(qwen2(), spread, 1 << 20, A100)}
+    assert "--cp 4" in flags
+    assert "--cp 8" not in flags, "28 heads"
+
+
 def test_rows_of_one_forward_are_whole_and_no_more_than_there_are() -> None:
     assert [rows_together(1000, n, 5) for n in (1, 999, 1000, 2999, 3000, 99_000)] == [1, 1, 1, 2, 3, 5]
 
@@ -189,24 +207,25 @@ def test_a_model_of_another_kind_is_refused() -> None:
         read_shape({k: v for k, v in LLAMA2_7B.items() if k != "vocab_size"}, where="m")
 
 
-def plan(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-X", "importtime", "-m", "lvctx", "plan", "extend-lm", "--model", QWEN2_7B, *args]
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120)
+def plan(*args: object) -> Any:
+    return run("plan", "extend-lm", "--model", QWEN2_7B, *args)
 
 
 def test_the_command_needs_no_torch_and_refuses_what_cannot_fit() -> None:
     eight = ("--world", 8, "--seq-len", 224_000, "--device-memory", "80GiB")
-    fits = plan(*eight, "--cp", 8)
+    command = [sys.executable, "-X", "importtime", "-m", "lvctx", "plan", "extend-lm", "--model", QWEN2_7B, *eight]
+    fits = subprocess.run([*map(str, command), "--cp", "8"], capture_output=True, text=True, timeout=120)
     assert fits.returncode == 0, fits.stderr
     assert not re.search(r"\| +torch$", fits.stderr, re.M)
     found = json.loads(fits.stdout)
     assert found["fits"]
     assert found["peak_bytes"] <= sum(found["bytes"].values())
     too_long = plan(*eight, "--cp", 1)
-    assert too_long.returncode == 3
+    assert too_long.exit_code == 3
     assert "it fits with --cp 2" in too_long.stderr.splitlines()[-1]
-    assert plan(*eight, "--cp", 3).returncode == 2
-    assert plan("--seq-len", 1024, "--device-memory", "lots").returncode == 2
+    assert plan(*eight, "--cp", 3).exit_code == 2
+    assert plan(*eight, "--cp", 8, "--cp-kind", "ulysses").exit_code == 3, "28 heads"
+    assert plan("--seq-len", 1024, "--device-memory", "lots").exit_code == 2
 
 
 def test_rows_that_share_a_forward_share_its_memory() -> None:

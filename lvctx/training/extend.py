@@ -245,7 +245,7 @@ class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
             few = "%d rows for %d steps: each row is used %.1f times"
             log.warning(few, len(self.rows), config.steps, job.epochs)
         if context.cp > 1 or config.doc_mask:
-            hf_attention.use(trainable.decoder, where=job.model)
+            hf_attention.use(trainable.decoder, where=job.model, ring=context.ring)
         share = -(-job.rows_per_step // context.dp)
         row_length = self.rows.seq_len
         self.rows_per_forward = 1 if config.doc_mask else rows_together(row_length, parallel.forward_tokens, share)

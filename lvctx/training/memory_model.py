@@ -22,14 +22,18 @@ and float32; 4 with c = 4); and the head's gradient, which is computed with the 
 forward, are 12 V per token of a row (bfloat16, float32, and the gradients of both).
 Ring (C > 1): keys and values twice in bfloat16 and their gradients twice in float32, queries' gradient and output in
 float32: s (24 K D + 8 H D).
+Ulysses (C > 1): key heads are repeated to K' = lcm(K, C), 2 (K' - K) more than counted above. Attention's gradients of
+q k v, and two copies of the largest while it is sent and received: s c D (3 H + 4 K' - 2 K).
 Operations: 2 per weight and token except for the embedding, 2 S H D per token and layer for causal attention, three
 times that with the backward pass; checkpointing repeats the forward, which MFU does not count.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import lcm
 from typing import Any
 
+from lvctx.device import CpKind
 from lvctx.errors import InputError
 
 LOGITS_CHUNK = 1024
@@ -168,6 +172,8 @@ class Spread:
     """Devices."""
     cp: int = 1
     """Devices that share a row."""
+    cp_kind: CpKind = "ring"
+    """How they attend."""
     rows: int = 1
     """Rows that one device processes consecutively in a step."""
     recomputation: Recomputation = Recomputation()
@@ -224,13 +230,13 @@ def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -
         logits = (6 if c == 2 else 4) * shape.vocab * min(tokens, LOGITS_CHUNK)
         logits += 0 if spread.lora else (4 if alone else c) * shape.vocab * shape.hidden
     loss = logits + 2 * w * shape.hidden * tokens
-    ring = tokens * shape.head_dim * (24 * shape.key_heads + 8 * shape.heads) if spread.cp > 1 else 0
+    shared = tokens * _sharing(shape, spread) if spread.cp > 1 else 0
     parts = {
         **state_bytes,
         "compute_copies": copies + late,
         "activations": stored + layer,
         "loss": loss,
-        "ring_buffers": ring,
+        "ring_buffers" if spread.cp_kind == "ring" else "all_to_all_buffers": shared,
         "runtime": runtime,
     }
     accumulated = state_bytes["gradients"] if spread.rows > 1 else 0
@@ -238,10 +244,18 @@ def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -
     copied = 0 if alone else copies  # autocast drops its copies before the backward pass
     peak = always + max(
         accumulated + copies + stored + loss,
-        state_bytes["gradients"] + copied + late + stored + layer + ring,
+        state_bytes["gradients"] + copied + late + stored + layer + shared,
         state_bytes["gradients"] + last + copied,
     )
     return parts, peak, host
+
+
+def _sharing(shape: DecoderShape, spread: Spread) -> int:
+    """Bytes per token that context parallelism adds to a layer's backward."""
+    if spread.cp_kind == "ring":
+        return shape.head_dim * (24 * shape.key_heads + 8 * shape.heads)
+    key_heads = lcm(shape.key_heads, spread.cp)
+    return spread.compute_bytes * shape.head_dim * (3 * shape.heads + 4 * key_heads - 2 * shape.key_heads)
 
 
 def _activations(shape: DecoderShape, spread: Spread, tokens: int, w: int) -> tuple[int, int, int]:
@@ -310,7 +324,7 @@ def remedies(shape: DecoderShape, spread: Spread, seq_len: int, device: Device) 
     tried += [
         (f"--cp {cp}", replace(spread, cp=cp))
         for cp in range(spread.cp + 1, spread.world + 1)
-        if spread.world % cp == 0
+        if spread.world % cp == 0 and (spread.cp_kind == "ring" or shape.heads % cp == 0)
     ]
     if not spread.offload:
         tried.append(("--offload", replace(spread, offload=True)))
