@@ -1,8 +1,8 @@
 """Rows of Parquet files by row group: the packing process reads only the metadata, its tokenizing processes the rows.
 
 Parquet cannot be read from the middle of a row group, which may be the whole file. A process that is given several
-spans of one decodes it once, from the beginning to the last of them, and makes Python values of its own rows alone. Each
-such process may hold a row group in memory.
+spans of one decodes it once, from the beginning to the last of them, and makes Python values of its own rows alone.
+Each such process may hold a row group in memory.
 """
 
 from collections.abc import Iterator
