@@ -61,12 +61,12 @@ def is_plain(config: Any) -> bool:
 
 
 def check_config(config: Any, *, where: object) -> None:
-    """Raise InputError for a model with a sliding window or latent keys: context parallelism supports neither."""
+    """Raise InputError for a model with a sliding window or latent keys: the ring supports neither."""
     if not is_plain(config):
         raise InputError(
             "its attention has a sliding window or latent keys",
             where=where,
-            fix="use context parallelism with other models only",
+            fix="use context parallelism and document masks with other models only",
         )
 
 
