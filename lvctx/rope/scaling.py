@@ -39,7 +39,7 @@ class ScaledRope:
     """The part of a configuration that changes."""
 
     rope_parameters: dict[str, Any]
-    """In the format of transformers 5 and vLLM. Where layers differ it has the unchanged ones of the other layers too."""
+    """In the format of transformers 5 and vLLM; where layers differ, with the unchanged ones of the other layers."""
     factor: float
     """Multiple of the pretrained length; 1 if only the base changes."""
     context: int

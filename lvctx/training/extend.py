@@ -39,8 +39,9 @@ from lvctx.parallel import hf_attention
 from lvctx.parallel.context import ParallelContext
 from lvctx.rope.pose import skipped
 from lvctx.rope.scaling import check_rope, full_attention_rope, resolve_scaling
+from lvctx.training.decoder_shape import PLANNED_TYPES, read_shape
 from lvctx.training.extend_config import ExtendConfig
-from lvctx.training.memory_model import PLANNED_TYPES, Recomputation, flops, read_shape, rows_together
+from lvctx.training.memory_model import Recomputation, flops, rows_together
 from lvctx.training.mrope_checkpoint import find_mrope, record_title, scaling_record
 from lvctx.training.parallel_config import ParallelConfig
 from lvctx.training.plan import predict_extend

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any, cast
 from lvctx.device import resolve_dtype
 from lvctx.errors import InputError, UsageError
 from lvctx.models.loading import read_config
+from lvctx.training.decoder_shape import PLANNED_TYPES, DecoderShape, read_shape
 from lvctx.training.memory_model import (
     DEVICES,
     GIB,
-    PLANNED_TYPES,
-    DecoderShape,
     Device,
     Recomputation,
     Spread,
@@ -20,7 +19,6 @@ from lvctx.training.memory_model import (
     least_recomputation,
     longest,
     memory,
-    read_shape,
     remedies,
     rows_together,
 )
@@ -49,6 +47,8 @@ def predict(config: PlanConfig) -> dict[str, Any]:
         compute_bytes=4 if config.dtype == "float32" else 2,
     )
     shape = read_shape(read_config(config.model), where=config.model)
+    if shape.sliding_layers and config.cp > 1:
+        raise InputError("its attention has a sliding window, which --cp does not support", where=config.model)
     preset = DEVICES[config.device]
     device = replace(preset, memory=config.device_memory or preset.memory)
     together = rows_together(config.seq_len, config.micro_tokens, spread.rows)
