@@ -18,7 +18,7 @@ determine it).
     during the backward of a layer: 3 c I + 2 w E
     with tiled MLPs: 7 c I only for the tokens of a tile, and 2 c E for the tiles' outputs and input gradients
     experts, k of X for each token: k (4 w I + 2 w E + 34) + 4 X instead of 4 c I, and k (3 w I + 2 w E) in the backward
-Sliding windows: torch's kernel gets a mask, one byte per pair of tokens for all layers and c in each such layer, and keys
+Sliding windows: torch needs a mask, one byte per pair of tokens for all layers and c in each such layer, and keys
 and values repeated for every query head, 2 c (H - K) D. Every layer is counted as one with a window.
 Loss: hidden states and their gradient, 2 w E per token; logits of one chunk of 1,024 tokens, V times 6 bytes (bfloat16
 and float32; 4 with c = 4); and the head's gradient, which is computed with the loss. Full logits, as in a plain
