@@ -80,6 +80,7 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/python tests/dependencies.py
 
 tower: fetch          # train the nano tower again from nothing (about 20 minutes; --compile needs a C++ compiler)
 	.venv/bin/python recipes/nano/train_tower.py --compile -o recipes/nano/tower \

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from aligning import talk, write
 from PIL import Image
 from safetensors.torch import load_file
+from support.aligning import talk, write
 from test_niah import run
 from test_qwen_niah import fails
 from torch.nn import functional as F

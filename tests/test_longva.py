@@ -9,14 +9,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import llava_models
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from support import llava_models
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration, LlavaOnevisionImageProcessor
 from typer.testing import CliRunner
 
+from lvctx.artifacts.manifest import read_manifest
 from lvctx.artifacts.weights import read_weights, write_weight_shard
 from lvctx.cli.app import app
 from lvctx.errors import UsageError
@@ -429,7 +431,7 @@ def ours(tiny_lm: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
 
 
 def test_import_of_an_export_is_the_model_itself(ours: Path, tmp_path: Path) -> None:
-    """Every file, byte for byte."""
+    """Every file, byte for byte, but for the card, which tells how the model was made."""
     assert lvctx("export", ours, "--to", "llava", "-o", tmp_path / "llava")[::2] == (0, "")
     config = json.loads((tmp_path / "llava" / "config.json").read_text())
     assert (config["model_type"], config["mm_vision_tower"]) == ("llava_llama", "tower")
@@ -441,7 +443,9 @@ def test_import_of_an_export_is_the_model_itself(ours: Path, tmp_path: Path) -> 
     assert code == 0, said
     names = {p.name for p in ours.iterdir()}
     assert {p.name for p in (tmp_path / "vlm").iterdir()} == names | {"MANIFEST.json"}
-    for name in names:
+    cards = [ModelCard.load(tmp_path / folder / "README.md").data for folder in ("llava", "vlm")]
+    assert [card.library_name for card in cards] == [None, "transformers"], "stock code does not load LLaVA's format"
+    for name in names - {"README.md"}:
         assert (tmp_path / "vlm" / name).read_bytes() == (ours / name).read_bytes(), name
 
 
@@ -496,8 +500,8 @@ def test_export_to_hf_leaves_what_is_only_ours(released: Path, tiny_lm: Path, tm
     (vlm / "metrics.jsonl").write_text("{}\n")
     first = lvctx("export", vlm, "--to", "hf", "-o", out)
     assert first[0] == 0
-    ours = {"MANIFEST.json", "metrics.jsonl"}
-    assert {p.name for p in out.iterdir()} == {p.name for p in vlm.iterdir()} - ours
+    assert {p.name for p in out.iterdir()} == {p.name for p in vlm.iterdir()} - {"metrics.jsonl"}
+    assert read_manifest(out)["context"] == read_manifest(vlm)["context"]
     shard = "model-00001-of-00003.safetensors"
     assert (out / shard).samefile(vlm / shard)
     (out / shard).unlink()

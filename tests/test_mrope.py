@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import mrope_models
 import pytest
 import torch
+from support import mrope_models
 from test_cli import fails, lvctx
 
 from lvctx.errors import InputError, UsageError
@@ -123,7 +123,8 @@ def test_weights_are_links_and_nothing_else_changes(qwen2: Path, tmp_path: Path)
         del text["rope_parameters"], text["max_position_embeddings"]
     assert before == after
     readme = (out / "README.md").read_text()
-    assert readme.startswith("---\nlicense: apache-2.0")
+    assert "\nlicense: apache-2.0\n" in readme
+    assert "# A model" not in readme, "the text of another model"
     for name in ("vllm.json", "sglang", "llama.cpp.txt"):
         assert readme.count(f"DIR/{name}") == 1
     assert (out / "sglang" / "model.safetensors").samefile(qwen2 / "model.safetensors")

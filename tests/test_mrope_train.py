@@ -7,20 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import av
-import mrope_models
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
-from mrope_models import opinionated
 from PIL import Image
+from safetensors import safe_open
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file
 from safetensors.torch import load_file
+from support import mrope_models
+from support.forks import start_ranks
+from support.mrope_models import opinionated
 from test_niah import run
 from test_qwen_niah import fails
 from torch.nn import functional as F
 
 from lvctx.artifacts.manifest import read_manifest
 from lvctx.data.packed_chat import ChatRows
+from lvctx.errors import InputError
 from lvctx.models.loading import load_model
 from lvctx.parallel import hf_attention
 from lvctx.parallel.context import ParallelContext, joined, make_context
@@ -264,7 +268,7 @@ def _compare(rank: int, here: Path, third: Path, size: int) -> None:
 
 def test_two_ranks_share_a_row_exactly(here: Path, third: Path) -> None:
     """Loss and every gradient of the language model: positions and deeper features are cut as tokens are."""
-    multiprocessing.spawn(_compare, args=(here, third, 2), nprocs=2)
+    start_ranks(_compare, here, third, 2, ranks=2)
 
 
 def test_only_the_language_model_changes_and_a_stopped_run_continues(here: Path, tmp_path: Path) -> None:
@@ -302,6 +306,25 @@ def test_only_the_language_model_changes_and_a_stopped_run_continues(here: Path,
         of = "base_model.model.model.language_model." + name[name.index("layers.") :].removesuffix("weight")
         added = 2 * lora[of + "lora_B.weight"].float() @ lora[of + "lora_A.weight"].float()
         torch.testing.assert_close(whole[name] - before[name], added, rtol=0.02, atol=1e-4)
+
+
+def test_rows_of_another_tokenizer_and_ids_without_an_embedding_are_refused(here: Path, tmp_path: Path) -> None:
+    config = MropeConfig(model=str(here / "model"), out=tmp_path, scale=2, data=here / "chat", media=here, lr=1e-3)
+    other = shutil.copytree(here / "model", tmp_path / "other")
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
+    with pytest.raises(InputError) as refused:
+        resolve_mrope_training(replace(config, model=str(other)))
+    assert refused.value.where == here / "chat"
+    rows = shutil.copytree(here / "chat", tmp_path / "rows")
+    shard = rows / "shard-00000.safetensors"
+    with safe_open(shard, "np") as opened:
+        metadata = opened.metadata()
+    tensors = load_arrays(shard)
+    tensors["input_ids"][0] = 1 << 20
+    save_file(tensors, shard, metadata)
+    with pytest.raises(InputError) as refused:
+        resolve_mrope_training(replace(config, data=rows))
+    assert refused.value.where == shard
 
 
 def test_the_command_trains_on_a_file_of_samples(here: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_niah import run
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lvctx.errors import InputError
@@ -288,24 +289,24 @@ def test_a_model_of_another_kind_is_refused() -> None:
         read_shape({k: v for k, v in LLAMA2_7B.items() if k != "vocab_size"}, where="m")
 
 
-def plan(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-X", "importtime", "-m", "lvctx", "plan", "extend-lm", "--model", QWEN2_7B, *args]
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120)
+def plan(*args: object) -> Any:
+    return run("plan", "extend-lm", "--model", QWEN2_7B, *args)
 
 
 def test_the_command_needs_no_torch_and_refuses_what_cannot_fit() -> None:
     eight = ("--world", 8, "--seq-len", 224_000, "--device-memory", "80GiB")
-    fits = plan(*eight, "--cp", 8)
+    command = [sys.executable, "-X", "importtime", "-m", "lvctx", "plan", "extend-lm", "--model", QWEN2_7B, *eight]
+    fits = subprocess.run([*map(str, command), "--cp", "8"], capture_output=True, text=True, timeout=120)
     assert fits.returncode == 0, fits.stderr
     assert not re.search(r"\| +torch$", fits.stderr, re.M)
     found = json.loads(fits.stdout)
     assert found["fits"]
     assert found["peak_bytes"] <= sum(found["bytes"].values())
     too_long = plan(*eight, "--cp", 1)
-    assert too_long.returncode == 3
+    assert too_long.exit_code == 3
     assert "it fits with --cp 2" in too_long.stderr.splitlines()[-1]
-    assert plan(*eight, "--cp", 3).returncode == 2
-    assert plan("--seq-len", 1024, "--device-memory", "lots").returncode == 2
+    assert plan(*eight, "--cp", 3).exit_code == 2
+    assert plan("--seq-len", 1024, "--device-memory", "lots").exit_code == 2
 
 
 def test_rows_that_share_a_forward_share_its_memory() -> None:

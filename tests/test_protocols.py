@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import mrope_models
 import pytest
+from support import mrope_models
 from test_questions import DATA, rows_of, run
 from test_videomme import finish_run, videos
 
@@ -25,7 +25,7 @@ from lvctx.eval.benchmarks.protocol import (
     read_protocol,
 )
 
-NAMES = ["internvl3", "llava-video", "lmms-eval", "longva", "official", "qwen2.5-vl", "qwen3-vl"]
+NAMES = ["internvl3", "llava-video", "lmms-eval", "longva", "official", "qwen2.5-vl", "qwen3-vl", "videochat-flash"]
 PAIRS = [(name, bench) for name in protocol_names() for bench in read_protocol(name)]
 PUBLISHED = {
     # The table of each source, by hand: frames, or rate and largest number of frames.
@@ -37,6 +37,14 @@ PUBLISHED = {
     ("internvl3", "videomme"): {"frames": 64, "frame_pixels": 448 * 448},
     ("lmms-eval", "longvideobench"): {"frames": 32, "prompt": "official", "max_new_tokens": 32},
     ("official", "mlvu"): {"prompt": "official"},
+    ("official", "videomme-v2"): {"prompt": "official", "frames": 64, "temperature": 0.0, "max_new_tokens": 4096},
+    ("official", "videoeval-pro"): {"prompt": "official", "frames": 32, "max_new_tokens": 512},
+    ("official", "longvideo-reason"): {"prompt": "official", "frames": 512},
+    ("official", "vnbench"): {"prompt": "official"},
+    ("qwen2.5-vl", "lvbench"): {"fps": 2.0, "max_frames": 768, "frame_pixels": 128 * 28 * 28},
+    ("qwen2.5-vl", "egoschema"): {"fps": 2.0, "max_frames": 768, "frame_pixels": 768 * 28 * 28},
+    ("videochat-flash", "lvbench"): {"fps": 1.0, "max_frames": 640, "prompt": "videochat-flash"},
+    ("lmms-eval", "longtimescope"): {"frames": 32, "prompt": "official", "temperature": 0.0, "max_new_tokens": 16},
 }
 
 
@@ -92,12 +100,15 @@ def test_every_protocol_sets_options_that_its_benchmark_has(name: str, bench: st
     assert not set(protocol.values) & set(protocol.not_stated)
 
 
-def test_every_protocol_has_video_mme_but_none_states_it_for_other_images() -> None:
-    assert {name for name, bench in PAIRS if bench == "videomme"} == set(NAMES)
+OF_VIDEO_MME = [name for name in NAMES if name != "videochat-flash"]
+
+
+def test_protocols_of_video_mme_and_of_images() -> None:
+    assert [name for name, bench in PAIRS if bench == "videomme"] == OF_VIDEO_MME
     assert [name for name, bench in PAIRS if bench == "vhs"] == ["official"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_VIDEO_MME)
 def test_a_run_has_the_values_of_its_protocol(name: str, asked: list[object]) -> None:
     made_of = planned(*asked, "--protocol", name)
     stated = load_protocol(name, "videomme").values

@@ -245,7 +245,10 @@ def read_sha256(path: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Hex SHA-256 that identifies an input: a file's bytes, a finished artifact's manifest, or a directory's files."""
+    """Hex SHA-256 that identifies an input: a file's bytes, a finished artifact's manifest, or a directory's files.
+
+    The card of a model, README.md, does not count, since not every download of a model has it.
+    """
     if path.is_file():
         return sha256_file(path)
     if not path.is_dir():
@@ -254,6 +257,7 @@ def fingerprint(path: Path) -> str:
     if manifest.is_file():
         return sha256_file(manifest)
     hasher = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
+    card = path / "README.md" if (path / "config.json").is_file() else None
+    for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".") and p != card):
         hasher.update(f"{file.relative_to(path).as_posix()}\0{sha256_file(file)}\n".encode())
     return hasher.hexdigest()

@@ -46,7 +46,10 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Utilities": {
         "import-longva": ("convert", "Convert a released LongVA checkpoint for transformers and vLLM."),
-        "export": ("convert", "Write a model in the format of another program."),
+        "export": (
+            "convert",
+            "Write a model in the format of another program, add results to its card, and upload it.",
+        ),
         "info": ("inspect", "Show the kind, provenance and content of a model directory or artifact."),
         "plan": ("inspect", "Predict the memory and time of a training run from config.json alone."),
         "doctor": ("inspect", "Check that context parallelism is exact with a model on this machine."),

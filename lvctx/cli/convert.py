@@ -1,7 +1,9 @@
 """Commands that convert models: `import-longva` and `export_model`."""
 
+from dataclasses import replace
+
 from lvctx.artifacts import schemas
-from lvctx.cli.options import RunOptions, command
+from lvctx.cli.options import RunOptions, card_command, command
 from lvctx.cli.output import artifact_row, emit, progress
 from lvctx.models.convert_config import ExportConfig, ImportLongvaConfig
 
@@ -22,7 +24,8 @@ def import_longva(config: ImportLongvaConfig, run: RunOptions) -> None:
 
         job = plan_import_longva(config)
         if not run.dry_run:
-            run_import_longva(job, resume=run.resume, force=run.force, on_progress=on_progress)
+            made_by = card_command("import-longva", config)
+            run_import_longva(job, command=made_by, resume=run.resume, force=run.force, on_progress=on_progress)
     if run.dry_run:
         emit({"dry_run": True, "path": str(config.out), **job.facts})
     else:
@@ -31,14 +34,23 @@ def import_longva(config: ImportLongvaConfig, run: RunOptions) -> None:
 
 @command("export", "lvctx export vlm --to hf -o vlm-hf", "lvctx export vlm --to llava -o vlm-llava")
 def export_model(config: ExportConfig, run: RunOptions) -> None:
-    """Write a model in the format of another program.
+    """Write a model in the format of another program, add results to its card, and upload it.
 
     import-longva converts the result of --to llava back, bit for bit.
     """
     with progress("export", "checking the model") as on_progress:
+        from lvctx.eval.card_results import read_card_results
         from lvctx.models.export import plan_export, run_export
+        from lvctx.models.hub_upload import check_upload, upload_model
 
-        job = plan_export(config)
+        if config.push_to_hub is not None:
+            check_upload(config.push_to_hub)
+        job = plan_export(config, card_command("export", replace(config, push_to_hub=None)))
+        if config.results:
+            job = replace(job, results=read_card_results(config.results, job.source))
         if not run.dry_run:
             row = run_export(job, resume=run.resume, force=run.force, on_progress=on_progress)
+            if config.push_to_hub is not None:
+                on_progress(0, 0, f"uploading to {config.push_to_hub}")
+                row |= upload_model(config.out, config.push_to_hub)
     emit({"dry_run": True, "path": str(config.out), **job.facts} if run.dry_run else row)

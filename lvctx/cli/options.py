@@ -8,6 +8,8 @@ from the field's default.
 
 import ast
 import inspect
+import re
+import shlex
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -116,6 +118,30 @@ def option_name(field: Field[Any], flag: Flag) -> str:
     if flag.argument:
         return flag.metavar or field.name.upper()
     return flag.names[-1].partition("/")[0] if flag.names else f"--{field.name.replace('_', '-')}"
+
+
+def card_command(name: str, config: Any) -> str:
+    """The command line of a configuration for a model card: options that are not defaults, and no local path.
+
+    A path is replaced by the option's name in capitals, so that the same inputs give the same text; hub ids stay.
+    """
+    words = ["lvctx", *name.split()]
+    for field, annotation, flag in config_fields(type(config)):
+        value = getattr(config, field.name)
+        if value in (None, ()) or (field.default is not MISSING and value == field.default):
+            continue
+        names = [] if flag.argument else [flag.names[0] if flag.names else f"--{field.name.replace('_', '-')}"]
+        if value is True or value is False:
+            words += names if value else [f"--no-{names[0].removeprefix('--')}"]
+            continue
+        names_model = field.name in ("model", "lm", "tower", "init", "source")
+        is_path = names_model or "Path" in str(annotation)
+        for one in value if isinstance(value, tuple) and flag.parse is None else (value,):
+            may_be_id = (names_model or field.name == "data") and not Path(one).exists()
+            is_id = may_be_id and re.fullmatch(r"[\w-][\w.-]*/[\w.@-]+", str(one))
+            text = field.name.upper() if is_path and not is_id else re.sub("data=[^,]*", "data=DATA", str(one))
+            words += [*names, text]
+    return shlex.join(words)
 
 
 def config_fields(config_class: type) -> Iterator[tuple[Field[Any], Any, Flag]]:

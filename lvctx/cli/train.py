@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lvctx.artifacts import schemas
-from lvctx.cli.options import RunOptions, command
+from lvctx.cli.options import RunOptions, card_command, command
 from lvctx.cli.output import artifact_row, emit, progress, say
 from lvctx.cli.tracking import TrackingOptions, tracker
 from lvctx.config import hashed_fields
@@ -70,7 +70,7 @@ def extend_lm(
             refuse(predicted)
         return
     with ExitStack() as stack:
-        control = _control(stack, "extend-lm", config.out, tracking, run)
+        control = _control(stack, "extend-lm", card_command("extend-lm", config), config.out, tracking, run)
         run_stages(configs, jobs, resolve_extend, parallel, control)
     emit(artifact_row(schemas.MODEL, config.out, facts))
 
@@ -113,7 +113,7 @@ def align(config: AlignConfig, parallel: ParallelConfig, tracking: TrackingOptio
     from lvctx.training.run_training import run_training
 
     with ExitStack() as stack:
-        control = _control(stack, f"align {config.stage}", config.out, tracking, run)
+        control = _control(stack, f"align {config.stage}", card_command("align", config), config.out, tracking, run)
         run_training(align_task(job), parallel, control)
     emit(artifact_row(schemas.MODEL, config.out, facts))
 
@@ -149,7 +149,7 @@ def mrope_extend(config: MropeConfig, parallel: ParallelConfig, tracking: Tracki
     if config.data is not None and not (run.dry_run and config.data.is_file()):
         facts |= _train_mrope(config, job.context, parallel, tracking, run)
     elif not run.dry_run:
-        run_mrope(job, config.out, resume=run.resume, force=run.force)
+        run_mrope(job, config.out, resume=run.resume, force=run.force, command=_mrope_command(config))
     if run.dry_run:
         emit({"dry_run": True, "path": str(config.out), **facts, "rope_parameters": job.rope})
         return
@@ -182,7 +182,7 @@ def _train_mrope(
     facts = {**jobs[-1].describe(), **stage_facts[-1], **({"stages": stage_facts} if config.stages else {})}
     if not run.dry_run:
         with ExitStack() as stack:
-            control = _control(stack, "mrope-extend", config.out, tracking, run)
+            control = _control(stack, "mrope-extend", _mrope_command(config), config.out, tracking, run)
             run_stages(configs, jobs, resolve, parallel, control)
     return facts
 
@@ -222,12 +222,19 @@ def _verify(out: Path) -> float | None:
     return verified.error
 
 
-def _control(stack: ExitStack, label: str, out: Path, tracking: TrackingOptions, run: RunOptions) -> RunControl:
-    """The output, resume policy and callbacks of a training, until `stack` closes."""
+def _mrope_command(config: MropeConfig) -> str:
+    """The command line for the model card, without options that do not change the model."""
+    return card_command("mrope-extend", replace(config, verify=False, plot=None, frames=None, size="1280x720"))
 
+
+def _control(
+    stack: ExitStack, label: str, command: str, out: Path, tracking: TrackingOptions, run: RunOptions
+) -> RunControl:
+    """The output, resume policy and callbacks of a training, until `stack` closes."""
     on_progress = stack.enter_context(progress(label))
     on_step = stack.enter_context(tracker(tracking, out))
-    return RunControl(out=out, resume=run.resume, force=run.force, on_progress=on_progress, on_step=on_step)
+    resume, force = run.resume, run.force
+    return RunControl(out=out, resume=resume, force=force, on_progress=on_progress, on_step=on_step, command=command)
 
 
 def _processes() -> int:

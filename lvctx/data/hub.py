@@ -1,6 +1,7 @@
 """Datasets of the `datasets` package: saved on disk (memory-mapped) or on the Hugging Face hub (streamed)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from lvctx.errors import InputError, first_line
@@ -45,6 +46,11 @@ def hub_commit(name: str) -> str:
         return str(HfApi().dataset_info(repository, revision=revision or None).sha)
     except Exception as e:
         raise _no_dataset(name, e) from e
+
+
+def hub_datasets(inputs: Iterable[str | Path]) -> list[str]:
+    """The ids, without revisions, of those inputs that are datasets on the hub and not files or stdin."""
+    return sorted({str(name).partition("@")[0] for name in inputs if str(name) != "-" and not Path(name).exists()})
 
 
 def _no_dataset(name: str, e: Exception) -> InputError:

@@ -25,7 +25,7 @@ from lvctx.data.chat_mixture import choose_samples, describe_shortage, largest_b
 from lvctx.data.chat_sample_encoder import ChatSampleEncoder
 from lvctx.data.chat_sample_store import ChatSampleStore
 from lvctx.data.conversations import parse_conversation
-from lvctx.data.hub import hub_commit
+from lvctx.data.hub import hub_commit, hub_datasets
 from lvctx.data.pack_chat_config import PackChatConfig
 from lvctx.data.pack_chat_stats import NOT_NEEDED, SHORT_VIDEO, TOO_LONG, packing_stats
 from lvctx.data.packed import shard_name
@@ -190,6 +190,7 @@ class _ChatPacker:
         write_jsonl(self.out / LEFT_OUT, self.left_out)
         names = [name(i) for i in range(len(shard_rows)) for name in (shard_name, lines_name)]
         stats = packing_stats(self.config, self.job.mix, self.samples, packed, self.left_out, rows=len(rows))
+        facts["datasets"] = hub_datasets(path for paths in self.job.sources.values() for path in paths)
         write_manifest(self.out, self.job.provenance, [*names, LEFT_OUT], **stats, shard_rows=shard_rows, **facts)
 
     def _read(self, kind: str, path: Path) -> None:
@@ -254,7 +255,7 @@ class _ChatPacker:
         rows = [sorted((int(shuffled[i]) for i in row), key=lambda n: draws[n]) for row in packed]
         return sorted(rows, key=lambda row: draws[row[0]])
 
-    def _write(self, rows: list[list[int]]) -> tuple[list[int], dict[str, int]]:
+    def _write(self, rows: list[list[int]]) -> tuple[list[int], dict[str, Any]]:
         """Write all shards; returns the rows of each, and the numbers of counted labels and of visual tokens."""
         metadata = self.job.provenance.to_metadata()
         shard_rows: list[int] = []

@@ -24,6 +24,7 @@ from lvctx.artifacts.manifest import MANIFEST, Provenance, open_output, read_man
 from lvctx.config import OnProgress, hashed_fields
 from lvctx.data import mixture
 from lvctx.data.documents import UNNAMED, Corpus, Fields, Place
+from lvctx.data.hub import hub_datasets
 from lvctx.data.pack_text_config import PackTextConfig
 from lvctx.data.packed import read_state, shard_name, write_token_shard
 from lvctx.data.row_packing import LengthRule, PackingStats, ShardBuffer, bin_names, take_all, take_budgets
@@ -331,6 +332,7 @@ class _Packer:
             "separator": {"id": self.job.tokenizer.separator, "token": self.job.tokenizer.separator_token},
             "length_bins": bin_names(),
             "sources": stats.report(self.mix if isinstance(self.mix, dict) else {}, self.budgets),
+            "datasets": hub_datasets(self.job.config.inputs),
         }
         write_manifest(self.out, self.job.provenance, [shard_name(i) for i in range(len(shard_rows))], **facts)
         self._remove_all_but({shard_name(i) for i in range(len(shard_rows))})

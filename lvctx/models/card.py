@@ -6,7 +6,7 @@ from typing import Any
 from lvctx.artifacts.store import atomic_file, read_json
 
 CARD = "README.md"
-VISION = "Images and video"
+VISION, POSITIONS = "Images and video", "Positions"
 TILES = """\
 Stock code encodes an image given as `image` in LLaVA-NeXT's AnyRes: a base image and tiles, not pooled. This model was
 aligned with {aligned}, so it answers better when an image is given as a video of its tiles (for the model of
@@ -31,17 +31,22 @@ answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_specia
 """
 
 
+def read_section(text: str, heading: str) -> tuple[str, str]:
+    """The section of a card with this heading, empty if there is none, and the rest of the card."""
+    before, _, after = text.partition(f"## {heading}\n")
+    body, _, rest = after.partition("\n## ")
+    rest = f"## {rest}" if rest else ""
+    return body.strip(), "\n\n".join(part.strip() for part in (before, rest) if part.strip())
+
+
 def write_section(out: Path, heading: str, body: str) -> None:
     """Append a section to a directory's card, replacing one with the same heading."""
     path = out / CARD
     # A card of the source model may have any encoding: its bytes are kept.
     text = path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""
-    mark = f"## {heading}\n"
-    before, _, after = text.partition(mark)
-    rest = after[after.find("\n## ") + 1 :] if "\n## " in after else ""
-    kept = "\n\n".join(part.strip() for part in (before, rest) if part.strip())
+    _, kept = read_section(text, heading)
     with atomic_file(path) as partial:
-        section = f"{kept}\n\n{mark}\n{body}".lstrip()
+        section = f"{kept}\n\n## {heading}\n\n{body}".lstrip()
         partial.write_text(section, encoding="utf-8", errors="surrogateescape")
 
 

@@ -32,3 +32,9 @@ class ExportConfig:
     VLMs with a CLIP tower)."""
     out: Annotated[Path, Flag(names=("-o", "--out"))]
     """Directory to write."""
+    results: tuple[Path, ...] = ()
+    """Results of this model for the model card: directory or file of niah, videomme, bench or perplexity. Repeat the
+    option."""
+    push_to_hub: Annotated[str | None, Flag(metavar="ID")] = None
+    """Upload the written files to this model repository of the Hugging Face hub, which is created if needed. The login
+    is HF_TOKEN or that of `hf auth login`."""

@@ -1,22 +1,26 @@
 """Export a model for other programs: a plain Hugging Face directory, or the format in which LongVA was released."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult
+
 from lvctx.artifacts import schemas
 from lvctx.artifacts.bounded import read_utf8
 from lvctx.artifacts.lock import only_writer
-from lvctx.artifacts.manifest import Provenance
+from lvctx.artifacts.manifest import MANIFEST, Provenance, read_manifest, write_manifest
 from lvctx.artifacts.model_config import read_model_config
-from lvctx.artifacts.store import fingerprint, link_file, read_json, sha256_file, write_json
+from lvctx.artifacts.result_log import short_hash
+from lvctx.artifacts.store import atomic_file, fingerprint, link_file, read_json, sha256_file, write_json
 from lvctx.artifacts.weights import Weight, read_weights, write_weights
 from lvctx.config import OnProgress
 from lvctx.errors import InputError, UsageError
 from lvctx.models import llava_format as llava
 from lvctx.models.card import CARD
+from lvctx.models.card_metadata import CARD_FACTS, write_card, write_results
 from lvctx.models.convert_config import ExportConfig
 from lvctx.models.convert_stream import write_converted
 from lvctx.models.loading import VLM_TYPE, context_length, load_config, resolve_model
@@ -56,22 +60,35 @@ class ExportJob:
     """Resolved model directory."""
     llava: LlavaExport | None
     """For `to="llava"` only."""
+    results: Sequence[EvalResult]
+    """For the model card."""
+    command: str
+    """The command line for the model card, without local paths."""
 
     @property
     def facts(self) -> dict[str, Any]:
         """For the row."""
-        return {"format": self.config.to}
+        return {"format": self.config.to, "results": len(self.results)}
+
+    @property
+    def provenance(self) -> Provenance:
+        """What identifies the export."""
+        inputs = {"model": fingerprint(self.source)}
+        if self.results:
+            inputs["results"] = short_hash([vars(result) for result in self.results])
+        return Provenance(schema=schemas.MODEL, command="export", config={"to": self.config.to}, inputs=inputs)
 
 
-def plan_export(config: ExportConfig) -> ExportJob:
-    """Check the model, from its headers only.
+def plan_export(config: ExportConfig, command: str = "") -> ExportJob:
+    """Check the model, from its headers only; `command` is the command line, without local paths, for its card.
 
     Raises UsageError for a model that the format does not support, InputError for an incomplete one.
     """
     source = resolve_model(config.model)
     if config.out.resolve() == source.resolve():
         raise UsageError("-o is the model's own directory", fix="choose another directory")
-    return ExportJob(config=config, source=source, llava=_plan_llava(source) if config.to == "llava" else None)
+    llava = _plan_llava(source) if config.to == "llava" else None
+    return ExportJob(config=config, source=source, llava=llava, results=(), command=command)
 
 
 def _plan_llava(source: Path) -> LlavaExport:
@@ -100,17 +117,22 @@ def run_export(job: ExportJob, *, resume: str, force: bool, on_progress: OnProgr
     out = job.config.out
     if job.llava is None:
         with only_writer(out):
-            _export_hf(job.source, out, force=force)
+            _export_hf(job, force=force)
     else:
-        _export_llava(job.llava, job.source, out, resume=resume, force=force, on_progress=on_progress)
+        _export_llava(job, job.llava, resume=resume, force=force, on_progress=on_progress)
     return {"schema": schemas.MODEL, "path": str(out), "sha256": fingerprint(out), **job.facts}
 
 
-def _export_hf(source: Path, out: Path, *, force: bool) -> None:
-    """Link or copy a model's files, config.json last; existing files are compared and kept."""
-    names = sorted((name for name in model_files(source) if "/" not in name), key="config.json".__eq__)
+def _export_hf(job: ExportJob, *, force: bool) -> None:
+    """Link or copy a model's files, config.json last; existing files are compared and kept. Card and manifest follow.
+
+    The card is the model's own, with the results added; a model without one gets one.
+    """
+    source, out = job.source, job.config.out
+    names = sorted((name for name in model_files(source) if "/" not in name and name != CARD), key="config.json".__eq__)
     present = {name for name in names if (out / name).exists() and _same(source / name, out / name)}
-    other = [p.name for p in out.iterdir() if p.name not in present and not p.name.startswith(".")]
+    kept = {*present, CARD, MANIFEST}
+    other = [p.name for p in out.iterdir() if p.name not in kept and not p.name.startswith(".")]
     if other and not force:
         raise InputError(
             f"holds {', '.join(sorted(other)[:3])}, not part of this model",
@@ -120,15 +142,26 @@ def _export_hf(source: Path, out: Path, *, force: bool) -> None:
     for name in names:
         if name not in present:
             link_file(source / name, out / name)
+    manifest = read_manifest(source) if (source / MANIFEST).is_file() else {}
+    facts = {key: manifest[key] for key in CARD_FACTS if key in manifest}
+    if (source / CARD).is_file():
+        with atomic_file(out / CARD) as partial:
+            shutil.copyfile(source / CARD, partial)
+    else:
+        (out / CARD).unlink(missing_ok=True)
+        write_card(out, job.provenance, facts, sources=[source], command=job.command)
+    if job.results:
+        write_results(out, job.results)
+    write_manifest(out, job.provenance, [*names, CARD], **facts)
 
 
 def _same(a: Path, b: Path) -> bool:
     return a.samefile(b) or (a.stat().st_size == b.stat().st_size and sha256_file(a) == sha256_file(b))
 
 
-def _export_llava(
-    model: LlavaExport, source: Path, out: Path, *, resume: str, force: bool, on_progress: OnProgress
-) -> None:
+def _export_llava(job: ExportJob, model: LlavaExport, *, resume: str, force: bool, on_progress: OnProgress) -> None:
+    source, out = job.source, job.config.out
+
     def shards() -> list[Mapping[str, Weight]]:
         return [{model.names[name]: weight for name, weight in shard.items()} for shard in model.shards]
 
@@ -143,12 +176,22 @@ def _export_llava(
         if llava.CONFIG_5 in model.config.get("configuration_files", ()):
             write_json(out / llava.CONFIG_5, llava.config_for_5(model.config))
         write_json(out / "config.json", model.config)
-        return {"context": model.context}
+        facts = {"context": model.context}
+        # transformers does not load this format.
+        write_card(out, job.provenance, facts, sources=[source], command=job.command, library=None)
+        if job.results:
+            write_results(out, job.results)
+        return facts
 
-    provenance = Provenance(
-        schema=schemas.MODEL, command="export", config={"to": "llava"}, inputs={"model": fingerprint(source)}
+    write_converted(
+        out,
+        job.provenance,
+        shards=shards,
+        finish=finish,
+        resume=resume,
+        force=force,
+        on_progress=on_progress,
     )
-    write_converted(out, provenance, shards=shards, finish=finish, resume=resume, force=force, on_progress=on_progress)
 
 
 def _write_tower(source: Path, model: LlavaExport, out: Path) -> None:

@@ -26,6 +26,7 @@ from lvctx.config import OnProgress
 from lvctx.errors import InputError, UsageError
 from lvctx.models import llava_format as llava
 from lvctx.models.card import write_vision_section
+from lvctx.models.card_metadata import write_card
 from lvctx.models.convert_config import ImportLongvaConfig
 from lvctx.models.convert_stream import write_converted
 from lvctx.models.loading import load_config, load_tokenizer, resolve_model
@@ -226,13 +227,18 @@ def _tower(
     return config, llava.pixels_of(pixels), directory
 
 
-def run_import_longva(job: ImportLongvaJob, *, resume: str, force: bool, on_progress: OnProgress) -> None:
-    """Write the VLM, or continue it; a finished one is not changed. Raises InputError if writing fails."""
+def run_import_longva(
+    job: ImportLongvaJob, *, command: str = "", resume: str, force: bool, on_progress: OnProgress
+) -> None:
+    """Write the VLM, or continue it; a finished one is not changed. Raises InputError if writing fails.
+
+    `command` is the command line, without local paths, for the model card.
+    """
     write_converted(
         job.out,
         job.provenance,
         shards=lambda: _shards(job),
-        finish=lambda: _finish(job),
+        finish=lambda: _finish(job, command),
         resume=resume,
         force=force,
         on_progress=on_progress,
@@ -259,7 +265,7 @@ def _shards(job: ImportLongvaJob) -> list[Mapping[str, Weight]]:
     return shards
 
 
-def _finish(job: ImportLongvaJob) -> dict[str, Any]:
+def _finish(job: ImportLongvaJob, command: str) -> dict[str, Any]:
     """Write everything but the weights, and return facts for the manifest."""
     out = job.out
     job.config.save_pretrained(out)
@@ -275,6 +281,8 @@ def _finish(job: ImportLongvaJob) -> dict[str, Any]:
     write_processors(job.config, job.pixels, out)
     write_vision_section(job.config, out)
     write_side_files(out)
+    sources = [job.source, *([job.tower] if job.tower else [])]
+    write_card(out, job.provenance, job.facts, sources=sources, command=command)
     return job.facts
 
 

@@ -46,7 +46,7 @@ def _download(name: str, *, weights: bool) -> Path:
 
     try:
         # Weights in safetensors only: a pickle is never downloaded or loaded.
-        patterns = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
+        patterns = ["*.json", "*.jinja", "*.txt", "*.model", "README.md", *(["*.safetensors"] if weights else [])]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as e:
         raise InputError(

@@ -154,6 +154,7 @@ def model_files(out: Path) -> list[str]:
     """Names of the files of a saved model directory and its adapter: all but the training log and manifest."""
     ours = {"MANIFEST.json", "metrics.jsonl", "search.jsonl"}
     folders = [folder for folder in (out, out / ADAPTER, out / "sglang") if folder.is_dir()]
-    files = [path for folder in folders for path in folder.iterdir() if path.is_file() and not path.is_symlink()]
+    # A model that was downloaded consists of links; those in sglang/ lead to the files beside it.
+    files = [p for folder in folders for p in folder.iterdir() if p.is_file() and (folder == out or not p.is_symlink())]
     names = (path.relative_to(out).as_posix() for path in files if not path.name.startswith("."))
     return sorted(name for name in names if name not in ours)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lvctx.artifacts.model_config import language_part, read_model_config
 from lvctx.artifacts.store import atomic_file, write_json
-from lvctx.models.card import write_section
+from lvctx.models.card import POSITIONS, write_section
 from lvctx.rope.runtimes import GGUF, llama_cpp, sglang, vllm
 from lvctx.rope.scaling import full_attention_rope
 
@@ -80,7 +80,7 @@ def _write_card(out: Path, title: str, lines: dict[str, str]) -> None:
     """Write the card's section: a title, and a line per runtime."""
     # Without the directory's name, so that the same model has the same bytes anywhere.
     listed = "".join(f"- {name}: {line}\n" for name, line in lines.items())
-    write_section(out, "Positions", f"{title} DIR is this directory.\n\n{listed}")
+    write_section(out, POSITIONS, f"{title} DIR is this directory.\n\n{listed}")
 
 
 def _title(rope: dict[str, Any], context: int) -> str:

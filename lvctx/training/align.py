@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from lvctx.artifacts.stored_tensors import into_memory
+from lvctx.data.hub import hub_datasets
 from lvctx.data.packed_chat import ChatRows
 from lvctx.errors import InputError, UsageError
 from lvctx.models.adapter import load_adapter, longest_sample
@@ -48,9 +49,11 @@ class AlignTask(TrainingTask[Sequence[Sample]]):
     def __init__(self, job: AlignJob) -> None:
         self.job, self.config, self.provenance = job, job.config, job.provenance
         self.inputs = [path for path in (job.lm, job.tower, job.init) if path]
+        self.datasets = hub_datasets([job.config.data])
         self.is_packed = isinstance(job.rows, ChatRows)
-        if self.is_packed:
+        if isinstance(job.rows, ChatRows):
             self.inputs.append(job.config.data)
+            self.datasets = job.rows.manifest.get("datasets", ())
         assert job.config.steps is not None
         self.train_config = TrainConfig(
             steps=job.config.steps,

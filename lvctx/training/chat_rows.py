@@ -16,12 +16,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lvctx.artifacts.store import fingerprint
+from lvctx.data.packed import check_shards
 from lvctx.data.packed_chat import ChatRows
+from lvctx.errors import InputError
 from lvctx.models.image_processing import open_image
+from lvctx.models.loading import load_config
 from lvctx.rope.mrope_positions import Grids, SequencePart, Text, positions
 from lvctx.vlm.qwen_frames import part, patches
 from lvctx.vlm.token_count import Block, Kind, QwenRule
 from lvctx.vlm.training_frames import packed_video
+
+
+def check_tokens(rows: ChatRows, model: Path) -> None:
+    """Raise InputError for rows of another tokenizer than the model's, or with ids that it has no embeddings of."""
+    tokenizer, packed_with = model / "tokenizer.json", str(rows.manifest["inputs"].get("model", "")).split()
+    if tokenizer.is_file() and fingerprint(tokenizer) not in packed_with:
+        raise InputError("packed with another tokenizer", where=rows.directory, fix=f"pack-chat with --model {model}")
+    vocabulary = load_config(model).get_text_config().vocab_size
+    check_shards(rows.directory, len(rows.manifest["shard_rows"]), vocabulary)
 
 
 @dataclass(frozen=True, kw_only=True)

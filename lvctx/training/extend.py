@@ -213,6 +213,7 @@ class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
     def __init__(self, job: ExtendJob) -> None:
         self.job, self.provenance = job, job.provenance
         self.inputs = [job.model, *([job.data.directory] if job.data else [])]
+        self.datasets = job.data.manifest.get("datasets", ()) if job.data else ()
         steps = job.config.steps if job.data else 0
         self.train_config = TrainConfig(steps=steps, schedule="constant", warmup=0.0, weight_decay=0.1)
         self.flops = _flops(job)

@@ -18,6 +18,7 @@ from lvctx.artifacts.model_config import language_part, read_model_config
 from lvctx.artifacts.store import fingerprint, link_file, write_json
 from lvctx.errors import InputError, UsageError
 from lvctx.models.card import CARD
+from lvctx.models.card_metadata import write_card
 from lvctx.models.loading import load_config, resolve_model
 from lvctx.models.side_files import SGLANG, SIDE_FILES, with_rope, write_side_files
 from lvctx.rope.mrope import Mrope, RopeScaling, to_hf
@@ -232,14 +233,18 @@ def resolve_mrope(config: MropeConfig, *, force: bool = False) -> MropeJob:
     )
 
 
-def run_mrope(job: MropeJob, out: Path, *, resume: str, force: bool) -> None:
-    """Write the extended checkpoint; a finished one is not changed. Raises InputError if writing fails."""
+def run_mrope(job: MropeJob, out: Path, *, resume: str, force: bool, command: str = "") -> None:
+    """Write the extended checkpoint; a finished one is not changed. Raises InputError if writing fails.
+
+    `command` is the command line, without local paths, for the model card.
+    """
     if out.resolve() == job.checkpoint.path.resolve():
         raise UsageError("-o is the model's own directory", fix="choose another directory")
     with open_output(out, job.provenance, resume=resume, force=force) as unfinished:
         if unfinished:
             clear(out)
             files, facts = write_checkpoint(job, out)
+            write_card(out, job.provenance, facts, sources=[job.checkpoint.path], command=command)
             write_manifest(out, job.provenance, files, **facts)
 
 
@@ -261,8 +266,6 @@ def write_checkpoint(
         linked = sorted([*linked, *weights()])
     write_json(out / "config.json", with_rope(read_model_config(source), job.rope, job.context))
     (out / CARD).unlink(missing_ok=True)
-    if (source / CARD).is_file():
-        shutil.copyfile(source / CARD, out / CARD)
     original, is_trained = job.scaling.original, "training" in job.provenance.config
     title = describe_scaling(job.scaling, job.context, is_trained=is_trained)
     written = ["config.json", CARD, *write_side_files(out, title)]

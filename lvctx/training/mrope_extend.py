@@ -34,7 +34,7 @@ from lvctx.parallel.hf_attention import Shard
 from lvctx.parallel.ring_attention import Ring
 from lvctx.parallel.zigzag import shard
 from lvctx.rope.mrope_positions import Rules
-from lvctx.training.chat_rows import ChatRow, RowReader
+from lvctx.training.chat_rows import ChatRow, RowReader, check_tokens
 from lvctx.training.mrope_checkpoint import MropeJob, clear, resolve_mrope, write_checkpoint
 from lvctx.training.mrope_config import MropeConfig
 from lvctx.training.parallel_config import ParallelConfig
@@ -80,7 +80,7 @@ def resolve_mrope_training(config: MropeConfig, *, force: bool = False) -> Mrope
     hybrid = requested_hybrid(config)
     if hybrid is not None and packed_hybrid(rows) != hybrid:
         raise InputError("packed at another resolution", where=data, fix="run pack-chat with this --hybrid")
-    _check_tokens(rows, job.checkpoint.path, data)
+    check_tokens(rows, job.checkpoint.path)
     resolved = replace(config, seq_len=rows.target_length)
     provenance = replace(
         job.provenance,
@@ -101,18 +101,6 @@ def requested_hybrid(config: MropeConfig) -> Hybrid | None:
 def packed_hybrid(rows: ChatRows) -> Hybrid:
     """The resolution that rows were packed with."""
     return Hybrid(**(rows.manifest["config"]["hybrid"] or {}))
-
-
-def _check_tokens(rows: ChatRows, model: Path, data: Path) -> None:
-    """Raise InputError for rows of another tokenizer, which are detected by their placeholder ids."""
-    rule = _rule(model, Hybrid())
-    for number in range(len(rows)):
-        ids = rows.row(number)
-        for sample in rows.samples(number):
-            for item in sample["media"]:
-                if ids[item["blocks"][0][0]] not in rule.pads.values():
-                    raise InputError("packed for another model", where=data, fix=f"pack-chat with --model {model}")
-                return
 
 
 def _rule(model: Path, hybrid: Hybrid) -> QwenRule:
@@ -149,6 +137,7 @@ class MropeTask(TrainingTask[int]):
     def __init__(self, job: MropeTrainingJob) -> None:
         self.job, self.config, self.provenance = job, job.config, job.provenance
         self.inputs = [job.checkpoint.path, job.rows.directory]
+        self.datasets = job.rows.manifest.get("datasets", ())
         self.train_config = TrainConfig(
             steps=job.config.steps, schedule="constant", warmup=job.config.warmup, weight_decay=0.0
         )

@@ -11,15 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from lvctx.artifacts.store import fingerprint
 from lvctx.data.chat_encoding import TokenSequence
 from lvctx.data.conversations import MediaFile
-from lvctx.data.packed import check_shards
 from lvctx.data.packed_chat import ChatRows
 from lvctx.errors import InputError, UsageError
 from lvctx.models.loading import context_length, load_config
 from lvctx.training.align_config import AlignConfig
 from lvctx.training.batching import Sample
+from lvctx.training.chat_rows import check_tokens
 from lvctx.video.hybrid import Hybrid
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.registry import open_vlm
@@ -43,14 +42,9 @@ def check_packed(config: AlignConfig, model: Path | None) -> ChatRows:
         raise UsageError(
             "packed rows need the model that they were packed for", fix="give --init, not --lm and --tower"
         )
-    fix = f"pack-chat with --model {model}"
-    tokenizer, packed_with = model / "tokenizer.json", str(rows.manifest["inputs"].get("model", "")).split()
-    if tokenizer.is_file() and fingerprint(tokenizer) not in packed_with:
-        raise InputError("packed with another tokenizer", where=config.data, fix=fix)
-    text = load_config(model).get_text_config()
-    check_shards(rows.directory, len(rows.manifest["shard_rows"]), text.vocab_size)
-    _check_blocks(rows, model, fix=fix)
-    longest, context = rows.longest, context_length(text)
+    check_tokens(rows, model)
+    _check_blocks(rows, model, fix=f"pack-chat with --model {model}")
+    longest, context = rows.longest, context_length(load_config(model).get_text_config())
     if longest > context:
         fix = f"extend it first, lvctx extend-lm --context {longest}, or pack-chat with a lower --target-length"
         raise InputError(f"a row has {longest:,} tokens, the model {context:,} positions", where=config.data, fix=fix)

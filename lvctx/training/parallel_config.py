@@ -58,3 +58,5 @@ class RunControl:
     """Called after every step, and during longer preparations."""
     on_step: OnStep = lambda out, row: None
     """Called after every step, on rank 0."""
+    command: str = ""
+    """The command line, without local paths, for the model card."""

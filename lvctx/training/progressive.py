@@ -100,7 +100,13 @@ def run_stages(
         out = control.out if last else control.out / f"stage-{number}"
         again = control.force or control.resume == "never"
         on_progress = _labelled(control.on_progress, f"stage {number}/{len(configs)}")
-        stage_control = RunControl(out=out, force=again, on_progress=on_progress, on_step=control.on_step)
+        stage_control = RunControl(
+            out=out,
+            force=again,
+            on_progress=on_progress,
+            on_step=control.on_step,
+            command=control.command if last else "",
+        )
         run_training(job.task(), parallel, stage_control)
         model = str(out)
 

@@ -5,13 +5,15 @@ A training is a `TrainingTask`; this module runs one on one process or under tor
 
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lvctx.artifacts.manifest import MANIFEST, is_finished, open_output, verify_files, write_manifest
+from lvctx.artifacts.model_config import CONFIG_FILE
 from lvctx.models.adapter import save_adapter
+from lvctx.models.card import CARD
+from lvctx.models.card_metadata import write_card
 from lvctx.models.lora import Gather
 from lvctx.parallel import checkpoint
 from lvctx.parallel.block_attention import cudnn_first
@@ -51,7 +53,7 @@ def run_training(task: TrainingTask[Any], parallel: ParallelConfig, control: Run
         trainable, metrics = _train(task, parallel, control, context)
         with gathering(trainable.model, context) as gather:
             if gather is not None:
-                _save_result(task, trainable, out, metrics, gather)
+                _save_result(task, trainable, control, metrics, gather)
                 checkpoint.remove(out)
         context.barrier()
 
@@ -80,11 +82,20 @@ def _train(
 
 @torch.no_grad()
 def _save_result(
-    task: TrainingTask[Any], trainable: TrainableModel, out: Path, metrics: Sequence[dict[str, Any]], gather: Gather
+    task: TrainingTask[Any],
+    trainable: TrainableModel,
+    control: RunControl,
+    metrics: Sequence[dict[str, Any]],
+    gather: Gather,
 ) -> None:
-    """Write the LoRA if there is one, the model with it merged, and the manifest."""
+    """Write the LoRA if there is one, the model with it merged, its card, and the manifest."""
+    out = control.out
     if trainable.lora is not None:
         longest = task.longest_sample(metrics)
         save_adapter(out, trainable.model, trainable.lora, task.provenance, longest=longest, gather=gather)
     files, facts = task.save(trainable.model.eval(), out, metrics, gather)
-    write_manifest(out, task.provenance, files, **facts)
+    if metrics:
+        facts["tokens"] = sum(row["tokens"] for row in metrics)
+    models = [path for path in task.inputs if (path / CONFIG_FILE).is_file()]
+    write_card(out, task.provenance, facts, sources=models, datasets=task.datasets, command=control.command)
+    write_manifest(out, task.provenance, sorted({*files, CARD}), **facts)

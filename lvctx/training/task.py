@@ -80,6 +80,8 @@ class TrainingTask(ABC, Generic[MicroT]):
     """Optimizer settings."""
     inputs: Sequence[Path] = ()
     """Files and directories that it reads; finished directories of ours are compared with their hashes before."""
+    datasets: Sequence[str] = ()
+    """Ids of the hub's datasets that it trains on, for the model card."""
     flops: float | None = None
     """Operations of a step, if known."""
     equal_lengths: bool = False

@@ -1,7 +1,8 @@
 """LongVideo-Reason, its evaluation set: reasoning about long video, the answer in tags (Chen et al. 2025).
 
 arXiv:2507.07966. A reply is right if what is between its <answer> tags, or all of it where there are none, is exactly
-the key. The authors' script first compares both as mathematics (math_verify), which is left out here.
+the key. The authors' script first compares both as mathematics, which accepts no further reply: the keys are letters,
+and math_verify 0.9.0 finds nothing mathematical in a bare letter.
 """
 
 import re

@@ -51,7 +51,7 @@ class EvalProtocol:
             keys += [] if {"fps", "frames"} & set(self.values) else ["fps or frames"]
             keys += ["max_frames"] if "frames" not in self.values else []
             keys += ["frame_pixels", "rule"]
-        if self.bench == "videomme":
+        if self.bench in ("videomme", "videomme-v2"):
             keys.append("subtitles")
         if self.values.get("temperature"):
             keys += ["top_p", "top_k", "seed"]
