@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import generic_models
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import generic_models
 from test_ring import EXPERTS, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner

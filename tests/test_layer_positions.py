@@ -5,10 +5,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import generic_models
 import numpy as np
 import pytest
 import torch
+from support import generic_models
 from test_positions import by_hand
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -23,7 +23,7 @@ from lvctx.rope.scaling import resolve_scaling
 from lvctx.rope.spec import RopeSpec
 
 CONTEXT, WINDOW, HEAD = 4096, 16, 32
-"""Of the tiny model in `generic_models`."""
+"""Of the tiny model in `support.generic_models`."""
 
 
 def run(command: str, *, code: int = 0) -> Any:

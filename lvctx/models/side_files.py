@@ -34,7 +34,8 @@ def write_side_files(out: Path, title: str | None = None) -> list[str]:
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / SGLANG, ignore_errors=True)
     files = [p.name for p in out.iterdir() if p.is_file() and not p.name.startswith(".")]
-    names, lines = [], dict.fromkeys(("transformers", "vLLM", "SGLang"), "reads config.json as it is")
+    names: list[str] = []
+    lines = dict.fromkeys(("transformers", "vLLM", "SGLang"), "reads config.json as it is")
     if full_attention_rope(stored) is not stored:
         lines |= dict.fromkeys(("vLLM", "SGLang", "llama.cpp"), "not tested with positions that differ by layer")
         title = f"Layers with full attention: {_title(rope, context)} Those with a sliding window are unchanged."

@@ -95,7 +95,7 @@ def resolve_scaling(
     Raises UsageError for contradicting flags and for mrope++ without its axes, InputError for a model with positions of
     another kind.
     """
-    old, stored_context = _read(config)
+    old, stored_context = _read(config, scheme)
     kind = old.get("rope_type", "default")
     if scheme in ("none", "theta") and original is not None:
         raise UsageError(f"--original-length has no meaning with --rope {scheme}", fix="choose --rope pi, ntk or yarn")
@@ -109,8 +109,6 @@ def resolve_scaling(
         return ScaledRope(
             rope_parameters=_all_layers(config, old), factor=1.0, context=context or max(stored_context, seq_len)
         )
-    if kind == "proportional":
-        raise InputError(f"{kind} positions (Gemma 4) cannot be scaled", fix="--rope none keeps them")
     module, scheme_rope_type = SCHEMES[scheme]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kept = {key: old[key] for key in KEPT if key in old}
@@ -166,7 +164,7 @@ def _mrope_spec(spec: RopeSpec, kept: Mapping[str, Any]) -> MropeSpec:
     )
 
 
-def _read(config: Any) -> tuple[dict[str, Any], int]:
+def _read(config: Any, scheme: Scheme) -> tuple[dict[str, Any], int]:
     """Rope parameters of the layers with full attention, and max_position_embeddings. Raises InputError."""
     old, stored_context = getattr(config, "rope_parameters", None), getattr(config, "max_position_embeddings", None)
     if not isinstance(old, dict) or not old:
@@ -176,6 +174,8 @@ def _read(config: Any) -> tuple[dict[str, Any], int]:
     own = full_attention_rope(old)
     if any(isinstance(value, dict) for value in own.values()):
         raise InputError(f"positions differ from layer to layer, and none are for {FULL_ATTENTION}")
+    if scheme != "none" and own.get("rope_type") == "proportional":
+        raise InputError("proportional positions (Gemma 4) cannot be scaled", fix="--rope none keeps them")
     if not isinstance(stored_context, int):
         raise InputError("config.json has no max_position_embeddings")
     return dict(own), stored_context
