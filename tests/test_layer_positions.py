@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import generic_models
 from test_positions import by_hand
+from test_ring import tiny_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from typer.testing import CliRunner
@@ -21,6 +22,7 @@ from lvctx.inference.prefix_scorer import PrefixScorer
 from lvctx.models.loading import load_model
 from lvctx.rope.scaling import resolve_scaling
 from lvctx.rope.spec import RopeSpec
+from lvctx.training.text_rows import RowLoss
 
 CONTEXT, WINDOW, HEAD = 4096, 16, 32
 """Of the tiny model in `support.generic_models`."""
@@ -125,3 +127,17 @@ def test_positions_that_no_scheme_describes_are_refused() -> None:
     for scheme in ("theta", "yarn"):
         with pytest.raises(InputError, match="proportional"):
             resolve_scaling(config, scheme=scheme, theta=None, factor=None, context=8192, seq_len=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        ("gemma3_text", {"final_logit_softcapping": 30.0, "sliding_window": 16}),
+        ("cohere", {}),
+        ("granite", {"logits_scaling": 8.0}),
+    ],
+)
+def test_a_loss_that_would_not_be_stocks_is_refused(kind: str, changed: dict[str, Any]) -> None:
+    """Capped logits; Cohere and Granite scale theirs."""
+    with pytest.raises(InputError, match="logit"):
+        RowLoss(tiny_model(kind, **changed))
