@@ -9,12 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import generic_models
-import mrope_models
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import generic_models, mrope_models
 from support.costs import without_cost
 from test_questions import DATA, rows_of, run
 from test_unused_options import commands, refused
