@@ -312,8 +312,8 @@ def test_extend_lm_under_torchrun(tiny_lm: Path, packed: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves_and_the_run_continues(tiny_lm: Path, packed: Path, tmp_path: Path) -> None:
     out = tmp_path / "x"
-    given = ["--model", tiny_lm, "--data", packed, "--steps", 60, "--batch-tokens", 202, "--cp", 2, "-o", out]
-    command = [*TORCHRUN, *LVCTX, "extend-lm", *map(str, given)]
+    given = ["--model", tiny_lm, "--data", packed, "--steps", 60, "--batch-tokens", 202, "-o", out]
+    command = [*TORCHRUN, *LVCTX, "extend-lm", *map(str, given), "--cp", "2", "--cp-kind", "ulysses"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
         assert child.poll() is None, child.communicate()

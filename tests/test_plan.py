@@ -16,6 +16,7 @@ from test_niah import run
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lvctx.errors import InputError
+from lvctx.parallel import hf_attention
 from lvctx.training.decoder_shape import DecoderShape, read_shape
 from lvctx.training.memory_model import (
     DEVICES,
@@ -120,7 +121,8 @@ def kept_by_a_layer(kind: str, changed: dict[str, Any], dtype: torch.dtype, toke
     def saved(layers: int) -> int:
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind, **{**SMALL, **changed, "num_hidden_layers": layers})
-        model = AutoModel.from_config(config, attn_implementation="sdpa").to(dtype).train()
+        model = AutoModel.from_config(config).to(dtype).train()
+        hf_attention.use(model, where="")  # as `extend-lm` does where there are windows
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         storages: dict[int, torch.Tensor] = {}
 
@@ -269,6 +271,23 @@ def test_the_suggested_flags_help() -> None:
     assert all(peak < before for _, peak in helps)
 
 
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "measured"), [(28, 4, 184.9), (32, 8, 225.0), (16, 2, 121.0), (8, 8, 80.5)]
+)
+def test_ulysses_needs_what_torchs_memory_tracker_counts(heads: int, key_heads: int, measured: float) -> None:
+    """Bytes per token and channel of a bfloat16 forward and backward, beside q, k, v and the output, on four ranks."""
+    shape = replace(qwen2(), heads=heads, key_heads=key_heads)
+    parts = memory(shape, Spread(world=4, cp=4, cp_kind="ulysses"), 4096, runtime=0)[0]
+    assert parts["all_to_all_buffers"] / 1024 / shape.head_dim == pytest.approx(measured, rel=0.01)
+
+
+def test_ulysses_is_suggested_for_divisors_of_the_heads_only() -> None:
+    spread = Spread(world=8, cp=2, cp_kind="ulysses")
+    flags = {flag for flag, _ in remedies(qwen2(), spread, 1 << 20, A100)}
+    assert "--cp 4" in flags
+    assert "--cp 8" not in flags, "28 heads"
+
+
 def test_rows_of_one_forward_are_whole_and_no_more_than_there_are() -> None:
     assert [rows_together(1000, n, 5) for n in (1, 999, 1000, 2999, 3000, 99_000)] == [1, 1, 1, 2, 3, 5]
 
@@ -306,6 +325,7 @@ def test_the_command_needs_no_torch_and_refuses_what_cannot_fit() -> None:
     assert too_long.exit_code == 3
     assert "it fits with --cp 2" in too_long.stderr.splitlines()[-1]
     assert plan(*eight, "--cp", 3).exit_code == 2
+    assert plan(*eight, "--cp", 8, "--cp-kind", "ulysses").exit_code == 3, "28 heads"
     assert plan("--seq-len", 1024, "--device-memory", "lots").exit_code == 2
 
 

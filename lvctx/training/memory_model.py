@@ -18,20 +18,24 @@ determine it).
     during the backward of a layer: 3 c I + 2 w E
     with tiled MLPs: 7 c I only for the tokens of a tile, and 2 c E for the tiles' outputs and input gradients
     experts, k of X for each token: k (4 w I + 2 w E + 34) + 4 X instead of 4 c I, and k (3 w I + 2 w E) in the backward
-Sliding windows: torch needs a mask, one byte per pair of tokens for all layers and c in each such layer, and keys
-and values repeated for every query head, 2 c (H - K) D. Every layer is counted as one with a window.
+Sliding windows of N tokens: their masks, 2 c N per token of the row, and keys and values repeated for every query head,
+2 c (H - K) D. Every layer is counted as one with a window.
 Loss: hidden states and their gradient, 2 w E per token; logits of one chunk of 1,024 tokens, V times 6 bytes (bfloat16
 and float32; 4 with c = 4); and the head's gradient, which is computed with the loss. Full logits, as in a plain
 forward, are 12 V per token of a row (bfloat16, float32, and the gradients of both).
 Ring (C > 1): keys and values twice in bfloat16 and their gradients twice in float32, queries' gradient and output in
 float32: s (24 K D + 8 H D).
+Ulysses (C > 1): key heads are repeated to K' = lcm(K, C), 2 (K' - K) more than counted above. Attention's gradients of
+q k v, and two copies of the largest while it is sent and received: s c D (3 H + 4 K' - 2 K).
 Operations: 2 per weight and token except for the embedding and the experts that do not see it; causal attention 4 H D
-per token, layer and key, of which there are S / 2 on average, in a window of W tokens W - W^2 / 2S; three times that
+per token, layer and key, of which there are S / 2 on average, in a window of N tokens N - N^2 / 2S; three times that
 with the backward pass; checkpointing repeats the forward, which MFU does not count.
 """
 
 from dataclasses import dataclass, replace
+from math import lcm
 
+from lvctx.device import CpKind
 from lvctx.training.decoder_shape import DecoderShape
 
 LOGITS_CHUNK = 1024
@@ -88,6 +92,8 @@ class Spread:
     """Devices."""
     cp: int = 1
     """Devices that share a row."""
+    cp_kind: CpKind = "ring"
+    """How they attend."""
     rows: int = 1
     """Rows that one device processes consecutively in a step."""
     recomputation: Recomputation = Recomputation()
@@ -145,13 +151,13 @@ def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -
         logits = (6 if c == 2 else 4) * shape.vocab * min(tokens, LOGITS_CHUNK)
         logits += 0 if spread.lora else (4 if alone else c) * shape.vocab * shape.hidden
     loss = logits + 2 * w * shape.hidden * tokens
-    ring = tokens * shape.head_dim * (24 * shape.key_heads + 8 * shape.heads) if spread.cp > 1 else 0
+    shared = tokens * _sharing(shape, spread) if spread.cp > 1 else 0
     parts = {
         **state_bytes,
         "compute_copies": copies + late,
         "activations": stored + layer,
         "loss": loss,
-        "ring_buffers": ring,
+        "ring_buffers" if spread.cp_kind == "ring" else "all_to_all_buffers": shared,
         "runtime": runtime,
     }
     accumulated = state_bytes["gradients"] if spread.rows > 1 else 0
@@ -159,10 +165,18 @@ def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -
     copied = 0 if alone else copies  # autocast drops its copies before the backward pass
     peak = always + max(
         accumulated + copies + stored + loss,
-        state_bytes["gradients"] + copied + late + stored + layer + ring,
+        state_bytes["gradients"] + copied + late + stored + layer + shared,
         state_bytes["gradients"] + last + copied,
     )
     return parts, peak, host
+
+
+def _sharing(shape: DecoderShape, spread: Spread) -> int:
+    """Bytes per token that context parallelism adds to a layer's backward."""
+    if spread.cp_kind == "ring":
+        return shape.head_dim * (24 * shape.key_heads + 8 * shape.heads)
+    key_heads = lcm(shape.key_heads, spread.cp)
+    return spread.compute_bytes * shape.head_dim * (3 * shape.heads + 4 * key_heads - 2 * shape.key_heads)
 
 
 def _activations(shape: DecoderShape, spread: Spread, tokens: int, w: int) -> tuple[int, int, int]:
@@ -176,13 +190,12 @@ def _activations(shape: DecoderShape, spread: Spread, tokens: int, w: int) -> tu
     inside = (inside + (0 if tiled else mlp_saved)) * tokens
     back = 2 * w * shape.hidden * tokens
     back += (mlp_saved + mlp_back) * min(tokens, MLP_TILE) if tiled else mlp_back * tokens
-    mask = 0
-    if shape.sliding_layers and tokens > shape.window:
-        mask = tokens * tokens
-        inside += c * mask + 2 * c * (shape.heads - shape.key_heads) * shape.head_dim * tokens
+    if shape.sliding_layers and tokens * spread.cp > shape.window:
+        inside += 2 * c * shape.window * tokens * spread.cp
+        inside += 2 * c * (shape.heads - shape.key_heads) * shape.head_dim * tokens
     if spread.offload_activations and inputs:
         host, inputs = inputs, 2 * w * shape.hidden * tokens
-    stored = inputs + kept * inside + mask
+    stored = inputs + kept * inside
     # When the backward pass reaches the first layer to recompute, the kept layers' activations are free again.
     layer = max(back if kept else 0, inside + back - kept * inside if kept < shape.layers else 0)
     return stored, layer, host
@@ -240,7 +253,7 @@ def remedies(shape: DecoderShape, spread: Spread, seq_len: int, device: Device) 
     tried += [
         (f"--cp {cp}", replace(spread, cp=cp))
         for cp in range(spread.cp + 1, spread.world + 1)
-        if spread.world % cp == 0 and not shape.sliding_layers
+        if spread.world % cp == 0 and (not shape.sliding_layers if spread.cp_kind == "ring" else shape.heads % cp == 0)
     ]
     if not spread.offload:
         tried.append(("--offload", replace(spread, offload=True)))

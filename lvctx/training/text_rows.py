@@ -13,7 +13,6 @@ from lvctx.models.loss import IGNORED, shift_labels, token_loss
 from lvctx.parallel.context import ParallelContext
 from lvctx.parallel.fsdp import keep_in_graph
 from lvctx.parallel.hf_attention import Shard
-from lvctx.parallel.zigzag import shard
 
 
 class RowLoss(nn.Module):
@@ -52,10 +51,7 @@ def shard_row(
         "positions": (places_BL, 0),
     }
     ring = world.ring
-    parts = {
-        name: shard(tensor, rank=ring.rank, world=ring.world, fill=fill).to(world.device)
-        for name, (tensor, fill) in full_rows.items()
-    }
+    parts = {name: ring.shard(tensor, fill=fill).to(world.device) for name, (tensor, fill) in full_rows.items()}
     if ring.world > 1 or starts is not None:
         return parts | {"shard": Shard(ring=ring, starts=starts)}
     # Without a mask transformers treats a jump in the positions as the start of another document.
