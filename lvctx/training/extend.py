@@ -247,9 +247,10 @@ class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
         if job.epochs > 1:
             few = "%d rows for %d steps: each row is used %.1f times"
             log.warning(few, len(self.rows), config.steps, job.epochs)
-        # Stock SDPA would need a mask of length times length for sliding windows.
-        has_windows = "sliding_attention" in (getattr(trainable.decoder.config, "layer_types", None) or ())
-        if context.cp > 1 or config.doc_mask or has_windows:
+        text = trainable.decoder.config
+        # Stock SDPA would need a mask of length times length for sliding windows, which `plan` does not count.
+        has_windows = "sliding_attention" in (getattr(text, "layer_types", None) or ())
+        if context.cp > 1 or config.doc_mask or (has_windows and text.model_type in PLANNED_TYPES):
             hf_attention.use(trainable.decoder, where=job.model, ring=context.ring)
         share = -(-job.rows_per_step // context.dp)
         row_length = self.rows.seq_len
