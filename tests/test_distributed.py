@@ -19,7 +19,7 @@ import torch
 from support import warm_server
 from support.forks import start_ranks
 from test_niah import run
-from test_ring import reference, tiny_model
+from test_ring import EXPERTS, reference, tiny_model
 from torch import Tensor
 
 from lvctx.artifacts.lock import only_writer
@@ -161,10 +161,9 @@ def two(rank: int, out: Path) -> None:
         check_an_error_is_told(world)
 
 
-def check_sharded_gradients(world: ParallelContext) -> None:
+def check_sharded_gradients(world: ParallelContext, lm: Any) -> None:
     """FSDP over 2 x 2 in float32: the mean over ranks, times ranks, is stock transformers' gradient."""
     hf_attention.register()
-    lm = tiny_model("qwen2", tie_word_embeddings=True)
     ids = torch.cat([row(10 + i) for i in range(2)])
     expected = [reference(lm, one[None], one[None], None)[1] for one in ids]
     lm.set_attn_implementation(hf_attention.RING_ATTENTION)
@@ -209,7 +208,8 @@ def four(rank: int, out: Path) -> None:
     torch.set_num_threads(1)
     with joined(out / "store4", rank=rank, size=4):
         world = make_context(device="cpu", cp=2)
-        check_sharded_gradients(world)
+        check_sharded_gradients(world, tiny_model("qwen2", tie_word_embeddings=True))
+        check_sharded_gradients(world, tiny_model("qwen3_moe", **EXPERTS))
         check_lora_comes_back_whole(world)
         train_tiny(out / "handed", world, steps=4)
 

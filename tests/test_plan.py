@@ -13,24 +13,27 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_niah import run
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lvctx.errors import InputError
+from lvctx.parallel import hf_attention
+from lvctx.training.decoder_shape import DecoderShape, read_shape
 from lvctx.training.memory_model import (
     DEVICES,
-    DecoderShape,
     Recomputation,
     Spread,
     flops,
     least_recomputation,
     longest,
     memory,
-    read_shape,
     remedies,
     rows_together,
 )
+from lvctx.training.plan import predict
+from lvctx.training.plan_config import PlanConfig
 
-QWEN2_7B = Path(__file__).parent / "configs" / "qwen2-7b.json"
+ROOT = Path(__file__).resolve().parent.parent
+QWEN2_7B = ROOT / "tests" / "configs" / "qwen2-7b.json"
 LLAMA2_7B = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -75,6 +78,107 @@ def test_parameters_are_those_of_the_stock_model(kind: str, tied: bool, bias: bo
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(config)
     assert read_shape(config.to_dict(), where="").parameters == sum(p.numel() for p in stock.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [
+        # The released text_config of google/gemma-3-4b-pt, whose other numbers are transformers' defaults.
+        ("gemma3_text", {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}),
+        ("gemma3_text", {"hidden_size": 96, "head_dim": 16, "attention_bias": True, "tie_word_embeddings": False}),
+        ("qwen3_moe", {"head_dim": 128, "num_hidden_layers": 48}),  # Qwen3-30B-A3B
+        ("qwen3_moe", {"num_hidden_layers": 7, "decoder_sparse_step": 2, "mlp_only_layers": [3], "head_dim": 64}),
+        ("mixtral", {}),  # Mixtral-8x7B
+    ],
+)
+def test_parameters_of_experts_and_windowed_layers(kind: str, numbers: dict[str, Any]) -> None:
+    """Those that config.json states, and those that transformers writes into it."""
+    config = AutoConfig.for_model(kind, **numbers)
+    with torch.device("meta"):
+        expected = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    assert read_shape(config.to_dict(), where="").parameters == expected
+    if kind == "gemma3_text":
+        sizes = {key: value for key, value in config.to_dict().items() if key in ("num_hidden_layers", "hidden_size")}
+        inner = {"intermediate_size": config.intermediate_size}
+        assert read_shape({"model_type": kind, **sizes, **inner, **numbers}, where="").parameters == expected
+
+
+def test_experts_and_windows_in_the_work_of_a_token() -> None:
+    """Qwen3-30B-A3B has 3.3 of its 30.5 billion parameters active (its model card); Gemma 3's windows cap attention."""
+    moe = read_shape(AutoConfig.for_model("qwen3_moe", head_dim=128, num_hidden_layers=48).to_dict(), where="")
+    assert moe.parameters == pytest.approx(30.5e9, rel=0.01)
+    embedding = moe.vocab * moe.hidden  # counted in the card, not multiplied by
+    assert flops(moe, 1, 1) / 6 + embedding == pytest.approx(3.3e9, rel=0.02)
+    gemma = read_shape(AutoConfig.for_model("gemma3_text", sliding_window=512).to_dict(), where="")
+    full = replace(gemma, sliding_layers=0)
+    pairs = [sum(min(i + 1, 512) for i in range(length)) - sum(range(1, length + 1)) for length in (512, 4096)]
+    for length, fewer in zip((512, 4096), pairs, strict=True):
+        expected = 12 * gemma.heads * gemma.head_dim * gemma.sliding_layers * fewer
+        saved = flops(gemma, length, length) - flops(full, length, length)
+        assert saved == pytest.approx(expected, rel=0.01)
+
+
+def kept_by_a_layer(kind: str, changed: dict[str, Any], dtype: torch.dtype, tokens: int) -> float:
+    """Bytes that one layer of a stock model keeps for the backward pass, from the storages that autograd saves."""
+
+    def saved(layers: int) -> int:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **{**SMALL, **changed, "num_hidden_layers": layers})
+        model = AutoModel.from_config(config).to(dtype).train()
+        hf_attention.use(model, where="")  # as `extend-lm` does where there are windows
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        storages: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if (place := tensor.untyped_storage().data_ptr()) not in weights:
+                storages[place] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+        assert out.last_hidden_state.requires_grad
+        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+    return saved(2) - saved(1)
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 64,
+    "max_position_embeddings": 4096,
+}
+
+
+@pytest.mark.parametrize("compute", [2, 4])
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        ("llama", {}),
+        ("qwen3", {}),
+        ("gemma3_text", {"sliding_window": 64, "sliding_window_pattern": 9}),
+        ("qwen3_moe", {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 96}),
+        ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 3}),
+    ],
+)
+def test_activations_are_those_that_stock_keeps(kind: str, changed: dict[str, Any], compute: int) -> None:
+    measured = kept_by_a_layer(kind, changed, torch.bfloat16 if compute == 2 else torch.float32, 512)
+    shape = read_shape({"model_type": kind, **SMALL, **changed, "num_hidden_layers": 2}, where="")
+    # One sharded device, so that parameters are in the type of the computation as here.
+    kept = [
+        memory(
+            shape,
+            Spread(world=2, compute_bytes=compute, recomputation=Recomputation(kept_layers=layers)),
+            512,
+            runtime=0,
+        )
+        for layers in (1, 2)
+    ]
+    layer = kept[1][0]["activations"] - kept[0][0]["activations"]
+    assert layer == pytest.approx(measured, rel=0.1)
 
 
 def test_lora_is_what_peft_adds(tiny_lm: Path) -> None:
@@ -236,3 +340,19 @@ def test_rows_that_share_a_forward_share_its_memory() -> None:
     )
     assert four["bytes"]["activations"] == 4 * one["bytes"]["activations"] == long["bytes"]["activations"]
     assert four["bytes"]["parameters"] == one["bytes"]["parameters"]
+
+
+def test_the_tables_of_the_documentation_are_what_plan_predicts(tmp_path: Path) -> None:
+    (tmp_path / "qwen3.json").write_text(json.dumps(QWEN3_8B))
+    host = {"offload_activations": True}
+    columns: list[dict[str, Any]] = [{}, host, {**host, "offload": True}, {"lora": 16}]
+    rows = re.findall(r"^\| (\d+) \|(.*)\|$", (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), re.M)[:6]
+    assert [int(devices) for devices, _ in rows] == [1, 2, 4, 8, 16, 32]
+    for devices, cells in rows:
+        found = []
+        for model in (QWEN2_7B, tmp_path / "qwen3.json"):
+            spread: dict[str, Any] = {"seq_len": 1024, "world": int(devices), "cp": int(devices), "device": "h100"}
+            found += [predict(PlanConfig(model=str(model), **spread, **options))["longest"] for options in columns]
+        assert [cell.strip() for cell in cells.split("|")] == [f"{n:,}" if n else "–" for n in found]
+        if int(devices) == 8:
+            assert f"| {found[0]:,} by `plan`" in (ROOT / "README.md").read_text(encoding="utf-8")

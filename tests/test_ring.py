@@ -132,6 +132,7 @@ def reference(
     return loss.item(), {n: p.grad.clone() for n, p in lm.named_parameters()}
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 CASES = [
     # model, length, where documents begin, changes of its configuration
     ("llama", 37, None, {"tie_word_embeddings": True}),
@@ -140,6 +141,7 @@ CASES = [
     ("qwen2", 51, (0, 17, 18, 50), {"tie_word_embeddings": True}),
     ("qwen3", 40, (0, 20), {"num_key_value_heads": 4}),
     ("mistral", 33, None, {}),
+    ("qwen3_moe", 40, (0, 20), EXPERTS),
 ]
 
 FOUR_OF_SIX: dict[str, Any] = {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 6}

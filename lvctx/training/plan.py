@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any, cast
 from lvctx.device import resolve_dtype
 from lvctx.errors import InputError, UsageError
 from lvctx.models.loading import read_config
+from lvctx.training.decoder_shape import PLANNED_TYPES, DecoderShape, read_shape
 from lvctx.training.memory_model import (
     DEVICES,
     GIB,
-    PLANNED_TYPES,
-    DecoderShape,
     Device,
     Recomputation,
     Spread,
@@ -20,7 +19,6 @@ from lvctx.training.memory_model import (
     least_recomputation,
     longest,
     memory,
-    read_shape,
     remedies,
     rows_together,
 )
@@ -52,6 +50,8 @@ def predict(config: PlanConfig) -> dict[str, Any]:
         compute_bytes=4 if config.dtype == "float32" else 2,
     )
     shape = read_shape(read_config(config.model), where=config.model)
+    if shape.sliding_layers and config.cp > 1 and config.cp_kind == "ring":
+        raise InputError("its attention has a sliding window", where=config.model, fix="give --cp-kind ulysses")
     if config.cp_kind == "ulysses" and shape.heads % config.cp:
         what = f"--cp {config.cp} does not divide its {shape.heads} attention heads"
         raise InputError(what, where=config.model, fix="give a --cp that divides them, or --cp-kind ring")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lvctx.errors import InputError
 from lvctx.models.loss import IGNORED, shift_labels, token_loss
 from lvctx.parallel.context import ParallelContext
 from lvctx.parallel.fsdp import keep_in_graph
@@ -15,10 +16,17 @@ from lvctx.parallel.hf_attention import Shard
 
 
 class RowLoss(nn.Module):
-    """A language model (or a VLM's) and its loss as one module: sharded parameters are gathered in its forward."""
+    """A language model (or a VLM's) and its loss as one module: sharded parameters are gathered in its forward.
+
+    A router's auxiliary loss is not part of it. Raises InputError for a model that caps or scales its logits.
+    """
 
     def __init__(self, lm: Any) -> None:
         super().__init__()
+        text = lm.config.get_text_config()
+        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):  # Gemma 3n, Cohere, Granite
+            if getattr(text, key, None) not in (None, 1):
+                raise InputError(f"its logits are changed by {key}, which training leaves out", where=text.name_or_path)
         self.lm = lm
 
     def forward(self, ids: Tensor, labels: Tensor, positions: Tensor, **attention: Any) -> tuple[Tensor, int]:
