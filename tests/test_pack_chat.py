@@ -518,9 +518,8 @@ def test_the_same_bytes_again_and_others_for_another_seed(qwen: Path, media: Pat
     assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "a").iterdir()}
     with pytest.raises(InputError, match=r"another run's output.*target_length: 4096 -> 2048"):
         pack(tmp_path / "a", given, qwen, media, target_length=2048)
-    # What a killed run leaves: some shards, spools and torn files, no manifest.
+    # What a killed run leaves: some shards and torn files, no manifest.
     (tmp_path / "b" / "MANIFEST.json").unlink()
-    (tmp_path / "b" / ".spool.tokens").write_bytes(b"torn")
     (tmp_path / "b" / ".shard-00000.safetensors.partial").write_bytes(b"torn")
     (tmp_path / "b" / "shard-00009.safetensors").write_bytes(b"old")
     with pytest.raises(InputError, match="unfinished"):

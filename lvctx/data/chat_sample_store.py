@@ -3,21 +3,19 @@
 import json
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-
-STORE_FILES = (".spool.tokens", ".spool.jsonl")
 
 
 class ChatSampleStore:
     """Samples are numbered in the order they are added. Only two numbers and a kind are kept in memory for each."""
 
     def __init__(self, directory: Path) -> None:
-        """Begin an empty store in two hidden files of a directory."""
-        self._paths = [directory / name for name in STORE_FILES]
-        self._tokens, self._lines = (open(path, "w+b") for path in self._paths)  # noqa: SIM115 (closed in __exit__)
+        """Begin an empty store in two files of a directory that have no names, so that a killed process leaves none."""
+        self._tokens, self._lines = (TemporaryFile(dir=directory) for _ in range(2))  # noqa: SIM115 (closed in __exit__)
         self.kinds: list[str] = []
         self.lengths: list[int] = []
         self._line_offsets = [0]
@@ -27,11 +25,10 @@ class ChatSampleStore:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Close and remove the files."""
-        for file, path in zip((self._tokens, self._lines), self._paths, strict=True):
+        """Close the files, which ends them."""
+        for file in (self._tokens, self._lines):
             with suppress(OSError):  # on a full disk it fails to write what it still holds
                 file.close()
-            path.unlink(missing_ok=True)
 
     def __len__(self) -> int:
         return len(self.lengths)

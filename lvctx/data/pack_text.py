@@ -338,5 +338,6 @@ class _Packer:
             "sources": stats.report(self.mix if isinstance(self.mix, dict) else {}, self.budgets),
             "datasets": hub_datasets(self.job.config.inputs),
         }
-        write_manifest(self.out, self.job.provenance, [shard_name(i) for i in range(len(shard_rows))], **facts)
-        self._remove_all_but({shard_name(i) for i in range(len(shard_rows))})
+        names = [shard_name(i) for i in range(len(shard_rows))]
+        self._remove_all_but(set(names))  # nothing is removed from a finished output, so before it is finished
+        write_manifest(self.out, self.job.provenance, names, **facts)

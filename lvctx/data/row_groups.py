@@ -89,7 +89,7 @@ class RowGroupReader:
         import pyarrow.parquet as pq
 
         texts = {self._fields.text, self._fields.text.split(".")[0]}
-        # `buffer_size` keeps less of the group in memory: 310 MB instead of 500 for one of 300 MB.
+        # With `buffer_size` less of a row group is in memory at a time.
         with open(name, "rb") as opened, pq.ParquetFile(opened, buffer_size=MEBIBYTE) as file:
             columns = self._fields.columns(file.schema_arrow.names, where=name)
             for batch in file.iter_batches(ROWS, row_groups=[group], columns=columns, use_threads=False):
