@@ -69,7 +69,7 @@ SAMPLING: tuple[tuple[object, ...], ...] = (
 
 
 def damage_video(raw: bytes, rng: Random) -> bytes:
-    """Up to three times: bytes flipped, cut off, removed, zeroed, repeated or moved, or a number of a header replaced."""
+    """Up to three times: bytes flipped, cut off, zeroed, repeated or moved, or a number of a header replaced."""
     data = bytearray(raw)
     for _ in range(rng.choice([1, 1, 2, 3])):
         at, to = rng.randrange(len(data)), rng.randrange(len(data))
