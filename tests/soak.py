@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -93,7 +94,9 @@ def run(*command: object, **options: Any) -> "subprocess.Popen[str]":
 def videos(folder: Path, vlm: Path, log: Any) -> Iterator[Callable[[], None]]:
     """A step is one answer about one video of an endless list; videos and features are removed after it."""
     whole = {name: save_video(folder / f"whole.{name}", codec) for name, codec in VIDEOS.items()}
-    (folder / "videos").mkdir(exist_ok=True)
+    for name in ("videos", "frames"):  # of an earlier run
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "videos").mkdir()
     sources = itertools.cycle([*whole.items(), ("mp4", whole["mp4"][:-200])])
     encode = run("-m", "lvctx", "encode-video", "-", "--model", vlm, "--frames", 3, "-o", folder / "frames", stderr=log)
     ask = ["--model", vlm, "--ask", "What?", "--max-new-tokens", 2]
