@@ -1,13 +1,15 @@
 """What a sample costs: seconds of each phase, frames, tokens and memory, as the `cost` of its row."""
 
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, TypeVar
 
 from lvctx.device import gpus_in_use, synchronize
 
 FrameT = TypeVar("FrameT", covariant=True)
+PEAK = "peak_memory_bytes"
 Phase = Literal["decode", "encode", "prefill", "generate", "request"]
 """Reading a video; visual tokens of its frames, or their JPEG images for a server; the prompt; the reply; a server's
 answer, with the requests that had to be repeated."""
@@ -24,9 +26,10 @@ class Decoding(Protocol[FrameT]):
         """The next sampled frame."""
 
 
-class CostMeter:
-    """Adds up what one conversation costs; `take` closes a sample. Not for several threads at once.
+class CostMeter(threading.local):
+    """Adds up what one conversation costs; `take` closes a sample.
 
+    Each thread has its own sums: what one has `set_aside`, another can `restore`.
     Phases may be nested: then only the inner one's clock runs, so that no second is counted twice.
     """
 
@@ -76,16 +79,28 @@ class CostMeter:
         for key, amount in amounts.items():
             self._spent[key] = self._spent.get(key, 0) + amount
 
+    def set_aside(self) -> dict[str, float]:
+        """What this thread spent since the last sample, which the current sample then does not pay for."""
+        spent, self._spent = self._spent, dict.fromkeys(self._keys, 0)
+        return spent
+
+    def restore(self, spent: Mapping[str, float]) -> None:
+        """Make the current sample pay for what was set aside."""
+        self.add(**{key: amount for key, amount in spent.items() if key != PEAK})
+        if PEAK in spent:
+            self._spent[PEAK] = max(spent[PEAK], self._spent.get(PEAK, 0))
+
     def take(self) -> dict[str, Any]:
         """The field of a row, `{"cost": {...}}`, with what was spent since the last call; empty if nothing is measured.
 
         `peak_memory_bytes` is summed over the GPUs that this process uses, and missing where it uses none.
         """
-        spent, self._spent = self._spent, dict.fromkeys(self._keys, 0)
+        spent = self.set_aside()
         if gpus := gpus_in_use():
             import torch
 
-            spent["peak_memory_bytes"] = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
+            allocated = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
+            spent[PEAK] = max(spent.pop(PEAK, 0), allocated)
             for gpu in gpus:
                 torch.cuda.reset_peak_memory_stats(gpu)
         cost = {key: round(value, 6) if key.endswith("_seconds") else value for key, value in spent.items()}

@@ -23,11 +23,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import broken
 import numpy as np
 import psutil
 from conftest import save_tower
 from fuzz.driver import VIDEOS, save_video
+from support import broken
 from support.warm_server import ROOT
 
 SHARE, ERRORS = 0.02, 3

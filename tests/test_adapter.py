@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import aligning
 import pytest
 import torch
-from aligning import draw, talk, write
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from support import aligning
+from support.aligning import draw, talk, write
 from transformers import AutoModelForCausalLM, LlavaOnevisionForConditionalGeneration
 from typer.testing import CliRunner
 

@@ -6,12 +6,12 @@ Shapes: L tokens, E language-model width.
 from pathlib import Path
 from typing import Any
 
-import aligning
 import numpy as np
 import pytest
 import torch
-from aligning import draw, make_forward, talk, write
 from PIL import Image
+from support import aligning
+from support.aligning import draw, make_forward, talk, write
 from torch import Tensor
 from transformers import CLIPVisionModel, LlavaOnevisionForConditionalGeneration
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.refusals import refused
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -189,5 +190,5 @@ def test_templates_that_cannot_be_trained_on_are_refused() -> None:
     tokenizer.chat_template = (
         "{% for m in messages[-2:] %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
     )
-    with pytest.raises(InputError, match=r"d\.json\[3\]: the chat template rewrites earlier turns"):
+    with refused(InputError, "d.json[3]"):
         encode_conversation(talk, tokenizer, lambda image: 3)

@@ -3,16 +3,16 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import av
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
-from aligning import talk, write
 from PIL import Image
 from safetensors.torch import load_file
+from support.aligning import talk, write
 from test_niah import run
 from test_qwen_niah import fails
 from torch.nn import functional as F
@@ -20,6 +20,7 @@ from transformers import CLIPVisionModel
 
 from lvctx.artifacts.manifest import read_manifest
 from lvctx.data.packed_chat import ChatRows
+from lvctx.device import CpKind
 from lvctx.models.image_processing import Preprocess
 from lvctx.models.loading import load_model, load_tokenizer
 from lvctx.models.unires import unires_tiles
@@ -135,16 +136,17 @@ def test_loss_and_gradients_are_the_stock_models(here: Path) -> None:
 def _compare(rank: int, here: Path, size: int) -> None:
     torch.set_num_threads(1)
     with joined(here / f"store-{size}", rank=rank, size=size):
-        world = make_context(device="cpu", cp=size)
         expected, counted, truth = gradients(forward_of(here, ParallelContext(device="cpu")), here)
-        part, count, found = gradients(forward_of(here, world), here)
-        loss, total = world.sum([part, count])
-        assert abs(part) < abs(expected)
-        assert (loss, total) == (pytest.approx(expected, rel=1e-5), counted)
-        assert truth.keys() == found.keys()
-        for name, gradient in found.items():
-            world.add_up(gradient)
-            assert is_close(gradient, truth[name]), name
+        for cp_kind in get_args(CpKind):
+            world = make_context(device="cpu", cp=size, cp_kind=cp_kind)
+            part, count, found = gradients(forward_of(here, world), here)
+            loss, total = world.sum([part, count])
+            assert abs(part) < abs(expected)
+            assert (loss, total) == (pytest.approx(expected, rel=1e-5), counted)
+            assert truth.keys() == found.keys()
+            for name, gradient in found.items():
+                world.add_up(gradient)
+                assert is_close(gradient, truth[name]), name
 
 
 @pytest.mark.slow

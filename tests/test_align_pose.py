@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from aligning import align, draw, make_forward, metrics, talk, write
+from support.aligning import align, draw, make_forward, metrics, talk, write
 from transformers import CLIPVisionModel
 from typer.testing import CliRunner
 

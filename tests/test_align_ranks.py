@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from aligning import draw, metrics, talk, write
+from support.aligning import draw, metrics, talk, write
 
 LAUNCHERS = {
     "one": [sys.executable],

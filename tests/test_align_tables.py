@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import aligning
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from aligning import draw, talk, write
 from PIL import Image
+from support import aligning
+from support.aligning import draw, talk, write
 
 from lvctx.data.chat_encoding import to_messages
 from lvctx.data.conversations import read_conversations, read_pairs

@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import mrope_models
 import pytest
+from support import mrope_models, warm_server
 from support.costs import without_cost
 from test_cp_reading import ENV, torchrun
 from test_niah import results, run
@@ -42,7 +42,7 @@ def test_two_processes_share_the_videos(flags: list[str], alone: Path, tmp_path:
     out.mkdir()
     lines = (alone / "results.jsonl").read_bytes().splitlines(keepends=True)
     (out / "results.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:30])
-    command = [*torchrun(2), *flags, "-o", str(out)]
+    command = [*warm_server.torchrun(2), *flags, "-o", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stderr
     assert "6 of 6 questions answered" in done.stderr

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import av
-import mrope_models
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import mrope_models
 from test_questions import DATA, row_of, rows_of, run
 
 from lvctx.errors import InputError

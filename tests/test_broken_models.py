@@ -6,10 +6,9 @@ from pathlib import Path
 from random import Random
 
 import av
-import broken
-import mrope_models
 import numpy as np
 import pytest
+from support import broken, mrope_models
 
 SEEDS = {"some": range(60), "many": range(60, 1500)}
 """Seeds of the random damage: the first are tried in every run of the tests, the others in the slow tests."""

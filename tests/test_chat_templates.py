@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.refusals import refused
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -493,14 +494,14 @@ def test_a_token_that_a_tokenizer_cannot_write_as_text_is_named() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     assert chat_encoder(tokenizer).encode(messages_of("what?", "red")).ids.count(1) == 2
-    with pytest.raises(InputError, match=r"d\.json\[3\]: </s> in the text"):
+    with refused(InputError, "d.json[3]"):
         encode_messages(messages_of("what </s>?", "red"), tokenizer, [], where="d.json[3]")
 
 
 @pytest.mark.parametrize("text", ["half \ud83d a character", "\ufdd0o0\ufdd1"])
 def test_text_that_is_no_text_is_named(text: str) -> None:
     for turns in ((text, "red"), ("Hi", text)):
-        with pytest.raises(InputError, match=r"d\.json\[3\]: .*in the text"):
+        with refused(InputError, "d.json[3]"):
             learn(QWEN25, *turns)
 
 

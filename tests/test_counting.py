@@ -5,10 +5,10 @@ import subprocess
 from pathlib import Path
 
 import imageio_ffmpeg
-import mrope_models
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import mrope_models
 from test_mrope_train import reader_of
 from test_niah import run
 

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import mrope_models
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from support import mrope_models, warm_server
 from support.costs import without_cost
 from test_niah import encode, results, run, text_arguments
 from test_prefix import plain_text, small_model, tree_size
@@ -35,6 +35,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def torchrun(ranks: int) -> list[str]:
+    """Torchrun in a process of its own, whose children are the ranks."""
     return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "lvctx"]
 
 
@@ -88,7 +89,7 @@ def check_grid(world: ParallelContext, kind: str, vocabulary: int, walked: list[
         ours = scorer.score(ids, answer)
         assert (ours.forced, ours.rank) == (stock.forced, stock.rank)
         assert ours.log_prob == pytest.approx(stock.log_prob, rel=1e-5)
-        held_here = {layer.get_seq_length() for layer in scorer._cache.layers}
+        held_here = {layer.get_seq_length() for layer in scorer._prefix.cache.layers}
         assert held_here == {len(range(world.ring.rank, len(ids) - 1, world.cp))}, "1/N of the tokens"
     assert scorer.tokens_run == tree_size([ids for ids, _, _ in walked]), "together they run every edge once"
 
@@ -204,7 +205,11 @@ def test_two_ranks_watch_together(tiny_vlm: Path, tmp_path: Path) -> None:
     alone = run("vqa", frames, *flags)
     assert alone.exit_code == 0, alone.stderr
     done = subprocess.run(
-        [*torchrun(2), "vqa", "-", *flags, "--cp", "2"], input=f"{frames}\n", capture_output=True, text=True, env=ENV
+        [*warm_server.torchrun(2), "vqa", "-", *flags, "--cp", "2"],
+        input=f"{frames}\n",
+        capture_output=True,
+        text=True,
+        env=ENV,
     )
     assert done.returncode == 0, done.stderr
     assert printed(done.stdout) == printed(alone.stdout)
@@ -218,7 +223,9 @@ def test_two_ranks_process_a_video_with_qwen(nano: Any, tmp_path: Path) -> None:
     flags += ["--frames", "5", "--hybrid", "2,24,4", "--max-new-tokens", "6"]
     alone = run("vqa", *flags)
     assert alone.exit_code == 0, alone.stderr
-    done = subprocess.run([*torchrun(2), "vqa", *flags, "--cp", "2"], capture_output=True, text=True, env=ENV)
+    done = subprocess.run(
+        [*warm_server.torchrun(2), "vqa", *flags, "--cp", "2"], capture_output=True, text=True, env=ENV
+    )
     assert done.returncode == 0, done.stderr
     assert printed(done.stdout) == printed(alone.stdout)
 
@@ -232,7 +239,7 @@ def test_two_ranks_answer_a_benchmark(nano: Any, tmp_path: Path) -> None:
     flags += ["--frames", "4", "--max-new-tokens", "6"]
     alone = run(*flags, "-o", tmp_path / "alone")
     assert alone.exit_code == 0, alone.stderr
-    command = [*torchrun(2), *flags, "-o", str(tmp_path / "together"), "--cp", "2"]
+    command = [*warm_server.torchrun(2), *flags, "-o", str(tmp_path / "together"), "--cp", "2"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stderr
     assert printed(done.stdout) == printed(alone.stdout)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import Toy, toy_provenance
+from support.killing import Toy, toy_provenance
+from support.refusals import refused
 from typer.testing import CliRunner
 
 from lvctx.artifacts.manifest import MANIFEST, verify_files, write_manifest
@@ -71,11 +72,11 @@ def test_a_file_is_read_again_only_after_it_changed(tmp_path: Path) -> None:
     assert verify_files(folder) == 2
     before = file.stat().st_mtime_ns
     flip(file)
-    with pytest.raises(InputError, match=r"b\.bin"):
+    with refused(InputError, "b.bin"):
         verify_files(folder)
     os.utime(file, ns=(before, before))
     assert verify_files(folder) == 2, "the inode, size and time at which it was found correct"
-    with pytest.raises(InputError, match=r"b\.bin"):
+    with refused(InputError, "b.bin"):
         verify_files(folder, cached=False)
 
 

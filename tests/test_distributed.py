@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
-from test_ring import reference, tiny_model
+from support import warm_server
+from support.forks import start_ranks
+from test_niah import run
+from test_ring import EXPERTS, reference, tiny_model
 from torch import Tensor
 
 from lvctx.artifacts.lock import only_writer
@@ -50,7 +52,7 @@ def train_tiny(
     hf_attention.register()
     lm = tiny_model("llama", tie_word_embeddings=True)
     lm.set_attn_implementation(hf_attention.RING_ATTENTION)
-    checkpoint_layers(lm, Recomputation(kept_layers=1), offload=True)
+    checkpoint_layers(lm.model, Recomputation(kept_layers=1), offload=True)
     row_loss = RowLoss(lm)
     shard_model(row_loss, lm.model.layers, world)
     task = TinyTask(row_loss, world, steps=steps, stop=stop, bad=bad)
@@ -159,10 +161,9 @@ def two(rank: int, out: Path) -> None:
         check_an_error_is_told(world)
 
 
-def check_sharded_gradients(world: ParallelContext) -> None:
+def check_sharded_gradients(world: ParallelContext, lm: Any) -> None:
     """FSDP over 2 x 2 in float32: the mean over ranks, times ranks, is stock transformers' gradient."""
     hf_attention.register()
-    lm = tiny_model("qwen2", tie_word_embeddings=True)
     ids = torch.cat([row(10 + i) for i in range(2)])
     expected = [reference(lm, one[None], one[None], None)[1] for one in ids]
     lm.set_attn_implementation(hf_attention.RING_ATTENTION)
@@ -207,7 +208,8 @@ def four(rank: int, out: Path) -> None:
     torch.set_num_threads(1)
     with joined(out / "store4", rank=rank, size=4):
         world = make_context(device="cpu", cp=2)
-        check_sharded_gradients(world)
+        check_sharded_gradients(world, tiny_model("qwen2", tie_word_embeddings=True))
+        check_sharded_gradients(world, tiny_model("qwen3_moe", **EXPERTS))
         check_lora_comes_back_whole(world)
         train_tiny(out / "handed", world, steps=4)
 
@@ -218,8 +220,8 @@ def test_ranks_train_stop_resume_and_fail_together(tmp_path: Path) -> None:
     train_tiny(tmp_path / "alone", alone, steps=5)
     with pytest.raises(Stopped):
         train_tiny(tmp_path / "handed", alone, stop=(0, 5))
-    multiprocessing.spawn(two, args=(tmp_path,), nprocs=2)
-    multiprocessing.spawn(four, args=(tmp_path,), nprocs=4)
+    start_ranks(two, tmp_path, ranks=2)
+    start_ranks(four, tmp_path, ranks=4)
     train_tiny(tmp_path / "handed", alone, steps=5)
     handed, stayed = metrics(tmp_path / "handed"), metrics(tmp_path / "alone")
     assert [r["step"] for r in handed] == [1, 2, 3, 4, 5]
@@ -261,14 +263,14 @@ LVCTX = ["-m", "lvctx"]
 def packed(tiny_lm: Path, nano: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "p"
     flags = ["--tokenizer", tiny_lm, "--seq-len", 101, "--keep-short", 1, "--separator", "<|endoftext|>", "-o", out]
-    command = [sys.executable, *LVCTX, "pack-text", nano.essays / "love.txt", nano.essays / "avg.txt", *flags]
-    subprocess.run([str(x) for x in command], check=True, capture_output=True)
+    done = run("pack-text", nano.essays / "love.txt", nano.essays / "avg.txt", *flags)
+    assert done.exit_code == 0, done.stderr
     return out
 
 
 def extend(launcher: list[str], lm: Path, packed: Path, out: Path, *more: object) -> subprocess.CompletedProcess[str]:
     given = ["--model", lm, "--data", packed, "--rope-theta", 5e4, "--steps", 2, "--batch-tokens", 202, "--lr", 1e-3]
-    command = [*launcher, *LVCTX, "extend-lm", *map(str, [*given, "-o", out, *more])]
+    command = [*launcher, "extend-lm", *map(str, [*given, "-o", out, *more])]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
 
@@ -278,7 +280,7 @@ def extend_on_two_nodes(*given: Any) -> subprocess.CompletedProcess[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free.getsockname()[1]}"]
-    node = [*TORCHRUN[:-1], "1", "--nnodes", "2", "--rdzv-id", "two", *rendezvous]
+    node = [*TORCHRUN[:-1], "1", "--nnodes", "2", "--rdzv-id", "two", *rendezvous, *LVCTX]
     with ThreadPoolExecutor(2) as nodes:
         first, second = nodes.map(lambda _: extend(node, *given), range(2))
     texts = first.stdout + second.stdout, first.stderr + second.stderr
@@ -288,7 +290,8 @@ def extend_on_two_nodes(*given: Any) -> subprocess.CompletedProcess[str]:
 @pytest.mark.nano
 def test_extend_lm_under_torchrun(tiny_lm: Path, packed: Path, tmp_path: Path) -> None:
     """The real command on two nodes that share rows of an odd length with documents, and on one process."""
-    one = extend([sys.executable], tiny_lm, packed, tmp_path / "one", "--doc-mask")
+    alone = [str(warm_server.start())]
+    one = extend(alone, tiny_lm, packed, tmp_path / "one", "--doc-mask")
     assert one.returncode == 0, one.stderr
     both = extend_on_two_nodes(tiny_lm, packed, tmp_path / "two", "--doc-mask", "--cp", 2)
     assert both.returncode == 0, both.stderr
@@ -298,9 +301,9 @@ def test_extend_lm_under_torchrun(tiny_lm: Path, packed: Path, tmp_path: Path) -
         assert a["tokens"] == b["tokens"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
     assert not (tmp_path / "two" / "checkpoint").exists()
-    again = extend(TORCHRUN, tiny_lm, packed, tmp_path / "two", "--doc-mask", "--cp", 2)
+    again = extend(warm_server.torchrun(2), tiny_lm, packed, tmp_path / "two", "--doc-mask", "--cp", 2)
     assert again.stdout == both.stdout, "a finished run is done"
-    wrong = extend([sys.executable], tiny_lm, packed, tmp_path / "x", "--cp", 2)
+    wrong = extend(alone, tiny_lm, packed, tmp_path / "x", "--cp", 2)
     assert wrong.returncode == 2
     assert "--cp 2 does not divide the run's 1 process" in wrong.stderr
 
@@ -309,8 +312,8 @@ def test_extend_lm_under_torchrun(tiny_lm: Path, packed: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_sigterm_to_torchrun_saves_and_the_run_continues(tiny_lm: Path, packed: Path, tmp_path: Path) -> None:
     out = tmp_path / "x"
-    given = ["--model", tiny_lm, "--data", packed, "--steps", 60, "--batch-tokens", 202, "--cp", 2, "-o", out]
-    command = [*TORCHRUN, *LVCTX, "extend-lm", *map(str, given)]
+    given = ["--model", tiny_lm, "--data", packed, "--steps", 60, "--batch-tokens", 202, "-o", out]
+    command = [*TORCHRUN, *LVCTX, "extend-lm", *map(str, given), "--cp", "2", "--cp-kind", "ulysses"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
         assert child.poll() is None, child.communicate()

@@ -9,10 +9,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import llava_models
-import mrope_models
 import pytest
-from support import warm_server
+from support import llava_models, mrope_models, warm_server
 from transformers import AutoTokenizer
 
 from lvctx.artifacts.store import sha256_file

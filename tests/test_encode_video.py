@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from support import warm_server
 from typer.testing import CliRunner
 
 from lvctx.artifacts import schemas
@@ -194,35 +195,33 @@ def test_processes_share_the_videos(clips: Path, tiny_tower: Path, tmp_path: Pat
     videos = [str(clips / name) for name in ("a.mp4", "text.mp4", "b.mp4", "other/a.mp4", "missing.mp4")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     said = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--nproc-per-node", "2"]):
-        out = tmp_path / str(len(launcher))
-        command = [sys.executable, *launcher, "-m", "lvctx", "encode-video", "-", "--tower", str(tiny_tower)]
+    for name, launcher in (("one", [warm_server.start()]), ("two", warm_server.torchrun(2))):
+        out = tmp_path / name
         done = subprocess.run(
-            [*command, "--frames", "3", "-o", str(out)],
+            [*launcher, "encode-video", "-", "--tower", str(tiny_tower), "--frames", "3", "-o", str(out)],
             input="\n".join(videos),
             capture_output=True,
             text=True,
             env=env,
             timeout=300,
         )
-        assert (done.returncode == 4) == (not launcher), "torchrun has an exit code of its own"
+        assert (done.returncode == 4) == (name == "one"), "torchrun has an exit code of its own"
         errors = [line for line in done.stderr.splitlines() if line.startswith("lvctx: ")]
         assert [sum(name in line for line in errors) for name in ("text.mp4", "missing.mp4")] == [1, 1]
         said.append(done.stdout.replace(str(out), ""))
     assert len(said[0].splitlines()) == 5
     assert said[1] == said[0]
-    names = sorted(os.listdir(tmp_path / "0"))
+    names = sorted(os.listdir(tmp_path / "one"))
     assert len(names) == 3
-    assert sorted(os.listdir(tmp_path / "4")) == names
-    assert all((tmp_path / "0" / name).read_bytes() == (tmp_path / "4" / name).read_bytes() for name in names)
+    assert sorted(os.listdir(tmp_path / "two")) == names
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
 
 
 def test_two_processes_encode_one_video_once(clips: Path, tiny_tower: Path, tmp_path: Path) -> None:
     """The ranks of a question about a video all need its features, in one folder."""
     given = ["encode-video", clips / "a.mp4", "--tower", tiny_tower, "--fps", "native", "--batch", 1]
     assert run(*given[1:], "-o", tmp_path / "alone")[0] == 0
-    command = [sys.executable, "-m", "lvctx", *map(str, given), "-o", str(tmp_path / "together")]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    started = [warm_server.Command(*given, "-o", tmp_path / "together") for _ in range(3)]
     said = [process.communicate(timeout=120) for process in started]
     assert [process.returncode for process in started] == [0, 0, 0], said
     assert os.listdir(tmp_path / "together") == ["a.frames.safetensors"]

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import mrope_models
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import mrope_models
 from support.fault_server import MODEL, faults, letter, text_of
 from test_questions import DATA, rows_of, run
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mrope_models import opinionated, save
 from safetensors.torch import load_file, save_file
+from support.mrope_models import opinionated, save
 from transformers import LlavaOnevisionForConditionalGeneration
 from typer.testing import CliRunner
 

@@ -8,11 +8,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import mrope_models
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import mrope_models
 from test_benchmark_sets import FILES, draw
 from test_decode import H264, VARIABLE, Make, make, times_of_ffmpeg
 from test_questions import rows_of, run

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import broken
 import pytest
 from fuzz.driver import Fuzzer, fuzz
+from support import broken
 
 
 @pytest.fixture(scope="module")

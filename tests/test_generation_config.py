@@ -5,9 +5,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import generic_models
 import pytest
 import torch
+from support import generic_models
 from support.generic_parity import QUESTION, drawn, stock_inputs
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from typer.testing import CliRunner

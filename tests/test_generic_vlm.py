@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import generic_models
 import numpy as np
 import pytest
-from generic_models import FORWARD, KINDS, STOCK_IMAGES
-from support import generic_parity
+from support import generic_models, generic_parity
+from support.generic_models import FORWARD, KINDS, STOCK_IMAGES
 from support.generic_parity import NO_MIXTURE
+from support.refusals import refused
 from test_niah import run
 from test_qwen_niah import fails
 
@@ -149,7 +149,7 @@ def test_what_cannot_be_had_is_one_line(llava: Path, tmp_path: Path) -> None:
     asked = ("vqa", "x.mp4", "--ask", "What?", "--model")
     plain = shutil.copytree(llava, tmp_path / "plain")
     (plain / "chat_template.jinja").unlink()
-    with pytest.raises(InputError, match=r"plain: the processor has no chat template"):
+    with refused(InputError, "plain"):
         _ = open_vlm(plain).processor  # type: ignore[attr-defined]
     config = json.loads((llava / "config.json").read_text())
     unknown = shutil.copytree(llava, tmp_path / "unknown")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from aligning import align, draw, metrics, talk, write
+from support.aligning import align, draw, metrics, talk, write
 from test_distributed import extend, packed
 from test_mrope_train import here
 from test_niah import encode, essays, results, run

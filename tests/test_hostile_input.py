@@ -11,9 +11,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import broken
 import pytest
-from support import warm_server
+from support import broken, warm_server
 from support.limited import fault, limited, refused
 
 from lvctx.artifacts.describe import describe

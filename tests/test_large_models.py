@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
+from support.forks import start_ranks
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -87,7 +87,7 @@ def test_a_rank_holds_its_shard_and_the_result_has_the_bytes_of_one_process(tmp_
     """Nowhere between loading and saving. Three ranks cannot share the rows evenly; one model's embedding is tied."""
     for name, lora in RUNS.items():
         save_random(tmp_path / f"model-{name}", tied=not lora)
-    multiprocessing.spawn(load_shard_and_save, args=(tmp_path,), nprocs=3)
+    start_ranks(load_shard_and_save, tmp_path, ranks=3)
     for name, lora in RUNS.items():
         model = load_model(tmp_path / f"model-{name}")
         if lora:

@@ -8,10 +8,10 @@ from ast import literal_eval
 from pathlib import Path
 from typing import Any
 
-import mrope_models
 import numpy as np
 import pytest
 from PIL import Image
+from support import mrope_models
 
 from lvctx.inference.sampling_params import SamplingParams
 from lvctx.inference.transformers_engine import TransformersEngine

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import broken
-import mrope_models
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import broken, mrope_models
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPConfig, CLIPModel, LlamaForCausalLM, SiglipVisionConfig
 
 from lvctx.artifacts.describe import describe

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import llava_models
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from support import llava_models
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration, LlavaOnevisionImageProcessor
 from typer.testing import CliRunner

@@ -7,11 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import aligning
 import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from support import report_runs
+from support import aligning, report_runs
 from test_longva import lvctx
 
 from lvctx.artifacts.manifest import MANIFEST, listed_files, read_manifest

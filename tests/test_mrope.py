@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import mrope_models
 import pytest
 import torch
+from support import mrope_models
 from test_cli import fails, lvctx
 
 from lvctx.errors import InputError, UsageError

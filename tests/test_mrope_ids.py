@@ -1,10 +1,10 @@
 """M-RoPE position ids: by hand, and as stock transformers where stock is right."""
 
-import mrope_models
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import mrope_models
 
 from lvctx.errors import InputError
 from lvctx.rope.mrope_positions import Grids, Rules, Text, VideoGrids, positions, positions_of_ids

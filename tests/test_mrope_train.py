@@ -4,28 +4,30 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import av
-import mrope_models
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
-from mrope_models import opinionated
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
+from support import mrope_models
+from support.forks import start_ranks
+from support.mrope_models import opinionated
 from test_niah import run
 from test_qwen_niah import fails
 from torch.nn import functional as F
+from transformers import AutoModelForImageTextToText
 
 from lvctx.artifacts.manifest import read_manifest
 from lvctx.data.packed_chat import ChatRows
+from lvctx.device import CpKind
 from lvctx.errors import InputError
-from lvctx.models.loading import load_model
+from lvctx.models.loading import load_config, load_model
 from lvctx.parallel import hf_attention
 from lvctx.parallel.context import ParallelContext, joined, make_context
 from lvctx.rope.mrope_positions import Grids, SequencePart, Text, positions
@@ -245,30 +247,33 @@ def test_qwen3_vl_trains_from_the_command_line(third: Path, tmp_path: Path) -> N
 def _compare(rank: int, here: Path, third: Path, size: int) -> None:
     torch.set_num_threads(1)
     with joined(here / f"store-{size}", rank=rank, size=size):
-        world = make_context(device="cpu", cp=size)
-        hf_attention.register()
         for folder, reader in ((here, reader_of(here)), (third, reader_of_third(third))):
             row = reader.read(0)
-            vlm = load_model(folder / "model", dtype=torch.float32)
-            vlm.requires_grad_(False)
+            config = load_config(folder / "model")
+            config.text_config.num_attention_heads = size
+            config.text_config.hidden_size = config.vision_config.out_hidden_size = 128 * size
+            torch.manual_seed(0)
+            vlm = AutoModelForImageTextToText.from_config(config).requires_grad_(False)
             for part in (vlm.model.language_model, vlm.lm_head):
                 part.requires_grad_(True)
             expected, truth = gradients(vlm, row, ParallelContext(device="cpu"))
-            vlm.model.language_model.set_attn_implementation(hf_attention.RING_ATTENTION)
-            share, found = gradients(vlm, row, world)
-            (loss,) = world.sum([share])
-            assert abs(share) < abs(expected)
-            assert loss == pytest.approx(expected, rel=1e-5)
-            assert truth.keys() == found.keys()
             assert not any("visual" in name for name in truth)
-            for name, gradient in found.items():
-                world.add_up(gradient)
-                assert float((gradient - truth[name]).norm()) <= 1e-4 * float(truth[name].norm()), name
+            for cp_kind in get_args(CpKind):
+                world = make_context(device="cpu", cp=size, cp_kind=cp_kind)
+                hf_attention.use(vlm.model.language_model, where=folder, ring=world.ring)
+                share, found = gradients(vlm, row, world)
+                (loss,) = world.sum([share])
+                assert abs(share) < abs(expected)
+                assert loss == pytest.approx(expected, rel=1e-5)
+                assert truth.keys() == found.keys()
+                for name, gradient in found.items():
+                    world.add_up(gradient)
+                    assert float((gradient - truth[name]).norm()) <= 1e-4 * float(truth[name].norm()), name
 
 
 def test_two_ranks_share_a_row_exactly(here: Path, third: Path) -> None:
     """Loss and every gradient of the language model: positions and deeper features are cut as tokens are."""
-    multiprocessing.spawn(_compare, args=(here, third, 2), nprocs=2)
+    start_ranks(_compare, here, third, 2, ranks=2)
 
 
 def test_only_the_language_model_changes_and_a_stopped_run_continues(here: Path, tmp_path: Path) -> None:

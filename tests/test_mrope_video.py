@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mrope_models
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mrope_models import Prompt, forward
 from PIL import Image
+from support import mrope_models
+from support.mrope_models import Prompt, forward
 from test_cli import fails, lvctx, on_terminal
 
 from lvctx.errors import UsageError

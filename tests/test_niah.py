@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support import warm_server
 from support.costs import without_cost
 from typer.testing import CliRunner
 
@@ -213,11 +213,10 @@ def test_a_torn_line_is_redone_and_a_grid_grows(tiny_lm: Path, essays: Path, tmp
 
 def test_kill_9_loses_no_finished_cell(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
     arguments = [str(a) for a in text_arguments(tiny_lm, essays, tmp_path / "a")]
-    command = [sys.executable, "-m", "lvctx", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    with warm_server.Command(*arguments) as running:
         assert running.stdout
         seen = [json.loads(running.stdout.readline())["key"] for _ in range(3)]
-        os.kill(running.pid, signal.SIGKILL)
+        running.kill()
     assert not (tmp_path / "a/summary.json").exists()
     assert run("niah", "report", tmp_path / "a", "-o", tmp_path / "partial.png").exit_code == 0
     assert run(*arguments).exit_code == 0
@@ -630,8 +629,7 @@ def test_a_comparison_warns_of_few_needles_and_of_another_scoring_or_text() -> N
 
 def test_ranks_write_one_file_with_no_row_twice(tiny_lm: Path, essays: Path, tmp_path: Path) -> None:
     alone = run(*text_arguments(tiny_lm, essays, tmp_path / "alone"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lvctx"]
-    command = [*launcher, *(str(a) for a in text_arguments(tiny_lm, essays, tmp_path / "two"))]
+    command = [*warm_server.torchrun(2), *(str(a) for a in text_arguments(tiny_lm, essays, tmp_path / "two"))]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr

@@ -18,6 +18,7 @@ from conftest import Nano
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.refusals import refused
 
 from lvctx.data.bin_packing import best_fit_decreasing
 from lvctx.data.chat_mixture import choose_samples, describe_shortage, largest_blend
@@ -51,9 +52,9 @@ def save_tokenizer(lm: Path, out: Path, tokens: list[str]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def qwen(nano: Nano, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What pack-chat reads of a Qwen2-VL directory, over the nano model's tokenizer."""
-    out = save_tokenizer(nano.lm, tmp_path_factory.mktemp("qwen") / "qwen", QWEN_TOKENS)
+def qwen(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What pack-chat reads of a Qwen2-VL directory, over the tiny model's tokenizer."""
+    out = save_tokenizer(tiny_lm, tmp_path_factory.mktemp("qwen") / "qwen", QWEN_TOKENS)
     vision = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
     (out / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", "vision_config": vision}))
     (out / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 3136, "max_pixels": 12845056}))
@@ -61,9 +62,9 @@ def qwen(nano: Nano, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def llava(nano: Nano, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llava(tiny_lm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same of a LlavaOnevision directory whose tower reads 336 pixels in patches of 14."""
-    out = save_tokenizer(nano.lm, tmp_path_factory.mktemp("llava") / "llava", ["<image>", "<video>"])
+    out = save_tokenizer(tiny_lm, tmp_path_factory.mktemp("llava") / "llava", ["<image>", "<video>"])
     vision = {"image_size": 336, "patch_size": 14}
     config = {"model_type": "llava_onevision", "image_grid": "unires", "vision_config": vision}
     (out / "config.json").write_text(json.dumps(config))
@@ -588,20 +589,20 @@ def test_bad_rows_stop_or_are_left_out_and_named(line: str, what: str, qwen: Pat
 
 
 @pytest.mark.nano
-def test_empty_files_lists_and_models_that_cannot_see(qwen: Path, nano: Nano, media: Path, tmp_path: Path) -> None:
+def test_empty_files_lists_and_models_that_cannot_see(qwen: Path, tiny_lm: Path, media: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(InputError, match=r"empty.jsonl: the file has no sample"):
+    with refused(InputError, "empty.jsonl"):
         pack(tmp_path / "out", {"image": [tmp_path / "empty.jsonl"]}, qwen, media)
     rows = [{"image": "2.png", "conversations": json.loads(f"[{TURN}]")}] * 3
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
     packed = pack(tmp_path / "out", {"image": [tmp_path / "list.json"]}, qwen, media, long_share=None)
     assert sorted(s["source"][-3:] for s in packed.samples(0)) == ["[0]", "[1]", "[2]"]
-    with pytest.raises(InputError, match=r"list.json\[0\]: the model has no vision tower"):
-        pack(tmp_path / "blind", {"image": [tmp_path / "list.json"]}, nano.lm, media, long_share=None, hybrid=None)
+    with refused(InputError, "list.json[0]"):
+        pack(tmp_path / "blind", {"image": [tmp_path / "list.json"]}, tiny_lm, media, long_share=None, hybrid=None)
     with pytest.raises(InputError, match="an image or video in a --text source"):
         pack(tmp_path / "text", {"text": [tmp_path / "list.json"]}, qwen, media, long_share=None)
     (tmp_path / "cut.json").write_text('[{"image"')
-    with pytest.raises(InputError, match=r"cut.json:1: malformed JSON"):
+    with refused(InputError, "cut.json:1"):
         pack(tmp_path / "cut", {"image": [tmp_path / "cut.json"]}, qwen, media)
 
 
@@ -658,7 +659,7 @@ def test_m3its_rows(tmp_path: Path) -> None:
 def test_bad_rows_with_an_instruction_are_named(change: dict[str, Any], tmp_path: Path) -> None:
     row = {"instruction": "Look.", "inputs": "What?", "image_base64_str": [], "outputs": "Black.", **change}
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    with pytest.raises(InputError, match=r"a\.jsonl:1"):
+    with refused(InputError, "a.jsonl:1"):
         asked_and_answered(tmp_path / "a.jsonl", tmp_path)
 
 

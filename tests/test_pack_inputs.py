@@ -27,6 +27,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import warm_server
+from support.refusals import refused
 from test_documents import START, TEXTS, corpus, lines, read
 from test_niah import run
 from test_pack_text import make_tokenizer
@@ -172,7 +173,7 @@ def test_binary_content_without_a_name_is_no_text(bpe: Path, tmp_path: Path) -> 
     noise = random.Random(0).randbytes(200)
     for content in (b"a\0b", noise, "sixteen".encode("utf-16-le"), b"caf\xe9 \x01", pa.compress(b"x" * 99, "brotli")):
         path.write_bytes(content)
-        with pytest.raises(InputError, match=r"a\.txt: not text: byte 0x"):
+        with refused(InputError, "a.txt"):
             texts(path, bpe)
     path.write_text("a\x01b\x1b[0m\x7f\fé", newline="")
     assert texts(path, bpe) == ["a\x01b\x1b[0m\x7f\fé"]
@@ -211,7 +212,7 @@ def test_a_byte_order_mark_names_the_encoding(encoding: str, squeeze: Any, bpe: 
 def test_damaged_utf16_is_reported_and_a_lone_surrogate_is_invalid_text(bpe: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffcut".encode("utf-16-le")[:-1])
-    with pytest.raises(InputError, match=r"a\.txt: cannot read .*UTF-16.*truncated"):
+    with refused(InputError, "a.txt"):
         texts(path, bpe)
     path.write_bytes("\ufeffa\ud800b".encode("utf-16-le", "surrogatepass"))
     assert [status for _, _, status in read(corpus(path), bpe)] == [REPAIRED]
@@ -302,7 +303,7 @@ def test_an_error_in_an_array_is_reported_with_its_location(
 def test_invalid_utf8_inside_an_array_is_the_policys(bpe: Path, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'[{"text": "caf\xe9"}, {"text": "two"}]')
     assert read(corpus(tmp_path / "a.json"), bpe) == [("caf�", UNNAMED, REPAIRED), ("two", UNNAMED, OK)]
-    with pytest.raises(InputError, match=r"a\.json\[0\]: invalid UTF-8"):
+    with refused(InputError, "a.json[0]"):
         texts(tmp_path / "a.json", bpe, invalid="error")
 
 

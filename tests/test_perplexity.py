@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import mrope_models
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import mrope_models
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from typer.testing import CliRunner
 

@@ -12,19 +12,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
+from test_niah import run
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lvctx.errors import InputError
+from lvctx.parallel import hf_attention
+from lvctx.training.decoder_shape import DecoderShape, read_shape
 from lvctx.training.memory_model import (
     DEVICES,
-    DecoderShape,
     Recomputation,
     Spread,
     flops,
     least_recomputation,
     longest,
     memory,
-    read_shape,
     remedies,
     rows_together,
 )
@@ -74,6 +75,107 @@ def test_parameters_are_those_of_the_stock_model(kind: str, tied: bool, bias: bo
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(config)
     assert read_shape(config.to_dict(), where="").parameters == sum(p.numel() for p in stock.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers"),
+    [
+        # The released text_config of google/gemma-3-4b-pt, whose other numbers are transformers' defaults.
+        ("gemma3_text", {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}),
+        ("gemma3_text", {"hidden_size": 96, "head_dim": 16, "attention_bias": True, "tie_word_embeddings": False}),
+        ("qwen3_moe", {"head_dim": 128, "num_hidden_layers": 48}),  # Qwen3-30B-A3B
+        ("qwen3_moe", {"num_hidden_layers": 7, "decoder_sparse_step": 2, "mlp_only_layers": [3], "head_dim": 64}),
+        ("mixtral", {}),  # Mixtral-8x7B
+    ],
+)
+def test_parameters_of_experts_and_windowed_layers(kind: str, numbers: dict[str, Any]) -> None:
+    """Those that config.json states, and those that transformers writes into it."""
+    config = AutoConfig.for_model(kind, **numbers)
+    with torch.device("meta"):
+        expected = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    assert read_shape(config.to_dict(), where="").parameters == expected
+    if kind == "gemma3_text":
+        sizes = {key: value for key, value in config.to_dict().items() if key in ("num_hidden_layers", "hidden_size")}
+        inner = {"intermediate_size": config.intermediate_size}
+        assert read_shape({"model_type": kind, **sizes, **inner, **numbers}, where="").parameters == expected
+
+
+def test_experts_and_windows_in_the_work_of_a_token() -> None:
+    """Qwen3-30B-A3B has 3.3 of its 30.5 billion parameters active (its model card); Gemma 3's windows cap attention."""
+    moe = read_shape(AutoConfig.for_model("qwen3_moe", head_dim=128, num_hidden_layers=48).to_dict(), where="")
+    assert moe.parameters == pytest.approx(30.5e9, rel=0.01)
+    embedding = moe.vocab * moe.hidden  # counted in the card, not multiplied by
+    assert flops(moe, 1, 1) / 6 + embedding == pytest.approx(3.3e9, rel=0.02)
+    gemma = read_shape(AutoConfig.for_model("gemma3_text", sliding_window=512).to_dict(), where="")
+    full = replace(gemma, sliding_layers=0)
+    pairs = [sum(min(i + 1, 512) for i in range(length)) - sum(range(1, length + 1)) for length in (512, 4096)]
+    for length, fewer in zip((512, 4096), pairs, strict=True):
+        expected = 12 * gemma.heads * gemma.head_dim * gemma.sliding_layers * fewer
+        saved = flops(gemma, length, length) - flops(full, length, length)
+        assert saved == pytest.approx(expected, rel=0.01)
+
+
+def kept_by_a_layer(kind: str, changed: dict[str, Any], dtype: torch.dtype, tokens: int) -> float:
+    """Bytes that one layer of a stock model keeps for the backward pass, from the storages that autograd saves."""
+
+    def saved(layers: int) -> int:
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **{**SMALL, **changed, "num_hidden_layers": layers})
+        model = AutoModel.from_config(config).to(dtype).train()
+        hf_attention.use(model, where="")  # as `extend-lm` does where there are windows
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        storages: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if (place := tensor.untyped_storage().data_ptr()) not in weights:
+                storages[place] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+        assert out.last_hidden_state.requires_grad
+        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+    return saved(2) - saved(1)
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 64,
+    "max_position_embeddings": 4096,
+}
+
+
+@pytest.mark.parametrize("compute", [2, 4])
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        ("llama", {}),
+        ("qwen3", {}),
+        ("gemma3_text", {"sliding_window": 64, "sliding_window_pattern": 9}),
+        ("qwen3_moe", {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 96}),
+        ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 3}),
+    ],
+)
+def test_activations_are_those_that_stock_keeps(kind: str, changed: dict[str, Any], compute: int) -> None:
+    measured = kept_by_a_layer(kind, changed, torch.bfloat16 if compute == 2 else torch.float32, 512)
+    shape = read_shape({"model_type": kind, **SMALL, **changed, "num_hidden_layers": 2}, where="")
+    # One sharded device, so that parameters are in the type of the computation as here.
+    kept = [
+        memory(
+            shape,
+            Spread(world=2, compute_bytes=compute, recomputation=Recomputation(kept_layers=layers)),
+            512,
+            runtime=0,
+        )
+        for layers in (1, 2)
+    ]
+    layer = kept[1][0]["activations"] - kept[0][0]["activations"]
+    assert layer == pytest.approx(measured, rel=0.1)
 
 
 def test_lora_is_what_peft_adds(tiny_lm: Path) -> None:
@@ -169,6 +271,23 @@ def test_the_suggested_flags_help() -> None:
     assert all(peak < before for _, peak in helps)
 
 
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "measured"), [(28, 4, 184.9), (32, 8, 225.0), (16, 2, 121.0), (8, 8, 80.5)]
+)
+def test_ulysses_needs_what_torchs_memory_tracker_counts(heads: int, key_heads: int, measured: float) -> None:
+    """Bytes per token and channel of a bfloat16 forward and backward, beside q, k, v and the output, on four ranks."""
+    shape = replace(qwen2(), heads=heads, key_heads=key_heads)
+    parts = memory(shape, Spread(world=4, cp=4, cp_kind="ulysses"), 4096, runtime=0)[0]
+    assert parts["all_to_all_buffers"] / 1024 / shape.head_dim == pytest.approx(measured, rel=0.01)
+
+
+def test_ulysses_is_suggested_for_divisors_of_the_heads_only() -> None:
+    spread = Spread(world=8, cp=2, cp_kind="ulysses")
+    flags = {flag for flag, _ in remedies(qwen2(), spread, 1 << 20, A100)}
+    assert "--cp 4" in flags
+    assert "--cp 8" not in flags, "28 heads"
+
+
 def test_rows_of_one_forward_are_whole_and_no_more_than_there_are() -> None:
     assert [rows_together(1000, n, 5) for n in (1, 999, 1000, 2999, 3000, 99_000)] == [1, 1, 1, 2, 3, 5]
 
@@ -189,24 +308,25 @@ def test_a_model_of_another_kind_is_refused() -> None:
         read_shape({k: v for k, v in LLAMA2_7B.items() if k != "vocab_size"}, where="m")
 
 
-def plan(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-X", "importtime", "-m", "lvctx", "plan", "extend-lm", "--model", QWEN2_7B, *args]
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120)
+def plan(*args: object) -> Any:
+    return run("plan", "extend-lm", "--model", QWEN2_7B, *args)
 
 
 def test_the_command_needs_no_torch_and_refuses_what_cannot_fit() -> None:
     eight = ("--world", 8, "--seq-len", 224_000, "--device-memory", "80GiB")
-    fits = plan(*eight, "--cp", 8)
+    command = [sys.executable, "-X", "importtime", "-m", "lvctx", "plan", "extend-lm", "--model", QWEN2_7B, *eight]
+    fits = subprocess.run([*map(str, command), "--cp", "8"], capture_output=True, text=True, timeout=120)
     assert fits.returncode == 0, fits.stderr
     assert not re.search(r"\| +torch$", fits.stderr, re.M)
     found = json.loads(fits.stdout)
     assert found["fits"]
     assert found["peak_bytes"] <= sum(found["bytes"].values())
     too_long = plan(*eight, "--cp", 1)
-    assert too_long.returncode == 3
+    assert too_long.exit_code == 3
     assert "it fits with --cp 2" in too_long.stderr.splitlines()[-1]
-    assert plan(*eight, "--cp", 3).returncode == 2
-    assert plan("--seq-len", 1024, "--device-memory", "lots").returncode == 2
+    assert plan(*eight, "--cp", 3).exit_code == 2
+    assert plan(*eight, "--cp", 8, "--cp-kind", "ulysses").exit_code == 3, "28 heads"
+    assert plan("--seq-len", 1024, "--device-memory", "lots").exit_code == 2
 
 
 def test_rows_that_share_a_forward_share_its_memory() -> None:

@@ -56,7 +56,7 @@ def test_a_jump_does_not_part_the_row_into_documents() -> None:
 
 
 def test_each_epoch_spreads_a_row_anew_and_a_short_context_is_refused(tmp_path: Path, tiny_lm: Path) -> None:
-    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
     run = CliRunner().invoke
     pack = f"pack-text {tmp_path}/text.txt --tokenizer {tiny_lm} --seq-len 64 --keep-short 1 -o {tmp_path}/packed -q"
     packed = run(app, pack.split())

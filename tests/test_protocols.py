@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import mrope_models
 import pytest
+from support import mrope_models
 from test_questions import DATA, rows_of, run
 from test_videomme import finish_run, videos
 

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import aligning
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from support import aligning
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mrope_models
 import numpy as np
 import pytest
 import torch
-from mrope_models import Prompt, forward, opinionated
 from PIL import Image
+from support import mrope_models
+from support.mrope_models import Prompt, forward, opinionated
 from test_niah import run
 from test_prefix import assert_same, plain, tree_size
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import mrope_models
 import numpy as np
 import pytest
 import torch
-from mrope_models import Prompt, forward, greedy, opinionated
 from PIL import Image
+from support import mrope_models
+from support.mrope_models import Prompt, forward, greedy, opinionated
 from test_niah import run
 from test_qwen_niah import fails
 

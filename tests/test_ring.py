@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from hypothesis import given
 from hypothesis import strategies as st
+from support.forks import start_ranks
+from support.refusals import refused
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DeepseekV3Config
+from transformers import AutoModel, DeepseekV3Config
 
 from lvctx.errors import InputError, UsageError
 from lvctx.models.loss import IGNORED
@@ -116,8 +117,14 @@ def reference(
     """Stock transformers with full logits, torch's cross-entropy, and a document mask written out."""
     at = torch.arange(ids.shape[1])
     documents = torch.bucketize(at, torch.tensor(starts or (0,)), right=True)
-    mask = (documents[:, None] == documents) & (at[:, None] >= at)
-    logits = lm(input_ids=ids, attention_mask=mask[None, None], position_ids=positions, use_cache=False).logits
+    mask: Any = ((documents[:, None] == documents) & (at[:, None] >= at))[None, None]
+    if window := getattr(lm.config, "sliding_window", None):
+        near = mask & (at[:, None] - at < window)
+        layered = getattr(lm.config, "layer_types", None)
+        mask = {"full_attention": mask, "sliding_attention": near} if layered else near
+        if starts is None:  # transformers makes its own
+            mask = torch.ones_like(ids)
+    logits = lm(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     loss = F.cross_entropy(logits.flatten(0, 1).float(), shifted.flatten(), ignore_index=IGNORED, reduction="sum")
     lm.zero_grad(set_to_none=True)
@@ -125,6 +132,7 @@ def reference(
     return loss.item(), {n: p.grad.clone() for n, p in lm.named_parameters()}
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 CASES = [
     # model, length, where documents begin, changes of its configuration
     ("llama", 37, None, {"tie_word_embeddings": True}),
@@ -133,28 +141,39 @@ CASES = [
     ("qwen2", 51, (0, 17, 18, 50), {"tie_word_embeddings": True}),
     ("qwen3", 40, (0, 20), {"num_key_value_heads": 4}),
     ("mistral", 33, None, {}),
+    ("qwen3_moe", 40, (0, 20), EXPERTS),
+]
+
+FOUR_OF_SIX: dict[str, Any] = {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 6}
+"""Heads for four ranks, and key heads of which they would have one and a half."""
+MIXED = ["sliding_attention", "full_attention"]
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+NOT_PLAIN = [
+    ("mistral", 37, None, {"sliding_window": 5}),
+    ("mistral", 40, (0, 4, 9, 30), {"sliding_window": 5, "num_key_value_heads": 1}),
+    ("qwen2", 33, None, {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}),
+    ("gemma3_text", 30, (0, 20), {"sliding_window": 6, "layer_types": MIXED, **FOUR_OF_SIX}),
+    ("deepseek_v3", 21, (0, 8), {**LATENT, "num_key_value_heads": 4, "first_k_dense_replace": 2}),
 ]
 
 
 def check_models(world: ParallelContext) -> None:
-    hf_attention.register()
-    for kind, length, starts, changed in CASES:
+    plain, others = (CASES[:3], NOT_PLAIN) if world.ring.kind == "ulysses" else (CASES, NOT_PLAIN * (world.size == 1))
+    for kind, length, starts, changed in [*plain, *others]:
         lm = tiny_model(kind, **changed)
         ids = torch.randint(0, 101, (1, length), generator=torch.Generator().manual_seed(1))
         labels = torch.where(torch.arange(length) % 5 == 2, IGNORED, ids)
         positions = torch.arange(length)[None]
         positions[:, length // 3 :] += 50  # the second chunk of a row under --pose
         expected_loss, expected = reference(lm, ids, labels, starts, positions)
-        lm.set_attn_implementation(hf_attention.RING_ATTENTION)
+        hf_attention.use(lm, where=kind, ring=world.ring)
         lm.zero_grad(set_to_none=True)
         given = shard_row(ids, world, starts, positions)
-        given["labels"] = shard(
-            F.pad(labels[:, 1:], (0, 1), value=IGNORED), rank=world.ring.rank, world=world.cp, fill=IGNORED
-        )
+        given["labels"] = world.ring.shard(F.pad(labels[:, 1:], (0, 1), value=IGNORED), fill=IGNORED)
         total, count = RowLoss(lm)(**given)
         total.backward()
         loss, counted = (x / world.dp for x in world.sum([total.item(), count]))
-        case = f"{kind}, {length} tokens, documents {starts}, cp {world.cp}"
+        case = f"{kind}, {length} tokens, documents {starts}, cp {world.cp}, {world.ring.kind}"
         assert counted == (labels[:, 1:] != IGNORED).sum(), case
         assert loss == pytest.approx(expected_loss, rel=1e-5), case
         for name, p in lm.named_parameters():
@@ -276,11 +295,12 @@ def all_checks(rank: int, store: Path) -> None:
             check_kernels_in_half_precision(world)
             if cp > 1:
                 check_package(world)
+                check_models(make_context(device="cpu", cp=cp, cp_kind="ulysses"))
 
 
 def test_loss_and_every_gradient_are_those_of_full_attention(tmp_path: Path) -> None:
     """Four processes as 4 x 1, 2 x 2 and 1 x 4: padding, masked labels, documents, grouped queries, odd lengths."""
-    multiprocessing.spawn(all_checks, args=(tmp_path / "store",), nprocs=4)
+    start_ranks(all_checks, tmp_path / "store", ranks=4)
 
 
 def test_one_process_is_the_identity() -> None:
@@ -291,11 +311,26 @@ def test_one_process_is_the_identity() -> None:
     check_models(ParallelContext(device="cpu"))
 
 
+def test_what_ulysses_cannot_divide_or_compute_is_refused() -> None:
+    both = Ring(world=2, kind="ulysses")
+    for ring, config in [
+        (Ring(world=3, kind="ulysses"), tiny_config("llama")),
+        (both, tiny_config("qwen3_next")),
+        (both, tiny_config("gemma3_text", sliding_window=6, use_bidirectional_attention=True)),
+    ]:
+        with refused(InputError, "m"):
+            hf_attention.check_ring(config, ring, where="m")
+    with refused(InputError, "m"):
+        hf_attention.use(AutoModel.from_config(tiny_config("gemma2", sliding_window=6)), where="m", ring=both)
+    with pytest.raises(UsageError):
+        make_context(device="cpu", cp=1, cp_kind="ulysses")
+
+
 def test_a_sliding_window_is_refused() -> None:
     hf_attention.check_config(tiny_config("mistral"), where="m")
     hf_attention.check_config(tiny_config("qwen2"), where="m")
-    with pytest.raises(InputError, match="m: its attention has a sliding window"):
-        hf_attention.check_config(tiny_config("mistral", sliding_window=16), where="m")
+    with refused(InputError, "m"):
+        hf_attention.check_ring(tiny_config("mistral", sliding_window=16), Ring(world=2), where="m")
     with pytest.raises(InputError, match="latent keys"):
         hf_attention.check_config(DeepseekV3Config(), where="m")
 

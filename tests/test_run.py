@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from killing import FORKS, Toy, toy_provenance
 from safetensors.torch import load_file
+from support import forks
+from support.killing import Toy, toy_provenance
 
 from lvctx.artifacts.lock import only_writer
 from lvctx.errors import InputError, Stopped
@@ -40,7 +41,8 @@ def losses(out: Path) -> list[float]:
 def test_a_training_stopped_by_sigterm_ends_with_the_same_bytes(tmp_path: Path) -> None:
     run_training(Toy(tmp_path / "whole", STEPS), CPU, RunControl(out=tmp_path / "whole"))
     parts = tmp_path / "parts"
-    child = FORKS.Process(target=_train_slowly, args=(parts,))
+    forks.ensure_running()
+    child = forks.FORKS.Process(target=_train_slowly, args=(parts,))
     child.start()
     log = parts / "metrics.jsonl"
     while not log.exists() or log.read_text().count("\n") < 5:

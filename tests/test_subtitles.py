@@ -5,6 +5,7 @@ from pathlib import Path
 
 import av
 import pytest
+from support.refusals import refused
 
 from lvctx.errors import InputError
 from lvctx.eval.benchmarks.subtitles import find_subtitles, read_subtitles
@@ -102,7 +103,7 @@ def test_what_cannot_be_read_is_counted_or_refused(tmp_path: Path) -> None:
     assert read_subtitles(file).at([0.0]) == "one"
     for text in ("[Script Info]\n\n[Events]\nDialogue: 0,0:00:01.00,0:00:02.00,Default,,0,0,0,,one\n", "words"):
         file.write_text(text)
-        with pytest.raises(InputError, match=r"v\.srt: the file has no subtitles"):
+        with refused(InputError, "v.srt"):
             read_subtitles(file)
     for text in ("", "\n\n", "WEBVTT\n"):
         file.write_text(text)

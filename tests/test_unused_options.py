@@ -3,9 +3,8 @@
 from dataclasses import fields
 from pathlib import Path
 
-import generic_models
-import mrope_models
 import pytest
+from support import generic_models, mrope_models
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app
@@ -23,6 +22,7 @@ WORKS = {
     "reuse": (True, True, True, False, False),
     "kv_cache": (True, True, True, False, False),
     "feature_cache": (True, False, False, False, False),
+    "batch": (True, True, True, False, False),
 }
 KINDS = ("llava_onevision", "qwen2_vl", "llava", "gemma3", "endpoint")
 VALUES = {
@@ -34,8 +34,9 @@ VALUES = {
     "reuse": ("--no-reuse",),
     "kv_cache": ("--kv-cache", "host"),
     "feature_cache": ("--feature-cache", "features"),
+    "batch": ("--batch", "2"),
 }
-LACKING = {"vqa": ("kv_cache",), "videomme": ("kv_cache",), "bench": ("kv_cache",), "niah": ("device_map",)}
+LACKING = {"vqa": ("kv_cache",), "videomme": ("kv_cache",), "bench": ("kv_cache",), "niah": ("device_map", "batch")}
 """Options that a command does not have."""
 
 

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import mrope_models
 import pytest
-from support import warm_server
+from support import mrope_models, warm_server
 from support.costs import without_cost
 from typer.testing import CliRunner
 

@@ -192,7 +192,8 @@ def doctor(config: DoctorConfig, run: OutputOptions) -> None:
     for f in findings:
         mask = "document mask" if f.doc_mask else "no document mask"
         difference = f"loss differs by {f.loss:.1e}, gradients by at most {f.gradient:.1e} ({f.parameter})"
-        row = {"model": config.model, "cp": config.cp, "length": config.length, "exact": f.exact, **asdict(f)}
+        row = {"model": config.model, "cp": config.cp, "cp_kind": config.cp_kind, "length": config.length}
+        row |= {"exact": f.exact, **asdict(f)}
         emit(row, f"{'exact' if f.exact else 'NOT EXACT'}: {mask}: {difference}")
     if not all(f.exact for f in findings):
         raise InputError(

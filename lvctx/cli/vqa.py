@@ -79,6 +79,8 @@ def vqa(
     A video file is encoded first if the model needs it, and its features are kept in --feature-cache. On a pipe
     there is one JSON line for each answer, with the fields of its input line.
     """
+    if config.chat and engine.batch > 1:
+        raise UsageError("--batch with --chat: every turn waits for the reply before", fix="drop --batch")
     if config.piped and sys.stdin.isatty():
         raise UsageError("no video", fix="give one, or pipe from lvctx encode-video")
     if server.endpoint is not None:
@@ -93,7 +95,8 @@ def vqa(
         if parallel.dp > 1:
             what = f"{parallel.size} processes for one video"
             raise UsageError(what, fix=f"--cp {parallel.size}, or no torchrun")
-        printer = StreamPrinter(live=len(config.videos) == 1 and not config.piped and is_rank_zero())
+        live = len(config.videos) == 1 and not config.piped and is_rank_zero() and engine.batch == 1
+        printer = StreamPrinter(live=live)
         questions = _open(_engine(config, sampling, engine, server, parallel, given(ctx)), sampling, params, printer)
         if config.reads_questions:
             _answer_lines(config, questions, parallel, printer)
@@ -172,32 +175,32 @@ def _answer_videos(
 ) -> int:
     """Answer the same questions, or those of stdin's lines, about each video; returns the number of failed videos."""
     from lvctx.artifacts.stream import read_references
-    from lvctx.inference.engine import EngineGone
 
     references = read_references(sys.stdin) if config.piped else ((Path(name), {}) for name in config.videos)
+
+    def asked() -> Iterator[tuple[tuple[int, dict[str, Any]], Path, tuple[str, ...] | InputError]]:
+        for number, (path, row) in enumerate(parallel.follow(references)):
+            reference = {k: v for k, v in row.items() if k not in ("schema", "sha256")} | {"path": str(path)}
+            texts = config.ask or ((str(row["question"]),) if row.get("question") else ())
+            error = InputError(str(row["error"])) if "error" in row else None
+            if not texts:
+                error = error or InputError("no question", where=path, fix="give --ask, or a `question` in its line")
+            yield (number, reference), path, error or texts
+
     failed = 0
     # A progress bar would be drawn into the text of a streamed answer.
     no_bar = nullcontext(lambda done, total, note: None)
     with no_bar if printer.live else progress("vqa", "loading the model") as on_progress:
-        for done, (path, row) in enumerate(parallel.follow(references), start=1):
-            reference = {k: v for k, v in row.items() if k not in ("schema", "sha256")} | {"path": str(path)}
-            try:
-                if "error" in row:
-                    raise InputError(str(row["error"]))
-                texts = config.ask or ((str(row["question"]),) if row.get("question") else ())
-                if not texts:
-                    raise InputError("no question", where=path, fix="give --ask, or a `question` in its line")
-                for answer in questions.ask(path, texts):
-                    _emit_answer(reference, answer, printer)
-            except EngineGone:
-                raise
-            except InputError as e:
-                if len(config.videos) == 1 and not config.piped:
-                    raise
+        for (number, reference), answer in questions.ask_all(asked()):
+            if not isinstance(answer, InputError):
+                _emit_answer(reference, answer, printer)
+            elif len(config.videos) == 1 and not config.piped:
+                raise answer
+            else:
                 failed += 1
-                say(f"lvctx: {e}")
-                emit({"schema": schemas.ANSWER, **reference, "error": str(e), **questions.engine.meter.take()})
-            on_progress(done, 0 if config.piped else len(config.videos), path.name)
+                say(f"lvctx: {answer}")
+                emit({"schema": schemas.ANSWER, **reference, "error": str(answer), **questions.engine.meter.take()})
+            on_progress(number + 1, 0 if config.piped else len(config.videos), Path(reference["path"]).name)
     return failed
 
 

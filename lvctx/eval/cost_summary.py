@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any
 
-PEAK = "peak_memory_bytes"
+from lvctx.cost import PEAK
 
 
 def summarize_costs(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

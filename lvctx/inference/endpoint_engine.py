@@ -1,6 +1,7 @@
 """A model behind an OpenAI-compatible server: frames are decoded here and sent with each question."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from lvctx.video.sampling import VideoSampling
 
 class EndpointEngine:
     """See `Engine`."""
+
+    batch, reads_ahead = 1, True
 
     def __init__(self, client: ChatClient, config: VideoEndpointConfig, *, jobs: int = 1) -> None:
         """`jobs` conversations may be held at once, all by the one `client`."""
@@ -56,6 +59,10 @@ class EndpointEngine:
     def show(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> Shown:
         """See `Engine`."""
         self._parts = None
+        return self.show_loaded(self.load(items, sampling))
+
+    def load(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> Any:
+        """See `Engine`."""
         parts: list[Part] = []
         shown: list[Shown] = []
         resolved = resolve_for_endpoint(self.config, sampling)
@@ -68,11 +75,15 @@ class EndpointEngine:
                 video = video_parts(item, resolved, self.config, self.meter)
             parts += video.parts
             shown.append(video.shown)
-        self._parts = parts
         images = len(items) - len(shown)
-        self._frames = None if self.config.send == "file-url" and shown else images + sum(len(one.pts) for one in shown)
+        frames = None if self.config.send == "file-url" and shown else images + sum(len(one.pts) for one in shown)
         facts = shown[0].facts if len(shown) == len(items) == 1 else {"send": "images"}
-        return Shown(pts=tuple(t for one in shown for t in one.pts), facts=facts)
+        return parts, frames, Shown(pts=tuple(t for one in shown for t in one.pts), facts=facts)
+
+    def show_loaded(self, loaded: Any) -> Shown:
+        """See `Engine`."""
+        self._parts, self._frames, shown = loaded
+        return shown
 
     def show_parts(self, parts: Sequence[Part]) -> None:
         """Take these parts of a message as what is asked about."""
@@ -99,6 +110,16 @@ class EndpointEngine:
         if on_text:
             on_text(reply.text)
         return reply
+
+    def start_reply(
+        self, turns: Sequence[str], params: SamplingParams, on_text: Callable[[str], None] | None = None
+    ) -> Any:
+        """See `Engine`; nothing is sent before `finish_replies`."""
+        return partial(self.reply, turns, params, on_text)
+
+    def finish_replies(self, started: Sequence[Any]) -> Iterator[Reply]:
+        """See `Engine`."""
+        return (reply() for reply in started)
 
     def _ask(self, messages: list[dict[str, Any]], params: SamplingParams, max_tokens: int) -> Reply:
         with self.meter.phase("request"):

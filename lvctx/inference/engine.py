@@ -1,6 +1,6 @@
 """The interface between evaluation and models: give a model images and video, ask about them, score an answer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,6 +75,10 @@ class Engine(Protocol):
     """Conversations that may be held at once, each with an engine of `fork`; 1 where the engine is for one only."""
     meter: CostMeter
     """Adds up what is spent on the conversation; the caller takes it for each row, also for one of a failure."""
+    batch: int
+    """Replies that are generated together, see `finish_replies`; 1 where an engine generates one at a time."""
+    reads_ahead: bool
+    """Whether `load` may run in a second thread during other calls."""
 
     def fork(self) -> "Engine":
         """The same model for another conversation at the same time. What is shown to one is not shown to the other."""
@@ -88,8 +92,14 @@ class Engine(Protocol):
         With `images` they are shown in place of videos. Raises UsageError for sampling that the model cannot have.
         """
 
+    def load(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> Any:
+        """Read videos and RGB images for `show_loaded`. Raises InputError for files that cannot be read."""
+
+    def show_loaded(self, loaded: Any) -> Shown:
+        """Set what `load` returned as the visual input."""
+
     def show(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> Shown:
-        """Set videos and RGB images as the visual input. Raises InputError for files that cannot be read."""
+        """Both of these."""
 
     def reply(
         self, turns: Sequence[str], params: SamplingParams, on_text: Callable[[str], None] | None = None
@@ -98,6 +108,17 @@ class Engine(Protocol):
 
         `on_text` gets the reply as it grows. Raises InputError where prompt and reply exceed the context, EngineGone
         where no further request can succeed.
+        """
+
+    def start_reply(
+        self, turns: Sequence[str], params: SamplingParams, on_text: Callable[[str], None] | None = None
+    ) -> Any:
+        """Compute the prompt of a reply for `finish_replies`. Something else may be shown until then. See `reply`."""
+
+    def finish_replies(self, started: Sequence[Any]) -> Iterator[Reply]:
+        """Generate at most `batch` replies together, each as if alone; as one comes, the meter has its share.
+
+        They share the seconds of their generation by their numbers of tokens. Raises RuntimeError where memory ends.
         """
 
     def score(self, turns: Sequence[str], answer: str) -> AnswerScore:

@@ -8,7 +8,7 @@ Shapes: L tokens of a sequence, N up to its last placeholder, A answer tokens, V
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,16 @@ class ForwardEngine(TransformersEngine):
     def show(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> Shown:
         """See `Engine`."""
         self.media = []  # half of what should be shown is nothing to ask about
+        return super().show(items, sampling)
+
+    def load(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> Any:
+        """See `Engine`."""
         with self.meter.phase("decode"):
-            media, pts, facts = self.vlm.read(items, self.vlm.resolve(sampling))
-        self.media = media
+            return items, self.vlm.read(items, self.vlm.resolve(sampling))
+
+    def show_loaded(self, loaded: Any) -> Shown:
+        """See `Engine`."""
+        items, (self.media, pts, facts) = loaded
         with self.meter.phase("prefill"):  # pixels are computed here, and kept for the prompts
             ids = self.prompt_ids([""])
         tokens = int(self.vlm.processor.is_placeholder(ids).sum())
@@ -81,7 +88,7 @@ class ForwardEngine(TransformersEngine):
         """The number of the last token; positions of M-RoPE are smaller."""
         return len(ids_L) - 1
 
-    def generate(
+    def start(
         self,
         ids_L: np.ndarray,
         count: int,
@@ -89,15 +96,20 @@ class ForwardEngine(TransformersEngine):
         *,
         choose: Callable[[Tensor], int] = greedy_token,
         reasoning: int = 0,
-    ) -> list[int]:
-        """See `TransformersEngine`; of the prompt that was written last."""
+    ) -> Any:
+        """See `TransformersEngine`; of the prompt that was written last, which `finish` computes."""
         assert np.array_equal(self._inputs["input_ids"][0].numpy(), ids_L)
         if _has_mrope(self.model.config):
             count += reasoning
         else:
             self.check_context(len(ids_L), len(ids_L), count)
             count = min(count + reasoning, self.context - len(ids_L))
-        return stock_generate(self.model, self._inputs, count, self.stop_ids, on_token, choose, meter=self.meter)
+        arguments = self.model, self._inputs, count, self.stop_ids, on_token, choose
+        return partial(stock_generate, *arguments, meter=self.meter)
+
+    def finish(self, started: Sequence[Any]) -> list[list[int]]:
+        """See `TransformersEngine`."""
+        return [generate() for generate in started]
 
     def score(self, turns: Sequence[str], answer: str) -> AnswerScore:
         """See `Engine`; the answer is tokenized separately."""

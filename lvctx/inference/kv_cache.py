@@ -8,10 +8,12 @@ results are the same. `int8` has a scale per token and head and half the bytes o
 Shapes: B samples, H key heads, L tokens, D channels.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer
 
 from lvctx.inference.engine_config import CachePlacement
@@ -57,6 +59,14 @@ class Buffer:
             return (data.float() * self._scale[..., :end, :]).to(self.dtype)
         return data.to(self.device, non_blocking=True)
 
+    def keep(self, order: Sequence[int]) -> None:
+        """See `keep_samples`."""
+        for tensor in (self._data, self._scale):
+            for to, sample in enumerate(order):
+                if to != sample:
+                    tensor[to] = tensor[sample]
+        self._data, self._scale = self._data[: len(order)], self._scale[: len(order)]
+
 
 class BufferedLayer(DynamicLayer):
     """One layer's keys and values, with the interface of transformers' cache layers."""
@@ -80,8 +90,17 @@ class BufferedLayer(DynamicLayer):
         for buffer, new in zip(self._pair, (key_states, value_states), strict=True):
             buffer.put(self.length, new)
         self.length += key_states.shape[-2]
-        keys, values = (buffer.get(self.length) for buffer in self._pair)
+        return self.get(self.length)
+
+    def get(self, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, L, D) of the first `end` tokens."""
+        keys, values = (buffer.get(end) for buffer in self._pair)
         return keys, values
+
+    def keep(self, order: Sequence[int]) -> None:
+        """See `keep_samples`."""
+        for buffer in self._pair:
+            buffer.keep(order)
 
     def get_seq_length(self) -> int:
         """Tokens held."""
@@ -111,3 +130,30 @@ LAYERS: dict[CachePlacement, type[BufferedLayer]] = {"device": BufferedLayer, "h
 def empty_cache(placement: CachePlacement) -> Cache:
     """An empty cache, for any number of layers."""
     return Cache(layer_class_to_replicate=LAYERS[placement])
+
+
+def join_caches(layers: Sequence[list[Any]], end: int | None = None) -> Cache:
+    """A copy of caches of one sample each as one cache: shorter ones are padded before their first token.
+
+    Takes the layers of each from its list, so that no more than one layer is in memory twice. Only the first `end`
+    tokens are copied, if given.
+    """
+    joined = Cache(layer_class_to_replicate=type(layers[0][0]))
+    joined.layers = [_join_layers([of.pop(0) for of in layers], end) for _ in layers[0][:]]
+    return joined
+
+
+def _join_layers(layers: Sequence[BufferedLayer], end: int | None) -> BufferedLayer:
+    parts = [layer.get(layer.length if end is None else end) for layer in layers]
+    most, joined = max(keys.shape[-2] for keys, _ in parts), type(layers[0])()
+    keys, values = (
+        torch.cat([F.pad(part, (0, 0, most - part.shape[-2], 0)) for part in kind]) for kind in zip(*parts, strict=True)
+    )
+    joined.update(keys, values)
+    return joined
+
+
+def keep_samples(cache: Cache, order: Sequence[int]) -> None:
+    """Keep only these samples, in this order. Those that move must come from behind the new end."""
+    for layer in cache.layers:
+        layer.keep(order)

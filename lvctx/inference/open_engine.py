@@ -11,6 +11,8 @@ from lvctx.inference.engine import Engine
 from lvctx.inference.engine_config import CachePlacement, EngineConfig
 from lvctx.inference.prefix_scorer import PrefixScorer, Score
 from lvctx.inference.transformers_engine import TransformersEngine
+from lvctx.models.loading import load_config
+from lvctx.parallel.hf_attention import is_plain
 from lvctx.parallel.ring_attention import ALONE, Ring
 from lvctx.vlm.base import VLM, VisualTokens, sequential_positions
 from lvctx.vlm.generic import ForwardVLM
@@ -29,13 +31,15 @@ class Scorer(Protocol):
         """See `PrefixScorer`."""
 
 
-FORWARD_UNUSED = ("prefill_chunk", "reuse", "cp", "kv_cache")
+FORWARD_UNUSED = ("prefill_chunk", "reuse", "cp", "kv_cache", "batch")
 """Options without effect on a model that runs by its own forward, which computes a whole prompt on one process."""
 
 
 def unused_options(vlm: VLM, *, device_map: bool = False) -> list[str]:
     """Options of how a model runs that have no effect on this one."""
     names = list(FORWARD_UNUSED) if isinstance(vlm, ForwardVLM) else []
+    if not names and not is_plain(load_config(vlm.path).get_text_config()):  # padding would count in its windows
+        names.append("batch")
     if not vlm.has_feature_cache:  # nothing but the model is on a device
         names += ["feature_cache", *(("device",) if device_map else ())]
     return names

@@ -5,10 +5,14 @@ the rest is cropped and only new tokens are computed; in depth-first order every
 once. This covers a haystack before a needle that all needles share, and one after it that longer cells share.
 
 A sequence is one int array over an extended vocabulary: below V a text token, from V on a row of a table of visual
-embeddings. Shapes: L tokens, A answer tokens, E width, V text vocabulary, R rows of visual embeddings.
+embeddings.
+
+Several continuations may be generated together: each prompt is computed alone, then their caches are joined into one.
+
+Shapes: B samples, L tokens, A answer tokens, E width, V text vocabulary, R rows of visual embeddings.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +22,10 @@ from torch import Tensor
 
 from lvctx.cost import CostMeter
 from lvctx.errors import InputError
-from lvctx.inference.kv_cache import CachePlacement, empty_cache
+from lvctx.inference.continuation import CachedSequences, Continuation
+from lvctx.inference.kv_cache import CachePlacement, empty_cache, join_caches
 from lvctx.models.loading import device_of, stateful_layers
+from lvctx.parallel.hf_attention import is_plain
 from lvctx.parallel.ring_attention import ALONE, Ring
 from lvctx.parallel.striped_attention import Stripe, last_rows, needs_no_mask, owned_count, prepare
 from lvctx.vlm.base import Positions, sequential_positions
@@ -85,8 +91,8 @@ class PrefixScorer:
         self._empty()
 
     def _empty(self) -> None:
-        self._cache = empty_cache(self.kv_cache)
-        self._cached_ids = np.empty(0, dtype=np.int64)
+        self._prefix = CachedSequences(cache=empty_cache(self.kv_cache), ids_BL=np.empty((1, 0), dtype=np.int64))
+        self._is_shared = False
 
     @property
     def vocabulary(self) -> int:
@@ -97,18 +103,15 @@ class PrefixScorer:
     def score(self, ids_L: np.ndarray, answer: int, *, generate: int = 0) -> Score:
         """Score the last `answer` ids given the others; also continue the prompt greedily by `generate` tokens."""
         prompt = len(ids_L) - answer
-        if not self.reuse:
-            self._empty()
-        # The hidden state of the last prompt token is needed, so at least that token is run.
-        self._crop(min(common_prefix(self._cached_ids, ids_L), prompt - 1))
         try:
             with self.meter.phase("prefill"):
-                hidden_AE = self._run(ids_L[len(self._cached_ids) : -1], keep=answer)
+                hidden_AE = self._run_prompt(ids_L[:-1], keep=answer)
                 logits_AV = self.head(hidden_AE).float().to(self.device)
             target_A = torch.from_numpy(ids_L[prompt:].astype(np.int64)).to(self.device)
             picked_A = logits_AV.gather(1, target_A[:, None])[:, 0]
-            with self.meter.phase("generate"):
-                generated = self._continue(prompt, logits_AV[0], generate) if generate else None
+            if generate:
+                self._crop(prompt)
+                (generated,) = self.decode([self._continuation(hidden_AE[:1], generate)])
         except RuntimeError:
             self._empty()  # an interrupted forward leaves the cache inconsistent
             raise
@@ -118,7 +121,7 @@ class PrefixScorer:
             forced=bool((logits_AV.argmax(1) == target_A).all()),
             log_prob=float((picked_A - logits_AV.logsumexp(1)).sum()),
             rank=int((logits_AV > picked_A[:, None]).sum(1).max()),
-            generated=generated,
+            generated=generated if generate else None,
         )
 
     def hidden_states(self, ids_L: np.ndarray) -> Iterator[tuple[int, Tensor]]:
@@ -126,9 +129,8 @@ class PrefixScorer:
         self._empty()
         for first in range(0, len(ids_L), self.chunk):
             part = ids_L[first : first + self.chunk]
-            yield first, self._run(part, keep=len(part))
+            yield first, self._run(self._prefix, part[None], keep=len(part))[0]
 
-    @torch.inference_mode()
     def generate(
         self,
         ids_L: np.ndarray,
@@ -140,97 +142,153 @@ class PrefixScorer:
         """The continuation of a prompt: at most `count` ids, up to and without the first of `stop`.
 
         The cache keeps the prompt and the continuation, so a prompt that begins with both reuses them.
-        `on_token` gets each id as soon as it is chosen, and ends the continuation by returning True; `choose` makes an
-        id of logits (V,).
+        For `on_token` and `choose` see `Continuation`.
         """
-        if not self.reuse:
-            self._empty()
-        # The last token is computed again even if cached: its hidden state selects the first new token.
-        self._crop(min(common_prefix(self._cached_ids, ids_L), len(ids_L) - 1))
-        generated: list[int] = []
+        return self.decode([self.prefill(ids_L, count, stop, on_token, choose)])[0]
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        ids_L: np.ndarray,
+        count: int,
+        stop: Collection[int],
+        on_token: Callable[[int], bool | None] = lambda token: None,
+        choose: Callable[[Tensor], int] = greedy_token,
+    ) -> Continuation:
+        """Compute a prompt for `decode`; see `generate`."""
         try:
             with self.meter.phase("prefill"):
-                hidden_1E = self._run(ids_L[len(self._cached_ids) :], keep=1)
-            with self.meter.phase("generate"):
-                position = self._next_position()
-                while len(generated) < count:
-                    token = choose(self.head(hidden_1E)[0].float())
-                    if token in stop:
-                        break
-                    generated.append(token)
-                    if on_token(token):
-                        break
-                    if len(generated) < count:
-                        hidden_1E = self._run(np.array([token], dtype=np.int64), keep=1, positions=position)
-                        position = position + 1
+                hidden_1E = self._run_prompt(ids_L, keep=1)
         except RuntimeError:
             self._empty()  # an interrupted forward leaves the cache inconsistent
             raise
-        return generated
+        return self._continuation(hidden_1E, count, stop, on_token, choose)
+
+    def _continuation(
+        self,
+        hidden_1E: Tensor,
+        count: int,
+        stop: Collection[int] = (),
+        on_token: Callable[[int], bool | None] = lambda token: None,
+        choose: Callable[[Tensor], int] = greedy_token,
+    ) -> Continuation:
+        """Of the cached sequence, which the next prompt then leaves as it is."""
+        # The position is computed once, as it takes a pass over all tokens.
+        positions = self.positions(self._prefix.ids_BL[0], 0)
+        self._is_shared = True
+        return Continuation(
+            count=count,
+            stop=stop,
+            on_token=on_token,
+            choose=choose,
+            prompt=self._prefix,
+            hidden_1E=hidden_1E,
+            position=torch.full_like(positions[..., :1], int(positions.max()) + 1),
+        )
+
+    @torch.inference_mode()
+    def decode(self, continuations: Sequence[Continuation]) -> list[list[int]]:
+        """The ids of continuations that are generated together, each as if alone; none may be decoded twice.
+
+        One that ends leaves the batch.
+        """
+        assert len(continuations) == 1 or (self.ring.world == 1 and is_plain(self.lm.config))
+        rows, self._is_shared = list(continuations), False
+        try:
+            with self.meter.phase("generate"):
+                batch = CachedSequences.join([row.prompt for row in rows], spare=self._prefix)
+                hidden_BE = torch.cat([row.hidden_1E for row in rows])
+                positions = torch.cat([row.position for row in rows], -2)
+                while True:
+                    logits_BV = self.head(hidden_BE).float()
+                    ended = [i for i, row in enumerate(rows) if row.add(logits_BV[i])]
+                    order = list(range(len(rows)))
+                    for i in reversed(ended):  # the last one takes its place
+                        order[i] = order[-1]
+                        order.pop()
+                    if not order:
+                        break
+                    if ended:
+                        rows, positions = [rows[i] for i in order], positions[..., order, :]
+                        batch.keep(order)
+                    new_B1 = np.array([row.ids[-1:] for row in rows], dtype=np.int64)
+                    hidden_BE = self._run(batch, new_B1, keep=1, positions=positions)[:, 0]
+                    positions = positions + 1
+        except RuntimeError:
+            self._empty()  # an interrupted forward leaves the cache inconsistent
+            raise
+        return [one.ids for one in continuations]
 
     def show(self, visual_RE: Tensor | None, positions: Positions) -> None:
         """Set another visual table, and the positions of sequences with its rows; empties the cache."""
         self.visual_RE, self.positions = visual_RE, positions
         self._empty()
 
-    def _continue(self, prompt: int, logits_V: Tensor, count: int) -> list[int]:
-        self._crop(prompt)
-        generated, position = [int(logits_V.argmax())], self._next_position()
-        while len(generated) < count:
-            hidden_1E = self._run(np.array(generated[-1:], dtype=np.int64), keep=1, positions=position)
-            position = position + 1
-            generated.append(int(self.head(hidden_1E).float().argmax()))
-        return generated
+    def _run_prompt(self, ids_L: np.ndarray, *, keep: int) -> Tensor:
+        """Make a sequence the cached one; returns the final hidden states (keep, E) of its last tokens.
 
-    def _next_position(self) -> Tensor:
-        """Position of a text token after the cached ones: computed once, as it takes a pass over all of them."""
-        positions = self.positions(self._cached_ids, 0)
-        return torch.full_like(positions[..., :1], int(positions.max()) + 1)
+        These are computed again even if cached.
+        """
+        if not self.reuse:
+            self._empty()
+        self._crop(min(common_prefix(self._prefix.ids_BL[0], ids_L), len(ids_L) - keep))
+        return self._run(self._prefix, ids_L[None, self._prefix.length :], keep=keep)[0]
 
-    def _run(self, ids_L: np.ndarray, *, keep: int, positions: Tensor | None = None) -> Tensor:
-        """Append ids to the cache; returns the final hidden states (keep, E) of the last ones.
+    def _run(
+        self, sequences: CachedSequences, ids_BL: np.ndarray, *, keep: int, positions: Tensor | None = None
+    ) -> Tensor:
+        """Append ids to the cache; returns the final hidden states (B, keep, E) of the last ones.
 
-        `positions` are those of a single token.
+        `positions` are those of a single token of each sequence; without, there is one sequence.
         """
         last_states: list[Tensor] = []
-        for start in range(0, len(ids_L), self.chunk):
-            part = ids_L[start : start + self.chunk]
-            stripe = Stripe(ring=self.ring, first=len(self._cached_ids), count=len(part))
-            self._cached_ids = np.concatenate([self._cached_ids, part])
-            embeds_LE, deep = self._embed(part[stripe.local_slice])
-            placed = self.positions(self._cached_ids, stripe.first) if positions is None else positions
-            states = self.lm(
-                inputs_embeds=embeds_LE[None],
+        for start in range(0, ids_BL.shape[1], self.chunk):
+            part_BL = ids_BL[:, start : start + self.chunk]
+            stripe = Stripe(ring=self.ring, first=sequences.length, count=part_BL.shape[1])
+            sequences.append(part_BL)
+            embeds_BLE, deep = self._embed(part_BL[:, stripe.local_slice])
+            placed = self.positions(sequences.ids_BL[0], stripe.first) if positions is None else positions
+            states_BLE = self.lm(
+                inputs_embeds=embeds_BLE,
                 **deep,
+                attention_mask=None if sequences.mask_BL is None else sequences.mask_BL[:, None, None],
                 position_ids=placed[..., stripe.local_slice].to(self.device),
-                past_key_values=self._cache,
+                past_key_values=sequences.cache,
                 use_cache=True,
                 **({"stripe": stripe} if self.ring.world > 1 else {}),
-            ).last_hidden_state[0, : stripe.local_count]
+            ).last_hidden_state[:, : stripe.local_count]
             if not stripe.local_count:
-                self._cache.crop(-1)
-            self.tokens_run += len(part)
-            last_states = [torch.cat([*last_states, states])[-keep:]]
-        return last_rows(last_states[0], end=len(self._cached_ids), count=keep, ring=self.ring)
+                sequences.cache.crop(-1)
+            self.tokens_run += part_BL.size
+            last_states = [torch.cat([*last_states, states_BLE], 1)[:, -keep:]]
+        if self.ring.world == 1:
+            return last_states[0]
+        return last_rows(last_states[0][0], end=sequences.length, count=keep, ring=self.ring)[None]
 
-    def _embed(self, ids_L: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
-        """Embeddings (L, E), and the visual additions to the first layers' states (Qwen3-VL)."""
-        ids = torch.from_numpy(ids_L.astype(np.int64)).to(self.device)
+    def _embed(self, ids_BL: np.ndarray) -> tuple[Tensor, dict[str, Any]]:
+        """Embeddings (B, L, E), and the visual additions to the first layers' states (Qwen3-VL)."""
+        ids = torch.from_numpy(ids_BL.astype(np.int64)).to(self.device)
         if self.visual_RE is None:
             return self.embedding(ids), {}
         is_visual = ids >= self.vocabulary
-        embeds_LE = self.embedding(ids.masked_fill(is_visual, 0))
+        embeds_BLE = self.embedding(ids.masked_fill(is_visual, 0))
         rows = self.visual_RE[(ids[is_visual] - self.vocabulary).to(self.visual_RE.device)]
-        first, *deep = rows.to(embeds_LE.device, embeds_LE.dtype).split(embeds_LE.shape[1], dim=1)
-        embeds_LE[is_visual] = first
+        first, *deep = rows.to(embeds_BLE.device, embeds_BLE.dtype).split(embeds_BLE.shape[-1], dim=1)
+        embeds_BLE[is_visual] = first
         if not deep or not len(first):
-            return embeds_LE, {}
-        return embeds_LE, {"visual_pos_masks": is_visual[None], "deepstack_visual_embeds": deep}
+            return embeds_BLE, {}
+        return embeds_BLE, {"visual_pos_masks": is_visual, "deepstack_visual_embeds": deep}
 
     def _crop(self, length: int) -> None:
-        if length < len(self._cached_ids):
-            self._cache.crop(owned_count(length, self.ring) - owned_count(len(self._cached_ids), self.ring))
-            self._cached_ids = self._cached_ids[:length]
+        """Cut the cached sequence; one that a `Continuation` needs is left whole, and its beginning copied."""
+        kept, prefix = owned_count(length, self.ring), self._prefix
+        if self._is_shared:
+            cache = join_caches([list(prefix.cache.layers)], kept) if length else empty_cache(self.kv_cache)
+            self._prefix = CachedSequences(cache=cache, ids_BL=prefix.ids_BL[:, :length])
+            self._is_shared = False
+        elif length < prefix.length:
+            prefix.cache.crop(kept - owned_count(prefix.length, self.ring))
+            prefix.ids_BL = prefix.ids_BL[:, :length]
 
 
 def walk_order(sequences: Iterable[np.ndarray]) -> list[int]:

@@ -4,7 +4,8 @@ Suffixes: L tokens of a prompt, N visual tokens.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from lvctx.artifacts.store import fingerprint
+from lvctx.cost import PEAK
 from lvctx.device import DeviceMap
 from lvctx.errors import InputError
 from lvctx.inference.engine import AnswerScore, Reply, Shown
@@ -41,6 +43,24 @@ PREFILL_CHUNK = 2048
 """Tokens per forward."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StartedReply:
+    """A reply whose prompt is computed."""
+
+    ids_L: np.ndarray
+    """The prompt."""
+    last_position: int
+    """Of the prompt."""
+    budget: ReplyBudget
+    """Takes the tokens that are generated."""
+    text: Callable[[], str]
+    """The reply so far."""
+    sizes: dict[str, int]
+    """Frames and visual tokens of the prompt, for its cost."""
+    continuation: Any
+    """See `TransformersEngine.start`."""
+
+
 class TransformersEngine:
     """See `Engine`. The weights are loaded with the first visual input."""
 
@@ -54,6 +74,7 @@ class TransformersEngine:
         reuse: bool = True,
         ring: Ring = ALONE,
         device_map: DeviceMap | None = None,
+        batch: int = 1,
     ) -> None:
         """The ranks of a `ring` compute together; a `device_map` places the model's modules, instead of using `device`.
 
@@ -61,7 +82,7 @@ class TransformersEngine:
         """
         self.vlm, self.device, self.dtype = vlm, device, dtype
         self.prefill_chunk, self.reuse, self.ring, self.device_map = prefill_chunk, reuse, ring, device_map
-        self.meter = vlm.meter
+        self.meter, self.batch, self.reads_ahead = vlm.meter, batch, ring.world == 1
         self.visual: VisualInput | None = None
         self._sizes: dict[str, int] = {}
 
@@ -78,6 +99,7 @@ class TransformersEngine:
             reuse=config.reuse,
             ring=ring,
             device_map=config.device_map,
+            batch=config.batch,
         )
 
     @cached_property
@@ -128,13 +150,22 @@ class TransformersEngine:
             "dtype": effective_dtype(load_config(self.vlm.path), dtype),
         }
 
-    def show(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> Shown:
+    def load(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> Any:
+        """See `Engine`."""
+        with self.meter.phase("decode"):
+            return items, self.vlm.load(items, sampling)
+
+    def show_loaded(self, loaded: Any) -> Shown:
         """See `Engine`."""
         self.visual = None  # no partial input remains after an error
-        with self.meter.phase("decode"):
-            visual = self.vlm.load(items, sampling)
+        items, visual = loaded
         self.set_visual_input(visual)
         return self._shown(items, visual.pts, visual.facts)
+
+    def show(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> Shown:
+        """See `Engine`."""
+        self.visual = None
+        return self.show_loaded(self.load(items, sampling))
 
     def _shown(self, items: Sequence[Path | Image.Image], pts: tuple[float, ...], facts: dict[str, Any]) -> Shown:
         """What was shown of these items, as the costs of all replies about them state it."""
@@ -169,6 +200,12 @@ class TransformersEngine:
         self, turns: Sequence[str], params: SamplingParams, on_text: Callable[[str], None] | None = None
     ) -> Reply:
         """See `Engine`."""
+        return next(self.finish_replies([self.start_reply(turns, params, on_text)]))
+
+    def start_reply(
+        self, turns: Sequence[str], params: SamplingParams, on_text: Callable[[str], None] | None = None
+    ) -> StartedReply:
+        """See `Engine`."""
         ids = self.prompt_ids(turns)
         ending = ids[-MARK_TOKENS:]
         opened = opens_reasoning(self.decode(ending[ending < len(self.tokenizer)], special=True))
@@ -186,16 +223,36 @@ class TransformersEngine:
 
         chooser = TokenSampler(params, ids[ids < self.vlm.vocabulary].tolist())
         reasoning = params.reasoning_tokens
-        self.generate(ids, params.max_new_tokens, on_token, choose=chooser, reasoning=reasoning)
-        self.meter.add(**self._sizes, tokens_in=len(ids), tokens_out=len(budget.tokens))
-        return Reply(
-            text=text(),
-            reasoning=budget.split.reasoning,
-            prompt_tokens=len(ids),
+        return StartedReply(
+            ids_L=ids,
             last_position=self.last_position(ids),
-            tokens=len(budget.tokens),
-            cut=budget.is_spent,
+            budget=budget,
+            text=text,
+            sizes=self._sizes,
+            continuation=self.start(ids, params.max_new_tokens, on_token, choose=chooser, reasoning=reasoning),
         )
+
+    def finish_replies(self, started: Sequence[StartedReply]) -> Iterator[Reply]:
+        """See `Engine`."""
+        before = self.meter.set_aside()
+        try:
+            self.finish([one.continuation for one in started])
+        finally:
+            shared = self.meter.take().get("cost", {})
+            self.meter.restore(before)
+        counts = [max(1, len(one.budget.tokens)) for one in started]
+        for one, count in zip(started, counts, strict=True):
+            share = {key: value * count / sum(counts) for key, value in shared.items() if key.endswith("_seconds")}
+            self.meter.restore(share | {key: value for key, value in shared.items() if key == PEAK})
+            self.meter.add(**one.sizes, tokens_in=len(one.ids_L), tokens_out=len(one.budget.tokens))
+            yield Reply(
+                text=one.text(),
+                reasoning=one.budget.split.reasoning,
+                prompt_tokens=len(one.ids_L),
+                last_position=one.last_position,
+                tokens=len(one.budget.tokens),
+                cut=one.budget.is_spent,
+            )
 
     def generate(
         self,
@@ -206,14 +263,30 @@ class TransformersEngine:
         choose: Callable[[Tensor], int] = greedy_token,
         reasoning: int = 0,
     ) -> list[int]:
-        """Ids of the reply: at most `count`, and so many of `reasoning` as the context allows.
+        """Ids of one reply, see `start` and `finish`."""
+        return self.finish([self.start(ids_L, count, on_token, choose=choose, reasoning=reasoning)])[0]
+
+    def start(
+        self,
+        ids_L: np.ndarray,
+        count: int,
+        on_token: Callable[[int], bool | None] = lambda token: None,
+        *,
+        choose: Callable[[Tensor], int] = greedy_token,
+        reasoning: int = 0,
+    ) -> Any:
+        """Compute a prompt whose reply has at most `count` ids, and so many of `reasoning` as the context allows.
 
         See `PrefixScorer.generate`. Raises InputError where prompt and reply exceed the model's context.
         """
         needed = self.last_position(ids_L) + 1
         self.check_context(needed, len(ids_L), count)
         count = min(count + reasoning, self.context - needed)
-        return self.scorer.generate(ids_L, count, self.stop_ids, on_token, choose)
+        return self.scorer.prefill(ids_L, count, self.stop_ids, on_token, choose)
+
+    def finish(self, started: Sequence[Any]) -> list[list[int]]:
+        """The ids of replies that are generated together."""
+        return self.scorer.decode(started)
 
     def check_context(self, needed: int, prompt: int, count: int) -> None:
         """Raise InputError where so many positions of a prompt's tokens and a reply exceed the model's context."""

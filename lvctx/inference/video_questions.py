@@ -1,14 +1,22 @@
 """Questions about videos, separately or as a conversation (LongVA's prompt, section 4.1)."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lvctx.errors import InputError
+from lvctx.inference.concurrency import read_ahead
 from lvctx.inference.engine import Engine, EngineGone, Reply, Shown
+from lvctx.inference.reply_batches import finish_in_batches
 from lvctx.inference.sampling_params import SamplingParams
 from lvctx.video.sampling import VideoSampling
+
+KeyT = TypeVar("KeyT")
+ReplyT = TypeVar("ReplyT")
+Asked = tuple[KeyT, Path, Iterable[str] | InputError]
+"""What answers are yielded with, a video, and the questions about it, or an error in their place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,26 +71,97 @@ class VideoQuestions:
         Raises InputError for a file that cannot be read or was encoded by another model, or a prompt longer than the
         model's context.
         """
-        self._show(path)
-        for question in questions:
-            yield self._answer(path, [question])
+        for _, answer in self.ask_all([(None, path, questions)]):
+            if isinstance(answer, InputError):
+                raise answer
+            yield answer
+
+    def ask_all(self, videos: Iterable[Asked[KeyT]]) -> Iterator[tuple[KeyT, Answer | InputError]]:
+        """Answer each question about each video, in order; the next video is read meanwhile.
+
+        An error ends the questions about its video; one in place of questions is passed on.
+        """
+        failed: set[int] = set()
+
+        def start() -> Iterator[tuple[tuple[int, KeyT, Path, str, Shown | None], Any]]:
+            with closing(read_ahead(videos, self._reader(), self._use, self.engine)) as read:
+                for number, ((key, path, questions), show) in enumerate(read):
+                    try:
+                        show()
+                        assert not isinstance(questions, InputError), "raised by what reads the videos"
+                        for question in questions:
+                            started = self._naming(path, self.engine.start_reply, [question])
+                            yield (number, key, path, question, self._shown), started
+                            if number in failed:
+                                break
+                    except EngineGone:
+                        raise
+                    except InputError as e:
+                        yield (number, key, path, "", None), e
+
+        for (number, key, path, question, shown), reply in finish_in_batches(self.engine, start()):
+            if isinstance(reply, Reply):
+                assert shown is not None
+                yield key, self._answer(question, reply, shown)
+            elif isinstance(reply, InputError):
+                failed.add(number)
+                yield key, reply if shown is None else InputError(reply.what, where=path, fix=reply.fix)
+            else:
+                raise reply
 
     def chat(self, path: Path, questions: Iterable[str]) -> Iterator[Answer]:
         """Answer the questions as one conversation, in which each turn follows the previous ones. Raises as `ask`."""
-        self._show(path)
+        self._use(self._reader()((None, path, ())))
         turns: list[str] = []
         for question in questions:
-            answer = self._answer(path, [*turns, question])
+            reply = self._naming(path, self.engine.reply, [*turns, question])
+            answer = self._answer(question, reply, self._shown)
             turns += [question, answer.text]
             yield answer
 
-    def _show(self, path: Path) -> None:
-        state = (path, path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
-        if state is not None and state == self._state:
-            return
+    def _naming(self, path: Path, reply: Callable[..., ReplyT], turns: Sequence[str]) -> ReplyT:
+        """Reply or start a reply; an error names the video."""
+        try:
+            return reply(turns, self.params, self._on_text)
+        except EngineGone:
+            raise
+        except InputError as e:
+            raise InputError(e.what, where=path, fix=e.fix) from None
+
+    def _reader(self) -> Callable[[Asked[Any]], Any]:
+        """Reads one video after another, for `_use`; None in place of the one before, as it is shown already."""
+        last = self._state
+
+        def read(asked: Asked[Any]) -> tuple[Path, Any, Any]:
+            nonlocal last
+            _, path, questions = asked
+            if isinstance(questions, InputError):
+                raise questions
+            state = (path, path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+            if state is not None and state == last:
+                return path, state, None
+            last = None
+            loaded = self._load(path)
+            last = state
+            return path, state, loaded
+
+        return read
+
+    def _load(self, path: Path) -> Any:
+        try:
+            return self.engine.load([path], self.sampling)
+        except InputError as e:
+            raise InputError(e.what, where=e.where or path, fix=e.fix) from None
+
+    def _use(self, read: tuple[Path, Any, Any]) -> None:
+        path, state, loaded = read
+        if loaded is None:
+            if state == self._state:
+                return
+            loaded = self._load(path)  # it could not be shown before
         self._state = None
         try:
-            self._shown = self.engine.show([path], self.sampling)
+            self._shown = self.engine.show_loaded(loaded)
         except InputError as e:
             raise InputError(e.what, where=e.where or path, fix=e.fix) from None
         self._state = state
@@ -95,21 +174,14 @@ class VideoQuestions:
             self.on_shown(self._unreported, self._shown)
         self._unreported = None
 
-    def _answer(self, path: Path, turns: Sequence[str]) -> Answer:
-        def on_text(text: str) -> None:
-            self._report()
-            if self.on_text:
-                self.on_text(text)
+    def _on_text(self, text: str) -> None:
+        self._report()
+        if self.on_text:
+            self.on_text(text)
 
-        try:
-            reply = self.engine.reply(turns, self.params, on_text)
-        except EngineGone:
-            raise
-        except InputError as e:
-            raise InputError(e.what, where=path, fix=e.fix) from None
-        shown = self._shown
+    def _answer(self, question: str, reply: Reply, shown: Shown) -> Answer:
         return Answer(
-            question=turns[-1],
+            question=question,
             text=reply.text,
             pts=shown.pts,
             reply=reply,

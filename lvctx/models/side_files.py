@@ -12,6 +12,7 @@ from lvctx.artifacts.model_config import language_part, read_model_config
 from lvctx.artifacts.store import atomic_file, write_json
 from lvctx.models.card import POSITIONS, write_section
 from lvctx.rope.runtimes import GGUF, llama_cpp, sglang, vllm
+from lvctx.rope.scaling import full_attention_rope
 
 VLLM, SGLANG, LLAMA_CPP = "vllm.json", "sglang", "llama.cpp.txt"
 """SGLANG is a directory, since SGLang's command-line overrides do not apply to a VLM's language model."""
@@ -22,18 +23,24 @@ def write_side_files(out: Path, title: str | None = None) -> list[str]:
     """Write the side files of the model in `out` and the card's section on positions; returns the names of the files.
 
     `title` describes the positions in the card; by default those of config.json. Files of an earlier run are
-    replaced or removed.
+    replaced or removed. Where layers differ in their positions there are none: other runtimes were not run on such.
     """
     raw = read_model_config(out)
     text = language_part(raw)
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    rope = {"rope_type": "default", "rope_theta": text.get("rope_theta"), **rope}
+    stored = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    rope = {"rope_type": "default", "rope_theta": text.get("rope_theta"), **full_attention_rope(stored)}
     context, model_type = int(text["max_position_embeddings"]), raw["model_type"]
     for name in SIDE_FILES:
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / SGLANG, ignore_errors=True)
     files = [p.name for p in out.iterdir() if p.is_file() and not p.name.startswith(".")]
-    names, lines = [], dict.fromkeys(("transformers", "vLLM", "SGLang"), "reads config.json as it is")
+    names: list[str] = []
+    lines = dict.fromkeys(("transformers", "vLLM", "SGLang"), "reads config.json as it is")
+    if full_attention_rope(stored) is not stored:
+        lines |= dict.fromkeys(("vLLM", "SGLang", "llama.cpp"), "not tested with positions that differ by layer")
+        title = f"Layers with full attention: {_title(rope, context)} Those with a sliding window are unchanged."
+        _write_card(out, title, lines)
+        return names
     sections = "mrope_section" in rope
 
     overrides = vllm(rope, model_type=model_type, context=context)
@@ -66,11 +73,15 @@ def write_side_files(out: Path, title: str | None = None) -> list[str]:
         lines["vLLM"] = lines["SGLang"] = "cannot compute these positions: it drops the sections of this rope_type"
 
     lines["llama.cpp"] = _for_llama_cpp(out, rope, model_type, context, names)
+    _write_card(out, title or _title(rope, context), lines)
+    return names
+
+
+def _write_card(out: Path, title: str, lines: dict[str, str]) -> None:
+    """Write the card's section: a title, and a line per runtime."""
     # Without the directory's name, so that the same model has the same bytes anywhere.
     listed = "".join(f"- {name}: {line}\n" for name, line in lines.items())
-    body = f"{title or _title(rope, context)} DIR is this directory.\n\n{listed}"
-    write_section(out, POSITIONS, body)
-    return names
+    write_section(out, POSITIONS, f"{title} DIR is this directory.\n\n{listed}")
 
 
 def _title(rope: dict[str, Any], context: int) -> str:

@@ -1,1 +1,1 @@
-"""Ranks, sharding and ring attention; the only importer of torch.distributed."""
+"""Ranks, sharding, ring and Ulysses attention; the only importer of torch.distributed."""

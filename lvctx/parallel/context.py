@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lvctx.device import Dtype, resolve_device, resolve_dtype
+from lvctx.device import CpKind, Dtype, resolve_device, resolve_dtype
 from lvctx.errors import EXIT_INTERRUPTED, EXIT_STOPPED, InputError, LvctxError, Stopped, UsageError
 from lvctx.parallel.ring_attention import ALONE, Ring
 
@@ -131,11 +131,15 @@ class ParallelContext:
         self.sum([0.0])
 
 
-def make_context(*, device: str, cp: int, dtype: Dtype = "auto", timeout: timedelta = STEP_TIMEOUT) -> ParallelContext:
+def make_context(
+    *, device: str, cp: int, cp_kind: CpKind = "ring", dtype: Dtype = "auto", timeout: timedelta = STEP_TIMEOUT
+) -> ParallelContext:
     """The context of an initialised process group, or of a single process.
 
-    Raises UsageError where `cp` does not divide the number of processes.
+    Raises UsageError where `cp` does not divide the number of processes, and for `ulysses` without `cp`.
     """
+    if cp == 1 and cp_kind != "ring":
+        raise UsageError(f"--cp-kind {cp_kind} has no effect with --cp 1", fix="raise --cp, or drop it")
     size = dist.get_world_size() if dist.is_initialized() else 1
     if size % cp:
         raise UsageError(
@@ -147,7 +151,7 @@ def make_context(*, device: str, cp: int, dtype: Dtype = "auto", timeout: timede
         return ParallelContext(device=device, compute_dtype=compute_dtype)
     kind = torch.device(device).type
     groups = init_device_mesh(kind, (size // cp, cp), mesh_dim_names=("dp", "cp"))
-    ring = Ring(rank=groups.get_local_rank("cp"), world=cp, group=groups["cp"].get_group())
+    ring = Ring(rank=groups.get_local_rank("cp"), world=cp, group=groups["cp"].get_group(), kind=cp_kind)
     mesh: DeviceMesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
     control, saving = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
     return ParallelContext(
@@ -165,7 +169,13 @@ def make_context(*, device: str, cp: int, dtype: Dtype = "auto", timeout: timede
 
 @contextmanager
 def open_context(
-    *, device: str, cp: int = 1, dtype: Dtype = "auto", sharded: bool = False, timeout: timedelta = STEP_TIMEOUT
+    *,
+    device: str,
+    cp: int = 1,
+    cp_kind: CpKind = "ring",
+    dtype: Dtype = "auto",
+    sharded: bool = False,
+    timeout: timedelta = STEP_TIMEOUT,
 ) -> Iterator[ParallelContext]:
     """The process group that torchrun started this process in, or this single process; closed at the end.
 
@@ -175,7 +185,7 @@ def open_context(
     """
     device = resolve_device(device)
     if not under_torchrun() and not sharded:
-        yield make_context(device=device, cp=cp, dtype=dtype)
+        yield make_context(device=device, cp=cp, cp_kind=cp_kind, dtype=dtype)
         return
     backend = "gloo"
     if torch.device(device).type == "cuda":
@@ -188,7 +198,7 @@ def open_context(
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         with propagate_errors():
-            yield make_context(device=device, cp=cp, dtype=dtype, timeout=timeout)
+            yield make_context(device=device, cp=cp, cp_kind=cp_kind, dtype=dtype, timeout=timeout)
     finally:
         # Closing may fail when other ranks have ended; the run's own error is more useful than that failure.
         with suppress(RuntimeError):

@@ -1,7 +1,7 @@
-"""Ring attention registered as an attention implementation of transformers, so that models need no change.
+"""Ring and Ulysses attention registered as an attention implementation of transformers, so that models need no change.
 
 A forward gets one more keyword, `shard`, passed on from the model's call to its attention layers. Without it, and for
-one rank without documents, this is torch's own causal attention. transformers builds no mask for an implementation
+one rank, this is torch's own causal attention. transformers builds no mask for an implementation
 without a mask function, which is necessary: at 224K tokens an L x L mask is 50 GB.
 
 Shapes: B samples, H query heads, K key heads, L local tokens, D channels.
@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lvctx.errors import InputError
 from lvctx.parallel.block_attention import Kernel, choose_kernel
-from lvctx.parallel.ring_attention import Ring, ring_attention
+from lvctx.parallel.ring_attention import ALONE, Ring, ring_attention
+from lvctx.parallel.ulysses_attention import ulysses_attention
 
 log = logging.getLogger(__name__)
 RING_ATTENTION = "lvctx_ring"
-"""The required `attn_implementation` of a model."""
+"""The required `attn_implementation` of a model, for both kinds of context parallelism."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +60,32 @@ def is_plain(config: Any) -> bool:
     return not windowed and not latent and kinds == {"full_attention"}
 
 
-def check_config(config: Any, *, where: object) -> None:
-    """Raise InputError for a model with a sliding window or latent keys: context parallelism supports neither."""
+def check_config(config: Any, *, where: object, fix: str = "use context parallelism with other models only") -> None:
+    """Raise InputError for a model with a sliding window or latent keys: ring and stripes support neither."""
     if not is_plain(config):
-        raise InputError(
-            "its attention has a sliding window or latent keys",
-            where=where,
-            fix="use context parallelism with other models only",
-        )
+        raise InputError("its attention has a sliding window or latent keys", where=where, fix=fix)
 
 
-def use(lm: Any, *, where: object) -> None:
-    """Make a language model attend by `shard`. Raises InputError if its attention is not plain."""
-    check_config(lm.config, where=where)
+def check_ring(config: Any, ring: Ring, *, where: object) -> None:
+    """Raise InputError for a model whose attention the ranks do not support, and for heads that they cannot divide."""
+    if ring.world > 1 and ring.kind == "ring":
+        check_config(config, where=where, fix="give --cp-kind ulysses")
+        return
+    heads, kinds = config.num_attention_heads, set(getattr(config, "layer_types", None) or ())
+    if heads % ring.world:
+        fix = "give a --cp that divides them" + ", or --cp-kind ring" * is_plain(config)
+        raise InputError(f"--cp {ring.world} does not divide its {heads} attention heads", where=where, fix=fix)
+    kinds -= {"full_attention", "sliding_attention"}
+    if kinds or getattr(config, "use_bidirectional_attention", None):
+        what = f"its layers have {', '.join(sorted(kinds)) or 'bidirectional attention'}"
+        raise InputError(what, where=where, fix="use models with full and sliding attention only")
+
+
+def use(lm: Any, *, where: object, ring: Ring = ALONE) -> None:
+    """Make a language model attend by `shard`. Raises InputError for attention that the ranks do not support."""
+    check_ring(lm.config, ring, where=where)
+    if not lm._supports_sdpa:  # attention sinks, capped logits
+        raise InputError("torch's attention cannot compute its own", where=where, fix="use other models only")
     register()
     lm.set_attn_implementation(RING_ATTENTION)
 
@@ -85,6 +98,7 @@ def _attend(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     shard: Shard | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -96,10 +110,9 @@ def _attend(
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     shard = shard or Shard()
-    if shard.ring.world == 1 and shard.starts is None:
-        grouped = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
-        return out.transpose(1, 2), None
+    if shard.ring.world == 1 or shard.ring.kind == "ulysses":
+        share: dict[str, Any] = {"ring": shard.ring, "starts": shard.starts, "window": sliding_window}
+        return ulysses_attention(query, key, value, scale=scale, **share).transpose(1, 2), None
     kernel = select_kernel(device, query.dtype, query.shape[-1], shard.starts is not None)
     if isinstance(kernel, PackageRing):
         return kernel(query, key, value, shard.ring, scale), None

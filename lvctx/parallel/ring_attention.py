@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lvctx.device import CpKind
 from lvctx.parallel.block_attention import Kernel
-from lvctx.parallel.zigzag import chunks_of
+from lvctx.parallel.zigzag import chunks_of, shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,13 @@ class Ring:
     """Number of ranks that share the sequence."""
     group: Any = None
     """Their torch.distributed process group; None for a ring of one."""
+    kind: CpKind = "ring"
+    """How a training's row is cut and attention computed: zigzag for the ring, contiguous for Ulysses."""
+
+    def shard(self, full: Tensor, *, fill: int, dim: int = -1) -> Tensor:
+        """This rank's part of a training's row with its tokens along `dim`; see `zigzag.shard`."""
+        contiguous = self.kind == "ulysses"
+        return shard(full, rank=self.rank, world=self.world, fill=fill, dim=dim, contiguous=contiguous)
 
 
 ALONE = Ring()

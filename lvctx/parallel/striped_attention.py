@@ -80,8 +80,6 @@ def prepare(lm: Any) -> None:
 
 def last_rows(local_LE: Tensor, *, end: int, count: int, ring: Ring) -> Tensor:
     """Rows (count, E) of the last tokens of a sequence of `end`, on every rank; `local_LE` ends with this rank's."""
-    if ring.world == 1:
-        return local_LE[-count:]
     lead = Stripe(ring=ring, first=end - count, count=count).lead(ring.rank)
     full_CE = torch.zeros(count, local_LE.shape[-1], dtype=torch.float32, device=local_LE.device)
     places_CE = full_CE[lead :: ring.world]
@@ -103,10 +101,13 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention: q (B, H, L, D) of this rank's new tokens, k and v (B, K, S, D) of all it has.
 
-    Returns (B, L, H, D). Every rank must call it; without `stripe` there is a single rank.
+    Returns (B, L, H, D). Every rank must call it; without `stripe` there is a single rank. A mask is that of generated
+    tokens of several samples.
     """
-    assert attention_mask is None, "stripes support positions, not masks"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is not None:
+        assert stripe is None, "stripes support positions, not masks"
+        return attend_padded(query, key, value, attention_mask, scale).transpose(1, 2), None
     kernel = choose_kernel(query.device.type, query.dtype, query.shape[-1])
     if stripe is None:
         return attend_alone(query, key, value, kernel, scale).transpose(1, 2), None
@@ -140,6 +141,15 @@ def _attend(
     weights_WBHM = local_parts[..., -1].softmax(0)
     out_BHMD = (weights_WBHM[..., None] * local_parts[..., :-1]).sum(0)
     return out_BHMD[:, :, :rows].transpose(1, 2).to(query.dtype), None
+
+
+def attend_padded(query: Tensor, key: Tensor, value: Tensor, mask_B11S: Tensor, scale: float) -> Tensor:
+    """One new token (B, H, 1, D) of each sample over those tokens of it that are no padding.
+
+    The query heads of a key head are rows of queries, so that keys and values are not repeated.
+    """
+    q_BKGD = query.view(query.shape[0], key.shape[1], -1, query.shape[-1])
+    return F.scaled_dot_product_attention(q_BKGD, key, value, attn_mask=mask_B11S, scale=scale).view_as(query)
 
 
 def attend_alone(query: Tensor, key: Tensor, value: Tensor, kernel: Kernel, scale: float) -> Tensor:

@@ -13,25 +13,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def chunk_length(length: int, world: int) -> int:
-    """Tokens of one of the 2W chunks of a sequence; the last ones may hold padding. One rank has it unpadded."""
-    return length if world == 1 else -(-length // (2 * world))
-
-
 def chunks_of(rank: int, world: int) -> tuple[int, ...]:
     """Numbers of the chunks a rank holds, ascending. A single rank holds the only chunk."""
     return (0,) if world == 1 else (rank, 2 * world - 1 - rank)
 
 
-def shard(full: Tensor, *, rank: int, world: int, fill: int, dim: int = -1) -> Tensor:
-    """A rank's part of a tensor with L entries along `dim`, padded with `fill` where 2W does not divide L."""
+def shard(full: Tensor, *, rank: int, world: int, fill: int, dim: int = -1, contiguous: bool = False) -> Tensor:
+    """A rank's part of a tensor with L entries along `dim`, padded with `fill` where 2W does not divide L.
+
+    With `contiguous` it is the rank's one of W chunks.
+    """
     if world == 1:
         return full
     dim %= full.ndim
-    size = chunk_length(full.shape[dim], world)
-    missing = 2 * world * size - full.shape[dim]
+    count = world if contiguous else 2 * world
+    size = -(-full.shape[dim] // count)
+    missing = count * size - full.shape[dim]
     padded = F.pad(full, [0, 0] * (full.ndim - 1 - dim) + [0, missing], value=fill) if missing else full
-    return torch.cat([padded.narrow(dim, c * size, size) for c in chunks_of(rank, world)], dim)
+    chunks = (rank,) if contiguous else chunks_of(rank, world)
+    return torch.cat([padded.narrow(dim, c * size, size) for c in chunks], dim)
 
 
 def unshard(shards: Sequence[Tensor], *, length: int, dim: int = -1) -> Tensor:

@@ -18,6 +18,9 @@ Scheme = Literal["theta", "pi", "ntk", "yarn", "mrope++", "none"]
 LONGVA_THETA = 1e9
 """The base of `theta` if none is given (LongVA section 3.1)."""
 
+FULL_ATTENTION = "full_attention"
+"""Key of the parameters of the layers that see the whole context, where layers differ (Gemma 3, Olmo 3)."""
+
 KEPT = ("partial_rotary_factor", "mrope_section", "mrope_interleaved")
 """Keys that state which channels rotate, and by which axis: no scheme changes them."""
 
@@ -36,7 +39,7 @@ class ScaledRope:
     """The part of a configuration that changes."""
 
     rope_parameters: dict[str, Any]
-    """In the format of transformers 5 and vLLM."""
+    """In the format of transformers 5 and vLLM; where layers differ, with the unchanged ones of the other layers."""
     factor: float
     """Multiple of the pretrained length; 1 if only the base changes."""
     context: int
@@ -62,6 +65,12 @@ def check_rope(config: Any, where: object) -> None:
             )
 
 
+def full_attention_rope(rope_parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rope_parameters of the layers that see the whole context: all of them unless layers differ."""
+    own = rope_parameters.get(FULL_ATTENTION)
+    return own if isinstance(own, dict) else rope_parameters
+
+
 def resolve_scaling(
     config: Any,
     *,
@@ -81,10 +90,12 @@ def resolve_scaling(
     Without a factor, `context` or the rows decide it. `original` is the pretrained length, needed if the configuration
     does not have it: with `linear` positions it does not, since some models write the scaled length into
     max_position_embeddings and some the original one. `attention_factor` is for yarn only, and one from an earlier
-    scaling is not kept; mrope++ has the ramp `index`. Raises UsageError for contradicting flags and for mrope++ without
-    its axes, InputError for a model with positions of another kind.
+    scaling is not kept; mrope++ has the ramp `index`. Where layers differ, those with full attention are scaled:
+    distances inside a sliding window do not grow with the context (Gemma 3, section 2, scales the same layers).
+    Raises UsageError for contradicting flags and for mrope++ without its axes, InputError for a model with positions of
+    another kind.
     """
-    old, stored_context = _read(config)
+    old, stored_context = _read(config, scheme)
     kind = old.get("rope_type", "default")
     if scheme in ("none", "theta") and original is not None:
         raise UsageError(f"--original-length has no meaning with --rope {scheme}", fix="choose --rope pi, ntk or yarn")
@@ -95,7 +106,9 @@ def resolve_scaling(
     if scheme == "none":
         if theta is not None:
             raise UsageError("--rope none keeps the base", fix="drop --rope-theta, or use --rope theta")
-        return ScaledRope(rope_parameters=old, factor=1.0, context=context or max(stored_context, seq_len))
+        return ScaledRope(
+            rope_parameters=_all_layers(config, old), factor=1.0, context=context or max(stored_context, seq_len)
+        )
     module, scheme_rope_type = SCHEMES[scheme]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kept = {key: old[key] for key in KEPT if key in old}
@@ -112,7 +125,9 @@ def resolve_scaling(
             log.warning("the model's %s positions (factor %s) lose their scaling", kind, old.get("factor"))
         unscaled = RopeSpec(head_dim=rotating, theta=theta or LONGVA_THETA)
         return ScaledRope(
-            rope_parameters=module.to_hf(unscaled) | kept, factor=1.0, context=context or max(stored_context, seq_len)
+            rope_parameters=_all_layers(config, module.to_hf(unscaled) | kept),
+            factor=1.0,
+            context=context or max(stored_context, seq_len),
         )
     if kind not in ("default", scheme_rope_type):
         raise InputError(
@@ -131,7 +146,7 @@ def resolve_scaling(
     )
     spec = _mrope_spec(scaled, kept) if scheme == "mrope++" else scaled
     return ScaledRope(
-        rope_parameters=module.to_hf(spec) | kept,
+        rope_parameters=_all_layers(config, module.to_hf(spec) | kept),
         factor=factor,
         context=context or round(factor * original),
         original=original,
@@ -149,18 +164,27 @@ def _mrope_spec(spec: RopeSpec, kept: Mapping[str, Any]) -> MropeSpec:
     )
 
 
-def _read(config: Any) -> tuple[dict[str, Any], int]:
-    """Rope parameters and max_position_embeddings. Raises InputError for a model without one RoPE in all layers."""
+def _read(config: Any, scheme: Scheme) -> tuple[dict[str, Any], int]:
+    """Rope parameters of the layers with full attention, and max_position_embeddings. Raises InputError."""
     old, stored_context = getattr(config, "rope_parameters", None), getattr(config, "max_position_embeddings", None)
     if not isinstance(old, dict) or not old:
         raise InputError(
             f"a {getattr(config, 'model_type', '')} model has no rotary positions, so they cannot be extended"
         )
-    if any(isinstance(value, dict) for value in old.values()):
-        raise InputError("positions differ from layer to layer; only models with one RoPE can be extended")
+    own = full_attention_rope(old)
+    if any(isinstance(value, dict) for value in own.values()):
+        raise InputError(f"positions differ from layer to layer, and none are for {FULL_ATTENTION}")
+    if scheme != "none" and own.get("rope_type") == "proportional":
+        raise InputError("proportional positions (Gemma 4) cannot be scaled", fix="--rope none keeps them")
     if not isinstance(stored_context, int):
         raise InputError("config.json has no max_position_embeddings")
-    return dict(old), stored_context
+    return dict(own), stored_context
+
+
+def _all_layers(config: Any, rope: dict[str, Any]) -> dict[str, Any]:
+    """`rope` as the rope_parameters of the layers with full attention, and those of the others unchanged."""
+    old = config.rope_parameters
+    return rope if full_attention_rope(old) is old else {**old, FULL_ATTENTION: rope}
 
 
 def _original(old: Mapping[str, Any], stored_context: int, *, known: bool) -> int:

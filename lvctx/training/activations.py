@@ -47,7 +47,8 @@ def checkpoint_layers(decoder: Any, recomputation: Recomputation, *, offload: bo
 def _tiled(forward: Callable[[Tensor], Tensor], tile: int, hidden_BTE: Tensor) -> Tensor:
     """`forward` of every token on its own, for `tile` tokens at a time; their activations are recomputed."""
     parts_BCE = [
-        checkpoint(forward, part_BCE, use_reentrant=False, preserve_rng_state=False)  # it has no dropout
+        # It has no dropout. Experts take only contiguous tokens.
+        checkpoint(forward, part_BCE.contiguous(), use_reentrant=False, preserve_rng_state=False)
         for part_BCE in hidden_BTE.split(tile, dim=1)
     ]
     return torch.cat(parts_BCE, dim=1)

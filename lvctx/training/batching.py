@@ -28,7 +28,6 @@ from lvctx.models.vlm_assembly import embed_frames, frame_features
 from lvctx.parallel import hf_attention
 from lvctx.parallel.fsdp import keep_in_graph
 from lvctx.parallel.ring_attention import ALONE, Ring
-from lvctx.parallel.zigzag import shard
 from lvctx.rope.pose import skipped
 from lvctx.training.align_config import Template
 from lvctx.video.sampling import VideoSampling
@@ -158,7 +157,7 @@ class Forward(nn.Module):
     ) -> None:
         """`newline` is the token of "\\n"; `tower_grad` is whether the tower is trained; `pose`, whether samples have
         positions from `skip_positions`; `sampling` is that of videos; `ring` has the ranks that share a micro-batch.
-        Such positions and more than one rank require a model with plain attention (InputError). With `recompute` tower
+        InputError for a model whose attention the ranks do not support. With `recompute` tower
         and projector compute their activations again in the backward pass."""
         super().__init__()
         self.sampling, self.ring, self.recompute = sampling, ring, recompute
@@ -169,7 +168,7 @@ class Forward(nn.Module):
         """Sequences are separated by our attention, whose cost is the sum of theirs, on CPU, among several ranks and
         with jumping positions, which transformers takes for the start of another sequence; otherwise by its mask."""
         if self.ours:
-            hf_attention.use(lm, where=lm.config.name_or_path or lm.config.model_type)
+            hf_attention.use(lm, where=lm.config.name_or_path or lm.config.model_type, ring=ring)
 
     def forward(self, micro: Sequence[Sample], loss_fn: LossFn[ResultT]) -> ResultT:
         """`loss_fn` of a micro-batch, or of this rank's part of it: every rank embeds all images."""
@@ -185,14 +184,13 @@ class Forward(nn.Module):
         embeds_TE = self._embed_images(embeds_TE, is_visual_T, micro)
         # transformers' own attention derives the starts of sequences from the positions.
         ours = {"shard": hf_attention.Shard(ring=self.ring, starts=starts)} if self.ours else {}
-        rank, world = self.ring.rank, self.ring.world
         hidden_BTE = vlm.model.language_model(
-            inputs_embeds=shard(embeds_TE[None], rank=rank, world=world, fill=0, dim=1),
-            position_ids=shard(positions_T[None], rank=rank, world=world, fill=0),
+            inputs_embeds=self.ring.shard(embeds_TE[None], fill=0, dim=1),
+            position_ids=self.ring.shard(positions_T[None], fill=0),
             use_cache=False,
             **ours,
         ).last_hidden_state
-        labels_T = shard(labels_T, rank=rank, world=world, fill=IGNORED)
+        labels_T = self.ring.shard(labels_T, fill=IGNORED)
         return loss_fn(hidden_BTE[0], vlm.lm_head.weight, labels_T, micro)
 
     def _embed_images(self, embeds_TE: Tensor, is_visual_T: Tensor, micro: Sequence[Sample]) -> Tensor:

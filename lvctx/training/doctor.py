@@ -19,11 +19,12 @@ from lvctx.models.loading import context_length, load_config, load_model, resolv
 from lvctx.models.loss import IGNORED
 from lvctx.parallel import hf_attention
 from lvctx.parallel.context import ParallelContext, joined, make_context, open_context, under_torchrun
+from lvctx.parallel.ring_attention import Ring
 from lvctx.training.doctor_config import DoctorConfig
 from lvctx.training.text_rows import RowLoss, shard_row
 
 GRADIENT_TOLERANCE = 1e-5
-"""Largest relative difference in float32; ring and full attention sum in different orders."""
+"""Largest relative difference in float32; several processes sum in another order than one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,46 +52,45 @@ def diagnose(config: DoctorConfig) -> list[Finding]:
     """Compare one process with `cp` processes on a model's own weights; returns the findings on every rank.
 
     Under torchrun its processes are used; otherwise `cp` processes are started on the CPU. Raises InputError for a
-    model that ring attention does not support, UsageError if `cp` does not divide the number of processes.
+    model whose attention `cp_kind` does not support, UsageError if `cp` does not divide the number of processes.
     """
     path = resolve_model(config.model)
     model_config = load_config(path)
-    hf_attention.check_config(model_config.get_text_config(), where=path)
-    cp, length, seed = config.cp, config.length, config.seed
+    cp, length = config.cp, config.length
+    hf_attention.check_ring(model_config.get_text_config(), Ring(world=cp, kind=config.cp_kind), where=path)
     if length > (longest := context_length(model_config)):
         raise InputError(f"{length} tokens exceed its context of {longest}", where=path, fix="lower --length")
     if under_torchrun() or cp == 1:
-        with open_context(device=config.device, cp=cp) as context:
-            return _compare(path, context, length, seed)
+        with open_context(device=config.device, cp=cp, cp_kind=config.cp_kind) as context:
+            return _compare(path, context, config)
     with tempfile.TemporaryDirectory() as folder:
         results = multiprocessing.get_context("spawn").SimpleQueue()
         try:
-            multiprocessing.spawn(_one_of, args=(Path(folder), path, cp, length, seed, results), nprocs=cp)
+            multiprocessing.spawn(_one_of, args=(Path(folder), path, config, results), nprocs=cp)
         except multiprocessing.ProcessRaisedException as e:
             raise RuntimeError(str(e)) from e
         return [Finding(**row) for row in results.get()]
 
 
-def _one_of(rank: int, folder: Path, path: Path, cp: int, length: int, seed: int, results: Any) -> None:
-    torch.set_num_threads(max(1, torch.get_num_threads() // cp))
-    with joined(folder / "store", rank=rank, size=cp):
-        findings = _compare(path, make_context(device="cpu", cp=cp), length, seed)
+def _one_of(rank: int, folder: Path, path: Path, config: DoctorConfig, results: Any) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // config.cp))
+    with joined(folder / "store", rank=rank, size=config.cp):
+        findings = _compare(path, make_context(device="cpu", cp=config.cp, cp_kind=config.cp_kind), config)
     if rank == 0:
         results.put([asdict(f) for f in findings])
 
 
-def _compare(path: Path, context: ParallelContext, length: int, seed: int) -> list[Finding]:
-    hf_attention.register()
-    lm = load_model(path, dtype=torch.float32, device=context.device)
+def _compare(path: Path, context: ParallelContext, config: DoctorConfig) -> list[Finding]:
+    lm, length = load_model(path, dtype=torch.float32, device=context.device), config.length
     row_loss = RowLoss(lm)
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(config.seed)
     ids = torch.randint(0, lm.config.vocab_size, (1, length), generator=draw)
     boundaries = {0, 1, length // 3, length // 2, length - length // 5, length - 1}
     single = ParallelContext(device=context.device)
     findings = []
     for starts in (None, tuple(sorted(boundaries))):
-        expected_loss, expected = _run(row_loss, single, ids, starts, ring=False)
-        loss, gradients = _run(row_loss, context, ids, starts, ring=True)
+        expected_loss, expected = _run(row_loss, single, ids, starts, stock=True)
+        loss, gradients = _run(row_loss, context, ids, starts, stock=False)
         (loss,) = context.sum([loss])
         loss /= context.dp
         worst, name = 0.0, ""
@@ -112,22 +112,34 @@ def _compare(path: Path, context: ParallelContext, length: int, seed: int) -> li
     return findings
 
 
+def document_mask(lm: Any, ids_BL: Tensor, starts: tuple[int, ...]) -> Any:
+    """transformers' attention masks for a row of documents, which it detects by positions that begin again."""
+    from transformers.masking_utils import create_masks_for_generate
+
+    places = torch.arange(ids_BL.shape[1])
+    begins = torch.tensor(starts)
+    within_1L = (places - begins[torch.bucketize(places, begins, right=True) - 1])[None].to(ids_BL.device)
+    return create_masks_for_generate(lm.config, lm.get_input_embeddings()(ids_BL), None, None, within_1L)
+
+
 def _run(
-    row_loss: RowLoss, context: ParallelContext, ids: Tensor, starts: tuple[int, ...] | None, *, ring: bool
+    row_loss: RowLoss, context: ParallelContext, ids: Tensor, starts: tuple[int, ...] | None, *, stock: bool
 ) -> tuple[float, dict[str, Tensor]]:
-    """Summed loss and gradients of this rank's part; every seventh target is not counted."""
+    """Summed loss and gradients of this rank's part; every seventh target is not counted.
+
+    With `stock` attention and its mask are those of transformers.
+    """
     lm = row_loss.lm
-    lm.set_attn_implementation(hf_attention.RING_ATTENTION if ring else "sdpa")
     lm.zero_grad(set_to_none=True)
     inputs = shard_row(ids, context, starts)
     inputs["labels"] = inputs["labels"].masked_fill(inputs["positions"] % 7 == 3, IGNORED)
-    if not ring:
+    if stock:
+        lm.set_attn_implementation("sdpa")
         inputs.pop("shard", None)
         if starts is not None:
-            positions = torch.arange(ids.shape[1])
-            documents = torch.bucketize(positions, torch.tensor(starts), right=True)
-            visible = (documents[:, None] == documents) & (positions[:, None] >= positions)
-            inputs["attention_mask"] = visible[None, None].to(context.device)
+            inputs["attention_mask"] = document_mask(lm, inputs["ids"], starts)
+    else:
+        hf_attention.use(lm.get_decoder(), where=lm.config.name_or_path, ring=context.ring)
     total, _ = row_loss(**inputs)
     total.backward()
     return total.item(), {n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None}

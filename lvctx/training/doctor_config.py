@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from lvctx.config import Flag, Seed
+from lvctx.device import CpKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +15,8 @@ class DoctorConfig:
     """Language model: directory or hub id."""
     cp: Annotated[int, Flag(min=1)] = 2
     """Processes that share a row, as in extend-lm."""
+    cp_kind: CpKind = "ring"
+    """How these processes attend, as in extend-lm: ring or ulysses."""
     length: Annotated[int, Flag(min=8)] = 501
     """Tokens of the row."""
     device: str = "auto"

@@ -38,9 +38,10 @@ from lvctx.models.side_files import write_side_files
 from lvctx.parallel import hf_attention
 from lvctx.parallel.context import ParallelContext
 from lvctx.rope.pose import skipped
-from lvctx.rope.scaling import check_rope, resolve_scaling
+from lvctx.rope.scaling import check_rope, full_attention_rope, resolve_scaling
+from lvctx.training.decoder_shape import PLANNED_TYPES, read_shape
 from lvctx.training.extend_config import ExtendConfig
-from lvctx.training.memory_model import PLANNED_TYPES, Recomputation, flops, read_shape, rows_together
+from lvctx.training.memory_model import Recomputation, flops, rows_together
 from lvctx.training.mrope_checkpoint import find_mrope, record_title, scaling_record
 from lvctx.training.parallel_config import ParallelConfig
 from lvctx.training.plan import predict_extend
@@ -125,13 +126,15 @@ def resolve_extend(config: ExtendConfig) -> ExtendJob:
         raise UsageError(
             f"rows of {length} are longer than the {positions.context} positions", fix="raise --context or --factor"
         )
+    if config.pose and "sliding_attention" in (getattr(text, "layer_types", None) or ()):
+        raise InputError("--pose: its sliding windows count tokens, not positions", where=path, fix="drop --pose")
     if config.pose and positions.context <= length:
         raise UsageError(f"--pose: {positions.context} positions for rows of {length}", fix="raise --context")
     if rows:
         _check_batch(config, rows)
     resolved = replace(
         config,
-        rope_theta=positions.rope_parameters["rope_theta"],
+        rope_theta=full_attention_rope(positions.rope_parameters)["rope_theta"],
         factor=positions.factor,
         original_length=positions.original,
         context=positions.context,
@@ -168,7 +171,7 @@ def _pretrained_length(model: Path, config: Any, original_length: int | None) ->
         return original_length
     if original_length not in (None, recorded):
         raise UsageError(f"--original-length {original_length}, but {model / MANIFEST} has {recorded}", fix="drop it")
-    linear = (config.rope_parameters or {}).get("rope_type") == "linear"
+    linear = full_attention_rope(config.rope_parameters or {}).get("rope_type") == "linear"
     return recorded if linear else None
 
 
@@ -244,8 +247,11 @@ class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
         if job.epochs > 1:
             few = "%d rows for %d steps: each row is used %.1f times"
             log.warning(few, len(self.rows), config.steps, job.epochs)
-        if context.cp > 1 or config.doc_mask:
-            hf_attention.use(trainable.decoder, where=job.model)
+        text = trainable.decoder.config
+        # Stock SDPA would need a mask of length times length for sliding windows, which `plan` does not count.
+        has_windows = "sliding_attention" in (getattr(text, "layer_types", None) or ())
+        if context.cp > 1 or config.doc_mask or (has_windows and text.model_type in PLANNED_TYPES):
+            hf_attention.use(trainable.decoder, where=job.model, ring=context.ring)
         share = -(-job.rows_per_step // context.dp)
         row_length = self.rows.seq_len
         self.rows_per_forward = 1 if config.doc_mask else rows_together(row_length, parallel.forward_tokens, share)

@@ -13,24 +13,30 @@ the reduction: c of embedding and head, c and float32 of a layer.
 Activations per token: w = 2 bytes per value of the hidden state (4 with c = 4, and on one device, where float32 weights
 determine it).
     a layer's input, all that checkpointing keeps: w E
-    inside a layer, for its backward: norms and residual 18 E (22 E for w = 4), q k v and attention's output
-    2 c (H + K) D + 4 H, the gated MLP 4 c I
+    inside a layer, for its backward: 9 E per norm (11 E for w = 4) with the residual, q k v and attention's output
+    2 c (H + K) D + 4 H, their norms 8 (H + K) D, the gated MLP 4 c I
     during the backward of a layer: 3 c I + 2 w E
     with tiled MLPs: 7 c I only for the tokens of a tile, and 2 c E for the tiles' outputs and input gradients
+    experts, k of X for each token: k (4 w I + 2 w E + 34) + 4 X instead of 4 c I, and k (3 w I + 2 w E) in the backward
+Sliding windows of N tokens: their masks, 2 c N per token of the row, and keys and values repeated for every query head,
+2 c (H - K) D. Every layer is counted as one with a window.
 Loss: hidden states and their gradient, 2 w E per token; logits of one chunk of 1,024 tokens, V times 6 bytes (bfloat16
 and float32; 4 with c = 4); and the head's gradient, which is computed with the loss. Full logits, as in a plain
 forward, are 12 V per token of a row (bfloat16, float32, and the gradients of both).
 Ring (C > 1): keys and values twice in bfloat16 and their gradients twice in float32, queries' gradient and output in
 float32: s (24 K D + 8 H D).
-Operations: 2 per weight and token except for the embedding, 2 S H D per token and layer for causal attention, three
-times that with the backward pass; checkpointing repeats the forward, which MFU does not count.
+Ulysses (C > 1): key heads are repeated to K' = lcm(K, C), 2 (K' - K) more than counted above. Attention's gradients of
+q k v, and two copies of the largest while it is sent and received: s c D (3 H + 4 K' - 2 K).
+Operations: 2 per weight and token except for the embedding and the experts that do not see it; causal attention 4 H D
+per token, layer and key, of which there are S / 2 on average, in a window of N tokens N - N^2 / 2S; three times that
+with the backward pass; checkpointing repeats the forward, which MFU does not count.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from math import lcm
 
-from lvctx.errors import InputError
+from lvctx.device import CpKind
+from lvctx.training.decoder_shape import DecoderShape
 
 LOGITS_CHUNK = 1024
 """Number of tokens whose logits exist at a time."""
@@ -39,8 +45,6 @@ MLP_TILE = 4096
 """Number of tokens whose MLP is computed at a time where MLPs are tiled."""
 
 GIB = 1 << 30
-PLANNED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types with layers as above."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,86 +75,6 @@ def known_device(name: str) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderShape:
-    """A decoder with RoPE, grouped-query attention and a gated MLP."""
-
-    hidden: int
-    inner: int
-    layers: int
-    heads: int
-    key_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool
-    """Whether embedding and head share one matrix."""
-    attention_extra: int
-    """Parameters of a layer's attention besides its four matrices: biases, norms of queries and keys."""
-    mlp_extra: int
-    """Biases of a layer's MLP."""
-
-    @property
-    def attention(self) -> int:
-        """Weights of a layer's four projections."""
-        return 2 * self.hidden * self.head_dim * (self.heads + self.key_heads)
-
-    @property
-    def layer(self) -> int:
-        """Parameters of a layer."""
-        mlp = 3 * self.hidden * self.inner
-        return self.attention + self.attention_extra + mlp + self.mlp_extra + 2 * self.hidden
-
-    @property
-    def root(self) -> int:
-        """Parameters outside the layers: embedding, head, last norm."""
-        return self.vocab * self.hidden * (1 if self.tied else 2) + self.hidden
-
-    @property
-    def parameters(self) -> int:
-        """Parameters of the model."""
-        return self.layers * self.layer + self.root
-
-    def lora(self, rank: int) -> int:
-        """Parameters of LoRA on the attention's projections."""
-        sides = 4 * self.hidden + 2 * self.head_dim * (self.heads + self.key_heads)
-        return self.layers * rank * sides
-
-
-def read_shape(config: Mapping[str, Any], *, where: object) -> DecoderShape:
-    """The shape described by a config.json. Raises InputError for an unsupported model or a missing number."""
-    kind = config.get("model_type")
-    if kind not in PLANNED_TYPES:
-        raise InputError(f"{kind} models are not supported", where=where, fix=f"give one of {', '.join(PLANNED_TYPES)}")
-
-    def size(key: str, default: int | None = None) -> int:
-        value = default if config.get(key) is None else config[key]
-        if value is None:
-            raise InputError(f"config.json lacks {key!r}", where=where)
-        if type(value) is not int or value < 1:
-            raise InputError(f"{key} is {value!r}", where=where, fix="correct config.json")
-        return value
-
-    hidden, inner, heads = (size(key) for key in ("hidden_size", "intermediate_size", "num_attention_heads"))
-    layers, vocab = size("num_hidden_layers"), size("vocab_size")
-    key_heads, dim = size("num_key_value_heads", heads), size("head_dim", hidden // heads)
-    biased = kind == "qwen2" or bool(config.get("attention_bias"))
-    extra = dim * (heads + 2 * key_heads) if biased else 0
-    extra += hidden if biased and kind != "qwen2" else 0  # the output projection's
-    extra += 2 * dim if kind == "qwen3" else 0
-    return DecoderShape(
-        hidden=hidden,
-        inner=inner,
-        layers=layers,
-        heads=heads,
-        key_heads=key_heads,
-        head_dim=dim,
-        vocab=vocab,
-        tied=bool(config.get("tie_word_embeddings", False)),
-        attention_extra=extra,
-        mlp_extra=2 * inner + hidden if config.get("mlp_bias") else 0,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Recomputation:
     """What the backward pass recomputes."""
 
@@ -168,6 +92,8 @@ class Spread:
     """Devices."""
     cp: int = 1
     """Devices that share a row."""
+    cp_kind: CpKind = "ring"
+    """How they attend."""
     rows: int = 1
     """Rows that one device processes consecutively in a step."""
     recomputation: Recomputation = Recomputation()
@@ -209,7 +135,8 @@ def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -
     if spread.offload:
         host, state_bytes = sum(state_bytes.values()), dict.fromkeys(state_bytes, 0)
     if alone:
-        copies, late, last = (0 if spread.lora or c == 4 else 2 * total), 0, 0
+        # transformers multiplies by experts in the type of their weights.
+        copies, late, last = (0 if spread.lora or c == 4 else 2 * (total - shape.expert_parameters)), 0, 0
     else:
         copies = c * shape.root + 2 * c * shape.layer
         late = 0 if spread.lora else c * shape.root + (c + 4) * shape.layer
@@ -224,13 +151,13 @@ def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -
         logits = (6 if c == 2 else 4) * shape.vocab * min(tokens, LOGITS_CHUNK)
         logits += 0 if spread.lora else (4 if alone else c) * shape.vocab * shape.hidden
     loss = logits + 2 * w * shape.hidden * tokens
-    ring = tokens * shape.head_dim * (24 * shape.key_heads + 8 * shape.heads) if spread.cp > 1 else 0
+    shared = tokens * _sharing(shape, spread) if spread.cp > 1 else 0
     parts = {
         **state_bytes,
         "compute_copies": copies + late,
         "activations": stored + layer,
         "loss": loss,
-        "ring_buffers": ring,
+        "ring_buffers" if spread.cp_kind == "ring" else "all_to_all_buffers": shared,
         "runtime": runtime,
     }
     accumulated = state_bytes["gradients"] if spread.rows > 1 else 0
@@ -238,21 +165,34 @@ def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -
     copied = 0 if alone else copies  # autocast drops its copies before the backward pass
     peak = always + max(
         accumulated + copies + stored + loss,
-        state_bytes["gradients"] + copied + late + stored + layer + ring,
+        state_bytes["gradients"] + copied + late + stored + layer + shared,
         state_bytes["gradients"] + last + copied,
     )
     return parts, peak, host
+
+
+def _sharing(shape: DecoderShape, spread: Spread) -> int:
+    """Bytes per token that context parallelism adds to a layer's backward."""
+    if spread.cp_kind == "ring":
+        return shape.head_dim * (24 * shape.key_heads + 8 * shape.heads)
+    key_heads = lcm(shape.key_heads, spread.cp)
+    return spread.compute_bytes * shape.head_dim * (3 * shape.heads + 4 * key_heads - 2 * shape.key_heads)
 
 
 def _activations(shape: DecoderShape, spread: Spread, tokens: int, w: int) -> tuple[int, int, int]:
     """Bytes of the activations that wait for the backward pass, of one layer's backward, and of inputs on the host."""
     c, kept, tiled = spread.compute_bytes, spread.recomputation.kept_layers, spread.recomputation.mlp_tiles
     inputs, host = (shape.layers - kept) * w * shape.hidden * tokens, 0
-    mlp_tokens = min(tokens, MLP_TILE) if tiled else tokens
-    inside = (22 if w == 4 else 18) * shape.hidden + 4 * shape.heads
-    inside += 2 * c * (shape.heads + shape.key_heads) * shape.head_dim + 2 * c * shape.hidden * tiled
-    inside = inside * tokens + (0 if tiled else 4 * c * shape.inner * tokens)
-    back = 2 * w * shape.hidden * tokens + (7 if tiled else 3) * c * shape.inner * mlp_tokens
+    mlp_saved, mlp_back = shape.mlp_bytes(c, w)
+    inside = (11 if w == 4 else 9) * shape.norms * shape.hidden + 4 * shape.heads
+    inside += (2 * c + 8 * shape.normed_heads) * (shape.heads + shape.key_heads) * shape.head_dim
+    inside += 2 * c * shape.hidden * tiled
+    inside = (inside + (0 if tiled else mlp_saved)) * tokens
+    back = 2 * w * shape.hidden * tokens
+    back += (mlp_saved + mlp_back) * min(tokens, MLP_TILE) if tiled else mlp_back * tokens
+    if shape.sliding_layers and tokens * spread.cp > shape.window:
+        inside += 2 * c * shape.window * tokens * spread.cp
+        inside += 2 * c * (shape.heads - shape.key_heads) * shape.head_dim * tokens
     if spread.offload_activations and inputs:
         host, inputs = inputs, 2 * w * shape.hidden * tokens
     stored = inputs + kept * inside
@@ -280,8 +220,11 @@ def flops(shape: DecoderShape, seq_len: int, tokens: int, *, lora: bool = False)
 
     With LoRA the frozen weights have no gradients.
     """
-    weights = shape.layers * (shape.attention + 3 * shape.hidden * shape.inner) + shape.vocab * shape.hidden
-    attention = 2 * shape.layers * shape.heads * shape.head_dim * seq_len
+    weights = shape.layers * shape.attention + shape.active_mlps + shape.vocab * shape.hidden
+    window = min(shape.window, seq_len)
+    keys = (shape.layers - shape.sliding_layers) * seq_len / 2
+    keys += shape.sliding_layers * (window - window * window / (2 * seq_len))
+    attention = 4 * shape.heads * shape.head_dim * keys
     return float(tokens) * ((2 if lora else 3) * 2 * weights + 3 * attention)
 
 
@@ -310,7 +253,7 @@ def remedies(shape: DecoderShape, spread: Spread, seq_len: int, device: Device) 
     tried += [
         (f"--cp {cp}", replace(spread, cp=cp))
         for cp in range(spread.cp + 1, spread.world + 1)
-        if spread.world % cp == 0
+        if spread.world % cp == 0 and (not shape.sliding_layers if spread.cp_kind == "ring" else shape.heads % cp == 0)
     ]
     if not spread.offload:
         tried.append(("--offload", replace(spread, offload=True)))

@@ -9,6 +9,7 @@ Shapes: L tokens of a row, N visual tokens in it, E width of the language model.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,7 +33,6 @@ from lvctx.parallel.context import ParallelContext
 from lvctx.parallel.fsdp import keep_in_graph
 from lvctx.parallel.hf_attention import Shard
 from lvctx.parallel.ring_attention import Ring
-from lvctx.parallel.zigzag import shard
 from lvctx.rope.mrope_positions import Rules
 from lvctx.training.chat_rows import ChatRow, RowReader, check_tokens
 from lvctx.training.mrope_checkpoint import MropeJob, clear, resolve_mrope, write_checkpoint
@@ -165,7 +165,7 @@ class MropeTask(TrainingTask[int]):
         if parallel.micro_tokens is not None:
             raise UsageError("--micro-tokens is not supported here, since a forward pass takes one row", fix="drop it")
         if context.cp > 1:
-            hf_attention.use(trainable.decoder, where=path)
+            hf_attention.use(trainable.decoder, where=path, ring=context.ring)
         rule = _rule(path, packed_hybrid(self.job.rows))
         per_second = Rules.of(trainable.model.config).tokens_per_second
         processor = load_image_processor(path)
@@ -260,11 +260,11 @@ class ChatLoss(nn.Module):
                     *((empty_1LE, layer) for layer in getattr(features, "deepstack_features", None) or ()),
                 ]
             ]
-        ranks: dict[str, Any] = {"rank": self.ring.rank, "world": self.ring.world, "fill": 0, "dim": 1}
-        embeds_1LE = shard(embeds_1LE, **ranks)
+        shard = partial(self.ring.shard, fill=0, dim=1)
+        embeds_1LE = shard(embeds_1LE)
         if deep_1LE:  # Qwen3-VL: its first layers get visual features too
-            attention["visual_pos_masks"] = mask_1L = shard(is_visual, **ranks)
-            attention["deepstack_visual_embeds"] = [shard(layer, **ranks)[mask_1L] for layer in deep_1LE]
+            attention["visual_pos_masks"] = mask_1L = shard(is_visual)
+            attention["deepstack_visual_embeds"] = [shard(layer)[mask_1L] for layer in deep_1LE]
         hidden = model.language_model(
             inputs_embeds=embeds_1LE, position_ids=positions, use_cache=False, **attention
         ).last_hidden_state
@@ -279,11 +279,10 @@ def shard_chat(row: ChatRow, world: ParallelContext) -> Mapping[str, Any]:
     Every rank of a row embeds all of it and then keeps its part: the tower's cost is small compared with a long row's.
     """
     ring, device = world.ring, world.device
-    ranks = {"rank": ring.rank, "world": ring.world}
     inputs: dict[str, Any] = {
         "ids": row.ids_L[None].to(device),
-        "labels": shard(row.labels_L[None], fill=IGNORED, **ranks).to(device),
-        "positions": shard(row.positions_3L[:, None], fill=0, **ranks).to(device),
+        "labels": ring.shard(row.labels_L[None], fill=IGNORED).to(device),
+        "positions": ring.shard(row.positions_3L[:, None], fill=0).to(device),
         "patches": None if row.patches is None else row.patches.to(device),
         "grids": row.grids_B3.to(device),
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from lvctx.config import Flag, OnProgress
-from lvctx.device import Dtype
+from lvctx.device import CpKind, Dtype
 
 Checkpointing = Literal["auto", "none", "layers", "tiles"]
 """What the backward pass recomputes; see `ParallelConfig`."""
@@ -27,6 +27,9 @@ class ParallelConfig:
     """Type of matrix products; trained weights are float32. auto: bfloat16 if the device computes it natively."""
     cp: Annotated[int, Flag(min=1)] = 1
     """Processes that share a row (context parallelism); start them with torchrun."""
+    cp_kind: CpKind = "ring"
+    """How these processes attend: ring (zigzag ring attention), or ulysses (all-to-all over attention heads; --cp must
+    divide their number), which also takes models with sliding windows."""
     offload: bool = False
     """Keep parameters and optimizer state in host memory."""
     checkpoint_activations: Checkpointing = "auto"

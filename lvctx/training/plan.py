@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any, cast
 from lvctx.device import resolve_dtype
 from lvctx.errors import InputError, UsageError
 from lvctx.models.loading import read_config
+from lvctx.training.decoder_shape import PLANNED_TYPES, DecoderShape, read_shape
 from lvctx.training.memory_model import (
     DEVICES,
     GIB,
-    PLANNED_TYPES,
-    DecoderShape,
     Device,
     Recomputation,
     Spread,
@@ -20,7 +19,6 @@ from lvctx.training.memory_model import (
     least_recomputation,
     longest,
     memory,
-    read_shape,
     remedies,
     rows_together,
 )
@@ -38,10 +36,13 @@ def predict(config: PlanConfig) -> dict[str, Any]:
     """
     if config.world % config.cp:
         raise UsageError(f"--cp {config.cp} does not divide --world {config.world}")
+    if config.cp == 1 and config.cp_kind != "ring":
+        raise UsageError(f"--cp-kind {config.cp_kind} has no effect with --cp 1", fix="raise --cp, or drop it")
     rows = max(1, config.batch_tokens // config.seq_len)
     spread = Spread(
         world=config.world,
         cp=config.cp,
+        cp_kind=config.cp_kind,
         rows=-(-rows * config.cp // config.world),
         offload=config.offload,
         offload_activations=config.offload_activations,
@@ -49,6 +50,11 @@ def predict(config: PlanConfig) -> dict[str, Any]:
         compute_bytes=4 if config.dtype == "float32" else 2,
     )
     shape = read_shape(read_config(config.model), where=config.model)
+    if shape.sliding_layers and config.cp > 1 and config.cp_kind == "ring":
+        raise InputError("its attention has a sliding window", where=config.model, fix="give --cp-kind ulysses")
+    if config.cp_kind == "ulysses" and shape.heads % config.cp:
+        what = f"--cp {config.cp} does not divide its {shape.heads} attention heads"
+        raise InputError(what, where=config.model, fix="give a --cp that divides them, or --cp-kind ring")
     preset = DEVICES[config.device]
     device = replace(preset, memory=config.device_memory or preset.memory)
     together = rows_together(config.seq_len, config.micro_tokens, spread.rows)
@@ -110,6 +116,7 @@ def predict_extend(job: "ExtendJob", parallel: "ParallelConfig", *, world: int) 
             steps=config.steps,
             world=world,
             cp=parallel.cp,
+            cp_kind=parallel.cp_kind,
             checkpoint_activations=parallel.checkpoint_activations,
             offload=parallel.offload,
             offload_activations=parallel.offload_activations,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from lvctx.config import Flag
+from lvctx.device import CpKind
 from lvctx.training.parallel_config import Checkpointing
 
 DeviceKind = Literal["a100", "h100", "h200", "cpu"]
@@ -32,6 +33,8 @@ class PlanConfig:
     """Number of devices."""
     cp: Annotated[int, Flag(min=1)] = 1
     """Devices that share a row (context parallelism)."""
+    cp_kind: CpKind = "ring"
+    """How they attend, as in extend-lm: ring or ulysses."""
     batch_tokens: Annotated[int, Flag(min=1)] = 1_000_000
     """Tokens per step over all devices, rounded down to whole rows, at least one."""
     micro_tokens: Annotated[int, Flag(min=1)] = 4096

@@ -35,7 +35,8 @@ def run_training(task: TrainingTask[Any], parallel: ParallelConfig, control: Run
     out = control.out
     if is_finished(out, task.provenance, resume=control.resume, force=control.force):
         return
-    opened = open_context(device=parallel.device, cp=parallel.cp, dtype=parallel.dtype, sharded=parallel.offload)
+    ranks: dict[str, Any] = {"cp": parallel.cp, "cp_kind": parallel.cp_kind, "sharded": parallel.offload}
+    opened = open_context(device=parallel.device, dtype=parallel.dtype, **ranks)
     with opened as context, ExitStack() as stack:
         unfinished = True
         if context.rank == 0:

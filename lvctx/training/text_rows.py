@@ -8,18 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lvctx.errors import InputError
 from lvctx.models.loss import IGNORED, shift_labels, token_loss
 from lvctx.parallel.context import ParallelContext
 from lvctx.parallel.fsdp import keep_in_graph
 from lvctx.parallel.hf_attention import Shard
-from lvctx.parallel.zigzag import shard
 
 
 class RowLoss(nn.Module):
-    """A language model (or a VLM's) and its loss as one module: sharded parameters are gathered in its forward."""
+    """A language model (or a VLM's) and its loss as one module: sharded parameters are gathered in its forward.
+
+    A router's auxiliary loss is not part of it. Raises InputError for a model that caps or scales its logits.
+    """
 
     def __init__(self, lm: Any) -> None:
         super().__init__()
+        text = lm.config.get_text_config()
+        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):  # Gemma 3n, Cohere, Granite
+            if getattr(text, key, None) not in (None, 1):
+                raise InputError(f"its logits are changed by {key}, which training leaves out", where=text.name_or_path)
         self.lm = lm
 
     def forward(self, ids: Tensor, labels: Tensor, positions: Tensor, **attention: Any) -> tuple[Tensor, int]:
@@ -44,10 +51,7 @@ def shard_row(
         "positions": (places_BL, 0),
     }
     ring = world.ring
-    parts = {
-        name: shard(tensor, rank=ring.rank, world=ring.world, fill=fill).to(world.device)
-        for name, (tensor, fill) in full_rows.items()
-    }
+    parts = {name: ring.shard(tensor, fill=fill).to(world.device) for name, (tensor, fill) in full_rows.items()}
     if ring.world > 1 or starts is not None:
         return parts | {"shard": Shard(ring=ring, starts=starts)}
     # Without a mask transformers treats a jump in the positions as the start of another document.

@@ -18,12 +18,12 @@ from random import Random
 from typing import Any
 
 import av
-import broken
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from conftest import save_tower
 from PIL import Image
+from support import broken
 from support.limited import fault, limited
 
 TURNS = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A dog."}]

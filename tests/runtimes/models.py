@@ -13,10 +13,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import aligning
-import mrope_models
 import torch
-from support import torchvision_cpu
+from support import aligning, mrope_models, torchvision_cpu
 
 PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
 """Pixels of an image or video of the Qwen-VL models, least and most: a few tokens each."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 QUESTION = "What is it? the\n\nWo"
 ANSWER = "Blue"
 NO_MIXTURE = ("smolvlm", "glm4v")
@@ -53,7 +53,6 @@ def drawn(count: int, *, shapes: Sequence[tuple[int, int]] = ((40, 64),)) -> lis
 
 def compare(kind: str, folder: Path) -> Iterator[dict[str, Any]]:
     """Rows with the largest differences from stock."""
-    import generic_models
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -61,6 +60,7 @@ def compare(kind: str, folder: Path) -> Iterator[dict[str, Any]]:
     from lvctx.inference.open_engine import open_engine
     from lvctx.vlm.registry import open_vlm
     from lvctx.vlm.stock_prompt import Clip
+    from support import generic_models
 
     if kind in generic_models.STOCK_IMAGES:
         yield from compare_images(kind, folder)
@@ -85,7 +85,6 @@ def compare(kind: str, folder: Path) -> Iterator[dict[str, Any]]:
 
 def compare_images(kind: str, folder: Path) -> Iterator[dict[str, Any]]:
     """The same for images alone: one, one that is cut into more grids than are kept, and several."""
-    import generic_models
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -94,6 +93,7 @@ def compare_images(kind: str, folder: Path) -> Iterator[dict[str, Any]]:
     from lvctx.video.sampling import VideoSampling
     from lvctx.vlm.registry import open_vlm
     from lvctx.vlm.stock_processor import StockProcessor
+    from support import generic_models
 
     path = generic_models.save(kind, folder / kind)
     vlm: Any = open_vlm(path)

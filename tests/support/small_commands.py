@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import imageio_ffmpeg
-import mrope_models
 import numpy as np
-from aligning import draw, talk, write
 from PIL import Image
 
-from support import warm_server
+from support import mrope_models, warm_server
+from support.aligning import draw, talk, write
 
 DATA = Path(__file__).parents[1] / "data"
 TRAINING = ("--steps", "4", "--checkpoint-activations", "none", "--device", "cpu")

@@ -6,9 +6,10 @@ error rows: no question is asked without its video.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,8 +24,9 @@ from lvctx.eval.benchmarks.answers import Question
 from lvctx.eval.benchmarks.input_checks import check_subtitles, check_videos, read_questions
 from lvctx.eval.benchmarks.subtitles import NONE, find_subtitles, read_subtitles
 from lvctx.eval.benchmarks.video_files import find_video, video_stem
-from lvctx.inference.concurrency import interleave
+from lvctx.inference.concurrency import interleave, read_ahead
 from lvctx.inference.engine import Engine, EngineGone, Shown
+from lvctx.inference.reply_batches import finish_in_batches
 from lvctx.inference.sampling_params import SamplingParams
 from lvctx.models.image_processing import open_image
 from lvctx.parallel.context import ParallelContext
@@ -152,11 +154,14 @@ def run_benchmark(
         if assigned:
             engine.check()
 
-        def ask(samples: list[Question]) -> Iterator[Asked]:
-            asked = engine if engine.jobs == 1 else engine.fork()
-            return _ask_about(job, asked, samples, together=parallel.cp > 1)
-
-        with closing(interleave(assigned, ask, jobs=engine.jobs)) as answered:
+        together = parallel.cp > 1
+        if engine.jobs == 1:
+            rows: Generator[Asked, None, None] = _ask(job, engine, assigned, together=together)
+        else:
+            rows = interleave(
+                assigned, lambda one: _ask(job, engine.fork(), [one], together=together), jobs=engine.jobs
+            )
+        with closing(rows) as answered:
             for sample, row in answered:
                 done += 1
                 on_progress(done, total, sample.video)
@@ -172,41 +177,55 @@ def run_benchmark(
                 job.bench.export(out, [(s, stored[job.key(s)]["response"]) for s in answered_samples])
 
 
-def _ask_about(job: BenchmarkJob, engine: Engine, samples: Sequence[Question], *, together: bool) -> Iterator[Asked]:
-    """Ask the questions about one video; yields each with its row.
+def _ask(
+    job: BenchmarkJob, engine: Engine, by_video: Sequence[list[Question]], *, together: bool
+) -> Generator[Asked, None, None]:
+    """Ask the questions about each video in order; yields each with its row.
 
     If ranks compute `together`, one that runs out of memory must end the run, since the others wait for it.
     """
-    base = {s.id: {**job.run_facts, **_described(s)} for s in samples}
-    try:
-        subtitles, facts = _show(job, engine, samples[0])
-    except DiskError:
-        raise
-    except (LvctxError, torch.OutOfMemoryError) as e:
-        if together and not isinstance(e, LvctxError):
-            raise _out_of_memory(samples[0].video) from e
-        yield from ((s, {**base[s.id], "error": str(e), **engine.meter.take()}) for s in samples)
-        return
-    for sample in samples:
-        text = job.bench.prompt(sample, job.config.prompt, subtitles)
-        row = {**base[sample.id], **facts, "prompt_sha256": short_hash(text)}
+    with closing(_start(job, engine, by_video)) as started:
+        for (sample, row), outcome in finish_in_batches(engine, started):
+            if not isinstance(outcome, Exception):
+                yield sample, {**row, "response": outcome.text, **outcome.facts, **engine.meter.take()}
+                continue
+            if together and isinstance(outcome, torch.OutOfMemoryError):
+                raise _out_of_memory(sample.video) from outcome
+            if together and not isinstance(outcome, LvctxError):
+                raise outcome
+            error = str(outcome) if isinstance(outcome, LvctxError) else " ".join(str(outcome).split())[:300]
+            yield sample, {**row, "error": error, **engine.meter.take()}
+
+
+def _start(
+    job: BenchmarkJob, engine: Engine, by_video: Sequence[list[Question]]
+) -> Generator[tuple[Asked, Any], None, None]:
+    """Each question and what its row has without the reply, with its started reply or an error."""
+    videos = read_ahead(by_video, partial(_load, job, engine), partial(_show, job, engine), engine)
+    for samples, show in videos:
+        base = {s.id: {**job.run_facts, **_described(s)} for s in samples}
         try:
+            subtitles, facts = show()
+        except DiskError:
+            raise
+        except (LvctxError, torch.OutOfMemoryError) as e:
+            yield from (((s, base[s.id]), e) for s in samples)
+            continue
+        for sample in samples:
+            text = job.bench.prompt(sample, job.config.prompt, subtitles)
+            row = {**base[sample.id], **facts, "prompt_sha256": short_hash(text)}
             params = job.config.params
             if sample.max_new_tokens:
                 params = replace(params, max_new_tokens=sample.max_new_tokens)
                 row["max_new_tokens"] = sample.max_new_tokens
-            reply = engine.reply([text], params)
-        except EngineGone:
-            raise
-        except (InputError, RuntimeError) as e:
-            # Too long, or out of memory: only this question fails.
-            if together and isinstance(e, torch.OutOfMemoryError):
-                raise _out_of_memory(sample.video) from e
-            if together and not isinstance(e, InputError):
+            started: Any
+            try:
+                started = engine.start_reply([text], params)
+            except EngineGone:
                 raise
-            yield sample, {**row, "error": " ".join(str(e).split())[:300], **engine.meter.take()}
-        else:
-            yield sample, {**row, "response": reply.text, **reply.facts, **engine.meter.take()}
+            except (InputError, RuntimeError) as e:  # too long, or out of memory: only this question fails
+                started = e
+            yield (sample, row), started
 
 
 def _out_of_memory(video: str) -> InputError:
@@ -225,16 +244,24 @@ def _described(sample: Question) -> dict[str, Any]:
     }
 
 
-def _show(job: BenchmarkJob, engine: Engine, sample: Question) -> tuple[str | None, dict[str, Any]]:
-    """Give the model a sample's video or images; returns subtitles and facts for the rows.
-
-    Raises InputError if they are missing or broken.
-    """
+def _load(job: BenchmarkJob, engine: Engine, samples: Sequence[Question]) -> tuple[Question, Path | None, Any]:
+    """A sample's video or images, as the engine reads them. Raises InputError if they are missing or broken."""
+    sample = samples[0]
     if sample.images:
         images = [open_image(job.config.videos / name) for name in sample.images]
-        return None, {"images": len(images), **engine.show(images, VideoSampling()).facts}
+        return sample, None, engine.load(images, VideoSampling())
     file = find_video(job.config.videos, sample.video)
-    shown = engine.show([file], job.sampling)
+    return sample, file, engine.load([file], job.sampling)
+
+
+def _show(
+    job: BenchmarkJob, engine: Engine, loaded: tuple[Question, Path | None, Any]
+) -> tuple[str | None, dict[str, Any]]:
+    """Give the model what was read; returns subtitles and facts for the rows."""
+    sample, file, visual = loaded
+    shown = engine.show_loaded(visual)
+    if file is None:
+        return None, {"images": len(sample.images), **shown.facts}
     subtitles, facts = _subtitles(job, sample, shown)
     if job.sampling.frames_from is not None:
         facts["frame_times"] = list(shown.pts)

@@ -1,18 +1,11 @@
-"""Trainings in processes that kill themselves at a given point of the program.
+"""Trainings in processes that kill themselves at a given point of the program."""
 
-The fork server imports what training needs once, so that a process costs little.
-"""
-
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import aligning
 import numpy as np
 import torch
 import torch._dynamo
@@ -32,6 +25,7 @@ from lvctx.training.row_order import indices
 from lvctx.training.run_training import run_training
 from lvctx.training.task import ParameterGroup, TrainableModel, TrainConfig, TrainingTask
 from lvctx.training.trainer import train
+from support import aligning, forks
 
 
 class Toy(TrainingTask[int]):
@@ -66,7 +60,8 @@ class Toy(TrainingTask[int]):
         self, model: nn.Module, out: Path, metrics: Sequence[dict[str, Any]], gather: Any
     ) -> tuple[list[str], dict[str, Any]]:
         save_file(model.state_dict(), out / "model.safetensors")
-        return ["model.safetensors"], {"steps": len(metrics)}
+        (out / "config.json").write_text('{"model_type": "toy"}')
+        return ["config.json", "model.safetensors"], {"steps": len(metrics)}
 
     def run(self, seed: int = 0) -> list[Tensor]:
         """The steps alone, without the rest of the life cycle; the trained parameters."""
@@ -77,9 +72,6 @@ class Toy(TrainingTask[int]):
 
 def toy_provenance(seed: int = 0) -> Provenance:
     return Provenance(schema="toy/1", command="toy", config={}, inputs={}, seed=seed)
-
-
-FORKS = multiprocessing.get_context("forkserver")
 
 
 def die() -> None:
@@ -129,12 +121,8 @@ def _train(kind: str, folder: Path, out: Path, blow: tuple[str, int] | None) -> 
 
 def process(kind: str, folder: Path, out: Path, blow: tuple[str, int]) -> None:
     """A process of a run that ends by a blow."""
-    FORKS.set_forkserver_preload([__name__])
-    # Python 3.11's fork server looks on PYTHONPATH alone for what it imports ahead.
-    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
-        forkserver.ensure_running()
-    child = FORKS.Process(target=_train, args=(kind, folder, out, blow))
+    forks.ensure_running()
+    child = forks.FORKS.Process(target=_train, args=(kind, folder, out, blow))
     child.start()
     child.join()
     assert child.exitcode == (75 if blow[0] == "stop" else -signal.SIGKILL), (kind, blow)

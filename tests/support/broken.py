@@ -8,10 +8,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import mrope_models
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app
+from support import mrope_models
 
 VALUES: list[Any] = [
     *(None, True, False, 0, -1, 1, 2, 3, 1.5, 1e-9, 10**9, 10**30, float("nan")),
