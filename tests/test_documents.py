@@ -15,7 +15,9 @@ from support import warm_server
 from test_pack_text import make_documents, make_tokenizer, write_lines
 
 from lvctx.data import documents
-from lvctx.data.documents import UNNAMED, Chunk, Corpus, Fields, Place
+from lvctx.data.document_fields import UNNAMED, Fields
+from lvctx.data.documents import Chunk, Corpus, Place
+from lvctx.data.row_groups import RowGroupReader, spans_of
 from lvctx.data.streams import find_parts
 from lvctx.data.tokenization import MALFORMED, OK, REPAIRED, SKIPPED, UNREADABLE, Encoder, Policy
 from lvctx.errors import InputError
@@ -78,7 +80,7 @@ def write_parquet(path: Path, texts: list[str], **columns: list[Any]) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table({"text": texts, **columns}), path, row_group_size=70)
+    pq.write_table(pa.table({"text": texts, **columns}), path, row_group_size=40)
     return path
 
 
@@ -115,6 +117,34 @@ def test_every_kind_gives_the_same_documents_from_any_place_on(kind: str, bpe: P
     for chunk in chunks[::4]:
         rest = list(source.chunks(Place(*json.loads(json.dumps(chunk.start)))))
         assert rest == chunks[chunks.index(chunk) :]
+        begin = chunk.start.part if kind == "text" else chunk.start.line
+        assert [text for text, _, _ in read(source, bpe, start=chunk.start)] == TEXTS[begin:]
+
+
+def test_processes_that_share_a_row_group_read_each_row_once(tmp_path: Path) -> None:
+    path, fields = write_parquet(tmp_path / "a.parquet", TEXTS), Fields()
+    spans = list(spans_of(str(path), fields, start=0, most_bytes=1 << 10, most_rows=9))
+    assert len(spans) > len(TEXTS) // 9
+    readers = [RowGroupReader(fields) for _ in range(3)]
+    rows = [readers[i * i % 3].read(str(path), span) for i, span in enumerate(spans)]
+    assert [row["text"].decode() for some in rows for row in some] == TEXTS
+    assert readers[0].read(str(path), spans[1]) == rows[1], "also one that it has passed"
+
+
+def test_what_is_wrong_in_parquet_is_named_by_the_process_that_reads_it(bpe: Path, tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "numbers.parquet", [None, None, 5])  # type: ignore[list-item]
+    with pytest.raises(InputError) as caught:
+        read(corpus(path), bpe, skip_malformed=True)
+    assert caught.value.where == f"{path}:3"
+    path = write_parquet(tmp_path / "damaged.parquet", TEXTS)
+    data = bytearray(path.read_bytes())
+    data[4:40] = bytes(36)  # the header of the first page
+    path.write_bytes(data)
+    chunks = list(corpus(path).chunks(START))
+    assert chunks[-1].end.line == len(TEXTS), "the packing process reads no page"
+    with pytest.raises(InputError) as caught:
+        read(corpus(path), bpe)
+    assert caught.value.where == str(path)
 
 
 def test_several_inputs_follow_each_other(bpe: Path, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_rows_of_a_benchmark_and_of_vqa_have_the_chosen_frames(tmp_path: Path) -
     chosen.write_text('{"video": "lv_red.mp4", "frames": [7, 1, 2, 4]}\n')
     inputs = ["--model", vlm, "--videos", tmp_path / "videos", "--questions", FILES["lvbench"]]
     flags = [*inputs, "--max-new-tokens", 1, "--frames-from", chosen, "-o", tmp_path / "out"]
-    done = run("bench", "lvbench", "run", *flags, "--protocol", "qwen2.5-vl")
+    done = run("bench", "lvbench", "run", *flags, "--protocol", "internvl3")
     assert done.exit_code == 2, "no such protocol for it"
     done = run("bench", "lvbench", "run", *flags)
     assert done.exit_code == 4, done.output

@@ -35,7 +35,8 @@ from test_pack_text import make_tokenizer
 from lvctx.data import decompress as unpack
 from lvctx.data import json_values
 from lvctx.data import tokenization as tokenize
-from lvctx.data.documents import UNNAMED, Place
+from lvctx.data.document_fields import UNNAMED
+from lvctx.data.documents import Place
 from lvctx.data.packed import PackedRows
 from lvctx.data.streams import find_parts
 from lvctx.data.tokenization import OK, REPAIRED, SKIPPED

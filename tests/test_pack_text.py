@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import Nano
 from support import warm_server
@@ -174,8 +176,12 @@ def test_ids_equal_the_stock_tokenizer(nano: Nano, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mix", ["none", "keep"])
 def test_workers_change_no_byte(bpe: Path, tmp_path: Path, mix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "MEBIBYTE", 1 << 15)
-    source = write_lines(tmp_path / "a.jsonl", make_documents(2000, seed=2, sources=("web", "book")))
+    texts = make_documents(2000, seed=2, sources=("web", "book"))
+    source = write_lines(tmp_path / "a.jsonl", texts)
     assert source.stat().st_size > 10 << 15  # many chunks
+    if mix == "keep":
+        source = tmp_path / "a.parquet"
+        pq.write_table(pa.Table.from_pylist(texts), source, row_group_size=700)
     pack(tmp_path / "one", source, tokenizer=bpe, workers=1, mix=mix, shard_tokens=20000)
     pack(tmp_path / "three", source, tokenizer=bpe, workers=3, mix=mix, shard_tokens=20000)
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
@@ -229,6 +235,25 @@ def test_resume_from_every_shard(bpe: Path, tmp_path: Path) -> None:
         (out / ".shard-00009.safetensors.partial").write_bytes(b"torn")
         pack(out, source, tokenizer=bpe, tokens=3000)
         assert contents(whole) == contents(out)
+
+
+def test_a_run_that_began_with_longer_chunks_is_continued(
+    bpe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard's place is a chunk and a document in it, and the version that continues may cut shorter chunks."""
+    source = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(make_documents(60, seed=4)), source)
+    rows = pack(tmp_path / "out", source, tokenizer=bpe)
+    whole = [(rows.row(i).tolist(), rows.doc_starts(i).tolist()) for i in range(len(rows))]
+    sources = rows.manifest["sources"]
+    shards = sorted((tmp_path / "out").glob("shard-*"))
+    assert len(shards) > 2
+    for path in (tmp_path / "out" / "MANIFEST.json", *shards[2:]):
+        path.unlink()
+    monkeypatch.setattr(documents, "_MOST_ROWS", 7)
+    rows = pack(tmp_path / "out", source, tokenizer=bpe, resume="must")
+    assert [(rows.row(i).tolist(), rows.doc_starts(i).tolist()) for i in range(len(rows))] == whole
+    assert rows.manifest["sources"] == sources
 
 
 def test_a_finished_run_is_left_alone_and_another_is_not_overwritten(bpe: Path, tmp_path: Path) -> None:

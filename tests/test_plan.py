@@ -29,8 +29,11 @@ from lvctx.training.memory_model import (
     remedies,
     rows_together,
 )
+from lvctx.training.plan import predict
+from lvctx.training.plan_config import PlanConfig
 
-QWEN2_7B = Path(__file__).parent / "configs" / "qwen2-7b.json"
+ROOT = Path(__file__).resolve().parent.parent
+QWEN2_7B = ROOT / "tests" / "configs" / "qwen2-7b.json"
 LLAMA2_7B = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -337,3 +340,19 @@ def test_rows_that_share_a_forward_share_its_memory() -> None:
     )
     assert four["bytes"]["activations"] == 4 * one["bytes"]["activations"] == long["bytes"]["activations"]
     assert four["bytes"]["parameters"] == one["bytes"]["parameters"]
+
+
+def test_the_tables_of_the_documentation_are_what_plan_predicts(tmp_path: Path) -> None:
+    (tmp_path / "qwen3.json").write_text(json.dumps(QWEN3_8B))
+    host = {"offload_activations": True}
+    columns: list[dict[str, Any]] = [{}, host, {**host, "offload": True}, {"lora": 16}]
+    rows = re.findall(r"^\| (\d+) \|(.*)\|$", (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), re.M)[:6]
+    assert [int(devices) for devices, _ in rows] == [1, 2, 4, 8, 16, 32]
+    for devices, cells in rows:
+        found = []
+        for model in (QWEN2_7B, tmp_path / "qwen3.json"):
+            spread: dict[str, Any] = {"seq_len": 1024, "world": int(devices), "cp": int(devices), "device": "h100"}
+            found += [predict(PlanConfig(model=str(model), **spread, **options))["longest"] for options in columns]
+        assert [cell.strip() for cell in cells.split("|")] == [f"{n:,}" if n else "–" for n in found]
+        if int(devices) == 8:
+            assert f"| {found[0]:,} by `plan`" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -2,11 +2,12 @@
 
 JSON lines, JSON arrays and plain text (all also compressed, see `unpack`), Parquet, folders of these, stdin (`-`), a
 dataset saved by `datasets` and one on the Hugging Face hub (`name` or `name@revision`), several at once and in the
-given order. A chunk has raw bytes where possible: parsing and decoding are done in the tokenizing processes, so one
-reader can supply many.
+given order. A chunk has raw bytes or, of a Parquet file, only the numbers of its rows: parsing and decoding are done in
+the tokenizing processes, so one reader can supply many. Only the rows of a dataset are decoded by the reader. Chunks of
+Parquet have four mebibytes: a process that reads part of a row group decodes all before it too (`row_groups`).
 
 Chunk borders depend on the input alone, and every chunk has its start and end, so a killed run resumes at the chunk it
-was in. At most one chunk is in memory (for Parquet: one row group's pages).
+was in. At most one chunk is in memory.
 """
 
 import hashlib
@@ -16,14 +17,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lvctx.data.decompress import MEBIBYTE, check_is_text, unpack
+from lvctx.data.document_fields import UNNAMED, Fields, dig
 from lvctx.data.hub import dataset_rows, hub_commit
 from lvctx.data.json_values import as_lines, lines_of
-from lvctx.data.records import parquet_rows
+from lvctx.data.row_groups import Span, spans_of
 from lvctx.data.streams import (
     BROKEN,
     InputPart,
@@ -35,8 +36,8 @@ from lvctx.data.streams import (
 )
 from lvctx.errors import InputError
 
-UNNAMED = "unnamed"
-"""The source of documents without one."""
+_MOST_ROWS = 4096
+"""Most rows of a table in a chunk."""
 
 
 class Place(NamedTuple):
@@ -52,7 +53,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Consecutive documents: either `lines` (JSON lines, unparsed) or `texts` with `sources`."""
+    """Consecutive documents: `lines` (JSON lines, unparsed), `texts` with `sources`, or a `span` of a Parquet file."""
 
     start: Place
     """Place of the first document."""
@@ -70,6 +71,8 @@ class Chunk:
     """Documents, decoded or not; None if the record has no text."""
     sources: tuple[str, ...] = ()
     """Source of each document."""
+    span: Span | None = None
+    """Rows of the Parquet file `where`, which the tokenizing process reads."""
 
     def name(self, number: int) -> str:
         """Name of the `number`-th line or document in messages."""
@@ -77,38 +80,6 @@ class Chunk:
             return self.files[number]
         at = self.start.line + number
         return f"{self.where}[{at}]" if self.elements else f"{self.where}:{at + 1}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fields:
-    """The fields of a record; a dot separates the keys of nested objects."""
-
-    text: str = "text"
-    """The document."""
-    source: str | None = None
-    """The source's name; None tries `source`, then SlimPajama's `meta.redpajama_set_name`."""
-
-    def source_paths(self) -> tuple[str, ...]:
-        """Fields tried for the source; the first existing one is used."""
-        return (self.source,) if self.source else ("source", "meta.redpajama_set_name")
-
-    def source_of(self, record: dict[str, Any]) -> str:
-        """The source a record names, or UNNAMED."""
-        for path in self.source_paths():
-            source = dig(record, path)
-            if isinstance(source, str | int):
-                # JSON can encode a lone surrogate, which a manifest cannot store.
-                return str(source).encode(errors="surrogatepass").decode(errors="replace")
-        return UNNAMED
-
-
-def dig(record: Any, path: str) -> Any:
-    """`record["a"]["b"]` for path `a.b`, or `record["a.b"]` if it has that; None if anything is missing."""
-    if isinstance(record, dict) and path in record:
-        return record[path]
-    for key in path.split("."):
-        record = record.get(key) if isinstance(record, dict) else None
-    return record
 
 
 class Corpus:
@@ -185,6 +156,8 @@ class Corpus:
                 yield from self._lines(begin, part.name)
             elif part.kind == "stdin":
                 yield from self._read_stdin(begin)
+            elif part.kind == "parquet":
+                yield from self._row_groups(begin, part.name)
             else:
                 yield from self._table(begin, part)
         if texts:
@@ -233,31 +206,21 @@ class Corpus:
         except BROKEN as e:
             raise InputError(f"cannot read past line {line} ({e})", where=name, fix="check the file") from e
 
+    def _row_groups(self, begin: Place, name: str) -> Iterator[Chunk]:
+        """Chunks of a Parquet file."""
+        for span in spans_of(name, self.fields, start=begin.at, most_bytes=4 * MEBIBYTE, most_rows=_MOST_ROWS):
+            count = span.high - span.low
+            end = Place(begin.part, begin.at + count, begin.line + count)
+            yield Chunk(start=begin, end=end, where=name, span=span)
+            begin = end
+
     def _table(self, begin: Place, part: InputPart) -> Iterator[Chunk]:
-        """Chunks of a Parquet file or a dataset."""
-        if part.kind == "parquet":
-            # Text stays bytes: invalid UTF-8 is handled where it is tokenized.
-            names = {self.fields.text, self.fields.text.split(".")[0]}
-            pick = partial(self._needed_columns, where=part.name)
-            rows = parquet_rows(part.name, start=begin.at, columns=pick, as_bytes=names)
-        else:
-            rows = dataset_rows(part.name, self.split, saved=part.kind == "saved", start=begin.at)
+        """Chunks of a dataset."""
         gather = _Gather(begin, part.name)
-        for row in rows:
-            self._check_columns(list(row), part.name)
+        for row in dataset_rows(part.name, self.split, saved=part.kind == "saved", start=begin.at):
+            self.fields.columns(list(row), where=part.name)
             yield from gather.add(dig(row, self.fields.text), self.fields.source_of(row))
         yield from gather.rest()
-
-    def _needed_columns(self, columns: Sequence[str], where: str) -> list[str]:
-        """The columns of text and sources."""
-        self._check_columns(columns, where)
-        paths = (self.fields.text, *self.fields.source_paths())
-        return list({path if path in columns else path.split(".")[0] for path in paths} & set(columns))
-
-    def _check_columns(self, columns: Sequence[str], name: str) -> None:
-        for flag, field in (("--text-field", self.fields.text), ("--source-field", self.fields.source)):
-            if field and field not in columns and field.split(".")[0] not in columns:
-                raise InputError(f"no field {field!r}", where=name, fix=f"set {flag}; it has {', '.join(columns)}")
 
 
 class _Gather:
@@ -270,13 +233,10 @@ class _Gather:
         self.size = 0
 
     def add(self, text: Any, source: str) -> Iterator[Chunk]:
-        if text is not None and not isinstance(text, str | bytes):
-            row = self.begin.line + len(self.texts) + 1
-            raise InputError(f"the text is {type(text).__name__}, not a string", where=f"{self.name}:{row}")
         self.texts.append(text)
         self.sources.append(source)
-        self.size += len(text or "")
-        if self.size >= MEBIBYTE or len(self.texts) == 4096:
+        self.size += len(text) if isinstance(text, str | bytes) else 0
+        if self.size >= MEBIBYTE or len(self.texts) == _MOST_ROWS:
             yield from self.rest()
 
     def rest(self) -> Iterator[Chunk]:

@@ -23,7 +23,8 @@ from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import MANIFEST, Provenance, open_output, read_manifest, write_manifest
 from lvctx.config import OnProgress, hashed_fields
 from lvctx.data import mixture
-from lvctx.data.documents import UNNAMED, Corpus, Fields, Place
+from lvctx.data.document_fields import UNNAMED, Fields
+from lvctx.data.documents import Corpus, Place
 from lvctx.data.hub import hub_datasets
 from lvctx.data.pack_text_config import PackTextConfig
 from lvctx.data.packed import read_state, shard_name, write_token_shard
@@ -241,6 +242,9 @@ class _Packer:
         low, offset = (last["document"], last["offset"]) if last else (0, 0)
         for tokens in () if self._enough() else stream:
             count = len(tokens.status)
+            if low >= count:  # the state is of a version that cut this input into longer chunks
+                low -= count
+                continue
             if spooled:
                 keep = np.ones(count, bool)
             else:

@@ -8,7 +8,7 @@ mebibyte of its file, or some rows of a table.
 import csv
 import io
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,48 +113,17 @@ def csv_records(stream: io.BufferedReader, name: str) -> Iterator[Record]:
         raise InputError(f"malformed CSV ({e})", where=f"{name}, row {number}", fix=fix) from e
 
 
-def parquet_rows(
-    name: str,
-    *,
-    start: int = 0,
-    columns: Callable[[Sequence[str]], list[str]] | None = None,
-    as_bytes: Collection[str] = (),
-) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet file from row `start` on.
-
-    `columns` selects existing columns. Strings of the columns `as_bytes` are not decoded: pyarrow stops at
-    invalid UTF-8. Raises InputError for a file that is not Parquet.
-    """
+def parquet_rows(name: str) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file. Raises InputError for a file that is not Parquet."""
     import pyarrow.parquet as pq
 
     try:
         # Opened here, since pyarrow does not accept a name that is not UTF-8.
         with open(name, "rb") as opened, pq.ParquetFile(opened) as file:
-            selected = columns(file.schema_arrow.names) if columns else None
-            counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            first = row = 0  # the row group with the first wanted row, and that group's first row
-            while first < len(counts) and row + counts[first] <= start:
-                row += counts[first]
-                first += 1
-            groups = list(range(first, len(counts)))
-            for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=selected):
-                yield from _undecoded(batch, as_bytes).to_pylist()[max(0, start - row) :]
-                row += len(batch)
-    except InputError:
-        raise
+            for batch in file.iter_batches(ROWS):
+                yield from batch.to_pylist()
     except Exception as e:  # for a damaged file pyarrow raises other errors than its own
         raise InputError(f"not readable as Parquet ({first_line(e)})", where=name) from e
-
-
-def _undecoded(batch: Any, names: Collection[str]) -> Any:
-    import pyarrow as pa
-
-    for at, column in enumerate(batch.schema):
-        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-        text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-        if column.name in names and text:
-            batch = batch.set_column(at, column.name, batch.column(at).cast(pa.large_binary()))
-    return batch
 
 
 def arrow_rows(name: str) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from lvctx.data.documents import UNNAMED, Chunk, Fields, dig
+from lvctx.data.document_fields import UNNAMED, Fields, dig
+from lvctx.data.documents import Chunk
+from lvctx.data.row_groups import RowGroupReader
 from lvctx.data.tokenizer import TokenizerFile
 from lvctx.errors import InputError
 
@@ -75,6 +77,7 @@ class Encoder:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.separator, self.fields, self.policy = separator, fields, policy
+        self._row_groups = RowGroupReader(fields)
         added = self.tokenizer.get_added_tokens_decoder()
         if separator in added:
             self.tokenizer.add_special_tokens([added[separator]])
@@ -114,16 +117,22 @@ class Encoder:
         return Tokens(chunk=without_text, ids=ids, starts=starts, status=state, names=tuple(names), codes=codes)
 
     def _decode(self, chunk: Chunk) -> tuple[list[str], list[str], list[int], list[int]]:
+        found, sources = list(chunk.texts), list(chunk.sources)
+        if chunk.span:
+            rows = self._row_groups.read(chunk.where, chunk.span)
+            found, sources = [dig(row, self.fields.text) for row in rows], [self.fields.source_of(row) for row in rows]
         texts, status = [], []
-        for number, text in enumerate(chunk.texts):
+        for number, text in enumerate(found):
             state = OK
             if isinstance(text, bytes):
                 text, state = self._to_text(text, chunk, number)
             elif text is None:
                 text, state = self._malformed("the text is null", chunk, number)
+            elif not isinstance(text, str):
+                raise InputError(f"the text is {type(text).__name__}, not a string", where=chunk.name(number))
             texts.append(text)
             status.append(state)
-        return texts, list(chunk.sources), status, list(range(len(texts)))
+        return texts, sources, status, list(range(len(texts)))
 
     def _parse(self, chunk: Chunk) -> tuple[list[str], list[str], list[int], list[int]]:
         """Texts, sources, the status of each, and its line in the chunk, from 0."""
