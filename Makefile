@@ -1,12 +1,12 @@
 # make setup | demo | transfer | transfer-text | transfer-far | transfer-64k | giraffe-nano | lint
-# make test | test-slow | test-kill | fuzz | test-gpu | test-lmms | test-runtimes | test-servers | test-wheel
+# make test | test-slow | test-kill | fuzz | soak | test-gpu | test-lmms | test-runtimes | test-servers | test-wheel
 # make tower | nano-start | text-start | giraffe-nano-train: train again what was trained in advance
 PYTHON ?= python3
 RUNTIMES ?= .runtimes
 RECIPES = transfer transfer-text transfer-far transfer-anyres transfer-no-text transfer-64k transfer-gpu giraffe-nano nano-start text-start \
 	giraffe-nano-train
 
-.PHONY: setup fetch demo $(RECIPES) test test-slow test-kill test-gpu test-lmms test-runtimes test-servers test-wheel fuzz lint tower clean
+.PHONY: setup fetch demo $(RECIPES) test test-slow test-kill test-gpu test-lmms test-runtimes test-servers test-wheel fuzz soak lint tower clean
 
 setup: .venv/.ready
 
@@ -75,6 +75,9 @@ test-wheel: fetch     # the wheel in an environment without the sources (.venv-w
 
 fuzz: fetch           # 10,000 mutated inputs of every kind through the command line: hours
 	cd tests && ../.venv/bin/python -m fuzz.driver ../runs/fuzz
+
+soak: setup           # two hours (LVCTX_SOAK_MINUTES) of videos and needle tests: memory, open files and processes must not grow
+	cd tests && ../.venv/bin/python -m soak ../runs/soak --minutes $${LVCTX_SOAK_MINUTES:-120}
 
 lint: setup
 	.venv/bin/ruff check .

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from lvctx.parallel.video_shares import share_videos
 from lvctx.video.reader import read_video
 from lvctx.video.sampling import VideoSampling, parse_rate
 from lvctx.vlm.feature_cache import open_frames, read_feature_cache, write_frames
+from lvctx.vlm.video_encoder import VideoEncoder
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 Row = dict[str, Any]
@@ -342,6 +344,27 @@ def test_artifacts_read_back(tmp_path: Path) -> None:
     target.write_bytes(raw[:-1])
     with pytest.raises(InputError, match="not a whole"):
         read_feature_cache(target)
+
+
+def test_errors_of_earlier_videos_are_not_kept(
+    clips: Path, tiny_tower: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would keep its traceback's frames, and the list of videos may have no end."""
+    alive: list[int] = []
+
+    def fail_all(self: VideoEncoder, videos: Any, *args: Any, **options: Any) -> Any:
+        errors = []
+        for video, row in videos:
+            error = InputError("damaged", where=video)
+            errors.append(weakref.ref(error))
+            yield video, row, error
+            del error
+            alive.append(sum(error() is not None for error in errors))
+
+    monkeypatch.setattr(VideoEncoder, "encode_all", fail_all)
+    assert run(*[clips / "text.mp4"] * 20, "--tower", tiny_tower, "-o", tmp_path)[0] == 3
+    assert len(alive) == 20
+    assert max(alive) <= 2
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any
 
 import imageio_ffmpeg
 import pytest
+from fuzz.driver import damage_video
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -129,6 +130,15 @@ def test_cut_files_are_refused(name: str, files: dict[str, bytes], tmp_path: Pat
         list(read_video(path, VideoSampling(frames=4)))
     assert ("--allow-partial" in str(e.value)) == ("moov" not in name), "only where something can be read"
     assert "encode-video" not in str(e.value)
+
+
+def test_a_header_that_ends_beyond_any_file_is_refused(tmp_path: Path) -> None:
+    """File systems have a largest offset (ext4: 16 TiB); to go beyond is an error."""
+    path = tmp_path / "long.mkv"
+    path.write_bytes(b"\x1aE\xdf\xa3\x01" + b"\xff" * 6 + bytes(100))
+    with pytest.raises(InputError) as e:
+        list(read_video(path, VideoSampling(frames=1)))
+    assert e.value.where == path
 
 
 NAMES = (
@@ -293,30 +303,13 @@ def test_any_error_of_a_decoder_is_the_videos(
                 list(read_video(path, VideoSampling(frames=2)))
 
 
-def mutants(raw: bytes, rng: random.Random) -> bytes:
-    """Bytes flipped, cut off, zeroed or doubled somewhere."""
-    content = bytearray(raw)
-    at, length = rng.randrange(len(raw)), rng.choice((1, 4, 16, 200, 1500))
-    kind = rng.randrange(4)
-    if kind == 0:
-        for _ in range(rng.choice((1, 3, 20))):
-            content[rng.randrange(len(raw))] = rng.randrange(256)
-    elif kind == 1:
-        del content[at:]
-    elif kind == 2:
-        content[at : at + length] = bytes(len(content[at : at + length]))
-    else:
-        content[at:at] = content[at : at + length]
-    return bytes(content)
-
-
 def test_damaged_videos_cost_themselves(files: dict[str, bytes], tiny_tower: Path, tmp_path: Path) -> None:
     rng = random.Random(17)
     folder = tmp_path / "mutants"
     folder.mkdir()
     for number in range(200):
         name = rng.choice(list(files))
-        (folder / f"{number:03}{Path(name).suffix}").write_bytes(mutants(files[name], rng))
+        (folder / f"{number:03}{Path(name).suffix}").write_bytes(damage_video(files[name], rng))
     videos = sorted(map(str, folder.iterdir()))
     flags = ["--tower", str(tiny_tower), "--frames", "3", "-o", str(tmp_path / "out"), "-"]
     done = CliRunner().invoke(app, ["encode-video", *flags], input="\n".join(videos))

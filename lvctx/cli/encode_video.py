@@ -64,8 +64,7 @@ def encode_video(config: EncodeVideoConfig, sampling: VideoSampling, run: RunOpt
     from lvctx.parallel.context import SHARED_WORK_TIMEOUT, open_context
     from lvctx.vlm.video_encoder import VideoEncoder
 
-    done = 0
-    failures: list[LvctxError] = []
+    done = exit_code = 0
     opened = open_context(device=config.device, cp=1, timeout=SHARED_WORK_TIMEOUT)
     with opened as parallel, progress("encode-video", "finding the vision tower") as on_progress:
         encoder = VideoEncoder.open(
@@ -88,12 +87,12 @@ def encode_video(config: EncodeVideoConfig, sampling: VideoSampling, run: RunOpt
             if isinstance(result, LvctxError):
                 say(f"lvctx: {result}")
                 emit({**row, "schema": schemas.FRAMES, "path": str(video), "error": str(result)})
-                failures.append(result)
+                exit_code = exit_code or result.exit_code  # an error kept here would keep its frames
             else:
                 emit({**row, **result}, None if run.dry_run else _one_line(video, result))
                 done += 1
-    if failures:
-        raise typer.Exit(EXIT_SAMPLES_FAILED if done else failures[0].exit_code)
+    if exit_code:
+        raise typer.Exit(EXIT_SAMPLES_FAILED if done else exit_code)
 
 
 def _one_line(video: Path, row: JsonRow) -> str:

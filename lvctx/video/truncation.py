@@ -73,7 +73,7 @@ SEGMENT, SEEK_HEAD, SEEK, SEEK_POSITION = b"\x18S\x80g", b"\x11M\x9bt", b"M\xbb"
 def _cut_matroska(f: BinaryIO, size: int) -> Truncation | None:
     try:
         _, length, at = _element(f, 0)
-        kind, length, start = _element(f, at + (length or 0))
+        kind, length, start = _element(f, min(at + (length or 0), size))
     except ValueError:
         return None
     if kind != SEGMENT or length is None or start + length <= size:

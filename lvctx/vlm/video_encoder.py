@@ -71,7 +71,6 @@ class VideoEncoder:
     def __init__(self, files: TowerFiles, config: EncoderConfig, *, device: str) -> None:
         self.files, self.config, self.device = files, config, device
         self._names: dict[str, str] = {}
-        self._hashes: dict[Path, str] = {}
         self._decoders, self._stop = Decoders(), threading.Event()
         self._turn, self._naming = threading.Lock(), threading.Lock()
         self._tower: Tower | None = None
@@ -108,12 +107,11 @@ class VideoEncoder:
 
     def provenance(self, video: Path) -> Provenance:
         """The provenance of the artifact of `video`."""
-        fingerprint = self._hashes[video] = self._hashes.get(video) or sha256_file(video)
         return Provenance(
             schema=schemas.FRAMES_HYBRID if self.hybrid else schemas.FRAMES,
             command="encode-video",
             config=self.config.facts,
-            inputs={"tower": self.files.fingerprint, "video": fingerprint},
+            inputs={"tower": self.files.fingerprint, "video": sha256_file(video)},
         )
 
     def target(self, video: Path, out: Path, fingerprint: str) -> Path:

@@ -17,6 +17,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import av
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from conftest import save_tower
@@ -58,16 +60,65 @@ def damage(raw: bytes, rng: Random) -> bytes:
     return bytes(data[: rng.randrange(len(data) + 1)] if rng.random() < 0.1 else data)
 
 
+FIELDS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 62, (1 << 64) - 1)
+VIDEOS = {"mp4": "libx264", "mkv": "libvpx", "avi": "mpeg4", "ts": "mpeg2video"}
+SAMPLING: tuple[tuple[object, ...], ...] = (
+    *(("--frames", 3), ("--fps", "native"), ("--fps", 1000, "--max-frames", 50), ("--frames", 9, "--allow-partial")),
+    *(("--frames", 3, "--decoder", "decord"),),
+)
+
+
+def damage_video(raw: bytes, rng: Random) -> bytes:
+    """Up to three times: bytes flipped, cut off, zeroed, repeated or moved, or a number of a header replaced."""
+    data = bytearray(raw)
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        at, to = rng.randrange(len(data)), rng.randrange(len(data))
+        block = data[at : at + rng.choice((1, 4, 16, 188, 1500))]
+        match rng.randrange(7):
+            case 0:
+                for _ in range(rng.choice((1, 3, 20))):
+                    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            case 1:
+                del data[max(at, 8) :]
+            case 2:
+                data[at : at + len(block)] = bytes(len(block))
+            case 3:
+                data[to:to] = block
+            case 4:
+                del data[at : at + len(block)]
+                data[to:to] = block
+            case _:  # the numbers of headers are near the beginning, and before each packet
+                width, order = rng.choice((1, 2, 4, 8)), rng.choice(("big", "little"))
+                at = min(at, rng.choice((600, 2000, len(data))))
+                data[at : at + width] = (rng.choice(FIELDS) % (1 << 8 * width)).to_bytes(width, order)
+    return bytes(data) or b"\0"
+
+
+def save_video(path: Path, codec: str) -> bytes:
+    """Eight frames of 48 x 48 pixels, a key frame every three; the content of the file."""
+    options = {"movflags": "+faststart"} if path.suffix == ".mp4" else {}
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 48, 48, "yuv420p", 3
+        for number in range(8):
+            image = np.full((48, 48, 3), 30 * number, np.uint8)
+            image[number : number + 20, 10:30] = (250, 10, 60)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image)))
+        container.mux(stream.encode(None))
+    return path.read_bytes()
+
+
 class Fuzzer:
     """The inputs that mutations begin with, in a folder, and the commands that read them."""
 
     def __init__(self, folder: Path, vlm: Path) -> None:
         self.folder, self.vlm = folder, vlm
         self.frames = (vlm / "model.safetensors").read_bytes()
+        self.videos = {name: save_video(folder / f"whole.{name}", codec) for name, codec in VIDEOS.items()}
         self.kinds: dict[str, Callable[[Random], list[object]]] = {
             **{kind: getattr(self, kind) for kind in ("safetensors", "config", "template", "recipe", "subtitles")},
             **{kind: self._rows(kind) for kind in ("json", "jsonl", "csv", "parquet")},
-            **{kind: getattr(self, kind) for kind in ("image", "responses")},
+            **{kind: getattr(self, kind) for kind in ("image", "responses", "video")},
         }
 
     def _write(self, name: str, content: bytes) -> Path:
@@ -162,6 +213,14 @@ class Fuzzer:
         path.write_bytes(damage(path.read_bytes(), rng))
         row = {"image": path.name, "conversations": [{"from": "human", "value": "<image>\nWhat?"}, TURNS[1]]}
         return self._pack(self._write("images.json", json.dumps([row]).encode()), None, "--media", self.folder)
+
+    def video(self, rng: Random) -> list[object]:
+        """Two videos of every container, damaged, in one command: its limits are those of all."""
+        files = []
+        for number, (name, whole) in enumerate([*self.videos.items()] * 2):
+            files.append(self._write(f"videos/{number}.{name}", damage_video(whole, rng)))
+        shutil.rmtree(self.folder / "frames", ignore_errors=True)
+        return ["encode-video", *files, "--model", self.vlm, *rng.choice(SAMPLING), "-o", self.folder / "frames"]
 
 
 def fuzz(fuzzer: Fuzzer, kind: str, seeds: range) -> list[str]:

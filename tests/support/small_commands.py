@@ -45,8 +45,22 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "export hf": ("export", "vlm", "--to", "hf"),
     "export llava": ("export", "vlm", "--to", "llava"),
     "niah haystack": ("niah", "haystack", "--frames", "4", "--side", "32"),
+    "niah video": (
+        *("niah", "video", "--model", "vlm", "--haystack", "clips/a.mp4", "--feature-cache", "features"),
+        *("--lengths", "2", "--depths", "0,1", "--trials", "2"),
+    ),
+    "bench run": (
+        *("bench", "nextqa", "run", "--model", "vlm", "--videos", "clips", "--questions", "nextqa.csv"),
+        *("--frames", "2", "--max-new-tokens", "2"),
+    ),
+    "import-longva": ("import-longva", "llava"),
+    "perplexity": ("perplexity", "lm", "--data", "rows", "--rows", "2"),
+    "niah report": ("niah", "report", "all_accuracies.json"),
+    "report": ("report", "responses.json"),
 }
 """Name -> arguments, but for `-o`; run them in the folder that `prepare` filled."""
+NAMES = {"perplexity": "x.png", "niah report": "x.png", "report": "x.html"}
+"""Names of outputs that need a suffix; the others are `x`."""
 
 
 def prepare(folder: Path, lm: Path, tower: Path, vlm: Path, essays: Path) -> None:
@@ -65,7 +79,14 @@ def prepare(folder: Path, lm: Path, tower: Path, vlm: Path, essays: Path) -> Non
         source = ["-f", "lavfi", "-i", "testsrc2=s=48x48:r=10:d=2", "-c:v", "libx264", "-pix_fmt", "yuv420p"]
         target = folder / "clips" / f"{name}.mp4"
         subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, target], check=True)
-    for name, out in (("pack-text", "rows"), ("pack-chat", "chat")):
+    accuracies = [{"Num. Frame": 200 * n, "Frame Depth": 50 * d, "Score": d / 2} for n in (1, 2) for d in (0, 1, 2)]
+    (folder / "all_accuracies.json").write_text(json.dumps(accuracies))
+    asked = {"question_id": "1-1", "question": "Why?", "options": ["A. a", "B. b"], "answer": "A", "response": "A"}
+    video = {"video_id": "1", "duration": "short", "domain": "x", "sub_category": "y", "questions": [asked]}
+    (folder / "responses.json").write_text(json.dumps([video]))
+    header, row = (DATA / "nextqa.csv").read_text().splitlines()[:2]
+    (folder / "nextqa.csv").write_text(f"{header}\n{row}\n")
+    for name, out in (("pack-text", "rows"), ("pack-chat", "chat"), ("export llava", "llava")):
         done = lvctx(folder, *COMMANDS[name], "-o", out)
         assert done.returncode == 0, done.stderr
 
@@ -87,7 +108,8 @@ def lvctx(folder: Path, *args: object, **env: str) -> subprocess.CompletedProces
 def contents(out: Path) -> dict[str, bytes]:
     """All files but the logs of trainings and results, which hold the clock."""
     logs = ("metrics.jsonl", "results.jsonl")
-    files = (path for path in sorted(out.rglob("*")) if path.is_file() and path.name not in logs)
+    paths = [out] if out.is_file() else sorted(out.rglob("*"))
+    files = (path for path in paths if path.is_file() and path.name not in logs)
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in files}
 
 
