@@ -5,6 +5,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 from support.small_commands import COMMANDS, NAMES, contents, logged, lvctx, start
+
+from lvctx.artifacts.lock import only_writer
 
 pytestmark = pytest.mark.nano
 
@@ -135,6 +138,23 @@ def kill_often(name: str, kills: int, folder: Path, whole: Path, out: Path) -> N
 def test_killed_twice(name: str, small_inputs: Path, undisturbed: Callable[[str], Path], tmp_path: Path) -> None:
     """Trainings are in test_resume.py."""
     kill_often(name, 2, small_inputs, undisturbed(name), tmp_path / NAMES.get(name, "x"))
+
+
+@pytest.mark.parametrize("name", ["extend-lm", "export llava"])
+def test_killed_after_its_manifest_was_written(
+    name: str, small_inputs: Path, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """What such a process did not remove, the same command does, unless another one is writing there."""
+    out = Path(shutil.copytree(undisturbed(name), tmp_path / "x"))
+    (out / "checkpoint" / "step-00000004").mkdir(parents=True)
+    for left in (".lock", ".started.json", "checkpoint/step-00000004/MANIFEST.json"):
+        (out / left).write_text("")
+    with only_writer(out):
+        assert lvctx(small_inputs, *COMMANDS[name], "-o", out).returncode == 0
+        assert (out / "checkpoint").exists()
+    (out / ".lock").write_text("")
+    assert lvctx(small_inputs, *COMMANDS[name], "-o", out).returncode == 0
+    check_equal(out, undisturbed(name))
 
 
 @pytest.mark.kill

@@ -6,6 +6,7 @@ last, so a directory without one is unfinished. No wall-clock time and no host n
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from lvctx import __version__
-from lvctx.artifacts.lock import only_writer
+from lvctx.artifacts.lock import LOCK, only_writer
 from lvctx.artifacts.store import read_json, read_safetensors_header, read_sha256, sha256_file, write_json
 from lvctx.errors import InputError
 
 MANIFEST, VERIFIED = "MANIFEST.json", ".verified.json"
+STARTED, CHECKPOINTS = ".started.json", "checkpoint"
+"""What only an unfinished output has: the identity of its run, and a training's checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +175,7 @@ def is_finished(target: Path, provenance: Provenance, *, resume: str = "auto", f
         raise InputError("is finished already", where=target, fix="drop --resume never, or --force to redo it")
     if target.is_dir():
         check_sizes(target)
+        _remove_leftovers(target)
     return True
 
 
@@ -187,6 +191,15 @@ def open_output(out: Path, provenance: Provenance, *, resume: str = "auto", forc
     with only_writer(out):
         # Another process may have finished it between the first look and the lock.
         yield not is_finished(out, provenance, resume=resume, force=force)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove from a finished output what a process that was killed right after writing the manifest has left."""
+    if not any((out / name).exists() for name in (LOCK, STARTED, CHECKPOINTS)):
+        return
+    with suppress(InputError), only_writer(out):  # another process is writing, or the disk is read-only
+        (out / STARTED).unlink(missing_ok=True)
+        shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

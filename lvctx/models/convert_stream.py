@@ -5,15 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts.lock import LOCK
-from lvctx.artifacts.manifest import MANIFEST, Provenance, listed_files, open_output, write_manifest
+from lvctx.artifacts.manifest import MANIFEST, STARTED, Provenance, listed_files, open_output, write_manifest
 from lvctx.artifacts.store import read_json, write_json
 from lvctx.artifacts.weights import Weight, write_weights
 from lvctx.config import OnProgress
 from lvctx.errors import InputError
 from lvctx.models.saving import model_files
-
-STARTED = ".started.json"
-"""Written first: identifies the run of an unfinished output."""
 
 
 def write_converted(

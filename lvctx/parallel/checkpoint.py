@@ -22,14 +22,21 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from lvctx.artifacts.manifest import MANIFEST, Provenance, differences, read_manifest, verify_files, write_manifest
+from lvctx.artifacts.manifest import (
+    CHECKPOINTS,
+    MANIFEST,
+    Provenance,
+    differences,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
 from lvctx.artifacts.store import disk_error, fsync_directory, is_disk_error
 from lvctx.errors import InputError
 from lvctx.parallel.context import ParallelContext
 
 log = logging.getLogger(__name__)
 
-FOLDER = "checkpoint"
 FILE_BYTES = 1 << 28
 """Approximate size of a rank's file. Each is serialized in memory before it is written."""
 # DCP warns about a single process, also from its writing thread; a single process is supported here.
@@ -46,7 +53,7 @@ class Checkpoints:
 
         Raises InputError for the checkpoint of another run, and where all checkpoints are damaged.
         """
-        self.folder, self.run, self.world = out / FOLDER, run, world
+        self.folder, self.run, self.world = out / CHECKPOINTS, run, world
         self._pending: tuple[int, Future[Any]] | None = None
         newest = None
         if world.rank == 0:
@@ -180,4 +187,4 @@ def _exception(cause: Any) -> BaseException | None:
 
 def remove(out: Path) -> None:
     """Delete the checkpoints of a finished run."""
-    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
