@@ -29,7 +29,8 @@ def checkpoint_layers(decoder: Any, recomputation: Recomputation, *, offload: bo
     The last `recomputation.kept_layers` keep their activations: the backward pass begins with them, so theirs are free
     again when it reaches the others. `offload` keeps the other layers' inputs in host memory until then.
     """
-    _map_large_blocks()
+    if recomputation.kept_layers < len(decoder.layers):
+        _map_large_blocks()
     # Renamed in transformers 5.2x; both recompute layer by layer without reentrance.
     enable = getattr(decoder, "activation_checkpointing_enable", decoder.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
