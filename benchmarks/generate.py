@@ -37,7 +37,12 @@ def language_model(path: Path, arguments: argparse.Namespace) -> tuple[Any, Gene
     ours, stock = load_model(path, **options), load_model(path, **options)
     ids = np.random.default_rng(0).integers(1000, 10_000, arguments.prompt)
     scorer = PrefixScorer(ours, reuse=False)
-    return ours, lambda count: scorer.generate(ids, count, ()), stock_of(stock, torch.from_numpy(ids)[None]), len(ids)
+    return (
+        ours,
+        lambda count: scorer.decode([scorer.prefill(ids, count, ())])[0],
+        stock_of(stock, torch.from_numpy(ids)[None]),
+        len(ids),
+    )
 
 
 def qwen_vl(path: Path, arguments: argparse.Namespace) -> tuple[Any, Generate, Generate, int]:
@@ -62,7 +67,7 @@ def qwen_vl(path: Path, arguments: argparse.Namespace) -> tuple[Any, Generate, G
     inputs = {name: value.to(arguments.device) for name, value in vlm.processor([image], return_tensors="pt").items()}
     inputs["mm_token_type_ids"] = torch.from_numpy(is_visual.astype(np.int64))[None].to(arguments.device)
     stock = load_model(path, dtype=dtype, device=arguments.device)
-    ours = lambda count: engine.scorer.generate(ids, count, ())  # noqa: E731
+    ours = lambda count: engine.scorer.decode([engine.scorer.prefill(ids, count, ())])[0]  # noqa: E731
     return engine.model, ours, stock_of(stock, stock_ids, **inputs), len(ids)
 
 

@@ -68,7 +68,7 @@ class Bench:
         self.engine.scorer.reuse = reuse
         self.engine.set_visual_input(self.visual_input())
         prompts = [self.engine.prompt_ids([text]) for text in self.texts[:questions]]
-        return [self.engine.generate(ids, self.reply) for ids in prompts]
+        return [self.engine.finish([self.engine.start(ids, self.reply)])[0] for ids in prompts]
 
     def visual_input(self) -> VisualInput:
         """The features as a video."""

@@ -109,8 +109,11 @@ def check_any_order(world: ParallelContext) -> None:
                 assert ours.generated == PrefixScorer(copy.deepcopy(stock)).score(ids, 2, generate=3).generated
     ids = rng.integers(0, 40, 19)
     together, alone = PrefixScorer(model, chunk=4, ring=world.ring), PrefixScorer(copy.deepcopy(stock))
-    assert together.generate(ids, 6, set()) == alone.generate(ids, 6, set())
-    assert together.generate(ids[:11], 6, set()) == alone.generate(ids[:11], 6, set())
+    assert together.decode([together.prefill(ids, 6, set())])[0] == alone.decode([alone.prefill(ids, 6, set())])[0]
+    assert (
+        together.decode([together.prefill(ids[:11], 6, set())])[0]
+        == alone.decode([alone.prefill(ids[:11], 6, set())])[0]
+    )
 
 
 def read(job: NiahJob, out: Path, world: ParallelContext) -> None:

@@ -103,7 +103,7 @@ def test_a_token_is_drawn_by_the_probabilities_of_stock_generate(
     params = params_of(vlm)
     expected = stock_configured(stock, vlm, max_new_tokens=1).scores[0][0].softmax(0)
     ids, logits = engine.prompt_ids([QUESTION]), list[torch.Tensor]()
-    engine.generate(ids, 1, choose=lambda logits_V: logits.append(logits_V) or 0)  # type: ignore[func-returns-value]
+    engine.finish([engine.start(ids, 1, choose=lambda logits_V: logits.append(logits_V) or 0)])[0]  # type: ignore[func-returns-value]
     text = ids[ids < engine.vlm.vocabulary].tolist()
     draws = 2000
     drawn_tokens = Counter(

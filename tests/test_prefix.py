@@ -217,7 +217,7 @@ def test_a_generated_token_needs_no_pass_over_the_prompt_and_one_kernel_call_a_l
     expected = stock.generate(torch.from_numpy(ids)[None], max_new_tokens=9, do_sample=False, eos_token_id=None)
     monkeypatch.setattr(striped_attention, "choose_kernel", lambda *of: Counting())
     scorer = PrefixScorer(small_model("llama", 100), positions=positions, chunk=16)
-    assert scorer.generate(ids, 9, ()) == expected[0, 40:].tolist()
+    assert scorer.decode([scorer.prefill(ids, 9, ())])[0] == expected[0, 40:].tolist()
     assert len(passes) == 3 + 1
     assert len(calls) == 2 * (1 + 2 + 2 + 8)
 
@@ -230,3 +230,16 @@ def test_a_model_with_another_state_than_keys_and_values_is_refused() -> None:
     with pytest.raises(InputError) as refused:
         PrefixScorer(AutoModelForCausalLM.from_config(config))
     assert "linear_attention" in refused.value.what
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed"), [("cohere", {"logit_scale": 0.5}), ("granite", {"logits_scaling": 8.0}), ("gemma2", {})]
+)
+def test_a_model_that_changes_its_heads_logits_is_refused(kind: str, changed: dict[str, Any]) -> None:
+    """Only its head is used here, so log-probabilities would not be the model's."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, num_attention_heads=2, num_key_value_heads=1, **sizes, **changed)
+    with pytest.raises(InputError):
+        PrefixScorer(AutoModelForCausalLM.from_config(config))

@@ -86,11 +86,11 @@ def test_a_video_is_read_once_for_all_questions(kind: str, options: dict[str, An
         assert torch.equal(engine.scorer.positions(ids, 0)[:, 0], found)
         assert engine.last_position(ids) == after - 1
         stock = greedy(engine.model, Prompt(ids=plain, positions=found, pixels=seen), 4)
-        assert engine.generate(ids, 4) == stock
+        assert engine.finish([engine.start(ids, 4)])[0] == stock
     assert engine.scorer.tokens_run < len(prompts[0]) + 3 * 70
     engine.context = after + 3
     with pytest.raises(InputError, match=rf"{after} positions and 4 to generate exceed.*mrope-extend"):
-        engine.generate(prompts[2], 4)
+        engine.finish([engine.start(prompts[2], 4)])[0]
 
 
 def test_images_are_separate_items(saved: dict[str, Path]) -> None:
@@ -119,7 +119,7 @@ def test_images_are_separate_items(saved: dict[str, Path]) -> None:
         ).logits
         ours = forward(engine.model, Prompt(ids=plain, positions=found, pixels=grids)).logits
     assert torch.allclose(ours, stock, atol=1e-4)
-    assert engine.generate(ids, 1) == [int(stock[0, -1].argmax())]
+    assert engine.finish([engine.start(ids, 1)])[0] == [int(stock[0, -1].argmax())]
 
 
 def test_placeholders_in_a_question_are_text(saved: dict[str, Path]) -> None:
@@ -181,7 +181,7 @@ def test_qwen3_writes_times_as_the_stock_processor_does(kind: str, hybrid: Hybri
         ).logits[0]
     answer = np.append(ids, [5])
     assert engine.scorer.score(answer, 1).log_prob == pytest.approx(float(stock[-1].log_softmax(0)[5]), abs=1e-3)
-    assert engine.generate(ids, 1) == [int(stock[-1].argmax())]
+    assert engine.finish([engine.start(ids, 1)])[0] == [int(stock[-1].argmax())]
 
 
 @pytest.mark.nano

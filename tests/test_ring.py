@@ -338,3 +338,12 @@ def test_a_sliding_window_is_refused() -> None:
 def test_a_run_of_one_refuses_context_parallelism() -> None:
     with pytest.raises(UsageError, match=r"--cp 2 does not divide the run's 1 process;.*torchrun"):
         make_context(device="cpu", cp=2)
+
+
+def test_a_window_that_reaches_the_mask_alone_is_refused() -> None:
+    """Qwen2-MoE's attention is not told of the window, and without a mask it would attend to everything."""
+    windows = {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["sliding_attention"] * 2}
+    lm = tiny_model("qwen2_moe", num_hidden_layers=2, **windows)
+    hf_attention.use(lm, where="model")
+    with pytest.raises(InputError):
+        lm(input_ids=torch.zeros(1, 40, dtype=torch.int64), use_cache=False)

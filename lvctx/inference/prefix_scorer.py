@@ -24,7 +24,7 @@ from lvctx.cost import CostMeter
 from lvctx.errors import InputError
 from lvctx.inference.continuation import CachedSequences, Continuation
 from lvctx.inference.kv_cache import CachePlacement, empty_cache, join_caches
-from lvctx.models.loading import device_of, stateful_layers
+from lvctx.models.loading import device_of, refuse_changed_logits, stateful_layers
 from lvctx.parallel.hf_attention import is_plain
 from lvctx.parallel.ring_attention import ALONE, Ring
 from lvctx.parallel.striped_attention import Stripe, last_rows, needs_no_mask, owned_count, prepare
@@ -73,11 +73,14 @@ class PrefixScorer:
         every sequence; `kv_cache` is the placement of the cache (see `inference.kv_cache`), `positions` the model's.
         The ranks of a `ring` process every sequence together, each with its share of the cache and all of the weights:
         they must make the same calls, and all get the same scores. `meter` is told how long prompts and replies take.
-        Raises InputError for a model with layers that keep another state than keys and values.
+        Raises InputError for a model with layers that keep another state than keys and values, and for a text model
+        that changes its head's logits.
         """
         if stateful := stateful_layers(model.config):
             what = f"layers of {', '.join(sorted(stateful))}: their state cannot be cut back to a shared prefix"
             raise InputError(what, where=model.name_or_path, fix="serve the model and give --endpoint")
+        if model.config.get_text_config() is model.config:  # stock VLMs leave their language model's scale out
+            refuse_changed_logits(model.config, model.name_or_path)
         self.lm = model.get_decoder()
         self.head, self.embedding = model.lm_head, model.get_input_embeddings()
         self.visual_RE, self.chunk, self.reuse, self.kv_cache = visual_RE, chunk, reuse, kv_cache
@@ -131,21 +134,6 @@ class PrefixScorer:
             part = ids_L[first : first + self.chunk]
             yield first, self._run(self._prefix, part[None], keep=len(part))[0]
 
-    def generate(
-        self,
-        ids_L: np.ndarray,
-        count: int,
-        stop: Collection[int],
-        on_token: Callable[[int], bool | None] = lambda token: None,
-        choose: Callable[[Tensor], int] = greedy_token,
-    ) -> list[int]:
-        """The continuation of a prompt: at most `count` ids, up to and without the first of `stop`.
-
-        The cache keeps the prompt and the continuation, so a prompt that begins with both reuses them.
-        For `on_token` and `choose` see `Continuation`.
-        """
-        return self.decode([self.prefill(ids_L, count, stop, on_token, choose)])[0]
-
     @torch.inference_mode()
     def prefill(
         self,
@@ -155,7 +143,11 @@ class PrefixScorer:
         on_token: Callable[[int], bool | None] = lambda token: None,
         choose: Callable[[Tensor], int] = greedy_token,
     ) -> Continuation:
-        """Compute a prompt for `decode`; see `generate`."""
+        """Compute a prompt for `decode`, which then gives at most `count` ids, up to and without the first of `stop`.
+
+        The cache keeps the prompt and what is generated, so a prompt that begins with both reuses them.
+        For `on_token` and `choose` see `Continuation`.
+        """
         try:
             with self.meter.phase("prefill"):
                 hidden_1E = self._run_prompt(ids_L, keep=1)

@@ -254,18 +254,6 @@ class TransformersEngine:
                 cut=one.budget.is_spent,
             )
 
-    def generate(
-        self,
-        ids_L: np.ndarray,
-        count: int,
-        on_token: Callable[[int], bool | None] = lambda token: None,
-        *,
-        choose: Callable[[Tensor], int] = greedy_token,
-        reasoning: int = 0,
-    ) -> list[int]:
-        """Ids of one reply, see `start` and `finish`."""
-        return self.finish([self.start(ids_L, count, on_token, choose=choose, reasoning=reasoning)])[0]
-
     def start(
         self,
         ids_L: np.ndarray,
@@ -277,7 +265,7 @@ class TransformersEngine:
     ) -> Any:
         """Compute a prompt whose reply has at most `count` ids, and so many of `reasoning` as the context allows.
 
-        See `PrefixScorer.generate`. Raises InputError where prompt and reply exceed the model's context.
+        See `PrefixScorer.prefill`. Raises InputError where prompt and reply exceed the model's context.
         """
         needed = self.last_position(ids_L) + 1
         self.check_context(needed, len(ids_L), count)

@@ -140,6 +140,13 @@ def stateful_layers(config: Any) -> set[str]:
     return {str(kind) for kind in kinds} - {"full_attention", "sliding_attention", "chunked_attention"}
 
 
+def refuse_changed_logits(config: Any, where: object) -> None:
+    """Raise InputError for a text model that caps or scales the logits of its output head, which is used alone here."""
+    for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):  # Gemma 2, Cohere, Granite
+        if getattr(config, key, None) not in (None, 1):
+            raise InputError(f"its logits are changed by {key}, which is not supported", where=where)
+
+
 def effective_dtype(config: Any, dtype: str) -> str:
     """Name of the weights' data type in memory; it stays `auto` if config.json does not name one."""
     return str(config.dtype or dtype).removeprefix("torch.") if dtype == "auto" else dtype

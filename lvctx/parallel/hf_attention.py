@@ -108,6 +108,11 @@ def _attend(
     if torch.is_autocast_enabled(device):
         # Under autocast RoPE returns float32 queries and keys; autocast casts torch's own attention, not this one.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    kinds = getattr(module.config, "layer_types", None)
+    if sliding_window is None and kinds and kinds[module.layer_idx] == "sliding_attention":
+        # Its class gives the window to the mask only, and there is none here.
+        what = f"attention of {module.config.model_type} does not pass its sliding window on"
+        raise InputError(what, where=module.config.name_or_path, fix="use other models only")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     shard = shard or Shard()
     if shard.ring.world == 1 or shard.ring.kind == "ulysses":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lvctx.errors import InputError
+from lvctx.models.loading import refuse_changed_logits
 from lvctx.models.loss import IGNORED, shift_labels, token_loss
 from lvctx.parallel.context import ParallelContext
 from lvctx.parallel.fsdp import keep_in_graph
@@ -24,9 +24,7 @@ class RowLoss(nn.Module):
     def __init__(self, lm: Any) -> None:
         super().__init__()
         text = lm.config.get_text_config()
-        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):  # Gemma 3n, Cohere, Granite
-            if getattr(text, key, None) not in (None, 1):
-                raise InputError(f"its logits are changed by {key}, which training leaves out", where=text.name_or_path)
+        refuse_changed_logits(text, text.name_or_path)
         self.lm = lm
 
     def forward(self, ids: Tensor, labels: Tensor, positions: Tensor, **attention: Any) -> tuple[Tensor, int]:

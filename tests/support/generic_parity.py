@@ -157,7 +157,7 @@ def differences(engine: Any, model: Any, inputs: Any, is_placeholder: Callable[[
         "same_ids": same_ids,
         "error": error,
         "same_reply": [t for t in generated if t not in engine.stop_ids]
-        == engine.generate(engine.prompt_ids([QUESTION]), 6),
+        == engine.finish([engine.start(engine.prompt_ids([QUESTION]), 6)])[0],
         "placeholders": int(placeholders.sum()),
     }
 
