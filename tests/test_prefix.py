@@ -238,8 +238,6 @@ def test_a_model_with_another_state_than_keys_and_values_is_refused() -> None:
 def test_a_model_that_changes_its_heads_logits_is_refused(kind: str, changed: dict[str, Any]) -> None:
     """Only its head is used here, so log-probabilities would not be the model's."""
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config = AutoConfig.for_model(kind, num_attention_heads=2, num_key_value_heads=1, **sizes, **changed)
     with pytest.raises(InputError):
         PrefixScorer(AutoModelForCausalLM.from_config(config))
