@@ -67,7 +67,7 @@ class EngineConfig(VideoDeviceConfig):
     device_map: Annotated[DeviceMap | None, Flag(parse=parse_device_map, metavar="MAP")] = None
     """Spread the model over devices with accelerate: auto, balanced, sequential, or a JSON file of module: device."""
     batch: Annotated[int, Flag(min=1)] = 1
-    """Generate so many replies together, also of different videos: faster, with the memory of as many KV caches."""
+    """Replies that are generated together, also about different videos: faster, but each needs a KV cache in memory."""
 
     def __post_init__(self) -> None:
         if self.device_map is not None and self.cp > 1:

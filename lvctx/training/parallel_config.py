@@ -28,14 +28,14 @@ class ParallelConfig:
     cp: Annotated[int, Flag(min=1)] = 1
     """Processes that share a row (context parallelism); start them with torchrun."""
     cp_kind: CpKind = "ring"
-    """How these processes attend: ring (zigzag ring attention), or ulysses (all-to-all over attention heads; --cp must
-    divide their number), which also takes models with sliding windows."""
+    """How these processes compute attention: ring (zigzag ring attention), or ulysses (all-to-all over attention
+    heads; --cp must divide their number), which also takes models with sliding windows."""
     offload: bool = False
     """Keep parameters and optimizer state in host memory."""
     checkpoint_activations: Checkpointing = "auto"
-    """Activations that the backward pass recomputes: none; those of all layers (less memory, a third more time); or
-    tiles: the same, with a layer's MLP computed for 4,096 tokens at a time. auto: in extend-lm the least for which the
-    memory is predicted to suffice (see lvctx plan), elsewhere layers."""
+    """What the backward pass recomputes. none: nothing. layers: every layer (less memory, a third more time). tiles:
+    every layer, and its MLP for 4,096 tokens at a time (least memory). auto: in extend-lm as few layers as the memory
+    predicted by lvctx plan allows, elsewhere layers."""
     offload_activations: bool = False
     """Keep the inputs of the layers in host memory between forward and backward pass."""
     micro_tokens: Annotated[int | None, Flag(min=1)] = None

@@ -34,7 +34,7 @@ class PlanConfig:
     cp: Annotated[int, Flag(min=1)] = 1
     """Devices that share a row (context parallelism)."""
     cp_kind: CpKind = "ring"
-    """How they attend, as in extend-lm: ring or ulysses."""
+    """How they compute attention, as in extend-lm: ring or ulysses."""
     batch_tokens: Annotated[int, Flag(min=1)] = 1_000_000
     """Tokens per step over all devices, rounded down to whole rows, at least one."""
     micro_tokens: Annotated[int, Flag(min=1)] = 4096
@@ -44,8 +44,8 @@ class PlanConfig:
     lora: Annotated[int, Flag(min=0)] = 0
     """Rank of LoRA on the attention projections; 0 trains all parameters."""
     checkpoint_activations: Checkpointing = "auto"
-    """Activations that the backward pass recomputes: none; those of all layers; or tiles: the same, with a layer's MLP
-    computed for 4,096 tokens at a time. auto: the least that fits."""
+    """What the backward pass recomputes. none: nothing. layers: every layer. tiles: every layer, and its MLP for 4,096
+    tokens at a time. auto: as little as fits."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the matrix products."""
     offload: bool = False

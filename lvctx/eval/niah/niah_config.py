@@ -138,12 +138,12 @@ class VideoNiahConfig(NiahConfig):
     """Needle images: drawn, a folder with images and one .jsonl, LongVA's dataset.json, or a dataset such as
     lmms-lab/v_niah_needles."""
     question: NeedleQuestion = "what"
-    """Question: what the needle shows, when it is shown, how many needles there are, in which order, what is found by
-    going from needle to needle (hops), or which code is written on it (code).
+    """Question: what the needle shows, when it is shown, how many needles there are, in which order, what a needle
+    shows that other needles lead to (hops), or which code a needle shows (code).
     """
     count: Annotated[int, Flag(min=1, max=6)] = 1
-    """Drawn needles of a trial. One of them is asked about (what, code), or all are (order), or so many or fewer
-    (count), or one that is found through half of the others (hops).
+    """Drawn needles of a trial. what and code ask about one of them, order about all, count how many there are (from 1
+    to this number), and hops about one that half of the others lead to.
     """
     needle_frames: Annotated[int, Flag(min=1, max=64)] = 1
     """Frames of a needle: a short clip of a drawn shape that moves; an image of a folder is repeated."""
