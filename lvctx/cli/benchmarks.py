@@ -13,6 +13,7 @@ from lvctx.cli.endpoint import open_endpoint, refuse_unused_options
 from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
 from lvctx.cli.output import emit, is_quiet, progress, say, wants_json
 from lvctx.cli.protocols import protocol_facts, protocol_presets
+from lvctx.cli.tables import open_console
 from lvctx.config import Flag
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
 from lvctx.eval.benchmarks.benchmark_list import BENCHMARKS, load_benchmark
@@ -125,7 +126,6 @@ for _name, _info in BENCHMARKS.items():
 @command("bench list", "lvctx bench list", "lvctx bench list --json")
 def list_benchmarks(output: OutputOptions) -> None:
     """List the benchmarks with the size, licence and dataset id of their questions."""
-    from rich.console import Console
     from rich.table import Table
 
     from lvctx.artifacts.schemas import BENCHMARK
@@ -137,7 +137,7 @@ def list_benchmarks(output: OutputOptions) -> None:
         videos = "" if info.videos is None else f"{info.videos:,}"
         table.add_row(name, info.title, f"{info.questions:,}", videos, info.license, info.dataset)
     if not wants_json():
-        Console().print(table)
+        open_console().print(table)
 
 
 def _check_options(

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from lvctx.cli.endpoint import open_endpoint, refuse_unused_options
-from lvctx.cli.needle_tables import Threshold, print_tables
 from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
 from lvctx.cli.output import emit, is_quiet, progress, say, wants_json
+from lvctx.cli.tables import Threshold, print_needle_tables
 from lvctx.config import Flag, refuse_options
 from lvctx.errors import EXIT_SAMPLES_FAILED
 from lvctx.eval.niah.haystack_config import HaystackConfig
@@ -165,7 +165,7 @@ def _run(
         if config.rope:
             draw_heatmaps(results, run.out / "heatmap.png", threshold=run.threshold)
         if not (is_quiet() and wants_json()):
-            print_tables(results, threshold=run.threshold, stderr=wants_json())
+            print_needle_tables(results, threshold=run.threshold, stderr=wants_json())
     if failed:
         raise typer.Exit(EXIT_SAMPLES_FAILED)
 
@@ -195,7 +195,7 @@ def _run_endpoint(name: str, job: "EndpointNiahJob", run: NiahRunOptions) -> Non
     if cut:
         say(f"lvctx: {cut:,} wrong replies were cut at the largest number of tokens")
     if not (is_quiet() and wants_json()):
-        print_tables([read_needle_results(run.out)], threshold=run.threshold, stderr=wants_json())
+        print_needle_tables([read_needle_results(run.out)], threshold=run.threshold, stderr=wants_json())
     if errors:
         raise typer.Exit(EXIT_SAMPLES_FAILED)
 

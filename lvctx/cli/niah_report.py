@@ -7,11 +7,9 @@ from typing import Annotated
 import typer
 
 import lvctx.cli.niah  # noqa: F401 (declares the group and its other commands)
-from lvctx.cli.bench_score import Detect, print_difference
-from lvctx.cli.costs import print_costs, run_costs
-from lvctx.cli.needle_tables import Threshold, print_tables
 from lvctx.cli.options import OutputOptions, command, given
 from lvctx.cli.output import emit, wants_json
+from lvctx.cli.tables import Detect, Threshold, print_costs, print_needle_tables, report_difference, run_costs
 from lvctx.config import Flag
 from lvctx.errors import UsageError
 
@@ -66,7 +64,7 @@ def report(ctx: typer.Context, config: ReportConfig, output: OutputOptions) -> N
     else:
         draw_heatmaps(results, out, threshold=threshold)
     if not wants_json():
-        print_tables(results, threshold=threshold, stderr=False)
+        print_needle_tables(results, threshold=threshold, stderr=False)
     for run, result in zip(config.runs, results, strict=True):
         if wants_json():
             emit({**result.to_dict(threshold), **run_costs(run)})
@@ -79,16 +77,11 @@ def report(ctx: typer.Context, config: ReportConfig, output: OutputOptions) -> N
 def _compare(config: ReportConfig) -> None:
     """Print or emit the paired difference of two runs that have cells in common."""
     from lvctx.artifacts.result_log import read_results
-    from lvctx.artifacts.schemas import SCORE
     from lvctx.eval.niah.compare import compare_needles, comparison_warnings
 
     a, b = (list(read_results(run).values()) for run in config.runs)
     differences = compare_needles(a, b, detect=config.detect / 100)
-    if not differences:
-        return
-    first, second = (str(run) for run in config.runs)
-    versus, warnings = {name: vars(e) for name, e in differences.items()}, comparison_warnings(a, b, differences)
-    if wants_json():
-        emit({"schema": SCORE, "first": first, "second": second, "warnings": warnings, "difference": versus})
-    else:
-        print_difference(first, second, versus, "; ".join(warnings), detect=config.detect, group="length", unit="cells")
+    if differences:
+        versus, warnings = {name: vars(e) for name, e in differences.items()}, comparison_warnings(a, b, differences)
+        names = [str(run) for run in config.runs]
+        report_difference(names, versus, warnings, detect=config.detect, group="length", unit="cells")

@@ -143,18 +143,3 @@ def progress(label: str, note: str = "starting") -> Iterator[OnProgress]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=None, note=note)
         yield lambda done, total, note: bar.update(task, completed=done, total=total or None, note=note)
-
-
-def percent(value: float | None) -> str:
-    """`61.2`, or a dash if nothing was counted."""
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def interval(e: dict[str, Any]) -> str:
-    """`58.9 to 63.5`, or a dash."""
-    return "–" if e["low"] is None else f"{100 * e['low']:.1f} to {100 * e['high']:.1f}"
-
-
-def estimate(e: dict[str, Any]) -> str:
-    """`61.2 (58.9 to 63.5; n 2,700)`."""
-    return f"{percent(e['mean'])} ({interval(e)}; n {e['counted']:,})"

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from lvctx.cli.options import OutputOptions, command
 from lvctx.cli.output import emit, progress
+from lvctx.cli.tables import Threshold
 from lvctx.config import Flag
 from lvctx.errors import UsageError
 
@@ -21,7 +22,7 @@ class HtmlReportConfig:
     """The page: .html."""
     thumbnails: Annotated[int, Flag(min=0, max=16)] = 4
     """Images of each video, where its file can still be read; 0 for none. A report has at most 1,200 images."""
-    threshold: Annotated[float, Flag(min=0, max=1)] = 0.9
+    threshold: Threshold = 0.9
     """Minimum accuracy of a length for the effective length."""
 
 
