@@ -18,7 +18,7 @@ from lvctx.cli.output import emit, is_quiet, is_rank_zero, progress, say, wants_
 from lvctx.config import Flag
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
 from lvctx.inference.endpoint_config import VideoEndpointConfig
-from lvctx.inference.engine_config import FEATURE_CACHE, EngineConfig
+from lvctx.inference.engine_config import EngineConfig
 from lvctx.inference.sampling_params import SamplingParams
 from lvctx.video.sampling import VideoSampling
 
@@ -120,12 +120,9 @@ def _engine(
         endpoint.identity(sampling, images=False)
         endpoint.check()
         return endpoint
-    from lvctx.inference.open_engine import check_options, open_engine
-    from lvctx.vlm.registry import open_vlm
+    from lvctx.inference.open_engine import open_checked_vlm, open_engine
 
-    cache = (engine.feature_cache or FEATURE_CACHE).expanduser()
-    vlm = open_vlm(config.model, device=parallel.device, feature_cache=cache)
-    check_options(vlm, set_by_user)
+    vlm = open_checked_vlm(config.model, parallel.device, engine.features_folder, set_by_user)
     vlm.resolve(sampling)
     return open_engine(vlm, replace(engine, device=parallel.device), ring=parallel.ring)
 
