@@ -13,6 +13,7 @@ from typing import Any
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from support.refusals import refused
 
 from lvctx.errors import InputError
 from lvctx.video.decode_worker import DecodeRequest, Decoders
@@ -124,7 +125,7 @@ def test_missing_frames_are_counted_and_left_out(videos: dict[str, Path], tmp_pa
         damaged[at : at + 40] = bytes(40)
     path = tmp_path / "damaged.mp4"
     path.write_bytes(damaged)
-    with pytest.raises(InputError, match="damaged or missing"):
+    with refused(InputError, "damaged.mp4"):
         list(read_video(path, VideoSampling(fps="native")))
     reader = read_video(path, VideoSampling(fps="native", allow_partial=True))
     frames = list(reader)
@@ -140,7 +141,7 @@ def test_cut_files(videos: dict[str, Path], tmp_path: Path) -> None:
     for path in (old, videos["short_gops.mkv"]):
         cut = tmp_path / f"cut{path.suffix}"
         cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2 + 1])
-        with pytest.raises(InputError, match="cut short"):
+        with refused(InputError, cut.name):
             list(read_video(cut, VideoSampling(fps=1)))
         partial = read_video(cut, VideoSampling(fps=1, allow_partial=True))
         assert len(list(partial)) >= 1

@@ -13,6 +13,7 @@ import imageio_ffmpeg
 import pytest
 from fuzz.driver import damage_video
 from PIL import Image
+from support.refusals import refused
 from typer.testing import CliRunner
 
 from lvctx.artifacts.sniff import sniff
@@ -327,5 +328,5 @@ def test_frames_that_are_too_large_are_refused(
     path = tmp_path / "large.mp4"
     path.write_bytes(files["fast.mp4"])
     monkeypatch.setattr(container, "MAX_PIXELS", 64 * 48 - 1)
-    with pytest.raises(InputError, match="frames of more than 3,071 pixels"):
+    with refused(InputError, "large.mp4"):
         list(read_video(path, VideoSampling(frames=1)))
