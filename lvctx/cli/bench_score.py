@@ -28,7 +28,7 @@ class ScoreConfig:
     """Which runs."""
 
     runs: Annotated[tuple[Path, ...], Flag(argument=True, metavar="DIR...")]
-    """Results directories of run."""
+    """Results directories of `bench NAME run`."""
     seed: int = 0
     """Seed of the random letters of LongVideoBench's and EgoSchema's rules."""
     detect: Detect = 2.0

@@ -12,11 +12,7 @@ from lvctx.errors import InputError, UsageError
 from lvctx.training.doctor_config import DoctorConfig
 from lvctx.training.plan_config import PlanConfig
 
-MROPE = (
-    "Qwen2VLForConditionalGeneration",
-    "Qwen2_5_VLForConditionalGeneration",
-    "Qwen3VLForConditionalGeneration",
-)
+MROPE = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration")
 """Architectures with M-RoPE: `info` shows the wavelengths that transformers computes for them."""
 
 

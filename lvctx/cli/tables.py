@@ -104,7 +104,7 @@ def report_difference(
 
 
 def run_costs(run: Path) -> dict[str, Any]:
-    """See `summarize_costs`, of a results directory; empty for a file of others."""
+    """`summarize_costs` of a results directory; empty for a file, which has no costs."""
     from lvctx.artifacts.result_log import read_results
     from lvctx.eval.cost_summary import summarize_costs
 

@@ -29,11 +29,7 @@ if TYPE_CHECKING:
     "lvctx extend-lm --model lm --data packed --rope yarn --steps 1 --batch-tokens 2048 --dry-run -o lm-long",
 )
 def extend_lm(
-    config: ExtendConfig,
-    search: BaseSearchConfig,
-    parallel: ParallelConfig,
-    tracking: TrackingOptions,
-    run: RunOptions,
+    config: ExtendConfig, search: BaseSearchConfig, parallel: ParallelConfig, tracking: TrackingOptions, run: RunOptions
 ) -> None:
     """Extend the context of a language model: a new RoPE base, then training on long packed rows of text."""
     from lvctx.training.extend import resolve_extend

@@ -30,7 +30,7 @@ class VideoMMEScoreConfig:
     """The responses to score, and the output."""
 
     files: Annotated[tuple[Path, ...], Flag(argument=True, metavar="FILE...")]
-    """Responses in the official format, or results directories of run."""
+    """Responses in the official format, or results directories of `videomme run`."""
     rule: Literal["official", "official-2024", "lmms-eval", "strict"] = "official"
     """Scorer for the breakdown and the plot. Default: that of the runs' protocol, else official."""
     csv: Path | None = None
@@ -91,7 +91,7 @@ def score_videomme(ctx: typer.Context, config: VideoMMEScoreConfig, output: Outp
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a run of ours; none for files of others."""
+    """Rows of a run of lvctx; none for responses of another program."""
     from lvctx.artifacts.result_log import RESULTS, read_results
 
     folder = path.parent if path.name == "responses.json" else path
