@@ -241,6 +241,7 @@ def test_a_failing_cell_is_a_row_and_is_run_again(
         patch.setattr(PrefixScorer, "score", fails)
         done = run(*arguments)
     assert done.exit_code == 4
+    assert done.stderr.count("CUDA out of memory") == 1
     assert [r["error"] for r in results(tmp_path / "a") if "error" in r] == [
         "CUDA out of memory. Tried to allocate"
     ] * 6

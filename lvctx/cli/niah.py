@@ -1,10 +1,10 @@
 """`lvctx niah`: its commands text, video, haystack and report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -130,7 +130,7 @@ def _run(
             for target, job in jobs.items():
                 emit({"dry_run": True, "path": str(target), **job.run_facts, **job.costs(device.cp)})
             return
-        failed = 0
+        failed, notes = 0, list[str]()
         opened = open_context(device=device.device, cp=device.cp, timeout=SHARED_WORK_TIMEOUT)
         with opened as parallel:
             settings = NiahRun(
@@ -143,48 +143,54 @@ def _run(
                 threshold=run.threshold,
             )
             for target, job in jobs.items():
-                for row in run_niah(job, target, settings):
-                    failed += "error" in row
-                    if wants_json():
-                        emit(row)
+                count, lines = _emit_rows(run_niah(job, target, settings))
+                failed, notes = failed + count, notes + lines
             failed = max(parallel.gather(failed))
-    if parallel.rank == 0:
+    if parallel.rank == 0 and config.rope:
         results = [read_needle_results(target) for target in jobs]
-        if config.rope:
-            draw_heatmaps(results, run.out / "heatmap.png", threshold=run.threshold)
-        if not (is_quiet() and wants_json()):
-            print_needle_tables(results, threshold=run.threshold, stderr=wants_json())
-    if failed:
-        raise typer.Exit(EXIT_SAMPLES_FAILED)
+        draw_heatmaps(results, run.out / "heatmap.png", threshold=run.threshold)
+    _finish(jobs if parallel.rank == 0 else (), run, failed, notes)
 
 
 def _run_endpoint(name: str, job: "EndpointNiahJob", run: NiahRunOptions) -> None:
     """The same on a server."""
     from lvctx.eval.niah.endpoint_job import run_endpoint_niah
-    from lvctx.eval.niah.results import read_needle_results
 
     if run.dry_run:
         emit({"dry_run": True, "path": str(run.out), **job.run_facts, "cells": len(job.cells)})
         return
-    errors: list[str] = []
-    cut = 0
     with progress(name, "asking the server") as on_progress:
         rows = run_endpoint_niah(
             job, run.out, resume=run.resume, force=run.force, threshold=run.threshold, on_progress=on_progress
         )
-        for row in rows:
-            cut += bool(row.get("cut") and not row["correct"])
-            if "error" in row:
-                errors.append(row["error"])
-            if wants_json():
-                emit(row)
-    for error in dict.fromkeys(errors):
-        say(f"lvctx: {error}")
-    if cut:
-        say(f"lvctx: {cut:,} wrong replies were cut at the largest number of tokens")
+        failed, notes = _emit_rows(rows)
+    _finish([run.out], run, failed, notes)
+
+
+def _emit_rows(rows: Iterable[dict[str, Any]]) -> tuple[int, list[str]]:
+    """Emit rows as they are done; returns how many failed, and lines about their errors and about replies cut short."""
+    errors: list[str] = []
+    cut = 0
+    for row in rows:
+        cut += bool(row.get("cut") and not row["correct"])
+        if "error" in row:
+            errors.append(row["error"])
+        if wants_json():
+            emit(row)
+    notes = [f"{cut:,} wrong replies were cut at the largest number of tokens"] if cut else []
+    return len(errors), [*dict.fromkeys(errors), *notes]
+
+
+def _finish(folders: Iterable[Path], run: NiahRunOptions, failed: int, notes: list[str]) -> None:
+    """Print the lines and the tables of finished runs. The exit code is 4 if cells failed."""
+    from lvctx.eval.niah.results import read_needle_results
+
+    for note in dict.fromkeys(notes):
+        say(f"lvctx: {note}")
     if not (is_quiet() and wants_json()):
-        print_needle_tables([read_needle_results(run.out)], threshold=run.threshold, stderr=wants_json())
-    if errors:
+        results = [read_needle_results(folder) for folder in folders]
+        print_needle_tables(results, threshold=run.threshold, stderr=wants_json())
+    if failed:
         raise typer.Exit(EXIT_SAMPLES_FAILED)
 
 
