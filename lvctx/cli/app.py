@@ -35,11 +35,11 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
         "encode-video": ("encode_video", "Sample videos and store the vision tower's features of their frames."),
         "mrope-extend": ("train", "Extend the context of a Qwen-VL model with M-RoPE++."),
         "niah": ("niah", "Needle-in-a-haystack test over context lengths and needle depths, in text or in video."),
-        "perplexity": ("perplexity_run", "Perplexity of language models by position in long rows of text."),
+        "perplexity": ("evaluate", "Perplexity of language models by position in long rows of text."),
         "vqa": ("vqa", "Answer questions about videos."),
         "videomme": ("videomme_score", "Video-MME: run a model on its questions, and score it or existing responses."),
         "bench": ("benchmarks", "Other benchmarks of long video: run a model on their questions, and score it."),
-        "report": ("report", "Show evaluation results and training curves on one self-contained HTML page."),
+        "report": ("evaluate", "Show evaluation results and training curves on one self-contained HTML page."),
     },
     "Utilities": {
         "import-longva": ("convert", "Convert a released LongVA checkpoint for transformers and vLLM."),
