@@ -5,12 +5,12 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-KeyT = TypeVar("KeyT", bound=Hashable)
+WorkT = TypeVar("WorkT", bound=Hashable)
 
 
-def divide_work(sizes: Mapping[KeyT, int], groups: int) -> list[list[KeyT]]:
+def divide_work(sizes: Mapping[WorkT, int], groups: int) -> list[list[WorkT]]:
     """The keys that each group gets, so that loads are nearly equal: largest first, each to the least load."""
-    shares: list[list[KeyT]] = [[] for _ in range(groups)]
+    shares: list[list[WorkT]] = [[] for _ in range(groups)]
     loads = [0] * groups
     for key in sorted(sizes, key=sizes.__getitem__, reverse=True):
         least = loads.index(min(loads))
