@@ -49,7 +49,7 @@ def lvctx(*args: object) -> tuple[int, str, BaseException | None]:
     return done.exit_code, "".join(said[-1:]), done.exception
 
 
-def save_lm(out: Path, *, tied: bool = True, layers: int = 2) -> Path:
+def save_lm(out: Path, *, tied: bool = True, layers: int = 2, intermediate: int = 128) -> Path:
     """A random Llama with a tokenizer of bytes."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,7 +59,7 @@ def save_lm(out: Path, *, tied: bool = True, layers: int = 2) -> Path:
     config = LlamaConfig(
         vocab_size=320,
         hidden_size=64,
-        intermediate_size=128,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
