@@ -113,7 +113,7 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def mutate(value: Any, rng: Random) -> Any:
     """The JSON value with one to three of its places changed or removed; now and then another value altogether."""
     if rng.random() < 0.03:
-        return rng.choice(VALUES)
+        return copy.deepcopy(rng.choice(VALUES))
     value = copy.deepcopy(value)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         places = _places(value)
@@ -126,7 +126,7 @@ def mutate(value: Any, rng: Random) -> Any:
         if isinstance(parent, dict) and rng.random() < 0.15:
             del parent[key]
         else:
-            parent[key] = rng.choice(VALUES)
+            parent[key] = copy.deepcopy(rng.choice(VALUES))
     return value
 
 
