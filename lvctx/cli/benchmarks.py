@@ -11,7 +11,7 @@ import typer
 from lvctx.cli.bench_score import ScoreConfig, score_runs
 from lvctx.cli.endpoint import open_endpoint, refuse_unused_options
 from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
-from lvctx.cli.output import emit, is_quiet, progress, say, wants_json
+from lvctx.cli.output import emit, is_quiet, progress, say, say_errors, wants_json
 from lvctx.cli.protocols import protocol_facts, protocol_presets
 from lvctx.cli.tables import open_console
 from lvctx.config import Flag
@@ -35,8 +35,6 @@ TEMPLATES = {
 """Prompt templates of a benchmark that has several."""
 OF_VIDEOS = ("feature_cache", "send", "frame_times")
 """Options, beside those of sampling, without effect on images."""
-SHOWN_ERRORS = 8
-"""The largest number of different errors that a run lists at its end."""
 
 group(
     "videomme",
@@ -223,11 +221,7 @@ def _run(
 
 def _summarize(total: int, failed: dict[str, str], *, cut: int, params: BenchmarkSamplingParams) -> None:
     """Report failed questions and replies that were cut."""
-    errors = list(dict.fromkeys(failed.values()))
-    for error in errors[:SHOWN_ERRORS]:
-        say(f"lvctx: {error}")
-    if len(errors) > SHOWN_ERRORS:
-        say(f"lvctx: and {len(errors) - SHOWN_ERRORS:,} more errors, one in each row of a failed question")
+    say_errors(failed.values(), "question")
     if cut:
         say(f"lvctx: {cut:,} replies were cut at --max-new-tokens {params.max_new_tokens}")
     if not is_quiet() or failed:

@@ -10,7 +10,7 @@ import typer
 
 from lvctx.cli.endpoint import open_endpoint, refuse_unused_options
 from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
-from lvctx.cli.output import emit, is_quiet, progress, say, wants_json
+from lvctx.cli.output import emit, is_quiet, progress, say, say_errors, wants_json
 from lvctx.cli.tables import Detect, Threshold, print_costs, print_needle_tables, report_difference, run_costs
 from lvctx.config import Flag, refuse_options
 from lvctx.errors import EXIT_SAMPLES_FAILED, UsageError
@@ -130,7 +130,7 @@ def _run(
             for target, job in jobs.items():
                 emit({"dry_run": True, "path": str(target), **job.run_facts, **job.costs(device.cp)})
             return
-        failed, notes = 0, list[str]()
+        errors: list[str] = []
         opened = open_context(device=device.device, cp=device.cp, timeout=SHARED_WORK_TIMEOUT)
         with opened as parallel:
             settings = NiahRun(
@@ -143,13 +143,12 @@ def _run(
                 threshold=run.threshold,
             )
             for target, job in jobs.items():
-                count, lines = _emit_rows(run_niah(job, target, settings))
-                failed, notes = failed + count, notes + lines
-            failed = max(parallel.gather(failed))
+                errors += _emit_rows(run_niah(job, target, settings))[0]
+            errors = max(parallel.gather(errors), key=len)
     if parallel.rank == 0 and config.rope:
         results = [read_needle_results(target) for target in jobs]
         draw_heatmaps(results, run.out / "heatmap.png", threshold=run.threshold)
-    _finish(jobs if parallel.rank == 0 else (), run, failed, notes)
+    _finish(jobs if parallel.rank == 0 else (), run, errors)
 
 
 def _run_endpoint(name: str, job: "EndpointNiahJob", run: NiahRunOptions) -> None:
@@ -163,34 +162,33 @@ def _run_endpoint(name: str, job: "EndpointNiahJob", run: NiahRunOptions) -> Non
         rows = run_endpoint_niah(
             job, run.out, resume=run.resume, force=run.force, threshold=run.threshold, on_progress=on_progress
         )
-        failed, notes = _emit_rows(rows)
-    _finish([run.out], run, failed, notes)
+        errors, cut = _emit_rows(rows)
+    _finish([run.out], run, errors, cut)
 
 
-def _emit_rows(rows: Iterable[dict[str, Any]]) -> tuple[int, list[str]]:
-    """Emit rows as they are done; returns how many failed, and lines about their errors and about replies cut short."""
-    errors: list[str] = []
-    cut = 0
+def _emit_rows(rows: Iterable[dict[str, Any]]) -> tuple[list[str], int]:
+    """Emit rows as they are done; returns the errors of failed ones, and the number of wrong replies that were cut."""
+    errors, cut = [], 0
     for row in rows:
         cut += bool(row.get("cut") and not row["correct"])
         if "error" in row:
             errors.append(row["error"])
         if wants_json():
             emit(row)
-    notes = [f"{cut:,} wrong replies were cut at the largest number of tokens"] if cut else []
-    return len(errors), [*dict.fromkeys(errors), *notes]
+    return errors, cut
 
 
-def _finish(folders: Iterable[Path], run: NiahRunOptions, failed: int, notes: list[str]) -> None:
-    """Print the lines and the tables of finished runs. The exit code is 4 if cells failed."""
+def _finish(folders: Iterable[Path], run: NiahRunOptions, errors: list[str], cut: int = 0) -> None:
+    """Print errors and tables of finished runs. The exit code is 4 if cells failed."""
     from lvctx.eval.niah.results import read_needle_results
 
-    for note in dict.fromkeys(notes):
-        say(f"lvctx: {note}")
+    say_errors(errors, "cell")
+    if cut:
+        say(f"lvctx: {cut:,} wrong replies were cut at the largest number of tokens")
     if not (is_quiet() and wants_json()):
         results = [read_needle_results(folder) for folder in folders]
         print_needle_tables(results, threshold=run.threshold, stderr=wants_json())
-    if failed:
+    if errors:
         raise typer.Exit(EXIT_SAMPLES_FAILED)
 
 

@@ -4,13 +4,16 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lvctx.config import OnProgress
+
+SHOWN_ERRORS = 8
+"""The largest number of different errors that a run lists at its end."""
 
 
 @dataclass
@@ -114,6 +117,15 @@ def say(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
         except OSError:  # nobody can read it, and Python would fail again on exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
+def say_errors(errors: Iterable[str], what: str) -> None:
+    """Write the different errors of failed rows to stderr, at most `SHOWN_ERRORS`; a row is of a `what`."""
+    different = list(dict.fromkeys(errors))
+    for error in different[:SHOWN_ERRORS]:
+        say(f"lvctx: {error}")
+    if len(different) > SHOWN_ERRORS:
+        say(f"lvctx: and {len(different) - SHOWN_ERRORS:,} more errors, one in each row of a failed {what}")
 
 
 @contextmanager

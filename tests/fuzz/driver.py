@@ -261,6 +261,9 @@ def _run_together(fuzzer: Fuzzer, kind: str, seeds: range, writer: int) -> NoRet
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + BYTES, mapped + BYTES))
     os.environ["HF_HUB_OFFLINE"] = "1"
+    silent = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(silent, stream)  # what libraries say beside the command's own streams
     try:
         for seed in seeds:
             arguments = [*map(str, fuzzer.kinds[kind](Random(f"{kind} {seed}")))]
@@ -299,9 +302,8 @@ def main() -> None:
     for kind in options.kinds or fuzzer.kinds:
         began = time.monotonic()
         found = fuzz(fuzzer, kind, suspects(fuzzer, kind, range(options.first, options.first + options.count)))
-        print(
-            f"{kind}: {options.count} inputs, {len(found)} faults, {time.monotonic() - began:.0f} s", *found, sep="\n  "
-        )
+        line = f"{kind}: {options.count} inputs, {len(found)} faults, {time.monotonic() - began:.0f} s"
+        print(line, *found, sep="\n  ", flush=True)
         faults += len(found)
     sys.exit(bool(faults))
 
