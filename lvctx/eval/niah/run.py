@@ -8,10 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lvctx.artifacts.result_log import RESULTS, ResultLog, read_results
-from lvctx.errors import InputError, UsageError
+from lvctx.errors import OutOfMemory, UsageError, memory_errors
 from lvctx.eval.niah.frame_needles import FrameNeedles
 from lvctx.eval.niah.heatmap import write_report
 from lvctx.eval.niah.job import NiahJob
@@ -27,6 +25,7 @@ from lvctx.models.loading import (
 )
 from lvctx.parallel.context import ParallelContext
 from lvctx.parallel.ring_attention import Ring
+from lvctx.parallel.work_shares import divide_work
 
 log = logging.getLogger(__name__)
 
@@ -89,20 +88,14 @@ def run_niah(job: NiahJob, out: Path, run: NiahRun) -> Iterator[dict[str, Any]]:
 def partition_cells(cells: list[Cell], groups: int) -> list[set[int]]:
     """Indices of the cells that each group of ranks runs.
 
-    Cells with the same needle and position have the longest common prefix and stay together. Those with the most tokens
-    after their needle are assigned first, each to the group with the least load, so that loads are nearly equal.
+    Cells with the same needle and position have the longest common prefix and stay together; their size is the tokens
+    after their needle.
     """
     members_of: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, cell in enumerate(cells):
         members_of[cell.trial, cell.position].append(i)
-    work = {key: max(cells[i].length for i in members) - key[1] for key, members in members_of.items()}
-    shares: list[set[int]] = [set() for _ in range(groups)]
-    loads = [0] * groups
-    for key in sorted(members_of, key=lambda k: (-work[k], k)):
-        group = loads.index(min(loads))
-        shares[group].update(members_of[key])
-        loads[group] += work[key] + 1
-    return shares
+    sizes = {key: max(cells[i].length for i in members) - key[1] for key, members in sorted(members_of.items())}
+    return [{i for key in share for i in members_of[key]} for share in divide_work(sizes, groups)]
 
 
 def load_scorer(job: NiahJob, run: NiahRun, *, ring: Ring) -> Scorer:
@@ -134,14 +127,12 @@ def _run_cell(scorer: Scorer, job: NiahJob, cell: Cell) -> dict[str, Any]:
     row = {**asdict(cell), "tokens": len(ids), "last_position": job.last_position(ids)}
     try:
         count = job.task.max_new_tokens(answer) if job.scoring != "forced" else 0
-        score = scorer.score(ids, answer, generate=count)
-    except (RuntimeError, MemoryError) as e:  # usually out of memory: only this cell fails
+        with memory_errors(where=f"{len(ids)} tokens", fix="use --cp, --kv-cache host or a smaller --prefill-chunk"):
+            score = scorer.score(ids, answer, generate=count)
+    except OutOfMemory as e:
         if scorer.ring.world > 1:  # the other ranks of the group wait for this one
-            if isinstance(e, torch.OutOfMemoryError | MemoryError):
-                fix = "use a larger --cp, a smaller --prefill-chunk, or --kv-cache host"
-                raise InputError("out of memory", where=f"{len(ids)} tokens", fix=fix) from e
             raise
-        return {**row, "error": " ".join(f"{e or 'out of memory'}".split())[:300], **job.meter.take()}
+        return {**row, "error": str(e), **job.meter.take()}
     job.meter.add(tokens_in=len(ids), tokens_out=len(score.generated or ()))
     if isinstance(job.task, FrameNeedles):
         job.meter.add(frames_shown=len(job.task.order(cell)))
