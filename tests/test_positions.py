@@ -33,7 +33,7 @@ def by_hand(scheme: str, spec: RopeSpec, i: int) -> float:
     """Frequency of channel pair i, from the papers' formulas, one number at a time."""
     d, b, s, length = spec.head_dim, spec.theta, spec.factor, spec.original
     plain = math.exp(-2 * i / d * math.log(b))
-    if scheme == "frequencies":
+    if scheme == "theta":
         return plain
     if scheme == "pi":
         return plain / s
