@@ -1,9 +1,9 @@
 """Compare RoPE schemes on the nano Qwen2-VL: what each does to every channel, and its needles, over several trainings.
 
-`RUNS/SCHEME-SEED` are the results of `lvctx niah video` for the schemes below, with the same needles everywhere. Printed
-are the factors by which a scheme multiplies the frequencies of time, height and width, the share of right answers and the
-mean log-probability of the answer, and two schemes' paired differences. The cells of a needle are one cluster, over all
-lengths and trainings.
+`RUNS/SCHEME-SEED` are the results of `lvctx niah video` for the schemes below, with the same needles everywhere.
+Printed are the factors by which a scheme multiplies the frequencies of time, height and width, the right answers and
+the mean log-probability of the answer, and two schemes' paired differences. The cells of a needle are one cluster, over
+all lengths and trainings.
 
     python recipes/nano/giraffe_schemes.py runs/schemes
 """
@@ -26,16 +26,16 @@ SCHEMES: dict[str, tuple[Method, Ramp]] = {
     "pi": ("pi", "index"),
     "ntk": ("ntk", "index"),
     "yarn": ("yarn", "index"),
-    "yarn-1": ("yarn", "index"),
+    "yarn-plain": ("yarn", "index"),
     "index": ("mrope++", "index"),
     "wavelength": ("mrope++", "wavelength"),
 }
-"""Name in RUNS -> method and ramp of `lvctx mrope-extend`; yarn-1 is YaRN with an attention factor of 1."""
+"""Name in RUNS -> method and ramp of `lvctx mrope-extend`; yarn-plain is YaRN with an attention factor of 1."""
 PAIRS = (
     ("index", "yarn"),
     ("wavelength", "yarn"),
-    ("index", "yarn-1"),
-    ("wavelength", "yarn-1"),
+    ("index", "yarn-plain"),
+    ("wavelength", "yarn-plain"),
     ("index", "wavelength"),
 )
 
@@ -101,10 +101,8 @@ def print_results(runs: Path) -> None:
                 seeds = sorted({key[0] for key in keys})
                 parts = " ".join(f"{np.mean([gaps[k] for k in keys if k[0] == seed]):+.2f}" for seed in seeds)
                 mean, half = clustered(list(gaps.values()), [key[3] for key in keys])
-                interval = f"{mean - half:+.3f} to {mean + half:+.3f}"
-                print(
-                    f"{first} - {second} at {length}, {what}: {mean:+.3f} ({interval}), n {len(keys)}; by seed {parts}"
-                )
+                interval = f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f}), n {len(keys)}"
+                print(f"{first} - {second} at {length}, {what}: {interval}; by seed {parts}")
 
 
 def main() -> None:
