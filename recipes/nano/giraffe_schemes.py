@@ -37,6 +37,7 @@ PAIRS = (
     ("index", "yarn-plain"),
     ("wavelength", "yarn-plain"),
     ("index", "wavelength"),
+    ("index", "ntk"),
 )
 
 
