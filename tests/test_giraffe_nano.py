@@ -1,6 +1,7 @@
 """The nano Qwen2-VL: stock transformers loads it, on text it equals SmolLM2; its extended config has M-RoPE++."""
 
 import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -109,27 +110,20 @@ def test_the_schemes_differ_in_which_channels_they_interpolate() -> None:
 
 
 def test_differences_between_schemes_are_paired(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two trainings, two needles, one length: of four cells the first is lost, by a log-probability of 2 each."""
+    """Two trainings, two needles, one length: in one training YaRN loses a needle, and 2 of each log-probability."""
     schemes = script("giraffe_schemes")
-    for scheme, lost in (("index", 0), ("yarn", 1)):
-        for seed in (0, 1):
-            rows = [
-                {
-                    "key": f"{trial}",
-                    "length": 8,
-                    "point": 0.0,
-                    "trial": trial,
-                    "correct": trial >= lost,
-                    "log_prob": -2.0 * lost,
-                }
-                for trial in (0, 1)
-            ]
-            out = tmp_path / f"{scheme}-{seed}"
-            out.mkdir()
-            (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for scheme, seed in itertools.product(("index", "yarn"), (0, 1)):
+        worse = (scheme, seed) == ("yarn", 0)
+        out = tmp_path / f"{scheme}-{seed}"
+        out.mkdir()
+        cell = {"length": 8, "point": 0.0, "log_prob": -2.0 if worse else 0.0}
+        rows = [{**cell, "key": str(trial), "trial": trial, "correct": bool(trial) or not worse} for trial in (0, 1)]
+        (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     schemes.print_results(tmp_path)
     said = capsys.readouterr().out
-    assert "yarn at 8: 1/2 1/2, all 0.500; log-probability -2.00 -2.00, all -2.00" in said
-    # The needles' means are 1 and 0: their standard error is sqrt(0.5 / 2), and half an interval 1.96 times that.
-    assert "index - yarn at 8, right: +0.500 (-0.480 to +1.480), n 4; by seed +0.50 +0.50" in said
-    assert "index - yarn at 8, log-probability: +2.000 (+2.000 to +2.000), n 4; by seed +2.00 +2.00" in said
+    assert "yarn at 8: 1/2 2/2, all 0.750; log-probability -2.00 0.00, all -1.00" in said
+    # Over needles, whose means are 0.5 and 0: 0.25 +- 1.96 x 0.25. Over trainings, 0.5 and 0: 0.25 +- 12.706 x 0.25.
+    right = "+0.250 (-0.240 to +0.740), n 4; by seed +0.50 +0.00, over trainings -2.93 to +3.43"
+    assert f"index - yarn at 8, right: {right}" in said
+    log_prob = "+1.000 (+1.000 to +1.000), n 4; by seed +2.00 +0.00, over trainings -11.71 to +13.71"
+    assert f"index - yarn at 8, log-probability: {log_prob}" in said

@@ -2,8 +2,9 @@
 
 `RUNS/SCHEME-SEED` are the results of `lvctx niah video` for the schemes below, with the same needles everywhere.
 Printed are the factors by which a scheme multiplies the frequencies of time, height and width, the right answers and
-the mean log-probability of the answer, and two schemes' paired differences. The cells of a needle are one cluster, over
-all lengths and trainings.
+the mean log-probability of the answer, and two schemes' paired differences with two 95% intervals. The first is over
+needles, for these trainings: the cells of a needle are one cluster, over all lengths and trainings. The second is over
+trainings, by Student's t: what another training would give.
 
     python recipes/nano/giraffe_schemes.py runs/schemes
 """
@@ -39,6 +40,8 @@ PAIRS = (
     ("index", "wavelength"),
     ("index", "ntk"),
 )
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+"""Number of trainings -> the 0.975 quantile of Student's t with one degree of freedom less."""
 
 
 def factors(scheme: str) -> np.ndarray:
@@ -86,9 +89,9 @@ def print_results(runs: Path) -> None:
         for length in sorted({key[1] for key in found}):
             at = {key: value for key, value in found.items() if key[1] == length}
             seeds = sorted({key[0] for key in at})
-            by_seed = [[value for key, value in at.items() if key[0] == seed] for seed in seeds]
-            right = " ".join(f"{sum(v[0] for v in group):.0f}/{len(group)}" for group in by_seed)
-            log_prob = " ".join(f"{np.mean([v[1] for v in group]):.2f}" for group in by_seed)
+            groups = [[value for key, value in at.items() if key[0] == seed] for seed in seeds]
+            right = " ".join(f"{sum(v[0] for v in group):.0f}/{len(group)}" for group in groups)
+            log_prob = " ".join(f"{np.mean([v[1] for v in group]):.2f}" for group in groups)
             total = np.mean(list(at.values()), axis=0)
             print(f"{scheme} at {length}: {right}, all {total[0]:.3f}; log-probability {log_prob}, all {total[1]:.2f}")
     for first, second in PAIRS:
@@ -100,10 +103,14 @@ def print_results(runs: Path) -> None:
             for i, what in enumerate(("right", "log-probability")):
                 gaps = {key: cells[first][key][i] - cells[second][key][i] for key in keys}
                 seeds = sorted({key[0] for key in keys})
-                parts = " ".join(f"{np.mean([gaps[k] for k in keys if k[0] == seed]):+.2f}" for seed in seeds)
+                by_seed = [float(np.mean([gaps[key] for key in keys if key[0] == seed])) for seed in seeds]
                 mean, half = clustered(list(gaps.values()), [key[3] for key in keys])
-                interval = f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f}), n {len(keys)}"
-                print(f"{first} - {second} at {length}, {what}: {interval}; by seed {parts}")
+                line = f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f}), n {len(keys)}; by seed "
+                line += " ".join(f"{value:+.2f}" for value in by_seed)
+                if len(seeds) in STUDENT:
+                    middle, half = np.mean(by_seed), STUDENT[len(seeds)] * np.std(by_seed, ddof=1) / len(seeds) ** 0.5
+                    line += f", over trainings {middle - half:+.2f} to {middle + half:+.2f}"
+                print(f"{first} - {second} at {length}, {what}: {line}")
 
 
 def main() -> None:
