@@ -16,8 +16,6 @@ def print_tables(results: "Sequence[NeedleResults]", *, threshold: float, stderr
     from rich.console import Console
     from rich.table import Table
 
-    from lvctx.eval.niah.results import wilson
-
     for modality in ("text", "video"):
         chosen = [result for result in results if result.modality == modality]
         if not chosen:
@@ -38,10 +36,12 @@ def print_tables(results: "Sequence[NeedleResults]", *, threshold: float, stderr
             table.add_row(f"{n:,}", *((f"{tokens[n]:,}",) if modality == "video" else ()), *shares)
         table.add_section()
         lead = ("",) if modality == "video" else ()
-        intervals = [wilson(*result.total) for result in chosen]
+        intervals = [result.interval for result in chosen]
         table.add_row("mean", *lead, *(_share(result.mean) for result in chosen))
         if any(result.mean_share not in (None, result.mean) for result in chosen):
             table.add_row("mean share found", *lead, *(_share(result.mean_share) for result in chosen))
+        for part in ("caption", "qa", "both") if any(result.pairs for result in chosen) else ():
+            table.add_row(part, *lead, *(_share(result.pair_mean(part)) for result in chosen))
         table.add_row("95 %", *lead, *("–" if i is None else f"{i[0]:.2f} to {i[1]:.2f}" for i in intervals))
         table.add_row(f"effective at {threshold:g}", *lead, *(_effective(result, threshold) for result in chosen))
         Console(stderr=stderr).print(table)

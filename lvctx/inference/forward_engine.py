@@ -8,6 +8,7 @@ Shapes: L tokens of a sequence, N up to its last placeholder, A answer tokens, V
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ class ForwardScorer:
             return score
         self.tokens_run += len(ids_L)
         generated = stock_generate(self.model, inputs, generate, (), meter=self.meter)
-        return Score(forced=score.forced, log_prob=score.log_prob, rank=score.rank, generated=generated)
+        return replace(score, generated=generated)
 
 
 class _Forced(LogitsProcessor):
@@ -237,6 +238,7 @@ def stock_score(model: Any, inputs: dict[str, Any], answer: Sequence[int], meter
         forced=bool((logits_AV.argmax(1) == target_A).all()),
         log_prob=float((picked_A - logits_AV.logsumexp(1)).sum()),
         rank=int((logits_AV > picked_A[:, None]).sum(1).max()),
+        predicted=logits_AV.argmax(1).tolist(),
         generated=None,
     )
 
