@@ -500,6 +500,9 @@ def test_intervals_are_clustered_by_needle() -> None:
     assert grid.to_dict()["interval"] == grid.interval
     one = build_results([row for row in rows if row["needle"] == "a"], "one")
     assert (one.interval, one.interval_by_length) == (None, [None]), "one needle"
+    # Needles of which two cells are right but for one: they differ less than cells that are drawn one by one.
+    even = build_results([row | {"correct": i % 4 < (2 if i < 12 else 1)} for i, row in enumerate(rows)], "one")
+    assert even.interval == wilson(7, 16)
     # Where all needles have the same result, the interval is Wilson's for the needles, not for the cells.
     same = build_results([row | {"correct": True} for row in rows], "one")
     assert same.interval == wilson(4, 4)

@@ -49,7 +49,8 @@ class NeedleResults:
     """Tokens of the longest sample of the alignment; 0 for a language model."""
     interval: Interval = None
     """The 95 % interval of the accuracy, clustered by needle: the needles are the sample, as all cells of a trial share
-    one. None with fewer than two needles, and for LongVA's files, which have no trials.
+    one. No narrower than Wilson's for independent cells. None with fewer than two needles, and for LongVA's files,
+    which have no trials.
     """
     interval_by_length: list[Interval] = field(default_factory=list)
     """The same of each length."""
@@ -201,9 +202,16 @@ def cluster_of(row: Mapping[str, Any]) -> str:
 
 
 def _interval(rows: Iterable[Mapping[str, Any]]) -> Interval:
-    ran = [row for row in rows if "error" not in row]
-    estimate = clustered_mean([float(bool(row["correct"])) for row in ran], [cluster_of(row) for row in ran])
-    return None if estimate.low is None or estimate.high is None else (round(estimate.low, 4), round(estimate.high, 4))
+    ran = [(bool(row["correct"]), cluster_of(row)) for row in rows if "error" not in row]
+    estimate = clustered_mean([float(right) for right, _ in ran], [needle for _, needle in ran])
+    if estimate.low is None or estimate.high is None:
+        return None
+    # Few needles may differ less by luck than independent cells would.
+    clustered, alone = (
+        (round(estimate.low, 4), round(estimate.high, 4)),
+        wilson(sum(right for right, _ in ran), len(ran)),
+    )
+    return max(clustered, alone or clustered, key=lambda ends: ends[1] - ends[0])
 
 
 def _pair_shares(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
