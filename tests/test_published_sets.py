@@ -18,6 +18,7 @@ from lvctx.eval.niah.image_needles import chance_of_options
 from lvctx.eval.niah.needle_folder import read_needles
 from lvctx.eval.niah.needle_task import is_same_text
 from lvctx.eval.niah.results import read_needle_results
+from lvctx.eval.report.collect import collect_report
 from lvctx.inference.prefix_scorer import PrefixScorer, Score
 from lvctx.models.loading import load_tokenizer
 
@@ -252,6 +253,12 @@ def test_two_questions_about_a_chain_are_counted_together(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["pairs"] == [shares]
     reported = json.loads(run("niah", "report", tmp_path / "run", "-o", tmp_path / "heatmap.png", "--json").stdout)
     assert reported["pairs"] == [shares]
+    (section,) = collect_report([tmp_path / "run"], thumbnails=0, threshold=0.9, on_progress=lambda *_: None).runs
+    assert section["grid"]["pairs"] == [shares]
+    assert {(t["trial"] % 2, t["part"], t["predicted"]) for t in section["trials"]} == {
+        (0, "caption", "(b"),
+        (1, "qa", "(b"),
+    }
     assert [read_needle_results(tmp_path / "run").pair_mean(part) for part in ("caption", "qa", "both")] == [
         1,
         0.5,
