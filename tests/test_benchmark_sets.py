@@ -210,10 +210,10 @@ def test_thousands_of_failed_rows_are_the_first_line_of_the_score(
 # --- scorers, against the rules of the authors' scripts
 
 PIECES = (
-    *("The best answer is", "Final Answer:", "Best answer:", "Answer:", "answer: ", "the option is ", "The answer is"),
-    *("A", "B", "C", "D", "E", "(A", "(B)", ")", ".", " ", "\n", "none of them", "a", "b", "H", "é", "<answer>"),
-    *("</answer>", "A</answer>", "Therefore the final answer is: "),
-)
+    "The best answer is", "Final Answer:", "Best answer:", "Answer:", "answer: ", "the option is ", "The answer is",
+    "A", "B", "C", "D", "E", "(A", "(B)", ")", ".", " ", "\n", "none of them", "a", "b", "H", "é", "<answer>",
+    "</answer>", "A</answer>", "Therefore the final answer is: ",
+)  # fmt: skip
 replies = st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.refusals import refused
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, LlavaOnevisionForConditionalGeneration
 
@@ -155,14 +156,14 @@ def test_missing_shard_is_named(tiny_lm: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/nowhere/at/all"])
 def test_unknown_model_is_one_line(name: str) -> None:
-    with pytest.raises(InputError, match="no such model directory"):
+    with refused(InputError, name):
         resolve_model(name)
 
 
 def test_broken_weights_are_one_line(tiny_lm: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((tiny_lm / "config.json").read_text())
     (tmp_path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0not json at all")
-    with pytest.raises(InputError, match="cannot load the weights"):
+    with refused(InputError, "model.safetensors"):
         load_model(tmp_path)
 
 

@@ -14,8 +14,8 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lvctx.errors import InputError, UsageError
-from lvctx.rope import frequencies as rope
 from lvctx.rope import ntk, pi, yarn
+from lvctx.rope import theta as rope
 from lvctx.rope.runtimes import sglang
 from lvctx.rope.scaling import resolve_scaling
 from lvctx.rope.spec import RopeSpec

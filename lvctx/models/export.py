@@ -202,13 +202,7 @@ def _export_llava(job: ExportJob, model: LlavaExport, *, resume: str, force: boo
         return facts
 
     write_converted(
-        out,
-        job.provenance,
-        shards=shards,
-        finish=finish,
-        resume=resume,
-        force=force,
-        on_progress=on_progress,
+        out, job.provenance, shards=shards, finish=finish, resume=resume, force=force, on_progress=on_progress
     )
 
 

@@ -85,7 +85,7 @@ class NiahConfig:
     model: str
     """Model: directory or hub id; with --endpoint its name on the server."""
     haystack: tuple[Path, ...]
-    """Haystack."""
+    """Videos, features of encode-video or niah haystack, or folders of images, one after another."""
     lengths: Annotated[tuple[int, ...], Flag(parse=parse_lengths)]
     """Haystack lengths, comma-separated: tokens of the whole sequence for text, frames for video."""
     depths: Annotated[Depths, Flag(parse=Depths.parse)] = DEFAULT_DEPTHS

@@ -27,6 +27,7 @@ from lvctx.models.loading import (
 )
 from lvctx.parallel.context import ParallelContext
 from lvctx.parallel.ring_attention import Ring
+from lvctx.parallel.work_shares import divide_work
 
 log = logging.getLogger(__name__)
 
@@ -89,20 +90,14 @@ def run_niah(job: NiahJob, out: Path, run: NiahRun) -> Iterator[dict[str, Any]]:
 def partition_cells(cells: list[Cell], groups: int) -> list[set[int]]:
     """Indices of the cells that each group of ranks runs.
 
-    Cells with the same needle and position have the longest common prefix and stay together. Those with the most tokens
-    after their needle are assigned first, each to the group with the least load, so that loads are nearly equal.
+    Cells with the same needle and position have the longest common prefix and stay together; their size is the tokens
+    after their needle.
     """
     members_of: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, cell in enumerate(cells):
         members_of[cell.trial, cell.position].append(i)
-    work = {key: max(cells[i].length for i in members) - key[1] for key, members in members_of.items()}
-    shares: list[set[int]] = [set() for _ in range(groups)]
-    loads = [0] * groups
-    for key in sorted(members_of, key=lambda k: (-work[k], k)):
-        group = loads.index(min(loads))
-        shares[group].update(members_of[key])
-        loads[group] += work[key] + 1
-    return shares
+    sizes = {key: max(cells[i].length for i in members) - key[1] for key, members in sorted(members_of.items())}
+    return [{i for key in share for i in members_of[key]} for share in divide_work(sizes, groups)]
 
 
 def load_scorer(job: NiahJob, run: NiahRun, *, ring: Ring) -> Scorer:
