@@ -141,8 +141,6 @@ def print_needle_tables(results: "Sequence[NeedleResults]", *, threshold: float,
 def _needle_table(results: "list[NeedleResults]", threshold: float) -> "Table":
     from rich.table import Table
 
-    from lvctx.eval.niah.results import wilson
-
     first = results[0]
     guessing = f", {first.guessing}" if first.guessing else ""
     table = Table(title=f"{first.modality}: accuracy{guessing}", title_justify="left")
@@ -160,7 +158,9 @@ def _needle_table(results: "list[NeedleResults]", threshold: float) -> "Table":
     table.add_row(*with_tokens("mean", "", (_share(result.mean) for result in results)))
     if any(result.mean_share not in (None, result.mean) for result in results):
         table.add_row(*with_tokens("mean share found", "", (_share(result.mean_share) for result in results)))
-    intervals = [wilson(*result.total) for result in results]
+    for part in ("caption", "qa", "both") if any(result.pairs for result in results) else ():
+        table.add_row(*with_tokens(part, "", (_share(result.pair_mean(part)) for result in results)))
+    intervals = [result.interval for result in results]
     table.add_row(*with_tokens("95 %", "", ("–" if i is None else f"{i[0]:.2f} to {i[1]:.2f}" for i in intervals)))
     effective = (_effective(result, threshold) for result in results)
     table.add_row(*with_tokens(f"effective at {threshold:g}", "", effective))

@@ -41,6 +41,8 @@ class Score:
     """Summed log-probability of the answer, in nats."""
     rank: int
     """Worst rank of an answer token among the vocabulary; 0 is the most likely."""
+    predicted: list[int]
+    """The most likely token in place of each answer token, given those of the answer before it."""
     generated: list[int] | None
     """Greedy continuation of the prompt, of the requested length; None if not requested."""
 
@@ -53,6 +55,7 @@ class Score:
             forced=bool((logits_AV.argmax(1) == target_A).all()),
             log_prob=float((picked_A - logits_AV.logsumexp(1)).sum()),
             rank=int((logits_AV > picked_A[:, None]).sum(1).max()),
+            predicted=logits_AV.argmax(1).tolist(),
             generated=generated,
         )
 
