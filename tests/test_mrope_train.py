@@ -16,8 +16,10 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from support import mrope_models
+from support.aligning import metrics
 from support.forks import start_ranks
 from support.mrope_models import opinionated
+from test_compiled_layers import has_compiler
 from test_niah import run
 from test_qwen_niah import fails
 from torch.nn import functional as F
@@ -274,6 +276,19 @@ def _compare(rank: int, here: Path, third: Path, size: int) -> None:
 def test_two_ranks_share_a_row_exactly(here: Path, third: Path) -> None:
     """Loss and every gradient of the language model: positions and deeper features are cut as tokens are."""
     start_ranks(_compare, here, third, 2, ranks=2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+def test_compiled_layers_give_the_losses_of_eager_ones(here: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 2, "batch": 2, "lr": 1e-2, "warmup": 0.0, "lora": 4}
+    config = MropeConfig(model=str(here / "model"), out=tmp_path, scale=2, data=here / "chat", media=here, **options)
+    job = resolve_mrope_training(config)
+    for name in ("eager", "compiled"):
+        parallel = ParallelConfig(device="cpu", dtype="float32", compile=name == "compiled")
+        run_training(job.task(), parallel, RunControl(out=tmp_path / name))
+    eager, compiled = (metrics(tmp_path / name) for name in ("eager", "compiled"))
+    assert [row["loss"] for row in compiled] == pytest.approx([row["loss"] for row in eager], rel=1e-5)
 
 
 def test_only_the_language_model_changes_and_a_stopped_run_continues(here: Path, tmp_path: Path) -> None:

@@ -90,6 +90,21 @@ def use(lm: Any, *, where: object, ring: Ring = ALONE) -> None:
     lm.set_attn_implementation(RING_ATTENTION)
 
 
+def keep_uncompiled() -> None:
+    """Have torch.compile leave this attention out, whose loop over documents it would compile for each row again.
+
+    Call it after `use`. It is no decorator, since that would import the compiler wherever this module is imported.
+    """
+    from transformers import AttentionInterface
+
+    def attend(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        # What Ulysses returns is a view of a tensor still on its way, which the compiler does not take. The copy is
+        # the one that the layer would make.
+        return _attend(*args, **kwargs)[0].contiguous(), None
+
+    AttentionInterface.register(RING_ATTENTION, torch.compiler.disable(attend))
+
+
 def _attend(
     module: Any,
     query: Tensor,

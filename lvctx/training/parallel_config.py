@@ -38,6 +38,9 @@ class ParallelConfig:
     predicted by lvctx plan allows, elsewhere layers."""
     offload_activations: bool = False
     """Keep the inputs of the layers in host memory between forward and backward pass."""
+    compile: bool = False
+    """Compile the decoder layers with torch.compile, which makes the first steps longer and later ones shorter. Needs a
+    C++ compiler on a CPU, triton on CUDA."""
     micro_tokens: Annotated[int | None, Flag(min=1)] = None
     """Tokens per forward pass, in whole rows or samples, at least one. Default: 4096."""
 

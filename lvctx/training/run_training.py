@@ -11,6 +11,7 @@ import torch
 
 from lvctx.artifacts.manifest import MANIFEST, is_finished, open_output, verify_files, write_manifest
 from lvctx.artifacts.model_config import CONFIG_FILE
+from lvctx.errors import UsageError
 from lvctx.models.adapter import save_adapter
 from lvctx.models.card import CARD
 from lvctx.models.card_metadata import write_card
@@ -20,6 +21,7 @@ from lvctx.parallel.block_attention import cudnn_first
 from lvctx.parallel.context import ParallelContext, open_context
 from lvctx.parallel.fsdp import gathering, shard_model
 from lvctx.training.activations import checkpoint_layers, map_large_blocks
+from lvctx.training.compiled_layers import check_compiler, compile_layers
 from lvctx.training.memory_model import Recomputation
 from lvctx.training.parallel_config import ParallelConfig, RunControl
 from lvctx.training.task import TrainableModel, TrainingTask
@@ -38,6 +40,8 @@ def run_training(task: TrainingTask[Any], parallel: ParallelConfig, control: Run
     ranks: dict[str, Any] = {"cp": parallel.cp, "cp_kind": parallel.cp_kind, "sharded": parallel.offload}
     opened = open_context(device=parallel.device, dtype=parallel.dtype, **ranks)
     with opened as context, ExitStack() as stack:
+        if parallel.compile and task.train_config.steps:
+            check_compiler(context.device)
         unfinished = True
         if context.rank == 0:
             output = open_output(out, task.provenance, resume=control.resume, force=control.force)
@@ -72,9 +76,13 @@ def _train(
     if trainable.decoder is not None and choice != "none":
         tiles = Recomputation(mlp_tiles=choice == "tiles")
         recomputation = task.recomputation(context, parallel) if choice == "auto" else tiles
+        if recomputation.mlp_tiles and parallel.compile:
+            raise UsageError("--compile does not support tiles", where="--checkpoint-activations", fix="drop --compile")
         checkpoint_layers(trainable.decoder, recomputation, offload=parallel.offload_activations)
     module = task.build(trainable, context, parallel)
     layers = trainable.decoder.layers if trainable.decoder is not None else ()
+    if parallel.compile and layers:
+        compile_layers(trainable.decoder)
     shard_model(module, layers, context, offload=parallel.offload)
     task.before_steps(control.out, control.on_progress)
     with cudnn_first(context.device) if task.equal_lengths else nullcontext():

@@ -1,8 +1,9 @@
 """Helpers of the alignment tests: drawn images, rows of data, and an alignment of tiny models in this process."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,7 @@ def align(
     on_progress: Callable[[int, int, str], None] = lambda done, total, note: None,
     micro_tokens: int = 256,
     checkpoint_activations: Any = "auto",
+    parallel: Mapping[str, Any] = MappingProxyType({}),
     **changed: Any,
 ) -> Any:
     """Align in this process, images beside `data`; the job."""
@@ -69,8 +71,9 @@ def align(
     options: dict[str, Any] = {"steps": 3, "batch": 3, "lr": 1e-2, "tower_lr": 0.0, "warmup": 0.0, "max_length": 4096}
     options |= {"lm": str(lm) if lm else None, "tower": str(tower) if tower else None}
     job = resolve_align(AlignConfig(data=data, images=data.parent, out=out, **options | changed))
-    parallel = ParallelConfig(device="cpu", micro_tokens=micro_tokens, checkpoint_activations=checkpoint_activations)
-    run_training(align_task(job), parallel, RunControl(out=out, on_progress=on_progress))
+    memory = {"micro_tokens": micro_tokens, "checkpoint_activations": checkpoint_activations}
+    devices = ParallelConfig(device="cpu", **memory, **parallel)
+    run_training(align_task(job), devices, RunControl(out=out, on_progress=on_progress))
     return job
 
 
