@@ -1,6 +1,6 @@
 """Draw a benchmark of video questions for the nano models, and count right answers for each number of frames.
 
-    python recipes/nano/draw_videos.py OUT --videos 24          # OUT/000.mp4, ..., OUT/questions.jsonl
+    python recipes/nano/draw_videos.py OUT --videos 24          # OUT/0-000.mp4, ..., OUT/questions.jsonl
     lvctx vqa - --model VLM --frames 8 < OUT/questions.jsonl > OUT/8.jsonl
     python recipes/nano/draw_videos.py OUT --score OUT/*.jsonl
 
@@ -14,10 +14,12 @@ import json
 from collections.abc import Iterator
 from itertools import chain, count, islice
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 
+from lvctx.artifacts.store import atomic_file
 from lvctx.eval.statistics import wilson_interval
 from lvctx.video.drawn_images import COLORS, SHAPES, draw_image
 from lvctx.video.drawn_scenes import scene
@@ -28,24 +30,26 @@ SIDE = 120
 
 
 def draw_video(folder: Path, number: int, seed: int) -> dict[str, object]:
-    """Write a video; returns its line of questions.jsonl."""
+    """Write a video unless it exists; returns its line of questions.jsonl."""
     rng = np.random.default_rng([seed, number])
     shape, color = str(rng.choice(SHAPES)), str(rng.choice(list(COLORS)))
     shown = SHOWN[number % len(SHOWN)]
     first = int(rng.integers(SECONDS - shown + 1))
     image = np.asarray(draw_image(rng, size=SIDE, shape=shape, color=color))
     scenes = chain.from_iterable(scene(seed + 1000 * number, i, SIDE) for i in count())
-    path = folder / f"{number:03}.mp4"
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=1, options={"crf": "12", "threads": "1"})
+    path, question = folder / f"{seed}-{number:03}.mp4", QUESTION.format(shape=shape)
+    row = {"path": str(path), "question": question, "expected": color, "first": first, "shown": shown}
+    if path.exists():
+        return row
+    with atomic_file(path) as partial, av.open(f"file:{partial}", "w", format="mp4") as container:
+        stream: Any = container.add_stream("libx264", rate=1, options={"crf": "12", "threads": "1"})
         stream.width = stream.height = SIDE
         stream.pix_fmt = "yuv420p"
         for second, frame in enumerate(islice(scenes, SECONDS)):
             pixels = image if first <= second < first + shown else frame
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
-    question = QUESTION.format(shape=shape)
-    return {"path": str(path), "question": question, "expected": color, "first": first, "shown": shown}
+    return row
 
 
 def tables(files: list[Path]) -> Iterator[str]:
