@@ -36,6 +36,10 @@ class InputError(LvctxError):
     exit_code = 3
 
 
+class OutOfMemory(InputError):
+    """The device or the host has too little memory for an input; a smaller one may fit."""
+
+
 class DiskError(InputError):
     """The file system refuses a write: no further sample can be stored either."""
 
@@ -53,6 +57,28 @@ class Stopped(BaseException):
     """
 
 
+LESS_MEMORY = "use shorter inputs or smaller batches; `lvctx plan` predicts a training's memory"
+
+
+@contextmanager
+def memory_errors(*, where: object = None, fix: str = LESS_MEMORY) -> Iterator[None]:
+    """Turn what Python and torch raise when memory is used up into OutOfMemory."""
+    try:
+        yield
+    except OutOfMemory as e:
+        raise OutOfMemory(e.what, where=where if e.where is None else e.where, fix=e.fix or fix) from e.__cause__
+    except (MemoryError, RuntimeError) as e:
+        if not _is_out_of_memory(e):
+            raise
+        raise OutOfMemory(f"out of memory ({first_line(e)})", where=where, fix=fix) from e
+
+
+def _is_out_of_memory(e: BaseException) -> bool:
+    """On a CPU and within cuBLAS, torch raises RuntimeError, which only its text tells from others."""
+    words = ("DefaultCPUAllocator", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED", "create a memory object")
+    return isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or any(word in str(e) for word in words)
+
+
 @contextmanager
 def library_errors(what: str, *, where: object = None, fix: str = "") -> Iterator[None]:
     """Turn any exception that a library raises while it reads a user's file into an InputError: `where: what (reason)`.
@@ -60,10 +86,11 @@ def library_errors(what: str, *, where: object = None, fix: str = "") -> Iterato
     transformers, tokenizers and jinja raise exceptions of any type on an unexpected file (TypeError, KeyError,
     AssertionError, their own validation errors, a panic of Rust code), so there is no list of types. The body has to
     be the library's call alone: a mistake in our own code must remain a traceback. A package that is not installed is a
-    MissingError.
+    MissingError; too little memory is OutOfMemory.
     """
     try:
-        yield
+        with memory_errors(where=where):
+            yield
     except LvctxError:
         raise
     except ImportError as e:

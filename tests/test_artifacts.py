@@ -1,5 +1,7 @@
 """The store: a file is absent or complete; finished work is recognised; incomplete rows are redone."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from support.refusals import refused
 
 from lvctx.artifacts.jsonl_log import read_jsonl
+from lvctx.artifacts.lock import only_writer
 from lvctx.artifacts.manifest import Provenance, is_finished, read_manifest, read_provenance, write_manifest
 from lvctx.artifacts.result_log import ResultLog, read_results
 from lvctx.artifacts.store import atomic_file, fingerprint, read_safetensors_header, save_tensors, write_json
@@ -236,3 +239,19 @@ def test_no_clock_in_artifacts(tmp_path: Path) -> None:
         write_manifest(tmp_path / name, provenance(fps=1), ["part.json"])
         time.sleep(0.01)
     assert (tmp_path / "a" / "MANIFEST.json").read_bytes() == (tmp_path / "b" / "MANIFEST.json").read_bytes()
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """None is mounted here, so the system's answer is the only thing that is not real."""
+
+    def refuse(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with only_writer(tmp_path / "x"):
+        (tmp_path / "x" / "file").write_text("written")
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["file"]
+    assert "no locks" in caplog.text
+    assert str(tmp_path / "x") in caplog.text

@@ -203,6 +203,19 @@ def test_a_dead_or_hanging_decoder_costs_one_video(blow: signal.Signals, word: s
     patient.close()
 
 
+def test_a_video_that_needs_too_much_memory_costs_one_video(videos: dict[str, Path], tmp_path: Path) -> None:
+    large = tmp_path / "large.mkv"
+    source = ["-f", "lavfi", "-i", "color=s=12000x12000:d=1:r=2", "-pix_fmt", "yuvj420p", "-c:v", "mjpeg"]
+    subprocess.run([FFMPEG, "-v", "error", *source, large], check=True)
+    bounded = Decoders(memory=400 << 20)  # a frame has 432 MB in RGB
+    with pytest.raises(InputError, match="memory") as caught, bounded.read(request(large), {}) as frames:
+        list(frames)
+    assert caught.value.where == str(large)
+    with bounded.read(request(videos["all_intra.mp4"]), {}) as frames:
+        assert len(list(frames)) == 100
+    bounded.close()
+
+
 def test_threads_end_when_reading_stops(videos: dict[str, Path]) -> None:
     before = threading.active_count()
     reader = read_video(videos["all_intra.mp4"], VideoSampling(fps="native"), threads=4)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support import warm_server
 from support.costs import without_cost
@@ -232,7 +233,7 @@ def test_a_failing_cell_is_a_row_and_is_run_again(
 
     def fails(self: PrefixScorer, ids: np.ndarray, answer: int, *, generate: int = 0) -> Any:
         if len(ids) == 200:
-            raise RuntimeError("CUDA out of memory.\nTried to allocate")
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
         return score(self, ids, answer, generate=generate)
 
     arguments = text_arguments(tiny_lm, essays, tmp_path / "a")
@@ -240,9 +241,8 @@ def test_a_failing_cell_is_a_row_and_is_run_again(
         patch.setattr(PrefixScorer, "score", fails)
         done = run(*arguments)
     assert done.exit_code == 4
-    assert [r["error"] for r in results(tmp_path / "a") if "error" in r] == [
-        "CUDA out of memory. Tried to allocate"
-    ] * 6
+    errors = [row["error"] for row in results(tmp_path / "a") if "error" in row]
+    assert [error.startswith("200 tokens: out of memory (CUDA out of memory.)") for error in errors] == [True] * 6
     assert json.loads((tmp_path / "a/summary.json").read_text())["errors"] == 6
     assert run(*arguments).exit_code == 0
     grid = read_needle_results(tmp_path / "a")

@@ -82,6 +82,23 @@ def test_several_processes_on_one_output(
     check_equal(out, undisturbed(name))
 
 
+STRANGE = {"LC_ALL": "C", "HOME": "/nonexistent", "COLUMNS": "20", "TERM": "dumb", "TZ": "Asia/Kathmandu"}
+NAMES_OF_FOLDERS = ("a 'quote\" and\na line break, d\u00e9j\u00e0 vu *", "-o", "n" * 240)
+
+
+@commands("pack-text", "encode-video", "niah text")
+def test_a_strange_environment_and_names(
+    name: str, small_inputs: Path, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Neither the locale nor the size of the terminal, the home or the name of a folder changes a byte."""
+    for folder in NAMES_OF_FOLDERS:
+        (tmp_path / folder).mkdir()
+        out = tmp_path / folder / NAMES.get(name, "x")
+        done = lvctx(small_inputs, *COMMANDS[name], "-o", out, **STRANGE)
+        assert done.returncode == 0, done.stderr
+        check_equal(out, undisturbed(name))
+
+
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Path]:
     """A file system of `size` bytes."""

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,10 @@ from pathlib import Path
 from lvctx.artifacts.store import disk_error, is_disk_error, is_open_at
 from lvctx.errors import InputError
 
+log = logging.getLogger(__name__)
 LOCK = ".lock"
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Errors of network file systems that have no locks."""
 
 
 @contextmanager
@@ -39,6 +43,12 @@ def only_writer(directory: Path, *, name: str = LOCK, wait: bool = False) -> Ite
             raise InputError(
                 "another process is writing here", where=directory, fix="wait for it, or choose another -o"
             ) from None
+        except OSError as e:
+            if e.errno not in WITHOUT_LOCKS:
+                os.close(fd)
+                raise
+            log.warning("%s: the file system has no locks (%s); no other process may write here", directory, e.strerror)
+            break
         os.close(fd)
     try:
         yield

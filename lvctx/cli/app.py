@@ -19,7 +19,15 @@ from typer.core import TyperCommand, TyperGroup
 
 from lvctx import __version__
 from lvctx.cli.output import say
-from lvctx.errors import EXIT_INTERRUPTED, EXIT_READER_GONE, EXIT_STOPPED, InputError, LvctxError, Stopped
+from lvctx.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_READER_GONE,
+    EXIT_STOPPED,
+    InputError,
+    LvctxError,
+    Stopped,
+    memory_errors,
+)
 
 COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Training": {
@@ -106,7 +114,8 @@ def _outcomes() -> Iterator[None]:
     try:
         _require_stdout()
         try:
-            yield
+            with memory_errors():
+                yield
         finally:
             sys.stdout.flush()  # else Python flushes on exit, where an error would be a traceback
     except LvctxError as e:

@@ -246,13 +246,8 @@ def _generate(model: Any, inputs: dict[str, Any], count: int, **options: Any) ->
 
     embedding = model.get_input_embeddings()
     moved = BatchFeature(inputs).to(device_of(embedding), dtype=embedding.weight.dtype)
-    try:
-        with library_errors("the model fails on its processor's output", where=model.name_or_path):
-            return model.generate(**moved, max_new_tokens=count, return_dict_in_generate=True, **options)
-    except InputError as e:
-        if isinstance(e.__cause__, torch.OutOfMemoryError | MemoryError):
-            raise e.__cause__ from None  # not the input's fault; the caller decides what is lost
-        raise
+    with library_errors("the model fails on its processor's output", where=model.name_or_path):
+        return model.generate(**moved, max_new_tokens=count, return_dict_in_generate=True, **options)
 
 
 def _has_mrope(config: Any) -> bool:

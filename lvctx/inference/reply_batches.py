@@ -42,6 +42,6 @@ def _finish(
             outcome = outcome or next(replies)
         except EngineGone:
             raise
-        except (InputError, RuntimeError) as e:
+        except InputError as e:
             outcome = error = e
         yield key, outcome

@@ -17,7 +17,7 @@ from torch import Tensor
 from lvctx.artifacts.store import fingerprint
 from lvctx.cost import PEAK
 from lvctx.device import DeviceMap
-from lvctx.errors import InputError
+from lvctx.errors import InputError, memory_errors
 from lvctx.inference.engine import AnswerScore, Reply, Shown
 from lvctx.inference.engine_config import EngineConfig
 from lvctx.inference.prefix_scorer import PrefixScorer, greedy_token
@@ -41,6 +41,8 @@ from lvctx.vlm.base import VLM, VisualInput, prompt_tail
 log = logging.getLogger(__name__)
 PREFILL_CHUNK = 2048
 """Tokens per forward."""
+LESS = "use fewer frames, --cp, or a smaller --batch or --prefill-chunk"
+"""What needs less memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,11 +152,13 @@ class TransformersEngine:
             "dtype": effective_dtype(load_config(self.vlm.path), dtype),
         }
 
+    @memory_errors(fix=LESS)
     def load(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> Any:
         """See `Engine`."""
         with self.meter.phase("decode"):
             return items, self.vlm.load(items, sampling)
 
+    @memory_errors(fix=LESS)
     def show_loaded(self, loaded: Any) -> Shown:
         """See `Engine`."""
         self.visual = None  # no partial input remains after an error
@@ -202,6 +206,7 @@ class TransformersEngine:
         """See `Engine`."""
         return next(self.finish_replies([self.start_reply(turns, params, on_text)]))
 
+    @memory_errors(fix=LESS)
     def start_reply(
         self, turns: Sequence[str], params: SamplingParams, on_text: Callable[[str], None] | None = None
     ) -> StartedReply:
@@ -236,7 +241,8 @@ class TransformersEngine:
         """See `Engine`."""
         before = self.meter.set_aside()
         try:
-            self.finish([one.continuation for one in started])
+            with memory_errors(fix=LESS):
+                self.finish([one.continuation for one in started])
         finally:
             shared = self.meter.take().get("cost", {})
             self.meter.restore(before)
@@ -285,6 +291,7 @@ class TransformersEngine:
                 fix="use fewer frames, or extend the model: lvctx extend-lm, or mrope-extend for Qwen-VL",
             )
 
+    @memory_errors(fix=LESS)
     def score(self, turns: Sequence[str], answer: str) -> AnswerScore:
         """See `Engine`; the answer is tokenized separately, unless the model's own processor writes the prompt."""
         assert self.visual is not None, "no visual input was set"

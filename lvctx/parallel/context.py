@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lvctx.device import CpKind, Dtype, resolve_device, resolve_dtype
-from lvctx.errors import EXIT_INTERRUPTED, EXIT_STOPPED, InputError, LvctxError, Stopped, UsageError
+from lvctx.errors import EXIT_INTERRUPTED, EXIT_STOPPED, InputError, LvctxError, Stopped, UsageError, memory_errors
 from lvctx.parallel.ring_attention import ALONE, Ring
 
 log = logging.getLogger(__name__)
@@ -225,7 +225,8 @@ def propagate_errors() -> Iterator[None]:
     """Raise the error of the first rank that failed on every rank, instead of the lost connections that follow it."""
     store = dist.distributed_c10d._get_default_store()
     try:
-        yield
+        with memory_errors():
+            yield
     except BaseException as e:
         if isinstance(e, UsageError):  # flags are the same on every rank, and so are their errors
             raise

@@ -10,7 +10,7 @@ from typing import Any
 import av
 
 from lvctx.artifacts.sniff import ADVICE, Sniffed, mistaken, sniff
-from lvctx.errors import InputError, LvctxError
+from lvctx.errors import InputError, LvctxError, memory_errors
 from lvctx.video.squares import MAX_PIXELS
 from lvctx.video.truncation import find_truncation
 
@@ -54,10 +54,11 @@ def check_exists(path: Path) -> int:
 def decoder_errors(path: Path) -> Iterator[None]:
     """Turn any exception of FFmpeg and PyAV about a file into an InputError that names it.
 
-    A damaged file can raise exceptions of any type (OSError, ValueError, IndexError, MemoryError and others).
+    A damaged file can raise exceptions of any type (OSError, ValueError, IndexError and others).
     """
     try:
-        yield
+        with memory_errors(where=path, fix="convert it to a smaller size with ffmpeg"):
+            yield
     except LvctxError:
         raise
     except Exception as e:

@@ -2,12 +2,14 @@
 
 The process gets one request per line on stdin and answers on stdout with messages: a kind, a length, a body. It serves
 one video after another, and is replaced after a video that it fails on. It does not import torch, so it starts fast.
-It decodes ahead as far as its queues and the pipe have room, so decoding overlaps with the caller's work.
+It decodes ahead as far as its queues and the pipe have room, so decoding overlaps with the caller's work. It gets no
+more memory than half of what the machine has: a video that needs more is an error.
 """
 
 import contextlib
 import json
 import os
+import resource
 import select
 import signal
 import struct
@@ -31,6 +33,8 @@ from lvctx.video.squares import square
 
 TIMEOUT = 120.0
 """Seconds within which a decoder has to read at least one packet."""
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+"""Bytes that a decoder may allocate."""
 HEAD, FRAME = struct.Struct("<cQ"), struct.Struct("<qd")
 
 
@@ -66,10 +70,10 @@ class DecodeRequest:
 
 
 class Decoders:
-    """Decoding processes; safe to use from several threads. `timeout` is in seconds, see `TIMEOUT`."""
+    """Decoding processes; safe to use from several threads. See `TIMEOUT` and `MEMORY`."""
 
-    def __init__(self, *, timeout: float = TIMEOUT) -> None:
-        self._timeout = timeout
+    def __init__(self, *, timeout: float = TIMEOUT, memory: int = MEMORY) -> None:
+        self._timeout, self._memory = timeout, memory
         self._idle: list[subprocess.Popen[bytes]] = []
 
     @contextlib.contextmanager
@@ -93,9 +97,9 @@ class Decoders:
             else:
                 _end(process)
 
-    @staticmethod
-    def _start() -> "subprocess.Popen[bytes]":
-        code = f"import sys; sys.path[:] = {sys.path!r}; from lvctx.video.decode_worker import serve; serve()"
+    def _start(self) -> "subprocess.Popen[bytes]":
+        serve = f"from lvctx.video.decode_worker import serve; serve({self._memory})"
+        code = f"import sys; sys.path[:] = {sys.path!r}; {serve}"
         return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
 
     def close(self) -> None:
@@ -160,8 +164,10 @@ class _Reader(Iterator[Frame]):
         return errors.InputError(f"the decoder {how}", where=self._request.path, fix="convert the video with ffmpeg")
 
 
-def serve() -> None:
-    """Main loop of the process: answer requests until stdin ends."""
+def serve(memory: int) -> None:
+    """Main loop of the process: answer requests until stdin ends. `memory` is in bytes."""
+    with contextlib.suppress(ValueError, OSError):  # a lower limit is set already, or the system has none of this kind
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     out = os.dup(1)
     os.dup2(2, 1)  # output of libraries must not come between messages
@@ -195,8 +201,9 @@ class _Answer:
         reader = read_video(
             Path(request.path), request.sampling, prepare=self._square, threads=request.threads, stats=self._stats
         )
-        for frame in reader:
-            self._send(b"F", FRAME.pack(frame.index, frame.pts), frame.image.data)
+        with errors.memory_errors(where=request.path, fix="convert it to a smaller size with ffmpeg"):
+            for frame in reader:
+                self._send(b"F", FRAME.pack(frame.index, frame.pts), frame.image.data)
         return {"facts": reader.facts, "decoded": reader.decoded}
 
     def _square(self, image: np.ndarray) -> np.ndarray:

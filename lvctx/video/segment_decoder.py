@@ -206,6 +206,8 @@ class _RangeReader:
                     yield from packet.decode()
                 except av.EOFError:
                     return
+                except MemoryError:  # frames that do not fit are not damaged
+                    raise
                 except av.FFmpegError:
                     pass  # its frame is missing, and is counted
             if self.at == seek_range.stop:

@@ -76,6 +76,8 @@ def _decode(container: Any, stream: Any, stats: DecodeStats) -> Iterator[Any]:
             yield from packet.decode()
         except av.EOFError:
             return
+        except MemoryError:  # frames that do not fit are not damaged
+            raise
         except av.FFmpegError:
             stats.damaged += 1
     with contextlib.suppress(av.FFmpegError):

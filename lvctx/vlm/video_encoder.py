@@ -31,7 +31,7 @@ from lvctx.artifacts.manifest import Provenance, is_finished, read_provenance
 from lvctx.artifacts.store import read_safetensors_header, sha256_file
 from lvctx.cost import CostMeter
 from lvctx.device import Dtype, resolve_dtype
-from lvctx.errors import DiskError, LvctxError, Stopped, UsageError
+from lvctx.errors import DiskError, LvctxError, Stopped, UsageError, memory_errors
 from lvctx.models.vision_encoder import Tower, TowerFiles
 from lvctx.video.container import check_complete, probe
 from lvctx.video.decode_worker import DecodeRequest, Decoders
@@ -265,7 +265,8 @@ class VideoEncoder:
 
         def encode_one(video: Path) -> CacheRow | LvctxError:
             try:
-                return self.encode(video, out, threads=threads, **options)
+                with memory_errors(where=video, fix="use a smaller --batch or --jobs"):
+                    return self.encode(video, out, threads=threads, **options)
             except LvctxError as e:
                 if isinstance(e, DiskError):
                     raise

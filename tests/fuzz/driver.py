@@ -8,14 +8,19 @@ A seed is a number: `--first SEED --count 1 KIND` makes and runs one input again
 import argparse
 import csv
 import json
+import logging
+import os
+import resource
 import shutil
+import signal
 import struct
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NoReturn
 
 import av
 import numpy as np
@@ -24,7 +29,13 @@ import pyarrow.parquet as pq
 from conftest import save_tower
 from PIL import Image
 from support import broken
-from support.limited import fault, limited
+from support.limited import BYTES, SECONDS, fault, limited
+from typer.testing import CliRunner
+
+from lvctx.cli.app import app
+
+TOGETHER = 200
+"""Inputs that one process runs in `suspects`."""
 
 TURNS = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "A dog."}]
 ROWS: list[dict[str, Any]] = [{"id": str(n), "conversations": TURNS} for n in range(3)]
@@ -223,8 +234,51 @@ class Fuzzer:
         return ["encode-video", *files, "--model", self.vlm, *rng.choice(SAMPLING), "-o", self.folder / "frames"]
 
 
-def fuzz(fuzzer: Fuzzer, kind: str, seeds: range) -> list[str]:
-    """Run the inputs of these seeds; returns what is wrong, with the seed."""
+def suspects(fuzzer: Fuzzer, kind: str, seeds: range) -> Iterator[int]:
+    """The seeds whose input does not end well in a process that runs many, with the limits of `limited`.
+
+    This is several times as fast as a process for each input.
+    """
+    at = seeds.start
+    while at < seeds.stop:
+        reader, writer = os.pipe()
+        if not (child := os.fork()):
+            os.close(reader)
+            _run_together(fuzzer, kind, range(at, min(at + TOGETHER, seeds.stop)), writer)
+        os.close(writer)
+        with open(reader) as ends:
+            ended = [line.split() for line in ends]
+        os.waitpid(child, 0)
+        yield from (int(seed) for seed, well in ended if well == "False")
+        at = int(ended[-1][0]) + 1 if ended else at
+        if len(ended) < TOGETHER and at < seeds.stop:  # the next one has ended the process
+            yield at
+            at += 1
+
+
+def _run_together(fuzzer: Fuzzer, kind: str, seeds: range, writer: int) -> NoReturn:
+    """Write how each input ends: a line of its seed and whether it ended well."""
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + BYTES, mapped + BYTES))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    silent = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(silent, stream)  # what libraries say beside the command's own streams
+    try:
+        for seed in seeds:
+            arguments = [*map(str, fuzzer.kinds[kind](Random(f"{kind} {seed}")))]
+            logging.root.handlers.clear()  # that of the command before writes to its stream
+            signal.alarm(SECONDS)
+            done = CliRunner().invoke(app, arguments)
+            signal.alarm(0)
+            ended = subprocess.CompletedProcess(arguments, done.exit_code, b"", done.stderr.encode(errors="replace"))
+            os.write(writer, f"{seed} {not fault(ended)}\n".encode())
+    finally:
+        os._exit(0)
+
+
+def fuzz(fuzzer: Fuzzer, kind: str, seeds: Iterable[int]) -> list[str]:
+    """Run the inputs of these seeds, each in a process of its own; returns what is wrong, with the seed."""
     found = []
     for seed in seeds:
         wrong = fault(limited(*fuzzer.kinds[kind](Random(f"{kind} {seed}"))))
@@ -247,10 +301,9 @@ def main() -> None:
     faults = 0
     for kind in options.kinds or fuzzer.kinds:
         began = time.monotonic()
-        found = fuzz(fuzzer, kind, range(options.first, options.first + options.count))
-        print(
-            f"{kind}: {options.count} inputs, {len(found)} faults, {time.monotonic() - began:.0f} s", *found, sep="\n  "
-        )
+        found = fuzz(fuzzer, kind, suspects(fuzzer, kind, range(options.first, options.first + options.count)))
+        line = f"{kind}: {options.count} inputs, {len(found)} faults, {time.monotonic() - began:.0f} s"
+        print(line, *found, sep="\n  ", flush=True)
         faults += len(found)
     sys.exit(bool(faults))
 

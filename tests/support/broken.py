@@ -49,7 +49,7 @@ def lvctx(*args: object) -> tuple[int, str, BaseException | None]:
     return done.exit_code, "".join(said[-1:]), done.exception
 
 
-def save_lm(out: Path, *, tied: bool = True, layers: int = 2) -> Path:
+def save_lm(out: Path, *, tied: bool = True, layers: int = 2, intermediate: int = 128) -> Path:
     """A random Llama with a tokenizer of bytes."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,7 +59,7 @@ def save_lm(out: Path, *, tied: bool = True, layers: int = 2) -> Path:
     config = LlamaConfig(
         vocab_size=320,
         hidden_size=64,
-        intermediate_size=128,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -113,7 +113,7 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def mutate(value: Any, rng: Random) -> Any:
     """The JSON value with one to three of its places changed or removed; now and then another value altogether."""
     if rng.random() < 0.03:
-        return rng.choice(VALUES)
+        return copy.deepcopy(rng.choice(VALUES))
     value = copy.deepcopy(value)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         places = _places(value)
@@ -126,7 +126,7 @@ def mutate(value: Any, rng: Random) -> Any:
         if isinstance(parent, dict) and rng.random() < 0.15:
             del parent[key]
         else:
-            parent[key] = rng.choice(VALUES)
+            parent[key] = copy.deepcopy(rng.choice(VALUES))
     return value
 
 

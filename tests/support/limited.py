@@ -10,9 +10,11 @@ SECONDS, BYTES = 10, 2 << 30
 CODES = (0, 2, 3, 4, 5)
 
 
-def limited(*arguments: object, stdin: bytes = b"", seconds: int = SECONDS) -> subprocess.CompletedProcess[bytes]:
-    """A command that is killed after `seconds`, and gets no more than `BYTES` beyond what its imports take."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", warm_server.LIMITS: f"{seconds},{BYTES}"}
+def limited(
+    *arguments: object, stdin: bytes = b"", seconds: int = SECONDS, size: int = BYTES
+) -> subprocess.CompletedProcess[bytes]:
+    """A command that is killed after `seconds`, and gets no more than `size` bytes beyond what its imports take."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", warm_server.LIMITS: f"{seconds},{size}"}
     command = [warm_server.start(), *(a if isinstance(a, bytes) else str(a) for a in arguments)]
     return subprocess.run(command, input=stdin, env=environment, capture_output=True, timeout=120)
 

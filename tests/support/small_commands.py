@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "videomme run": ("videomme", "run", "--model", "vlm", *ASKED),
     "export hf": ("export", "vlm", "--to", "hf"),
     "export llava": ("export", "vlm", "--to", "llava"),
+    "export --results": ("export", "vlm", "--to", "hf", "--results", "shard"),
     "niah haystack": ("niah", "haystack", "--frames", "4", "--side", "32"),
     "niah video": (
         *("niah", "video", "--model", "vlm", "--haystack", "clips/a.mp4", "--feature-cache", "features"),
@@ -53,6 +54,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("bench", "nextqa", "run", "--model", "vlm", "--videos", "clips", "--questions", "nextqa.csv"),
         *("--frames", "2", "--max-new-tokens", "2"),
     ),
+    "bench merge": ("bench", "merge", "shard"),
     "import-longva": ("import-longva", "llava"),
     "perplexity": ("perplexity", "lm", "--data", "rows", "--rows", "2"),
     "niah report": ("niah", "report", "all_accuracies.json"),
@@ -86,8 +88,9 @@ def prepare(folder: Path, lm: Path, tower: Path, vlm: Path, essays: Path) -> Non
     (folder / "responses.json").write_text(json.dumps([video]))
     header, row = (DATA / "nextqa.csv").read_text().splitlines()[:2]
     (folder / "nextqa.csv").write_text(f"{header}\n{row}\n")
-    for name, out in (("pack-text", "rows"), ("pack-chat", "chat"), ("export llava", "llava")):
-        done = lvctx(folder, *COMMANDS[name], "-o", out)
+    made = {"rows": COMMANDS["pack-text"], "chat": COMMANDS["pack-chat"], "llava": COMMANDS["export llava"]}
+    for out, command in (made | {"shard": (*COMMANDS["videomme run"], "--shard", "1/1")}).items():
+        done = lvctx(folder, *command, "-o", out)
         assert done.returncode == 0, done.stderr
 
 

@@ -14,12 +14,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from lvctx.artifacts import schemas
 from lvctx.artifacts.result_log import RESULTS, ResultLog, read_results, short_hash
 from lvctx.artifacts.store import fingerprint
-from lvctx.errors import DiskError, InputError, LvctxError
+from lvctx.errors import DiskError, InputError, LvctxError, OutOfMemory
 from lvctx.eval.benchmarks.answers import Question
 from lvctx.eval.benchmarks.input_checks import check_subtitles, check_videos, read_questions
 from lvctx.eval.benchmarks.subtitles import NONE, find_subtitles, read_subtitles
@@ -189,12 +187,9 @@ def _ask(
             if not isinstance(outcome, Exception):
                 yield sample, {**row, "response": outcome.text, **outcome.facts, **engine.meter.take()}
                 continue
-            if together and isinstance(outcome, torch.OutOfMemoryError):
-                raise _out_of_memory(sample.video) from outcome
-            if together and not isinstance(outcome, LvctxError):
-                raise outcome
-            error = str(outcome) if isinstance(outcome, LvctxError) else " ".join(str(outcome).split())[:300]
-            yield sample, {**row, "error": error, **engine.meter.take()}
+            if together and isinstance(outcome, OutOfMemory):
+                raise OutOfMemory(outcome.what, where=sample.video, fix=outcome.fix)
+            yield sample, {**row, "error": str(outcome), **engine.meter.take()}
 
 
 def _start(
@@ -208,7 +203,7 @@ def _start(
             subtitles, facts = show()
         except DiskError:
             raise
-        except (LvctxError, torch.OutOfMemoryError) as e:
+        except LvctxError as e:
             yield from (((s, base[s.id]), e) for s in samples)
             continue
         for sample in samples:
@@ -223,13 +218,9 @@ def _start(
                 started = engine.start_reply([text], params)
             except EngineGone:
                 raise
-            except (InputError, RuntimeError) as e:  # too long, or out of memory: only this question fails
+            except InputError as e:  # too long, or out of memory: only this question fails
                 started = e
             yield (sample, row), started
-
-
-def _out_of_memory(video: str) -> InputError:
-    return InputError("out of memory", where=video, fix="use a larger --cp, a smaller --prefill-chunk, or fewer frames")
 
 
 def _described(sample: Question) -> dict[str, Any]:

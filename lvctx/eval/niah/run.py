@@ -8,10 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lvctx.artifacts.result_log import RESULTS, ResultLog, read_results
-from lvctx.errors import InputError, UsageError
+from lvctx.errors import OutOfMemory, UsageError, memory_errors
 from lvctx.eval.niah.frame_needles import FrameNeedles
 from lvctx.eval.niah.heatmap import write_report
 from lvctx.eval.niah.job import NiahJob
@@ -134,14 +132,12 @@ def _run_cell(scorer: Scorer, job: NiahJob, cell: Cell) -> dict[str, Any]:
     row = {**asdict(cell), "tokens": len(ids), "last_position": job.last_position(ids)}
     try:
         count = job.task.max_new_tokens(answer) if job.scoring != "forced" else 0
-        score = scorer.score(ids, answer, generate=count)
-    except (RuntimeError, MemoryError) as e:  # usually out of memory: only this cell fails
+        with memory_errors(where=f"{len(ids)} tokens", fix="use --cp, --kv-cache host or a smaller --prefill-chunk"):
+            score = scorer.score(ids, answer, generate=count)
+    except OutOfMemory as e:
         if scorer.ring.world > 1:  # the other ranks of the group wait for this one
-            if isinstance(e, torch.OutOfMemoryError | MemoryError):
-                fix = "use a larger --cp, a smaller --prefill-chunk, or --kv-cache host"
-                raise InputError("out of memory", where=f"{len(ids)} tokens", fix=fix) from e
             raise
-        return {**row, "error": " ".join(f"{e or 'out of memory'}".split())[:300], **job.meter.take()}
+        return {**row, "error": str(e), **job.meter.take()}
     job.meter.add(tokens_in=len(ids), tokens_out=len(score.generated or ()))
     if isinstance(job.task, FrameNeedles):
         job.meter.add(frames_shown=len(job.task.order(cell)))
