@@ -31,15 +31,17 @@ def rank(model: str, data: str, out: str) -> None:
     from lvctx.training.extend_config import ExtendConfig
     from lvctx.training.parallel_config import ParallelConfig, RunControl
 
-    loading, train = [], run_training.train
+    loading, train, gathering = [], run_training.train, run_training.gathering
 
     def measured(*arguments: Any) -> Any:
         loading.append(peak())
-        result = train(*arguments)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
-        return result
+        return train(*arguments)
 
-    run_training.train = measured  # type: ignore[assignment]
+    def saving(*arguments: Any) -> Any:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+        return gathering(*arguments)
+
+    run_training.train, run_training.gathering = measured, saving  # type: ignore[assignment]
     options: dict[str, Any] = {**CONFIG, "batch_tokens": LENGTH * int(os.environ["WORLD_SIZE"])}
     job = resolve_extend(ExtendConfig(model=model, data=Path(data), out=Path(out), **options))
     run_training.run_training(job.task(), ParallelConfig(device="cpu"), RunControl(out=Path(out)))

@@ -18,12 +18,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ALLOWED = {
-    *("0BSD", "Apache-2.0", "Apache-2.0 WITH LLVM-exception", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0"),
-    *("CNRI-Python", "ISC", "MIT", "MIT-CMU", "PSF-2.0", "Zlib"),
+    "0BSD", "Apache-2.0", "Apache-2.0 WITH LLVM-exception", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0",
+    "CNRI-Python", "ISC", "MIT", "MIT-CMU", "PSF-2.0", "Zlib",
     # Names in older metadata.
-    *("Apache 2.0 License", "Apache Software License", "BSD License", "ISC License (ISCL)", "MIT License"),
+    "Apache 2.0 License", "Apache Software License", "BSD License", "ISC License (ISCL)", "MIT License",
     "Python Software Foundation License",
-}
+}  # fmt: skip
 """Licences that ask for no more than a notice."""
 EXPLAINED_LICENCES = {
     "tqdm": "MPL-2.0 AND MIT: its own files stay under the MPL, which is met by using it unchanged",

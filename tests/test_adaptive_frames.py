@@ -20,7 +20,7 @@ from lvctx.eval.niah.image_needles import ImageNeedle, NeedleSet
 from lvctx.eval.niah.video_task import VideoNeedleTask
 from lvctx.inference.prefix_scorer import PrefixScorer
 from lvctx.models.vlm_assembly import chat_ids
-from lvctx.rope.mrope_positions import Rules, Text, positions
+from lvctx.rope.mrope_positions import Text, positions, tokens_per_second
 from lvctx.video.hybrid import Hybrid
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.feature_cache import read_feature_cache
@@ -98,7 +98,7 @@ def test_a_needle_changes_the_image(kind: str, mode: Any, tmp_path: Path) -> Non
         assert sum(seen.high) < len(seen.high)
         before, after = chat_ids(tokenizer, cell.question, mark="<|video_pad|>")
         plain_ids = [*before, *haystack.rule.layout(seen.blocks).ids, *after, *tokenizer.encode(cell.answer)]
-        per_second = Rules.of(model.config).tokens_per_second
+        per_second = tokens_per_second(model.config)
         found, _ = positions([Text(len(before) + 1), seen.part(per_second), Text(len(after) + 1 + answer)])
         assert torch.equal(tokens.positions(ids, 0)[:, 0], found)
         prompt = Prompt(ids=plain_ids, positions=found, pixels=pixels(seen, haystack.vlm.processor))

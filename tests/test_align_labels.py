@@ -21,9 +21,9 @@ from lvctx.models.vlm_assembly import VIDEO_TOKEN
 
 TEMPLATES = Path(__file__).parent / "data" / "chat"
 SPECIAL = (
-    *("<|im_start|>", "<|im_end|>", "<|begin_of_text|>"),
-    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", VIDEO_TOKEN),
-)
+    "<|im_start|>", "<|im_end|>", "<|begin_of_text|>",
+    "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", VIDEO_TOKEN,
+)  # fmt: skip
 
 
 def tokenizer_of(family: str) -> Any:

@@ -21,9 +21,11 @@ from lvctx.eval.benchmarks import (
     egoschema,
     longtimescope,
     longvideo_reason,
+    longvideobench,
     lvbench,
     mlvu,
     timescope,
+    vhs,
     videoeval_pro,
     videomme_v2,
     vnbench,
@@ -208,10 +210,10 @@ def test_thousands_of_failed_rows_are_the_first_line_of_the_score(
 # --- scorers, against the rules of the authors' scripts
 
 PIECES = (
-    *("The best answer is", "Final Answer:", "Best answer:", "Answer:", "answer: ", "the option is ", "The answer is"),
-    *("A", "B", "C", "D", "E", "(A", "(B)", ")", ".", " ", "\n", "none of them", "a", "b", "H", "é", "<answer>"),
-    *("</answer>", "A</answer>", "Therefore the final answer is: "),
-)
+    "The best answer is", "Final Answer:", "Best answer:", "Answer:", "answer: ", "the option is ", "The answer is",
+    "A", "B", "C", "D", "E", "(A", "(B)", ")", ".", " ", "\n", "none of them", "a", "b", "H", "é", "<answer>",
+    "</answer>", "A</answer>", "Therefore the final answer is: ",
+)  # fmt: skip
 replies = st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
 
 
@@ -388,6 +390,83 @@ def test_egoschema_writes_indices_for_its_server(tmp_path: Path) -> None:
     assert 0 <= written[questions[2].video] < 5
     scored = egoschema.score([row_of(q, s) for q, s in zip(questions[:2], said, strict=False)])
     assert (scored["guessing"]["mean"], scored["guessing"]["guessed"]) == (0.5, 0)
+
+
+LMMS_PIECES = (
+    *(
+        "A",
+        "B",
+        "(C)",
+        "(D)",
+        "E.",
+        "a",
+        " ",
+        " ",
+        ".",
+        ",",
+        "'",
+        "the man ",
+        "a. c draws.",
+        "B. C cooks.",
+        "c. C reads",
+    ),
+    *("I think so. ", "First, ", "<think>A</think>", "</think>"),
+)
+
+
+@given(said=st.lists(st.sampled_from(LMMS_PIECES), max_size=7).map("".join))
+def test_egoschema_reads_replies_as_lmms_eval_does(said: str) -> None:
+    """Its parse_multi_choice_response: where nothing is found it draws a letter."""
+    question = egoschema.samples(FILES["egoschema"])[0]
+    text = said
+    while "<think>" in text and "</think>" in text.partition("<think>")[2]:
+        before, _, rest = text.partition("<think>")
+        text = before + rest.partition("</think>")[2]
+    text = text.rpartition("</think>")[2] if "<think>" not in text else text
+    text = text.strip()
+    for mark in (",", ".", "!", "?", ";", ":", "'"):
+        text = text.strip(mark)
+    text = f" {text} "
+    last = {form: text.rfind(form) for x in "ABCDE" for form in (f"({x})", f"{x} ", f"{x}.")}
+    places = sorted((place, form) for form, place in last.items() if place >= 0)
+    if not places and len(text.split()) > 5:
+        options = {x: option.lower() for x, option in zip("ABCDE", question.options, strict=True)}
+        places = sorted((text.lower().rfind(option), x) for x, option in options.items() if option in text.lower())
+    letter = next((character for character in places[0][1] if character.isalpha()), "") if places else ""
+    rows = [{**row_of(question, said), "options": list(question.options)}]
+    found = egoschema.score(rows)["guessing"]
+    assert found["guessed"] == int(not letter)
+    if letter:
+        assert found["mean"] == float(letter == "A")
+
+
+@given(said=st.lists(replies, min_size=4, max_size=4))
+def test_longvideobench_reads_the_first_letter(said: list[str]) -> None:
+    questions = longvideobench.samples(FILES["longvideobench"]) * 4
+    pairs = list(zip(questions, said, strict=False))
+    found = longvideobench.score([row_of(q, s) | {"id": str(i)} for i, (q, s) in enumerate(pairs)])["guessing"]
+    letters = [first_of(s, "ABCDE", TIMESCOPE) for _, s in pairs]
+    assert found["guessed"] == letters.count("")
+    if "" not in letters:
+        right = [letter == q.answer for letter, (q, _) in zip(letters, pairs, strict=True)]
+        assert found["mean"] == pytest.approx(sum(right) / len(right))
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        *(("Yes.", "yes"), ("**Yes**", "yes"), ("'No'", "no"), ('"yes"', "yes"), ("(no)", "no"), ("No's", "no")),
+        *(("Yes, no", "yes no"), ("yes\nno", "yes no"), ("no,it", "no"), ("answer:yes", "yes"), ("no--one", "no")),
+        *(("yes\u2014there", "yes"), ("`no`", "no"), ("no..", "no"), ("no.)", "no"), ("\u2018no\u2019", "no")),
+        *(("yes/no", ""), ("no-one", ""), ("yes_", ""), ("yes.no", ""), ("no:1", ""), ("no5", ""), ("a.yes", "")),
+    ],
+)
+def test_visual_haystacks_reads_the_words_of_nltk(reply: str, words: str) -> None:
+    """Recorded from word_tokenize of nltk 3.10.4, whose words the authors' script compares."""
+    for key in ("yes", "no"):
+        row = {"id": "1", "answer": key, "response": reply, "groups": {"images": "1"}}
+        assert vhs.score([row])["rules"]["words"]["mean"] == float(key in words.split())
+        assert vhs.score([row])["rules"]["words"]["parsed"] == float(bool(words))
 
 
 def judged(key: str, reply: str) -> bool:

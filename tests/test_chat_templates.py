@@ -113,10 +113,10 @@ VICUNA = (
 )
 
 SPECIAL = (
-    *("<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    *("<|user|>", "<|assistant|>", "<|system|>", "<start_of_turn>", "<end_of_turn>", "<end_of_utterance>"),
-    *("[INST]", "[/INST]", "<image>", IMAGE),
-)
+    "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+    "<|user|>", "<|assistant|>", "<|system|>", "<start_of_turn>", "<end_of_turn>", "<end_of_utterance>",
+    "[INST]", "[/INST]", "<image>", IMAGE,
+)  # fmt: skip
 
 
 def tokenizer_of(template: str, *, metaspace: bool = False, eos: str = "<|endoftext|>") -> Any:

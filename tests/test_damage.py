@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.frames import write_frames
 from support.killing import Toy, toy_provenance
 from support.refusals import refused
 from typer.testing import CliRunner
@@ -17,7 +18,6 @@ from lvctx.cli.app import app
 from lvctx.errors import InputError, Stopped
 from lvctx.training.parallel_config import ParallelConfig, RunControl
 from lvctx.training.run_training import run_training
-from lvctx.vlm.feature_cache import write_frames
 
 CPU = ParallelConfig(device="cpu")
 
@@ -49,7 +49,7 @@ def test_a_finished_run_with_a_spoiled_file_is_not_finished(spoil: Callable[[Pat
     run_training(Toy(tmp_path), CPU, RunControl(out=tmp_path))
     whole = (tmp_path / "model.safetensors").read_bytes()
     spoil(tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=str(tmp_path / "model.safetensors")):
+    with refused(InputError, str(tmp_path / "model.safetensors")):
         run_training(Toy(tmp_path), CPU, RunControl(out=tmp_path))
     run_training(Toy(tmp_path), CPU, RunControl(out=tmp_path, force=True))
     assert (tmp_path / "model.safetensors").read_bytes() == whole
@@ -59,7 +59,7 @@ def test_inputs_are_compared_with_their_hashes_before_training(tmp_path: Path) -
     task = Toy(tmp_path / "out")
     task.inputs = [artifact(tmp_path / "data"), tmp_path / "no artifact"]
     flip(tmp_path / "data" / "a.bin")
-    with pytest.raises(InputError, match=str(tmp_path / "data" / "a.bin")):
+    with refused(InputError, "data/a.bin"):
         run_training(task, CPU, RunControl(out=task.out))
     assert task.calls == 0
     flip(tmp_path / "data" / "a.bin")
@@ -85,7 +85,7 @@ def test_a_manifest_names_no_file_elsewhere(name: str, tmp_path: Path) -> None:
     folder = artifact(tmp_path / "data")
     text = (folder / MANIFEST).read_text()
     (folder / MANIFEST).write_text(text.replace('"a.bin"', '"' + name.replace("\0", "\\u0000") + '"'))
-    with pytest.raises(InputError, match=MANIFEST):
+    with refused(InputError, f"data/{MANIFEST}"):
         verify_files(folder)
 
 
@@ -148,6 +148,6 @@ def test_the_checkpoint_before_a_damaged_one_is_used(
     assert [record for record in caplog.records if str(newest) in record.getMessage()]
     for path in (tmp_path / "parts" / "checkpoint").glob("step-*"):
         spoil(path)
-    with pytest.raises(InputError, match=str(tmp_path / "parts" / "checkpoint")):
+    with refused(InputError, "parts/checkpoint"):
         Toy(tmp_path / "parts").run()
     assert not Path("exploded").exists()

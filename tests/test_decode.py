@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.refusals import refused
 
 from lvctx.errors import InputError, UsageError
 from lvctx.video.container import probe
@@ -183,7 +184,7 @@ def test_a_part_without_a_frame_is_refused(name: str, make: Make) -> None:
     for options in ({"fps": "native"}, {"fps": 1.0}, {"frames": 4}):
         sampling = VideoSampling(start=7.0, end=8.0, **options)  # type: ignore[arg-type]
         for read in (lambda s: list(read_video(path, s)), lambda s: count_frames(path, s)):
-            with pytest.raises(InputError, match="no frame between --start and --end"):
+            with refused(InputError, path.name):
                 read(sampling)
     for start, end in ((1.0, 1.0), (2.0, 1.0), (-1.0, None), (None, 0.0)):
         with pytest.raises(UsageError, match="before --end"):
@@ -208,7 +209,7 @@ def test_one_sampling(make: Make) -> None:
             read_video(video(make, "constant.mp4"), VideoSampling(**both))  # type: ignore[arg-type]
 
 
-def refused(path: Path, *words: str) -> None:
+def refused_naming(path: Path, *words: str) -> None:
     with pytest.raises(InputError) as e:
         list(read_video(path, VideoSampling(fps=1)))
     assert e.value.exit_code == 3
@@ -236,17 +237,17 @@ def test_broken_files_are_one_line(make: Make, tmp_path: Path) -> None:
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
-    refused(tmp_path / "missing.mp4", "no such video")
-    refused(tmp_path / "empty.mp4", "empty")
-    refused(tmp_path / "text.mp4", "not a video")
-    refused(tmp_path / "subtitles.mp4", "no video stream")
-    refused(tmp_path, "not a file")
+    refused_naming(tmp_path / "missing.mp4", "no such video")
+    refused_naming(tmp_path / "empty.mp4", "empty")
+    refused_naming(tmp_path / "text.mp4", "not a video")
+    refused_naming(tmp_path / "subtitles.mp4", "no video stream")
+    refused_naming(tmp_path, "not a file")
     for name in ("cut.mp4", "cut_late.mp4", "cut_piece.mp4", "cut.mkv", "cut.webm"):
-        refused(tmp_path / name, "cut short")
-    refused(make("sound.mp4", "-f", "lavfi", "-i", "sine=d=1"), "no video stream")
+        refused_naming(tmp_path / name, "cut short")
+    refused_naming(make("sound.mp4", "-f", "lavfi", "-i", "sine=d=1"), "no video stream")
     cover = make("cover.png", "-frames:v", "1")
     song = make("song.mp3", "-f", "lavfi", "-i", "sine=d=1", "-i", cover, "-map", "0", "-map", "1", "-c:v", "copy")
-    refused(song, "no video stream")
+    refused_naming(song, "no video stream")
 
 
 def test_a_live_recording_has_no_length(make: Make) -> None:
@@ -262,7 +263,7 @@ def test_damage_is_counted_and_much_of_it_refused(make: Make, tmp_path: Path) ->
     for _ in range(200):
         damaged[rng.randrange(start, end)] = rng.randrange(256)
     (tmp_path / "damaged.mp4").write_bytes(damaged)
-    refused(tmp_path / "damaged.mp4", "damaged")
+    refused_naming(tmp_path / "damaged.mp4", "damaged")
 
 
 def test_decord_where_asked(make: Make) -> None:
@@ -290,5 +291,5 @@ def test_decord_where_asked(make: Make) -> None:
         with pytest.raises(InputError, match=word):
             list(read_video(video(make, name), VideoSampling(fps=1, decoder="decord")))
     sound = make("sound.mp4", "-f", "lavfi", "-i", "sine=d=1")
-    with pytest.raises(InputError, match="no video stream"):
+    with refused(InputError, "sound.mp4"):
         list(read_video(sound, VideoSampling(fps=1, decoder="decord")))

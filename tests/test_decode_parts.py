@@ -13,6 +13,7 @@ from typing import Any
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from support.refusals import refused
 
 from lvctx.errors import InputError
 from lvctx.video.decode_worker import DecodeRequest, Decoders
@@ -124,7 +125,7 @@ def test_missing_frames_are_counted_and_left_out(videos: dict[str, Path], tmp_pa
         damaged[at : at + 40] = bytes(40)
     path = tmp_path / "damaged.mp4"
     path.write_bytes(damaged)
-    with pytest.raises(InputError, match="damaged or missing"):
+    with refused(InputError, "damaged.mp4"):
         list(read_video(path, VideoSampling(fps="native")))
     reader = read_video(path, VideoSampling(fps="native", allow_partial=True))
     frames = list(reader)
@@ -140,7 +141,7 @@ def test_cut_files(videos: dict[str, Path], tmp_path: Path) -> None:
     for path in (old, videos["short_gops.mkv"]):
         cut = tmp_path / f"cut{path.suffix}"
         cut.write_bytes(path.read_bytes()[: path.stat().st_size // 2 + 1])
-        with pytest.raises(InputError, match="cut short"):
+        with refused(InputError, cut.name):
             list(read_video(cut, VideoSampling(fps=1)))
         partial = read_video(cut, VideoSampling(fps=1, allow_partial=True))
         assert len(list(partial)) >= 1
@@ -205,9 +206,9 @@ def test_a_dead_or_hanging_decoder_costs_one_video(blow: signal.Signals, word: s
 
 def test_a_video_that_needs_too_much_memory_costs_one_video(videos: dict[str, Path], tmp_path: Path) -> None:
     large = tmp_path / "large.mkv"
-    source = ["-f", "lavfi", "-i", "color=s=12000x12000:d=1:r=2", "-pix_fmt", "yuvj420p", "-c:v", "mjpeg"]
+    source = ["-f", "lavfi", "-i", "color=s=8000x8000:d=1:r=2", "-pix_fmt", "yuvj420p", "-c:v", "mjpeg"]
     subprocess.run([FFMPEG, "-v", "error", *source, large], check=True)
-    bounded = Decoders(memory=400 << 20)  # a frame has 432 MB in RGB
+    bounded = Decoders(memory=250 << 20)  # a frame has 192 MB in RGB and 96 before
     with pytest.raises(InputError, match="memory") as caught, bounded.read(request(large), {}) as frames:
         list(frames)
     assert caught.value.where == str(large)

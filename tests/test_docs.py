@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -142,46 +141,14 @@ def test_the_examples_run(workshop: Path) -> None:
     assert (workshop / "heatmap.png").is_file()
 
 
-def slurm(folder: Path, step: str) -> dict[str, str]:
-    """Environment of a batch job on one node: `srun` is this step, and `scontrol` writes its calls down."""
-    folder.mkdir()
-    scripts = {"scontrol": f'echo "$@" >> {folder}/calls; [ "$1" = show ] && echo 127.0.0.1 || true', "srun": step}
-    for name, line in scripts.items():
-        (folder / name).write_text(f"#!/usr/bin/env bash\n{line}\n")
-        (folder / name).chmod(0o755)
-    path = f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    job = {"SLURM_JOB_NODELIST": "a", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "7"}
-    return {**os.environ, **job, "PATH": path, "HF_HUB_OFFLINE": "1"}
-
-
-def test_the_batch_script_starts_the_command(workshop: Path, tmp_path: Path) -> None:
-    given = "--model lm --data packed --rope yarn --steps 1 --batch-tokens 2048 --dry-run -o lm-batch"
-    command = [str(ROOT / "examples/extend-lm.sbatch"), *given.split()]
-    env = slurm(tmp_path / "bin", 'shift; exec "$@"')
-    done = subprocess.run(command, cwd=workshop, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert '"dry_run": true' in done.stdout
-    assert "requeue" not in (tmp_path / "bin" / "calls").read_text()
-
-
-def test_the_batch_script_is_queued_again_at_its_time_limit(tmp_path: Path) -> None:
-    step = f"trap 'echo saved > {tmp_path}/saved; exit 75' TERM; touch {tmp_path}/ready; while true; do sleep 0.1; done"
-    env = slurm(tmp_path / "bin", step)
-    job = subprocess.Popen([ROOT / "examples/extend-lm.sbatch"], env=env)
-    while not (tmp_path / "ready").exists():
-        assert job.poll() is None
-        time.sleep(0.02)
-    job.terminate()
-    assert job.wait(timeout=60) != 0
-    assert (tmp_path / "saved").exists(), "the job waits until the run has stored its step"
-    assert (tmp_path / "bin" / "calls").read_text().splitlines()[-1] == "requeue 7"
-
-
-def test_readme_names_every_folder_of_the_tree() -> None:
+def test_the_tree_of_readme_is_the_one_on_disk() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     folders = [p.name for p in (ROOT / "lvctx").iterdir() if p.is_dir() and p.name != "__pycache__"]
     for name in [*folders, "recipes", "examples", "benchmarks", "tests"]:
         assert re.search(rf"^ *{name}/ ", readme, re.M), name
+    files = [f"/{p.relative_to(ROOT)}" for p in (ROOT / "lvctx").rglob("*.py")]
+    for name in re.findall(r"[\w/]+\.py", readme):
+        assert any(file.endswith(f"/{name}") for file in files), name
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.name)

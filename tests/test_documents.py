@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import zstandard
 from support import warm_server
+from support.refusals import refused
 from test_pack_text import make_documents, make_tokenizer, write_lines
 
 from lvctx.data import documents
@@ -217,10 +218,10 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "cut.jsonl.zst").write_bytes(zstandard.compress(whole)[:-40])
     (tmp_path / "bad.jsonl.zst").write_bytes(zstandard.compress(whole)[:20] + b"rubbish" * 9)
     for name in ("cut.jsonl.gz", "cut.jsonl.zst", "bad.jsonl.zst"):
-        with pytest.raises(InputError, match=rf"{name}: cannot read past line.*check the file"):
+        with refused(InputError, name):
             list(corpus(tmp_path / name).chunks(START))
     (tmp_path / "no.parquet").write_bytes(b"")
-    with pytest.raises(InputError, match="not readable as Parquet"):
+    with refused(InputError, "no.parquet"):
         list(corpus(tmp_path / "no.parquet").chunks(START))
     write_parquet(tmp_path / "a.parquet", ["x"])
     with pytest.raises(InputError, match=r"no field 'body'; set --text-field; it has text"):
@@ -229,17 +230,17 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.Mon
         list(corpus(tmp_path / "a.parquet", source="site").chunks(START))
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.pdf").write_bytes(bz2.compress(b""))
-    for name, what in (("empty", "no documents in the folder"), ("gone.jsonl", "no such file"), ("./x", "no such")):
-        with pytest.raises(InputError, match=what):
+    for name in ("empty", "gone.jsonl", "./x"):
+        with refused(InputError, name):
             find_parts([str(tmp_path / name) if name != "./x" else name])
-    with pytest.raises(InputError, match="stdin is given twice"):
+    with refused(InputError, "-"):
         find_parts(["-", "-"])
 
     def offline(*_: Any, **__: Any) -> None:
         raise ConnectionError("no network")
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", offline)
-    with pytest.raises(InputError, match=r"user/name: neither a local file or folder nor a dataset .*no network"):
+    with refused(InputError, "user/name"):
         corpus("user/name").fingerprint()
 
 

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from support import mrope_models
 from support.fault_server import MODEL, faults, letter, text_of
+from support.refusals import refused
 from test_questions import DATA, rows_of, run
 
 from lvctx.errors import InputError
@@ -374,7 +375,7 @@ def test_a_server_that_finds_no_token_in_a_prompt_gives_no_reply() -> None:
     """llama.cpp answers so, with status 200, where a model's file has no usable vocabulary."""
     none = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
     empty = {"choices": [{"text": "", "index": 0, "finish_reason": "length"}], "usage": none}
-    with pytest.raises(InputError, match="the server found no token in the prompt; check its tokenizer"):
+    with refused(InputError, "here"):
         parse_reply(empty, "here")
     # Some report no usage, but do answer.
     assert parse_reply({"choices": [{"text": "B"}], "usage": none}, "here").text == "B"

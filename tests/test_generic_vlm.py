@@ -13,6 +13,7 @@ import pytest
 from support import generic_models, generic_parity
 from support.generic_models import FORWARD, KINDS, STOCK_IMAGES
 from support.generic_parity import NO_MIXTURE
+from support.model_table import model_table
 from support.refusals import refused
 from test_niah import run
 from test_qwen_niah import fails
@@ -21,7 +22,6 @@ from lvctx.errors import InputError, MissingError, UsageError
 from lvctx.models.loading import load_config
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.haystack_files import FrameFile
-from lvctx.vlm.model_table import model_table
 from lvctx.vlm.registry import GENERIC, open_vlm, support_of
 from lvctx.vlm.stock_prompt import Clip
 
@@ -140,11 +140,11 @@ def test_a_processor_without_its_package_is_one_line(measured: Any, folder: Path
 
 def test_what_cannot_be_had_is_one_line(llava: Path, tmp_path: Path) -> None:
     vlm: Any = open_vlm(llava)
-    with pytest.raises(UsageError, match="--hybrid"):
+    with refused(UsageError, "--hybrid"):
         vlm.resolve(VideoSampling(hybrid_mode="image"))
-    with pytest.raises(UsageError, match="--frame-mode"):
+    with refused(UsageError, "--frame-mode"):
         vlm.resolve(VideoSampling(frame_mode="pad"))
-    with pytest.raises(InputError, match="chats are not packed"):
+    with refused(InputError, llava.name):
         vlm.token_rule(VideoSampling())
     asked = ("vqa", "x.mp4", "--ask", "What?", "--model")
     plain = shutil.copytree(llava, tmp_path / "plain")
@@ -266,7 +266,6 @@ def test_clips_have_their_times() -> None:
 
 
 def test_readme_has_the_table_of_the_registry() -> None:
-    """To write it again: python -c 'from lvctx.vlm.model_table import model_table; print(model_table())'."""
     readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
     assert model_table() in readme
 

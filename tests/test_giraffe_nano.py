@@ -1,5 +1,7 @@
 """The nano Qwen2-VL: stock transformers loads it, on text it equals SmolLM2; its extended config has M-RoPE++."""
 
+import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -47,13 +49,16 @@ def test_stock_transformers_sees_with_it(built: Path) -> None:
         assert torch.isfinite(logits).all()
 
 
-def check_text(lm: Path) -> None:
+def script(name: str) -> Any:
     sys.path.insert(0, str(NANO))
     try:
-        from giraffe_model import build
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(NANO))
-    vlm, tokenizer = build(str(lm))
+
+
+def check_text(lm: Path) -> None:
+    vlm, tokenizer = script("giraffe_model").build(str(lm))
     model = load_model(lm, dtype=torch.float32)
     ids = tokenizer("A star is yellow, <|im_end|> and the house beside it is not.", return_tensors="pt").input_ids
     with torch.inference_mode():
@@ -78,3 +83,47 @@ def test_the_extended_config_describes_mrope_pp(built: Path, tmp_path: Path) -> 
     rope = config["text_config"]["rope_parameters"]
     assert (rope["rope_type"], rope["factor"], rope["attention_factor"]) == ("yarn", 4, 1)
     assert config["text_config"]["max_position_embeddings"] == 1024
+
+
+def test_the_shortest_conversations_have_no_position_above_255() -> None:
+    """11 tokens of the system's turn, 25 of each question; an image is two delimiters and its longer side in tokens."""
+    data = script("giraffe_data")
+    for index in range(500):
+        sizes = data.choose_sizes(np.random.default_rng(index), "shortest")
+        assert len(sizes) >= 6
+        assert 11 + 6 * 25 + sum(2 + size // 24 for size in sizes) <= 256
+
+
+def test_the_schemes_differ_in_which_channels_they_interpolate() -> None:
+    """Channels 0 to 7 are time, 8 to 19 height, 20 to 31 width; YaRN's ramp is over channels 1 to 18."""
+    factors = script("giraffe_schemes").factors
+    yarn, index, wavelength = (factors(name) for name in ("yarn", "index", "wavelength"))
+    assert (yarn[:2] == 1).all()
+    np.testing.assert_allclose(1 - yarn[2:18], 7 / 8 * np.arange(1, 17) / 17)
+    np.testing.assert_allclose(yarn[18:], 1 / 8)
+    for ours in (index, wavelength):
+        np.testing.assert_allclose(ours[:8], 1)
+        np.testing.assert_allclose(ours[19:], 1 / 8)
+    np.testing.assert_allclose(1 - index[8:19], 7 / 8 * np.arange(1, 12) / 12)
+    turns = 1e3 ** (-np.arange(32) / 32)
+    np.testing.assert_allclose(1 - wavelength[8:19], 7 / 8 * (turns[7] - turns[8:19]) / (turns[7] - turns[19]))
+
+
+def test_differences_between_schemes_are_paired(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two trainings, two needles, one length: in one training YaRN loses a needle, and 2 of each log-probability."""
+    schemes = script("giraffe_schemes")
+    for scheme, seed in itertools.product(("index", "yarn"), (0, 1)):
+        worse = (scheme, seed) == ("yarn", 0)
+        out = tmp_path / f"{scheme}-{seed}"
+        out.mkdir()
+        cell = {"length": 8, "point": 0.0, "log_prob": -2.0 if worse else 0.0}
+        rows = [{**cell, "key": str(trial), "trial": trial, "correct": bool(trial) or not worse} for trial in (0, 1)]
+        (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    schemes.print_results(tmp_path)
+    said = capsys.readouterr().out
+    assert "yarn at 8: 1/2 2/2, all 0.750; log-probability -2.00 0.00, all -1.00" in said
+    # Over needles, whose means are 0.5 and 0: 0.25 +- 1.96 x 0.25. Over trainings, 0.5 and 0: 0.25 +- 12.706 x 0.25.
+    right = "+0.250 (-0.240 to +0.740), n 4; by seed +0.50 +0.00, over trainings -2.93 to +3.43"
+    assert f"index - yarn at 8, right: {right}" in said
+    log_prob = "+1.000 (+1.000 to +1.000), n 4; by seed +2.00 +0.00, over trainings -11.71 to +13.71"
+    assert f"index - yarn at 8, log-probability: {log_prob}" in said

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.refusals import refused
 
 from lvctx.errors import InputError
 from lvctx.models.image_processing import MAX_PIXELS, image_size, open_image
@@ -167,5 +168,5 @@ def test_bombs_are_refused_by_their_header(tmp_path: Path) -> None:
                 look(bomb)
     text = (b"zTXt", b"Comment\0\0" + zlib.compress(bytes(200_000_000), 9))
     noted = png(tmp_path / "noted.png", 9, 6, 8, 2, text, image_data(COLORS.reshape(6, -1)))
-    with pytest.raises(InputError, match="unreadable image"):
+    with refused(InputError, "noted.png"):
         open_image(noted)

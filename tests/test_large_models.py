@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3Moe
 from lvctx.artifacts.stored_tensors import read_rows
 from lvctx.models import saving
 from lvctx.models.loading import load_model, try_forward
-from lvctx.models.lora import ATTENTION, add_lora, lora_parameters, merge_lora
+from lvctx.models.lora import ATTENTION, add_lora, lora_parameters
 from lvctx.models.saving import write_model
 from lvctx.parallel.context import joined, make_context
 from lvctx.parallel.fsdp import gathering, shard_model
@@ -91,7 +91,7 @@ def test_a_rank_holds_its_shard_and_the_result_has_the_bytes_of_one_process(tmp_
     for name, lora in RUNS.items():
         model = load_model(tmp_path / f"model-{name}")
         if lora:
-            merge_lora(changed_lora(model))
+            changed_lora(model).merge_and_unload()
         model.save_pretrained(tmp_path / "expected")
         for path in (tmp_path / "expected").iterdir():
             assert filecmp.cmp(path, tmp_path / name / path.name, shallow=False), path.name

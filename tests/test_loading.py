@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import broken, mrope_models
+from support.refusals import refused
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPConfig, CLIPModel, LlamaForCausalLM, SiglipVisionConfig
 
 from lvctx.artifacts.describe import describe
@@ -253,7 +254,7 @@ def test_a_file_in_place_of_weights_is_named(lm: Path, tmp_path: Path) -> None:
     pointer = broken.clone(lm, tmp_path / "lfs")
     (pointer / "model.safetensors").unlink()
     (pointer / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(InputError, match=r"Git LFS pointer.*git lfs pull"):
+    with refused(InputError, "lfs/model.safetensors"):
         load_model(pointer)
 
     def fp8(tensors: Tensors) -> None:
@@ -262,9 +263,9 @@ def test_a_file_in_place_of_weights_is_named(lm: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"{UP} is F8_E4M3"):
         load_model(changed(lm, tmp_path / "fp8", fp8))
     (broken.clone(lm, tmp_path / "peft") / "adapter_config.json").write_text("{}")
-    with pytest.raises(InputError, match="PEFT adapter"):
+    with refused(InputError, "peft"):
         load_model(tmp_path / "peft")
-    with pytest.raises(InputError, match=r"config\.json describes"):
+    with refused(InputError, "huge"):
         load_model(broken.edit(broken.clone(lm, tmp_path / "huge"), vocab_size=1 << 25, intermediate_size=1 << 20))
 
 
@@ -375,7 +376,7 @@ def test_a_template_that_raises_or_leaves_out_what_is_asked_is_one_line(
 ) -> None:
     model = broken.clone(lm, tmp_path)
     (model / "chat_template.jinja").write_text(template)
-    with pytest.raises(InputError, match="chat template"):
+    with refused(InputError, str(model)):
         chat_encoder(load_tokenizer(model)).prompt([{"role": "user", "content": "Why?"}])
 
 

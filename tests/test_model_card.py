@@ -230,6 +230,13 @@ def test_results_are_in_the_metadata_and_in_a_table(extended: Path, tmp_path: Pa
     assert card.data.base_model == "org/tiny-lm"
     assert "| 80.0 |" in card.text.partition("## Evaluation")[2]
     assert lvctx("export", extended, "--to", "hf", *given, "-o", tmp_path / "out") == first
+    alone = lvctx("export", extended, "--card", *given, "-o", tmp_path / "alone")
+    assert alone[0] == 0, alone
+    assert [path.name for path in (tmp_path / "alone").iterdir() if path.name[0] != "."] == [CARD]
+    assert (tmp_path / "alone" / CARD).read_bytes() == (tmp_path / "out" / CARD).read_bytes()
+    assert lvctx("export", extended, "--card", "-o", tmp_path / "out")[0] == 3, "a model's directory"
+    for wrong in (("--card", "--to", "hf"), (), ("--card", "--push-to-hub", "a/b")):
+        assert lvctx("export", extended, *wrong, "-o", tmp_path / "no")[0] == 2
     assert (extended / CARD).read_bytes() == before
     assert read_manifest(tmp_path / "out")["files"][CARD]["sha256"] == sha256_file(tmp_path / "out" / CARD)
 

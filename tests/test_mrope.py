@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support import mrope_models
+from support.refusals import refused
 from test_cli import fails, lvctx
 
 from lvctx.errors import InputError, UsageError
@@ -219,10 +220,10 @@ def test_what_other_runtimes_cannot_do_is_reported(qwen2: Path, tmp_path: Path) 
 def test_bad_input(qwen2: Path, tiny_lm: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="less than 1"):
         extend(qwen2, tmp_path / "x", scale=0.5)
-    with pytest.raises(InputError, match=r"llama has no M-RoPE.*extend-lm"):
+    with refused(InputError, str(tiny_lm)):
         extend(tiny_lm, tmp_path / "x")
     out = extend(qwen2, tmp_path / "out")
-    with pytest.raises(InputError, match=r"already scaled by 4 with mrope\+\+.*--force"):
+    with refused(InputError, "out"):
         extend(out, tmp_path / "x")
     again = extend(out, tmp_path / "again", scale=8.0, force=True)
     assert json.loads((again / "config.json").read_text())["text_config"]["max_position_embeddings"] == 262_144

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support import mrope_models
+from support.id_positions import Rules, positions_of_ids
 from support.mrope_models import Prompt, forward
 from test_cli import fails, lvctx, on_terminal
 
 from lvctx.errors import UsageError
-from lvctx.rope.mrope_positions import Rules, Text, positions, positions_of_ids
+from lvctx.rope.mrope_positions import Text, positions
 from lvctx.video.hybrid import Hybrid, HybridMode, hybrid_tokens, runs, select_high
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.qwen_frames import SampledVideo, check_reachable, count_video, grid_times, pixels, resize_frames

@@ -31,6 +31,7 @@ from lvctx.eval.niah.video_task import VideoNeedleTask
 from lvctx.inference.prefix_scorer import PrefixScorer, common_prefix, walk_order
 from lvctx.models.loading import load_model, load_tokenizer
 from lvctx.models.vlm_assembly import IMAGE_TOKEN, VIDEO_TOKEN
+from lvctx.video.drawn_images import COLORS
 from lvctx.vlm.llava_onevision import joined_times
 
 STORY = "The old tree stood by a river. People came from far. They sat in its shade, and told what they had seen. " * 60
@@ -337,7 +338,7 @@ def grouped(tokenizer: Any, question: Any, *, frames: int = 1, distractors: int 
     return VideoNeedleTask(tokenizer, needles, tokens, **{"seconds": np.arange(40.0), "question": question, **options})
 
 
-@pytest.mark.parametrize("question", ["what", "count", "order"])
+@pytest.mark.parametrize("question", ["what", "count", "order", "values"])
 @pytest.mark.parametrize("nested", [False, True])
 def test_several_needles_are_inserted_whole_and_asked_about(question: Any, nested: bool, seeing: Any) -> None:
     """Clips of two frames; the first needle is at the cell's depth, and the answer is what the frames show."""
@@ -355,14 +356,17 @@ def test_several_needles_are_inserted_whole_and_asked_about(question: Any, neste
         asked = test.needles[6 * cell.trial]
         assert sum(r < 40 for r in rows[: rows.index(40 + 6 * cell.trial)]) == cell.position
         shapes = [test.needles[first].shape for first, _ in clips]
-        expected = {"what": asked.answer, "count": str(used), "order": ", ".join(shapes)}
+        colors = ", ".join(test.needles[6 * cell.trial + 2 * i].answer for i in range(3))
+        expected = {"what": asked.answer, "count": str(used), "order": ", ".join(shapes), "values": colors}
         assert cell.answer == expected[question]
-        assert len(set(shapes)) == (1 if question == "count" else 3)
+        assert len(set(shapes)) == (1 if question in ("count", "values") else 3)
         assert all(shape in cell.question for shape in shapes) or question == "what"
-        assert test.can_force
+        assert not any(color in cell.question for color in colors.split(", "))
+        assert test.can_force == (question != "values")
         assert test.score_text(cell, f"{cell.answer}.") == 1
     assert len({(cell.needle, cell.length, cell.depth) for cell in cells}) == len(cells)
-    assert test.chance == {"what": 1 / 7, "count": 1 / 3, "order": 1 / 6}[question]
+    # Three of the seven colors that distractors leave can be chosen in 7 * 6 * 5 / 3! ways.
+    assert test.chance == {"what": 1 / 7, "count": 1 / 3, "order": 1 / 6, "values": 1 / 35}[question]
 
 
 def test_replies_about_several_needles(seeing: Any) -> None:
@@ -376,6 +380,18 @@ def test_replies_about_several_needles(seeing: Any) -> None:
         ("none", False),
     ):
         assert order.score_text(cell, reply) == right, reply
+    values = grouped(seeing, "values")
+    cell = values.cells([10], [0.5], 1)[0]
+    first, second, third = cell.answer.split(", ")
+    others = [color for color in COLORS if color not in cell.answer]
+    for reply, share in (
+        (f"{third}, {first.upper()} and {second}.", 1),
+        (f"{first}, {second}", 2 / 3),
+        (f"{cell.answer}, {others[0]}", 3 / 4),
+        (", ".join(COLORS), 3 / 10),
+        ("none", 0),
+    ):
+        assert values.score_text(cell, reply) == pytest.approx(share), reply
     count = grouped(seeing, "count")
     cell = count.cells([10], [0.5], 2)[1]
     assert [count.score_text(cell, reply) for reply in ("2", "There are 2.", "3", "two", "")] == [1, 1, 0, 0, 0]

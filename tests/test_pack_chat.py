@@ -522,7 +522,7 @@ def test_the_same_bytes_again_and_others_for_another_seed(qwen: Path, media: Pat
     (tmp_path / "b" / "MANIFEST.json").unlink()
     (tmp_path / "b" / ".shard-00000.safetensors.partial").write_bytes(b"torn")
     (tmp_path / "b" / "shard-00009.safetensors").write_bytes(b"old")
-    with pytest.raises(InputError, match="unfinished"):
+    with refused(InputError, "b"):
         ChatRows(tmp_path / "b")
     pack(tmp_path / "b", given, qwen, media)
     assert same_files(tmp_path / "a", tmp_path / "b")
@@ -541,7 +541,7 @@ def test_what_cannot_be_met_is_reported(qwen: Path, media: Path, tmp_path: Path)
         pack(tmp_path / "out", {"text": given["text"]}, qwen, media, mix={"text": 1, "video": 1})
     with pytest.raises(UsageError, match="--video is not in --mix"):
         pack(tmp_path / "out", given, qwen, media, mix={"text": 1, "image": 1, "interleaved": 1})
-    with pytest.raises(InputError, match="no such file"):
+    with refused(InputError, "none.jsonl"):
         pack(tmp_path / "out", {"text": [tmp_path / "none.jsonl"]}, qwen, media)
     short = pack(tmp_path / "short", given, qwen, media, target_length=900, long_share=None)
     assert short.manifest["too_long"]
@@ -598,7 +598,7 @@ def test_empty_files_lists_and_models_that_cannot_see(qwen: Path, tiny_lm: Path,
     assert sorted(s["source"][-3:] for s in packed.samples(0)) == ["[0]", "[1]", "[2]"]
     with refused(InputError, "list.json[0]"):
         pack(tmp_path / "blind", {"image": [tmp_path / "list.json"]}, tiny_lm, media, long_share=None, hybrid=None)
-    with pytest.raises(InputError, match="an image or video in a --text source"):
+    with refused(InputError, "list.json[0]"):
         pack(tmp_path / "text", {"text": [tmp_path / "list.json"]}, qwen, media, long_share=None)
     (tmp_path / "cut.json").write_text('[{"image"')
     with refused(InputError, "cut.json:1"):

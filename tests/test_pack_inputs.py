@@ -75,7 +75,7 @@ def test_compressed_content_is_known_by_its_first_bytes(kind: str, name: str, bp
         assert texts(path, bpe) == TEXTS
     for bad in (members[:-9], members[: len(members) // 2], members + b"garbage", squeeze(data)[:-1], members[:3]):
         path.write_bytes(bad)
-        with pytest.raises(InputError, match=rf"{path.name}.*(cannot read|malformed JSON)"):
+        with refused(InputError, path.name):
             texts(path, bpe)
     damaged = bytearray(squeeze(data))
     damaged[len(damaged) // 2] ^= 0x55
@@ -83,7 +83,7 @@ def test_compressed_content_is_known_by_its_first_bytes(kind: str, name: str, bp
     with pytest.raises(InputError):
         texts(path, bpe)
     path.write_bytes(squeeze(squeeze(squeeze(data))))
-    with pytest.raises(InputError, match="compressed more than 2 times"):
+    with refused(InputError, path.name):
         texts(path, bpe)
 
 
@@ -104,7 +104,7 @@ def test_zstandards_skippable_frames_may_be_anywhere(bpe: Path, tmp_path: Path) 
         path.write_bytes(content)
         assert texts(path, bpe) == ["one", "two"]
     path.write_bytes(one + SKIPPABLE[:-2])
-    with pytest.raises(InputError, match="ends in the middle"):
+    with refused(InputError, path.name):
         texts(path, bpe)
 
 
@@ -184,7 +184,7 @@ def test_binary_content_without_a_name_is_no_text(bpe: Path, tmp_path: Path) -> 
     assert texts(tmp_path / "a.jsonl", bpe) == ["a\0b"], "JSON can spell it"
     brotli = tmp_path / "a.jsonl.br"
     brotli.write_bytes(b"whatever")
-    with pytest.raises(InputError, match="Brotli is not supported"):
+    with refused(InputError, brotli.name):
         texts(brotli, bpe)
 
 
@@ -218,7 +218,7 @@ def test_damaged_utf16_is_reported_and_a_lone_surrogate_is_invalid_text(bpe: Pat
     path.write_bytes("\ufeffa\ud800b".encode("utf-16-le", "surrogatepass"))
     assert [status for _, _, status in read(corpus(path), bpe)] == [REPAIRED]
     assert [status for _, _, status in read(corpus(path), bpe, invalid="skip")] == [SKIPPED]
-    with pytest.raises(InputError, match="invalid UTF-8"):
+    with refused(InputError, path.name):
         texts(path, bpe, invalid="error")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.refusals import refused
 from test_pack_text import make_tokenizer
 
 from lvctx.data.documents import Chunk, Place
@@ -141,7 +142,7 @@ def test_an_invalid_mix_is_reported(text: str, what: str, tmp_path: Path) -> Non
     (tmp_path / "mix.toml").write_text(text)
     with pytest.raises(InputError, match=what):
         load_mix(str(tmp_path / "mix.toml"))
-    with pytest.raises(InputError, match="no such file; --mix takes auto, keep, none, slimpajama or a file"):
+    with refused(InputError, "gone.toml"):
         load_mix(str(tmp_path / "gone.toml"))
     (tmp_path / "mix.json").write_text('{"web": 1, "book": 3}')
     assert load_mix(str(tmp_path / "mix.json")) == {"web": 0.25, "book": 0.75}

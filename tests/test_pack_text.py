@@ -264,10 +264,10 @@ def test_a_finished_run_is_left_alone_and_another_is_not_overwritten(bpe: Path, 
     assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     with pytest.raises(InputError, match=r"holds another run's output.*seq_len: 64 -> 32"):
         pack(tmp_path / "out", source, tokenizer=bpe, seq_len=32)
-    with pytest.raises(InputError, match="finished already"):
+    with refused(InputError, "out"):
         pack(tmp_path / "out", source, tokenizer=bpe, resume="never")
     assert pack(tmp_path / "out", source, tokenizer=bpe, seq_len=32, force=True).seq_len == 32
-    with pytest.raises(InputError, match="nothing to resume"):
+    with refused(InputError, "new"):
         pack(tmp_path / "new", source, tokenizer=bpe, resume="must")
 
 
@@ -392,7 +392,7 @@ def test_wrong_numbers_are_reported_before_anything_is_read(bpe: Path, tmp_path:
         pack(tmp_path / "out", source, tokenizer=bpe, separator="nope")
     with pytest.raises(InputError, match="no token 9999"):
         pack(tmp_path / "out", source, tokenizer=bpe, separator="9999")
-    with pytest.raises(InputError, match="no such tokenizer"):
+    with refused(InputError, str(tmp_path / "none")):
         pack(tmp_path / "out", source, tokenizer=tmp_path / "none")
     assert not (tmp_path / "out").exists()
 
@@ -422,7 +422,7 @@ def test_the_reader_refuses_what_is_not_whole(bpe: Path, tmp_path: Path) -> None
     with refused(InputError, "shard-00001.safetensors"):
         PackedRows(tmp_path / "out")
     (tmp_path / "out" / "MANIFEST.json").unlink()
-    with pytest.raises(InputError, match="unfinished"):
+    with refused(InputError, "out"):
         PackedRows(tmp_path / "out")
 
 

@@ -118,24 +118,37 @@ def test_experts_and_windows_in_the_work_of_a_token() -> None:
         assert saved == pytest.approx(expected, rel=0.01)
 
 
-def kept_by_a_layer(kind: str, changed: dict[str, Any], dtype: torch.dtype, tokens: int) -> float:
-    """Bytes that one layer of a stock model keeps for the backward pass, from the storages that autograd saves."""
+def kept_by_a_layer(kind: str, changed: dict[str, Any], way: str, tokens: int) -> float:
+    """Bytes that one layer of a stock model keeps for the backward pass, from the storages that autograd saves.
+
+    `way` is the type of weights and products; `autocast` has float32 weights and bfloat16 products, as one device that
+    trains everything; `lora` has frozen bfloat16 weights.
+    """
+    from lvctx.models.lora import ATTENTION, add_lora
 
     def saved(layers: int) -> int:
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind, **{**SMALL, **changed, "num_hidden_layers": layers})
+        dtype = torch.bfloat16 if way in ("bfloat16", "lora") else torch.float32
         model = AutoModel.from_config(config).to(dtype).train()
         hf_attention.use(model, where="")  # as `extend-lm` does where there are windows
+        if way == "lora":
+            model.requires_grad_(False)
+            add_lora(model, rank=2, targets=ATTENTION, seed=0)
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        shapes = {tuple(p.shape) for p in model.parameters()}
         storages: dict[int, torch.Tensor] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
-            if (place := tensor.untyped_storage().data_ptr()) not in weights:
+            is_copy = tuple(tensor.shape) in shapes or tuple(tensor.shape[::-1]) in shapes  # of a weight, by autocast
+            if (place := tensor.untyped_storage().data_ptr()) not in weights and not is_copy:
                 storages[place] = tensor
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        products = torch.autocast("cpu", torch.bfloat16, enabled=way in ("autocast", "lora"))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), products:
+            out = model(input_ids=ids, use_cache=False)
         assert out.last_hidden_state.requires_grad
         return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
@@ -153,7 +166,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("compute", [2, 4])
+@pytest.mark.parametrize("way", ["bfloat16", "float32", "autocast", "lora"])
 @pytest.mark.parametrize(
     ("kind", "changed"),
     [
@@ -164,17 +177,15 @@ SMALL: dict[str, Any] = {
         ("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 3}),
     ],
 )
-def test_activations_are_those_that_stock_keeps(kind: str, changed: dict[str, Any], compute: int) -> None:
-    measured = kept_by_a_layer(kind, changed, torch.bfloat16 if compute == 2 else torch.float32, 512)
+def test_activations_are_those_that_stock_keeps(kind: str, changed: dict[str, Any], way: str) -> None:
+    measured = kept_by_a_layer(kind, changed, way, 512)
     shape = read_shape({"model_type": kind, **SMALL, **changed, "num_hidden_layers": 2}, where="")
-    # One sharded device, so that parameters are in the type of the computation as here.
+    # Several sharded devices have parameters in the type of the computation.
+    spread = Spread(
+        world=2 if way == "bfloat16" else 1, compute_bytes=4 if way == "float32" else 2, lora=2 if way == "lora" else 0
+    )
     kept = [
-        memory(
-            shape,
-            Spread(world=2, compute_bytes=compute, recomputation=Recomputation(kept_layers=layers)),
-            512,
-            runtime=0,
-        )
+        memory(shape, replace(spread, recomputation=Recomputation(kept_layers=layers)), 512, runtime=0)
         for layers in (1, 2)
     ]
     layer = kept[1][0]["activations"] - kept[0][0]["activations"]

@@ -14,8 +14,8 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lvctx.errors import InputError, UsageError
-from lvctx.rope import frequencies as rope
 from lvctx.rope import ntk, pi, yarn
+from lvctx.rope import theta as rope
 from lvctx.rope.runtimes import sglang
 from lvctx.rope.scaling import resolve_scaling
 from lvctx.rope.spec import RopeSpec
@@ -33,7 +33,7 @@ def by_hand(scheme: str, spec: RopeSpec, i: int) -> float:
     """Frequency of channel pair i, from the papers' formulas, one number at a time."""
     d, b, s, length = spec.head_dim, spec.theta, spec.factor, spec.original
     plain = math.exp(-2 * i / d * math.log(b))
-    if scheme == "frequencies":
+    if scheme == "theta":
         return plain
     if scheme == "pi":
         return plain / s

@@ -58,6 +58,7 @@ def plain(logits_LV: torch.Tensor, ids: np.ndarray, answer: int) -> Score:
         forced=logits_AV.argmax(1).tolist() == wanted.tolist(),
         log_prob=float(logits_AV.log_softmax(1)[torch.arange(answer), wanted].sum()),
         rank=max(int((row > p).sum()) for row, p in zip(logits_AV, picked, strict=True)),
+        predicted=logits_AV.argmax(1).tolist(),
         generated=None,
     )
 
@@ -69,7 +70,7 @@ def plain_text(model: Any, ids: np.ndarray, answer: int) -> Score:
 
 
 def assert_same(ours: Score, stock: Score) -> None:
-    assert (ours.forced, ours.rank) == (stock.forced, stock.rank)
+    assert (ours.forced, ours.rank, ours.predicted) == (stock.forced, stock.rank, stock.predicted)
     assert ours.log_prob == pytest.approx(stock.log_prob, abs=1e-4)
 
 

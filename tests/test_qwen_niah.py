@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from support import mrope_models
+from support.id_positions import Rules, positions_of_ids
 from support.mrope_models import Prompt, forward, opinionated
 from test_niah import run
 from test_prefix import assert_same, plain, tree_size
@@ -20,7 +21,7 @@ from lvctx.eval.niah.image_needles import ImageNeedle, NeedleSet
 from lvctx.eval.niah.video_task import VideoNeedleTask
 from lvctx.inference.prefix_scorer import PrefixScorer, walk_order
 from lvctx.models.vlm_assembly import chat_ids
-from lvctx.rope.mrope_positions import Rules, Text, positions, positions_of_ids
+from lvctx.rope.mrope_positions import Text, positions, tokens_per_second
 from lvctx.video.hybrid import Hybrid
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.qwen_frames import pixels, resize_frames
@@ -92,7 +93,7 @@ def test_grid_equals_plain_forwards(
     table = tokens.table(model)
     walker = PrefixScorer(copy.deepcopy(model), table, chunk=29, positions=tokens.positions)
     alone = PrefixScorer(copy.deepcopy(model), table, reuse=False, positions=tokens.positions)
-    rules = Rules.of(model.config)
+    per_second = tokens_per_second(model.config)
     probabilities = set()
     for cell in [cells[i] for i in walk_order(sequences)]:
         ids, answer = test.sequence(cell)
@@ -105,7 +106,7 @@ def test_grid_equals_plain_forwards(
         seen = resize_frames([(i / 0.75, shot) for i, shot in enumerate(with_needle)], haystack.rule, resample=BICUBIC)
         before, after = chat_ids(tokenizer, cell.question, mark="<|video_pad|>")
         plain_ids = [*before, *haystack.rule.layout(seen.blocks).ids, *after, *tokenizer.encode(cell.answer)]
-        found, _ = positions([Text(len(before) + 1), seen.part(rules.tokens_per_second), Text(len(after) + 1 + answer)])
+        found, _ = positions([Text(len(before) + 1), seen.part(per_second), Text(len(after) + 1 + answer)])
         assert torch.equal(tokens.positions(ids, 0)[:, 0], found)
         for cut in range(1, len(ids), 7):  # whatever comes later moves nothing
             assert torch.equal(tokens.positions(ids[:cut], 0)[:, 0], found[:, :cut])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from support import mrope_models
+from support.id_positions import Rules, positions_of_ids
 from support.mrope_models import Prompt, forward, greedy, opinionated
 from test_niah import run
 from test_qwen_niah import fails
@@ -18,7 +19,7 @@ from lvctx.artifacts.jsonl_log import read_jsonl
 from lvctx.errors import InputError
 from lvctx.inference.prefix_scorer import PrefixScorer
 from lvctx.inference.transformers_engine import TransformersEngine
-from lvctx.rope.mrope_positions import Rules, Text, positions, positions_of_ids
+from lvctx.rope.mrope_positions import Text, positions
 from lvctx.video.hybrid import Hybrid
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.qwen_frames import SampledVideo, pixels, resize_frames

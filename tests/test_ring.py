@@ -22,7 +22,7 @@ from lvctx.parallel import hf_attention
 from lvctx.parallel.block_attention import FlashCPU, Plain
 from lvctx.parallel.context import ParallelContext, joined, make_context
 from lvctx.parallel.ring_attention import Ring, blocks, ring_attention
-from lvctx.parallel.zigzag import chunks_of, shard, unshard
+from lvctx.parallel.zigzag import chunks_of, shard
 from lvctx.training.text_rows import RowLoss, shard_row
 
 lengths, worlds = st.integers(1, 60), st.sampled_from([1, 2, 3, 4, 8])
@@ -40,7 +40,7 @@ def test_shards_hold_their_places_and_come_back_whole(length: int, world: int) -
     shards = [shard(whole, rank=r, world=world, fill=-1) for r in range(world)]
     for rank, part in enumerate(shards):
         assert part[0].tolist() == [p if p < length else -1 for p in places(rank, world, length)]
-    assert torch.equal(unshard(shards, length=length), whole)
+    assert sorted(p for part in shards for p in part[0].tolist() if p >= 0) == list(range(length))
     assert len({s.shape for s in shards}) == 1
 
 
@@ -331,7 +331,7 @@ def test_a_sliding_window_is_refused() -> None:
     hf_attention.check_config(tiny_config("qwen2"), where="m")
     with refused(InputError, "m"):
         hf_attention.check_ring(tiny_config("mistral", sliding_window=16), Ring(world=2), where="m")
-    with pytest.raises(InputError, match="latent keys"):
+    with refused(InputError, "m"):
         hf_attention.check_config(DeepseekV3Config(), where="m")
 
 

@@ -172,8 +172,8 @@ NAMES = [
         "v1.2",
         "m.M2TS",
     ),
-    *("abc.srt", "abc.json", "abc.frames.safetensors", "below/deep/d.wmv", ".cache/abc.mkv", "notes.txt"),
-]
+    "abc.srt", "abc.json", "abc.frames.safetensors", "below/deep/d.wmv", ".cache/abc.mkv", "notes.txt",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(

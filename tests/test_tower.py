@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.refusals import refused
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -133,11 +134,11 @@ def test_the_whole_model_to_build_on(towers: dict[str, tuple[Path, Any]]) -> Non
 
 def test_what_is_no_tower_is_refused(towers: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
     path = towers["clip"][0]
-    with pytest.raises(InputError, match="no such model directory"):
+    with refused(InputError, "/nowhere"):
         TowerFiles.find("/nowhere")
     Qwen2Config(**TEXT).save_pretrained(tmp_path / "lm")
     (tmp_path / "lm" / "model.safetensors").touch()
-    with pytest.raises(InputError, match="no CLIP or SigLIP tower"):
+    with refused(InputError, "lm"):
         TowerFiles.find(tmp_path / "lm")
     shutil.copytree(path, tmp_path / "other")
     CLIPVisionConfig(**{**VISION, "num_hidden_layers": 4}).save_pretrained(tmp_path / "other")
@@ -146,7 +147,7 @@ def test_what_is_no_tower_is_refused(towers: dict[str, tuple[Path, Any]], tmp_pa
     shutil.copytree(path, tmp_path / "cut")
     raw = (path / "model.safetensors").read_bytes()
     (tmp_path / "cut" / "model.safetensors").write_bytes(raw[:-10])
-    with pytest.raises(InputError, match="not a whole safetensors file"):
+    with refused(InputError, "cut/model.safetensors"):
         load_tower(tmp_path / "cut", dtype=torch.float32)
 
 

@@ -314,7 +314,7 @@ def test_an_adapter_is_small_and_another_run_starts_from_it(
     align(drawn, tmp_path / "after", tiny_lm, tiny_tower, **full | still, batch=1, adapter=(first,))
     assert 0 < alone < longest_sample(first) == longest_sample(tmp_path / "after") == longest_sample(tmp_path / "b")
     assert first.stat().st_size < 0.1 * (tmp_path / "a" / "model.safetensors").stat().st_size
-    with pytest.raises(InputError, match="another rank"):
+    with refused(InputError, "adapter/adapter_model.safetensors"):
         align(drawn, tmp_path / "c", tiny_lm, tiny_tower, **full | {"lora": 8}, adapter=(first,))
 
 

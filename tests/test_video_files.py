@@ -13,6 +13,7 @@ import imageio_ffmpeg
 import pytest
 from fuzz.driver import damage_video
 from PIL import Image
+from support.refusals import refused
 from typer.testing import CliRunner
 
 from lvctx.artifacts.sniff import sniff
@@ -294,7 +295,7 @@ def test_any_error_of_a_decoder_is_the_videos(
 
         with monkeypatch.context() as patched:
             patched.setattr(planned.RgbConverter, "rgb", fail)
-            with pytest.raises(InputError, match=f"cannot be decoded .*{type(error).__name__}") as e:
+            with pytest.raises(InputError, match=rf"(cannot be decoded|out of memory) \({type(error).__name__}") as e:
                 list(read_video(path, VideoSampling(frames=2)))
             assert e.value.where == path
         with monkeypatch.context() as patched:
@@ -327,5 +328,5 @@ def test_frames_that_are_too_large_are_refused(
     path = tmp_path / "large.mp4"
     path.write_bytes(files["fast.mp4"])
     monkeypatch.setattr(container, "MAX_PIXELS", 64 * 48 - 1)
-    with pytest.raises(InputError, match="frames of more than 3,071 pixels"):
+    with refused(InputError, "large.mp4"):
         list(read_video(path, VideoSampling(frames=1)))

@@ -18,7 +18,7 @@ from lvctx.errors import InputError
 def describe(path: Path) -> dict[str, Any]:
     """Facts about an artifact: its provenance, and the shapes, counts or configuration of its kind.
 
-    Raises InputError for a path that is neither an artifact of ours nor a model directory.
+    Raises InputError for a path that is neither an lvctx artifact nor a model directory.
     """
     if path.is_file():
         return _describe_file(path)
@@ -36,7 +36,7 @@ def describe(path: Path) -> dict[str, Any]:
     if (path / RESULTS).is_file():
         facts |= _describe_results(path)
     if len(facts) == 1:
-        raise mistaken(path, "an artifact of ours or a model directory")
+        raise mistaken(path, "an lvctx artifact or a model directory")
     return facts
 
 
@@ -73,15 +73,10 @@ def _describe_file(path: Path) -> dict[str, Any]:
     sniffed = sniff(path)
     if sniffed.name not in ("frames", "tensors"):
         fix = encode_first(path) if sniffed.name == "video" else "info describes artifacts and model directories"
-        raise mistaken(path, "an artifact of ours", fix=fix, sniffed=sniffed)
+        raise mistaken(path, "an lvctx artifact", fix=fix, sniffed=sniffed)
     header = read_safetensors_header(path)
     tensors = {k: f"{v['dtype']} {v['shape']}" for k, v in sorted(header.items()) if k != "__metadata__"}
-    return {
-        "path": str(path),
-        "bytes": path.stat().st_size,
-        **(read_provenance(path) or {}),
-        "tensors": tensors,
-    }
+    return {"path": str(path), "bytes": path.stat().st_size, **(read_provenance(path) or {}), "tensors": tensors}
 
 
 def _describe_model(path: Path) -> dict[str, Any]:
@@ -89,10 +84,7 @@ def _describe_model(path: Path) -> dict[str, Any]:
     text = language_part(config)
     shards = read_headers(path)
     architectures = config.get("architectures")
-    rope = text.get("rope_parameters") or {
-        **_object(text.get("rope_scaling")),
-        "rope_theta": text.get("rope_theta"),
-    }
+    rope = text.get("rope_parameters") or {**_object(text.get("rope_scaling")), "rope_theta": text.get("rope_theta")}
     facts = {
         "architecture": architectures[0] if isinstance(architectures, list) and architectures else config["model_type"],
         "parameters": sum(prod(entry["shape"]) for header in shards.values() for entry in header.values()),

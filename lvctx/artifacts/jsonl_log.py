@@ -19,7 +19,7 @@ def json_line(row: Mapping[str, Any]) -> str:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON lines file of ours; a last line without its line end is an incomplete write and is ignored.
+    """Rows of a JSON lines file that lvctx wrote; a last line without its line end is an incomplete write and ignored.
 
     Raises InputError naming the line that is not a JSON object.
     """

@@ -82,9 +82,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.exists():
         raise InputError(
-            f"no {MANIFEST}: not an artifact of ours, or unfinished",
-            where=directory,
-            fix="run its command again",
+            f"no {MANIFEST}: not an lvctx artifact, or unfinished", where=directory, fix="run its command again"
         )
     try:
         return read_json(path)

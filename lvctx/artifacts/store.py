@@ -207,6 +207,12 @@ def read_safetensors_header(path: Path) -> dict[str, Any]:
     return header
 
 
+def data_offset(path: Path) -> int:
+    """Where the data of a whole safetensors file begins, from which the offsets in its header count."""
+    with open(path, "rb") as f:
+        return 8 + int.from_bytes(f.read(8), "little")
+
+
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):

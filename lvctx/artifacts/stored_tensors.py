@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lvctx.artifacts.store import data_offset
 from lvctx.artifacts.weights import read_headers
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -56,8 +57,7 @@ def read_stored(directory: Path) -> dict[str, StoredTensor]:
     """The tensors of a resolved model directory by name; raises KeyError for a type that is not one of `STORABLE`."""
     tensors = {}
     for file, header in read_headers(directory).items():
-        with open(directory / file, "rb") as f:
-            data = 8 + int.from_bytes(f.read(8), "little")
+        data = data_offset(directory / file)
         for name, entry in header.items():
             begin, dtype, shape = data + entry["data_offsets"][0], STORABLE[entry["dtype"]], tuple(entry["shape"])
             tensors[name] = StoredTensor(path=directory / file, begin=begin, dtype=dtype, shape=shape)

@@ -9,18 +9,18 @@ from lvctx.artifacts.bounded import parse_json
 from lvctx.errors import InputError
 
 
-def read_references(lines: Iterable[str], *, where: str = "stdin") -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield (path, row) for every line: a JSON object with `path` (unknown keys passed through) or a bare path."""
+def read_references(lines: Iterable[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield (path, row) for every line of stdin: a JSON object with `path` (unknown keys pass through) or a path."""
     for number, line in enumerate(lines, start=1):
         text = line.strip()
         if not text:
             continue
         row: dict[str, Any] = {}
         if text.startswith("{"):
-            row = parse_json(text, where=f"{where}:{number}", fix="give one object or path per line")
+            row = parse_json(text, where=f"stdin:{number}", fix="give one object or path per line")
         path = row.get("path") if row else text
         if not isinstance(path, str) or not _is_name(path):
-            raise InputError("no `path` of a file in the line", where=f"{where}:{number}")
+            raise InputError("no `path` of a file in the line", where=f"stdin:{number}")
         yield Path(path), row
 
 

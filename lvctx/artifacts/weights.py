@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lvctx.artifacts.store import atomic_file, read_json, read_safetensors_header, write_json
+from lvctx.artifacts.store import atomic_file, data_offset, read_json, read_safetensors_header, write_json
 from lvctx.errors import InputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -91,21 +91,21 @@ def read_weights(directory: Path) -> dict[str, dict[str, Weight]]:
     shards: dict[str, dict[str, Weight]] = {}
     for file, header in read_headers(directory).items():
         path = directory / file
-        with open(path, "rb") as f:
-            data = 8 + int.from_bytes(f.read(8), "little")
+        data = data_offset(path)
         shards[file] = {}
         for name, entry in header.items():
             if entry["dtype"] not in WIDTHS:
                 raise InputError(f"{name} is {entry['dtype']}", where=path, fix="save the model in bfloat16")
             begin, end = (data + offset for offset in entry["data_offsets"])
             weight = Weight(
-                dtype=entry["dtype"], shape=tuple(entry["shape"]), chunks=partial(_copied, path, begin, end)
+                dtype=entry["dtype"], shape=tuple(entry["shape"]), chunks=partial(read_range, path, begin, end)
             )
             shards[file][name] = weight
     return shards
 
 
-def _copied(path: Path, begin: int, end: int) -> Iterator[bytes]:
+def read_range(path: Path, begin: int, end: int) -> Iterator[bytes]:
+    """Bytes `begin` to `end` of a file, in pieces."""
     with open(path, "rb") as f:
         f.seek(begin)
         while begin < end:

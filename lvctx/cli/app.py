@@ -42,15 +42,12 @@ COMMANDS: dict[str, dict[str, tuple[str, str]]] = {
     "Video and evaluation": {
         "encode-video": ("encode_video", "Sample videos and store the vision tower's features of their frames."),
         "mrope-extend": ("train", "Extend the context of a Qwen-VL model with M-RoPE++."),
-        "niah": (
-            "niah_report",
-            "Needle-in-a-haystack test over context lengths and needle depths, in text or in video.",
-        ),
-        "perplexity": ("perplexity_run", "Perplexity of language models by position in long rows of text."),
+        "niah": ("niah", "Needle-in-a-haystack test over context lengths and needle depths, in text or in video."),
+        "perplexity": ("evaluate", "Perplexity of language models by position in long rows of text."),
         "vqa": ("vqa", "Answer questions about videos."),
         "videomme": ("videomme_score", "Video-MME: run a model on its questions, and score it or existing responses."),
-        "bench": ("bench_merge", "Other benchmarks of long video: run a model on their questions, and score it."),
-        "report": ("report", "Show evaluation results and training curves on one self-contained HTML page."),
+        "bench": ("benchmarks", "Other benchmarks of long video: run a model on their questions, and score it."),
+        "report": ("evaluate", "Show evaluation results and training curves on one self-contained HTML page."),
     },
     "Utilities": {
         "import-longva": ("convert", "Convert a released LongVA checkpoint for transformers and vLLM."),
@@ -138,7 +135,7 @@ def _outcomes() -> Iterator[None]:
         if e.filename is None and e.errno not in WRITE_ERRORS:
             say(traceback.format_exc())
             raise typer.Exit(1) from e
-        # What the system says about a path that the user gave, such as a name that is too long.
+        # The system's error for a path that the user gave, such as a name that is too long.
         logging.getLogger(__name__).info("the traceback", exc_info=True)
         if e.filename is None:
             _forget_stdout()

@@ -11,10 +11,11 @@ import typer
 from lvctx.cli.bench_score import ScoreConfig, score_runs
 from lvctx.cli.endpoint import open_endpoint, refuse_unused_options
 from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
-from lvctx.cli.output import emit, is_quiet, progress, say, wants_json
+from lvctx.cli.output import emit, is_quiet, progress, say, say_errors, wants_json
 from lvctx.cli.protocols import protocol_facts, protocol_presets
+from lvctx.cli.tables import open_console
 from lvctx.config import Flag
-from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
+from lvctx.errors import EXIT_SAMPLES_FAILED, UsageError, library_errors
 from lvctx.eval.benchmarks.benchmark_list import BENCHMARKS, load_benchmark
 from lvctx.inference.endpoint_config import ConcurrentEndpointConfig
 from lvctx.inference.engine_config import EngineConfig
@@ -34,8 +35,6 @@ TEMPLATES = {
 """Prompt templates of a benchmark that has several."""
 OF_VIDEOS = ("feature_cache", "send", "frame_times")
 """Options, beside those of sampling, without effect on images."""
-SHOWN_ERRORS = 8
-"""The largest number of different errors that a run lists at its end."""
 
 group(
     "videomme",
@@ -125,7 +124,6 @@ for _name, _info in BENCHMARKS.items():
 @command("bench list", "lvctx bench list", "lvctx bench list --json")
 def list_benchmarks(output: OutputOptions) -> None:
     """List the benchmarks with the size, licence and dataset id of their questions."""
-    from rich.console import Console
     from rich.table import Table
 
     from lvctx.artifacts.schemas import BENCHMARK
@@ -137,7 +135,7 @@ def list_benchmarks(output: OutputOptions) -> None:
         videos = "" if info.videos is None else f"{info.videos:,}"
         table.add_row(name, info.title, f"{info.questions:,}", videos, info.license, info.dataset)
     if not wants_json():
-        Console().print(table)
+        open_console().print(table)
 
 
 def _check_options(
@@ -207,13 +205,7 @@ def _run(
                 emit({"dry_run": True, "path": str(config.out), **job.run_facts, **sizes})
                 return
             rows = run_benchmark(
-                job,
-                config.out,
-                model,
-                parallel=parallel,
-                resume=run.resume,
-                force=run.force,
-                on_progress=on_progress,
+                job, config.out, model, parallel=parallel, resume=run.resume, force=run.force, on_progress=on_progress
             )
             for row in rows:
                 counts["cut"] += bool(row.get("cut"))
@@ -229,11 +221,7 @@ def _run(
 
 def _summarize(total: int, failed: dict[str, str], *, cut: int, params: BenchmarkSamplingParams) -> None:
     """Report failed questions and replies that were cut."""
-    errors = list(dict.fromkeys(failed.values()))
-    for error in errors[:SHOWN_ERRORS]:
-        say(f"lvctx: {error}")
-    if len(errors) > SHOWN_ERRORS:
-        say(f"lvctx: and {len(errors) - SHOWN_ERRORS:,} more errors, one in each row of a failed question")
+    say_errors(failed.values(), "question")
     if cut:
         say(f"lvctx: {cut:,} replies were cut at --max-new-tokens {params.max_new_tokens}")
     if not is_quiet() or failed:
@@ -250,11 +238,10 @@ def _open_engine(
     """The model in this process, or on a server."""
     if server.endpoint is not None:
         return open_endpoint(server, config.model, jobs=server.jobs)
-    from lvctx.inference.open_engine import check_options, open_engine
-    from lvctx.vlm.registry import open_vlm
+    from lvctx.inference.open_engine import open_checked_vlm, open_engine
 
-    vlm = open_vlm(config.model, device=parallel.device, feature_cache=engine.feature_cache or config.out / "frames")
-    check_options(vlm, set_by_user)
+    cache = engine.feature_cache or config.out / "frames"
+    vlm = open_checked_vlm(config.model, parallel.device, cache, set_by_user)
     return open_engine(vlm, replace(engine, device=parallel.device), ring=parallel.ring)
 
 
@@ -271,12 +258,59 @@ def _find_questions(bench: ModuleType, questions: str) -> Path:
     from huggingface_hub import hf_hub_download, logging
 
     logging.set_verbosity_error()  # its retries print many lines, and the outcome is reported here
-    try:
+    what = "neither a local file nor a file of a dataset that could be downloaded"
+    fix = "check name and network, or download the questions and give the file"
+    with library_errors(what, where=questions, fix=fix):
         return Path(hf_hub_download(repository, file, repo_type="dataset"))
-    except Exception as e:  # the hub client may raise anything
-        reason = str(e).strip().split("\n")[0] or type(e).__name__
-        raise InputError(
-            f"neither a local file nor a file of a dataset that could be downloaded ({reason})",
-            where=questions,
-            fix="check name and network, or download the questions and give the file",
-        ) from e
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """The shards, and the output."""
+
+    runs: Annotated[tuple[Path, ...], Flag(argument=True, metavar="DIR...")]
+    """Results directories of the shards."""
+    out: Annotated[Path, Flag(names=("-o", "--out"))]
+    """Results directory of the whole run."""
+    force: bool = False
+    """Overwrite the output of another run."""
+
+
+@command(
+    "bench merge",
+    "lvctx bench merge shard-1 shard-2 -o merged",
+    "lvctx bench merge shard-1 shard-2 -o merged && lvctx videomme score merged",
+)
+def merge_shards(config: MergeConfig, output: OutputOptions) -> None:
+    """Merge the shards of a benchmark's run (--shard of videomme run and bench NAME run) into one run.
+
+    Every question has one row, in the order of the run that is not sharded. Shards of different runs are refused, and
+    questions that are missing are counted: the exit code is then 4, as it is for questions that failed.
+    """
+    from lvctx.artifacts import schemas
+    from lvctx.eval.benchmarks.shards import read_shards, write_merged
+
+    merged, count = read_shards(config.runs)
+    write_merged(merged, load_benchmark(merged.bench), config.out, force=config.force)
+    missing, failed, shards = merged.missing, merged.failed, merged.missing_of_shards(count)
+    total = len(merged.questions)
+    row = {
+        "schema": schemas.MERGED,
+        "path": str(config.out),
+        "bench": merged.bench,
+        "questions": total,
+        "answered": total - len(missing) - len(failed),
+        "failed": len(failed),
+        "missing": missing,
+        "missing_shards": shards,
+    }
+    emit(row, f"{config.out}: {row['answered']:,} of {total:,} questions answered")
+    if shards:
+        say(f"lvctx: no row of shard {', '.join(shards)}")
+    if missing:
+        more = ", ..." if len(missing) > 8 else ""
+        say(f"lvctx: {len(missing):,} questions are missing: {', '.join(missing[:8])}{more}")
+    if failed:
+        say(f"lvctx: {len(failed):,} questions failed; run their shards again, then merge")
+    if missing or failed:
+        raise typer.Exit(EXIT_SAMPLES_FAILED)

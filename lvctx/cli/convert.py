@@ -32,7 +32,7 @@ def import_longva(config: ImportLongvaConfig, run: RunOptions) -> None:
         emit(artifact_row(schemas.MODEL, config.out, job.facts))
 
 
-@command("export", "lvctx export vlm --to hf -o vlm-hf", "lvctx export vlm --to llava -o vlm-llava")
+@command("export", "lvctx export vlm --to hf -o vlm-hf", "lvctx export vlm --card --results videomme -o card")
 def export_model(config: ExportConfig, run: RunOptions) -> None:
     """Write a model in the format of another program, add results to its card, and upload it.
 

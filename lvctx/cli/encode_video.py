@@ -68,11 +68,7 @@ def encode_video(config: EncodeVideoConfig, sampling: VideoSampling, run: RunOpt
     opened = open_context(device=config.device, cp=1, timeout=SHARED_WORK_TIMEOUT)
     with opened as parallel, progress("encode-video", "finding the vision tower") as on_progress:
         encoder = VideoEncoder.open(
-            str(config.model or config.tower),
-            sampling,
-            batch=config.batch,
-            dtype=config.dtype,
-            device=parallel.device,
+            str(config.model or config.tower), sampling, batch=config.batch, dtype=config.dtype, device=parallel.device
         )
 
         def encode(share: Iterator[tuple[Path, JsonRow]]) -> Iterator[Any]:
@@ -107,7 +103,7 @@ def _share_out(
     if parallel.size == 1:
         yield from encode(videos)
         return
-    from lvctx.parallel.video_shares import share_videos
+    from lvctx.parallel.work_shares import share_videos
 
     # Only the first process reads stdin.
     todo = parallel.gather(list(videos) if parallel.rank == 0 else None)[0]

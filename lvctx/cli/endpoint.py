@@ -7,35 +7,28 @@ from typing import TYPE_CHECKING
 
 from lvctx.config import refuse_options
 from lvctx.errors import UsageError
-from lvctx.inference.endpoint_config import UNUSED_OPTIONS, EndpointConfig, VideoEndpointConfig
+from lvctx.inference.endpoint_config import UNUSED_OPTIONS, VideoEndpointConfig
 
 if TYPE_CHECKING:
-    from lvctx.inference.chat_client import ChatClient
     from lvctx.inference.endpoint_engine import EndpointEngine
 
 KEY_VARIABLES = ("LVCTX_API_KEY", "OPENAI_API_KEY")
 """Where a server's key is read from, the first that is set."""
 
 
-def open_client(config: EndpointConfig, model: str) -> "ChatClient":
-    """The client of a model on a server, with the key of the environment; makes no request.
+def open_endpoint(config: VideoEndpointConfig, model: str, *, jobs: int = 1) -> "EndpointEngine":
+    """The engine of a model on a server, with the key of the environment; makes no request.
 
     Raises MissingError without the openai package, UsageError for a key that is none.
     """
     from lvctx.inference.chat_client import ChatClient
+    from lvctx.inference.endpoint_engine import EndpointEngine
 
     keys = ((name, os.environ.get(name, "").strip()) for name in KEY_VARIABLES)
     name, key = next((pair for pair in keys if pair[1]), ("", ""))
     if not (key.isascii() and (key.isprintable() or not key)):
         raise UsageError(f"{name} is not a key: it has characters that a header may not have")
-    return ChatClient(config, model, api_key=key or None)
-
-
-def open_endpoint(config: VideoEndpointConfig, model: str, *, jobs: int = 1) -> "EndpointEngine":
-    """The engine of a model on a server; makes no request. Raises MissingError."""
-    from lvctx.inference.endpoint_engine import EndpointEngine
-
-    return EndpointEngine(open_client(config, model), config, jobs=jobs)
+    return EndpointEngine(ChatClient(config, model, api_key=key or None), config, jobs=jobs)
 
 
 def refuse_unused_options(
@@ -47,10 +40,6 @@ def refuse_unused_options(
     are not sent.
     """
     names = [field.name for config_class in local for field in fields(config_class)]
-    refuse_options(
-        given,
-        [*names, *more, "use_generation_config"],
-        there="with --endpoint",
-        fix=": the server decides how the model runs",
-    )
+    names += [*more, "use_generation_config"]
+    refuse_options(given, names, there="with --endpoint", fix=": the server decides how the model runs")
     refuse_options(given, UNUSED_OPTIONS.get(server.send, ()), there=f"with --send {server.send}")

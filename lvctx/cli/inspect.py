@@ -6,16 +6,13 @@ from typing import Annotated, Any, Literal
 
 from lvctx.cli.options import OutputOptions, command
 from lvctx.cli.output import emit, flatten, progress, say, wants_json
+from lvctx.cli.tables import number_table, open_console
 from lvctx.config import Flag
 from lvctx.errors import InputError, UsageError
 from lvctx.training.doctor_config import DoctorConfig
 from lvctx.training.plan_config import PlanConfig
 
-MROPE = (
-    "Qwen2VLForConditionalGeneration",
-    "Qwen2_5_VLForConditionalGeneration",
-    "Qwen3VLForConditionalGeneration",
-)
+MROPE = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration")
 """Architectures with M-RoPE: `info` shows the wavelengths that transformers computes for them."""
 
 
@@ -68,18 +65,17 @@ def info(config: InfoConfig, run: OutputOptions) -> None:
     if wants_json():
         emit(facts)
         return
-    from rich.console import Console
     from rich.table import Table
 
     lengths, sources = facts.pop("lengths", {}), facts.pop("sources", {})
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in flatten(facts):
         table.add_row(key, value)
-    console = Console()
+    console = open_console()
     console.print(table)
     if sources:
         # A narrow terminal wraps the lines; rich would truncate names and numbers.
-        Console(width=max(console.width, 160)).print(_source_table(sources))
+        open_console(width=max(console.width, 160)).print(_source_table(sources))
     if positions is not None:
         from lvctx.cli.train import print_channels
 
@@ -104,12 +100,8 @@ def _verify(artifact: Path) -> str:
 
 def _source_table(sources: dict[str, Any]) -> Any:
     """Packing statistics, a row per source; columns that are 0 everywhere are left out."""
-    from rich.table import Table
-
     columns = [k for k in next(iter(sources.values())) if any(account[k] for account in sources.values())]
-    table = Table("source", box=None, pad_edge=False)
-    for name in columns:
-        table.add_column(name.replace("_", "\n"), justify="right")
+    table = number_table("source", (name.replace("_", "\n") for name in columns))
     for source, account in sources.items():
         values = (account[k] for k in columns)
         table.add_row(source, *(f"{v:.4f}" if isinstance(v, float) else f"{v or 0:,}" for v in values))
@@ -120,14 +112,14 @@ def _plot(lengths: dict[str, Any], console: Any) -> None:
     """Share of all tokens that are in documents of each length, before (light) and after (full) packing."""
     totals = {when: sum(counts[f"{when}_tokens"] for counts in lengths.values()) for when in ("before", "after")}
     width = max(20, min(60, console.width - 40))
-    console.print("\nshare of tokens by length (tokens):  ░ before  █ after", highlight=False)
+    console.print("\nshare of tokens by length (tokens):  ░ before  █ after")
     for name, counts in lengths.items():
         unit = next(key for key in counts if key != "before_tokens").removeprefix("before_")
         for when, ink in (("before", "░"), ("after", "█")):
             share = counts[f"{when}_tokens"] / max(totals[when], 1)
             label = name if when == "before" else ""
             bar = f"{ink * round(share * width)} {counts[f'{when}_{unit}']:,} {unit}"
-            console.print(f"{label:>17} {share:6.1%} {bar}", highlight=False)
+            console.print(f"{label:>17} {share:6.1%} {bar}")
 
 
 @dataclass(frozen=True, kw_only=True)

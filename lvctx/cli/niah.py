@@ -1,18 +1,19 @@
-"""`lvctx niah text`, `niah video` and `niah haystack`."""
+"""`lvctx niah`: its commands text, video, haystack and report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lvctx.cli.endpoint import open_endpoint, refuse_unused_options
-from lvctx.cli.needle_tables import Threshold, print_tables
 from lvctx.cli.options import OutputOptions, RunOptions, command, given, group
-from lvctx.cli.output import emit, is_quiet, progress, say, wants_json
+from lvctx.cli.output import emit, is_quiet, progress, say, say_errors, wants_json
+from lvctx.cli.tables import Detect, Threshold, print_costs, print_needle_tables, report_difference, run_costs
 from lvctx.config import Flag, refuse_options
-from lvctx.errors import EXIT_SAMPLES_FAILED
+from lvctx.errors import EXIT_SAMPLES_FAILED, UsageError
 from lvctx.eval.niah.haystack_config import HaystackConfig
 from lvctx.eval.niah.niah_config import OF_NEEDLES, WHOLE_TEXT, NiahConfig, TextNiahConfig, VideoNiahConfig
 from lvctx.inference.endpoint_config import (
@@ -21,7 +22,7 @@ from lvctx.inference.endpoint_config import (
     TextEndpointConfig,
     VideoEndpointConfig,
 )
-from lvctx.inference.engine_config import FEATURE_CACHE, CachePlacement, DeviceConfig, VideoDeviceConfig
+from lvctx.inference.engine_config import CachePlacement, DeviceConfig, VideoDeviceConfig
 from lvctx.video.sampling import VideoSampling
 
 if TYPE_CHECKING:
@@ -75,13 +76,8 @@ def text(
         return
     from lvctx.eval.niah.job import plan_text
 
-    _run(
-        "niah text",
-        config,
-        lambda niah_config: plan_text(niah_config, dtype=device.weights_dtype, kv_cache=run.kv_cache),
-        device,
-        run,
-    )
+    plan = partial(plan_text, dtype=device.weights_dtype, kv_cache=run.kv_cache)
+    _run("niah text", config, plan, device, run)
 
 
 @command(
@@ -112,19 +108,11 @@ def video(
         return
     from lvctx.device import resolve_device
     from lvctx.eval.niah.job import plan_video
-    from lvctx.inference.open_engine import check_options
-    from lvctx.vlm.registry import open_vlm
+    from lvctx.inference.open_engine import open_checked_vlm
 
-    cache = (device.feature_cache or FEATURE_CACHE).expanduser()
-    vlm = open_vlm(config.model, device=resolve_device(device.device), feature_cache=cache)
-    check_options(vlm, given(ctx))
-    _run(
-        "niah video",
-        config,
-        lambda niah_config: plan_video(niah_config, vlm, sampling, dtype=device.weights_dtype, kv_cache=run.kv_cache),
-        device,
-        run,
-    )
+    vlm = open_checked_vlm(config.model, resolve_device(device.device), device.features_folder, given(ctx))
+    plan = partial(plan_video, vlm=vlm, sampling=sampling, dtype=device.weights_dtype, kv_cache=run.kv_cache)
+    _run("niah video", config, plan, device, run)
 
 
 def _run(
@@ -142,7 +130,7 @@ def _run(
             for target, job in jobs.items():
                 emit({"dry_run": True, "path": str(target), **job.run_facts, **job.costs(device.cp)})
             return
-        failed = 0
+        errors: list[str] = []
         opened = open_context(device=device.device, cp=device.cp, timeout=SHARED_WORK_TIMEOUT)
         with opened as parallel:
             settings = NiahRun(
@@ -155,47 +143,51 @@ def _run(
                 threshold=run.threshold,
             )
             for target, job in jobs.items():
-                for row in run_niah(job, target, settings):
-                    failed += "error" in row
-                    if wants_json():
-                        emit(row)
-            failed = max(parallel.gather(failed))
-    if parallel.rank == 0:
+                errors += _emit_rows(run_niah(job, target, settings))[0]
+            errors = max(parallel.gather(errors), key=len)
+    if parallel.rank == 0 and config.rope:
         results = [read_needle_results(target) for target in jobs]
-        if config.rope:
-            draw_heatmaps(results, run.out / "heatmap.png", threshold=run.threshold)
-        if not (is_quiet() and wants_json()):
-            print_tables(results, threshold=run.threshold, stderr=wants_json())
-    if failed:
-        raise typer.Exit(EXIT_SAMPLES_FAILED)
+        draw_heatmaps(results, run.out / "heatmap.png", threshold=run.threshold)
+    _finish(jobs if parallel.rank == 0 else (), run, errors)
 
 
 def _run_endpoint(name: str, job: "EndpointNiahJob", run: NiahRunOptions) -> None:
     """The same on a server."""
     from lvctx.eval.niah.endpoint_job import run_endpoint_niah
-    from lvctx.eval.niah.results import read_needle_results
 
     if run.dry_run:
         emit({"dry_run": True, "path": str(run.out), **job.run_facts, "cells": len(job.cells)})
         return
-    errors: list[str] = []
-    cut = 0
     with progress(name, "asking the server") as on_progress:
         rows = run_endpoint_niah(
             job, run.out, resume=run.resume, force=run.force, threshold=run.threshold, on_progress=on_progress
         )
-        for row in rows:
-            cut += bool(row.get("cut") and not row["correct"])
-            if "error" in row:
-                errors.append(row["error"])
-            if wants_json():
-                emit(row)
-    for error in dict.fromkeys(errors):
-        say(f"lvctx: {error}")
+        errors, cut = _emit_rows(rows)
+    _finish([run.out], run, errors, cut)
+
+
+def _emit_rows(rows: Iterable[dict[str, Any]]) -> tuple[list[str], int]:
+    """Emit rows as they are done; returns the errors of failed ones, and the number of wrong replies that were cut."""
+    errors, cut = [], 0
+    for row in rows:
+        cut += bool(row.get("cut") and not row["correct"])
+        if "error" in row:
+            errors.append(row["error"])
+        if wants_json():
+            emit(row)
+    return errors, cut
+
+
+def _finish(folders: Iterable[Path], run: NiahRunOptions, errors: list[str], cut: int = 0) -> None:
+    """Print errors and tables of finished runs. The exit code is 4 if cells failed."""
+    from lvctx.eval.niah.results import read_needle_results
+
+    say_errors(errors, "cell")
     if cut:
         say(f"lvctx: {cut:,} wrong replies were cut at the largest number of tokens")
     if not (is_quiet() and wants_json()):
-        print_tables([read_needle_results(run.out)], threshold=run.threshold, stderr=wants_json())
+        results = [read_needle_results(folder) for folder in folders]
+        print_needle_tables(results, threshold=run.threshold, stderr=wants_json())
     if errors:
         raise typer.Exit(EXIT_SAMPLES_FAILED)
 
@@ -250,3 +242,76 @@ def haystack(config: HaystackConfig, run: HaystackRunOptions) -> None:
             on_progress=on_progress,
         )
     emit(row)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NiahReportConfig:
+    """The runs to report, and the output."""
+
+    runs: Annotated[tuple[Path, ...], Flag(argument=True, metavar="RUN...")]
+    """Results directories, or LongVA's all_accuracies.json."""
+    out: Annotated[Path | None, Flag(names=("-o", "--out"))] = None
+    """.png or .svg: heatmaps side by side; .json: numbers; all_accuracies.json: LongVA's format."""
+    threshold: Threshold = 0.9
+    """Minimum accuracy of a length for the effective length."""
+    training_length: Annotated[int | None, Flag(min=1)] = None
+    """Training length in tokens of an all_accuracies.json's model, drawn as a line."""
+    detect: Detect = 2.0
+    """For two runs: a difference in points; prints how many cells would find it at p < 0.05 with power 0.8."""
+
+
+@command("niah report", "lvctx niah report niah", "lvctx niah report niah niah -o both.png --json")
+def report(ctx: typer.Context, config: NiahReportConfig, output: OutputOptions) -> None:
+    """Tabulate accuracy by length and draw runs side by side on one scale. Needs only the results, no model.
+
+    Two runs with the same needles are also compared by pairs: difference, 95% interval and p-value. Without -o
+    each run's summary and heatmap are rewritten.
+    """
+    from lvctx.artifacts.store import write_json
+    from lvctx.eval.niah.heatmap import draw_heatmaps, write_report
+    from lvctx.eval.niah.longva_format import LONGVA_FILE, read_longva, write_longva
+    from lvctx.eval.niah.results import read_needle_results
+
+    out, threshold = config.out, config.threshold
+    if out is not None and out.suffix not in (".png", ".svg", ".json"):
+        raise UsageError(f"-o {out}: the name has to end in .png, .svg or .json")
+    if out is not None and out.name == LONGVA_FILE and len(config.runs) > 1:
+        raise UsageError(f"-o {out}: LongVA's format holds a single run")
+    if "detect" in given(ctx) and len(config.runs) != 2:
+        raise UsageError("--detect is about the difference of two runs", fix="give two runs, or drop --detect")
+    results = [
+        read_longva(run, trained_length=config.training_length) if run.suffix == ".json" else read_needle_results(run)
+        for run in config.runs
+    ]
+    if out is None:
+        for run, result in zip(config.runs, results, strict=True):
+            if run.suffix != ".json":
+                write_report(run, result, threshold=threshold)
+    elif out.name == LONGVA_FILE:
+        write_longva(out, results[0])
+    elif out.suffix == ".json":
+        write_json(out, [result.to_dict(threshold) for result in results])
+    else:
+        draw_heatmaps(results, out, threshold=threshold)
+    if not wants_json():
+        print_needle_tables(results, threshold=threshold, stderr=False)
+    for run, result in zip(config.runs, results, strict=True):
+        if wants_json():
+            emit({**result.to_dict(threshold), **run_costs(run)})
+        else:
+            print_costs(result.name, run_costs(run))
+    if len(config.runs) == 2 and all(run.suffix != ".json" for run in config.runs):
+        _compare(config)
+
+
+def _compare(config: NiahReportConfig) -> None:
+    """Print or emit the paired difference of two runs that have cells in common."""
+    from lvctx.artifacts.result_log import read_results
+    from lvctx.eval.niah.compare import compare_needles, comparison_warnings
+
+    a, b = (list(read_results(run).values()) for run in config.runs)
+    differences = compare_needles(a, b, detect=config.detect / 100)
+    if differences:
+        versus, warnings = {name: vars(e) for name, e in differences.items()}, comparison_warnings(a, b, differences)
+        names = [str(run) for run in config.runs]
+        report_difference(names, versus, warnings, detect=config.detect, group="length", unit="cells")

@@ -4,13 +4,16 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lvctx.config import OnProgress
+
+SHOWN_ERRORS = 8
+"""The largest number of different errors that a run lists at its end."""
 
 
 @dataclass
@@ -116,6 +119,15 @@ def say(line: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
+def say_errors(errors: Iterable[str], what: str) -> None:
+    """Write the different errors of failed rows to stderr, at most `SHOWN_ERRORS`; a row is of a `what`."""
+    different = list(dict.fromkeys(errors))
+    for error in different[:SHOWN_ERRORS]:
+        say(f"lvctx: {error}")
+    if len(different) > SHOWN_ERRORS:
+        say(f"lvctx: and {len(different) - SHOWN_ERRORS:,} more errors, one in each row of a failed {what}")
+
+
 @contextmanager
 def progress(label: str, note: str = "starting") -> Iterator[OnProgress]:
     """A progress bar on stderr, which shows `note` at once; only on a terminal, on rank 0 and without --quiet."""
@@ -143,18 +155,3 @@ def progress(label: str, note: str = "starting") -> Iterator[OnProgress]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(label, total=None, note=note)
         yield lambda done, total, note: bar.update(task, completed=done, total=total or None, note=note)
-
-
-def percent(value: float | None) -> str:
-    """`61.2`, or a dash if nothing was counted."""
-    return "–" if value is None else f"{100 * value:.1f}"
-
-
-def interval(e: dict[str, Any]) -> str:
-    """`58.9 to 63.5`, or a dash."""
-    return "–" if e["low"] is None else f"{100 * e['low']:.1f} to {100 * e['high']:.1f}"
-
-
-def estimate(e: dict[str, Any]) -> str:
-    """`61.2 (58.9 to 63.5; n 2,700)`."""
-    return f"{percent(e['mean'])} ({interval(e)}; n {e['counted']:,})"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from lvctx.cli.options import OutputOptions, command, config_fields, has_effect
 from lvctx.cli.output import emit, is_quiet, say, wants_json
+from lvctx.cli.tables import open_console
 from lvctx.config import Flag
 from lvctx.errors import UsageError
 
@@ -53,14 +54,6 @@ def protocol_facts(name: str | None, bench: str, *configs: Any) -> dict[str, Any
     return facts
 
 
-def print_protocol(console: Any, result: dict[str, Any]) -> None:
-    """Print the protocol that a run followed, if it followed one."""
-    from lvctx.eval.benchmarks.protocol import describe_protocol
-
-    if "protocol" in result:
-        console.print(f"protocol {describe_protocol(result['protocol'])}", highlight=False)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ProtocolsConfig:
     """Which protocols."""
@@ -104,10 +97,9 @@ def _row(protocol: "EvalProtocol") -> dict[str, Any]:
 
 
 def _print_protocol(protocols: "list[EvalProtocol]") -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = open_console()
     console.print(f"{protocols[0].name}: {protocols[0].title}", style="bold")
     table = Table("", box=None, pad_edge=False)
     for protocol in protocols:

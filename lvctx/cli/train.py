@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lvctx.artifacts import schemas
 from lvctx.cli.options import RunOptions, card_command, command
 from lvctx.cli.output import artifact_row, emit, progress, say
+from lvctx.cli.tables import number_table, open_console
 from lvctx.cli.tracking import TrackingOptions, tracker
 from lvctx.config import hashed_fields
 from lvctx.errors import InputError, UsageError
@@ -28,11 +29,7 @@ if TYPE_CHECKING:
     "lvctx extend-lm --model lm --data packed --rope yarn --steps 1 --batch-tokens 2048 --dry-run -o lm-long",
 )
 def extend_lm(
-    config: ExtendConfig,
-    search: BaseSearchConfig,
-    parallel: ParallelConfig,
-    tracking: TrackingOptions,
-    run: RunOptions,
+    config: ExtendConfig, search: BaseSearchConfig, parallel: ParallelConfig, tracking: TrackingOptions, run: RunOptions
 ) -> None:
     """Extend the context of a language model: a new RoPE base, then training on long packed rows of text."""
     from lvctx.training.extend import resolve_extend
@@ -244,17 +241,12 @@ def _processes() -> int:
 
 def print_channels(verified: "Verified", *, stderr: bool = True) -> None:
     """A table of wavelengths, a row per channel."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("channel", "axis", box=None, pad_edge=False)
-    for name in ("pretrained", "formula", "transformers"):
-        table.add_column(name, justify="right")
+    table = number_table("channel", ("axis", "pretrained", "formula", "transformers"))
     for j, channel in enumerate(verified.channels):
         formula = "" if channel.formula is None else f"{channel.formula:,.1f}"
         table.add_row(str(j), channel.axis, f"{channel.plain:,.1f}", formula, f"{channel.wavelength:,.1f}")
-    console = Console(stderr=stderr)
-    console.print("wavelengths, in positions", highlight=False)
+    console = open_console(stderr=stderr)
+    console.print("wavelengths, in positions")
     console.print(table)
     error = "formula not known" if verified.error is None else f"largest relative error {verified.error:.1e}"
-    console.print(f"{error}; attention factor {verified.attention:g}", highlight=False)
+    console.print(f"{error}; attention factor {verified.attention:g}")

@@ -7,12 +7,20 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lvctx.cli.bench_score import Detect, print_difference, print_sources
+from lvctx.cli.bench_score import compare_rules
 from lvctx.cli.benchmarks import load_benchmark
-from lvctx.cli.costs import print_costs
 from lvctx.cli.options import OutputOptions, command, given
-from lvctx.cli.output import emit, interval, percent, wants_json
-from lvctx.cli.protocols import print_protocol
+from lvctx.cli.output import emit, wants_json
+from lvctx.cli.tables import (
+    Detect,
+    interval,
+    number_table,
+    open_console,
+    percent,
+    print_costs,
+    print_heading,
+    print_sources,
+)
 from lvctx.config import Flag
 from lvctx.errors import UsageError
 
@@ -22,7 +30,7 @@ class VideoMMEScoreConfig:
     """The responses to score, and the output."""
 
     files: Annotated[tuple[Path, ...], Flag(argument=True, metavar="FILE...")]
-    """Responses in the official format, or results directories of run."""
+    """Responses in the official format, or results directories of `videomme run`."""
     rule: Literal["official", "official-2024", "lmms-eval", "strict"] = "official"
     """Scorer for the breakdown and the plot. Default: that of the runs' protocol, else official."""
     csv: Path | None = None
@@ -45,10 +53,7 @@ def score_videomme(ctx: typer.Context, config: VideoMMEScoreConfig, output: Outp
     from the denominator. lmms-eval counts them as wrong, strict requires the reply to begin with the letter. No model
     is needed.
     """
-    from lvctx.artifacts.schemas import SCORE
-    from lvctx.eval.benchmarks.accuracy import difference
-    from lvctx.eval.benchmarks.answers import RULES
-    from lvctx.eval.benchmarks.protocol import protocol_difference, protocol_of_rows
+    from lvctx.eval.benchmarks.protocol import protocol_of_rows
     from lvctx.eval.benchmarks.responses import read_responses
     from lvctx.eval.cost_summary import summarize_costs
 
@@ -68,13 +73,6 @@ def score_videomme(ctx: typer.Context, config: VideoMMEScoreConfig, output: Outp
     for row, protocol, rows in zip(scores, protocols, rows_of_runs, strict=True):
         row |= {**({"protocol": protocol} if protocol else {}), **summarize_costs(rows)}
     rule = config.rule if "rule" in given(ctx) else _common_rule(protocols) or config.rule
-    versus: dict[str, Any] = {}
-    warning = ""
-    if len(responses) == 2:
-        a, b = (item.replies for item in responses)
-        versus = {name: vars(difference(a, b, name, detect=config.detect / 100)) for name in RULES}
-        differing = protocol_difference(*protocols)
-        warning = f"the protocols differ: {differing}" if differing else ""
     if config.csv is not None:
         _write_csv(config.csv, [row for item in responses for row in videomme.cells(item)])
     if plot is not None:
@@ -82,21 +80,18 @@ def score_videomme(ctx: typer.Context, config: VideoMMEScoreConfig, output: Outp
 
         frame_counts = [frames for frames, *_ in runs if frames is not None]
         draw_accuracy(scores, frame_counts if len(set(frame_counts)) == len(files) > 1 else None, rule, plot)
-    if wants_json():
-        for row in scores:
-            emit(row)
-        if versus:
-            pair = {"first": responses[0].name, "second": responses[1].name}
-            emit({"schema": SCORE, **pair, "warnings": [warning] if warning else [], "difference": versus})
-        return
     for row, item in zip(scores, responses, strict=True):
-        _print(row, videomme.cells(item, [rule]), rule)
-    if versus:
-        print_difference(responses[0].name, responses[1].name, versus, warning, detect=config.detect)
+        if wants_json():
+            emit(row)
+        else:
+            _print(row, videomme.cells(item, [rule]), rule)
+    if len(responses) == 2:
+        names = [item.name for item in responses]
+        compare_rules(names, [item.replies for item in responses], protocols, detect=config.detect)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a run of ours; none for files of others."""
+    """Rows of a run of lvctx; none for responses of another program."""
     from lvctx.artifacts.result_log import RESULTS, read_results
 
     folder = path.parent if path.name == "responses.json" else path
@@ -136,32 +131,18 @@ def _write_csv(target: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _print(row: dict[str, Any], cells: list[dict[str, Any]], rule: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(markup=False, emoji=False)  # names and groups are external text: [x] and :x: are not markup
-    for warning in row["warnings"]:
-        console.print(f"WARNING {row['file']}: {warning}", style="bold red", highlight=False)
-    left_out = f", {row['failed']:,} failed and left out" if row["failed"] else ""
-    totals = f"{row['questions']:,} questions about {row['videos']:,} videos"
-    console.print(f"{row['file']}: {totals}{left_out}", highlight=False)
-    print_protocol(console, row)
+    console = open_console()
+    print_heading(console, row["file"], f"{row['questions']:,} questions about {row['videos']:,} videos", row)
     for what, count in row["overlooked"].items():
-        console.print(f"  overlooked: {count:,} {what}", highlight=False)
-    rules = Table("rule", box=None, pad_edge=False)
-    for name in ("accuracy", "95% interval", "counted", "letter found"):
-        rules.add_column(name, justify="right")
+        console.print(f"  overlooked: {count:,} {what}")
+    rules = number_table("rule", ("accuracy", "95% interval", "counted", "letter found"))
     for name, e in row["rules"].items():
         rules.add_row(name, percent(e["mean"]), interval(e), f"{e['counted']:,}", percent(e["parsed"]))
     console.print(rules)
     print_sources(console, row["rules"])
     durations = [*row["by_duration"], "all"]
     by_group = {(c["domain"], c["task_type"], c["duration"]): c for c in cells}
-    kinds = Table(
-        "domain, task", title=f"{rule} rule, % (questions counted)", title_justify="left", box=None, pad_edge=False
-    )
-    for duration in durations:
-        kinds.add_column(duration, justify="right", no_wrap=True)
+    kinds = number_table("domain, task", durations, title=f"{rule} rule, % (questions counted)")
     domains = dict.fromkeys(domain for domain, _, _ in by_group)
     for domain in domains:
         tasks = dict.fromkeys(task for task_domain, task, _ in by_group if task_domain == domain)

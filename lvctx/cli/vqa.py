@@ -18,12 +18,12 @@ from lvctx.cli.output import emit, is_quiet, is_rank_zero, progress, say, wants_
 from lvctx.config import Flag
 from lvctx.errors import EXIT_SAMPLES_FAILED, InputError, UsageError
 from lvctx.inference.endpoint_config import VideoEndpointConfig
-from lvctx.inference.engine_config import FEATURE_CACHE, EngineConfig
+from lvctx.inference.engine_config import EngineConfig
 from lvctx.inference.sampling_params import SamplingParams
 from lvctx.video.sampling import VideoSampling
 
 if TYPE_CHECKING:
-    from lvctx.inference.engine import Engine
+    from lvctx.inference.engine import Engine, Shown
     from lvctx.inference.video_questions import Answer, VideoQuestions
     from lvctx.parallel.context import ParallelContext
 
@@ -87,6 +87,7 @@ def vqa(
         refuse_unused_options(given(ctx), server, EngineConfig)
         engine = replace(engine, device="cpu")
     from lvctx.inference.generation_config import resolve_sampling
+    from lvctx.inference.video_questions import VideoQuestions
     from lvctx.parallel.context import SHARED_WORK_TIMEOUT, open_context
 
     params = resolve_sampling(params, config.model, given(ctx))
@@ -97,7 +98,8 @@ def vqa(
             raise UsageError(what, fix=f"--cp {parallel.size}, or no torchrun")
         live = len(config.videos) == 1 and not config.piped and is_rank_zero() and engine.batch == 1
         printer = StreamPrinter(live=live)
-        questions = _open(_engine(config, sampling, engine, server, parallel, given(ctx)), sampling, params, printer)
+        model = _open_engine(config, sampling, engine, server, parallel, given(ctx))
+        questions = VideoQuestions(model, sampling, params=params, on_text=printer.show, on_shown=_print_shown)
         if config.reads_questions:
             _answer_lines(config, questions, parallel, printer)
             return
@@ -106,7 +108,7 @@ def vqa(
         raise typer.Exit(EXIT_SAMPLES_FAILED)
 
 
-def _engine(
+def _open_engine(
     config: VqaConfig,
     sampling: VideoSampling,
     engine: EngineConfig,
@@ -120,38 +122,25 @@ def _engine(
         endpoint.identity(sampling, images=False)
         endpoint.check()
         return endpoint
-    from lvctx.inference.open_engine import check_options, open_engine
-    from lvctx.vlm.registry import open_vlm
+    from lvctx.inference.open_engine import open_checked_vlm, open_engine
 
-    cache = (engine.feature_cache or FEATURE_CACHE).expanduser()
-    vlm = open_vlm(config.model, device=parallel.device, feature_cache=cache)
-    check_options(vlm, set_by_user)
+    vlm = open_checked_vlm(config.model, parallel.device, engine.features_folder, set_by_user)
     vlm.resolve(sampling)
     return open_engine(vlm, replace(engine, device=parallel.device), ring=parallel.ring)
 
 
-def _open(
-    engine: "Engine", sampling: VideoSampling, params: SamplingParams, printer: "StreamPrinter"
-) -> "VideoQuestions":
-    from lvctx.inference.video_questions import VideoQuestions
-
-    def on_shown(path: Path, shown: Any) -> None:
-        if not is_quiet():
-            say(f"lvctx: {path}: {_cost(len(shown.pts), shown.facts)}")
-
-    return VideoQuestions(engine, sampling, params=params, on_text=printer.show, on_shown=on_shown)
-
-
-def _cost(frames: int, facts: dict[str, Any]) -> str:
-    """Frames and tokens of a video; also nominal tokens and delimiters if its frames are items in runs."""
+def _print_shown(path: Path, shown: "Shown") -> None:
+    """Print frames and tokens of a video; also nominal tokens and delimiters if its frames are items in runs."""
+    frames, facts = f"{len(shown.pts):,} frames", shown.facts
     if "send" in facts:
-        return f"{frames:,} frames sent as {facts['send']}" if frames else "sent as the URL of the file"
-    if "runs" not in facts:
-        return f"{frames:,} frames, {facts['visual_tokens']:,} visual tokens"
-    return (
-        f"{frames:,} frames in {facts['runs']:,} runs, {facts['visual_tokens']:,} visual tokens "
-        f"(nominal {facts['nominal_tokens']:,}) and {facts['delimiters']:,} delimiters"
-    )
+        what = f"{frames} sent as {facts['send']}" if shown.pts else "sent as the URL of the file"
+    elif "runs" not in facts:
+        what = f"{frames}, {facts['visual_tokens']:,} visual tokens"
+    else:
+        what = f"{frames} in {facts['runs']:,} runs, {facts['visual_tokens']:,} visual tokens "
+        what += f"(nominal {facts['nominal_tokens']:,}) and {facts['delimiters']:,} delimiters"
+    if not is_quiet():
+        say(f"lvctx: {path}: {what}")
 
 
 def _answer_lines(

@@ -36,9 +36,7 @@ class ChatSampleEncoder:
         rule, where = self.rule, conversation.where
         if rule is None and conversation.media:
             raise InputError("the model has no vision tower", where=where, fix="give --model a vision-language model")
-        media = []
-        for item in conversation.media:
-            media.append(self._counted(item, where=where))
+        media = [self._counted(item, where=where) for item in conversation.media]
         messages = to_messages(conversation, rule.mark if rule else str)
         placeholders = [layout.ids for _, layout in media]
         sequence = encode_messages(messages, self.tokenizer, placeholders, where=where)

@@ -25,14 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from lvctx.data.records import Record
 from lvctx.data.row_images import chat_records
-from lvctx.data.row_media import (
-    MEDIA_KINDS,
-    Media,
-    MediaKind,
-    RowMedia,
-    first_value,
-    media_of,
-)
+from lvctx.data.row_media import MEDIA_KINDS, Media, MediaKind, RowMedia, first_value, media_of
 from lvctx.errors import InputError
 from lvctx.models.chat_template import check_text
 

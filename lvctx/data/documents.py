@@ -25,15 +25,7 @@ from lvctx.data.document_fields import UNNAMED, Fields, dig
 from lvctx.data.hub import dataset_rows, hub_commit
 from lvctx.data.json_values import as_lines, lines_of
 from lvctx.data.row_groups import Span, spans_of
-from lvctx.data.streams import (
-    BROKEN,
-    InputPart,
-    find_parts,
-    open_stream,
-    read_bytes,
-    sample,
-    skip,
-)
+from lvctx.data.streams import BROKEN, InputPart, find_parts, open_stream, read_bytes, sample, skip
 from lvctx.errors import InputError
 
 _MOST_ROWS = 4096

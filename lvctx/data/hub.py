@@ -4,10 +4,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lvctx.errors import InputError, first_line
+from lvctx.errors import InputError, library_errors
 
 ROWS = 64
 """Number of rows in memory at once, with their images."""
+NO_DATASET = "neither a local file or folder nor a dataset that could be downloaded"
 
 
 def dataset_rows(name: str, split: str, *, saved: bool, start: int = 0) -> Iterator[dict[str, Any]]:
@@ -17,8 +18,8 @@ def dataset_rows(name: str, split: str, *, saved: bool, start: int = 0) -> Itera
     """
     import datasets
 
-    try:
-        stored: Any
+    stored: Any
+    with library_errors(NO_DATASET, where=name):
         if saved:
             stored = datasets.load_from_disk(name)
             if isinstance(stored, datasets.DatasetDict):
@@ -31,10 +32,6 @@ def dataset_rows(name: str, split: str, *, saved: bool, start: int = 0) -> Itera
         stored = stored.with_format("arrow")
         for batch in (stored.skip(start) if start else stored).iter(ROWS):
             yield from batch.to_pylist()
-    except InputError:
-        raise
-    except Exception as e:  # the hub client and the dataset's reader may raise anything
-        raise _no_dataset(name, e) from e
 
 
 def hub_commit(name: str) -> str:
@@ -42,17 +39,10 @@ def hub_commit(name: str) -> str:
     from huggingface_hub import HfApi
 
     repository, _, revision = name.partition("@")
-    try:
+    with library_errors(NO_DATASET, where=name):
         return str(HfApi().dataset_info(repository, revision=revision or None).sha)
-    except Exception as e:
-        raise _no_dataset(name, e) from e
 
 
 def hub_datasets(inputs: Iterable[str | Path]) -> list[str]:
     """The ids, without revisions, of those inputs that are datasets on the hub and not files or stdin."""
     return sorted({str(name).partition("@")[0] for name in inputs if str(name) != "-" and not Path(name).exists()})
-
-
-def _no_dataset(name: str, e: Exception) -> InputError:
-    what = f"neither a local file or folder nor a dataset that could be downloaded ({first_line(e)})"
-    return InputError(what, where=name)

@@ -8,7 +8,7 @@ import numpy as np
 
 from lvctx.data.chat_sample_store import ChatSampleStore
 from lvctx.data.pack_chat_config import PackChatConfig
-from lvctx.data.row_packing import BINS, bin_names
+from lvctx.data.row_packing import BINS, add_to_histogram, bin_names
 
 TOO_LONG, SHORT_VIDEO, NOT_NEEDED = "too long", "short video", "not needed"
 """Reasons to leave out a sample that is not malformed."""
@@ -65,6 +65,6 @@ def packing_stats(
 
 
 def _histogram(when: str, lengths: np.ndarray) -> dict[str, list[int]]:
-    bins = np.frexp(lengths.astype(np.float64))[1]
-    counts = np.bincount(bins, minlength=BINS), np.bincount(bins, weights=lengths, minlength=BINS)
-    return {f"{when}_samples": counts[0].tolist(), f"{when}_tokens": counts[1].astype(int).tolist()}
+    samples, tokens = [0] * BINS, [0] * BINS
+    add_to_histogram(samples, tokens, lengths)
+    return {f"{when}_samples": samples, f"{when}_tokens": tokens}

@@ -8,10 +8,9 @@ Reading needs no torch: rows are views of a memory map.
 
 import itertools
 import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import check_sizes, read_manifest
 from lvctx.artifacts.packed_manifest import check_packed_manifest
 from lvctx.artifacts.sniff import check_kind
-from lvctx.artifacts.store import read_safetensors_header, save_tensors
+from lvctx.artifacts.store import data_offset, read_safetensors_header, save_tensors
 from lvctx.errors import InputError
 
 
@@ -38,8 +37,7 @@ def write_token_shard(
 def map_tensors(path: Path) -> dict[str, np.ndarray]:
     """A safetensors file's integer tensors as read-only memory maps. Raises InputError if it is incomplete."""
     header = read_safetensors_header(path)
-    with open(path, "rb") as f:
-        base = 8 + struct.unpack("<Q", f.read(8))[0]
+    base = data_offset(path)
     dtypes = {"I16": np.int16, "I32": np.int32, "I64": np.int64}
     tensors = {}
     for name, entry in header.items():
@@ -68,22 +66,40 @@ def check_shards(directory: Path, shards: int, vocabulary: int) -> None:
             raise InputError(f"token id {wrong[0]}; the model has {vocabulary:,} ids", where=path, fix=fix)
 
 
-class PackedRows:
+class MappedShards:
+    """The shards of a finished packed directory, of text or chat, memory-mapped when they are first used."""
+
+    def __init__(self, directory: Path, kind: Literal["packed", "chat"], schema: str, what: str, command: str) -> None:
+        """Check manifest and file sizes; maps nothing yet. Raises InputError for missing or changed files."""
+        self.directory = Path(directory)
+        check_kind(self.directory, kind, what, fix=f"run lvctx {command}")
+        self.manifest: dict[str, Any] = read_manifest(self.directory)
+        if self.manifest.get("schema") != schema:
+            raise InputError(f"not {what} ({self.manifest.get('schema')})", where=directory, fix=f"run {command}")
+        check_packed_manifest(self.manifest, self.directory)
+        check_sizes(self.directory)
+        self._ends = list(itertools.accumulate(self.manifest["shard_rows"]))
+        self._shards: dict[int, dict[str, np.ndarray]] = {}
+
+    def find(self, row: int) -> tuple[int, dict[str, np.ndarray], int]:
+        """Number and tensors of the shard that holds a row, and the row's index in it."""
+        if not 0 <= row < self.manifest["rows"]:
+            raise IndexError(row)
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        if number not in self._shards:
+            self._shards[number] = map_tensors(self.directory / shard_name(number))
+        return number, self._shards[number], row - (self._ends[number - 1] if number else 0)
+
+
+class PackedRows(MappedShards):
     """Rows of a finished packed directory, memory-mapped. `len()` is the number of rows."""
 
     def __init__(self, directory: Path, *, seq_len: int | None = None) -> None:
-        """Check manifest and shard sizes; maps nothing yet. Raises InputError for missing or changed files.
+        """A smaller `seq_len` than the rows' own splits each row into pieces of that length, which are then the rows.
 
-        A smaller `seq_len` than the rows' own splits each row into pieces of that length, which are then the rows; the
-        rest of a row is not used. A larger one is refused: rows are not joined.
+        The rest of a row is not used. A larger one is refused: rows are not joined.
         """
-        self.directory = Path(directory)
-        check_kind(self.directory, "packed", "packed text", fix="run lvctx pack-text")
-        self.manifest: dict[str, Any] = read_manifest(self.directory)
-        if self.manifest.get("schema") != schemas.PACKED:
-            raise InputError(f"not packed text ({self.manifest.get('schema')})", where=directory, fix="run pack-text")
-        check_packed_manifest(self.manifest, self.directory)
-        check_sizes(self.directory)
+        super().__init__(directory, "packed", schemas.PACKED, "packed text", "pack-text")
         packed: int = self.manifest["seq_len"]
         self.seq_len = seq_len or packed
         if self.seq_len > packed:
@@ -91,30 +107,24 @@ class PackedRows:
                 f"rows have {packed} tokens instead of {seq_len}", where=directory, fix=f"pack-text --seq-len {seq_len}"
             )
         self._pieces = packed // self.seq_len
-        self._ends = list(itertools.accumulate(self.manifest["shard_rows"]))
-        self._shards: dict[int, dict[str, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return int(self.manifest["rows"]) * self._pieces
 
-    def _find(self, row: int) -> tuple[dict[str, np.ndarray], int, int]:
-        """Shard, row in the shard, and start within that row."""
-        if not 0 <= row < len(self):
-            raise IndexError(row)
+    def _piece(self, row: int) -> tuple[dict[str, np.ndarray], int, int]:
+        """Shard, packed row in the shard, and start within that row."""
         packed_row, piece = divmod(row, self._pieces)
-        number = int(np.searchsorted(self._ends, packed_row, side="right"))
-        if number not in self._shards:
-            self._shards[number] = map_tensors(self.directory / shard_name(number))
-        return self._shards[number], packed_row - (self._ends[number - 1] if number else 0), piece * self.seq_len
+        _, shard, i = self.find(packed_row)
+        return shard, i, piece * self.seq_len
 
     def row(self, row: int) -> np.ndarray:
         """Token ids, int32 (S,), a read-only view."""
-        shard, i, begin = self._find(row)
+        shard, i, begin = self._piece(row)
         return shard["input_ids"][i, begin : begin + self.seq_len]
 
     def doc_starts(self, row: int) -> np.ndarray:
         """Positions in the row where documents begin (at their separator), ascending, int32."""
-        shard, i, begin = self._find(row)
+        shard, i, begin = self._piece(row)
         starts = shard["doc_starts"][shard["doc_offsets"][i] : shard["doc_offsets"][i + 1]]
         first, last = np.searchsorted(starts, [begin, begin + self.seq_len])
         return starts[first:last] - begin

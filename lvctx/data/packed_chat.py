@@ -11,7 +11,6 @@ shard), `start` (in the row), `tokens` and `media`, a list of `{"kind", "path", 
 `[at, frames, t, h, w]`: its first placeholder in the row, and its grid in tokens (see `vlm.token_count`).
 """
 
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,8 @@ import numpy as np
 
 from lvctx.artifacts import schemas
 from lvctx.artifacts.jsonl_log import read_jsonl, write_jsonl
-from lvctx.artifacts.manifest import check_sizes, read_manifest
-from lvctx.artifacts.packed_manifest import check_packed_manifest
-from lvctx.artifacts.sniff import check_kind
 from lvctx.artifacts.store import save_tensors
-from lvctx.data.packed import map_tensors, shard_name
-from lvctx.errors import InputError
+from lvctx.data.packed import MappedShards, shard_name
 
 
 def lines_name(number: int) -> str:
@@ -41,21 +36,13 @@ def write_chat_shard(
     save_tensors(directory / shard_name(number), tensors, metadata)
 
 
-class ChatRows:
+class ChatRows(MappedShards):
     """Rows of a finished chat directory, memory-mapped. `len()` is the number of rows."""
 
     def __init__(self, directory: Path) -> None:
-        """Check manifest and file sizes; maps nothing yet. Raises InputError for missing or changed files."""
-        self.directory = Path(directory)
-        check_kind(self.directory, "chat", "packed chat", fix="run lvctx pack-chat")
-        self.manifest: dict[str, Any] = read_manifest(self.directory)
-        if self.manifest.get("schema") != schemas.CHAT:
-            raise InputError(f"not packed chat ({self.manifest.get('schema')})", where=directory, fix="run pack-chat")
-        check_packed_manifest(self.manifest, self.directory)
-        check_sizes(self.directory)
+        """Raises InputError for missing or changed files."""
+        super().__init__(directory, "chat", schemas.CHAT, "packed chat", "pack-chat")
         self.target_length: int = self.manifest["target_length"]
-        self._ends = list(itertools.accumulate(self.manifest["shard_rows"]))
-        self._shards: dict[int, dict[str, np.ndarray]] = {}
         self._lines: dict[int, list[dict[str, Any]]] = {}
 
     def __len__(self) -> int:
@@ -66,16 +53,8 @@ class ChatRows:
         """Tokens of the longest row."""
         return max(len(self.row(number)) for number in range(len(self)))
 
-    def _find(self, row: int) -> tuple[int, dict[str, np.ndarray], int]:
-        if not 0 <= row < len(self):
-            raise IndexError(row)
-        number = int(np.searchsorted(self._ends, row, side="right"))
-        if number not in self._shards:
-            self._shards[number] = map_tensors(self.directory / shard_name(number))
-        return number, self._shards[number], row - (self._ends[number - 1] if number else 0)
-
     def _tokens(self, row: int, name: str) -> np.ndarray:
-        _, shard, i = self._find(row)
+        _, shard, i = self.find(row)
         return shard[name][shard["row_offsets"][i] : shard["row_offsets"][i + 1]]
 
     def row(self, row: int) -> np.ndarray:
@@ -88,12 +67,12 @@ class ChatRows:
 
     def sample_starts(self, row: int) -> np.ndarray:
         """Positions in the row where samples begin, ascending from 0, int32."""
-        _, shard, i = self._find(row)
+        _, shard, i = self.find(row)
         return shard["sample_starts"][shard["sample_offsets"][i] : shard["sample_offsets"][i + 1]]
 
     def samples(self, row: int) -> list[dict[str, Any]]:
         """The line of each of the row's samples with its media; see above."""
-        number, shard, i = self._find(row)
+        number, shard, i = self.find(row)
         if number not in self._lines:
             self._lines[number] = read_jsonl(self.directory / lines_name(number))
         return self._lines[number][int(shard["sample_offsets"][i]) : int(shard["sample_offsets"][i + 1])]

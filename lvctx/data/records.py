@@ -16,8 +16,9 @@ from lvctx.artifacts.bounded import parse_json
 from lvctx.data.decompress import MEBIBYTE
 from lvctx.data.hub import ROWS, dataset_rows
 from lvctx.data.json_values import as_lines, lines_of
+from lvctx.data.row_groups import open_parquet
 from lvctx.data.streams import BROKEN, DOCUMENT_SUFFIXES, SQUEEZED, base_suffix, open_stream
-from lvctx.errors import InputError, first_line
+from lvctx.errors import InputError, library_errors
 
 RECORD_SUFFIXES = (*DOCUMENT_SUFFIXES, *SQUEEZED, ".csv", ".tsv", ".arrow")
 DELIMITERS = ",;\t|"
@@ -115,29 +116,20 @@ def csv_records(stream: io.BufferedReader, name: str) -> Iterator[Record]:
 
 def parquet_rows(name: str) -> Iterator[dict[str, Any]]:
     """Rows of a Parquet file. Raises InputError for a file that is not Parquet."""
-    import pyarrow.parquet as pq
-
-    try:
-        # Opened here, since pyarrow does not accept a name that is not UTF-8.
-        with open(name, "rb") as opened, pq.ParquetFile(opened) as file:
-            for batch in file.iter_batches(ROWS):
-                yield from batch.to_pylist()
-    except Exception as e:  # for a damaged file pyarrow raises other errors than its own
-        raise InputError(f"not readable as Parquet ({first_line(e)})", where=name) from e
+    with open_parquet(name) as file:
+        for batch in file.iter_batches(ROWS):
+            yield from batch.to_pylist()
 
 
 def arrow_rows(name: str) -> Iterator[dict[str, Any]]:
     """Rows of an Arrow file, or of an Arrow stream as the datasets library saves it. Raises InputError for others."""
     from pyarrow import ipc
 
-    try:
-        with open(name, "rb") as file:
-            if file.peek(6).startswith(b"ARROW1"):
-                reader = ipc.open_file(file)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            else:
-                batches = iter(ipc.open_stream(file))
-            for batch in batches:
-                yield from batch.to_pylist()
-    except Exception as e:  # see `parquet_rows`
-        raise InputError(f"not readable as Arrow ({first_line(e)})", where=name) from e
+    with library_errors("not readable as Arrow", where=name), open(name, "rb") as file:
+        if file.peek(6).startswith(b"ARROW1"):
+            reader = ipc.open_file(file)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            batches = iter(ipc.open_stream(file))
+        for batch in batches:
+            yield from batch.to_pylist()

@@ -6,12 +6,13 @@ Each such process may hold a row group in memory.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from lvctx.data.decompress import MEBIBYTE
 from lvctx.data.document_fields import Fields
 from lvctx.data.hub import ROWS
-from lvctx.errors import InputError, first_line
+from lvctx.errors import InputError, library_errors
 
 
 class Span(NamedTuple):
@@ -25,31 +26,37 @@ class Span(NamedTuple):
     """Row after the last."""
 
 
+@contextmanager
+def open_parquet(name: str, **options: Any) -> Iterator[Any]:
+    """A Parquet file of pyarrow. Raises InputError for another or a damaged file, then and while it is read."""
+    import pyarrow.parquet as pq
+
+    # Opened here, since pyarrow does not accept a name that is not UTF-8.
+    with (
+        library_errors("not readable as Parquet", where=name),
+        open(name, "rb") as opened,
+        pq.ParquetFile(opened, **options) as file,
+    ):
+        yield file
+
+
 def spans_of(name: str, fields: Fields, *, start: int, most_bytes: int, most_rows: int) -> Iterator[Span]:
     """The rows of a Parquet file from row `start` on in spans of about `most_bytes`, by a row group's mean row.
 
     Raises InputError for a file that is not Parquet or does not have the fields.
     """
-    import pyarrow.parquet as pq
-
-    try:
-        # Opened here, since pyarrow does not accept a name that is not UTF-8.
-        with open(name, "rb") as opened, pq.ParquetFile(opened) as file:
-            columns = fields.columns(file.schema_arrow.names, where=name)
-            for number in range(file.num_row_groups):
-                group = file.metadata.row_group(number)
-                stored = (group.column(i) for i in range(group.num_columns))
-                size = sum(c.total_uncompressed_size for c in stored if c.path_in_schema.split(".")[0] in columns)
-                step = max(1, min(most_rows, group.num_rows * most_bytes // max(1, size)))
-                for low in range(0, group.num_rows, step):
-                    high = min(low + step, group.num_rows)
-                    if start < high:
-                        yield Span(number, max(low, start), high)
-                start = max(0, start - group.num_rows)
-    except InputError:
-        raise
-    except Exception as e:  # for a damaged file pyarrow raises other errors than its own
-        raise _unreadable(name, e) from e
+    with open_parquet(name) as file:
+        columns = fields.columns(file.schema_arrow.names, where=name)
+        for number in range(file.num_row_groups):
+            group = file.metadata.row_group(number)
+            stored = (group.column(i) for i in range(group.num_columns))
+            size = sum(c.total_uncompressed_size for c in stored if c.path_in_schema.split(".")[0] in columns)
+            step = max(1, min(most_rows, group.num_rows * most_bytes // max(1, size)))
+            for low in range(0, group.num_rows, step):
+                high = min(low + step, group.num_rows)
+                if start < high:
+                    yield Span(number, max(low, start), high)
+            start = max(0, start - group.num_rows)
 
 
 class RowGroupReader:
@@ -64,33 +71,29 @@ class RowGroupReader:
 
     def read(self, name: str, span: Span) -> list[dict[str, Any]]:
         """The rows of a span; text is bytes, since it may be invalid UTF-8. Raises InputError if they are damaged."""
-        try:
-            if self._open != (name, span.group) or span.low < self._row:
-                self._batches, self._rest, self._row = self._read_group(name, span.group), (), 0
-                self._open = (name, span.group)
-            rows: list[dict[str, Any]] = []
-            while self._row < span.high:
-                if not len(self._rest):
-                    self._rest = next(self._batches)
-                wanted = self._row >= span.low
-                count = min(len(self._rest), (span.high if wanted else span.low) - self._row)
+        if self._open != (name, span.group) or span.low < self._row:
+            self._batches, self._rest, self._row = self._read_group(name, span.group), (), 0
+            self._open = (name, span.group)
+        rows: list[dict[str, Any]] = []
+        while self._row < span.high:
+            if not len(self._rest):
+                batch = next(self._batches, None)
+                if batch is None:
+                    raise InputError(f"row group {span.group} has fewer rows than its metadata states", where=name)
+                self._rest = batch
+            wanted = self._row >= span.low
+            count = min(len(self._rest), (span.high if wanted else span.low) - self._row)
+            with library_errors("not readable as Parquet", where=name):
                 rows += self._rest.slice(0, count).to_pylist() if wanted else ()
-                self._rest, self._row = self._rest.slice(count), self._row + count
-            return rows
-        except InputError:
-            raise
-        except StopIteration as e:
-            raise InputError(f"row group {span.group} has fewer rows than the metadata says", where=name) from e
-        except Exception as e:  # see `spans_of`
-            raise _unreadable(name, e) from e
+            self._rest, self._row = self._rest.slice(count), self._row + count
+        return rows
 
     def _read_group(self, name: str, group: int) -> Iterator[Any]:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         texts = {self._fields.text, self._fields.text.split(".")[0]}
         # With `buffer_size` less of a row group is in memory at a time.
-        with open(name, "rb") as opened, pq.ParquetFile(opened, buffer_size=MEBIBYTE) as file:
+        with open_parquet(name, buffer_size=MEBIBYTE) as file:
             columns = self._fields.columns(file.schema_arrow.names, where=name)
             for batch in file.iter_batches(ROWS, row_groups=[group], columns=columns, use_threads=False):
                 for at, column in enumerate(batch.schema):
@@ -99,7 +102,3 @@ class RowGroupReader:
                     if column.name in texts and text:
                         batch = batch.set_column(at, column.name, batch.column(at).cast(pa.large_binary()))
                 yield batch
-
-
-def _unreadable(name: str, e: Exception) -> InputError:
-    return InputError(f"not readable as Parquet ({first_line(e)})", where=name)

@@ -130,7 +130,7 @@ class PackingStats:
             one.empty += nothing - sum(bad)
             one.too_short += len(length) - nothing - int(np.count_nonzero(kept))
             one.eligible += int(length[kept].sum()) + int(np.count_nonzero(kept))
-            _add_to_histogram(one.before_documents, one.before_tokens, length)
+            add_to_histogram(one.before_documents, one.before_tokens, length)
 
     def pack(self, tokens: Tokens, keep: np.ndarray, take: np.ndarray, low: int, high: int) -> None:
         """Count documents low..high of a batch as packed: `take` (N,) tokens of each, including its separator."""
@@ -142,7 +142,7 @@ class PackingStats:
             one.packed += int(packed_lengths.sum())
             one.over_budget += int(np.count_nonzero(kept & ~packed))
             one.cut += int(np.count_nonzero(packed & (packed_lengths < lengths[mask])))
-            _add_to_histogram(one.after_documents, one.after_tokens, packed_lengths[packed] - 1)
+            add_to_histogram(one.after_documents, one.after_tokens, packed_lengths[packed] - 1)
 
     def report(self, shares: Mapping[str, float], budgets: Mapping[str, int]) -> dict[str, Any]:
         """Counts with each source's share of tokens in the input, its target share, and its packed share."""
@@ -169,7 +169,8 @@ def bin_names() -> list[str]:
     return ["0", "1", *(f"{2 ** (b - 1)}-{2**b - 1}" for b in range(2, BINS))]
 
 
-def _add_to_histogram(documents: list[int], tokens: list[int], lengths: np.ndarray) -> None:
+def add_to_histogram(documents: list[int], tokens: list[int], lengths: np.ndarray) -> None:
+    """Count documents and their tokens in the bins of their lengths."""
     bins = np.frexp(lengths)[1]
     for b in np.unique(bins).tolist():
         mask = bins == b

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lvctx.artifacts.bounded import read_utf8
 from lvctx.artifacts.store import read_json
-from lvctx.errors import InputError
+from lvctx.errors import InputError, library_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,8 @@ def find_tokenizer(name: str, separator: str) -> TokenizerFile:
     from tokenizers import Tokenizer
 
     content, special = _read_tokenizer(name)
-    try:
+    with library_errors("not a tokenizer", where=name):
         tokenizer = Tokenizer.from_str(content)
-    except Exception as e:  # the library raises bare Exception
-        raise InputError(f"not a tokenizer ({e})", where=name) from e
     vocabulary = tokenizer.get_vocab_size()
     if separator.isdigit():
         number = int(separator)
@@ -73,11 +71,8 @@ def _read_tokenizer(name: str) -> tuple[str, dict[str, str]]:
         from huggingface_hub import snapshot_download
 
         files = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
-        try:
+        with library_errors("neither a local directory nor a downloadable model", where=name):
             path = Path(snapshot_download(name, allow_patterns=files))
-        except Exception as e:  # the hub client may raise anything
-            reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
-            raise InputError(f"neither a local directory nor a downloadable model ({reason})", where=name) from e
         if (path / "tokenizer.json").is_file():
             return read_utf8(path / "tokenizer.json"), _special_tokens(path)
     elif not path.is_dir():
@@ -101,10 +96,8 @@ def _convert(name: str) -> tuple[str, dict[str, str]]:
     """Convert a tokenizer without tokenizer.json (SentencePiece, vocab and merges) with transformers."""
     from transformers import AutoTokenizer
 
-    try:
+    with library_errors("no tokenizer.json, and transformers cannot load a tokenizer either", where=name):
         stock = AutoTokenizer.from_pretrained(name)
-    except Exception as e:  # transformers may raise anything
-        raise InputError("no tokenizer.json, and transformers cannot load a tokenizer either", where=name) from e
     if not stock.is_fast:
         raise InputError("its tokenizer has no fast version", where=name, fix="convert it to tokenizer.json")
     special = {k: str(v) for k, v in stock.special_tokens_map.items() if k in ("bos_token", "eos_token")}

@@ -15,7 +15,7 @@ from lvctx.errors import InputError
 from lvctx.eval.benchmarks.accuracy import read_benchmark_run
 from lvctx.eval.benchmarks.benchmark_list import BENCHMARKS
 from lvctx.eval.benchmarks.score_run import score_run
-from lvctx.eval.niah.results import THRESHOLD, build_results, wilson
+from lvctx.eval.niah.results import THRESHOLD, build_results
 from lvctx.eval.report.needle_section import FIELDS
 from lvctx.eval.report.question_section import headline_rule, load_benchmark_of
 from lvctx.eval.report.run_files import RunFile, check_fields, find_runs
@@ -74,7 +74,7 @@ def _needles(run: RunFile) -> list[EvalResult]:
         **common,
         metric_type="accuracy",
         metric_value=_percent(right / cells),
-        metric_name=f"accuracy in percent, {longest}, {_interval(wilson(right, cells))}, {cells:,} cells",
+        metric_name=f"accuracy in percent, {longest}, {_interval(results.interval)}, {cells:,} cells",
     )
     effective = results.effective(THRESHOLD)
     length = EvalResult(

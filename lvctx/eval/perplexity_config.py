@@ -12,9 +12,9 @@ class PerplexityConfig:
     """What is measured, and how a model runs."""
 
     models: Annotated[tuple[str, ...], Flag(argument=True, metavar="MODEL...")]
-    """Language models or VLMs: directories or hub ids; those with the tokenizer of the rows."""
+    """Language models or VLMs: directories or hub ids. They need the tokenizer that the rows were made with."""
     data: Path
-    """Packed rows of pack-text, best of documents that no training used."""
+    """Packed rows of pack-text, preferably of documents that were not trained on."""
     out: Annotated[Path | None, Flag(names=("-o", "--out"))] = None
     """.png or .svg: the perplexity of all models over the position."""
     rows: Annotated[int, Flag(min=1)] = 8

@@ -64,7 +64,8 @@ class Difference(Estimate):
     p_value: float | None
     """Two-sided; None with fewer than two videos."""
     needed: int | None
-    """Questions like these with which a difference of a given size would be found; None with fewer than two videos."""
+    """Questions like these with which a difference of a given size would be found; None with fewer than two videos, or
+    where these say nothing about it, since all videos differ alike."""
 
 
 def paired_difference(values: Sequence[float], clusters: Sequence[str], *, detect: float = DETECT) -> Difference:
@@ -76,7 +77,8 @@ def paired_difference(values: Sequence[float], clusters: Sequence[str], *, detec
         # Where all videos differ alike, the p-value is that of a sign test over them.
         alike = 1.0 if estimate.mean == 0 else 0.5 ** (estimate.clusters - 1)
         p_value = erfc(abs(estimate.mean) / error / sqrt(2)) if error > 1e-12 else alike
-        needed = max(1, ceil(estimate.counted * (error / detect * (Z + POWER)) ** 2))
+        if error > 1e-12:
+            needed = max(1, ceil(estimate.counted * (error / detect * (Z + POWER)) ** 2))
     return Difference(**vars(estimate), p_value=p_value, needed=needed)
 
 

@@ -1,6 +1,6 @@
 """Requests to an OpenAI-compatible server by the `openai` package: deadlines, retries, and one line for each failure.
 
-The key is in the client alone: what a server says of it is not passed on.
+The key is kept in the client only: where a server repeats it in an error, it is removed.
 """
 
 import json

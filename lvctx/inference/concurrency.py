@@ -13,7 +13,7 @@ UsedT = TypeVar("UsedT")
 TaskT = TypeVar("TaskT")
 FinishedT = TypeVar("FinishedT")
 THREAD_NAME = "lvctx-unfinished"
-"""By which the program knows threads that it does not wait for (`lvctx/__main__.py`)."""
+"""Name of the threads that the program does not wait for when it ends (`lvctx/__main__.py`)."""
 
 
 def interleave(

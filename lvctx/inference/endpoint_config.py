@@ -45,8 +45,8 @@ class EndpointConfig:
     panel: ClassVar[str] = "Server"
 
     endpoint: Annotated[str | None, Flag(parse=parse_endpoint, metavar="URL")] = None
-    """OpenAI-compatible server (vLLM, SGLang, transformers serve) that runs --model, its name there. Its key is read
-    from LVCTX_API_KEY or OPENAI_API_KEY."""
+    """OpenAI-compatible server (vLLM, SGLang, transformers serve) that runs the model; --model is the model's name on
+    the server. The API key is read from LVCTX_API_KEY or OPENAI_API_KEY."""
     timeout: Annotated[float, Flag(min=0.1, needs=ON_SERVER)] = 600.0
     """Deadline of one request, in seconds."""
     retries: Annotated[int, Flag(min=0, needs=ON_SERVER)] = 5

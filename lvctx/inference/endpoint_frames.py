@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -127,19 +128,13 @@ def encode_clip(images: Sequence[Image.Image], pts: Sequence[float]) -> bytes:
     data = io.BytesIO()
     with av.open(data, "w", format="mp4") as container:
         options = {"crf": "18", "threads": "1"}
-        stream: Any = container.add_stream("libx264", rate=_fraction(rate), options=options)
+        stream: Any = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1000), options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for image in images:
             frame = image if image.size == (width, height) else image.resize((width, height))
             container.mux(stream.encode(av.VideoFrame.from_image(frame)))
         container.mux(stream.encode())
     return data.getvalue()
-
-
-def _fraction(rate: float) -> Any:
-    from fractions import Fraction
-
-    return Fraction(rate).limit_denominator(1000)
 
 
 def _fit(image: np.ndarray, pixels: int) -> np.ndarray:

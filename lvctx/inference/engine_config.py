@@ -59,6 +59,11 @@ class VideoDeviceConfig(DeviceConfig):
     feature_cache: Path | None = None
     """Folder that keeps the vision features of videos, for models with a CLIP or SigLIP tower."""
 
+    @property
+    def features_folder(self) -> Path:
+        """`feature_cache`, or the default folder."""
+        return (self.feature_cache or FEATURE_CACHE).expanduser()
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(VideoDeviceConfig):

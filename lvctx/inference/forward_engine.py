@@ -8,6 +8,7 @@ Shapes: L tokens of a sequence, N up to its last placeholder, A answer tokens, V
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -147,8 +148,7 @@ class ForwardScorer:
         if not generate:
             return score
         self.tokens_run += len(ids_L)
-        generated = stock_generate(self.model, inputs, generate, (), meter=self.meter)
-        return Score(forced=score.forced, log_prob=score.log_prob, rank=score.rank, generated=generated)
+        return replace(score, generated=stock_generate(self.model, inputs, generate, (), meter=self.meter))
 
 
 class _Forced(LogitsProcessor):
@@ -230,15 +230,7 @@ def stock_score(model: Any, inputs: dict[str, Any], answer: Sequence[int], meter
     forced = LogitsProcessorList([_Forced(inputs["input_ids"].shape[1], answer)])
     with meter.phase("prefill"):
         out = _generate(model, inputs, len(answer), logits_processor=forced, output_logits=True, eos_token_id=None)
-    logits_AV = torch.cat(out.logits).float()
-    target_A = torch.tensor(list(answer), device=logits_AV.device)
-    picked_A = logits_AV.gather(1, target_A[:, None])[:, 0]
-    return Score(
-        forced=bool((logits_AV.argmax(1) == target_A).all()),
-        log_prob=float((picked_A - logits_AV.logsumexp(1)).sum()),
-        rank=int((logits_AV > picked_A[:, None]).sum(1).max()),
-        generated=None,
-    )
+    return Score.of(torch.cat(out.logits).float(), answer)
 
 
 def _generate(model: Any, inputs: dict[str, Any], count: int, **options: Any) -> Any:

@@ -14,13 +14,12 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 from lvctx.errors import LvctxError, UsageError
 from lvctx.inference.engine_config import EngineConfig
-from lvctx.inference.open_engine import check_options, open_engine
+from lvctx.inference.open_engine import open_checked_vlm, open_engine
 from lvctx.inference.sampling_params import SamplingParams
 from lvctx.inference.transformers_engine import PREFILL_CHUNK
 from lvctx.video.frame_list import FrameList
 from lvctx.video.hybrid import Hybrid
 from lvctx.video.sampling import VideoSampling
-from lvctx.vlm.registry import open_vlm
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +49,7 @@ class Lvctx(lmms):
         self.accelerator = accelerator  # lmms-eval gathers results with it
         # lmms-eval passes cuda:0 by default; each process has its own device.
         target_device = str(accelerator.device) if device is None or device.startswith("cuda") else device
-        vlm = open_vlm(pretrained, device=target_device)
-        check_options(vlm, options)
+        vlm = open_checked_vlm(pretrained, target_device, None, options)
         chunk = int(options.pop("prefill_chunk", PREFILL_CHUNK))
         self.sampling = _sampling(options)
         vlm.resolve(self.sampling)

@@ -1,6 +1,7 @@
 """Which engine and which scorer run a model: with shared prefixes where its class allows it."""
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from lvctx.parallel.ring_attention import ALONE, Ring
 from lvctx.vlm.base import VLM, VisualTokens, sequential_positions
 from lvctx.vlm.generic import ForwardVLM
 from lvctx.vlm.generic_haystack import GenericTokens
+from lvctx.vlm.registry import open_vlm
 
 
 class Scorer(Protocol):
@@ -45,10 +47,12 @@ def unused_options(vlm: VLM, *, device_map: bool = False) -> list[str]:
     return names
 
 
-def check_options(vlm: VLM, given: Collection[str]) -> None:
-    """Raise UsageError for options that the user gave and that have no effect on this model."""
+def open_checked_vlm(model: str, device: str, feature_cache: Path | None, given: Collection[str]) -> VLM:
+    """See `open_vlm`. Raises UsageError for options that the user gave and that have no effect on this model."""
+    vlm = open_vlm(model, device=device, feature_cache=feature_cache)
     there = f"for {vlm.path}" + (" with --device-map" if "device_map" in given else "")
     refuse_options(given, unused_options(vlm, device_map="device_map" in given), there=there)
+    return vlm
 
 
 def open_engine(vlm: VLM, config: EngineConfig, *, ring: Ring = ALONE) -> Engine:

@@ -14,7 +14,7 @@ Shapes: B samples, L tokens, A answer tokens, E width, V text vocabulary, R rows
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -41,8 +41,23 @@ class Score:
     """Summed log-probability of the answer, in nats."""
     rank: int
     """Worst rank of an answer token among the vocabulary; 0 is the most likely."""
+    predicted: list[int]
+    """The most likely token in place of each answer token, given those of the answer before it."""
     generated: list[int] | None
     """Greedy continuation of the prompt, of the requested length; None if not requested."""
+
+    @classmethod
+    def of(cls, logits_AV: Tensor, answer: Sequence[int] | np.ndarray, generated: list[int] | None = None) -> Self:
+        """The score of an answer's ids from the logits of their positions, float32."""
+        target_A = torch.as_tensor(answer, dtype=torch.long, device=logits_AV.device)
+        picked_A = logits_AV.gather(1, target_A[:, None])[:, 0]
+        return cls(
+            forced=bool((logits_AV.argmax(1) == target_A).all()),
+            log_prob=float((picked_A - logits_AV.logsumexp(1)).sum()),
+            rank=int((logits_AV > picked_A[:, None]).sum(1).max()),
+            predicted=logits_AV.argmax(1).tolist(),
+            generated=generated,
+        )
 
 
 def greedy_token(logits_V: Tensor) -> int:
@@ -72,7 +87,7 @@ class PrefixScorer:
         `chunk` limits the tokens per forward, and so the memory of activations; `reuse=False` empties the cache before
         every sequence; `kv_cache` is the placement of the cache (see `inference.kv_cache`), `positions` the model's.
         The ranks of a `ring` process every sequence together, each with its share of the cache and all of the weights:
-        they must make the same calls, and all get the same scores. `meter` is told how long prompts and replies take.
+        they must make the same calls, and all get the same scores. `meter` gets the times of prompts and replies.
         Raises InputError for a model with layers that keep another state than keys and values, and for a text model
         that changes its head's logits.
         """
@@ -110,8 +125,7 @@ class PrefixScorer:
             with self.meter.phase("prefill"):
                 hidden_AE = self._run_prompt(ids_L[:-1], keep=answer)
                 logits_AV = self.head(hidden_AE).float().to(self.device)
-            target_A = torch.from_numpy(ids_L[prompt:].astype(np.int64)).to(self.device)
-            picked_A = logits_AV.gather(1, target_A[:, None])[:, 0]
+            generated = None
             if generate:
                 self._crop(prompt)
                 (generated,) = self.decode([self._continuation(hidden_AE[:1], generate)])
@@ -120,12 +134,7 @@ class PrefixScorer:
             raise
         if self.visual_RE is not None:
             self.meter.add(visual_tokens=int((ids_L >= self.vocabulary).sum()))
-        return Score(
-            forced=bool((logits_AV.argmax(1) == target_A).all()),
-            log_prob=float((picked_A - logits_AV.logsumexp(1)).sum()),
-            rank=int((logits_AV > picked_A[:, None]).sum(1).max()),
-            generated=generated if generate else None,
-        )
+        return Score.of(logits_AV, ids_L[prompt:], generated)
 
     def hidden_states(self, ids_L: np.ndarray) -> Iterator[tuple[int, Tensor]]:
         """The final hidden states (C, E) of all tokens in chunks, each with the position of its first token."""

@@ -25,7 +25,7 @@ class SamplingParams:
     top_p: Annotated[float, Flag(min=0, max=1, needs=SAMPLED)] = 1.0
     """Sample from the most probable tokens whose probabilities add up to this."""
     top_k: Annotated[int, Flag(min=0, needs=SAMPLED)] = 0
-    """Sample from this many of the most probable tokens; 0 is all, or on a server what it does by default."""
+    """Sample from this many of the most probable tokens; 0 is all of them, or the server's default."""
     seed: Annotated[int, Flag(needs=SAMPLED)] = 0
     """Seed of sampling. Every reply starts from it, so a reply does not depend on those before it."""
     repetition_penalty: Annotated[float, Flag(min=0)] = 1.0

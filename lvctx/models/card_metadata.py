@@ -99,14 +99,15 @@ def write_card(
     datasets: Any = (),
     command: str = "",
     library: str | None = "transformers",
+    described: Path | None = None,
 ) -> None:
-    """Write the card of the model in `out`, keeping the sections on positions and images that are there.
+    """Write the card of the model in `out` or `described`, keeping the sections on positions and images that are there.
 
     `facts` are those of the manifest, `sources` the model directories it was made from, `datasets` the hub's datasets
     that it was trained on (a list of texts if it is valid), `command` the command that made it, without local paths.
     `library` loads it.
     """
-    config, bases = read_model_config(out), [read_card_source(path) for path in sources]
+    config, bases = read_model_config(described or out), [read_card_source(path) for path in sources]
     ids = _unique(name for base in bases for name in base.base_models)
     used = _unique(name for base in bases if base.text for name in _texts(base.metadata.get("datasets")))
     used = [name for name in _unique([*used, *_texts(list(datasets))]) if HUB_ID.fullmatch(name)]

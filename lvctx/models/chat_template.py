@@ -18,7 +18,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from lvctx.errors import InputError
+from lvctx.errors import InputError, library_errors
 from lvctx.models.template_time import bounded_rendering
 from lvctx.models.text_marks import END, MARK, SIGN, insert_marks, mark, until_mark, wrap_in_marks
 from lvctx.models.token_offsets import TokenOffsets
@@ -154,27 +154,23 @@ class ChatEncoder:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         messages = [{"role": r, "content": [{"type": "text", "text": t}] if self.wants_parts else t} for r, t in turns]
-        try:
-            with bounded_rendering():
-                (text,), spans = render_jinja_template(
-                    [messages],
-                    chat_template=self.template,
-                    add_generation_prompt=prompt,
-                    return_assistant_tokens_mask=self.marks_answers,
-                    **self.tokenizer.special_tokens_map,
-                )
-        except Exception as e:  # a template is a program and may raise anything
-            reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
-            raise InputError(
-                f"the chat template refuses this conversation ({reason})", where=where or self.tokenizer.name_or_path
-            ) from e
+        where = where or self.tokenizer.name_or_path
+        with library_errors("the chat template refuses this conversation", where=where), bounded_rendering():
+            (text,), spans = render_jinja_template(
+                [messages],
+                chat_template=self.template,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=self.marks_answers,
+                **self.tokenizer.special_tokens_map,
+            )
         return text, spans[0] if spans else []
 
     def _marked_turn(self, message: Message, where: str | None) -> tuple[str, str]:
         """A turn's role and text, with a mark for every control token and image in it."""
         content = message["content"]
         text = ""
-        for is_visual, run in groupby([content] if isinstance(content, str) else content, _is_visual):
+        parts = [content] if isinstance(content, str) else content
+        for is_visual, run in groupby(parts, lambda part: isinstance(part, Visual)):
             if is_visual:
                 text += "".join(mark("v", self._id(part.token, where)) for part in run)
                 continue
@@ -326,10 +322,6 @@ class ChatEncoder:
             first, closed = places.tokens(at["s", i], at["e", i])
             answers.append(AnswerSpan(first, places.tokens(at["s", i], at["c", i])[1], closed))
         return ChatTokens(ids=ids, visual=visual, answers=answers)
-
-
-def _is_visual(part: str | Visual) -> bool:
-    return isinstance(part, Visual)
 
 
 def check_text(text: str, where: str | None) -> None:

@@ -1,7 +1,7 @@
 """Export a model for other programs: a plain Hugging Face directory, or the format in which LongVA was released."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ class ExportJob:
     @property
     def facts(self) -> dict[str, Any]:
         """For the row."""
-        return {"format": self.config.to, "results": len(self.results)}
+        return {"format": self.config.to or "card", "results": len(self.results)}
 
     @property
     def provenance(self) -> Provenance:
@@ -115,6 +115,11 @@ def run_export(job: ExportJob, *, resume: str, force: bool, on_progress: OnProgr
     Raises InputError if another model is there.
     """
     out = job.config.out
+    if job.config.card:
+        with only_writer(out):
+            _refuse_others(out, {CARD}, force=force)
+            _write_own_card(job, _own_facts(job.source))
+        return {"schema": schemas.MODEL, "path": str(out / CARD), "sha256": sha256_file(out / CARD), **job.facts}
     if job.llava is None:
         with only_writer(out):
             _export_hf(job, force=force)
@@ -131,7 +136,17 @@ def _export_hf(job: ExportJob, *, force: bool) -> None:
     source, out = job.source, job.config.out
     names = sorted((name for name in model_files(source) if "/" not in name and name != CARD), key="config.json".__eq__)
     present = {name for name in names if (out / name).exists() and _same(source / name, out / name)}
-    kept = {*present, CARD, MANIFEST}
+    _refuse_others(out, {*present, CARD, MANIFEST}, force=force)
+    for name in names:
+        if name not in present:
+            link_file(source / name, out / name)
+    facts = _own_facts(source)
+    _write_own_card(job, facts)
+    write_manifest(out, job.provenance, [*names, CARD], **facts)
+
+
+def _refuse_others(out: Path, kept: Collection[str], *, force: bool) -> None:
+    """Raise InputError if a directory has other files."""
     other = [p.name for p in out.iterdir() if p.name not in kept and not p.name.startswith(".")]
     if other and not force:
         raise InputError(
@@ -139,20 +154,23 @@ def _export_hf(job: ExportJob, *, force: bool) -> None:
             where=out,
             fix="choose another -o, or --force to write into it",
         )
-    for name in names:
-        if name not in present:
-            link_file(source / name, out / name)
+
+
+def _own_facts(source: Path) -> dict[str, Any]:
     manifest = read_manifest(source) if (source / MANIFEST).is_file() else {}
-    facts = {key: manifest[key] for key in CARD_FACTS if key in manifest}
+    return {key: manifest[key] for key in CARD_FACTS if key in manifest}
+
+
+def _write_own_card(job: ExportJob, facts: Mapping[str, Any]) -> None:
+    source, out = job.source, job.config.out
     if (source / CARD).is_file():
         with atomic_file(out / CARD) as partial:
             shutil.copyfile(source / CARD, partial)
     else:
         (out / CARD).unlink(missing_ok=True)
-        write_card(out, job.provenance, facts, sources=[source], command=job.command)
+        write_card(out, job.provenance, facts, sources=[source], command=job.command, described=source)
     if job.results:
         write_results(out, job.results)
-    write_manifest(out, job.provenance, [*names, CARD], **facts)
 
 
 def _same(a: Path, b: Path) -> bool:
@@ -184,13 +202,7 @@ def _export_llava(job: ExportJob, model: LlavaExport, *, resume: str, force: boo
         return facts
 
     write_converted(
-        out,
-        job.provenance,
-        shards=shards,
-        finish=finish,
-        resume=resume,
-        force=force,
-        on_progress=on_progress,
+        out, job.provenance, shards=shards, finish=finish, resume=resume, force=force, on_progress=on_progress
     )
 
 

@@ -12,7 +12,7 @@ from lvctx.artifacts.model_config import CONFIG_FILE, language_part, read_model_
 from lvctx.artifacts.sniff import check_kind
 from lvctx.artifacts.weights import read_headers, shard_names
 from lvctx.device import DeviceMap, resolve_device
-from lvctx.errors import InputError, MissingError, first_line, library_errors
+from lvctx.errors import InputError, MissingError, library_errors
 from lvctx.models.weight_check import DERIVED, check_loaded
 
 VLM_TYPE = "llava_onevision"
@@ -44,16 +44,11 @@ def _download(name: str, *, weights: bool) -> Path:
         raise InputError("no such model directory", where=name, fix="give a directory or a hub id like org/model")
     from huggingface_hub import snapshot_download
 
-    try:
-        # Weights in safetensors only: a pickle is never downloaded or loaded.
-        patterns = ["*.json", "*.jinja", "*.txt", "*.model", "README.md", *(["*.safetensors"] if weights else [])]
+    # Weights in safetensors only: a pickle is never downloaded or loaded.
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model", "README.md", *(["*.safetensors"] if weights else [])]
+    what = "neither a directory nor a model that could be downloaded"
+    with library_errors(what, where=name, fix="check name and network"):
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as e:
-        raise InputError(
-            f"neither a directory nor a model that could be downloaded ({first_line(e)})",
-            where=name,
-            fix="check name and network",
-        ) from e
 
 
 def read_config(name: str | Path) -> dict[str, Any]:
@@ -153,12 +148,7 @@ def effective_dtype(config: Any, dtype: str) -> str:
 
 
 def load_model(
-    path: Path,
-    *,
-    config: Any = None,
-    dtype: Any = "auto",
-    device: str = "cpu",
-    device_map: DeviceMap | None = None,
+    path: Path, *, config: Any = None, dtype: Any = "auto", device: str = "cpu", device_map: DeviceMap | None = None
 ) -> Any:
     """A language model or a vision-language model of any class, in eval mode with SDPA attention.
 

@@ -68,13 +68,8 @@ def plain_state(model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def merged_weight(layer: Any, gather: Gather) -> Tensor:
-    """The weight of one layer with LoRA's product added, as `merge_lora` computes it; `gather` gives full tensors."""
+    """The weight of one layer with LoRA's product added, as `merge_and_unload` does; `gather` gives full tensors."""
     down, up = (gather(side["default"].weight) for side in (layer.lora_A, layer.lora_B))
     weight = gather(layer.base_layer.weight).clone()
     weight += (up @ down) * layer.scaling["default"]
     return weight
-
-
-def merge_lora(wrapped: Any) -> Any:
-    """The plain model with LoRA's products added to its weights."""
-    return wrapped.merge_and_unload()

@@ -50,23 +50,8 @@ class _ChunkedLoss(torch.autograd.Function):
         total = hidden_NE.new_zeros((), dtype=torch.float32)
         for start in range(0, len(labels_N), chunk):
             piece = slice(start, start + chunk)
-            hidden_CE, labels_C1 = hidden_NE[piece], labels_N[piece, None]
-            # In place from logits to their exponentials and then to the loss's derivative by them.
-            logits_CV = F.linear(hidden_CE, head_VE).float()
-            logits_CV -= logits_CV.amax(1, keepdim=True)
-            total -= logits_CV.gather(1, labels_C1).sum()
-            sum_C1 = logits_CV.exp_().sum(1, keepdim=True)
-            total += sum_C1.log().sum()
-            if grad_NE is None and grad_VE is None:
-                continue
-            logits_CV /= sum_C1
-            slope_CV = logits_CV.scatter_add_(1, labels_C1, -torch.ones_like(sum_C1)).to(hidden_NE.dtype)
-            if grad_NE is not None:
-                torch.mm(slope_CV, head_VE, out=grad_NE[piece])
-            if grad_VE is not None and grad_VE.dtype == slope_CV.dtype:
-                grad_VE.addmm_(slope_CV.T, hidden_CE)
-            elif grad_VE is not None:
-                grad_VE += slope_CV.T @ hidden_CE
+            grad_CE = None if grad_NE is None else grad_NE[piece]
+            total += _add_chunk(hidden_NE[piece], head_VE, labels_N[piece, None], grad_CE, grad_VE)
         ctx.gradients = (grad_NE, grad_VE)
         return total
 
@@ -75,6 +60,33 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place: the head's gradient is not copied
         return *(None if grad is None else grad.mul_(slope.to(grad.dtype)) for grad in gradients), None, None, None
+
+
+def _add_chunk(
+    hidden_CE: Tensor, head_VE: Tensor, labels_C1: Tensor, grad_CE: Tensor | None, grad_VE: Tensor | None
+) -> Tensor:
+    """The loss of a chunk; writes its gradient by the hidden states and adds that by the head, where they are given.
+
+    A function of its own, so that the logits are free before the next chunk's exist.
+    """
+    # In place from logits to their exponentials and then to the loss's derivative by them.
+    logits_CV = F.linear(hidden_CE, head_VE).float()
+    logits_CV -= logits_CV.amax(1, keepdim=True)
+    loss = -logits_CV.gather(1, labels_C1).sum()
+    sum_C1 = logits_CV.exp_().sum(1, keepdim=True)
+    loss += sum_C1.log().sum()
+    if grad_CE is None and grad_VE is None:
+        return loss
+    logits_CV /= sum_C1
+    slope_CV = logits_CV.scatter_add_(1, labels_C1, -torch.ones_like(sum_C1)).to(hidden_CE.dtype)
+    del logits_CV
+    if grad_CE is not None:
+        torch.mm(slope_CV, head_VE, out=grad_CE)
+    if grad_VE is not None and grad_VE.dtype == slope_CV.dtype:
+        grad_VE.addmm_(slope_CV.T, hidden_CE)
+    elif grad_VE is not None:
+        grad_VE += slope_CV.T @ hidden_CE
+    return loss
 
 
 def shift_labels(ids: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lvctx.artifacts.store import read_safetensors_header
+from lvctx.artifacts.store import data_offset, read_safetensors_header
 from lvctx.artifacts.stored_tensors import keep_in_file, read_stored
-from lvctx.artifacts.weights import read_headers
+from lvctx.artifacts.weights import read_headers, read_range
 from lvctx.errors import InputError, library_errors
 from lvctx.models.image_processing import Preprocess, crops_frames
 from lvctx.models.loading import load_config, resolve_model
@@ -128,14 +128,9 @@ class TowerFiles:
         for name, (file, key) in sorted(self._tensors().items()):
             entry = headers[file][key]
             hasher.update(f"{name}\0{entry['dtype']}\0{entry['shape']}\n".encode())
-            with open(file, "rb") as f:
-                start = 8 + int.from_bytes(f.read(8), "little")
-                begin, end = entry["data_offsets"]
-                f.seek(start + begin)
-                while begin < end:
-                    chunk = f.read(min(end - begin, 1 << 20))
-                    hasher.update(chunk)
-                    begin += len(chunk)
+            begin, end = (data_offset(file) + offset for offset in entry["data_offsets"])
+            for chunk in read_range(file, begin, end):
+                hasher.update(chunk)
         return hasher.hexdigest()
 
     def _tensors(self) -> dict[str, tuple[Path, str]]:

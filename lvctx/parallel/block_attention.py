@@ -4,11 +4,14 @@ takes the whole row's output and log-sum-exp and returns this block's exact shar
 Torch's own flash kernels are used where supported (CPU; CUDA in half precision), otherwise plain matrix products.
 Grouped queries need no copies: K key heads may be fewer than the H query heads.
 
+A kernel's `forward` takes q (B, H, Q, D), k and v (B, K, S, D), and returns the output in the dtype of q and the
+log-sum-exp (B, H, Q) in float32; `causal` needs Q == S. Its `backward` takes the output's gradient, the same tensors,
+and `out` and `lse` over all keys that the queries attend to; it returns the gradients of q, k and v from this block.
+
 Shapes: B samples, H query heads, K key heads, Q queries, S keys, D channels.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,58 +20,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 _aten = torch.ops.aten
 
 
-class Kernel(Protocol):
-    """One way to compute a block. `causal` needs Q == S."""
-
-    name: str
-
-    def forward(
-        self, q_BHQD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, *, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        """Output (B, H, Q, D) in the dtype of q, and log-sum-exp (B, H, Q) float32."""
-        ...
-
-    def backward(
-        self,
-        grad_BHQD: Tensor,
-        q_BHQD: Tensor,
-        k_BKSD: Tensor,
-        v_BKSD: Tensor,
-        out_BHQD: Tensor,
-        lse_BHQ: Tensor,
-        *,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v from this block, where `out` and `lse` are over all keys the queries attend to."""
-        ...
-
-
 class FlashCPU:
     """torch's flash attention for CPU: float32, float64, bfloat16, float16."""
 
     name = "torch flash (cpu)"
 
-    def forward(
-        self, q_BHQD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, *, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q_BHQD, k_BKSD, v_BKSD, 0.0, causal, scale=scale)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
         return out, lse
 
     def backward(
-        self,
-        grad_BHQD: Tensor,
-        q_BHQD: Tensor,
-        k_BKSD: Tensor,
-        v_BKSD: Tensor,
-        out_BHQD: Tensor,
-        lse_BHQ: Tensor,
-        *,
-        causal: bool,
-        scale: float,
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_BHQD, q_BHQD, k_BKSD, v_BKSD, out_BHQD, lse_BHQ, 0.0, causal, scale=scale
+            grad, q, k, v, out, lse, 0.0, causal, scale=scale
         )
 
 
@@ -77,43 +42,18 @@ class FlashCUDA:
 
     name = "torch flash (cuda)"
 
-    def forward(
-        self, q_BHQD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, *, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        outputs = _aten._scaled_dot_product_flash_attention(q_BHQD, k_BKSD, v_BKSD, 0.0, causal, False, scale=scale)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        outputs = _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
         return outputs[0], outputs[1]
 
     def backward(
-        self,
-        grad_BHQD: Tensor,
-        q_BHQD: Tensor,
-        k_BKSD: Tensor,
-        v_BKSD: Tensor,
-        out_BHQD: Tensor,
-        lse_BHQ: Tensor,
-        *,
-        causal: bool,
-        scale: float,
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         # Seed and offset of the unused dropout, in the shapes that the kernel's forward would return.
-        seed, offset = (torch.zeros(shape, dtype=torch.uint64, device=q_BHQD.device) for shape in ((2,), ()))
-        queries, keys = q_BHQD.shape[2], k_BKSD.shape[2]
+        seed, offset = (torch.zeros(shape, dtype=torch.uint64, device=q.device) for shape in ((2,), ()))
+        sizes = (None, None, q.shape[2], k.shape[2])
         return _aten._scaled_dot_product_flash_attention_backward(
-            grad_BHQD,
-            q_BHQD,
-            k_BKSD,
-            v_BKSD,
-            out_BHQD,
-            lse_BHQ.contiguous(),
-            None,
-            None,
-            queries,
-            keys,
-            0.0,
-            causal,
-            seed,
-            offset,
-            scale=scale,
+            grad, q, k, v, out, lse.contiguous(), *sizes, 0.0, causal, seed, offset, scale=scale
         )
 
 
@@ -122,33 +62,22 @@ class Plain:
 
     name = "matrix products"
 
-    def forward(
-        self, q_BHQD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, *, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        scores = self._scores(q_BHQD, k_BKSD, causal=causal, scale=scale)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        scores = self._scores(q, k, causal=causal, scale=scale)
         lse = scores.logsumexp(-1)
         weights = (scores - lse[..., None]).exp()
-        return (weights @ self._spread(v_BKSD, q_BHQD)).to(q_BHQD.dtype), lse
+        return (weights @ self._spread(v, q)).to(q.dtype), lse
 
     def backward(
-        self,
-        grad_BHQD: Tensor,
-        q_BHQD: Tensor,
-        k_BKSD: Tensor,
-        v_BKSD: Tensor,
-        out_BHQD: Tensor,
-        lse_BHQ: Tensor,
-        *,
-        causal: bool,
-        scale: float,
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        weights = (self._scores(q_BHQD, k_BKSD, causal=causal, scale=scale) - lse_BHQ[..., None]).exp()
-        grad = grad_BHQD.float()
-        rows = (grad * out_BHQD.float()).sum(-1, keepdim=True)
-        scores = weights * (grad @ self._spread(v_BKSD, q_BHQD).mT - rows) * scale
-        dq = scores @ self._spread(k_BKSD, q_BHQD)
-        dk, dv = scores.mT @ q_BHQD.float(), weights.mT @ grad
-        groups = (k_BKSD.shape[1], q_BHQD.shape[1] // k_BKSD.shape[1])
+        weights = (self._scores(q, k, causal=causal, scale=scale) - lse[..., None]).exp()
+        grad = grad.float()
+        rows = (grad * out.float()).sum(-1, keepdim=True)
+        scores = weights * (grad @ self._spread(v, q).mT - rows) * scale
+        dq = scores @ self._spread(k, q)
+        dk, dv = scores.mT @ q.float(), weights.mT @ grad
+        groups = (k.shape[1], q.shape[1] // k.shape[1])
         return dq, dk.unflatten(1, groups).sum(2), dv.unflatten(1, groups).sum(2)
 
     @staticmethod
@@ -161,6 +90,10 @@ class Plain:
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, -torch.inf)
         return scores
+
+
+Kernel = FlashCPU | FlashCUDA | Plain
+"""One way to compute a block; see above."""
 
 
 def cudnn_first(device: str) -> AbstractContextManager[None]:

@@ -17,11 +17,7 @@ from lvctx.parallel.context import ParallelContext
 
 
 def shard_model(
-    model: nn.Module,
-    layers: Iterable[nn.Module],
-    world: ParallelContext,
-    *,
-    offload: bool = False,
+    model: nn.Module, layers: Iterable[nn.Module], world: ParallelContext, *, offload: bool = False
 ) -> None:
     """Shard `model` in place over all ranks, each of `layers` separately and the rest with `model`.
 

@@ -6,8 +6,6 @@ A length that 2W does not divide is padded at its end, where no real token atten
 Shapes: L tokens of the whole sequence, W ranks, C = ceil(L / 2W) tokens of a chunk; a shard has 2C.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,14 +30,3 @@ def shard(full: Tensor, *, rank: int, world: int, fill: int, dim: int = -1, cont
     padded = F.pad(full, [0, 0] * (full.ndim - 1 - dim) + [0, missing], value=fill) if missing else full
     chunks = (rank,) if contiguous else chunks_of(rank, world)
     return torch.cat([padded.narrow(dim, c * size, size) for c in chunks], dim)
-
-
-def unshard(shards: Sequence[Tensor], *, length: int, dim: int = -1) -> Tensor:
-    """The whole tensor from every rank's part, in the order of ranks, without the padding."""
-    world = len(shards)
-    if world == 1:
-        return shards[0]
-    by_chunk = {
-        c: part for r, s in enumerate(shards) for c, part in zip(chunks_of(r, world), s.chunk(2, dim), strict=True)
-    }
-    return torch.cat([by_chunk[c] for c in range(2 * world)], dim).narrow(dim, 0, length)

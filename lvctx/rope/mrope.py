@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lvctx.rope import frequencies as rope
 from lvctx.rope import mrope_pp, ntk, pi, yarn
+from lvctx.rope import theta as rope
 from lvctx.rope.mrope_pp import MropeSpec, Ramp
 from lvctx.rope.spec import RopeSpec
 

@@ -83,13 +83,7 @@ def to_hf(spec: MropeSpec) -> dict[str, Any]:
         extra = {"attention_factor": 1.0, "beta_fast": fast, "beta_slow": slow, "truncate": False}
         return {"rope_type": "yarn", **common, **scaling, **extra}
     if spec.ramp == "wavelength":
-        return {
-            "rope_type": "llama3",
-            **common,
-            **scaling,
-            "low_freq_factor": slow,
-            "high_freq_factor": fast,
-        }
+        return {"rope_type": "llama3", **common, **scaling, "low_freq_factor": slow, "high_freq_factor": fast}
     plain = spec.theta ** (-2 * torch.arange(spec.head_dim // 2, dtype=torch.float64) / spec.head_dim)
     factors = (plain / inv_freq(spec)).tolist()
     return {

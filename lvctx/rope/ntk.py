@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lvctx.rope import frequencies as rope
+from lvctx.rope import theta as rope
 from lvctx.rope.spec import RopeSpec
 
 

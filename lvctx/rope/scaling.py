@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lvctx.errors import InputError, UsageError
-from lvctx.rope import frequencies as rope
 from lvctx.rope import mrope_pp, ntk, pi, yarn
+from lvctx.rope import theta as rope
 from lvctx.rope.mrope_pp import MropeSpec
 from lvctx.rope.spec import RopeSpec
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvctx.rope import frequencies as rope
+from lvctx.rope import theta as rope
 from lvctx.rope.spec import RopeSpec
 
 BETA_FAST, BETA_SLOW = 32.0, 1.0

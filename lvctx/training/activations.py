@@ -30,7 +30,7 @@ def checkpoint_layers(decoder: Any, recomputation: Recomputation, *, offload: bo
     again when it reaches the others. `offload` keeps the other layers' inputs in host memory until then.
     """
     if recomputation.kept_layers < len(decoder.layers):
-        _map_large_blocks()
+        map_large_blocks()
     # Renamed in transformers 5.2x; both recompute layer by layer without reentrance.
     enable = getattr(decoder, "activation_checkpointing_enable", decoder.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
@@ -61,12 +61,14 @@ def _checkpoint_offloaded(function: Any, *args: Any) -> Any:
         return checkpoint(function, *args, use_reentrant=False)
 
 
-def _map_large_blocks() -> None:
-    """Let freed tensors in host memory return to the system, independent of later allocations.
+def map_large_blocks() -> None:
+    """Let freed tensors in host memory return to the system, those freed before and from now on.
 
     By default glibc soon takes blocks of up to 32 MB from its heap, where the remaining inputs prevent it from
     returning the freed memory between them: a step of 8,192 tokens of SmolLM2-135M held 6.0 GB instead of 2.6.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries lack it
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, MAPPED)
+    libc = ctypes.CDLL(None)
+    for name, arguments in (("mallopt", (M_MMAP_THRESHOLD, MAPPED)), ("malloc_trim", (0,))):
+        function = getattr(libc, name, None)  # other C libraries lack it
+        if function is not None:
+            function(*arguments)

@@ -27,14 +27,7 @@ from lvctx.models.vision_encoder import load_vision_model
 from lvctx.models.vlm_assembly import assemble, newline_id, save_vlm
 from lvctx.parallel.context import ParallelContext
 from lvctx.training.align_job import AlignJob
-from lvctx.training.batching import (
-    Forward,
-    LossFn,
-    Sample,
-    answer_loss,
-    pack_samples,
-    skip_positions,
-)
+from lvctx.training.batching import Forward, LossFn, Sample, answer_loss, pack_samples, skip_positions
 from lvctx.training.parallel_config import ParallelConfig
 from lvctx.training.row_order import indices
 from lvctx.training.schedule import Schedule

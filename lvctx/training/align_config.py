@@ -59,7 +59,8 @@ class AlignConfig:
     """chat: the model's chat template. plain: image, caption, newline, no instruction (LLaVA's first stage)."""
     loss_on: Annotated[Literal["answers", "markup"], Flag(needs=("template=chat",), panel=TRAINING)] = "answers"
     """answers: the loss counts the assistant's text and the end of its turn. markup: also the control tokens around
-    every turn and the white space after them, as LongVA's code, though a model does not generate those of others."""
+    every turn and the white space after them, as in LongVA's code, although a model generates only those of its own
+    turns."""
     steps: Annotated[int | None, Flag(min=1, panel=TRAINING)] = None
     """Optimizer steps. Default: --epochs."""
     epochs: Annotated[float | None, Flag(in_hash=False, panel=TRAINING)] = None

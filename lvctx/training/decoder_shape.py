@@ -109,17 +109,19 @@ class DecoderShape:
     def _sparse_mlp(self) -> int:
         return self.experts * (self.hidden + self._expert) if self.sparse_layers else 0
 
-    def mlp_bytes(self, compute: int, weights: int) -> tuple[int, int]:
+    def mlp_bytes(self, compute: int, weights: int, *, frozen: bool) -> tuple[int, int]:
         """Bytes per token that an MLP keeps for its backward pass, and more during it: those of the larger kind.
 
-        `compute` and `weights` are the bytes of a value in matrix products and in the hidden state.
+        `compute` and `weights` are the bytes of a value in matrix products and in the hidden state. Frozen weights need
+        no inputs, so the product of gate and up, and one copy of the experts' input, are not kept.
         """
-        kinds = []
+        kinds, kept = [], 3 if frozen else 4
         if self._dense_layers:
-            kinds.append((4 * compute * self.inner, 3 * compute * self.inner))
+            kinds.append((kept * compute * self.inner, 3 * compute * self.inner))
         if self.sparse_layers:
             pair = 2 * weights * self.hidden
-            saved = self.active * (4 * weights * self.expert_inner + pair + 34) + 4 * self.experts
+            states = weights * self.hidden if frozen else pair
+            saved = self.active * (kept * weights * self.expert_inner + states + 34) + 4 * self.experts
             kinds.append((saved, self.active * (3 * weights * self.expert_inner + pair)))
         return max(kinds, key=sum)
 

@@ -51,13 +51,7 @@ def preference_loss(ours_M2: Tensor, reference_M2: Tensor, beta: float) -> Tenso
 
 
 def reference_loss(
-    hidden_TE: Tensor,
-    head_VE: Tensor,
-    labels_T: Tensor,
-    micro: Sequence[Sample],
-    *,
-    reference: Reference,
-    beta: float,
+    hidden_TE: Tensor, head_VE: Tensor, labels_T: Tensor, micro: Sequence[Sample], *, reference: Reference, beta: float
 ) -> tuple[Tensor, int]:
     """Summed loss of a micro-batch of pairs, and their number; a `LossFn` once `reference` and `beta` are bound."""
     ours_M2 = log_probs(hidden_TE, head_VE, labels_T, micro)

@@ -7,22 +7,27 @@ matrix products: 2 (bfloat16) or 4 (float32).
 Persistent, sharded over W devices (Rajbhandari et al. 2020, ZeRO 3), or on the host with offload:
     parameters 4P/W (float32), gradients 4P/W, optimizer 8P/W (AdamW's two moments)
     LoRA: 2P/W frozen in bfloat16 (4P on one device with c = 4), and the above for its own parameters only
-Copies for computation: on one device autocast's of every weight, 2P, none with c = 4; sharded, embedding and head (kept
-from forward to backward), and two layers, the current and the prefetched one, c bytes each. Their gradients before
-the reduction: c of embedding and head, c and float32 of a layer.
+Copies for computation: on one device autocast's of every weight that multiplies, 2P, none with c = 4; sharded,
+embedding and head (kept from forward to backward), and two layers, the current and the prefetched one, c bytes each.
+Their gradients before the reduction: c of embedding and head, c and float32 of a layer.
 Activations per token: w = 2 bytes per value of the hidden state (4 with c = 4, and on one device, where float32 weights
 determine it).
     a layer's input, all that checkpointing keeps: w E
-    inside a layer, for its backward: 9 E per norm (11 E for w = 4) with the residual, q k v and attention's output
-    2 c (H + K) D + 4 H, their norms 8 (H + K) D, the gated MLP 4 c I
+    inside a layer, for its backward: of each norm its input in float32, 4 E, and if trained what its weight multiplies,
+    w E (4 E in Gemma); the inputs of q k v and of gate and up, c E each, but autocast copies E for each of the five;
+    q k v and attention's output 2 c (H + K) D + 4 H; norms of q k 4 (H + K) D, trained c (H + K) D more; the gated
+    MLP 4 c I. With LoRA the frozen MLP keeps no inputs, 3 c I; autocast copies attention's output for LoRA, c H D
     during the backward of a layer: 3 c I + 2 w E
     with tiled MLPs: 7 c I only for the tokens of a tile, and 2 c E for the tiles' outputs and input gradients
-    experts, k of X for each token: k (4 w I + 2 w E + 34) + 4 X instead of 4 c I, and k (3 w I + 2 w E) in the backward
+    experts, k of X for each token: k (4 w I + 2 w E + 34) + 4 X instead of 4 c I, frozen k (3 w I + w E + 34) + 4 X;
+    and k (3 w I + 2 w E) in the backward
 Sliding windows of N tokens: their masks, 2 c N per token of the row, and keys and values repeated for every query head,
 2 c (H - K) D. Every layer is counted as one with a window.
-Loss: hidden states and their gradient, 2 w E per token; logits of one chunk of 1,024 tokens, V times 6 bytes (bfloat16
-and float32; 4 with c = 4); and the head's gradient, which is computed with the loss. Full logits, as in a plain
-forward, are 12 V per token of a row (bfloat16, float32, and the gradients of both).
+Loss: per token the last norm as above, its output w E, the counted hidden states and their gradient 2 c E; logits of
+one chunk of 1,024 tokens, V times 6 bytes (bfloat16 and float32; 4 with c = 4), or where that is more, on one device
+with c = 2, their gradient and its product for the head, 2 V per token and 2 V E; and the head's gradient, which is
+computed with the loss. Full logits, as in a plain forward, are 12 V per token of a row (bfloat16, float32, and the
+gradients of both).
 Ring (C > 1): keys and values twice in bfloat16 and their gradients twice in float32, queries' gradient and output in
 float32: s (24 K D + 8 H D).
 Ulysses (C > 1): key heads are repeated to K' = lcm(K, C), 2 (K' - K) more than counted above. Attention's gradients of
@@ -109,6 +114,11 @@ class Spread:
     full_logits: bool = False
     """Logits of all tokens, as in a plain forward; ours are computed in chunks."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether parameters are not sharded: autocast then copies them, and the inputs of matrix products."""
+        return self.world == 1 and not self.offload
+
 
 def rows_together(seq_len: int, micro_tokens: int, rows: int) -> int:
     """Rows of one forward: as many whole ones as fit, at least one, at most the `rows` of a device's step."""
@@ -118,10 +128,10 @@ def rows_together(seq_len: int, micro_tokens: int, rows: int) -> int:
 def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -> tuple[dict[str, int], int, int]:
     """Bytes of one device by part, its peak, and the bytes of its process on the host.
 
-    Not all parts exist at once: the peak is the largest of three moments: the loss, a layer's backward, and the
-    reduction of the last gradients.
+    Not all parts exist at once: the peak is the largest of four moments: the loss, the backward of the last layer and
+    of the first one, and the reduction of the last gradients.
     """
-    world, alone, c = spread.world, spread.world == 1 and not spread.offload, spread.compute_bytes
+    world, alone, c = spread.world, spread.alone, spread.compute_bytes
     total = shape.parameters
     trained = shape.lora(spread.lora) if spread.lora else total
     frozen = total if spread.lora else 0
@@ -135,22 +145,18 @@ def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -
     if spread.offload:
         host, state_bytes = sum(state_bytes.values()), dict.fromkeys(state_bytes, 0)
     if alone:
-        # transformers multiplies by experts in the type of their weights.
-        copies, late, last = (0 if spread.lora or c == 4 else 2 * (total - shape.expert_parameters)), 0, 0
+        # transformers multiplies by experts in the type of their weights, and an embedding is only looked up.
+        cast = total - shape.expert_parameters - (0 if shape.tied else shape.vocab * shape.hidden)
+        copies, late, last = (0 if spread.lora or c == 4 else 2 * cast), 0, 0
     else:
         copies = c * shape.root + 2 * c * shape.layer
         late = 0 if spread.lora else c * shape.root + (c + 4) * shape.layer
         last = 0 if spread.lora else c * shape.root + (c + 4) * shape.root
     w = 4 if c == 4 or (alone and not spread.lora) else 2
     tokens = -(-seq_len // spread.cp)
-    stored, layer, moved = _activations(shape, spread, tokens, w)
+    stored, layer, last_layer, moved = _activations(shape, spread, tokens, w)
     host += moved
-    if spread.full_logits:
-        logits = 12 * shape.vocab * tokens
-    else:
-        logits = (6 if c == 2 else 4) * shape.vocab * min(tokens, LOGITS_CHUNK)
-        logits += 0 if spread.lora else (4 if alone else c) * shape.vocab * shape.hidden
-    loss = logits + 2 * w * shape.hidden * tokens
+    loss = _loss(shape, spread, tokens, w)
     shared = tokens * _sharing(shape, spread) if spread.cp > 1 else 0
     parts = {
         **state_bytes,
@@ -160,15 +166,39 @@ def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -
         "ring_buffers" if spread.cp_kind == "ring" else "all_to_all_buffers": shared,
         "runtime": runtime,
     }
-    accumulated = state_bytes["gradients"] if spread.rows > 1 else 0
     always = state_bytes["parameters"] + state_bytes["optimizer"] + runtime
-    copied = 0 if alone else copies  # autocast drops its copies before the backward pass
+    accumulated = state_bytes["gradients"] if spread.rows > 1 else 0
+    # The head's gradient comes with the loss, the others as layers are done, while their inputs are freed.
+    done = accumulated or state_bytes["gradients"] * shape.vocab * shape.hidden // total * (not spread.lora)
+    copied = (0 if alone else copies) + late  # autocast drops its copies before the backward pass
     peak = always + max(
         accumulated + copies + stored + loss,
-        state_bytes["gradients"] + copied + late + stored + layer + shared,
-        state_bytes["gradients"] + last + copied,
+        done + copied + stored + layer + shared,
+        state_bytes["gradients"] + copied + last_layer + shared,
+        state_bytes["gradients"] + last + copied - late,
     )
     return parts, peak, host
+
+
+def _loss(shape: DecoderShape, spread: Spread, tokens: int, w: int) -> int:
+    """Bytes that the loss adds to the activations of the layers."""
+    c, chunk = spread.compute_bytes, min(tokens, LOGITS_CHUNK)
+    states = (_norm_bytes(shape, spread, w) + w + 2 * c) * shape.hidden * tokens
+    if spread.full_logits:
+        return states + 12 * shape.vocab * tokens
+    logits = (6 if c == 2 else 4) * shape.vocab * chunk
+    if spread.lora:
+        return states + logits
+    if spread.alone and c == 2:
+        logits = max(logits, 2 * shape.vocab * (chunk + shape.hidden))
+    return states + logits + (4 if spread.alone else c) * shape.vocab * shape.hidden
+
+
+def _norm_bytes(shape: DecoderShape, spread: Spread, value: int) -> int:
+    """Bytes that a norm of values of `value` bytes keeps of each: the input in float32, and what its weight scales."""
+    if spread.lora:
+        return 4
+    return 8 if shape.norms == 4 else 4 + value  # Gemma scales in float32
 
 
 def _sharing(shape: DecoderShape, spread: Spread) -> int:
@@ -179,13 +209,22 @@ def _sharing(shape: DecoderShape, spread: Spread) -> int:
     return spread.compute_bytes * shape.head_dim * (3 * shape.heads + 4 * key_heads - 2 * shape.key_heads)
 
 
-def _activations(shape: DecoderShape, spread: Spread, tokens: int, w: int) -> tuple[int, int, int]:
-    """Bytes of the activations that wait for the backward pass, of one layer's backward, and of inputs on the host."""
+def _activations(shape: DecoderShape, spread: Spread, tokens: int, w: int) -> tuple[int, int, int, int]:
+    """Bytes of the activations that wait for the backward pass, that a layer's backward adds, at its end, on the host.
+
+    At the end only the first layer's activations are left.
+    """
     c, kept, tiled = spread.compute_bytes, spread.recomputation.kept_layers, spread.recomputation.mlp_tiles
     inputs, host = (shape.layers - kept) * w * shape.hidden * tokens, 0
-    mlp_saved, mlp_back = shape.mlp_bytes(c, w)
-    inside = (11 if w == 4 else 9) * shape.norms * shape.hidden + 4 * shape.heads
-    inside += (2 * c + 8 * shape.normed_heads) * (shape.heads + shape.key_heads) * shape.head_dim
+    mlp_saved, mlp_back = shape.mlp_bytes(c, w, frozen=spread.lora > 0)
+    casts = spread.alone and c == 2
+    projected = 3 if casts else 1
+    if not spread.lora:
+        projected += 2 if casts and shape.sparse_layers < shape.layers else 1
+    inside = (_norm_bytes(shape, spread, w) * shape.norms + c * projected) * shape.hidden + 4 * shape.heads
+    inside += c * shape.heads * shape.head_dim * (casts and spread.lora > 0)
+    each = 2 * c + _norm_bytes(shape, spread, c) * shape.normed_heads
+    inside += each * (shape.heads + shape.key_heads) * shape.head_dim
     inside += 2 * c * shape.hidden * tiled
     inside = (inside + (0 if tiled else mlp_saved)) * tokens
     back = 2 * w * shape.hidden * tokens
@@ -198,7 +237,7 @@ def _activations(shape: DecoderShape, spread: Spread, tokens: int, w: int) -> tu
     stored = inputs + kept * inside
     # When the backward pass reaches the first layer to recompute, the kept layers' activations are free again.
     layer = max(back if kept else 0, inside + back - kept * inside if kept < shape.layers else 0)
-    return stored, layer, host
+    return stored, layer, inside + back + w * shape.hidden * tokens, host
 
 
 def least_recomputation(shape: DecoderShape, spread: Spread, seq_len: int, device: Device) -> Recomputation:

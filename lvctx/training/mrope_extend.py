@@ -33,7 +33,7 @@ from lvctx.parallel.context import ParallelContext
 from lvctx.parallel.fsdp import keep_in_graph
 from lvctx.parallel.hf_attention import Shard
 from lvctx.parallel.ring_attention import Ring
-from lvctx.rope.mrope_positions import Rules
+from lvctx.rope.mrope_positions import tokens_per_second
 from lvctx.training.chat_rows import ChatRow, RowReader, check_tokens
 from lvctx.training.mrope_checkpoint import MropeJob, clear, resolve_mrope, write_checkpoint
 from lvctx.training.mrope_config import MropeConfig
@@ -167,7 +167,7 @@ class MropeTask(TrainingTask[int]):
         if context.cp > 1:
             hf_attention.use(trainable.decoder, where=path, ring=context.ring)
         rule = _rule(path, packed_hybrid(self.job.rows))
-        per_second = Rules.of(trainable.model.config).tokens_per_second
+        per_second = tokens_per_second(trainable.model.config)
         processor = load_image_processor(path)
         self.reader = RowReader(self.job.rows, self.config.media, rule, processor, tokens_per_second=per_second)
         self.context, self.chat_loss = context, ChatLoss(trainable.model, context.ring)
@@ -233,13 +233,7 @@ class ChatLoss(nn.Module):
         self.vlm, self.ring = vlm, ring
 
     def forward(
-        self,
-        ids: Tensor,
-        labels: Tensor,
-        positions: Tensor,
-        patches: Tensor | None,
-        grids: Tensor,
-        **attention: Any,
+        self, ids: Tensor, labels: Tensor, positions: Tensor, patches: Tensor | None, grids: Tensor, **attention: Any
     ) -> tuple[Tensor, int]:
         """Summed loss and counted tokens of this rank's part: ids (1, L) complete, labels and positions its own."""
         model = self.vlm.model

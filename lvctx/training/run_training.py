@@ -19,7 +19,7 @@ from lvctx.parallel import checkpoint
 from lvctx.parallel.block_attention import cudnn_first
 from lvctx.parallel.context import ParallelContext, open_context
 from lvctx.parallel.fsdp import gathering, shard_model
-from lvctx.training.activations import checkpoint_layers
+from lvctx.training.activations import checkpoint_layers, map_large_blocks
 from lvctx.training.memory_model import Recomputation
 from lvctx.training.parallel_config import ParallelConfig, RunControl
 from lvctx.training.task import TrainableModel, TrainingTask
@@ -52,6 +52,7 @@ def run_training(task: TrainingTask[Any], parallel: ParallelConfig, control: Run
         if not context.gather(unfinished)[0]:
             return
         trainable, metrics = _train(task, parallel, control, context)
+        map_large_blocks()  # so that what the steps have freed is not held while the weights are gathered and written
         with gathering(trainable.model, context) as gather:
             if gather is not None:
                 _save_result(task, trainable, control, metrics, gather)

@@ -43,11 +43,7 @@ def shard_row(
     `positions_BL` are those of the tokens, unless they count up from 0.
     """
     places_BL = torch.arange(ids_BL.shape[1])[None] if positions_BL is None else positions_BL
-    full_rows = {
-        "ids": (ids_BL, 0),
-        "labels": (shift_labels(ids_BL), IGNORED),
-        "positions": (places_BL, 0),
-    }
+    full_rows = {"ids": (ids_BL, 0), "labels": (shift_labels(ids_BL), IGNORED), "positions": (places_BL, 0)}
     ring = world.ring
     parts = {name: ring.shard(tensor, fill=fill).to(world.device) for name, (tensor, fill) in full_rows.items()}
     if ring.world > 1 or starts is not None:

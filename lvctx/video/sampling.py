@@ -77,7 +77,7 @@ class VideoSampling:
     decoder: Decoder = "auto"
     """Video decoder; auto is PyAV. decord refuses videos that it would read incorrectly."""
     seek: SeekMode = "exact"
-    """keyframe takes the nearest key frames: fast, but off by up to seconds."""
+    """keyframe takes the nearest key frames: fast, but the times are off by up to several seconds."""
 
     def __post_init__(self) -> None:
         if self.fps is not None and self.frames is not None:

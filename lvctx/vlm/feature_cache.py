@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lvctx.artifacts import schemas
 from lvctx.artifacts.manifest import Provenance, read_provenance
 from lvctx.artifacts.sniff import encode_first, mistaken, sniff
-from lvctx.artifacts.store import atomic_file, read_safetensors_header
+from lvctx.artifacts.store import atomic_file, data_offset, read_safetensors_header
 from lvctx.errors import InputError, library_errors
 
 if TYPE_CHECKING:
@@ -133,21 +133,13 @@ def open_frames(target: Path, provenance: Provenance, facts: dict[str, Any]) -> 
         writer._finish({**provenance.to_dict(), "facts": facts})
 
 
-def write_frames(
-    target: Path, features_FPD: "Tensor", pts: list[float], index: list[int], provenance: Provenance
-) -> None:
-    """Write a whole frames artifact at once; see `FramesWriter.append`."""
-    with open_frames(target, provenance, {}) as writer:
-        writer.append(features_FPD, pts, index)
-
-
 def verify_feature_cache(path: Path) -> None:
     """Compare a frames artifact's data with the hash in its header. Raises InputError if it differs or has none."""
     stored = (read_provenance(path) or {}).get(DATA_SHA256)
     if stored is None:
         raise InputError("has no hash of its data", where=path, fix="encode the video again to have one")
     with open(path, "rb") as f:
-        f.seek(8 + int.from_bytes(f.read(8), "little"))
+        f.seek(data_offset(path))
         if hashlib.file_digest(f, "sha256").hexdigest() != stored:
             raise InputError("damaged: its bytes are not those that were written", where=path, fix="encode it again")
 

@@ -21,19 +21,14 @@ from lvctx.artifacts.store import read_json, sha256_file
 from lvctx.cost import CostMeter
 from lvctx.errors import InputError, UsageError
 from lvctx.models.loading import load_config, load_image_processor, load_tokenizer
-from lvctx.rope.mrope_positions import Rules
+from lvctx.rope.mrope_positions import tokens_per_second
 from lvctx.video.frame_count import bounded
 from lvctx.video.hybrid import Hybrid
 from lvctx.video.reader import Frame, read_video
 from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.base import VisualInput
 from lvctx.vlm.grid_table import GridTable, empty_table, encode_grids
-from lvctx.vlm.qwen_frames import (
-    SampledVideo,
-    check_reachable,
-    count_video,
-    resize_frames,
-)
+from lvctx.vlm.qwen_frames import SampledVideo, check_reachable, count_video, resize_frames
 from lvctx.vlm.qwen_haystack import QwenHaystack
 from lvctx.vlm.token_count import QwenRule
 
@@ -53,7 +48,7 @@ class QwenVL:
         self.path, self.config = path, load_config(path)
         self.vocabulary = int(self.config.get_text_config().vocab_size)
         self.meter = CostMeter()
-        self.seconds_to_positions = Rules.of(self.config).tokens_per_second
+        self.seconds_to_positions = tokens_per_second(self.config)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -204,12 +199,7 @@ class QwenVL:
 
     def grid_table(self, rule: QwenRule, times: Any) -> GridTable:
         """An empty table; `times(numbers)` are the timestamps of these frames in seconds."""
-        return GridTable(
-            rule,
-            vocabulary=self.vocabulary,
-            tokens_per_second=self.seconds_to_positions,
-            times=times,
-        )
+        return GridTable(rule, vocabulary=self.vocabulary, tokens_per_second=self.seconds_to_positions, times=times)
 
     def haystack(self, files: Sequence[Path], sampling: VideoSampling, *, as_images: bool) -> QwenHaystack:
         """See `VLM`: video files, or folders of images."""

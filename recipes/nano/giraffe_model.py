@@ -19,7 +19,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from lvctx.models.adapter import load_adapter
 from lvctx.models.loading import load_model, load_tokenizer, resolve_model
-from lvctx.models.lora import ATTENTION, add_lora, merge_lora
+from lvctx.models.lora import ATTENTION, add_lora
 
 DELIMITERS = {"<|vision_start|>": " [", "<|vision_end|>": "]"}
 """Tokens around an image, and the words whose embeddings they begin with."""
@@ -120,7 +120,7 @@ def main() -> None:
         rank = next(tensor for name, tensor in load_file(file).items() if "lora_A" in name).shape[0]
         wrapped = add_lora(vlm.model.language_model, rank=rank, targets=ATTENTION, seed=0)
         load_adapter(file, vlm, wrapped)
-        vlm.model.language_model = merge_lora(wrapped)
+        vlm.model.language_model = wrapped.merge_and_unload()
     vlm.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     processor().save_pretrained(args.out)

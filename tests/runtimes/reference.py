@@ -19,9 +19,9 @@ import torch
 from models import ADAPTED
 from PIL import Image
 from support import torchvision_cpu
+from support.id_positions import Rules, positions_of_ids
 
 from lvctx.models.loading import context_length, load_model, load_tokenizer
-from lvctx.rope.mrope_positions import Rules, positions_of_ids
 
 LONG = 900
 """Tokens of the prompt, far beyond the 256 positions of the unextended language model, whose own prompt is shorter."""

@@ -14,9 +14,9 @@ from lvctx.cli.app import app
 from support import mrope_models
 
 VALUES: list[Any] = [
-    *(None, True, False, 0, -1, 1, 2, 3, 1.5, 1e-9, 10**9, 10**30, float("nan")),
-    *("", "x", "auto", "../x", "\0", [], {}, [None], ["x"], [1, 2], {"a": 1}),
-]
+    None, True, False, 0, -1, 1, 2, 3, 1.5, 1e-9, 10**9, 10**30, float("nan"),
+    "", "x", "auto", "../x", "\0", [], {}, [None], ["x"], [1, 2], {"a": 1},
+]  # fmt: skip
 TEMPLATES = [
     "{{ raise_exception('no such turn') }}",
     "{{ x.y.z }}",
@@ -132,9 +132,9 @@ def mutate(value: Any, rng: Random) -> Any:
 
 FILES = (
     *["config.json"] * 5,
-    *("rope", "template", "bytes", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"),
-    *("generation_config.json", "preprocessor_config.json", "processor_config.json"),
-)
+    "rope", "template", "bytes", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+    "generation_config.json", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
 
 
 def damage(directory: Path, rng: Random) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,51 +16,37 @@ from support import mrope_models, warm_server
 from support.aligning import draw, talk, write
 
 DATA = Path(__file__).parents[1] / "data"
-TRAINING = ("--steps", "4", "--checkpoint-activations", "none", "--device", "cpu")
-QWEN_TRAINING = ("--data", "chat", "--media", ".", "--lora", "4", "--lr", "1e-2", "--warmup", "0", *TRAINING)
-TEXT = ("text.jsonl", "--seq-len", "128", "--keep-short", "1", "--shard-tokens", "256", "--workers", "1")
-ASKED = ("--videos", "clips", "--questions", str(DATA / "questions.json"), "--frames", "2", "--max-new-tokens", "2")
-COMMANDS: dict[str, tuple[str, ...]] = {
-    "pack-text": ("pack-text", *TEXT, "--tokenizer", "lm"),
-    "pack-text keep": ("pack-text", *TEXT, "--tokenizer", "lm", "--mix", "keep"),
-    "pack-chat": (
-        *("pack-chat", "--model", "qwen", "--interleaved", "chat.jsonl", "--media", "."),
-        *("--long-share", "0", "--target-length", "100", "--shard-tokens", "60"),
-    ),
-    "extend-lm": (
-        *("extend-lm", "--model", "lm", "--data", "rows", "--rope-theta", "1e6", "--context", "512"),
-        *("--lr", "1e-3", "--batch-tokens", "128", *TRAINING),
-    ),
-    "align": (
-        *("align", "--lm", "lm", "--tower", "tower", "--data", "data.json", "--images", ".", "--batch", "2"),
-        *("--lr", "1e-2", "--warmup", "0", *TRAINING),
-    ),
-    "mrope-extend": ("mrope-extend", "--model", "qwen", "--scale", "2"),
-    "mrope-extend --data": ("mrope-extend", "--model", "qwen", "--scale", "2", *QWEN_TRAINING),
-    "encode-video": ("encode-video", "clips/a.mp4", "clips/b.mp4", "--tower", "tower", "--fps", "native"),
-    "niah text": (
-        *("niah", "text", "--model", "lm", "--haystack", "essay.txt", "--lengths", "200"),
-        *("--depths", "0,0.5,1", "--trials", "2"),
-    ),
-    "videomme run": ("videomme", "run", "--model", "vlm", *ASKED),
-    "export hf": ("export", "vlm", "--to", "hf"),
-    "export llava": ("export", "vlm", "--to", "llava"),
-    "export --results": ("export", "vlm", "--to", "hf", "--results", "shard"),
-    "niah haystack": ("niah", "haystack", "--frames", "4", "--side", "32"),
-    "niah video": (
-        *("niah", "video", "--model", "vlm", "--haystack", "clips/a.mp4", "--feature-cache", "features"),
-        *("--lengths", "2", "--depths", "0,1", "--trials", "2"),
-    ),
-    "bench run": (
-        *("bench", "nextqa", "run", "--model", "vlm", "--videos", "clips", "--questions", "nextqa.csv"),
-        *("--frames", "2", "--max-new-tokens", "2"),
-    ),
-    "bench merge": ("bench", "merge", "shard"),
-    "import-longva": ("import-longva", "llava"),
-    "perplexity": ("perplexity", "lm", "--data", "rows", "--rows", "2"),
-    "niah report": ("niah", "report", "all_accuracies.json"),
-    "report": ("report", "responses.json"),
+QUESTIONS = shlex.quote(str(DATA / "questions.json"))
+TRAINING = "--steps 4 --checkpoint-activations none --device cpu"
+QWEN_TRAINING = f"--data chat --media . --lora 4 --lr 1e-2 --warmup 0 {TRAINING}"
+PACKED = "text.jsonl --seq-len 128 --keep-short 1 --shard-tokens 256 --workers 1 --tokenizer lm"
+LINES = {
+    "pack-text": f"pack-text {PACKED}",
+    "pack-text keep": f"pack-text {PACKED} --mix keep",
+    "pack-chat": "pack-chat --model qwen --interleaved chat.jsonl --media . --long-share 0 --target-length 100 "
+    "--shard-tokens 60",
+    "extend-lm": "extend-lm --model lm --data rows --rope-theta 1e6 --context 512 --lr 1e-3 --batch-tokens 128 "
+    f"{TRAINING}",
+    "align": f"align --lm lm --tower tower --data data.json --images . --batch 2 --lr 1e-2 --warmup 0 {TRAINING}",
+    "mrope-extend": "mrope-extend --model qwen --scale 2",
+    "mrope-extend --data": f"mrope-extend --model qwen --scale 2 {QWEN_TRAINING}",
+    "encode-video": "encode-video clips/a.mp4 clips/b.mp4 --tower tower --fps native",
+    "niah text": "niah text --model lm --haystack essay.txt --lengths 200 --depths 0,0.5,1 --trials 2",
+    "videomme run": f"videomme run --model vlm --videos clips --questions {QUESTIONS} --frames 2 --max-new-tokens 2",
+    "export hf": "export vlm --to hf",
+    "export llava": "export vlm --to llava",
+    "export --results": "export vlm --to hf --results shard",
+    "niah haystack": "niah haystack --frames 4 --side 32",
+    "niah video": "niah video --model vlm --haystack clips/a.mp4 --feature-cache features --lengths 2 --depths 0,1 "
+    "--trials 2",
+    "bench run": "bench nextqa run --model vlm --videos clips --questions nextqa.csv --frames 2 --max-new-tokens 2",
+    "bench merge": "bench merge shard",
+    "import-longva": "import-longva llava",
+    "perplexity": "perplexity lm --data rows --rows 2",
+    "niah report": "niah report all_accuracies.json",
+    "report": "report responses.json",
 }
+COMMANDS = {name: tuple(shlex.split(line)) for name, line in LINES.items()}
 """Name -> arguments, but for `-o`; run them in the folder that `prepare` filled."""
 NAMES = {"perplexity": "x.png", "niah report": "x.png", "report": "x.html"}
 """Names of outputs that need a suffix; the others are `x`."""

@@ -105,6 +105,14 @@ PHRASES_2024 = (
     "The best option isThe correct option is",
     "Best answer:Best option:",
 )
+PHRASES_WITH_COMMAS = (
+    *PHRASES_2024[:4],
+    "The best option is",
+    "The correct option is",
+    "Best answer:",
+    "Best option:",
+)
+"""The same where the commas are there: LongVideoBench, TimeScope and Video-MME-v2."""
 OFFICIAL_PHRASES = (*PHRASES_2024, "Answer:", "Option:", "The correct answer", "The correct option")
 
 
@@ -140,11 +148,9 @@ def strip_reasoning(text: str) -> str:
 
 
 _NOUNS = ("answer", "correct answer", "best answer", "correct option", "best option", "choice", "correct choice")
-LMMS_PHRASES = (
-    *(f"{article}{noun} is" for noun in _NOUNS for article in ("", "the ")),
-    *("my answer is", "my choice is", "i choose", "i select", "i pick"),
-    *("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
-)
+LMMS_PHRASES = [f"{article}{noun} is" for noun in _NOUNS for article in ("", "the ")]
+LMMS_PHRASES += ["my answer is", "my choice is", "i choose", "i select", "i pick"]
+LMMS_PHRASES += ["옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"]
 """Only the first occurrence of a phrase counts, so a longer phrase may match where a shorter one inside it does not."""
 
 

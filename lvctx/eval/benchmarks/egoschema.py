@@ -1,7 +1,8 @@
 """EgoSchema: five options about three minutes of egocentric video (Mangalam et al. 2023, arXiv:2308.09126).
 
 The answers of 500 questions are public. The full set is scored by a server from the indices in submission.json, which
-every run writes. A reply without a letter gets a random one there and in `guessing`, from a seed and the question's id.
+every run writes. The authors publish no way to read a reply: the letter there and in `guessing` is that of lmms-eval's
+task, which is MMMU's. A reply without one gets a random letter, from a seed and the question's id.
 """
 
 import random
@@ -12,7 +13,7 @@ from typing import Any
 
 from lvctx.artifacts.store import write_json
 from lvctx.eval.benchmarks.accuracy import accuracy, breakdown, to_reply
-from lvctx.eval.benchmarks.answers import Question, first_letter, strip_reasoning
+from lvctx.eval.benchmarks.answers import Question, strip_reasoning
 from lvctx.eval.benchmarks.question_files import (
     has_value,
     key_field,
@@ -28,6 +29,7 @@ GROUPS: tuple[str, ...] = ()
 FREE_ANSWERS = False
 COLUMNS = (("video_idx", "option"),)
 SEEDED = True
+LETTERS = "ABCDE"
 
 
 def samples(path: Path) -> list[Question]:
@@ -58,8 +60,20 @@ def prompt(sample: Question, style: str, subtitles: str | None) -> str:
     return f"{sample.question}\n{options}\nAnswer with the option's letter from the given choices directly."
 
 
-def _letter(response: str) -> str:
-    return first_letter(strip_reasoning(response), "ABCDE")
+def _letter(response: str, options: Sequence[str]) -> str:
+    """`(A)`, `A ` or `A.`, of several the one whose last place is first; else a whole option, with over five words."""
+    text = strip_reasoning(response)
+    for mark in ",.!?;:'":
+        text = text.strip(mark)
+    text = f" {text} "
+    forms = [form for letter in LETTERS for form in (f"({letter})", f"{letter} ", f"{letter}.") if form in text]
+    if forms:
+        return min(forms, key=text.rfind).strip("(). ")
+    lower = text.lower()
+    found = {
+        letter: option.lower() for letter, option in zip(LETTERS, options, strict=False) if option.lower() in lower
+    }
+    return min(found, key=lambda letter: lower.rfind(found[letter])) if found and len(text.split()) > 5 else ""
 
 
 def _guess(name: str, letters: str, seed: int) -> str:
@@ -69,8 +83,12 @@ def _guess(name: str, letters: str, seed: int) -> str:
 def score(rows: Sequence[dict[str, Any]], *, seed: int = 0) -> dict[str, Any]:
     """The common rules, and `guessing`: a random letter for a reply without one."""
     replies = [to_reply(row) for row in rows]
-    settled = [replace(r, response=_letter(r.response) or _guess(r.id, r.letters, seed)) for r in replies]
-    guessed = sum(not _letter(r.response) for r in replies)
+    letters = [_letter(row["response"], row.get("options", ())) for row in rows]
+    settled = [
+        replace(reply, response=letter or _guess(reply.id, reply.letters, seed), letters=LETTERS)
+        for reply, letter in zip(replies, letters, strict=True)
+    ]
+    guessed = letters.count("")
     return {
         **breakdown(replies, GROUPS),
         "guessing": {**vars(accuracy(settled, "strict")), "guessed": guessed, "seed": seed},
@@ -80,7 +98,7 @@ def score(rows: Sequence[dict[str, Any]], *, seed: int = 0) -> dict[str, Any]:
 def export(out: Path, answered: Sequence[tuple[Question, str]]) -> None:
     """submission.json for the authors' server: {video: index of the option}."""
     letters = {
-        sample.id: _letter(response) or _guess(sample.id, "ABCDE"[: len(sample.options)], 0)
+        sample.id: _letter(response, sample.options) or _guess(sample.id, "ABCDE"[: len(sample.options)], 0)
         for sample, response in answered
     }
     write_json(out / "submission.json", {name: ord(letter) - 65 for name, letter in letters.items()})

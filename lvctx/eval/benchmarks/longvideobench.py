@@ -14,7 +14,14 @@ from typing import Any
 
 from lvctx.errors import InputError
 from lvctx.eval.benchmarks.accuracy import accuracy, breakdown, to_reply
-from lvctx.eval.benchmarks.answers import BenchmarkReply, Question, first_letter, format_options, strip_reasoning
+from lvctx.eval.benchmarks.answers import (
+    PHRASES_WITH_COMMAS,
+    BenchmarkReply,
+    Question,
+    first_letter,
+    format_options,
+    strip_reasoning,
+)
 from lvctx.eval.benchmarks.fields import cell_text
 from lvctx.eval.benchmarks.question_files import (
     QuestionRow,
@@ -33,10 +40,6 @@ FREE_ANSWERS = False
 COLUMNS = (("correct_choice", "question_category"),)
 SEEDED = True
 GROUPS = ("duration_group", "question_category", "topic_category")
-PHRASES = (
-    *("The best answer is", "The correct answer is", "The answer is", "The answer"),
-    *("The best option is", "The correct option is", "Best answer:", "Best option:"),
-)
 
 
 def samples(path: Path) -> list[Question]:
@@ -93,7 +96,7 @@ def score(rows: Sequence[dict[str, Any]], *, seed: int = 0) -> dict[str, Any]:
 
 
 def _official_letter(reply: BenchmarkReply) -> str:
-    return first_letter(strip_reasoning(reply.response), "ABCDE", PHRASES)
+    return first_letter(strip_reasoning(reply.response), "ABCDE", PHRASES_WITH_COMMAS)
 
 
 def _settle(reply: BenchmarkReply, seed: int) -> BenchmarkReply:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.eval.benchmarks.accuracy import breakdown, letter_chance, own_rule, sorted_groups, to_reply
-from lvctx.eval.benchmarks.answers import Question, first_letter
+from lvctx.eval.benchmarks.answers import PHRASES_WITH_COMMAS, Question, first_letter
 from lvctx.eval.benchmarks.question_files import key_field, letters_in, read_question_rows, text_field
 from lvctx.eval.statistics import clustered_mean
 
@@ -18,10 +18,6 @@ STYLES = ("official",)
 GROUPS = ("type", "length")
 FREE_ANSWERS = False
 COLUMNS = (("input", "video", "length", "type"),)
-PHRASES = (
-    *("The best answer is", "The correct answer is", "The answer is", "The answer"),
-    *("The best option is", "The correct option is", "Best answer:", "Best option:"),
-)
 
 
 def samples(path: Path) -> list[Question]:
@@ -53,7 +49,7 @@ def prompt(sample: Question, style: str, subtitles: str | None) -> str:
 
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Breakdown by kind and by length, and its own rule by both and by each pair."""
-    return score_with(rows, PHRASES)
+    return score_with(rows, PHRASES_WITH_COMMAS)
 
 
 def score_with(rows: Sequence[dict[str, Any]], phrases: Sequence[str]) -> dict[str, Any]:

@@ -23,6 +23,10 @@ GROUPS = ("images",)
 FREE_ANSWERS = True
 COLUMNS = (("conversations", "pos_image", "neg_image"),)
 VHS_THRESHOLD = 0.6
+_BETWEEN = re.compile(
+    r"""[\s«“‘„`»”’;@#$%&?!*\[\](){}<>"\u2012-\u2015]|[:,](?!\d)|--|\.\.+|\.(?=[])}>"'»”’]*(?:\s|$))"""
+)
+"""What separates the words of nltk's word_tokenize, which the authors' script uses: `yes/no` and `no-one` are one."""
 
 
 def samples(path: Path) -> list[Question]:
@@ -80,12 +84,17 @@ def prompt(sample: Question, style: str, subtitles: str | None) -> str:
     return f"You are given a set of images. Please answer the following question in Yes or No: {sample.question}"
 
 
+def words_of(response: str) -> set[str]:
+    """The words of a reply in lower case, as nltk 3.10 separates them; a period before white space ends a sentence."""
+    return {word.strip("'").removesuffix("'s") for word in _BETWEEN.split(response.lower())}
+
+
 def score(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Accuracy by number of images, the share of replies with yes or no, and the effective length."""
     for row in rows:
         if not re.fullmatch("[0-9]{1,9}", row["groups"]["images"]):
             raise InputError(f"{row['groups']['images']!r:.60} images", where=f"question {row['id']}")
-    response_words = [set(re.findall(r"[a-z]+", row["response"].lower())) for row in rows]
+    response_words = [words_of(row["response"]) for row in rows]
     right = [float(row["answer"] in words) for row, words in zip(rows, response_words, strict=True)]
     by = {}
     for size in sorted({int(row["groups"]["images"]) for row in rows}):

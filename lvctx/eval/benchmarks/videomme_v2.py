@@ -1,7 +1,7 @@
 """Video-MME-v2: 800 videos with four questions each and eight options, scored by groups of four.
 
 The questions about a video are one group. In a group of kind `relevance` k right answers are worth (k / 4)^2. In one of
-kind `logic` only the leading run of right answers counts, by a table of the group's structure, which says which
+kind `logic` only the leading run of right answers counts, by a table of the group's structure: which
 questions build on which. The group's level, second and third head are those of its last question. A reply without a
 letter is wrong, as in lmms-eval; the authors' script gives it -1, which its logic counts as right.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 from lvctx.errors import InputError
 from lvctx.eval.benchmarks.accuracy import breakdown, own_rule, to_reply
-from lvctx.eval.benchmarks.answers import Question, first_letter
+from lvctx.eval.benchmarks.answers import PHRASES_WITH_COMMAS, Question, first_letter
 from lvctx.eval.benchmarks.fields import cell_text
 from lvctx.eval.benchmarks.question_files import (
     QuestionRow,
@@ -38,10 +38,7 @@ COLUMNS = (("group_type", "group_structure", "options"),)
 SUBTITLES = True
 WHOLE_SUBTITLES = True
 """All words of the subtitles are in the prompt, not only those at the frames."""
-PHRASES = (
-    *("Final Answer:", "The best answer is", "The correct answer is", "The answer is", "The answer"),
-    *("The best option is", "The correct option is", "Best answer:", "Best option:", "Answer:", "Option:"),
-)
+PHRASES = ("Final Answer:", *PHRASES_WITH_COMMAS, "Answer:", "Option:")
 SQUARES = (0.0, 1 / 16, 4 / 16, 9 / 16, 1.0)
 LOGIC = {
     "[1,2,3,4]": SQUARES,

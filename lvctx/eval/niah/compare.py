@@ -7,7 +7,7 @@ what `statistics.py` calls clusters, and its interval needs some tens of them.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lvctx.eval.niah.results import line_of
+from lvctx.eval.niah.results import cluster_of, line_of
 from lvctx.eval.statistics import DETECT, Difference, paired_difference
 
 FEW_NEEDLES = 20
@@ -36,7 +36,7 @@ def compare_needles(first: Iterable[Row], second: Iterable[Row], *, detect: floa
 
 
 def _difference(values: Sequence[tuple[float, float]], pairs: Sequence[tuple[Row, Row]], detect: float) -> Difference:
-    return paired_difference([a - b for a, b in values], [str(a["trial"]) for a, _ in pairs], detect=detect)
+    return paired_difference([a - b for a, b in values], [cluster_of(a) for a, _ in pairs], detect=detect)
 
 
 def _has_share(row: Row) -> bool:

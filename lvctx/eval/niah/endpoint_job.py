@@ -56,6 +56,8 @@ class EndpointNiahJob:
     """Score a cell's answer by teacher forcing; None where that cannot be done."""
     score_text: Callable[[Cell, str], float]
     """How much of the answer is in a reply, 0 to 1."""
+    part: Callable[[int], dict[str, str]]
+    """See `FrameNeedles.part`."""
 
     def key(self, cell: Cell) -> str:
         """Sixteen hex digits of the run and the cell."""
@@ -182,7 +184,7 @@ def _plan(
     score_forced: Callable[[EndpointEngine, Cell], AnswerScore] | None = None,
 ) -> EndpointNiahJob:
     scoring: Scoring = config.scoring or "generate"
-    if scoring != "generate" and score_forced is None:
+    if scoring in ("longvila", "videochat-flash") or (scoring != "generate" and score_forced is None):
         raise UsageError(f"--scoring {scoring}: here a server's replies are scored", fix="--scoring generate")
     if not cells:
         raise UsageError("no depth of these falls into any length")
@@ -213,6 +215,7 @@ def _plan(
         scoring=scoring,
         score_forced=score_forced,
         score_text=score_text,
+        part=task.part if isinstance(task, FrameNeedles) else lambda trial: {},
     )
 
 
@@ -251,7 +254,7 @@ def run_endpoint_niah(
 
 def run_endpoint_cell(job: EndpointNiahJob, engine: EndpointEngine, cell: Cell) -> dict[str, Any]:
     """The cell's own part of a row."""
-    row: dict[str, Any] = {**asdict(cell), "tokens": None}
+    row: dict[str, Any] = {**asdict(cell), **job.part(cell.trial), "tokens": None}
     correct = False
     try:
         if job.scoring != "forced":

@@ -12,6 +12,7 @@ from lvctx.errors import InputError, UsageError
 from lvctx.eval.niah.image_needles import FIND, READ, NeedleSet
 from lvctx.eval.niah.needle_task import Cell, begins_with, first_number, insertion_points, share_listed, splice
 from lvctx.eval.niah.niah_config import NeedleQuestion
+from lvctx.video.drawn_images import COLORS
 
 WHEN = (
     "The video goes from second {first} to second {last}. Find {subject}. At which second is it shown? "
@@ -22,6 +23,10 @@ HOW_MANY = "How many different images with a {shape} does the video have? Answer
 WHICH_ORDER = (
     "The video has images with these shapes: {shapes}. In which order are they shown? Answer with their names alone, "
     "separated by commas."
+)
+WHICH_VALUES = (
+    "The video has {count} images with a {shape}. Which colors does the {shape} have in them? Answer with the colors "
+    "alone, separated by commas."
 )
 FOLLOW = (
     "Find the image with the {shape}. Every image with a shape names the shape of the next image. Go from image to "
@@ -34,6 +39,7 @@ TEMPLATES: dict[NeedleQuestion, str] = {
     "when": WHEN,
     "count": HOW_MANY,
     "order": WHICH_ORDER,
+    "values": WHICH_VALUES,
     "hops": FOLLOW,
     "code": READ,
 }
@@ -65,7 +71,7 @@ class FrameNeedles:
         self.chance, self.unit = needles.chance, unit
         self.needles, self.distractors, self._set = needles.needles, needles.distractors, needles
         self.question, self.tolerance, self.nested, self.loop = question, tolerance, nested, loop
-        self.can_force = question != "when"
+        self.can_force = question not in ("when", "values")
         self._seed = seed
         self._seconds, self._frames = seconds, len(seconds)
         self._spread = self._longest = 0
@@ -92,8 +98,10 @@ class FrameNeedles:
         cells = []
         for length in lengths:
             points: Iterable[tuple[float | None, float | None, int]] = [(None, None, 0)]
-            if not self._set.spread:
+            if self._set.has_depths:
                 points = insertion_points(depths, length, self._longest, self.nested, unit)
+            if self._set.spread:  # V-RULER's script leaves out a window that begins at the end
+                points = [point for point in points if point[2] < length]
             for depth, point, position in points:
                 for trial in range(trials):
                     question, answer = self._question_and_answer(trial, position, length)
@@ -138,6 +146,11 @@ class FrameNeedles:
         positions = [int(f * spread) // self.unit * self.unit for f in self._distractor_fractions]
         return [(position, first + i) for i, position in enumerate(positions)]
 
+    def part(self, trial: int) -> dict[str, str]:
+        """Which of two questions about the same images a trial is, for its row (VideoChat-Flash); empty for others."""
+        part = self._set.spread[trial].part if self._set.spread else ""
+        return {"part": part} if part else {}
+
     def digest(self, trial: int) -> str:
         """What identifies a trial's images."""
         images = [self.needles[n].digest for i in range(self._used(trial)) for n in self._numbers(trial, i)]
@@ -147,7 +160,7 @@ class FrameNeedles:
         """Position and number of each needle of a trial, as they are shown."""
         used = self._used(trial)
         if self._set.spread:
-            positions = self._set.spread[trial].positions(length)
+            positions = self._set.spread[trial].positions(length, position, [self._seed, trial, length, position])
             return [(place // self.unit * self.unit, i) for i, place in enumerate(positions)]
         span = self._spread if self.nested else length
         shares = [(position / span + i / used) % 1 for i in range(1, used)]
@@ -164,6 +177,9 @@ class FrameNeedles:
             return self._follow(trial)
         if self.question == "count":
             return HOW_MANY.format(shape=needle.shape), str(self._used(trial))
+        if self.question == "values":
+            colors = [self.needles[self._numbers(trial, i)[0]].answer for i in range(self._used(trial))]
+            return WHICH_VALUES.format(count=len(colors), shape=needle.shape), ", ".join(colors)
         if self.question == "order":
             shown = [self.needles[self._numbers(trial, i)[0]].shape for _, i in self._places(trial, position, length)]
             return WHICH_ORDER.format(shapes=", ".join(sorted(shown))), ", ".join(shown)
@@ -219,6 +235,10 @@ class FrameNeedles:
             return float(begins_with(generated, cell.answer))
         if self.question == "code":
             return share_listed(generated, [cell.answer])
+        if self.question == "values":  # of all colors that are named or right, so that naming every color is no answer
+            said = set(re.findall(rf"\b({'|'.join(COLORS)})\b", generated.lower()))
+            right = set(cell.answer.split(", "))
+            return len(right & said) / len(right | said)
         if self.question == "order":
             named = re.findall(rf"\b({'|'.join(cell.answer.split(', '))})s?\b", generated.lower())
             return float(list(dict.fromkeys(named)) == cell.answer.split(", "))
@@ -235,6 +255,7 @@ class FrameNeedles:
             facts |= {"others": self._spread} if self.nested and self._set.per_trial > 1 else {}
         if self._set.spread:
             facts |= {"needles": "spread", "needle_frames": self._set.frames}
+            facts |= {"seed": self._seed} if self._set.has_depths else {}
         if self.question == "when":
             facts["tolerance"] = self.tolerance
         if self._set.paired and self.distractors:

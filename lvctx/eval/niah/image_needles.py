@@ -7,8 +7,12 @@ this divides the ten colors, guessing is right once in seven instead of once in 
 """
 
 import hashlib
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import factorial
+from math import comb, factorial
+from statistics import mean
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -26,6 +30,13 @@ CODE_LETTERS, CODE_LENGTH = "ACDEFHJKLMNPRTUVWXY3479", 5
 """Characters of a code, of which no two are easily taken for each other, and their number."""
 DISTRACTOR_SHAPES, DISTRACTOR_COLORS = 4, 3
 """Numbers of shapes and colors reserved for distractors."""
+Placing = Literal["ends", "even", "window"]
+"""Image j of k is before frame j n / (k - 1) of n (ends: VideoChat-Flash), after frame j (n - 1) / (k - 1) (even:
+V-RULER's counting and ordering), or before one drawn from the n `WINDOW` frames after the cell's depth (window: its
+multi-key multi-value); all rounded down, and frames counted from 0.
+"""
+WINDOW = 0.2
+"""V-RULER: the step of its depths, within which the images of a question are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,23 +61,25 @@ class ImageNeedle:
 
 @dataclass(frozen=True, kw_only=True)
 class SpreadNeedles:
-    """A question about several images that are spread over the whole video, so that it has no depth."""
+    """A question about several images that are spread over the whole video, or over a part of it."""
 
     images: tuple[int, ...]
     """Numbers of the images, in the order of the video; there may be none, where they are counted."""
     question: str
     answer: str
-    at_ends: bool
-    """Image j of k is before frame j n / (k - 1) of n (VideoChat-Flash), or after frame j (n - 1) / (k - 1) (V-RULER);
-    both rounded down, and frames counted from 0.
-    """
+    placing: Placing
+    part: str = ""
+    """What VideoChat-Flash calls the question in its scores: caption or qa."""
 
-    def positions(self, length: int) -> list[int]:
-        """How many frames of a haystack of `length` are before each image."""
+    def positions(self, length: int, first: int, seed: Sequence[int]) -> list[int]:
+        """How many frames of a haystack of `length` are before each image; a window begins at `first`."""
         k = len(self.images)
-        if self.at_ends:
+        if self.placing == "ends":
             return [j * length // max(k - 1, 1) for j in range(k)]
-        return [1 + int(frame) for frame in np.linspace(0, length - 1, k)]
+        if self.placing == "even":
+            return [1 + int(frame) for frame in np.linspace(0, length - 1, k)]
+        end = min(first + max(int(WINDOW * length), 1), length)
+        return sorted(np.random.default_rng(list(seed)).integers(first, end, k).tolist())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +102,11 @@ class NeedleSet:
     """The questions, if each is about several images of the list that have places of their own."""
 
     @property
+    def has_depths(self) -> bool:
+        """Whether the depths of the cells decide where needles are."""
+        return not self.spread or self.spread[0].placing == "window"
+
+    @property
     def trials(self) -> int:
         """The number of trials that the needles are enough for."""
         if self.spread:
@@ -109,11 +127,12 @@ def drawn_groups(
 ) -> NeedleSet:
     """Several needles a trial, needles of several frames, or needles with text.
 
-    The needles of a trial have different shapes and colors; those to be counted have one shape. The frames of a
+    The needles of a trial have different colors, and different shapes except where they are to be counted or all values
+    of one shape are asked for. The frames of a
     needle are its shape at different places of one background. With hops every needle also names the shape of another
     one, in a cycle through all of them, whose order is not that of the video; distractors name each other. Needles
     with a code have a word and a code in place of a shape. Chance: a color (what, hops), a number from 1 to
-    `per_trial` (count), an order of the needles (order), a code (code).
+    `per_trial` (count), an order of the needles (order), as many colors as there are needles (values), a code (code).
     """
     others: list[ImageNeedle] = []
     if question == "code":
@@ -133,6 +152,7 @@ def drawn_groups(
     chance = {
         "count": 1 / per_trial,
         "order": 1 / factorial(per_trial),
+        "values": 1 / comb(_colors_left(distractors), per_trial),
         "code": len(CODE_LETTERS) ** -CODE_LENGTH,
         **dict.fromkeys(("what", "hops"), chance_of(distractors)),
     }
@@ -157,7 +177,7 @@ def _shapes_of_trial(
     """The images of a trial's needles, from shapes and colors."""
     rng = np.random.default_rng([seed, trial, 1])
     chosen = [str(shape) for shape in rng.permutation(palette[0])[:per_trial]]
-    chosen = chosen[:1] * per_trial if question == "count" else chosen
+    chosen = chosen[:1] * per_trial if question in ("count", "values") else chosen
     hues = [str(color) for color in rng.permutation(palette[1])[:per_trial]]
     cycle = [0, *(1 + np.random.default_rng([seed, trial, 2]).permutation(per_trial - 1)).tolist()]
     needles = []
@@ -228,6 +248,22 @@ def _needle(image: Image.Image, shape: str, color: str) -> ImageNeedle:
     return ImageNeedle(image=image, question=question, answer=color, subject=subject, shape=shape)
 
 
+def _colors_left(distractors: int) -> int:
+    """Number of colors that a needle may have."""
+    return len(COLORS) - (DISTRACTOR_COLORS if distractors else 0)
+
+
 def chance_of(distractors: int) -> float:
     """Accuracy of guessing for drawn needles."""
-    return 1 / (len(COLORS) - (DISTRACTOR_COLORS if distractors else 0))
+    return 1 / _colors_left(distractors)
+
+
+def chance_of_options(questions: Sequence[tuple[str, str]]) -> float | None:
+    """Accuracy of guessing for questions with lettered options and their answers; None if one has none."""
+    shares = []
+    for question, answer in questions:
+        letters = set(re.findall(r"(?:^|\n|Options: )\(?([A-Z])[.)]", question))
+        if not (found := re.match(r"\(?([A-Z])\b", answer)) or found[1] not in letters:
+            return None
+        shares.append(1 / len(letters))
+    return mean(shares) if shares else None

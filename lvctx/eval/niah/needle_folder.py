@@ -6,11 +6,14 @@ first two `path` and `prompt`, and their questions begin with the newline that e
 with `"distractor": true` is a distractor and needs only its image. In V-NIAH-D every needle has a distractor of its
 own: `interrupt_path` in its row, or the same row of the list whose name ends in `_interrupt`. Rows with several
 images are about all of them: VideoChat-Flash's (multi-hop; `images`, `question1`, `answer1`, `question2`, `answer2`, so
-two questions a row) and V-RULER's (counting, ordering; `path` is a list).
+two questions a row) and V-RULER's (counting, ordering; `path` is a list. Multi-key multi-value: `path` is a Python list
+as text, and its images are near the cell's depth).
 """
 
+import ast
 import io
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from PIL import Image
 
 from lvctx.data.records import Record, read_records
 from lvctx.errors import InputError, library_errors
-from lvctx.eval.niah.image_needles import ImageNeedle, NeedleSet, SpreadNeedles
+from lvctx.eval.niah.image_needles import ImageNeedle, NeedleSet, Placing, SpreadNeedles, chance_of_options
 from lvctx.models.image_processing import open_image
 
 LISTS = (".jsonl", ".json", ".parquet")
@@ -38,9 +41,10 @@ def read_needles(source: Path) -> NeedleSet:
     spread: list[SpreadNeedles] = []
     for record in read_records(own, split="test"):
         row = _row(record)
-        if isinstance(paths := row.get("images", row.get("path")), list):
+        paths, placing = _several(row)
+        if paths is not None:
             numbers = tuple(range(len(needles), len(needles) + len(paths)))
-            spread += _spread(record, row, numbers)
+            spread += _spread(record, row, numbers, placing)
             answer = spread[-1].answer
             needles += [_needle(folder, record, {"path": path, "prompt": "", "answer": answer}) for path in paths]
             continue
@@ -55,11 +59,20 @@ def read_needles(source: Path) -> NeedleSet:
     if paired and (len(paired) != len(needles) or distractors):
         what = f"{len(paired)} distractors that belong to a needle, of {len(needles)} needles"
         raise InputError(what, where=source, fix="give one to every needle, and no others")
-    if spread and (distractors or paired or len(needles) != sum(len(images) for images in {s.images for s in spread})):
-        raise InputError("some rows have one image and others have a list", where=source, fix="give two lists")
+    # Rows without an image share their numbers with no others.
+    alone = bool(distractors or paired) or len(needles) != sum(len(images) for images in {s.images for s in spread})
+    if spread and (alone or len({s.placing for s in spread}) > 1):
+        raise InputError("rows with one image and with several, of two kinds", where=source, fix="give two lists")
     if not needles:
         raise InputError("no needle", where=source)
-    return NeedleSet(needles=needles, distractors=paired or distractors, paired=bool(paired), spread=spread)
+    asked = [(one.question, one.answer) for one in spread or needles]
+    return NeedleSet(
+        needles=needles,
+        distractors=paired or distractors,
+        paired=bool(paired),
+        spread=spread,
+        chance=chance_of_options(asked),
+    )
 
 
 def _lists(source: Path) -> tuple[Path, Path | None]:
@@ -78,17 +91,28 @@ def _row(record: Record) -> Mapping[str, Any]:
     return record.fields()
 
 
-def _spread(record: Record, row: Mapping[str, Any], images: tuple[int, ...]) -> list[SpreadNeedles]:
+def _several(row: Mapping[str, Any]) -> tuple[list[Any] | None, Placing]:
+    """The images of a row that has several, and where they are in the video."""
+    if isinstance(images := row.get("images"), list):
+        return images, "ends"
+    if isinstance(path := row.get("path"), str) and path.startswith("["):
+        with suppress(ValueError, SyntaxError):
+            if isinstance(paths := ast.literal_eval(path), list):
+                return paths, "window"
+    return path if isinstance(path, list) else None, "even"
+
+
+def _spread(record: Record, row: Mapping[str, Any], images: tuple[int, ...], placing: Placing) -> list[SpreadNeedles]:
     """The questions of a row with several images."""
-    at_ends = "images" in row
-    names = (("question1", "answer1"), ("question2", "answer2")) if at_ends else (("prompt", "answer"),)
+    hops = (("question1", "answer1", "caption"), ("question2", "answer2", "qa"))
+    names = hops if placing == "ends" else (("prompt", "answer", ""),)
     found = []
-    for question, answer in names:
+    for question, answer, part in names:
         asked, right = row.get(question), row.get(answer)
         if not (isinstance(asked, str) and isinstance(right, str) and right.strip()):
             raise InputError(f"no {question} or {answer}", where=record.where, fix="correct the row")
         text = asked.removeprefix("\n")
-        found.append(SpreadNeedles(images=images, question=text, answer=right.strip(), at_ends=at_ends))
+        found.append(SpreadNeedles(images=images, question=text, answer=right.strip(), placing=placing, part=part))
     return found
 
 

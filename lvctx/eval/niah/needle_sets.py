@@ -28,7 +28,7 @@ def find_needles(config: VideoNiahConfig, size: int) -> NeedleSet:
     needles = read_needles(Path(config.needles))
     if needles.spread and config.question != "what":
         raise UsageError("these needles have questions of their own", where="--question", fix="drop it")
-    if needles.spread and config.depths != DEFAULT_DEPTHS:
+    if not needles.has_depths and config.depths != DEFAULT_DEPTHS:
         raise UsageError("these needles are spread over the whole video", where="--depths", fix="drop it")
     if needles.paired and config.distractors > 1:
         raise UsageError("every needle of this folder has one distractor", where="--distractors", fix="give 0 or 1")
@@ -40,4 +40,5 @@ def find_needles(config: VideoNiahConfig, size: int) -> NeedleSet:
     repeated = [needle for needle in needles.needles for _ in range(config.needle_frames)]
     distractors = needles.distractors[: len(needles.needles) if needles.paired else config.distractors]
     distractors = distractors if config.distractors else []
-    return replace(needles, needles=repeated, frames=config.needle_frames, distractors=distractors)
+    chance = needles.chance if config.question == "what" else None
+    return replace(needles, needles=repeated, frames=config.needle_frames, distractors=distractors, chance=chance)

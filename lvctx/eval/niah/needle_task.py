@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lvctx.eval.niah.niah_config import Scoring
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
@@ -98,6 +100,18 @@ def splice(haystack: np.ndarray, pieces: Iterable[tuple[int, Any]]) -> list[Any]
 def normalize(text: str) -> str:
     """Lower case, single spaces, no space at the ends, for comparing answers."""
     return " ".join(text.lower().split())
+
+
+def is_same_text(scoring: Scoring, predicted: str, answer: str) -> bool:
+    """Whether the most likely tokens of teacher forcing, as text, are the answer.
+
+    Lower case; LongVILA's script (llava/eval/vision_niah_vila/eval_vision_niah.py; its first version compared tokens)
+    leaves spaces out, VideoChat-Flash's (single_eval_vision_niah.py and multi_) the brackets of what is predicted.
+    """
+    predicted, answer = predicted.lower(), answer.lower()
+    if scoring == "longvila":
+        return predicted.replace(" ", "") == answer.replace(" ", "")
+    return predicted.replace("(", "").replace(")", "") == answer
 
 
 def begins_with(generated: str, answer: str) -> bool:

@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Self, get_args
 from lvctx.config import Flag, parse_integers, parse_numbers
 from lvctx.errors import UsageError
 
-Scoring = Literal["forced", "generate", "both"]
-NeedleQuestion = Literal["what", "when", "count", "order", "hops", "code"]
+Scoring = Literal["forced", "generate", "both", "longvila", "videochat-flash"]
+NeedleQuestion = Literal["what", "when", "count", "order", "values", "hops", "code"]
 TextTask = Literal[
     "single",
     "multi-key",
@@ -85,7 +85,7 @@ class NiahConfig:
     model: str
     """Model: directory or hub id; with --endpoint its name on the server."""
     haystack: tuple[Path, ...]
-    """Haystack."""
+    """Videos, features of encode-video or niah haystack, or folders of images, one after another."""
     lengths: Annotated[tuple[int, ...], Flag(parse=parse_lengths)]
     """Haystack lengths, comma-separated: tokens of the whole sequence for text, frames for video."""
     depths: Annotated[Depths, Flag(parse=Depths.parse)] = DEFAULT_DEPTHS
@@ -97,7 +97,8 @@ class NiahConfig:
     loop: bool = False
     """Repeat a haystack that is shorter than the longest length."""
     scoring: Scoring | None = None
-    """Teacher forcing, greedy generation, or both. Default: forced, or generate if answers have several forms."""
+    """Teacher forcing, greedy generation, or both; longvila and videochat-flash compare the text of the most likely
+    tokens, as those scripts do. Default: forced, or generate if answers have several forms."""
     training_length: Annotated[int | None, Flag(min=1)] = None
     """Tokens that the language model was trained on, drawn as a line. Default: from its directory."""
     rope: Annotated[tuple[tuple[RopeScheme, float], ...], Flag(parse=parse_ropes, metavar="SCHEME:NUMBER,...")] = ()
@@ -138,12 +139,12 @@ class VideoNiahConfig(NiahConfig):
     """Needle images: drawn, a folder with images and one .jsonl, LongVA's dataset.json, or a dataset such as
     lmms-lab/v_niah_needles."""
     question: NeedleQuestion = "what"
-    """Question: what the needle shows, when it is shown, how many needles there are, in which order, what a needle
-    shows that other needles lead to (hops), or which code a needle shows (code).
+    """Question: what the needle shows, when it is shown, how many needles there are, in which order, what all needles
+    of one key show (values), what a needle shows that other needles lead to (hops), or which code it shows (code).
     """
     count: Annotated[int, Flag(min=1, max=6)] = 1
-    """Drawn needles of a trial. what and code ask about one of them, order about all, count how many there are (from 1
-    to this number), and hops about one that half of the others lead to.
+    """Drawn needles of a trial. what and code ask about one of them, order and values about all, count how many there
+    are (from 1 to this number), and hops about one that half of the others lead to.
     """
     needle_frames: Annotated[int, Flag(min=1, max=64)] = 1
     """Frames of a needle: a short clip of a drawn shape that moves; an image of a folder is repeated."""
@@ -153,7 +154,7 @@ class VideoNiahConfig(NiahConfig):
     """Encode every frame as a separate image, as in Visual Haystacks, instead of one video (Qwen-VL)."""
 
     def __post_init__(self) -> None:
-        if self.question in ("count", "order", "hops") and self.count == 1:
+        if self.question in ("count", "order", "values", "hops") and self.count == 1:
             raise UsageError(f"--question {self.question} is about several needles", fix="give --count, such as 4")
         if self.question == "when" and self.count > 1:
             raise UsageError("--question when is about one needle", fix="drop --count")

@@ -8,11 +8,14 @@ from typing import Any
 from lvctx.artifacts import schemas
 from lvctx.artifacts.result_log import read_results
 from lvctx.errors import InputError
-from lvctx.eval.statistics import wilson_interval
+from lvctx.eval.statistics import clustered_mean, wilson_interval
 
 THRESHOLD = 0.9
 """Minimum accuracy of a length for the effective length. LongVA-7B falls below it where its figure 4 begins to fade;
 RULER uses 0.856 and Visual Haystacks 0.6, so it is a choice and always stated."""
+
+
+Interval = tuple[float, float] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +47,20 @@ class NeedleResults:
     """Tokens of the longest sequence the language model was trained on; None if it is not known."""
     longest_sample: int
     """Tokens of the longest sample of the alignment; 0 for a language model."""
+    interval: Interval = None
+    """The 95 % interval of the accuracy, clustered by needle: the needles are the sample, as all cells of a trial share
+    one. No narrower than Wilson's for independent cells. None with fewer than two needles, and for LongVA's files,
+    which have no trials.
+    """
+    interval_by_length: list[Interval] = field(default_factory=list)
+    """The same of each length."""
     shares: list[float | None] = field(default_factory=list)
     """Mean share of the answers that are in a reply, by length: RULER's score, and more than the accuracy where an
     answer has several parts. None where replies were not scored.
+    """
+    pairs: list[dict[str, float]] = field(default_factory=list)
+    """By length, where each chain of needles has two questions (VideoChat-Flash): the accuracies `caption` and `qa`,
+    the share `both` of the chains with two right answers, and how many `chains` there are. Empty for other tests.
     """
 
     @property
@@ -90,6 +104,11 @@ class NeedleResults:
         shares = [share for share in self.shares if share is not None]
         return sum(shares) / len(shares) if shares else None
 
+    def pair_mean(self, part: str) -> float | None:
+        """Mean of a share of `pairs` over the lengths."""
+        shares = [shares[part] for shares in self.pairs if part in shares]
+        return sum(shares) / len(shares) if shares else None
+
     def effective(self, threshold: float) -> int | None:
         """Index of the effective length: the longest one up to which every length reaches `threshold`.
 
@@ -113,7 +132,7 @@ class NeedleResults:
         return f"effective length {least}{self.lengths[i]:,} {self.unit}{tokens} at {threshold:g}"
 
     def to_dict(self, threshold: float = THRESHOLD) -> dict[str, Any]:
-        """JSON form: the fields, means with 95 % Wilson intervals, and the effective length."""
+        """JSON form: the fields, means with 95 % intervals, and the effective length."""
         i = self.effective(threshold)
         return {
             "schema": schemas.NIAH,
@@ -124,9 +143,7 @@ class NeedleResults:
                 for pair in zip(self.correct, self.trials, strict=True)
             ],
             "accuracy_by_length": [self.by_length(n) for n in range(len(self.lengths))],
-            "interval_by_length": [wilson(*self.count(n)) for n in range(len(self.lengths))],
             "accuracy": self.mean,
-            "interval": wilson(*self.total),
             "threshold": threshold,
             "effective_length": None if i is None else self.lengths[i],
             "effective_tokens": None if i is None else self.tokens[i],
@@ -134,11 +151,8 @@ class NeedleResults:
         }
 
 
-def wilson(right: int, n: int) -> tuple[float, float] | None:
-    """The 95 % interval of a proportion for `right` of `n` observations (Wilson 1927); None for n = 0.
-
-    The needles are the sample, so it covers differences between models due to the choice of needles.
-    """
+def wilson(right: int, n: int) -> Interval:
+    """The 95 % interval of a proportion for `right` of `n` needles (Wilson 1927); None for n = 0."""
     if not n:
         return None
     low, high = wilson_interval(right / n, n)
@@ -175,8 +189,44 @@ def build_results(rows: Iterable[dict[str, Any]], name: str) -> NeedleResults:
         chance=rows[0]["chance"],
         trained_length=rows[0]["trained_length"],
         longest_sample=rows[0]["longest_sample"],
+        interval=_interval(rows),
+        interval_by_length=[_interval(r for r in rows if r["length"] == n) for n in lengths],
         shares=[_mean_share(r for r in rows if r["length"] == n) for n in lengths],
+        pairs=[_pair_shares([r for r in rows if r["length"] == n]) for n in lengths] if "part" in rows[0] else [],
     )
+
+
+def cluster_of(row: Mapping[str, Any]) -> str:
+    """What the cells of a trial share: its needle, or its number where there is none."""
+    return str(row.get("needle") or row.get("trial"))
+
+
+def _interval(rows: Iterable[Mapping[str, Any]]) -> Interval:
+    ran = [(bool(row["correct"]), cluster_of(row)) for row in rows if "error" not in row]
+    estimate = clustered_mean([float(right) for right, _ in ran], [needle for _, needle in ran])
+    if estimate.low is None or estimate.high is None:
+        return None
+    # Few needles may differ less by luck than independent cells would.
+    clustered, alone = (
+        (round(estimate.low, 4), round(estimate.high, 4)),
+        wilson(sum(right for right, _ in ran), len(ran)),
+    )
+    return max(clustered, alone or clustered, key=lambda ends: ends[1] - ends[0])
+
+
+def _pair_shares(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """See `NeedleResults.pairs`. A chain of which a cell failed is left out."""
+    chains: dict[int, dict[str, bool]] = {}
+    for row in rows:
+        if "error" not in row:
+            chains.setdefault(row["trial"] // 2, {})[row["part"]] = bool(row["correct"])
+    whole = [chain for chain in chains.values() if len(chain) == 2]
+    shares = {
+        "caption": [c["caption"] for c in whole],
+        "qa": [c["qa"] for c in whole],
+        "both": [all(c.values()) for c in whole],
+    }
+    return {"chains": len(whole), **{name: round(sum(v) / len(v), 4) for name, v in shares.items() if v}}
 
 
 def _mean_share(rows: Iterable[Mapping[str, Any]]) -> float | None:

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lvctx.artifacts.result_log import RESULTS, ResultLog, read_results
 from lvctx.errors import OutOfMemory, UsageError, memory_errors
 from lvctx.eval.niah.frame_needles import FrameNeedles
 from lvctx.eval.niah.heatmap import write_report
 from lvctx.eval.niah.job import NiahJob
-from lvctx.eval.niah.needle_task import Cell
+from lvctx.eval.niah.needle_task import Cell, is_same_text
 from lvctx.eval.niah.results import THRESHOLD, read_needle_results
 from lvctx.inference.open_engine import Scorer, is_forward_only, open_scorer
 from lvctx.inference.prefix_scorer import Score
@@ -25,6 +27,7 @@ from lvctx.models.loading import (
 )
 from lvctx.parallel.context import ParallelContext
 from lvctx.parallel.ring_attention import Ring
+from lvctx.parallel.work_shares import divide_work
 
 log = logging.getLogger(__name__)
 
@@ -87,20 +90,14 @@ def run_niah(job: NiahJob, out: Path, run: NiahRun) -> Iterator[dict[str, Any]]:
 def partition_cells(cells: list[Cell], groups: int) -> list[set[int]]:
     """Indices of the cells that each group of ranks runs.
 
-    Cells with the same needle and position have the longest common prefix and stay together. Those with the most tokens
-    after their needle are assigned first, each to the group with the least load, so that loads are nearly equal.
+    Cells with the same needle and position have the longest common prefix and stay together; their size is the tokens
+    after their needle.
     """
     members_of: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, cell in enumerate(cells):
         members_of[cell.trial, cell.position].append(i)
-    work = {key: max(cells[i].length for i in members) - key[1] for key, members in members_of.items()}
-    shares: list[set[int]] = [set() for _ in range(groups)]
-    loads = [0] * groups
-    for key in sorted(members_of, key=lambda k: (-work[k], k)):
-        group = loads.index(min(loads))
-        shares[group].update(members_of[key])
-        loads[group] += work[key] + 1
-    return shares
+    sizes = {key: max(cells[i].length for i in members) - key[1] for key, members in sorted(members_of.items())}
+    return [{i for key in share for i in members_of[key]} for share in divide_work(sizes, groups)]
 
 
 def load_scorer(job: NiahJob, run: NiahRun, *, ring: Ring) -> Scorer:
@@ -129,9 +126,10 @@ def load_scorer(job: NiahJob, run: NiahRun, *, ring: Ring) -> Scorer:
 def _run_cell(scorer: Scorer, job: NiahJob, cell: Cell) -> dict[str, Any]:
     """The cell's part of a row: result, the answer's log-probability and rank; or an error."""
     ids, answer = job.task.sequence(cell)
-    row = {**asdict(cell), "tokens": len(ids), "last_position": job.last_position(ids)}
+    part = job.task.part(cell.trial) if isinstance(job.task, FrameNeedles) else {}
+    row = {**asdict(cell), **part, "tokens": len(ids), "last_position": job.last_position(ids)}
     try:
-        count = job.task.max_new_tokens(answer) if job.scoring != "forced" else 0
+        count = job.task.max_new_tokens(answer) if job.scoring in ("generate", "both") else 0
         with memory_errors(where=f"{len(ids)} tokens", fix="use --cp, --kv-cache host or a smaller --prefill-chunk"):
             score = scorer.score(ids, answer, generate=count)
     except OutOfMemory as e:
@@ -141,10 +139,10 @@ def _run_cell(scorer: Scorer, job: NiahJob, cell: Cell) -> dict[str, Any]:
     job.meter.add(tokens_in=len(ids), tokens_out=len(score.generated or ()))
     if isinstance(job.task, FrameNeedles):
         job.meter.add(frames_shown=len(job.task.order(cell)))
-    return {**row, **_verdicts(score, job, cell), **job.meter.take()}
+    return {**row, **_verdicts(score, job, cell, ids[len(ids) - answer :]), **job.meter.take()}
 
 
-def _verdicts(score: Score, job: NiahJob, cell: Cell) -> dict[str, Any]:
+def _verdicts(score: Score, job: NiahJob, cell: Cell, answer_A: np.ndarray) -> dict[str, Any]:
     verdicts: dict[str, Any] = {"log_prob": round(score.log_prob, 4), "rank": score.rank}
     if job.scoring != "generate":
         verdicts["teacher_forced"] = score.forced
@@ -152,4 +150,7 @@ def _verdicts(score: Score, job: NiahJob, cell: Cell) -> dict[str, Any]:
         verdicts["generated"] = job.tokenizer.decode(score.generated, skip_special_tokens=True).strip()
         verdicts["share"] = round(job.task.score_text(cell, verdicts["generated"]), 4)
     correct = verdicts["share"] == 1 if job.scoring == "generate" else score.forced
+    if job.scoring in ("longvila", "videochat-flash"):
+        verdicts["predicted"] = job.tokenizer.decode(score.predicted)
+        correct = is_same_text(job.scoring, verdicts["predicted"], job.tokenizer.decode(answer_A.tolist()))
     return {"correct": correct, **verdicts}

@@ -25,7 +25,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "trained_length": (int, type(None)),
     "longest_sample": (int, type(None)),
 }
-TRIAL_FIELDS = ("needle", "question", "answer", "generated", "log_prob", "rank", "error")
+TRIAL_FIELDS = ("needle", "part", "question", "answer", "generated", "predicted", "log_prob", "rank", "error")
 """Fields of a row that its trial shows."""
 
 

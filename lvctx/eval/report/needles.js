@@ -38,7 +38,8 @@ function heatmap(run) {
   const trial = (t) => el("article", {},
     el("p", {}, el("strong", {}, `Trial ${t.trial + 1} `), badge(t.verdict)),
     pictures(t.images),
-    definitions([["question", t.question], ["answer", t.answer], ["reply", t.generated],
+    definitions([["question", t.question], ["answer", t.answer], ["part", t.part], ["reply", t.generated],
+      ["most likely tokens", t.predicted],
       ["log-probability", t.log_prob == null ? null : String(t.log_prob)],
       ["rank of the answer", t.rank == null ? null : JSON.stringify(t.rank)],
       ["needle", t.needle && t.needle.trim()], ["inserted after", t.position == null ? null : `${count(t.position)} ${grid.unit}`],
@@ -61,9 +62,10 @@ function heatmap(run) {
     ? ` The language model was trained to ${count(grid.trained_length)} tokens.`
     : ` Columns after the dashed line exceed the ${count(grid.trained_length)} tokens that the language model was trained on.`;
   const guessing = grid.chance == null ? "" : ` Chance is ${percent(grid.chance)}%.`;
+  const pairs = (grid.pairs ?? []).map((p, n) => p.chains ? ` At ${count(grid.lengths[n])}: caption ${percent(p.caption)}%, qa ${percent(p.qa)}%, both ${percent(p.both)}% of ${count(p.chains)} chains.` : "").join("");
   const caption = `Right answers in %, by depth and length in ${grid.unit === "frames" ? "frames, tokens below" : "tokens"}`;
   return headline(run,
-    el("p", {}, `Mean ${percent(grid.accuracy)}% (${range(...(grid.interval ?? []))}); ${run.effective ?? "no result"}.${run.scoring ? ` Scoring: ${run.scoring}.` : ""}${guessing}${trained} A cell opens its needles.`),
+    el("p", {}, `Mean ${percent(grid.accuracy)}% (${range(...(grid.interval ?? []))}); ${run.effective ?? "no result"}.${run.scoring ? ` Scoring: ${run.scoring}.` : ""}${guessing}${trained}${pairs} A cell opens its needles.`),
     el("div", { class: "scroll" }, el("table", { class: "heat" }, el("caption", {}, caption),
       el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "depth"), head)), el("tbody", {}, body),
       el("tfoot", {}, el("tr", {}, el("th", { scope: "row" }, "all depths"), foot)))),

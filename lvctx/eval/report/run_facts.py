@@ -1,4 +1,4 @@
-"""What the report says of a run of any kind: the model, how the results came about, and what they cost."""
+"""What the report shows of a run of any kind: the model, how the results were computed, and what they cost."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

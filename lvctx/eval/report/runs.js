@@ -73,5 +73,5 @@ function summary() {
   ];
   const columns = all.filter(([, make]) => data.runs.some(make)).map(([name, make, number]) => ({ name, make, number }));
   const rows = data.runs.map((run) => ({ cells: columns.map(({ make }) => make(run) || null) }));
-  return [table(`Intervals of benchmarks are clustered by video; those of needle tests are Wilson's, and their effective length is at ${data.threshold}`, columns, rows)];
+  return [table(`Intervals of benchmarks are clustered by video, those of needle tests by needle; their effective length is at ${data.threshold}`, columns, rows)];
 }

@@ -1,4 +1,4 @@
-"""`lvctx report`."""
+"""Evaluation beside needle tests and benchmarks: `perplexity`, and `report`, the page of all results."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,8 +6,34 @@ from typing import Annotated
 
 from lvctx.cli.options import OutputOptions, command
 from lvctx.cli.output import emit, progress
+from lvctx.cli.tables import Threshold
 from lvctx.config import Flag
 from lvctx.errors import UsageError
+from lvctx.eval.perplexity_config import PerplexityConfig
+
+
+@command(
+    "perplexity",
+    "lvctx perplexity lm --data packed --seq-len 256 --rows 1 --points 4",
+    "lvctx perplexity lm lm-32k --data packed --rows 1 -o perplexity.png",
+)
+def perplexity(config: PerplexityConfig, output: OutputOptions) -> None:
+    """Perplexity of language models by position in long rows of text.
+
+    One line per model: `by_position` has the perplexity of the tokens between a position and the one before it in
+    `positions`, `up_to_position` that of all tokens up to it.
+    """
+    if config.out is not None and config.out.suffix not in (".png", ".svg"):
+        raise UsageError(f"-o {config.out}: the name has to end in .png or .svg")
+    rows = []
+    with progress("perplexity", "loading the model") as on_progress:
+        from lvctx.eval.perplexity import draw_perplexity, measure_perplexity
+
+        for name in config.models:
+            rows.append(measure_perplexity(config, name, on_progress))
+            emit(rows[-1])
+    if config.out is not None:
+        draw_perplexity(rows, config.out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +47,7 @@ class HtmlReportConfig:
     """The page: .html."""
     thumbnails: Annotated[int, Flag(min=0, max=16)] = 4
     """Images of each video, where its file can still be read; 0 for none. A report has at most 1,200 images."""
-    threshold: Annotated[float, Flag(min=0, max=1)] = 0.9
+    threshold: Threshold = 0.9
     """Minimum accuracy of a length for the effective length."""
 
 

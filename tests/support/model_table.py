@@ -1,4 +1,7 @@
-"""Models and commands as a table in Markdown: the README's."""
+"""Models and commands as a table in Markdown, from the registry: the README's.
+
+To print it: PYTHONPATH=tests python -c 'from support.model_table import model_table; print(model_table())'.
+"""
 
 from lvctx.vlm.registry import EVALUATE, FAMILIES, FORWARD, ModelSupport, support_of
 
