@@ -3,8 +3,8 @@
 # make tower | nano-start | text-start | giraffe-nano-train: train again what was trained in advance
 PYTHON ?= python3
 RUNTIMES ?= .runtimes
-RECIPES = transfer transfer-text transfer-far transfer-anyres transfer-no-text transfer-64k transfer-gpu giraffe-nano nano-start text-start \
-	giraffe-nano-train giraffe-schemes
+RECIPES = transfer transfer-text transfer-far transfer-anyres transfer-separator transfer-base transfer-frames transfer-no-text transfer-64k \
+	transfer-gpu giraffe-nano nano-start text-start giraffe-nano-train giraffe-schemes
 
 .PHONY: setup fetch demo $(RECIPES) test test-slow test-kill test-gpu test-lmms test-runtimes test-servers test-wheel fuzz soak lint tower clean
 
@@ -25,8 +25,9 @@ demo: setup           # the whole pipeline at nano scale
 
 # transfer: long context transfer, measured, half an hour on two cores. transfer-text: the same for text needles, before and after
 # training on text. transfer-far: both to 32,768 tokens, an hour more. transfer-64k: both to 65,536 tokens on one GPU, minutes.
-# transfer-anyres: with the AnyRes encoding of images, transfer-no-text: without training on text, both after transfer. transfer-gpu: from
-# nothing, on one GPU; it was never run to its end.
+# The ablations of LongVA, after transfer: transfer-anyres, the AnyRes encoding of images; transfer-separator, a newline after every frame;
+# transfer-base, larger RoPE bases without training; transfer-frames, the number of frames at inference; transfer-no-text, no training on text.
+# transfer-gpu: from nothing, on one GPU; it was never run to its end.
 # giraffe-nano: M-RoPE++ and hybrid resolution, measured. giraffe-schemes: M-RoPE++ and YaRN where they differ, three trainings.
 # Trained again from nothing: nano-start, the LoRAs of the demo's alignments (about 40 minutes); text-start, the LoRA of its text
 # training (about an hour); giraffe-nano-train, the tower and LoRAs of giraffe-nano (45 minutes).

@@ -2,7 +2,8 @@
 
     python benchmarks/context_parallel.py [--processes 2] [--length 8192] [--heads 8] [--key-heads 2] [--channels 64]
 
-Medians of five, taken in turns; `window` is Ulysses with a sliding window, which the ring does not support.
+Medians of five, taken in turns; `both` is Ulysses among neighbours and the ring around them, `window` is Ulysses with a
+sliding window, which the ring does not support.
 """
 
 import argparse
@@ -10,8 +11,10 @@ import json
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
@@ -19,17 +22,23 @@ import torch.multiprocessing as multiprocessing
 from lvctx.parallel.block_attention import FlashCPU
 from lvctx.parallel.context import joined
 from lvctx.parallel.ring_attention import Ring, ring_attention
-from lvctx.parallel.ulysses_attention import ulysses_attention
+from lvctx.parallel.ulysses_attention import ulysses_attention, unified_attention
 
 
 def measure(rank: int, folder: str, a: argparse.Namespace) -> None:
     """One process; the first prints."""
     torch.set_num_threads(1)
     with joined(Path(folder) / "store", rank=rank, size=a.processes):
-        shared = {"ring": Ring(rank=rank, world=a.processes, group=torch.distributed.group.WORLD), "scale": 0.125}
+        shared: dict[str, Any] = {
+            "ring": Ring(rank=rank, world=a.processes, group=torch.distributed.group.WORLD),
+            "scale": 0.125,
+        }
         ways = {
             "ring": partial(ring_attention, kernel=FlashCPU(), **shared),
             "ulysses": partial(ulysses_attention, **shared),
+            "both": partial(
+                unified_attention, kernel=FlashCPU(), **shared | {"ring": replace(shared["ring"], kind="both")}
+            ),
             "window": partial(ulysses_attention, window=a.window, **shared),
         }
         taken: dict[str, list[float]] = {name: [] for name in ways}

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from lvctx.errors import MissingError
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-CpKind = Literal["ring", "ulysses"]
+CpKind = Literal["ring", "ulysses", "both"]
 """How processes that share a row attend; see `training.parallel_config`."""
 DeviceMap = str | dict[str, Any]
 """Device of each of a model's modules, as in accelerate: `auto`, `balanced`, `sequential`, or devices by name."""

@@ -1,5 +1,6 @@
 """Redistributable haystacks: the same pixels everywhere, streamed to a tower, checked against their hashes."""
 
+import importlib
 import json
 from itertools import islice, pairwise
 from pathlib import Path
@@ -16,6 +17,8 @@ from typer.testing import CliRunner
 from lvctx.cli.app import app
 from lvctx.eval.niah.haystack import HaystackConfig, hash_frame, haystack_frames
 from lvctx.video.drawn_scenes import _Dice, _lattice, _noise, scene
+from lvctx.video.reader import read_video
+from lvctx.video.sampling import VideoSampling
 
 
 def run(*arguments: object) -> Any:
@@ -110,3 +113,28 @@ def test_other_pixels_are_refused_and_leave_nothing(tmp_path: Path) -> None:
     assert run(*base, "--seed", 1, "-o", tmp_path / "a").exit_code == 3
     assert run(*base, "--pixels", pinned, "-o", tmp_path / "c.mp4").exit_code == 0
     assert (tmp_path / "c.pixels.txt").read_text() == pinned.read_text()
+
+
+def test_videos_of_questions_for_the_number_of_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The image is on display from `first` on for `shown` seconds, and on no other; answers are counted by hand."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "recipes" / "nano"))
+    drawn = importlib.import_module("draw_videos")
+    monkeypatch.setattr(drawn, "SECONDS", 12)
+    monkeypatch.setattr(drawn, "SHOWN", (4,))
+    row = drawn.draw_video(tmp_path, 0, 0)
+    frames = [frame.image.astype(int) for frame in read_video(Path(row["path"]), VideoSampling(fps=1))]
+    inside = set(range(row["first"], row["first"] + 4))
+    distance = [np.abs(frame - frames[row["first"]]).mean() for frame in frames]
+    assert len(frames) == 12
+    assert {second for second in range(12) if distance[second] < 5} == inside
+
+    answers = [
+        {"answer": "Red.", "expected": "red", "first": 3, "shown": 2, "pts": [0.0, 4.0], "frames": 2, "tokens": 99},
+        {"answer": "blue", "expected": "red", "first": 3, "shown": 2, "pts": [0.0, 5.0], "frames": 2, "tokens": 98},
+    ]
+    for name, rows in (("b", answers), ("a", [{**row, "frames": 3, "tokens": 1200} for row in answers[:1]])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(drawn.tables([tmp_path / "a", tmp_path / "b"])) == [
+        "   2 frames,     99 tokens:   1 of 2 right (0.09 to 0.91), 1 have the image among their frames",
+        "   3 frames,  1,200 tokens:   1 of 1 right (0.21 to 1.00), 1 have the image among their frames",
+    ]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import mrope_models
 from typer.testing import CliRunner
 
 from lvctx.cli.app import app
@@ -162,3 +163,60 @@ def test_vqa_and_niah_read_them(tiny_vlm: Path, encoded: dict[str, Any], tmp_pat
     assert code == 0, said
     assert len(rows) == 6
     assert not any("error" in row for row in rows)
+
+
+def test_a_newline_after_every_frame(tiny_vlm: Path, encoded: dict[str, Any]) -> None:
+    """LLaVA-NeXT's mm_newline_position `frame`: a column of newlines is appended to the frames' tokens (F, P, E)."""
+    vlm, each = load_model(tiny_vlm), VideoSampling(frame_separator="newline")
+    ours = LlavaOnevision(tiny_vlm)
+
+    def rows(visual: Any, ids_N: np.ndarray) -> torch.Tensor:
+        return visual.table(vlm)[ids_N - ours.vocabulary]
+
+    with torch.no_grad():
+        newline_1E = newline_embedding(vlm)
+        frames_FPE = embed_frames(vlm, read_feature_cache(encoded["plain"]).features).view(10, 4, -1)
+        columned = torch.cat([frames_FPE, newline_1E.expand(10, 1, -1)], 1)
+        once, often = (ours.load([encoded["plain"]], sampling) for sampling in (VideoSampling(), each))
+        assert torch.equal(rows(once, once.ids_N), torch.cat([frames_FPE.flatten(0, 1), newline_1E]))
+        assert torch.equal(rows(often, often.ids_N), columned.flatten(0, 1))
+        assert once.tokens == often.tokens == often.facts["visual_tokens"] == 40
+
+        mixed = ours.load([encoded["mixed"], encoded["plain"]], each)
+        sizes = [4 if high else 2 for high in HIGH] + [4] * 10
+        found = rows(mixed, mixed.ids_N)
+        is_newline = (found == newline_1E).all(1)
+        assert np.flatnonzero(is_newline).tolist() == (np.cumsum(sizes) + np.arange(20)).tolist()
+        both = torch.cat([rows(x, x.ids_N) for x in (ours.load([encoded[n]], each) for n in ("mixed", "plain"))])
+        assert torch.equal(found, both)
+
+        image = draw_image(np.random.default_rng(0), size=48, shape="star", color="red")
+        hay = {
+            s: ours.haystack([encoded["plain"]], s, as_images=False).tokens(10, [image])
+            for s in (VideoSampling(), each)
+        }
+        order = np.array([2, 10, 7])
+        once_N, often_N = (rows(tokens, tokens.ids(order)) for tokens in hay.values())
+        expected = torch.cat([once_N[:-1].view(3, 4, -1), newline_1E.expand(3, 1, -1)], 1).flatten(0, 1)
+        assert torch.equal(often_N, expected)
+    assert [tokens.facts.get("frame_separator") for tokens in hay.values()] == [None, "newline"]
+    count = ours.count(10, 48, 48, each)
+    assert (count["actual"], count["delimiters"], count["last_position"]) == (40, 10, 49)
+
+
+def test_a_separator_is_a_runs_own_and_no_ones_else(tiny_vlm: Path, encoded: dict[str, Any], tmp_path: Path) -> None:
+    asked = ("vqa", encoded["plain"], "--model", tiny_vlm, "--ask", "Why?", "--max-new-tokens", 1)
+    tokens = [lvctx(*asked, *more)[1][0]["tokens"] for more in ((), ("--frame-separator", "newline"))]
+    assert tokens[1] - tokens[0] == 9
+    grid = ("--lengths", 4, "--depths", "0.5", "--trials", 1, "-o", tmp_path / "niah")
+    needles = ("niah", "video", "--model", tiny_vlm, "--haystack", encoded["plain"], *grid)
+    assert lvctx(*needles)[0] == 0
+    code, _, said = lvctx(*needles, "--frame-separator", "newline")
+    assert (code, "another run" in said) == (3, True), said
+    qwen = mrope_models.save("qwen2_vl", tmp_path / "qwen")
+    for refused in (
+        ("encode-video", encoded["clip"], "--model", tiny_vlm, "-o", tmp_path),
+        ("vqa", encoded["clip"], "--model", qwen, "--ask", "Why?"),
+    ):
+        code, _, said = lvctx(*refused, "--frame-separator", "newline")
+        assert (code, "--frame-separator" in said) == (2, True), said

@@ -53,7 +53,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("options", "formula", "spec"),
     [
-        ("theta --rope-theta 5e6", "frequencies", {"theta": 5e6}),
+        ("theta --rope-theta 5e6", "theta", {"theta": 5e6}),
         ("pi --factor 4", "pi", {"theta": 1e6, "factor": 4.0}),
         ("ntk --factor 4", "ntk", {"theta": 1e6, "factor": 4.0}),
         ("yarn --factor 4", "yarn", {"theta": 1e6, "factor": 4.0, "original": CONTEXT}),
@@ -69,7 +69,7 @@ def test_full_attention_is_scaled_and_windows_are_not(
     plain = RopeSpec(head_dim=HEAD, theta=1e4)
     for layers, scheme, one in (
         ("full_attention", formula, RopeSpec(head_dim=HEAD, **spec)),
-        ("sliding_attention", "frequencies", plain),
+        ("sliding_attention", "theta", plain),
     ):
         frequencies = torch.tensor([by_hand(scheme, one, i) for i in range(HEAD // 2)], dtype=torch.float64)
         angles = (positions[..., None] * frequencies).repeat(1, 1, 2)

@@ -64,14 +64,17 @@ def run_task(
     *,
     options: str = "frames=4",
     questions: Path = QUESTIONS,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """What our model says under lmms-eval to every question, shown what the expression `visuals` makes of `doc`."""
     (tmp_path / "tiny.yaml").write_text(TASK.format(questions=questions, kind=kind))
     (tmp_path / "look.py").write_text(LOOK.format(visuals=visuals))
     out = tmp_path / "out"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "lmms_eval", "--model", "lvctx", "--device", "cpu", "--batch_size", "1"),
+            *(sys.executable, *(torchrun if processes > 1 else ())),
+            *("-m", "lmms_eval", "--model", "lvctx", "--device", "cpu", "--batch_size", "1"),
             *("--model_args", f"pretrained={model},{options}", "--tasks", "tiny"),
             *("--include_path", str(tmp_path), "--output_path", str(out), "--log_samples"),
         ],
@@ -85,7 +88,7 @@ def run_task(
     for line in log.read_text().splitlines():
         sample = json.loads(line)
         reply = sample["filtered_resps"]
-        said[sample["input"]] = reply[0] if isinstance(reply, list) and kind == WRITES else reply
+        said[sample["input"]] = reply[0] if isinstance(reply, list) and kind != CHOOSES else reply
     assert len(said) == 6
     return said
 
@@ -150,4 +153,27 @@ def test_lmms_eval_takes_hybrid_resolution_and_a_rate_for_qwen_vl(nano: Any, tmp
         engine.show(shown, sampling if shown == [clip] else VideoSampling())
         for question, reply in said.items():
             assert reply == engine.reply([question], SamplingParams(max_new_tokens=6)).text
+        shutil.rmtree(tmp_path / "out")
+
+
+SAMPLES = "output_type: generate_until\ngeneration_kwargs: {max_new_tokens: 6, temperature: 0.7, do_sample: true}"
+
+
+def test_processes_share_the_questions_about_images(nano: Any, tmp_path: Path) -> None:
+    """Of a Qwen-VL, several images each (GIRAFFE's table 10), greedily and at a task's temperature (Mantis-Eval's)."""
+    model = mrope_models.save("qwen2_vl", tmp_path / "model")
+    rng = np.random.default_rng(0)
+    files = [str(tmp_path / f"{name}.png") for name in "ab"]
+    for file in files:
+        Image.fromarray(rng.integers(0, 256, (60, 90, 3), dtype=np.uint8)).save(file)
+    visuals = f"[Image.open(name) for name in {files}]"
+    engine = engine_of(model)
+    engine.show([Image.open(file).convert("RGB") for file in files], VideoSampling())
+    for kind, params in (
+        (WRITES, SamplingParams(max_new_tokens=6)),
+        (SAMPLES, SamplingParams(max_new_tokens=6, temperature=0.7)),
+    ):
+        said = run_task(model, tmp_path, visuals, kind, processes=2)
+        for question, reply in said.items():
+            assert reply == engine.reply([question], params).text
         shutil.rmtree(tmp_path / "out")

@@ -75,7 +75,8 @@ def test_compressed_content_is_known_by_its_first_bytes(kind: str, name: str, bp
         assert texts(path, bpe) == TEXTS
     for bad in (members[:-9], members[: len(members) // 2], members + b"garbage", squeeze(data)[:-1], members[:3]):
         path.write_bytes(bad)
-        with refused(InputError, path.name):
+        # Three bytes are not enough to know a compressed file: the first row is wrong then.
+        with refused(InputError, path.name if kind == "gz" or len(bad) > 3 else f"{path.name}:1"):
             texts(path, bpe)
     damaged = bytearray(squeeze(data))
     damaged[len(damaged) // 2] ^= 0x55

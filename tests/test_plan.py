@@ -295,6 +295,31 @@ def test_ulysses_needs_what_torchs_memory_tracker_counts(heads: int, key_heads: 
     assert parts["all_to_all_buffers"] / 1024 / shape.head_dim == pytest.approx(measured, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("heads", "key_heads", "part", "measured"),
+    [
+        (28, 4, "all_to_all_buffers", 226.2 - 185.8),
+        (28, 2, "ring_buffers", 421.2 - 375.1),
+        (32, 2, "ring_buffers", 58.5),
+    ],
+)
+def test_both_need_a_copy_more_in_torchs_memory_tracker(heads: int, key_heads: int, part: str, measured: float) -> None:
+    """Bytes per token and channel, four ranks: beside those of Ulysses for four key heads, else beside the ring's."""
+    shape, kind = replace(qwen2(), heads=heads, key_heads=key_heads), "ulysses" if key_heads == 4 else "ring"
+    spreads = (Spread(world=4, cp=4, cp_kind="both"), Spread(world=4, cp=4, cp_kind=kind))
+    both, other = (memory(shape, spread, 4096, runtime=0)[0][part] for spread in spreads)
+    difference = (both - other) / 1024 / shape.head_dim
+    assert measured < difference < 1.4 * measured
+
+
+def test_both_take_windows_where_the_devices_divide_the_key_heads() -> None:
+    shape = replace(qwen2(), sliding_layers=28, window=4096)
+    flags = {flag for flag, _ in remedies(shape, Spread(world=8, cp=2, cp_kind="both"), 1 << 20, A100)}
+    assert "--cp 4" in flags
+    assert "--cp 8" not in flags, "four key heads"
+    assert "--cp 8" in {flag for flag, _ in remedies(qwen2(), Spread(world=8, cp=2, cp_kind="both"), 1 << 20, A100)}
+
+
 def test_ulysses_is_suggested_for_divisors_of_the_heads_only() -> None:
     spread = Spread(world=8, cp=2, cp_kind="ulysses")
     flags = {flag for flag, _ in remedies(qwen2(), spread, 1 << 20, A100)}
@@ -340,6 +365,7 @@ def test_the_command_needs_no_torch_and_refuses_what_cannot_fit() -> None:
     assert "it fits with --cp 2" in too_long.stderr.splitlines()[-1]
     assert plan(*eight, "--cp", 3).exit_code == 2
     assert plan(*eight, "--cp", 8, "--cp-kind", "ulysses").exit_code == 3, "28 heads"
+    assert json.loads(plan(*eight, "--cp", 8, "--cp-kind", "both").stdout)["cp_kind"] == "both"
     assert plan("--seq-len", 1024, "--device-memory", "lots").exit_code == 2
 
 

@@ -159,6 +159,11 @@ NOT_PLAIN = [
 
 def check_models(world: ParallelContext) -> None:
     plain, others = (CASES[:3], NOT_PLAIN) if world.ring.kind == "ulysses" else (CASES, NOT_PLAIN * (world.size == 1))
+    if world.ring.kind == "both":  # windows and latent keys where the processes divide the key heads, so have no ring
+        plain = CASES[:3]
+        others = [
+            case for case in (NOT_PLAIN[0], NOT_PLAIN[-1]) if case[3].get("num_key_value_heads", 2) % world.cp == 0
+        ]
     for kind, length, starts, changed in [*plain, *others]:
         lm = tiny_model(kind, **changed)
         ids = torch.randint(0, 101, (1, length), generator=torch.Generator().manual_seed(1))
@@ -296,6 +301,7 @@ def all_checks(rank: int, store: Path) -> None:
             if cp > 1:
                 check_package(world)
                 check_models(make_context(device="cpu", cp=cp, cp_kind="ulysses"))
+                check_models(make_context(device="cpu", cp=cp, cp_kind="both"))
 
 
 def test_loss_and_every_gradient_are_those_of_full_attention(tmp_path: Path) -> None:
@@ -329,6 +335,10 @@ def test_what_ulysses_cannot_divide_or_compute_is_refused() -> None:
 def test_a_sliding_window_is_refused() -> None:
     hf_attention.check_config(tiny_config("mistral"), where="m")
     hf_attention.check_config(tiny_config("qwen2"), where="m")
+    windowed = tiny_config("mistral", sliding_window=16)  # two key heads
+    hf_attention.check_ring(windowed, Ring(world=2, kind="both"), where="m")
+    with refused(InputError, "m"):
+        hf_attention.check_ring(windowed, Ring(world=4, kind="both"), where="m")
     with refused(InputError, "m"):
         hf_attention.check_ring(tiny_config("mistral", sliding_window=16), Ring(world=2), where="m")
     with refused(InputError, "m"):

@@ -35,6 +35,7 @@ def resolve_for_endpoint(config: VideoEndpointConfig, sampling: VideoSampling) -
     if sampling.resolution is not None or sampling.frame_mode is not None or sampling.threshold is not None:
         fix = "drop --hybrid, --hybrid-mode, --frame-selection and --frame-mode"
         raise UsageError("a server decides the resolution of frames itself", fix=fix)
+    sampling.refuse_separator("a server writes what is between frames")
     if sampling.has_default_rate:
         sampling = replace(sampling, fps=1.0)
     if sampling.fps is not None and sampling.fps != "native" and sampling.max_frames is None:

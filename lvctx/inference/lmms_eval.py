@@ -58,14 +58,16 @@ class Lvctx(lmms):
         self._current_visuals: Any = None
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Greedy replies, cut before the first string of the request's `until`; empty if a visual cannot be read."""
+        """Replies, cut before the first string of the request's `until`; empty if a visual cannot be read.
+
+        They are greedy unless the task has `do_sample` and a temperature.
+        """
         replies = []
         for request in requests:
             context, options, visuals = request.args[0], request.args[1], self._visuals(request)
             try:
                 self._show(visuals)
-                params = SamplingParams(max_new_tokens=int(options.get("max_new_tokens", 1024)))
-                reply = self.engine.reply([context], params).text
+                reply = self.engine.reply([context], _params(options)).text
             except LvctxError as e:
                 log.warning("no reply to %s: %s", request.args[3], e)
                 reply = ""
@@ -107,6 +109,15 @@ class Lvctx(lmms):
         has_video = any(isinstance(item, Path) for item in items)
         self.engine.show(items, self.sampling if has_video else VideoSampling())
         self._current_visuals = visuals
+
+
+def _params(options: dict[str, Any]) -> SamplingParams:
+    """The sampling parameters of a task's `generation_kwargs`."""
+    longest = int(options.get("max_new_tokens", 1024))
+    if not options.get("do_sample"):
+        return SamplingParams(max_new_tokens=longest)
+    given = {name: options[name] for name in ("temperature", "top_p", "top_k") if options.get(name) is not None}
+    return SamplingParams(max_new_tokens=longest, **given)
 
 
 def _sampling(options: dict[str, Any]) -> VideoSampling:

@@ -136,7 +136,7 @@ def make_context(
 ) -> ParallelContext:
     """The context of an initialised process group, or of a single process.
 
-    Raises UsageError where `cp` does not divide the number of processes, and for `ulysses` without `cp`.
+    Raises UsageError where `cp` does not divide the number of processes, and for another kind than `ring` without it.
     """
     if cp == 1 and cp_kind != "ring":
         raise UsageError(f"--cp-kind {cp_kind} has no effect with --cp 1", fix="raise --cp, or drop it")

@@ -22,7 +22,7 @@ from torch import Tensor
 from lvctx.errors import InputError
 from lvctx.parallel.block_attention import Kernel, choose_kernel
 from lvctx.parallel.ring_attention import ALONE, Ring, ring_attention
-from lvctx.parallel.ulysses_attention import ulysses_attention
+from lvctx.parallel.ulysses_attention import ulysses_attention, unified_attention
 
 log = logging.getLogger(__name__)
 RING_ATTENTION = "lvctx_ring"
@@ -68,11 +68,12 @@ def check_config(config: Any, *, where: object, fix: str = "use context parallel
 
 def check_ring(config: Any, ring: Ring, *, where: object) -> None:
     """Raise InputError for a model whose attention the ranks do not support, and for heads that they cannot divide."""
-    if ring.world > 1 and ring.kind == "ring":
+    heads, kinds = config.num_attention_heads, set(getattr(config, "layer_types", None) or ())
+    divided, around = ring.split(getattr(config, "num_key_value_heads", None) or heads)
+    if around.world > 1:
         check_config(config, where=where, fix="give --cp-kind ulysses")
         return
-    heads, kinds = config.num_attention_heads, set(getattr(config, "layer_types", None) or ())
-    if heads % ring.world:
+    if heads % divided.world:
         fix = "give a --cp that divides them" + ", or --cp-kind ring" * is_plain(config)
         raise InputError(f"--cp {ring.world} does not divide its {heads} attention heads", where=where, fix=fix)
     kinds -= {"full_attention", "sliding_attention"}
@@ -133,18 +134,25 @@ def _attend(
     if shard.ring.world == 1 or shard.ring.kind == "ulysses":
         share: dict[str, Any] = {"ring": shard.ring, "starts": shard.starts, "window": sliding_window}
         return ulysses_attention(query, key, value, scale=scale, **share).transpose(1, 2), None
-    kernel = select_kernel(device, query.dtype, query.shape[-1], shard.starts is not None)
+    both = shard.ring.kind == "both"
+    kernel = select_kernel(device, query.dtype, query.shape[-1], both or shard.starts is not None)
     if isinstance(kernel, PackageRing):
         return kernel(query, key, value, shard.ring, scale), None
-    out = ring_attention(query, key, value, ring=shard.ring, kernel=kernel, scale=scale, starts=shard.starts)
+    given: dict[str, Any] = {"ring": shard.ring, "kernel": kernel, "scale": scale, "starts": shard.starts}
+    if both:
+        return unified_attention(query, key, value, window=sliding_window, **given).transpose(1, 2), None
+    out = ring_attention(query, key, value, **given)
     return out.transpose(1, 2), None
 
 
 @cache
-def select_kernel(device: str, dtype: torch.dtype, head_dim: int, documents: bool) -> "Kernel | PackageRing":
-    """The ring's implementation: ring-flash-attn if available and suitable, else ours on torch's kernels."""
+def select_kernel(device: str, dtype: torch.dtype, head_dim: int, ours: bool) -> "Kernel | PackageRing":
+    """The ring's implementation: ring-flash-attn if available and suitable, else ours on torch's kernels.
+
+    Only `ours` supports documents, and rings that are a part of a process group.
+    """
     half = dtype in (torch.bfloat16, torch.float16)
-    package = load_package() if device == "cuda" and half and not documents else None
+    package = load_package() if device == "cuda" and half and not ours else None
     chosen = PackageRing(package) if package else choose_kernel(device, dtype, head_dim)
     log.info("ring attention on %s, %s, heads of %d: %s", device, dtype, head_dim, chosen.name)
     return chosen

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from math import gcd
 from typing import Any
 
 import torch
@@ -36,14 +37,33 @@ class Ring:
     world: int = 1
     """Number of ranks that share the sequence."""
     group: Any = None
-    """Their torch.distributed process group; None for a ring of one."""
+    """A torch.distributed process group that they are in; None for a ring of one."""
+    members: range | None = None
+    """Their ranks in that group; None for all of it."""
     kind: CpKind = "ring"
-    """How a training's row is cut and attention computed: zigzag for the ring, contiguous for Ulysses."""
+    """How a training's row is cut and attention computed: contiguous for Ulysses, otherwise zigzag."""
 
     def shard(self, full: Tensor, *, fill: int, dim: int = -1) -> Tensor:
         """This rank's part of a training's row with its tokens along `dim`; see `zigzag.shard`."""
         contiguous = self.kind == "ulysses"
         return shard(full, rank=self.rank, world=self.world, fill=fill, dim=dim, contiguous=contiguous)
+
+    def split(self, key_heads: int) -> tuple["Ring", "Ring"]:
+        """The neighbours U that divide attention heads, and the ring of which they are one member; `both` has both.
+
+        U is the largest divisor of `world` that divides the key heads, so `both` repeats none.
+        """
+        if self.kind == "ulysses":
+            return self, ALONE
+        if self.kind == "ring":
+            return ALONE, self
+        heads = gcd(self.world, key_heads)
+        first, index = self.rank - self.rank % heads, self.rank % heads
+        neighbours, column = range(first, first + heads), range(index, self.world, heads)
+        return (
+            Ring(rank=index, world=heads, group=self.group, members=neighbours),
+            Ring(rank=self.rank // heads, world=self.world // heads, group=self.group, members=column),
+        )
 
 
 ALONE = Ring()
@@ -204,7 +224,8 @@ class _Exchange:
 
     def __init__(self, send: Tensor, ring: Ring) -> None:
         self.sent, self.received = send.contiguous(), torch.empty_like(send, memory_format=torch.contiguous_format)
-        to, by = ((ring.rank + d) % ring.world for d in (1, -1))
+        members = ring.members or range(ring.world)
+        to, by = (members[(ring.rank + d) % ring.world] for d in (1, -1))
         if ring.group is not None:
             to, by = (dist.get_global_rank(ring.group, r) for r in (to, by))
         operations = [

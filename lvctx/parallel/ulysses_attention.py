@@ -7,6 +7,8 @@ and sliding windows, which ring attention does not support. Key heads are repeat
 No mask of the whole row is built. A document is a causal square; under a sliding window, as many queries as the window
 is long attend to that many keys before theirs and to theirs, with the same mask each time.
 
+`unified_attention` is Ulysses among neighbours and the ring around them (Fang and Zhao 2024, USP).
+
 Shapes: W ranks, B samples, H query heads, K key heads, L local tokens, S tokens of the row, D channels.
 """
 
@@ -20,7 +22,9 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lvctx.parallel.ring_attention import Ring
+from lvctx.parallel.block_attention import Kernel
+from lvctx.parallel.ring_attention import Ring, ring_attention
+from lvctx.parallel.zigzag import shard, unshard
 
 _ANY_LENGTH = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Kernels for documents and windows: cuDNN's are compiled for every new length."""
@@ -56,6 +60,45 @@ def _all_to_all(x: Tensor, ring: Ring, *, split: int, join: int) -> Tensor:
     """Send the r-th of W pieces along `split` to rank r, and concatenate what arrives along `join`."""
     pieces = x.unflatten(split, (ring.world, -1)).movedim(split, 0).contiguous()
     return all_to_all_single_autograd(pieces, None, None, ring.group).movedim(0, join).flatten(join, join + 1)
+
+
+def unified_attention(
+    q_BHLD: Tensor,
+    k_BKLD: Tensor,
+    v_BKLD: Tensor,
+    *,
+    ring: Ring,
+    kernel: Kernel,
+    scale: float,
+    starts: tuple[int, ...] | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """As `ulysses_attention`, with zigzag shards and any number of heads; see `Ring.split` for the two dimensions.
+
+    Neighbours have one member's zigzag share in the ring around them. A window needs a ring of one.
+    """
+    neighbours, around = ring.split(k_BKLD.shape[1])
+    assert window is None or around.world == 1, "the ring supports no sliding window"
+    count, divided = neighbours.world, neighbours.world > 1
+    # The others of the group get nothing: one process group serves every division.
+    splits = [int(r in (neighbours.members or ())) for r in range(ring.world)]
+
+    def exchange(pieces: Tensor) -> Tensor:
+        return all_to_all_single_autograd(pieces, splits, splits, ring.group)
+
+    def gather_tokens(x: Tensor) -> Tensor:
+        pieces = x.unflatten(1, (count, -1)).movedim(1, 0).contiguous()
+        return unshard(exchange(pieces).unbind(), dim=2)
+
+    q, k, v = (gather_tokens(x) if divided else x for x in (q_BHLD, k_BKLD, v_BKLD))
+    if around.world == 1:
+        out = masked_attention(q, k, v, scale=scale, starts=starts, window=window)
+    else:
+        out = ring_attention(q, k, v, ring=around, kernel=kernel, scale=scale, starts=starts)
+    if not divided:
+        return out
+    pieces = torch.stack([shard(out, rank=r, world=count, fill=0, dim=2) for r in range(count)])
+    return exchange(pieces).movedim(0, 1).flatten(1, 2)
 
 
 def masked_attention(

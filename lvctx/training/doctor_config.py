@@ -16,7 +16,7 @@ class DoctorConfig:
     cp: Annotated[int, Flag(min=1)] = 2
     """Processes that share a row, as in extend-lm."""
     cp_kind: CpKind = "ring"
-    """How these processes compute attention, as in extend-lm: ring or ulysses."""
+    """How these processes compute attention, as in extend-lm: ring, ulysses or both."""
     length: Annotated[int, Flag(min=8)] = 501
     """Tokens of the row."""
     device: str = "auto"

@@ -32,13 +32,14 @@ Ring (C > 1): keys and values twice in bfloat16 and their gradients twice in flo
 float32: s (24 K D + 8 H D).
 Ulysses (C > 1): key heads are repeated to K' = lcm(K, C), 2 (K' - K) more than counted above. Attention's gradients of
 q k v, and two copies of the largest while it is sent and received: s c D (3 H + 4 K' - 2 K).
+Both: as the ring, or as Ulysses where C divides K, and a copy of the output's gradient in the other order: s c H D.
 Operations: 2 per weight and token except for the embedding and the experts that do not see it; causal attention 4 H D
 per token, layer and key, of which there are S / 2 on average, in a window of N tokens N - N^2 / 2S; three times that
 with the backward pass; checkpointing repeats the forward, which MFU does not count.
 """
 
 from dataclasses import dataclass, replace
-from math import lcm
+from math import gcd, lcm
 
 from lvctx.device import CpKind
 from lvctx.training.decoder_shape import DecoderShape
@@ -119,6 +120,11 @@ class Spread:
         """Whether parameters are not sharded: autocast then copies them, and the inputs of matrix products."""
         return self.world == 1 and not self.offload
 
+    def ring(self, key_heads: int) -> int:
+        """Members of the ring that passes keys on; 1 where the devices divide attention heads only."""
+        heads = {"ring": 1, "ulysses": self.cp, "both": gcd(self.cp, key_heads)}[self.cp_kind]
+        return self.cp // heads
+
 
 def rows_together(seq_len: int, micro_tokens: int, rows: int) -> int:
     """Rows of one forward: as many whole ones as fit, at least one, at most the `rows` of a device's step."""
@@ -163,7 +169,7 @@ def memory(shape: DecoderShape, spread: Spread, seq_len: int, *, runtime: int) -
         "compute_copies": copies + late,
         "activations": stored + layer,
         "loss": loss,
-        "ring_buffers" if spread.cp_kind == "ring" else "all_to_all_buffers": shared,
+        "all_to_all_buffers" if spread.ring(shape.key_heads) == 1 < spread.cp else "ring_buffers": shared,
         "runtime": runtime,
     }
     always = state_bytes["parameters"] + state_bytes["optimizer"] + runtime
@@ -203,10 +209,11 @@ def _norm_bytes(shape: DecoderShape, spread: Spread, value: int) -> int:
 
 def _sharing(shape: DecoderShape, spread: Spread) -> int:
     """Bytes per token that context parallelism adds to a layer's backward."""
-    if spread.cp_kind == "ring":
-        return shape.head_dim * (24 * shape.key_heads + 8 * shape.heads)
+    reordered = spread.compute_bytes * shape.head_dim * shape.heads * (spread.cp_kind == "both")
+    if spread.ring(shape.key_heads) > 1:
+        return reordered + shape.head_dim * (24 * shape.key_heads + 8 * shape.heads)
     key_heads = lcm(shape.key_heads, spread.cp)
-    return spread.compute_bytes * shape.head_dim * (3 * shape.heads + 4 * key_heads - 2 * shape.key_heads)
+    return reordered + spread.compute_bytes * shape.head_dim * (3 * shape.heads + 4 * key_heads - 2 * shape.key_heads)
 
 
 def _activations(shape: DecoderShape, spread: Spread, tokens: int, w: int) -> tuple[int, int, int, int]:
@@ -289,11 +296,12 @@ def remedies(shape: DecoderShape, spread: Spread, seq_len: int, device: Device) 
     if not spread.recomputation.mlp_tiles:
         tiled = Recomputation(mlp_tiles=True)
         tried.append(("--checkpoint-activations tiles", replace(spread, recomputation=tiled)))
-    tried += [
-        (f"--cp {cp}", replace(spread, cp=cp))
-        for cp in range(spread.cp + 1, spread.world + 1)
-        if spread.world % cp == 0 and (not shape.sliding_layers if spread.cp_kind == "ring" else shape.heads % cp == 0)
-    ]
+    for cp in range(spread.cp + 1, spread.world + 1):
+        other = replace(spread, cp=cp)
+        windowed = shape.sliding_layers and other.ring(shape.key_heads) > 1
+        divides = spread.cp_kind != "ulysses" or shape.heads % cp == 0
+        if spread.world % cp == 0 and divides and not windowed:
+            tried.append((f"--cp {cp}", other))
     if not spread.offload:
         tried.append(("--offload", replace(spread, offload=True)))
     if spread.recomputation.kept_layers < shape.layers and not spread.offload_activations:

@@ -28,8 +28,9 @@ class ParallelConfig:
     cp: Annotated[int, Flag(min=1)] = 1
     """Processes that share a row (context parallelism); start them with torchrun."""
     cp_kind: CpKind = "ring"
-    """How these processes compute attention: ring (zigzag ring attention), or ulysses (all-to-all over attention
-    heads; --cp must divide their number), which also takes models with sliding windows."""
+    """How these processes compute attention: ring (zigzag ring attention), ulysses (all-to-all over attention
+    heads; --cp must divide their number; also for models with sliding windows), or both (ulysses among as many
+    neighbours as divide the key heads, the ring around these groups)."""
     offload: bool = False
     """Keep parameters and optimizer state in host memory."""
     checkpoint_activations: Checkpointing = "auto"

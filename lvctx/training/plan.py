@@ -50,7 +50,7 @@ def predict(config: PlanConfig) -> dict[str, Any]:
         compute_bytes=4 if config.dtype == "float32" else 2,
     )
     shape = read_shape(read_config(config.model), where=config.model)
-    if shape.sliding_layers and config.cp > 1 and config.cp_kind == "ring":
+    if shape.sliding_layers and spread.ring(shape.key_heads) > 1:
         raise InputError("its attention has a sliding window", where=config.model, fix="give --cp-kind ulysses")
     if config.cp_kind == "ulysses" and shape.heads % config.cp:
         what = f"--cp {config.cp} does not divide its {shape.heads} attention heads"

@@ -34,7 +34,7 @@ class PlanConfig:
     cp: Annotated[int, Flag(min=1)] = 1
     """Devices that share a row (context parallelism)."""
     cp_kind: CpKind = "ring"
-    """How they compute attention, as in extend-lm: ring or ulysses."""
+    """How they compute attention, as in extend-lm: ring, ulysses or both."""
     batch_tokens: Annotated[int, Flag(min=1)] = 1_000_000
     """Tokens per step over all devices, rounded down to whole rows, at least one."""
     micro_tokens: Annotated[int, Flag(min=1)] = 4096

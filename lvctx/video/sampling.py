@@ -18,6 +18,7 @@ Rate = float | Literal["native"]
 Decoder = Literal["auto", "pyav", "decord"]
 SeekMode = Literal["exact", "keyframe"]
 FrameSelection = Literal["group", "adaptive"]
+FrameSeparator = Literal["none", "newline"]
 
 
 def parse_rate(text: str) -> Rate:
@@ -68,6 +69,9 @@ class VideoSampling:
     """Which frames have the higher resolution: the first of each group, or those where the image has changed."""
     change_threshold: Annotated[float, Flag(min=0, max=1, needs=("frame_selection=adaptive",))] = 0.1
     """With adaptive frame selection: smallest mean difference, 0 to 1, that counts as a change."""
+    frame_separator: FrameSeparator = "none"
+    """LlavaOnevision: newline adds the embedding of "\\n" after every frame, as LLaVA-Video does; none, after the last
+    frame only, as in training."""
     allow_partial: bool = False
     """Use what can be decoded of truncated or damaged videos; rows then have `partial`."""
     decoder: Decoder = "auto"
@@ -90,6 +94,12 @@ class VideoSampling:
             raise UsageError("--start must be at least 0 and before --end", where=f"{self.start or 0:g} to {self.end}")
         if self.frame_selection == "adaptive" and (self.hybrid is None or self.hybrid.uniform):
             raise UsageError("--frame-selection adaptive needs two resolutions", fix="give --hybrid L,M,S")
+
+    def refuse_separator(self, what: str) -> None:
+        """Raise UsageError if a separator of frames is given."""
+        if self.frame_separator != "none":
+            fix = "drop it, or give it where a model of lvctx align or import-longva runs"
+            raise UsageError(what, where="--frame-separator", fix=fix)
 
     @property
     def has_default_rate(self) -> bool:
@@ -115,6 +125,8 @@ class VideoSampling:
         if self.frames_from is not None:
             facts["frames_from"] = self.frames_from.digest
         del facts["frame_selection"], facts["change_threshold"]
+        if self.frame_separator == "none":
+            del facts["frame_separator"]
         if self.hybrid is not None:
             facts["hybrid"] = [self.hybrid.group, self.hybrid.tokens, self.hybrid.ratio]
         if self.threshold is not None:

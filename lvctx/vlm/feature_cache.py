@@ -46,9 +46,9 @@ class FeatureCache:
     provenance: dict[str, Any]
     """Its provenance; `provenance["inputs"]["tower"]` is the fingerprint of the tower."""
 
-    def tokens(self, per_frame: int) -> int:
-        """Visual tokens of all frames; `per_frame` for those pooled 2x2."""
-        return per_frame * len(self.pts) if self.grid is None else int(self.grid.prod(1).sum())
+    def frame_tokens(self, per_frame: int) -> list[int]:
+        """Visual tokens of each frame; `per_frame` for those pooled 2x2."""
+        return [per_frame] * len(self.pts) if self.grid is None else self.grid.prod(1).tolist()
 
     def batches(self, size: int, count: int | None = None) -> "Iterator[tuple[Tensor, Tensor | None]]":
         """Features and grids of the first `count` frames, `size` at a time."""

@@ -71,6 +71,7 @@ class GenericVLM:
             raise UsageError(what, where="--hybrid", fix="drop it, or take Qwen-VL or a model of lvctx align")
         if sampling.frame_mode is not None:
             raise UsageError("this model's processor makes its own squares", where="--frame-mode", fix="drop it")
+        sampling.refuse_separator("this model's processor writes what is between frames")
         return replace(
             sampling,
             fps=1.0 if sampling.has_default_rate else sampling.fps,

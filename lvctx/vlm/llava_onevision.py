@@ -1,8 +1,9 @@
 """LlavaOnevision: a CLIP or SigLIP tower, a projector with a 2x2 pool, a language model.
 
 The features of a video are in a feature cache, which is written by `encode-video` or here on demand. Frames follow each
-other without delimiters and one newline closes the block; positions count tokens. In a haystack of hybrid resolution
-an inserted image has the resolution of the frame that it precedes; at the end, that of the last frame.
+other without delimiters and one newline closes the block, or one closes every frame (`frame_separator`; LLaVA-NeXT's
+`mm_newline_position` one_token and frame); positions count tokens. In a haystack of hybrid resolution an inserted image
+has the resolution of the frame that it precedes; at the end, that of the last frame.
 
 Images have the encoding that `lvctx align` or `import-longva` wrote into config.json. A checkpoint of others has none
 there: its own processor encodes its images.
@@ -31,7 +32,7 @@ from lvctx.models.vision_encoder import TowerFiles, load_tower
 from lvctx.models.vlm_assembly import VIDEO_TOKEN, embed_frames, newline_embedding, tokens_per_frame
 from lvctx.video.container import check_complete
 from lvctx.video.hybrid import Hybrid
-from lvctx.video.sampling import VideoSampling
+from lvctx.video.sampling import FrameSeparator, VideoSampling
 from lvctx.vlm.base import VisualInput, sequential_positions
 from lvctx.vlm.feature_cache import FeatureCache, is_feature_cache, read_feature_cache
 from lvctx.vlm.generic import GenericVLM
@@ -74,7 +75,7 @@ class LlavaOnevision:
 
     def resolve(self, sampling: VideoSampling) -> VideoSampling:
         """See `VLM`."""
-        return resolve_for_tower(self.tower, sampling)
+        return replace(resolve_for_tower(self.tower, _of_features(sampling)), frame_separator=sampling.frame_separator)
 
     def image_facts(self) -> dict[str, Any]:
         """See `VLM`."""
@@ -86,7 +87,8 @@ class LlavaOnevision:
     def count(self, frames: int, width: int, height: int, sampling: VideoSampling) -> dict[str, int]:
         """See `VLM`."""
         tokens = sum(block.tokens for block in self.token_rule(sampling).video(width, height, frames))
-        return {"nominal": tokens, "actual": tokens, "delimiters": 1, "last_position": tokens}
+        newlines = 1 if sampling.frame_separator == "none" else frames
+        return {"nominal": tokens, "actual": tokens, "delimiters": newlines, "last_position": tokens + newlines - 1}
 
     def token_rule(self, sampling: VideoSampling) -> LlavaRule:
         """See `VLM`; only UniRes rows can be packed."""
@@ -118,6 +120,7 @@ class LlavaOnevision:
 
         Raises InputError for features of another tower, UsageError for sampling options given for a feature cache.
         """
+        sampling = _of_features(sampling)
         if not is_feature_cache(path):
             if sampling not in self._encoders:
                 self._encoders[sampling] = VideoEncoder.open(self.path, sampling, device=self.device)
@@ -151,29 +154,33 @@ class LlavaOnevision:
             return self._load_as_stock(items, sampling)
         alone = images == 1
         embed: list[Callable[[Any], Tensor]] = []
-        tokens: list[int] = []
+        blocks: list[np.ndarray] = []
         caches: list[FeatureCache] = []
+        first = self.vocabulary
         for item in items:
             if isinstance(item, Image.Image):
                 embed.append(self._image_embedder(item, alone=alone))
-                tokens.append(self.image_encoding.tokens_of(*item.size, alone=alone))
+                blocks.append(first + np.arange(self.image_encoding.tokens_of(*item.size, alone=alone)))
             else:
                 cache = self.open_cache(item, sampling)
                 caches.append(cache)
                 embed.append(_video_embedder(cache))
-                tokens.append(cache.tokens(tokens_per_frame(self.config)) + 1)
-        facts: dict[str, Any] = {"visual_tokens": sum(tokens)}
+                tokens = cache.frame_tokens(tokens_per_frame(self.config))
+                rows = FrameRows(vocabulary=first, tokens=tokens, separator=sampling.frame_separator)
+                blocks.append(rows.ids(np.arange(len(tokens))))
+            first = int(blocks[-1].max()) + 1
+        facts: dict[str, Any] = {"visual_tokens": sum(map(len, blocks))}
         if len(caches) == len(items) == 1:
             cache_facts = caches[0].provenance.get("facts", {})
             facts = {
                 "video_sha256": caches[0].provenance["inputs"].get("video", "")[:16],
                 "frames": len(caches[0].pts),
-                "visual_tokens": tokens[0] - 1,
+                "visual_tokens": first - self.vocabulary - 1,
                 "corrupt_frames": cache_facts.get("corrupt", 0),
                 **({"partial": True} if cache_facts.get("partial") else {}),
             }
         return VisualInput(
-            ids_N=self.vocabulary + np.arange(sum(tokens)),
+            ids_N=np.concatenate(blocks),
             table=lambda model: torch.cat([block(model) for block in embed]),
             placeholder=VIDEO_TOKEN,
             tokens=facts["visual_tokens"],
@@ -202,7 +209,13 @@ class LlavaOnevision:
         """See `VLM`: feature caches or video files."""
         if as_images:
             raise UsageError("this model needs a video haystack", where="--as-images", fix="drop it, or use a Qwen-VL")
-        return LlavaHaystack(self, [self.open_cache(file, sampling) for file in files])
+        caches = [self.open_cache(file, sampling) for file in files]
+        return LlavaHaystack(self, caches, separator=sampling.frame_separator)
+
+
+def _of_features(sampling: VideoSampling) -> VideoSampling:
+    """The part of the options that decides the features of frames."""
+    return replace(sampling, frame_separator="none")
 
 
 def _video_embedder(cache: FeatureCache) -> Callable[[Any], Tensor]:
@@ -217,8 +230,8 @@ def _video_embedder(cache: FeatureCache) -> Callable[[Any], Tensor]:
 class LlavaHaystack:
     """Consecutive feature caches."""
 
-    def __init__(self, vlm: LlavaOnevision, caches: Sequence[FeatureCache]) -> None:
-        self.vlm, self.caches = vlm, caches
+    def __init__(self, vlm: LlavaOnevision, caches: Sequence[FeatureCache], *, separator: FrameSeparator) -> None:
+        self.vlm, self.caches, self.separator = vlm, caches, separator
         self.seconds = joined_times([cache.pts.numpy() for cache in caches])
         self.image_size = int(vlm.config.vision_config.image_size)
 
@@ -252,8 +265,10 @@ class LlavaTokens:
             tokens=[rows * columns for rows, columns in grids],
             sizes=[rows * columns for rows, columns in self.grids],
             inserted=len(images),
+            separator=haystack.separator,
         )
-        self.facts = {"tokens_per_frame": self._layout.sizes}
+        separated = {} if haystack.separator == "none" else {"frame_separator": haystack.separator}
+        self.facts = {"tokens_per_frame": self._layout.sizes, **separated}
 
     def ids(self, order_F: np.ndarray) -> np.ndarray:
         """See `VisualTokens`."""
@@ -282,17 +297,25 @@ class LlavaTokens:
 
 
 class FrameRows:
-    """The rows of each frame in a table."""
+    """The rows of each frame in a table, which has one row more for the newline."""
 
-    def __init__(self, *, vocabulary: int, tokens: Sequence[int], sizes: Sequence[int], inserted: int) -> None:
-        """`tokens` are those of each haystack frame; every inserted image has rows for each of `sizes`."""
-        self._tokens, self.sizes = np.asarray(tokens), list(sizes)
+    def __init__(
+        self,
+        *,
+        vocabulary: int,
+        tokens: Sequence[int],
+        sizes: Sequence[int] = (),
+        inserted: int = 0,
+        separator: FrameSeparator = "none",
+    ) -> None:
+        """`tokens` are those of each frame of the video; every inserted image has rows for each of `sizes`."""
+        self._tokens, self.sizes, self._separator = np.asarray(tokens), list(sizes), separator
         self._starts = vocabulary + np.cumsum(self._tokens) - self._tokens
         self._inserted = vocabulary + int(self._tokens.sum())
         self._newline = self._inserted + inserted * sum(sizes)
 
     def ids(self, order_F: np.ndarray) -> np.ndarray:
-        """The block of these frames in this order, closed by the newline."""
+        """The block of these frames in this order, closed by the newline, as is every frame with a separator."""
         is_haystack = order_F < len(self._tokens)
         rows = np.minimum(order_F, len(self._tokens) - 1)
         counts, starts = self._tokens[rows], self._starts[rows]
@@ -303,7 +326,9 @@ class FrameRows:
             offset = sum(self.sizes[: self.sizes.index(int(counts[index]))])
             starts[index] = self._inserted + (int(order_F[index]) - len(self._tokens)) * sum(self.sizes) + offset
         offsets = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-        return np.append(np.repeat(starts, counts) + offsets, self._newline)
+        ends = np.cumsum(counts)
+        ends = ends[-1:] if self._separator == "none" else ends
+        return np.insert(np.repeat(starts, counts) + offsets, ends, self._newline)
 
 
 def joined_times(times: Sequence[np.ndarray]) -> np.ndarray:

@@ -66,6 +66,7 @@ class QwenVL:
         """See `VLM`: two frames per second (GIRAFFE), at most 768; uniform resolution at 240 tokens a grid."""
         if sampling.fps == "native" or sampling.frame_mode is not None:
             raise UsageError("Qwen-VL needs whole frames at a rate", fix="drop --frame-mode; give --fps a number")
+        sampling.refuse_separator("Qwen-VL has its own delimiters")
         hybrid = sampling.resolution or Hybrid()
         check_reachable(hybrid)
         self._check_mode(hybrid)

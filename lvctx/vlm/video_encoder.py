@@ -305,6 +305,7 @@ def resolve_for_tower(files: TowerFiles, sampling: VideoSampling) -> VideoSampli
         require_decord()
     if sampling.hybrid_mode != "pair":
         raise UsageError("a CLIP or SigLIP tower does not merge frames", where="--hybrid-mode", fix="drop it")
+    sampling.refuse_separator("features have none")
     hybrid = sampling.hybrid
     if hybrid is not None:
         if hybrid.tokens != files.tokens_per_frame:
