@@ -2,8 +2,8 @@
 
     cd tests; python -m soak FOLDER --minutes 120
 
-Half the time `encode-video | vqa` is given video after video, one in five of them damaged; the other half, one process
-runs `niah text` again and again, each run three times with more trials. Writes FOLDER/soak.json and FOLDER/soak.png.
+Half the time `encode-video | vqa` is given video after video, one in five of them damaged; the other half, `niah text`
+runs one grid of 125,000 cells. Writes FOLDER/soak.json and FOLDER/soak.png.
 Exit 1 if something grows, see `growth`.
 """
 
@@ -33,18 +33,6 @@ from support.warm_server import ROOT
 SHARE, ERRORS = 0.02, 3
 SAMPLES = 200
 UNITS = {"rss_mib": "MiB in memory (RSS)", "files": "open files", "processes": "processes"}
-NIAH = """
-import itertools, sys
-from typer.testing import CliRunner
-from lvctx.cli.app import app
-for n in itertools.count():
-    more = ["--trials", str(1 + n % 3), "--seed", str(n // 3), *["--force"] * (n % 3 == 0)]
-    done = CliRunner().invoke(app, [*sys.argv[1:], *more])
-    assert done.exit_code == 0, (done.output, done.exception)
-    print(n, flush=True)
-"""
-
-
 def growth(seconds: Sequence[float], values: Sequence[float]) -> dict[str, Any]:
     """By how much a line through the second half of the samples rises, and the standard error of that.
 
@@ -125,10 +113,12 @@ def videos(folder: Path, vlm: Path, log: Any) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def needles(folder: Path, lm: Path, log: Any) -> Iterator[Callable[[], None]]:
-    """A step is one run of a needle test."""
+    """A step is one cell of a needle test."""
     (folder / "essay.txt").write_text("The sea was calm that morning. " * 200)
-    grid = ["--model", lm, "--haystack", folder / "essay.txt", "--lengths", "400,800", "--depths", "0,0.5,1"]
-    niah = run("-c", NIAH, "niah", "text", *grid, "-o", folder / "niah", stderr=log)
+    shutil.rmtree(folder / "niah", ignore_errors=True)
+    grid = ["--lengths", "400,500,600,700,800", "--depths", "0,0.25,0.5,0.75,1", "--trials", 5000]
+    files = ["--model", lm, "--haystack", folder / "essay.txt", "-o", folder / "niah"]
+    niah = run("-m", "lvctx", "niah", "text", *files, *grid, stderr=log)
 
     def step() -> None:
         assert niah.stdout.readline(), "the needle test ended"

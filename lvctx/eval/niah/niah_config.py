@@ -90,7 +90,7 @@ class NiahConfig:
     """Haystack lengths, comma-separated: tokens of the whole sequence for text, frames for video."""
     depths: Annotated[Depths, Flag(parse=Depths.parse)] = DEFAULT_DEPTHS
     """Needle depths, 0 to 1, comma-separated. `nested[:...]` uses insertion points that all lengths share."""
-    trials: Annotated[int, Flag(min=1)] = 5
+    trials: Annotated[int, Flag(min=1, max=10_000)] = 5
     """Trials per cell, each with a different needle."""
     distractors: Annotated[int, Flag(min=0, max=20)] = 0
     """Distractors in the haystack: needles of the same kind with other answers."""
