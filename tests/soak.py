@@ -33,6 +33,8 @@ from support.warm_server import ROOT
 SHARE, ERRORS = 0.02, 3
 SAMPLES = 200
 UNITS = {"rss_mib": "MiB in memory (RSS)", "files": "open files", "processes": "processes"}
+
+
 def growth(seconds: Sequence[float], values: Sequence[float]) -> dict[str, Any]:
     """By how much a line through the second half of the samples rises, and the standard error of that.
 
@@ -114,9 +116,9 @@ def videos(folder: Path, vlm: Path, log: Any) -> Iterator[Callable[[], None]]:
 @contextmanager
 def needles(folder: Path, lm: Path, log: Any) -> Iterator[Callable[[], None]]:
     """A step is one cell of a needle test."""
-    (folder / "essay.txt").write_text("The sea was calm that morning. " * 200)
+    (folder / "essay.txt").write_text("The sea was calm that morning. " * 400)
     shutil.rmtree(folder / "niah", ignore_errors=True)
-    grid = ["--lengths", "400,500,600,700,800", "--depths", "0,0.25,0.5,0.75,1", "--trials", 5000]
+    grid = ["--lengths", "1000,1200,1400,1600,1800", "--depths", "0,0.25,0.5,0.75,1", "--trials", 5000, "--no-reuse"]
     files = ["--model", lm, "--haystack", folder / "essay.txt", "-o", folder / "niah"]
     niah = run("-m", "lvctx", "niah", "text", *files, *grid, stderr=log)
 
