@@ -32,8 +32,6 @@ from support.warm_server import ROOT
 
 SHARE, ERRORS = 0.02, 3
 SAMPLES = 200
-KEPT = {"niah text": 1.4}
-"""KiB of memory that a row takes, which a run holds until its end."""
 UNITS = {"rss_mib": "MiB in memory (RSS)", "files": "open files", "processes": "processes"}
 
 
@@ -61,11 +59,8 @@ def sample() -> dict[str, float]:
     return total
 
 
-def watch(step: Callable[[], None], minutes: float, *, kept: float = 0) -> dict[str, Any]:
-    """Call `step` until the time is over, with samples between calls.
-
-    `kept` is how many KiB of memory a step's result takes until the end, which is not growth.
-    """
+def watch(step: Callable[[], None], minutes: float) -> dict[str, Any]:
+    """Call `step` until the time is over, with samples between calls."""
     began, rows = time.monotonic(), []
     for done in itertools.count():
         passed = time.monotonic() - began
@@ -75,9 +70,7 @@ def watch(step: Callable[[], None], minutes: float, *, kept: float = 0) -> dict[
             break
         step()
     seconds = [row["seconds"] for row in rows]
-    held = {"rss_mib": kept / 1024}
-    series = {key: [row[key] - held.get(key, 0) * row["done"] for row in rows] for key in UNITS}
-    return {"done": done, **{key: growth(seconds, values) for key, values in series.items()}, "samples": rows}
+    return {"done": done, **{key: growth(seconds, [row[key] for row in rows]) for key in UNITS}, "samples": rows}
 
 
 def run(*command: object, **options: Any) -> "subprocess.Popen[str]":
@@ -168,7 +161,7 @@ def main() -> None:
         }.items():
             with opened as step:
                 step()  # every import is over
-                halves[name] = watch(step, options.minutes / 2, kept=KEPT.get(name, 0))
+                halves[name] = watch(step, options.minutes / 2)
             print(name, json.dumps({key: value for key, value in halves[name].items() if key != "samples"}))
     machine = {"cpus": os.cpu_count(), "processor": platform.processor() or platform.machine()}
     (folder / "soak.json").write_text(json.dumps({"minutes": options.minutes, **machine, "halves": halves}, indent=1))

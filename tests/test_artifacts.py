@@ -208,7 +208,7 @@ def test_a_result_log_is_of_one_run_and_has_one_writer(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b'{"key": 5}\n')
     refused(f"{path}:3", "without a key", run)
     with ResultLog.open(path, {"video": "b"}, resume="never", force=True) as log:
-        assert not log.rows
+        assert not log.keys
     assert sorted(p.name for p in path.parent.iterdir()) == ["results.jsonl"]
     with ResultLog.open(path, {"video": "b"}, resume="must") as log:
         log.append("1", {"response": "B"})

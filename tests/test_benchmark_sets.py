@@ -392,26 +392,10 @@ def test_egoschema_writes_indices_for_its_server(tmp_path: Path) -> None:
     assert (scored["guessing"]["mean"], scored["guessing"]["guessed"]) == (0.5, 0)
 
 
-LMMS_PIECES = (
-    *(
-        "A",
-        "B",
-        "(C)",
-        "(D)",
-        "E.",
-        "a",
-        " ",
-        " ",
-        ".",
-        ",",
-        "'",
-        "the man ",
-        "a. c draws.",
-        "B. C cooks.",
-        "c. C reads",
-    ),
-    *("I think so. ", "First, ", "<think>A</think>", "</think>"),
-)
+LMMS_PIECES = [
+    *("A", "B", "(C)", "(D)", "E.", "a", " ", " ", ".", ",", "'", "the man ", "a. c draws.", "B. C cooks."),
+    *("c. C reads", "I think so. ", "First, ", "<think>A</think>", "</think>"),
+]
 
 
 @given(said=st.lists(st.sampled_from(LMMS_PIECES), max_size=7).map("".join))

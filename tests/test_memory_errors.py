@@ -13,7 +13,13 @@ from typer.testing import CliRunner
 
 from lvctx.cli.app import app
 from lvctx.errors import InputError, OutOfMemory, library_errors, memory_errors
+from lvctx.inference import transformers_engine
+from lvctx.inference.engine import EngineGone
 from lvctx.inference.prefix_scorer import PrefixScorer
+from lvctx.inference.transformers_engine import TransformersEngine
+from lvctx.parallel.ring_attention import Ring
+from lvctx.video.sampling import VideoSampling
+from lvctx.vlm.registry import open_vlm
 
 USE_ALL: tuple[Callable[[], Any], ...] = (lambda: bytearray(1 << 62), lambda: torch.empty(1 << 50))
 """What Python and torch are asked for and no machine has."""
@@ -72,3 +78,23 @@ def test_a_question_about_a_video_that_needs_too_much(
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert (done.exit_code, ["error" in row for row in rows]) == (4, [True, False])
     assert videos[0].name in rows[0]["error"]
+
+
+@pytest.mark.nano
+def test_ranks_together_leave_nothing_out(loud_vlm: Path, nano: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of one question on one rank would leave the others waiting for it."""
+    engine = TransformersEngine(open_vlm(str(loud_vlm)), device="cpu", ring=Ring(world=2))
+    monkeypatch.setattr(engine.vlm, "load", lambda *_: torch.empty(1 << 50))
+    with pytest.raises(EngineGone):
+        engine.load([nano.clips / "bikes.mp4"], VideoSampling(frames=2))
+
+
+@pytest.mark.nano
+def test_a_model_that_does_not_fit_ends_the_run(loud_vlm: Path, nano: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not loaded again for every video."""
+    loaded: list[object] = []
+    monkeypatch.setattr(transformers_engine, "load_model", lambda *a, **b: (loaded.append(a), torch.empty(1 << 50)))
+    videos = [nano.clips / f"{name}.mp4" for name in ("bikes", "bigbuckbunny")]
+    done = CliRunner().invoke(app, [*map(str, ["vqa", *videos, "--model", loud_vlm, "--frames", 2, "--ask", "What?"])])
+    assert (done.exit_code, done.stdout, len(loaded)) == (3, "", 1)
+    assert "out of memory" in done.stderr

@@ -25,14 +25,14 @@ def short_hash(value: Any) -> str:
 
 
 class ResultLog:
-    """The rows of one run by their keys, open for appending."""
+    """The rows of one run, open for appending; only their keys are held in memory."""
 
     def __init__(self, log: JsonlLog, made_of: Mapping[str, Any]) -> None:
         """See `open`."""
         self._log = log
         self._identity = {"run": short_hash(made_of), "made_of": dict(made_of)}
-        self.rows: dict[str, dict[str, Any]] = {}
-        """Results by key, errors left out."""
+        self.keys: set[str] = set()
+        """Those that have a result; errors are left out."""
         for row in _keyed(log.path, log.stored).values():
             if row.get("run") != self._identity["run"]:
                 raise InputError(
@@ -41,7 +41,7 @@ class ResultLog:
                     fix="choose another -o, or --force to start over",
                 )
             if "error" not in row:
-                self.rows[row["key"]] = row
+                self.keys.add(row["key"])
 
     @classmethod
     @contextmanager
@@ -67,15 +67,15 @@ class ResultLog:
             yield cls(stack.enter_context(JsonlLog(path, fresh=force)), made_of)
 
     def __contains__(self, key: str) -> bool:
-        return key in self.rows
+        return key in self.keys
 
     def append(self, key: str, row: Mapping[str, Any]) -> dict[str, Any]:
         """Write the row of a key that has no result yet, and return it as it is stored."""
-        assert key not in self.rows, key
+        assert key not in self.keys, key
         stored = {"key": key, **self._identity, **row}
         self._log.append(stored)
         if "error" not in stored:
-            self.rows[key] = stored
+            self.keys.add(key)
         return stored
 
 

@@ -125,7 +125,8 @@ def say_errors(errors: Iterable[str], what: str) -> None:
     for error in different[:SHOWN_ERRORS]:
         say(f"lvctx: {error}")
     if len(different) > SHOWN_ERRORS:
-        say(f"lvctx: and {len(different) - SHOWN_ERRORS:,} more errors, one in each row of a failed {what}")
+        more = len(different) - SHOWN_ERRORS
+        say(f"lvctx: and {more:,} more different errors; the row of each failed {what} has its own")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The interface between evaluation and models: give a model images and video, ask about them, score an answer."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -8,7 +9,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from lvctx.cost import CostMeter
-from lvctx.errors import InputError
+from lvctx.errors import InputError, OutOfMemory, memory_errors
 from lvctx.inference.sampling_params import SamplingParams
 from lvctx.video.sampling import VideoSampling
 
@@ -65,7 +66,23 @@ class AnswerScore:
 
 
 class EngineGone(InputError):
-    """No request can succeed any more: the server is down, or it refuses the key or the model."""
+    """Nothing can be answered any more.
+
+    The server is down, or refuses the key or the model. Or memory is too small for the model, or used up on one of
+    several ranks that compute together: the others wait for it, so nothing can be left out.
+    """
+
+
+@contextmanager
+def engine_memory(*, fatal: bool) -> Iterator[None]:
+    """Raise OutOfMemory where memory is used up, or EngineGone if that is `fatal`."""
+    try:
+        with memory_errors(fix="use fewer frames, --cp, or a smaller --batch or --prefill-chunk"):
+            yield
+    except OutOfMemory as e:
+        if fatal:
+            raise EngineGone(e.what, where=e.where, fix=e.fix) from e
+        raise
 
 
 class Engine(Protocol):

@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from lvctx.cost import CostMeter
 from lvctx.errors import InputError, UsageError, library_errors
-from lvctx.inference.engine import AnswerScore, Shown
+from lvctx.inference.engine import AnswerScore, Shown, engine_memory
 from lvctx.inference.generation_config import drop_sampling
 from lvctx.inference.prefix_scorer import Score, greedy_token
 from lvctx.inference.transformers_engine import TransformersEngine
@@ -56,7 +56,8 @@ class ForwardEngine(TransformersEngine):
     @cached_property
     def model(self) -> Any:
         """The loaded model. Raises InputError where it cannot be loaded, MissingError without accelerate."""
-        model = load_model(self.vlm.path, dtype=self.dtype, device=self.device, device_map=self.device_map)
+        with engine_memory(fatal=True):
+            model = load_model(self.vlm.path, dtype=self.dtype, device=self.device, device_map=self.device_map)
         drop_sampling(model)
         return model
 

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from lvctx.errors import LvctxError, UsageError
+from lvctx.errors import LvctxError, OutOfMemory, UsageError
+from lvctx.inference.engine import EngineGone
 from lvctx.inference.engine_config import EngineConfig
 from lvctx.inference.open_engine import open_checked_vlm, open_engine
 from lvctx.inference.sampling_params import SamplingParams
@@ -68,6 +69,8 @@ class Lvctx(lmms):
             try:
                 self._show(visuals)
                 reply = self.engine.reply([context], _params(options)).text
+            except (OutOfMemory, EngineGone):
+                raise  # an empty reply would count as a wrong answer
             except LvctxError as e:
                 log.warning("no reply to %s: %s", request.args[3], e)
                 reply = ""

@@ -6,9 +6,9 @@ Suffixes: L tokens of a prompt, N visual tokens.
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 from PIL import Image
@@ -17,8 +17,8 @@ from torch import Tensor
 from lvctx.artifacts.store import fingerprint
 from lvctx.cost import PEAK
 from lvctx.device import DeviceMap
-from lvctx.errors import InputError, memory_errors
-from lvctx.inference.engine import AnswerScore, Reply, Shown
+from lvctx.errors import InputError
+from lvctx.inference.engine import AnswerScore, Reply, Shown, engine_memory
 from lvctx.inference.engine_config import EngineConfig
 from lvctx.inference.prefix_scorer import PrefixScorer, greedy_token
 from lvctx.inference.reasoning import MARK_TOKENS, ReplyBudget, opens_reasoning
@@ -39,10 +39,20 @@ from lvctx.video.sampling import VideoSampling
 from lvctx.vlm.base import VLM, VisualInput, prompt_tail
 
 log = logging.getLogger(__name__)
+CallT = TypeVar("CallT", bound=Callable[..., Any])
 PREFILL_CHUNK = 2048
 """Tokens per forward."""
-LESS = "use fewer frames, --cp, or a smaller --batch or --prefill-chunk"
-"""What needs less memory."""
+
+
+def _within_memory(method: CallT) -> CallT:
+    """A method of the engine; ranks that compute together wait for each other, so that they can skip nothing."""
+
+    @wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with engine_memory(fatal=self.ring.world > 1):
+            return method(self, *args, **kwargs)
+
+    return cast(CallT, run)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +117,9 @@ class TransformersEngine:
     @cached_property
     def model(self) -> Any:
         """The loaded model. Raises InputError if it cannot be loaded, MissingError without accelerate."""
-        model = load_model(self.vlm.path, dtype=self.dtype, device=self.device, device_map=self.device_map)
-        try_forward(model, self.vlm.path)
+        with engine_memory(fatal=True):  # no video is smaller than the model
+            model = load_model(self.vlm.path, dtype=self.dtype, device=self.device, device_map=self.device_map)
+            try_forward(model, self.vlm.path)
         return model
 
     @cached_property
@@ -152,13 +163,13 @@ class TransformersEngine:
             "dtype": effective_dtype(load_config(self.vlm.path), dtype),
         }
 
-    @memory_errors(fix=LESS)
+    @_within_memory
     def load(self, items: Sequence[Path | Image.Image], sampling: VideoSampling) -> Any:
         """See `Engine`."""
         with self.meter.phase("decode"):
             return items, self.vlm.load(items, sampling)
 
-    @memory_errors(fix=LESS)
+    @_within_memory
     def show_loaded(self, loaded: Any) -> Shown:
         """See `Engine`."""
         self.visual = None  # no partial input remains after an error
@@ -206,7 +217,7 @@ class TransformersEngine:
         """See `Engine`."""
         return next(self.finish_replies([self.start_reply(turns, params, on_text)]))
 
-    @memory_errors(fix=LESS)
+    @_within_memory
     def start_reply(
         self, turns: Sequence[str], params: SamplingParams, on_text: Callable[[str], None] | None = None
     ) -> StartedReply:
@@ -241,7 +252,7 @@ class TransformersEngine:
         """See `Engine`."""
         before = self.meter.set_aside()
         try:
-            with memory_errors(fix=LESS):
+            with engine_memory(fatal=self.ring.world > 1):
                 self.finish([one.continuation for one in started])
         finally:
             shared = self.meter.take().get("cost", {})
@@ -291,7 +302,7 @@ class TransformersEngine:
                 fix="use fewer frames, or extend the model: lvctx extend-lm, or mrope-extend for Qwen-VL",
             )
 
-    @memory_errors(fix=LESS)
+    @_within_memory
     def score(self, turns: Sequence[str], answer: str) -> AnswerScore:
         """See `Engine`; the answer is tokenized separately, unless the model's own processor writes the prompt."""
         assert self.visual is not None, "no visual input was set"

@@ -150,6 +150,8 @@ class VideoQuestions:
     def _load(self, path: Path) -> Any:
         try:
             return self.engine.load([path], self.sampling)
+        except EngineGone:
+            raise
         except InputError as e:
             raise InputError(e.what, where=e.where or path, fix=e.fix) from None
 
@@ -162,6 +164,8 @@ class VideoQuestions:
         self._state = None
         try:
             self._shown = self.engine.show_loaded(loaded)
+        except EngineGone:
+            raise
         except InputError as e:
             raise InputError(e.what, where=e.where or path, fix=e.fix) from None
         self._state = state

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lvctx.artifacts.result_log import ResultLog
+from lvctx.artifacts.result_log import ResultLog, read_results
 from lvctx.config import OnProgress
 from lvctx.models.loss import token_loss
 from lvctx.parallel.fsdp import keep_in_graph
@@ -103,8 +103,8 @@ class DpoTask(AlignTask):
             sharded: Any = self.forward
             sharded.reshard()
         context.barrier()
-        with ResultLog.open(path, made_of, shared=True) as log:
-            rows = {number: log.rows[key] for number, key in keys.items()}
+        stored = {row["key"]: row for row in read_results(path).values()}
+        rows = {number: stored[key] for number, key in keys.items()}
         return {number: (row["chosen"], row["rejected"]) for number, row in rows.items()}
 
     def _windows(self, numbers: Sequence[int], missing: set[int]) -> Iterator[list[list[Sample]]]:

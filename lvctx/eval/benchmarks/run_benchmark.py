@@ -17,7 +17,7 @@ from typing import Any
 from lvctx.artifacts import schemas
 from lvctx.artifacts.result_log import RESULTS, ResultLog, read_results, short_hash
 from lvctx.artifacts.store import fingerprint
-from lvctx.errors import DiskError, InputError, LvctxError, OutOfMemory
+from lvctx.errors import DiskError, InputError, LvctxError
 from lvctx.eval.benchmarks.answers import Question
 from lvctx.eval.benchmarks.input_checks import check_subtitles, check_videos, read_questions
 from lvctx.eval.benchmarks.subtitles import NONE, find_subtitles, read_subtitles
@@ -138,7 +138,7 @@ def run_benchmark(
         if parallel.rank == 0:
             opened = ResultLog.open(out / RESULTS, made_of, resume=resume, force=force)
             results = stack.enter_context(opened)
-        finished = parallel.gather(set(results.rows) if results else set())[0]
+        finished = parallel.gather(results.keys if results else set())[0]
         results = results or stack.enter_context(ResultLog.open(out / RESULTS, made_of, shared=True))
         pending = [s for s in job.samples if job.key(s) not in finished]
         by_video = [list(group) for _, group in itertools.groupby(pending, key=lambda s: s.video)]
@@ -152,13 +152,10 @@ def run_benchmark(
         if assigned:
             engine.check()
 
-        together = parallel.cp > 1
         if engine.jobs == 1:
-            rows: Generator[Asked, None, None] = _ask(job, engine, assigned, together=together)
+            rows: Generator[Asked, None, None] = _ask(job, engine, assigned)
         else:
-            rows = interleave(
-                assigned, lambda one: _ask(job, engine.fork(), [one], together=together), jobs=engine.jobs
-            )
+            rows = interleave(assigned, lambda one: _ask(job, engine.fork(), [one]), jobs=engine.jobs)
         with closing(rows) as answered:
             for sample, row in answered:
                 done += 1
@@ -175,20 +172,13 @@ def run_benchmark(
                 job.bench.export(out, [(s, stored[job.key(s)]["response"]) for s in answered_samples])
 
 
-def _ask(
-    job: BenchmarkJob, engine: Engine, by_video: Sequence[list[Question]], *, together: bool
-) -> Generator[Asked, None, None]:
-    """Ask the questions about each video in order; yields each with its row.
-
-    If ranks compute `together`, one that runs out of memory must end the run, since the others wait for it.
-    """
+def _ask(job: BenchmarkJob, engine: Engine, by_video: Sequence[list[Question]]) -> Generator[Asked, None, None]:
+    """Ask the questions about each video in order; yields each with its row."""
     with closing(_start(job, engine, by_video)) as started:
         for (sample, row), outcome in finish_in_batches(engine, started):
             if not isinstance(outcome, Exception):
                 yield sample, {**row, "response": outcome.text, **outcome.facts, **engine.meter.take()}
                 continue
-            if together and isinstance(outcome, OutOfMemory):
-                raise OutOfMemory(outcome.what, where=sample.video, fix=outcome.fix)
             yield sample, {**row, "error": str(outcome), **engine.meter.take()}
 
 
@@ -201,7 +191,7 @@ def _start(
         base = {s.id: {**job.run_facts, **_described(s)} for s in samples}
         try:
             subtitles, facts = show()
-        except DiskError:
+        except (DiskError, EngineGone):
             raise
         except LvctxError as e:
             yield from (((s, base[s.id]), e) for s in samples)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lvctx.artifacts import schemas
-from lvctx.artifacts.result_log import ResultLog, short_hash
+from lvctx.artifacts.result_log import ResultLog, read_results, short_hash
 from lvctx.config import OnProgress
 from lvctx.device import resolve_device, weights_dtype
 from lvctx.errors import UsageError
@@ -88,7 +88,8 @@ def run_search(
             results.append(f"{base:g}", row)
             log.info("base %g: %.3f of %d needles found", base, row["accuracy"], len(row["cells"]))
             on_progress(done, len(search.bases), f"base {base:g}: {row['accuracy']:.2f}")
-        return [results.rows[f"{base:g}"] for base in search.bases]
+    stored = {row["key"]: row for row in read_results(out / "search.jsonl").values()}
+    return [stored[f"{base:g}"] for base in search.bases]
 
 
 def _try_base(search: BaseSearch, model: Any, base: float) -> dict[str, Any]:

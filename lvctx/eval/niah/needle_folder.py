@@ -62,7 +62,11 @@ def read_needles(source: Path) -> NeedleSet:
     # Rows without an image share their numbers with no others.
     alone = bool(distractors or paired) or len(needles) != sum(len(images) for images in {s.images for s in spread})
     if spread and (alone or len({s.placing for s in spread}) > 1):
-        raise InputError("rows with one image and with several, of two kinds", where=source, fix="give two lists")
+        raise InputError(
+            "some rows have one image and others several, or they are of different sets",
+            where=source,
+            fix="give a list of one kind",
+        )
     if not needles:
         raise InputError("no needle", where=source)
     asked = [(one.question, one.answer) for one in spread or needles]

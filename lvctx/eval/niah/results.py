@@ -207,11 +207,9 @@ def _interval(rows: Iterable[Mapping[str, Any]]) -> Interval:
     if estimate.low is None or estimate.high is None:
         return None
     # Few needles may differ less by luck than independent cells would.
-    clustered, alone = (
-        (round(estimate.low, 4), round(estimate.high, 4)),
-        wilson(sum(right for right, _ in ran), len(ran)),
-    )
-    return max(clustered, alone or clustered, key=lambda ends: ends[1] - ends[0])
+    clustered = round(estimate.low, 4), round(estimate.high, 4)
+    independent = wilson(sum(right for right, _ in ran), len(ran)) or clustered
+    return max(clustered, independent, key=lambda ends: ends[1] - ends[0])
 
 
 def _pair_shares(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:

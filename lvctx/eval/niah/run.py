@@ -63,7 +63,7 @@ def run_niah(job: NiahJob, out: Path, run: NiahRun) -> Iterator[dict[str, Any]]:
         if parallel.rank == 0:
             opened = ResultLog.open(out / RESULTS, made_of, resume=run.resume, force=run.force)
             results = stack.enter_context(opened)
-        finished = parallel.gather(set(results.rows) if results else set())[0]
+        finished = parallel.gather(results.keys if results else set())[0]
         results = results or stack.enter_context(ResultLog.open(out / RESULTS, made_of, shared=True))
         keyed = [(job.key(cell), cell) for cell in job.cells]
         assigned = partition_cells(job.cells, parallel.dp)[parallel.dp_rank]
