@@ -44,6 +44,6 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         if self.card == (self.to is not None):
-            raise UsageError("one of --to and --card says what is written", fix="give one of them")
+            raise UsageError("either --to or --card is needed, and not both", fix="give one of them")
         if self.card and self.push_to_hub is not None:
             raise UsageError("--push-to-hub uploads a whole model", where="--card", fix="give --to hf instead")

@@ -217,7 +217,7 @@ def _sharing(shape: DecoderShape, spread: Spread) -> int:
 
 
 def _activations(shape: DecoderShape, spread: Spread, tokens: int, w: int) -> tuple[int, int, int, int]:
-    """Bytes of the activations that wait for the backward pass, that a layer's backward adds, at its end, on the host.
+    """Bytes of stored activations, of what a layer's backward adds, of what is left for the first layer, on the host.
 
     At the end only the first layer's activations are left.
     """

@@ -70,8 +70,8 @@ class VideoSampling:
     change_threshold: Annotated[float, Flag(min=0, max=1, needs=("frame_selection=adaptive",))] = 0.1
     """With adaptive frame selection: smallest mean difference, 0 to 1, that counts as a change."""
     frame_separator: FrameSeparator = "none"
-    """LlavaOnevision: newline adds the embedding of "\\n" after every frame, as LLaVA-Video does; none, after the last
-    frame only, as in training."""
+    """LlavaOnevision: newline adds the embedding of "\\n" after every frame, as LLaVA-Video does; none adds it
+    after the last frame only, as in training."""
     allow_partial: bool = False
     """Use what can be decoded of truncated or damaged videos; rows then have `partial`."""
     decoder: Decoder = "auto"
