@@ -26,6 +26,7 @@ from lvctx.eval.niah.job import NiahJob, plan_text
 from lvctx.eval.niah.niah_config import Depths, TextNiahConfig
 from lvctx.eval.niah.run import NiahRun, run_niah
 from lvctx.eval.niah.text_task import TextNeedleTask
+from lvctx.inference.prefill_chunk import least
 from lvctx.inference.prefix_scorer import PrefixScorer, Score, walk_order
 from lvctx.models.loading import load_model, load_tokenizer
 from lvctx.parallel.context import ParallelContext, joined, make_context
@@ -127,6 +128,7 @@ def reading_checks(rank: int, ranks: int, store: Path, grids: dict[str, Any], vo
     with joined(store / "store", rank=rank, size=ranks):
         for cp in (2, 4):
             world = make_context(device="cpu", cp=cp)
+            assert least(100 - world.ring.rank, world.ring, torch.device("cpu")) == 101 - cp
             check_attention(world)
             check_any_order(world)
             for kind, walked in grids.items():
