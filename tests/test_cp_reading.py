@@ -26,11 +26,10 @@ from lvctx.eval.niah.job import NiahJob, plan_text
 from lvctx.eval.niah.niah_config import Depths, TextNiahConfig
 from lvctx.eval.niah.run import NiahRun, run_niah
 from lvctx.eval.niah.text_task import TextNeedleTask
-from lvctx.inference.prefill_chunk import least
 from lvctx.inference.prefix_scorer import PrefixScorer, Score, walk_order
 from lvctx.models.loading import load_model, load_tokenizer
 from lvctx.parallel.context import ParallelContext, joined, make_context
-from lvctx.parallel.striped_attention import Stripe, _attend, owned_count, prepare
+from lvctx.parallel.striped_attention import Stripe, _attend, least, owned_count, prepare
 
 WORDS = ["the", "old", "tree", "stood", "by", "a", "river", "and", "people", "came", "from", "far"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -17,11 +17,10 @@ Logits exist for an answer's tokens only, or for 256 tokens at a time.
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from lvctx.device import free_memory
 from lvctx.parallel.ring_attention import Ring
+from lvctx.parallel.striped_attention import least
 
 SMALLEST = 2048
 """Tokens on a CPU, which gains nothing from more, and wherever attention needs a mask of a chunk times the prompt."""
@@ -62,12 +61,3 @@ def choose_chunk(lm: Any, device: torch.device, *, flash: bool, ring: Ring) -> i
     if device.type != "cuda" or not flash:
         return SMALLEST
     return least(prefill_chunk(lm.config, free_memory(), value=lm.dtype.itemsize, ranks=ring.world), ring, device)
-
-
-def least(number: int, ring: Ring, device: torch.device) -> int:
-    """The smallest `number` of a ring's ranks."""
-    if ring.world == 1:
-        return number
-    found: Tensor = torch.tensor(number, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MIN, group=ring.group)
-    return int(found)
