@@ -94,6 +94,7 @@ def test_chunks_grow_with_the_memory_within_their_limits(free: int, more: int, v
 
 def test_what_is_free_on_the_fullest_gpu_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     """GPU 0 is unused. GPU 2 has 1 GiB that the driver can give and 1 that torch holds; GPU 1 has 70."""
+    assert torch.cuda.is_initialized() or free_memory() == 0
     held = {0: 0, 1: 2 * GIB, 2: 9 * GIB}
     monkeypatch.setattr("lvctx.device.gpus_in_use", lambda: [1, 2])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: ((70 if gpu == 1 else 1) * GIB, 80 * GIB))
