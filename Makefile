@@ -3,7 +3,8 @@
 # make tower | nano-start | text-start | giraffe-nano-train: train again what was trained in advance
 PYTHON ?= python3
 RUNTIMES ?= .runtimes
-RECIPES = transfer transfer-text transfer-far transfer-anyres transfer-separator transfer-base transfer-frames transfer-no-text transfer-64k \
+RECIPES = transfer transfer-text transfer-far transfer-anyres transfer-separator transfer-base transfer-frames transfer-no-text \
+	transfer-plain-rope transfer-64k \
 	transfer-gpu giraffe-nano nano-start text-start giraffe-nano-train giraffe-schemes
 
 .PHONY: setup fetch demo $(RECIPES) test test-slow test-kill test-gpu test-lmms test-runtimes test-servers test-wheel fuzz soak lint tower clean

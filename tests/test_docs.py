@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from support import llava_models, mrope_models, warm_server
 from transformers import AutoTokenizer
 
@@ -26,6 +27,8 @@ GROUPS_SHOW = ("videomme run", *(f"bench {name}" for name in BENCHMARKS))
 """Subcommands that the examples of their group are about."""
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name != "runtimes.md")]
 """Pages whose commands run; runtimes.md is a table that `make test-runtimes` writes."""
+
+PIPELINES = ROOT / "recipes" / "Makefile"
 
 
 def shell_commands(page: Path) -> list[str]:
@@ -149,6 +152,38 @@ def test_the_tree_of_readme_is_the_one_on_disk() -> None:
     files = [f"/{p.relative_to(ROOT)}" for p in (ROOT / "lvctx").rglob("*.py")]
     for name in re.findall(r"[\w/]+\.py", readme):
         assert any(file.endswith(f"/{name}") for file in files), name
+
+
+@pytest.mark.parametrize("target", re.findall(r"^([a-z0-9-]+):(?! [A-Z])", PIPELINES.read_text(), re.MULTILINE))
+def test_every_command_of_a_pipeline_has_options_that_exist(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pipeline runs with programs that only write down their arguments, which are then parsed."""
+    for name in ("lvctx", "python"):
+        (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\037" "${0##*/}" "$@" >> commands; echo >> commands\n')
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "runs/transfer/videos").mkdir(parents=True)
+    (tmp_path / "runs/transfer/videos/questions.jsonl").touch()
+    # Other files that no program has made are missing, so failures are ignored.
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    make = ["make", "--ignore-errors", "--file", str(PIPELINES), target]
+    subprocess.run(make, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    monkeypatch.chdir(ROOT)
+    programs = set()
+    for line in (tmp_path / "commands").read_text().splitlines():
+        program, name, *words = line.split("\037")[:-1]
+        programs.add(program)
+        if program == "python":
+            script = Path(name).read_text(encoding="utf-8")
+            assert all(f'"{word}"' in script for word in words if word.startswith("--")), line
+            continue
+        command, context = COMMANDS[name], typer.Context(COMMANDS[name], info_name="lvctx")
+        while hasattr(command, "commands"):
+            context = typer.Context(command, parent=context, info_name=name)
+            name, *words = words
+            command = command.commands[name]
+        command.make_context(name, words, parent=context)
+    assert "lvctx" in programs or target == "start-images"
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.name)
