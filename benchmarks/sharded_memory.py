@@ -1,11 +1,12 @@
 """Host memory of each rank of a training on gloo processes, and of `export`, against its shard and the largest tensor.
 
     python benchmarks/sharded_memory.py [--command extend-lm] [--ranks 2] [--lora 8] [--layers 13] [--hidden 1536]
-        [--rounds 3] [--nano .cache/nano]
+        [--resumed] [--rounds 3] [--nano .cache/nano]
 
 A random bfloat16 model with the nano model's tokenizer, of which all trainings do one step of one short row a rank:
 
     extend-lm      a Llama on rows of 64 tokens
+    extend-positions   `extend-lm --steps 0`, in one process
     align-new      `align --lm --tower --stage full`: the Llama, with a small CLIP tower, on images of one grid
     align-init     `align --init --stage full`: the VLM that these two make
     mrope-extend   a Qwen2-VL with a small tower on packed chat
@@ -16,9 +17,9 @@ a rank holds (trained ones are float32), `largest` those of the largest of them.
 with a model of one narrow layer: libraries, process group, tokenizer. `loading` and `saving` are what each rank takes
 above its own before and after the steps, `limit` is 1.3 x (shard + largest), and `ratio` the largest over `limit`.
 `training` is the same from the optimizer's creation to the last checkpoint, `state` the shard with its gradients and
-AdamW's moments, `training_ratio` the first over 1.3 x (state + largest); activations are among it. An export holds no
-shard. Medians of the rounds, one JSON line. Linux only. With PYTHONPATH at another version of lvctx the figures are
-that version's.
+AdamW's moments, `training_ratio` the first over 1.3 x (state + largest); activations and gathered layers are among it.
+With --resumed it is the reading of the last checkpoint. What is not trained has no shard. Medians of the rounds, one
+JSON line. Linux only. With PYTHONPATH at another version of lvctx the figures are that version's.
 """
 
 import argparse
@@ -36,21 +37,23 @@ from PIL import Image
 
 LENGTH = 64
 EXPORTS = ("export-hf", "export-llava")
-COMMANDS = ("extend-lm", "align-new", "align-init", "mrope-extend", *EXPORTS)
+TRAININGS = ("extend-lm", "align-new", "align-init", "mrope-extend")
 PHASES = ("loading", "training", "saving")
 
 
 def task_of(command: str, here: Path, size: str, out: Path, lora: int) -> Any:
     """The training of a command, on the model of a size ("small" or "large")."""
-    ranks = int(os.environ["WORLD_SIZE"])
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
     model = here / size
-    if command == "extend-lm":
+    if command.startswith("extend"):
         from lvctx.training.extend import resolve_extend
         from lvctx.training.extend_config import ExtendConfig
 
-        rows: dict[str, Any] = {"data": here / "rows", "steps": 1, "batch_tokens": LENGTH * ranks}
+        rows: dict[str, Any] = {"data": here / "rows", "steps": 1, "batch_tokens": LENGTH * ranks, "lora": lora}
+        if command == "extend-positions":
+            rows = {"steps": 0}
         rope: dict[str, Any] = {"rope_theta": 1e6, "context": 4096}
-        return resolve_extend(ExtendConfig(model=str(model), out=out, lora=lora, **rows, **rope)).task()
+        return resolve_extend(ExtendConfig(model=str(model), out=out, **rows, **rope)).task()
     if command == "mrope-extend":
         from lvctx.training.mrope_config import MropeConfig
         from lvctx.training.mrope_extend import resolve_mrope_training
@@ -68,8 +71,8 @@ def task_of(command: str, here: Path, size: str, out: Path, lora: int) -> Any:
     return align_task(resolve_align(AlignConfig(stage="full", out=out, lora=lora, tower_lr=0.0, **images, **parts)))
 
 
-def rank(command: str, here: str, size: str, out: str, lora: str) -> None:
-    """One process of torchrun: the training, then its bytes and its peaks to a file."""
+def rank(command: str, here: str, size: str, out: str, lora: str, stop: str) -> None:
+    """One process of torchrun: the training, then its bytes and its peaks to a file; with `stop` only its steps."""
     from lvctx.training import run_training
     from lvctx.training.parallel_config import ParallelConfig, RunControl
 
@@ -81,10 +84,13 @@ def rank(command: str, here: str, size: str, out: str, lora: str) -> None:
         return train(*arguments)
 
     def saving(model: Any, world: Any) -> Any:
-        found["training"] = restart_peak()
+        if stop:
+            world.barrier()
+            os._exit(0)
+        found["training" if "loading" in found else "loading"] = restart_peak()
         held = {"shard": 0, "state": 0, "largest": 0}
         for p in model.parameters():
-            local = (p.to_local() if hasattr(p, "to_local") else p).nbytes
+            local = p.to_local().nbytes if "training" in found else 0
             held["shard"] += local
             held["state"] += 4 * local if p.requires_grad else local
             held["largest"] = max(held["largest"], p.numel() * p.element_size())
@@ -96,10 +102,10 @@ def rank(command: str, here: str, size: str, out: str, lora: str) -> None:
     parallel = ParallelConfig(device="cpu", micro_tokens=LENGTH if command.startswith("align") else None)
     run_training.run_training(task, parallel, RunControl(out=Path(out)))
     found["saving"] = restart_peak()
-    Path(f"{out}.{os.environ['RANK']}").write_text(json.dumps(found))
+    Path(f"{out}.{os.environ.get('RANK', 0)}").write_text(json.dumps(found))
 
 
-def export(command: str, here: str, size: str, out: str, _: str) -> None:
+def export(command: str, here: str, size: str, out: str, *_: str) -> None:
     """An export in this process, then its bytes and its peak to a file."""
     import torch  # noqa: F401 - what the limit does not count is the same as in a training
 
@@ -160,7 +166,7 @@ def make_model(command: str, here: Path, size: str, nano: Path, *, layers: int, 
     model.save_pretrained(here / size)
     tokenizer.save_pretrained(here / size)
     total = sum(p.numel() * p.element_size() for p in model.parameters())
-    if command not in ("extend-lm", "mrope-extend"):
+    if command.startswith(("align", "export")):
         make_tower(here / "tower")
     if command in ("align-init", *EXPORTS):
         from transformers import CLIPVisionModel
@@ -184,7 +190,7 @@ def make_tower(out: Path) -> None:
 
 def make_data(command: str, here: Path, nano: Path, ranks: int) -> None:
     """What the command trains on: at least a row for every rank."""
-    if command == "extend-lm":
+    if command.startswith("extend"):
         flags = ["--tokenizer", here / "small", "--seq-len", LENGTH, "--keep-short", 1, "-o", here / "rows"]
         lvctx("pack-text", nano / "essays" / "love.txt", "--separator", "<|endoftext|>", *flags)
         return
@@ -201,28 +207,31 @@ def lvctx(*arguments: Any) -> None:
     subprocess.run([sys.executable, "-m", "lvctx", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
 
 
-def measure(command: str, here: Path, size: str, ranks: int, lora: int) -> list[dict[str, int]]:
+def measure(command: str, here: Path, size: str, ranks: int, lora: int, resumed: bool) -> list[dict[str, int]]:
     """Bytes and peaks of every rank of one run."""
-    processes = 1 if command in EXPORTS else ranks
+    processes = ranks if command in TRAININGS else 1
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     out = here / "out"
     arguments = [*(launcher if processes > 1 else []), __file__, "--worker", command, here, size, out, lora]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *map(str, arguments)], check=True, env=environment, stdout=subprocess.DEVNULL)
+    for stop in ("stop", "") if resumed else ("",):
+        started = [sys.executable, *map(str, arguments), stop]
+        subprocess.run(started, check=True, env=environment, stdout=subprocess.DEVNULL)
     shutil.rmtree(out)
     return [json.loads(Path(f"{out}.{number}").read_text()) for number in range(processes)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--command", choices=COMMANDS, default="extend-lm")
+    parser.add_argument("--command", choices=(*TRAININGS, "extend-positions", *EXPORTS), default="extend-lm")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--lora", type=int, default=8)
     parser.add_argument("--layers", type=int, default=13)
     parser.add_argument("--hidden", type=int, default=1536)
+    parser.add_argument("--resumed", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--nano", type=Path, default=Path(".cache/nano"))
-    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=6, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         (export if arguments.worker[0] in EXPORTS else rank)(*arguments.worker)
@@ -237,7 +246,7 @@ def main() -> None:
         runs: dict[str, list[list[dict[str, int]]]] = {"small": [], "large": []}
         for _ in range(arguments.rounds):
             for size, found in runs.items():
-                found.append(measure(command, here, size, ranks, lora))
+                found.append(measure(command, here, size, ranks, lora, arguments.resumed))
     figures = summary(runs["small"], runs["large"])
     print(json.dumps({"command": command, "ranks": ranks, "lora": lora, "weights": weights, **figures}))
 

@@ -1,6 +1,8 @@
 """A sharded training reads, holds and saves parts of a model: the files are those of a single copy in memory."""
 
 import filecmp
+import json
+import shutil
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +28,10 @@ from lvctx.models.saving import write_model
 from lvctx.models.vlm_assembly import grow_embedding
 from lvctx.parallel.context import joined, make_context
 from lvctx.parallel.fsdp import gathering, shard_model
+from lvctx.training.extend import resolve_extend
+from lvctx.training.extend_config import ExtendConfig
+from lvctx.training.parallel_config import ParallelConfig, RunControl
+from lvctx.training.run_training import run_training
 from lvctx.training.text_rows import RowLoss
 
 
@@ -103,6 +109,22 @@ def test_a_rank_holds_its_shard_and_the_result_has_the_bytes_of_one_process(tmp_
             assert filecmp.cmp(path, tmp_path / name / path.name, shallow=False), path.name
 
 
+@pytest.mark.nano
+def test_new_positions_without_training_need_memory_for_one_tensor(tiny_lm: Path, tmp_path: Path) -> None:
+    """`--steps 0`: the weights are copied from file to file, as they are."""
+    path, out = save_random(tmp_path / "model"), tmp_path / "out"
+    for file in tiny_lm.glob("tokenizer*"):
+        shutil.copy(file, path)
+    job = resolve_extend(ExtendConfig(model=str(path), out=out, rope_theta=5e6, context=4096, steps=0))
+    with MemoryCount() as count:
+        run_training(job.task(), ParallelConfig(device="cpu"), RunControl(out=out))
+    stored, written = (load_file(folder / "model.safetensors") for folder in (path, out))
+    assert count.most <= 1.3 * max(tensor.nbytes for tensor in stored.values())
+    assert stored.keys() == written.keys()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in stored.items())
+    assert json.loads((out / "config.json").read_text())["rope_parameters"]["rope_theta"] == 5e6
+
+
 def test_parameters_in_files_have_the_values_of_loaded_ones(tmp_path: Path) -> None:
     path = save_random(tmp_path / "model", tied=True)
     for dtype in ("auto", torch.float16):
@@ -130,6 +152,15 @@ def test_shards_and_their_index_are_those_of_transformers(tmp_path: Path, monkey
     assert files == sorted(path.name for path in (tmp_path / "ours").iterdir())
     for name in files:
         assert filecmp.cmp(tmp_path / "expected" / name, tmp_path / "ours" / name, shallow=False), name
+
+
+def test_a_tensor_is_converted_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "BLOCK", 100)
+    model = load_model(save_random(tmp_path / "model"), dtype=torch.float32)
+    with torch.no_grad(), MemoryCount() as count:
+        write_model(model, tmp_path, dtype=torch.bfloat16, gather=Tensor.clone)
+    assert count.most <= 1.1 * max(p.nbytes for p in model.parameters())
+    assert filecmp.cmp(tmp_path / "model/model.safetensors", tmp_path / "model.safetensors", shallow=False)
 
 
 def test_experts_that_are_merged_when_loaded_are_loaded_and_saved_whole(tmp_path: Path) -> None:
