@@ -51,6 +51,15 @@ def gpus_in_use() -> list[int]:
     return [gpu for gpu in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(gpu)]
 
 
+def free_memory() -> int:
+    """Bytes that tensors can still take on each of the GPUs in use; 0 if none is known to be in use."""
+    import torch
+
+    # torch keeps freed blocks for its next tensors, which the driver counts as taken.
+    held = {gpu: torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu) for gpu in gpus_in_use()}
+    return min((torch.cuda.mem_get_info(gpu)[0] + unused for gpu, unused in held.items()), default=0)
+
+
 def synchronize() -> None:
     """Wait until the GPUs in use have computed what was queued, so that a clock can be read; at once on a CPU."""
     import torch

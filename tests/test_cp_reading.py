@@ -29,7 +29,7 @@ from lvctx.eval.niah.text_task import TextNeedleTask
 from lvctx.inference.prefix_scorer import PrefixScorer, Score, walk_order
 from lvctx.models.loading import load_model, load_tokenizer
 from lvctx.parallel.context import ParallelContext, joined, make_context
-from lvctx.parallel.striped_attention import Stripe, _attend, owned_count, prepare
+from lvctx.parallel.striped_attention import Stripe, _attend, least, owned_count, prepare
 
 WORDS = ["the", "old", "tree", "stood", "by", "a", "river", "and", "people", "came", "from", "far"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -127,6 +127,7 @@ def reading_checks(rank: int, ranks: int, store: Path, grids: dict[str, Any], vo
     with joined(store / "store", rank=rank, size=ranks):
         for cp in (2, 4):
             world = make_context(device="cpu", cp=cp)
+            assert least(100 - world.ring.rank, world.ring, torch.device("cpu")) == 101 - cp
             check_attention(world)
             check_any_order(world)
             for kind, walked in grids.items():

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lvctx.cost import CostMeter
 from lvctx.inference.engine_config import CachePlacement
+from lvctx.inference.prefill_chunk import token_bytes
 from lvctx.inference.prefix_scorer import PrefixScorer
 from lvctx.models.loading import load_model
 from lvctx.models.loss import shift_labels, token_loss
@@ -112,6 +113,24 @@ def test_single_precision_needles_score_the_same(tiny_lm: Path) -> None:
     here, there = (PrefixScorer(load_model(tiny_lm, device=d), chunk=64).score(ids, 5) for d in ("cpu", CUDA))
     assert there.log_prob == pytest.approx(here.log_prob, abs=1e-2)
     assert there.forced == here.forced
+
+
+@torch.inference_mode()
+def test_a_prompt_is_computed_in_chunks_for_the_free_memory(half_lm: Path) -> None:
+    """The longest ones for a tiny model; the difference of two chunks' peaks is at most what was counted for it."""
+    scorer = PrefixScorer(load_model(half_lm, device=CUDA))
+    assert scorer.chunk == 32_768
+    ids_1L = np.zeros((1, 16_384), dtype=np.int64)
+    scorer._run(scorer._prefix, ids_1L, keep=1)  # the cache gets its size
+    peaks = []
+    for scorer.chunk in (4096, 8192):
+        scorer._crop(0)
+        torch.cuda.reset_peak_memory_stats()
+        scorer._run(scorer._prefix, ids_1L, keep=1)
+        peaks.append(torch.cuda.max_memory_allocated())
+    counted = token_bytes(scorer.lm.config, 2)
+    assert counted is not None
+    assert peaks[1] - peaks[0] < 1.1 * 4096 * counted
 
 
 def test_peak_memory_is_that_of_the_sample() -> None:

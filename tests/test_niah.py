@@ -180,6 +180,9 @@ def test_a_run_and_its_files(tiny_lm: Path, essays: Path, tmp_path: Path) -> Non
 
     again = run(*text_arguments(tiny_lm, essays, tmp_path / "a"))
     assert (again.exit_code, again.stdout) == (0, "")
+    # A device with other free memory chooses another chunk, and continues the run.
+    again = run(*text_arguments(tiny_lm, essays, tmp_path / "a"), "--resume", "must", "--prefill-chunk", 64)
+    assert (again.exit_code, again.stdout) == (0, "")
     other = run(*text_arguments(tiny_lm, essays, tmp_path / "b"), "-q", "--prefill-chunk", 64)
     assert other.exit_code == 0
     assert "text: accuracy" not in other.stderr

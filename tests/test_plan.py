@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from lvctx.errors import InputError
 from lvctx.parallel import hf_attention
 from lvctx.training.decoder_shape import DecoderShape, read_shape
+from lvctx.training.extend import ExtendTask, resolve_extend
+from lvctx.training.extend_config import ExtendConfig
 from lvctx.training.memory_model import (
     DEVICES,
     Recomputation,
@@ -29,8 +32,10 @@ from lvctx.training.memory_model import (
     remedies,
     rows_together,
 )
+from lvctx.training.parallel_config import ParallelConfig
 from lvctx.training.plan import predict
 from lvctx.training.plan_config import PlanConfig
+from lvctx.training.text_rows import RowLoss
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN2_7B = ROOT / "tests" / "configs" / "qwen2-7b.json"
@@ -393,3 +398,76 @@ def test_the_tables_of_the_documentation_are_what_plan_predicts(tmp_path: Path) 
         assert [cell.strip() for cell in cells.split("|")] == [f"{n:,}" if n else "–" for n in found]
         if int(devices) == 8:
             assert f"| {found[0]:,} by `plan`" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", "layers", "tiles"])
+@pytest.mark.parametrize("lora", [0, 8])
+@pytest.mark.parametrize(("length", "gib"), [(4096, 24), (4096, 120), (1000, 40), (16_384, 80), (40_000, 80)])
+def test_by_default_a_gpu_takes_as_many_rows_at_once_as_cost_no_recomputation(
+    choice: Any, lora: int, length: int, gib: int
+) -> None:
+    """Every number of rows is tried; those of a step over two devices are 12 each."""
+    given: dict[str, Any] = {"seq_len": length, "world": 2, "batch_tokens": 24 * length, "lora": lora}
+    given |= {"model": str(QWEN2_7B), "device": "h100", "device_memory": gib << 30, "checkpoint_activations": choice}
+    tried = [predict(PlanConfig(**given, micro_tokens=n * length)) for n in range(1, 13)]
+    good = [
+        found["rows_a_forward"]
+        for found in tried
+        if found["recomputation"] == tried[0]["recomputation"]
+        and found["peak_bytes"] <= 0.9 * (gib << 30)
+        and found["rows_a_forward"] * length <= 32_768
+    ]
+    assert predict(PlanConfig(**given))["rows_a_forward"] == max(good, default=1)
+
+
+def test_rows_at_once_by_hand() -> None:
+    """32,768 tokens on a GPU, 4,096 on a CPU, never more than a device's rows of a step, or as given."""
+    small: dict[str, Any] = {"model": str(QWEN2_7B), "lora": 1, "seq_len": 1024, "device_memory": 1 << 50}
+
+    def rows(**more: Any) -> int:
+        return int(predict(PlanConfig(**{**small, **more}))["rows_a_forward"])
+
+    assert [rows(device=device) for device in ("h100", "a100", "cpu")] == [32, 32, 4]
+    assert rows(batch_tokens=10 * 1024) == rows(batch_tokens=40 * 1024, world=4) == 10
+    assert rows(seq_len=40_000) == rows(seq_len=20_000, batch_tokens=20_000) == 1
+    assert rows(micro_tokens=3 * 1024) == 3
+    assert rows(micro_tokens=1 << 17, device="cpu") == rows(micro_tokens=1 << 17) == 128
+
+
+def test_extend_lm_takes_the_rows_that_plan_predicts(
+    tmp_path: Path, tiny_lm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU whose memory keeps every layer of five rows, but not of six; under two ranks the smaller GPU decides."""
+    (tmp_path / "text.txt").write_text(" ".join(f"Fox {i} jumps over dog {7 * i}." for i in range(200)))
+    pack = ("pack-text", tmp_path / "text.txt", "--tokenizer", tiny_lm, "--seq-len", 64, "--keep-short", 1)
+    done = run(*pack, "-o", tmp_path / "packed")
+    assert done.exit_code == 0, done.output
+    given: dict[str, Any] = {"model": str(tiny_lm), "seq_len": 64, "batch_tokens": 12 * 64, "device": "h100"}
+
+    def peak(rows: int) -> int:
+        kept = predict(PlanConfig(**given, micro_tokens=64 * rows, checkpoint_activations="none"))
+        return int(kept["peak_bytes"])
+
+    memory_bytes = (peak(5) + peak(6)) // 2 * 10 // 9
+    monkeypatch.setattr("lvctx.training.plan._this_device", lambda device, world: ("h100", memory_bytes))
+    read: list[int] = []
+    plain = RowLoss.forward
+
+    def counted(self: RowLoss, ids: torch.Tensor, *more: Any, **named: Any) -> Any:
+        read.append(len(ids))
+        return plain(self, ids, *more, **named)
+
+    monkeypatch.setattr(RowLoss, "forward", counted)
+    command = ("extend-lm", "--model", tiny_lm, "--data", tmp_path / "packed", "--steps", 1, "--batch-tokens", 12 * 64)
+    assert run(*command, "--device", "cpu", "-o", tmp_path / "out").exit_code == 0
+    assert read == [5, 5, 2]
+    stated = ("--seq-len", 64, "--batch-tokens", 12 * 64, "--device", "h100")
+    done = run("plan", "extend-lm", "--model", tiny_lm, *stated)
+    assert json.loads(done.stdout)["rows_a_forward"] == 12, "80 GiB"
+    assert "12 x 64 tokens" in done.stderr
+    assert predict(PlanConfig(**given, device_memory=memory_bytes))["rows_a_forward"] == 5
+
+    job = resolve_extend(ExtendConfig(model=str(tiny_lm), data=tmp_path / "packed", batch_tokens=12 * 64, out=tmp_path))
+    ranks: Any = SimpleNamespace(size=2, dp=2, gather=lambda rows: [rows, 3])
+    assert ExtendTask(job)._rows_of_a_forward(ranks, ParallelConfig()) == 3
+    assert ExtendTask(job)._rows_of_a_forward(ranks, ParallelConfig(micro_tokens=128)) == 2

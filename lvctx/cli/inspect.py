@@ -161,6 +161,8 @@ def _prediction_table(prediction: dict[str, Any]) -> str:
     rows.append(("recomputed", f"all layers but {recomputation['kept_layers']}{tiles}"))
     full = f"{prediction['longest_with_full_logits']} with full logits"
     rows.append(("longest row that fits", f"{prediction['longest']} tokens ({full})"))
+    together = prediction["rows_a_forward"]
+    rows.append(("a forward pass", f"{together} x {prediction['seq_len']} tokens"))
     step = f"{prediction['tokens_a_step']} tokens, {prediction['flops_a_step']:.3g} FLOPs"
     if prediction["hours"] is not None:
         step += f", {prediction['seconds_a_step']:.0f} s at {100 * prediction['mfu']:.0f}% MFU"

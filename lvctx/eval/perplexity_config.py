@@ -28,5 +28,6 @@ class PerplexityConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights in memory. auto: the checkpoint's own, or float32 on a CPU without
     bfloat16 instructions."""
-    prefill_chunk: Annotated[int, Flag(min=1)] = 2048
-    """Tokens per forward pass; smaller values need less memory."""
+    prefill_chunk: Annotated[int | None, Flag(min=1)] = None
+    """Tokens per forward pass; smaller values need less memory. Default: 2048, on CUDA up to 32768 if their activations
+    take at most an eighth of the memory that the model leaves free."""

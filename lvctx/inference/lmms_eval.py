@@ -17,7 +17,6 @@ from lvctx.inference.engine import EngineGone
 from lvctx.inference.engine_config import EngineConfig
 from lvctx.inference.open_engine import open_checked_vlm, open_engine
 from lvctx.inference.sampling_params import SamplingParams
-from lvctx.inference.transformers_engine import PREFILL_CHUNK
 from lvctx.video.frame_list import FrameList
 from lvctx.video.hybrid import Hybrid
 from lvctx.video.sampling import VideoSampling
@@ -51,10 +50,12 @@ class Lvctx(lmms):
         # lmms-eval passes cuda:0 by default; each process has its own device.
         target_device = str(accelerator.device) if device is None or device.startswith("cuda") else device
         vlm = open_checked_vlm(pretrained, target_device, None, options)
-        chunk = int(options.pop("prefill_chunk", PREFILL_CHUNK))
+        chunk = options.pop("prefill_chunk", None)
         self.sampling = _sampling(options)
         vlm.resolve(self.sampling)
-        self.engine = open_engine(vlm, EngineConfig(device=target_device, prefill_chunk=chunk))
+        self.engine = open_engine(
+            vlm, EngineConfig(device=target_device, prefill_chunk=None if chunk is None else int(chunk))
+        )
         self.device = torch.device(target_device)
         self._current_visuals: Any = None
 

@@ -73,7 +73,7 @@ def open_scorer(
     model: Any,
     visual: VisualTokens | None,
     *,
-    chunk: int,
+    chunk: int | None,
     reuse: bool,
     kv_cache: CachePlacement,
     meter: CostMeter,

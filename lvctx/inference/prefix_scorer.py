@@ -24,6 +24,7 @@ from lvctx.cost import CostMeter
 from lvctx.errors import InputError
 from lvctx.inference.continuation import CachedSequences, Continuation
 from lvctx.inference.kv_cache import CachePlacement, empty_cache, join_caches
+from lvctx.inference.prefill_chunk import choose_chunk
 from lvctx.models.loading import device_of, refuse_changed_logits, stateful_layers
 from lvctx.parallel.hf_attention import is_plain
 from lvctx.parallel.ring_attention import ALONE, Ring
@@ -73,7 +74,7 @@ class PrefixScorer:
         model: Any,
         visual_RE: Tensor | None = None,
         *,
-        chunk: int = 2048,
+        chunk: int | None = None,
         reuse: bool = True,
         kv_cache: CachePlacement = "device",
         positions: Positions = sequential_positions,
@@ -84,7 +85,8 @@ class PrefixScorer:
 
         Further columns of a table wider than E are, E by E, added to the first layers' states.
 
-        `chunk` limits the tokens per forward, and so the memory of activations; `reuse=False` empties the cache before
+        `chunk` limits the tokens per forward, and so the memory of activations (see `inference.prefill_chunk` for the
+        default); `reuse=False` empties the cache before
         every sequence; `kv_cache` is the placement of the cache (see `inference.kv_cache`), `positions` the model's.
         The ranks of a `ring` process every sequence together, each with its share of the cache and all of the weights:
         they must make the same calls, and all get the same scores. `meter` gets the times of prompts and replies.
@@ -98,12 +100,14 @@ class PrefixScorer:
             refuse_changed_logits(model.config, model.name_or_path)
         self.lm = model.get_decoder()
         self.head, self.embedding = model.lm_head, model.get_input_embeddings()
-        self.visual_RE, self.chunk, self.reuse, self.kv_cache = visual_RE, chunk, reuse, kv_cache
+        self.visual_RE, self.reuse, self.kv_cache = visual_RE, reuse, kv_cache
         self.positions, self.ring, self.meter = positions, ring, meter or CostMeter()
         self.device = device_of(self.embedding)
         # With a cache transformers passes torch's kernel a mask, which takes 1.4 to 1.9 times as long on a CPU.
-        if ring.world > 1 or needs_no_mask(self.lm, self.device):
+        flash = needs_no_mask(self.lm, self.device)
+        if ring.world > 1 or flash:
             prepare(self.lm)
+        self.chunk = chunk or choose_chunk(self.lm, self.device, flash=flash, ring=ring)
         self.tokens_run = 0
         """Number of tokens computed so far, over all ranks."""
         self._empty()

@@ -40,8 +40,6 @@ from lvctx.vlm.base import VLM, VisualInput, prompt_tail
 
 log = logging.getLogger(__name__)
 CallT = TypeVar("CallT", bound=Callable[..., Any])
-PREFILL_CHUNK = 2048
-"""Tokens per forward."""
 
 
 def _within_memory(method: CallT) -> CallT:
@@ -82,7 +80,7 @@ class TransformersEngine:
         *,
         device: str,
         dtype: Any = "auto",
-        prefill_chunk: int = PREFILL_CHUNK,
+        prefill_chunk: int | None = None,
         reuse: bool = True,
         ring: Ring = ALONE,
         device_map: DeviceMap | None = None,

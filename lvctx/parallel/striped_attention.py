@@ -88,6 +88,15 @@ def last_rows(local_LE: Tensor, *, end: int, count: int, ring: Ring) -> Tensor:
     return full_CE.to(local_LE.dtype)
 
 
+def least(number: int, ring: Ring, device: torch.device) -> int:
+    """The smallest `number` of a ring's ranks."""
+    if ring.world == 1:
+        return number
+    found = torch.tensor(number, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MIN, group=ring.group)
+    return int(found)
+
+
 def _attend(
     module: Any,
     query: Tensor,

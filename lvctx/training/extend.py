@@ -252,11 +252,17 @@ class ExtendTask(TrainingTask[Sequence[tuple[int, int]]]):
         has_windows = "sliding_attention" in (getattr(text, "layer_types", None) or ())
         if context.cp > 1 or config.doc_mask or (has_windows and text.model_type in PLANNED_TYPES):
             hf_attention.use(trainable.decoder, where=job.model, ring=context.ring)
-        share = -(-job.rows_per_step // context.dp)
-        row_length = self.rows.seq_len
-        self.rows_per_forward = 1 if config.doc_mask else rows_together(row_length, parallel.forward_tokens, share)
+        self.rows_per_forward = self._rows_of_a_forward(context, parallel)
         self.context, self.row_loss = context, RowLoss(trainable.model)
         return self.row_loss
+
+    def _rows_of_a_forward(self, context: ParallelContext, parallel: ParallelConfig) -> int:
+        """As `plan` predicts for the smallest device."""
+        if self.job.config.doc_mask:
+            return 1
+        if predicted := predict_extend(self.job, parallel, world=context.size):
+            return int(min(context.gather(predicted["rows_a_forward"])))
+        return rows_together(self.rows.seq_len, parallel.forward_tokens, -(-self.job.rows_per_step // context.dp))
 
     def recomputation(self, context: ParallelContext, parallel: ParallelConfig) -> Recomputation:
         """The least for which the memory of the smallest device is predicted to suffice."""

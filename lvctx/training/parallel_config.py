@@ -43,7 +43,8 @@ class ParallelConfig:
     """Compile the decoder layers with torch.compile, which makes the first steps longer and later ones shorter. Needs a
     C++ compiler on a CPU, triton on CUDA."""
     micro_tokens: Annotated[int | None, Flag(min=1)] = None
-    """Tokens per forward pass, in whole rows or samples, at least one. Default: 4096."""
+    """Tokens per forward pass, in whole rows or samples, at least one. Default: 4096; in extend-lm on CUDA up to
+    32768, if the backward pass need not recompute more for them than for one row."""
 
     @property
     def forward_tokens(self) -> int:

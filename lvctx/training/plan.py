@@ -1,6 +1,7 @@
 """Predicts the memory and time of a training run per device, with flags that help if it does not fit."""
 
 import os
+from bisect import bisect_left
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -9,8 +10,10 @@ from lvctx.errors import InputError, UsageError
 from lvctx.models.loading import read_config
 from lvctx.training.decoder_shape import PLANNED_TYPES, DecoderShape, read_shape
 from lvctx.training.memory_model import (
+    CPU_TOKENS,
     DEVICES,
     GIB,
+    GPU_TOKENS,
     Device,
     Recomputation,
     Spread,
@@ -57,7 +60,7 @@ def predict(config: PlanConfig) -> dict[str, Any]:
         raise InputError(what, where=config.model, fix="give a --cp that divides them, or --cp-kind ring")
     preset = DEVICES[config.device]
     device = replace(preset, memory=config.device_memory or preset.memory)
-    together = rows_together(config.seq_len, config.micro_tokens, spread.rows)
+    together = _rows_of_a_forward(config, shape, spread, device)
     spread, farthest = _recomputation(config.checkpoint_activations, shape, spread, together * config.seq_len, device)
     parts, peak, host = memory(shape, spread, together * config.seq_len, runtime=device.runtime)
     tokens = rows * config.seq_len
@@ -68,6 +71,7 @@ def predict(config: PlanConfig) -> dict[str, Any]:
         "trained": shape.lora(spread.lora) if spread.lora else shape.parameters,
         "seq_len": config.seq_len,
         "tokens_a_step": tokens,
+        "rows_a_forward": together,
         **asdict(spread),
         "device": config.device,
         "device_memory": device.memory,
@@ -83,6 +87,28 @@ def predict(config: PlanConfig) -> dict[str, Any]:
         "hours": round(config.steps * work / speed / 3600, 2) if speed else None,
         "helps": _helps(shape, spread, together * config.seq_len, device) if peak > device.memory else [],
     }
+
+
+def _rows_of_a_forward(config: PlanConfig, shape: DecoderShape, spread: Spread, device: Device) -> int:
+    """`rows_together` of the given tokens, or of the default's.
+
+    By default on a GPU they fit into the usable memory, and no more is recomputed than for one row.
+    """
+    on_gpu = config.device != "cpu"
+    most = rows_together(config.seq_len, config.micro_tokens or (GPU_TOKENS if on_gpu else CPU_TOKENS), spread.rows)
+    if config.micro_tokens or not on_gpu:
+        return most
+
+    def found(rows: int) -> Spread:
+        return _recomputation(config.checkpoint_activations, shape, spread, rows * config.seq_len, device)[0]
+
+    def is_too_much(rows: int) -> bool:
+        if found(rows) != found(1):
+            return True
+        peak = memory(shape, found(1), rows * config.seq_len, runtime=device.runtime)[1]
+        return peak > device.usable * device.memory
+
+    return 1 + bisect_left(range(2, most + 1), True, key=is_too_much)
 
 
 def _recomputation(
@@ -124,7 +150,7 @@ def predict_extend(job: "ExtendJob", parallel: "ParallelConfig", *, world: int) 
             dtype=resolve_dtype(parallel.dtype, name),
             device=name,
             device_memory=capacity,
-            micro_tokens=1 if config.doc_mask else parallel.forward_tokens,
+            micro_tokens=1 if config.doc_mask else parallel.micro_tokens,
             mfu=0.35,
         )
     )

@@ -37,8 +37,9 @@ class PlanConfig:
     """How they compute attention, as in extend-lm: ring, ulysses or both."""
     batch_tokens: Annotated[int, Flag(min=1)] = 1_000_000
     """Tokens per step over all devices, rounded down to whole rows, at least one."""
-    micro_tokens: Annotated[int, Flag(min=1)] = 4096
-    """Tokens per forward pass, in whole rows and at least one."""
+    micro_tokens: Annotated[int | None, Flag(min=1)] = None
+    """Tokens per forward pass, in whole rows and at least one. Default: 4096 on a CPU; on a GPU up to 32768, if the
+    backward pass need not recompute more for them than for one row."""
     steps: Annotated[int, Flag(min=1)] = 1000
     """Optimizer steps."""
     lora: Annotated[int, Flag(min=0)] = 0

@@ -38,8 +38,8 @@ class NiahRun:
 
     parallel: ParallelContext
     """Ranks and device."""
-    prefill_chunk: int = 2048
-    """Tokens per forward."""
+    prefill_chunk: int | None = None
+    """Tokens per forward; None chooses them from the free memory."""
     reuse: bool = True
     """Compute common prefixes of cells once."""
     resume: str = "auto"
