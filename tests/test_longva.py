@@ -387,12 +387,12 @@ def test_a_killed_import_continues_to_the_same_bytes(tokenizer: Any, tmp_path: P
     script = (
         "import time\n"
         "from lvctx.artifacts import weights\n"
-        "copied = weights._copied\n"
+        "read_range = weights.read_range\n"
         "def slowly(*a):\n"
-        "    for chunk in copied(*a):\n"
+        "    for chunk in read_range(*a):\n"
         "        time.sleep(0.03)\n"
         "        yield chunk\n"
-        "weights._copied = slowly\n"
+        "weights.read_range = slowly\n"
         "from lvctx.__main__ import main\n"
         "main()\n"
     )

@@ -147,6 +147,5 @@ def write_weight_shard(target: Path, shard: Mapping[str, Weight]) -> None:
     with atomic_file(target) as partial_file, open(partial_file, "wb") as f:
         f.write(struct.pack("<Q", len(raw)) + raw)
         for name in order:
-            for chunk in shard[name].chunks():
-                f.write(chunk)
+            f.writelines(shard[name].chunks())  # a loop's variable would keep one tensor while the next is computed
         assert f.tell() == 8 + len(raw) + end

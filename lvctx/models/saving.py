@@ -11,6 +11,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 
 from lvctx.artifacts.store import disk_error, is_disk_error, move_written, scratch
+from lvctx.artifacts.stored_tensors import BLOCK
 from lvctx.artifacts.weights import INDEX, Weight, write_weight_shard
 from lvctx.models.adapter import ADAPTER
 from lvctx.models.card import CARD
@@ -54,20 +55,23 @@ def write_model(model: Any, folder: Path, *, dtype: torch.dtype | None = None, g
         model.config.save_pretrained(folder)
 
     def value(name: str) -> Tensor:
-        full = merged_weight(lora[name], gather) if name in lora else gather(state[name])
-        return full if dtype is None or not full.is_floating_point() else full.to(dtype)
+        return merged_weight(lora[name], gather) if name in lora else gather(state[name])
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
     names = {name: old for old, name in zip(state, tower_names(state), strict=True)}
     layout = _layout(model, {name: state[old] for name, old in names.items()}, dtype)
     if layout is None:
-        model.save_pretrained(folder, state_dict={name: value(old) for name, old in names.items()})
+        model.save_pretrained(folder, state_dict={name: cast(value(old)) for name, old in names.items()})
         return
 
     def weight(stored: str) -> Weight:
         name, like = layout[stored]
 
         def chunks() -> Iterator[Any]:
-            yield value(names[name]).cpu().contiguous().flatten().view(torch.uint8).numpy()
+            for part in value(names[name]).cpu().contiguous().flatten().split(BLOCK):
+                yield cast(part).view(torch.uint8).numpy()
 
         return Weight(dtype=STORED_TYPES[like.dtype], shape=tuple(like.shape), chunks=chunks)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lvctx.artifacts.store import read_json, write_json
-from lvctx.artifacts.stored_tensors import into_memory, read_rows
+from lvctx.artifacts.stored_tensors import grow_rows, read_rows
 from lvctx.errors import InputError
 from lvctx.models.card import write_vision_section
 from lvctx.models.chat_template import ChatEncoder, Visual, chat_encoder
@@ -131,12 +131,14 @@ def grow_embedding(lm: Any, tokens: int) -> None:
     old = lm.get_input_embeddings().weight.shape[0]
     if tokens <= old:
         return
-    for module in (lm.get_input_embeddings(), lm.lm_head):
-        into_memory(module)
-    lm.resize_token_embeddings(tokens, pad_to_multiple_of=64, mean_resizing=False)
-    with torch.no_grad():
-        for weight in {id(m.weight): m.weight for m in (lm.get_input_embeddings(), lm.lm_head)}.values():
-            weight[old:] = weight[:old].float().mean(0)
+    rows, grown = -(-tokens // 64) * 64, dict[nn.Parameter, nn.Parameter]()
+    for module, size in ((lm.get_input_embeddings(), "num_embeddings"), (lm.lm_head, "out_features")):
+        for name, parameter in module.named_parameters():  # the head may have a bias, and share its weight
+            if parameter not in grown:
+                grown[parameter] = grow_rows(parameter, rows)
+            setattr(module, name, grown[parameter])
+        setattr(module, size, rows)
+    lm.config.vocab_size = rows
 
 
 def newline_id(tokenizer: Any) -> int:

@@ -83,7 +83,9 @@ def keep_in_graph(total: Tensor, *tensors: Tensor) -> Tensor:
 
 @contextmanager
 def gathering(model: nn.Module, world: ParallelContext) -> Iterator[Callable[[Tensor], Tensor] | None]:
-    """On rank 0 a function that returns the full tensor of a parameter, on the CPU; other tensors are unchanged.
+    """On rank 0 a function that returns the full tensor of a parameter, on the CPU.
+
+    A tensor that is not sharded is unchanged, or read from its file (`lvctx.artifacts.stored_tensors`).
 
     Other ranks get None once rank 0 leaves the context, and until then send their parts of what it asks for, through
     host memory. Only rank 0 ever holds a full tensor, one at a time.
@@ -99,7 +101,7 @@ def gathering(model: nn.Module, world: ParallelContext) -> Iterator[Callable[[Te
 
     def gather(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
-            return tensor.detach()
+            return read_rows(tensor, 0, len(tensor)) if tensor.ndim else tensor.detach()
         world.announce([numbers[tensor]])
         full = torch.empty(tensor.shape, dtype=tensor.dtype)
         for rank in range(world.size):

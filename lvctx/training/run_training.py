@@ -68,9 +68,9 @@ def _train(
     task: TrainingTask[Any], parallel: ParallelConfig, control: RunControl, context: ParallelContext
 ) -> tuple[TrainableModel, list[dict[str, Any]]]:
     """The trained model, sharded if there is a mesh, and on rank 0 the rows of metrics.jsonl."""
-    sharded = context.mesh is not None and task.train_config.steps
-    trainable = task.load("meta" if sharded else context.device)
-    if not task.train_config.steps:
+    steps = task.train_config.steps
+    trainable = task.load("meta" if context.mesh is not None or not steps else context.device)
+    if not steps:
         return trainable, []
     choice = parallel.checkpoint_activations
     if trainable.decoder is not None and choice != "none":
