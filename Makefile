@@ -27,7 +27,7 @@ demo: setup           # the whole pipeline at nano scale
 # training on text. transfer-far: both to 32,768 tokens, an hour more. transfer-64k: both to 65,536 tokens on one GPU, minutes.
 # The ablations of LongVA, after transfer: transfer-anyres, the AnyRes encoding of images; transfer-separator, a newline after every frame;
 # transfer-base, larger RoPE bases without training; transfer-frames, the number of frames at inference; transfer-no-text, no training on text.
-# transfer-plain-rope: figure 4 with plain RoPE, from text at full length to needles, two hours on two cores.
+# transfer-plain-rope: LongVA's figure 4 with plain RoPE, from training on text to needles, two hours on two cores.
 # transfer-gpu: from nothing, on one GPU; it was never run to its end.
 # giraffe-nano: M-RoPE++ and hybrid resolution, measured. giraffe-schemes: M-RoPE++ and YaRN where they differ, three trainings.
 # Trained again from nothing: nano-start, the LoRAs of the demo's alignments (about 40 minutes); text-start, the LoRA of its text

@@ -3,23 +3,31 @@
     python benchmarks/sharded_memory.py [--command extend-lm] [--ranks 2] [--lora 8] [--layers 13] [--hidden 1536]
         [--resumed] [--rounds 3] [--nano .cache/nano]
 
-A random bfloat16 model with the nano model's tokenizer, of which all trainings do one step of one short row a rank:
+The models are random, in bfloat16, with the nano model's tokenizer. Trainings do one step of one short row a rank:
 
-    extend-lm      a Llama on rows of 64 tokens
-    extend-positions   `extend-lm --steps 0`, in one process
-    align-new      `align --lm --tower --stage full`: the Llama, with a small CLIP tower, on images of one grid
-    align-init     `align --init --stage full`: the VLM that these two make
-    mrope-extend   a Qwen2-VL with a small tower on packed chat
-    export-hf, export-llava   the same VLM, in one process
+    extend-lm                 a Llama on rows of 64 tokens
+    extend-positions          the Llama, `extend-lm --steps 0`, in one process
+    align-new                 `align --lm --tower --stage full`: the Llama, a small CLIP tower, images of one grid
+    align-init                `align --init --stage full`: the VLM of this Llama and tower
+    mrope-extend              a Qwen2-VL with a small tower on packed chat
+    export-hf, export-llava   the VLM of align-init, in one process
 
-LoRA of `--lora`, and where it is 0, all parameters of the language model. `shard` are the bytes of the parameters that
-a rank holds (trained ones are float32), `largest` those of the largest of them. `torch` are the peaks of the same run
-with a model of one narrow layer: libraries, process group, tokenizer. `loading` and `saving` are what each rank takes
-above its own before and after the steps, `limit` is 1.3 x (shard + largest), and `ratio` the largest over `limit`.
-`training` is the same from the optimizer's creation to the last checkpoint, `state` the shard with its gradients and
-AdamW's moments, `training_ratio` the first over 1.3 x (state + largest); activations and gathered layers are among it.
-With --resumed it is the reading of the last checkpoint. What is not trained has no shard. Medians of the rounds, one
-JSON line. Linux only. With PYTHONPATH at another version of lvctx the figures are that version's.
+What is trained is a LoRA of rank `--lora`, or with `--lora 0` all parameters of the language model. In bytes, one JSON
+line of medians over the rounds:
+
+    torch      peaks of the same run with a model of one narrow layer: libraries, process group, tokenizer
+    loading    peak of each rank before the steps, less that of `torch`
+    training   from the optimizer's creation to the last checkpoint, activations and gathered layers included; with
+               --resumed, while the last checkpoint is read
+    saving     after the steps
+    shard      parameters that a rank holds (trained ones are float32); 0 where nothing is trained
+    state      the shard with gradients and AdamW's moments
+    largest    the largest parameter
+    limit      1.3 x (shard + largest)
+    ratio      the largest of `loading` and `saving` over `limit`
+    training_ratio   the largest of `training` over 1.3 x (state + largest)
+
+ Linux only. With PYTHONPATH at another version of lvctx the figures are that version's.
 """
 
 import argparse

@@ -85,6 +85,22 @@ def tiny_lm(nano: Nano, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture
+def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of rows of every forward pass of `extend-lm` in this test."""
+    from lvctx.training.text_rows import RowLoss
+
+    counts: list[int] = []
+    forward = RowLoss.forward
+
+    def counted(self: RowLoss, ids: Any, *more: Any, **named: Any) -> Any:
+        counts.append(len(ids))
+        return forward(self, ids, *more, **named)
+
+    monkeypatch.setattr(RowLoss, "forward", counted)
+    return counts
+
+
 @pytest.fixture(scope="session")
 def tiny_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer CLIP tower of 48 px and patch 12: 16 features, 4 tokens a frame."""

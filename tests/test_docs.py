@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from lvctx.artifacts.store import sha256_file
 from lvctx.cli.app import MODULES, load_command
+from lvctx.cli.recipes import _recipe_value
 from lvctx.eval.benchmarks.benchmark_list import BENCHMARKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,10 +188,14 @@ def test_every_command_of_a_pipeline_has_options_that_exist(
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda p: p.name)
-def test_recipes_name_real_flags(recipe: Path) -> None:
+def test_recipes_name_real_flags_and_their_values(recipe: Path) -> None:
     for section, values in tomllib.loads(recipe.read_text(encoding="utf-8")).items():
         command = next((c for name, c in COMMANDS.items() if section == name or section.startswith(f"{name}-")), None)
         assert command is not None, f"[{section}] belongs to no command"
         parts = [command, *getattr(command, "commands", {}).values()]  # a section may be of any command of a group
-        known = {p.name for part in parts for p in part.params}
-        assert {key.replace("-", "_") for key in values} <= known, section
+        known = {p.name: p for part in parts for p in part.params}
+        assert {key.replace("-", "_") for key in values} <= known.keys(), section
+        for key, value in values.items():
+            parameter = known[key.replace("-", "_")]
+            repeated = parameter.multiple or parameter.nargs == -1
+            parameter.process_value(typer.Context(command), _recipe_value(value, repeated=repeated))

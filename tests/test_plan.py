@@ -35,7 +35,6 @@ from lvctx.training.memory_model import (
 from lvctx.training.parallel_config import ParallelConfig
 from lvctx.training.plan import predict
 from lvctx.training.plan_config import PlanConfig
-from lvctx.training.text_rows import RowLoss
 
 ROOT = Path(__file__).resolve().parent.parent
 QWEN2_7B = ROOT / "tests" / "configs" / "qwen2-7b.json"
@@ -435,7 +434,7 @@ def test_rows_at_once_by_hand() -> None:
 
 
 def test_extend_lm_takes_the_rows_that_plan_predicts(
-    tmp_path: Path, tiny_lm: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_lm: Path, monkeypatch: pytest.MonkeyPatch, rows_read: list[int]
 ) -> None:
     """On a GPU whose memory keeps every layer of five rows, but not of six; under two ranks the smaller GPU decides."""
     (tmp_path / "text.txt").write_text(" ".join(f"Fox {i} jumps over dog {7 * i}." for i in range(200)))
@@ -450,17 +449,9 @@ def test_extend_lm_takes_the_rows_that_plan_predicts(
 
     memory_bytes = (peak(5) + peak(6)) // 2 * 10 // 9
     monkeypatch.setattr("lvctx.training.plan._this_device", lambda device, world: ("h100", memory_bytes))
-    read: list[int] = []
-    plain = RowLoss.forward
-
-    def counted(self: RowLoss, ids: torch.Tensor, *more: Any, **named: Any) -> Any:
-        read.append(len(ids))
-        return plain(self, ids, *more, **named)
-
-    monkeypatch.setattr(RowLoss, "forward", counted)
     command = ("extend-lm", "--model", tiny_lm, "--data", tmp_path / "packed", "--steps", 1, "--batch-tokens", 12 * 64)
     assert run(*command, "--device", "cpu", "-o", tmp_path / "out").exit_code == 0
-    assert read == [5, 5, 2]
+    assert rows_read == [5, 5, 2]
     stated = ("--seq-len", 64, "--batch-tokens", 12 * 64, "--device", "h100")
     done = run("plan", "extend-lm", "--model", tiny_lm, *stated)
     assert json.loads(done.stdout)["rows_a_forward"] == 12, "80 GiB"

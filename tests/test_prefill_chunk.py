@@ -74,20 +74,20 @@ def test_chunks_by_hand() -> None:
     """An eighth of the free memory: SmolLM2 fits 32,768 tokens into 4 GiB and more, Qwen2-7B into 38."""
     for config, needed in ((SMOLLM2, 16_128 * 8), (QWEN2_7B, 156_672 * 8)):
         for tokens in (4096, 8192, 16_384, 32_768):
-            assert prefill_chunk(config, needed * tokens, value=2) == tokens
-            assert prefill_chunk(config, needed * tokens - 1, value=2) == tokens // 2
-        assert prefill_chunk(config, 0, value=2) == 2048
-    assert prefill_chunk(SMOLLM2, 78 * GIB, value=2) == prefill_chunk(QWEN2_7B, 62 * GIB, value=2) == 32_768
-    assert prefill_chunk(QWEN2_7B, 8 * GIB, value=2) == 4096, "on a card of 24 GB"
-    assert prefill_chunk(SimpleNamespace(n_embd=768), 78 * GIB, value=2) == 2048
+            assert prefill_chunk(config, needed * tokens, itemsize=2) == tokens
+            assert prefill_chunk(config, needed * tokens - 1, itemsize=2) == tokens // 2
+        assert prefill_chunk(config, 0, itemsize=2) == 2048
+    assert prefill_chunk(SMOLLM2, 78 * GIB, itemsize=2) == prefill_chunk(QWEN2_7B, 62 * GIB, itemsize=2) == 32_768
+    assert prefill_chunk(QWEN2_7B, 8 * GIB, itemsize=2) == 4096, "on a card of 24 GB"
+    assert prefill_chunk(SimpleNamespace(n_embd=768), 78 * GIB, itemsize=2) == 2048
 
 
 @given(st.integers(0, 1 << 38), st.integers(0, 1 << 34), st.sampled_from([2, 4]), st.integers(1, 8))
-def test_chunks_grow_with_the_memory_within_their_limits(free: int, more: int, value: int, ranks: int) -> None:
-    chunk, larger = (prefill_chunk(QWEN2_7B, n, value=value, ranks=ranks) for n in (free, free + more))
+def test_chunks_grow_with_the_memory_within_their_limits(free: int, more: int, itemsize: int, ranks: int) -> None:
+    chunk, larger = (prefill_chunk(QWEN2_7B, n, itemsize=itemsize, ranks=ranks) for n in (free, free + more))
     assert 2048 <= chunk <= larger <= 32_768
     assert chunk & (chunk - 1) == 0
-    each = token_bytes(QWEN2_7B, value, ranks)
+    each = token_bytes(QWEN2_7B, itemsize, ranks)
     assert each is not None
     assert chunk == 2048 or 8 * each * chunk <= free
 

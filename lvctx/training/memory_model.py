@@ -50,10 +50,6 @@ LOGITS_CHUNK = 1024
 MLP_TILE = 4096
 """Number of tokens whose MLP is computed at a time where MLPs are tiled."""
 
-CPU_TOKENS, GPU_TOKENS = 4096, 32_768
-"""Tokens of a forward pass by default, at most. On a GPU 32,768 divide Python's time per token by eight compared with
-4,096, and a step of SmolLM2-135M needs 32 GiB."""
-
 GIB = 1 << 30
 
 

@@ -10,10 +10,8 @@ from lvctx.errors import InputError, UsageError
 from lvctx.models.loading import read_config
 from lvctx.training.decoder_shape import PLANNED_TYPES, DecoderShape, read_shape
 from lvctx.training.memory_model import (
-    CPU_TOKENS,
     DEVICES,
     GIB,
-    GPU_TOKENS,
     Device,
     Recomputation,
     Spread,
@@ -25,6 +23,7 @@ from lvctx.training.memory_model import (
     remedies,
     rows_together,
 )
+from lvctx.training.parallel_config import CPU_TOKENS, GPU_TOKENS
 from lvctx.training.plan_config import DeviceKind, PlanConfig
 
 if TYPE_CHECKING:
